@@ -1,0 +1,107 @@
+"""quantine: makes large language models small without making them worse.
+
+    import quantine
+
+    quantine.quantize("model", "out", plan=quantine.Plan.preset("gptq", bits=3, group_size=64))
+    model, tokenizer = quantine.load("out")
+
+Importing quantine imports neither torch nor transformers. It teaches transformers to load quantine's
+directories: ``AutoModelForCausalLM.from_pretrained("out")`` works after ``import quantine``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from quantine.calibrate.data import Calibration
+    from quantine.core.qtensor import QTensor
+    from quantine.core.spec import QuantSpec
+    from quantine.errors import (
+        BackendUnavailable,
+        CalibrationError,
+        CheckpointError,
+        FamilyError,
+        FormatError,
+        OutputError,
+        PlanError,
+        QuantineError,
+        ResumeMismatch,
+        SolverError,
+    )
+    from quantine.eval.perplexity import evaluate
+    from quantine.methods.gptq import GPTQ
+    from quantine.methods.rtn import RTN
+    from quantine.pipeline import quantize
+    from quantine.plan import Plan, Rule, Scheme
+    from quantine.runtime.load import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPTQ",
+    "RTN",
+    "BackendUnavailable",
+    "Calibration",
+    "CalibrationError",
+    "CheckpointError",
+    "FamilyError",
+    "FormatError",
+    "OutputError",
+    "Plan",
+    "PlanError",
+    "QTensor",
+    "QuantSpec",
+    "QuantineError",
+    "ResumeMismatch",
+    "Rule",
+    "Scheme",
+    "SolverError",
+    "evaluate",
+    "load",
+    "quantize",
+]
+
+_HOME = {
+    "BackendUnavailable": "errors",
+    "Calibration": "calibrate.data",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "FamilyError": "errors",
+    "FormatError": "errors",
+    "GPTQ": "methods.gptq",
+    "OutputError": "errors",
+    "Plan": "plan",
+    "PlanError": "errors",
+    "QTensor": "core.qtensor",
+    "QuantSpec": "core.spec",
+    "QuantineError": "errors",
+    "RTN": "methods.rtn",
+    "ResumeMismatch": "errors",
+    "Rule": "plan",
+    "Scheme": "plan",
+    "SolverError": "errors",
+    "evaluate": "eval.perplexity",
+    "load": "runtime.load",
+    "quantize": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'quantine' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"quantine.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(auto: Any) -> None:
+    from quantine.runtime.hf import register
+
+    register(auto)

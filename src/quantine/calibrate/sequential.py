@@ -1,0 +1,217 @@
+"""One decoder block in memory at a time, fed with what the quantized blocks before it put out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.calibrate.activations import Activations
+from quantine.core.observe import Hessian
+from quantine.errors import CalibrationError
+from quantine.families.base import Family, block_list, is_transposed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from quantine.formats.checkpoint import Checkpoint
+
+TOKENS_PER_BATCH: Final = 2048
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config`` without weights: parameters on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def batch_samples(samples: int, seqlen: int) -> int:
+    """Segments per batch: the largest divisor of ``samples`` within `TOKENS_PER_BATCH` tokens."""
+    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH]
+    return max(fitting, default=1)
+
+
+class Sequential:
+    """Runs calibration segments through a model, block by block.
+
+    Args:
+        model: a `skeleton`; blocks get weights while they are worked on.
+        family: its architecture.
+        checkpoint: where weights come from.
+        segments: ``[samples, seqlen]`` int64 token ids, without padding.
+        spill: directory for hidden states, ``None`` to keep them in memory.
+        replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        checkpoint: Checkpoint,
+        segments: Tensor,
+        spill: Path | None,
+        replaced: Mapping[str, Tensor],
+    ) -> None:
+        self._model = model
+        self._family = family
+        self._checkpoint = checkpoint
+        self._blocks = block_list(model, family)
+        size = batch_samples(*segments.shape)
+        self._hidden = Activations(len(segments) // size, spill)
+        self._calls: list[_Call] = []
+        self._enter(segments.split(size), replaced)
+
+    def load(self, index: int) -> nn.Module:
+        """Block ``index`` with its float32 weights."""
+        block = self._blocks[index]
+        _materialize(self._model, block, f"{self._family.blocks}.{index}", self._checkpoint)
+        return block
+
+    def release(self, index: int) -> None:
+        """Give the memory of block ``index`` back."""
+        self._blocks[index].to("meta")
+
+    @torch.no_grad()
+    def observe(self, index: int, path: str) -> Hessian:
+        """Statistics of the input of the matrix at ``path`` in block ``index``.
+
+        The block runs only as far as that matrix.
+        """
+        module = self._blocks[index].get_submodule(path)
+        weight = module.get_parameter("weight")
+        hessian = Hessian(weight.shape[0 if is_transposed(module) else 1])
+
+        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+            hessian.update(args[0])
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(look)
+        try:
+            for batch in range(len(self._hidden)):
+                try:
+                    self._run(index, self._hidden[batch])
+                except _Enough:
+                    continue
+                raise CalibrationError(
+                    f"{self._family.blocks}.{index}.{path} never ran: its family is described wrongly"
+                )
+        finally:
+            handle.remove()
+        return hessian
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Replace the hidden states by the outputs of block ``index`` as it now is.
+
+        Raises:
+            CalibrationError: an output is not finite.
+        """
+        for batch in range(len(self._hidden)):
+            output = self._run(index, self._hidden[batch])
+            if not bool(torch.isfinite(output).all()):
+                raise CalibrationError(
+                    f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
+                    "text: more bits or another calibration text are needed"
+                )
+            self._hidden[batch] = output
+
+    def _run(self, index: int, hidden: Tensor) -> Tensor:
+        call = self._calls[index]
+        output = self._blocks[index](hidden, *call.args, **call.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def _enter(self, batches: Iterable[Tensor], replaced: Mapping[str, Tensor]) -> None:
+        """Compute the first block's inputs, and record how the model calls each block."""
+        base = self._model.base_model
+        prefix = self._model.base_model_prefix
+        _materialize(self._model, base, prefix, self._checkpoint, skip=f"{self._family.blocks}.")
+        for name, tensor in replaced.items():
+            _set_tensor(self._model, name, tensor)
+        blocks = list(self._blocks)
+        recorders = [_Recorder(block, self._family.returns_tuple) for block in blocks]
+        try:
+            for index, recorder in enumerate(recorders):
+                self._blocks[index] = recorder
+            for batch, tokens in enumerate(batches):
+                base(input_ids=tokens, use_cache=False)
+                self._hidden[batch] = recorders[0].hidden
+        finally:
+            for index, block in enumerate(blocks):
+                self._blocks[index] = block
+        self._calls = [_Call(recorder) for recorder in recorders]
+        _drop_weights(base)
+
+
+class _Enough(Exception):
+    """Raised inside a block when the observed input has been seen."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: remembers the call and passes the hidden states through."""
+
+    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self._stand_in_for = [block]
+        self._returns_tuple = returns_tuple
+        self.hidden = torch.empty(0)
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_stand_in_for"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
+        return (hidden,) if self._returns_tuple else hidden
+
+
+class _Call:
+    """How a model calls a block: everything but the hidden states; equal for every batch."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        self.args = recorder.args
+        self.kwargs = recorder.kwargs
+
+
+def _materialize(
+    model: PreTrainedModel, module: nn.Module, path: str, checkpoint: Checkpoint, skip: str = "-"
+) -> None:
+    """Give ``module``, found at ``path``, buffers and float32 weights; parts below ``skip`` none."""
+    for child in module.modules():
+        missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
+        for name in missing:
+            child._buffers[name] = torch.empty_like(child.get_buffer(name), device="cpu")
+        if missing:
+            # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed
+            # by the architecture's own initializer, as transformers does when it loads a model.
+            model._init_weights(child)
+    names = [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
+    for name, tensor in checkpoint.read(names).items():
+        _set_tensor(model, name, tensor.float() if tensor.is_floating_point() else tensor)
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    if leaf in owner._parameters:
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[leaf] = value
+
+
+def _drop_weights(module: nn.Module) -> None:
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None:
+                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,35 @@
+"""Packing of small codes into bytes: the plain PyTorch meaning.
+
+Each row is one little-endian bit stream: code ``j`` occupies bits ``j * bits`` to
+``j * bits + bits - 1`` counted from the least significant bit of the row's first byte. A row ends
+on a byte boundary; its unused last bits are zero. See docs/format.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def packed_bytes(columns: int, bits: int) -> int:
+    """Bytes of one packed row of ``columns`` codes."""
+    return (columns * bits + 7) // 8
+
+
+def pack_reference(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``codes`` ``[rows, columns]`` uint8 into ``[rows, packed_bytes]`` uint8."""
+    rows, columns = codes.shape
+    shifts = torch.arange(bits, dtype=torch.uint8)
+    stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits)
+    stream = torch.nn.functional.pad(stream, (0, -columns * bits % 8))
+    weights = 2 ** torch.arange(8, dtype=torch.int32)
+    return (stream.view(rows, -1, 8).int() * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_reference(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Invert `pack_reference`: ``[rows, columns]`` uint8 codes."""
+    rows = packed.shape[0]
+    stream = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    stream = stream.view(rows, -1)[:, : columns * bits].reshape(rows, columns, bits)
+    weights = 2 ** torch.arange(bits, dtype=torch.int32)
+    return (stream.int() * weights).sum(-1).to(torch.uint8)

@@ -1,0 +1,118 @@
+"""Streaming statistics of a layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantine.errors import SolverError
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The triangular factor that error feedback runs on (GPTQ, arXiv 2210.17323, section 3).
+
+    Attributes:
+        upper: ``[in, in]`` float32 upper triangular ``U`` with ``inverse(H) = U.T @ U``, rows and
+            columns in the order of ``order``.
+        order: ``[in]`` int64: position ``j`` is input ``order[j]``.
+        damp: share of the mean diagonal that was really added to the diagonal of ``H``.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damp: float
+
+
+class Hessian:
+    """Sum of ``x x.T`` over tokens, for one input shared by one or more matrices.
+
+    Every token counts: calibration segments are cut from a stream of text at full length, so no
+    padding exists that would have to be masked out.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        self.matrix = torch.zeros(in_features, in_features)
+        self.tokens = 0
+        self._factor: Factor | None = None
+        self._request: tuple[float, bool] | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs ``x`` ``[..., in]``."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.matrix.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+        self._factor = None
+
+    def merge(self, other: Hessian) -> None:
+        """Add what ``other`` has seen."""
+        self.matrix += other.matrix
+        self.tokens += other.tokens
+        self._factor = None
+
+    @property
+    def damp_used(self) -> float | None:
+        """Damping of the last factorization, ``None`` before the first."""
+        return None if self._factor is None else self._factor.damp
+
+    def factor(self, damp: float, act_order: bool) -> Factor:
+        """The factor of the damped Hessian; the last one is kept, for matrices that share it."""
+        if self._factor is None or self._request != (damp, act_order):
+            self._factor = factorize(self.matrix, damp, act_order)
+            self._request = (damp, act_order)
+        return self._factor
+
+    def error_energy(self, delta: Tensor) -> float:
+        """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
+        return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))
+
+
+def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
+    """Factor ``inverse(H + damp * mean(diag H) * I)`` as ``U.T @ U``.
+
+    Inputs that were never active get the mean diagonal: they are then rounded to nearest, which
+    is the best guess where calibration says nothing. When the factorization fails, damping grows
+    tenfold, up to the mean diagonal itself.
+
+    Args:
+        hessian: ``[in, in]`` float32, symmetric.
+        damp: share of the mean diagonal added to the diagonal, positive.
+        act_order: order inputs by descending diagonal; else keep them.
+
+    Raises:
+        SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise SolverError("the calibration inputs overflow: the Hessian is not finite")
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().item() or 1.0
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(hessian.shape[0])
+    )
+    ordered = hessian[order][:, order] / mean
+    ordered.diagonal()[ordered.diagonal() == 0] = 1.0
+    used = damp
+    while True:
+        upper = _inverse_factor(ordered, used)
+        if upper is not None:
+            return Factor(upper, order, used)
+        if used >= 1.0:
+            raise SolverError(
+                f"the Hessian is not positive definite with damping {used:g}: use more samples"
+            )
+        used = min(used * 10, 1.0)
+
+
+def _inverse_factor(matrix: Tensor, damp: float) -> Tensor | None:
+    damped = matrix.clone()
+    damped.diagonal().add_(damp)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if failed:
+        return None
+    torch.cholesky_inverse(lower, out=damped)
+    upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    return None if failed or not bool(torch.isfinite(upper).all()) else upper

@@ -1,0 +1,34 @@
+"""The result of every solver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantine.core.grid import Grid
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized matrix; `dequantize` defines what formats and kernels must reproduce.
+
+    Attributes:
+        codes: ``[out, in]`` uint8, columns in stored order.
+        grid: scales and zero points over groups of stored columns.
+        in_perm: ``[in]`` int64 or ``None``: stored column ``j`` belongs to input ``in_perm[j]``.
+    """
+
+    codes: Tensor
+    grid: Grid
+    in_perm: Tensor | None = None
+
+    def dequantize(self) -> Tensor:
+        """The matrix ``[out, in]`` in float32, columns in input order."""
+        stored = self.grid.decode(self.codes)
+        if self.in_perm is None:
+            return stored
+        weight = torch.empty_like(stored)
+        weight[:, self.in_perm] = stored
+        return weight

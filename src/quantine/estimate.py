@@ -1,0 +1,133 @@
+"""Predictions before a run: bytes on disk, bits per weight, peak memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from quantine.calibrate.sequential import batch_samples
+from quantine.errors import PlanError
+from quantine.prepare import Job
+from quantine.progress import peak_memory
+
+FLOAT: Final = 4
+"""Bytes of a float32, in which everything is computed."""
+DEFAULT_SHARE: Final = 0.25
+"""Share of the machine's memory that activations may take by default."""
+GGUF_COPY: Final = 4
+"""Bytes per weight of the float32 copy that a GGUF model is read from."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take; all sizes in bytes.
+
+    Attributes:
+        packed: of quantized matrices.
+        kept: of everything else in the output's weight files.
+        weights: number of quantized weights.
+        activations: of hidden states between two blocks.
+        spills: whether they go to disk.
+        peak_memory: of the process.
+        disk_while_running: written at most, the finished output included.
+        tokens: calibration tokens.
+    """
+
+    packed: int
+    kept: int
+    weights: int
+    activations: int
+    spills: bool
+    peak_memory: int
+    disk_while_running: int
+    tokens: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Packed bits per quantized weight."""
+        return self.packed * 8 / self.weights
+
+    @property
+    def output(self) -> int:
+        """Bytes of the weight files, headers apart."""
+        return self.packed + self.kept
+
+
+def estimate(job: Job, max_ram: float | None = None) -> Estimate:
+    """Predict a run of ``job``.
+
+    Args:
+        max_ram: GB that activations may take in memory, see `quantine.pipeline.quantize`.
+
+    Raises:
+        PlanError: ``max_ram`` is negative.
+    """
+    if max_ram is not None and max_ram < 0:
+        raise PlanError(f"max_ram must not be negative, not {max_ram} GB")
+    packed = sum(d.scheme.nbytes(d.layer) for d in job.decisions if d.scheme is not None)
+    kept = _kept_bytes(job)
+    weights = sum(d.layer.weights for d in job.scheme_layers())
+    activations, tokens = 0, 0
+    if job.segments is not None:
+        tokens = job.segments.numel()
+        activations = tokens * _width(job) * FLOAT
+    limit = _machine_memory() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
+    spills = activations > limit
+    scratch = activations if spills else 0
+    if job.source.gguf_file is not None:
+        scratch += sum(p.numel() for p in job.model.parameters()) * GGUF_COPY
+    return Estimate(
+        packed,
+        kept,
+        weights,
+        activations,
+        spills,
+        _peak(job, 0 if spills else activations),
+        2 * (packed + kept) + scratch,
+        tokens,
+    )
+
+
+def _kept_bytes(job: Job) -> int:
+    state = job.model.state_dict()
+    blocks = {d.layer.block for d in job.decisions if d.layer.block is not None}
+    names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
+    return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
+
+
+def _peak(job: Job, activations: int) -> int:
+    """Peak resident memory: this process as it is now, and what the largest step adds to it."""
+    if job.source.gguf_file is not None:
+        # transformers dequantizes the whole model at once, with about one copy to spare.
+        converting = sum(p.numel() for p in job.model.parameters()) * 2 * FLOAT
+    else:
+        converting = 0
+    return peak_memory() + max(_entering(job), _in_block(job) + activations, converting)
+
+
+def _entering(job: Job) -> int:
+    table = next(d.layer for d in job.decisions if d.layer.role == "embedding")
+    return 2 * table.weights * FLOAT
+
+
+def _in_block(job: Job) -> int:
+    inside = [d.layer for d in job.decisions if d.layer.block == 0]
+    block = sum(layer.weights for layer in inside) * FLOAT
+    largest = max(layer.weights for layer in inside) * FLOAT
+    widest = max(layer.in_features for layer in inside)
+    square = widest * widest * FLOAT
+    batch = 0
+    if job.segments is not None:
+        rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
+        batch = rows * sum(layer.out_features for layer in inside) * FLOAT
+    solving = 3 * square + 5 * largest
+    return block + max(batch + square, solving)
+
+
+def _width(job: Job) -> int:
+    return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,26 @@
+"""Supported architectures: one literal each; see docs/adding.md for adding one."""
+
+from quantine.errors import FamilyError
+from quantine.families.base import Family
+from quantine.families.bloom import BLOOM
+from quantine.families.falcon import FALCON
+from quantine.families.gpt2 import GPT2
+from quantine.families.gpt_neox import GPT_NEOX
+from quantine.families.llama import LLAMA
+from quantine.families.opt import OPT
+from quantine.families.phi3 import PHI3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, PHI3, OPT, GPT_NEOX, FALCON, BLOOM, GPT2)
+
+
+def family_of(model_type: str) -> Family:
+    """The family that covers ``model_type`` (of ``config.json``).
+
+    Raises:
+        FamilyError: none does.
+    """
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    covered = ", ".join(sorted(kind for family in FAMILIES for kind in family.model_types))
+    raise FamilyError(f"model type {model_type!r} is not supported; supported: {covered}")

@@ -1,0 +1,17 @@
+"""Falcon, old and new decoder architecture."""
+
+from quantine.families.base import Family
+
+FALCON = Family(
+    name="falcon",
+    model_types=("falcon",),
+    blocks="transformer.h",
+    groups=(
+        ("self_attention.query_key_value",),
+        ("self_attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ),
+    embedding="transformer.word_embeddings",
+    returns_tuple=True,
+)

@@ -1,0 +1,25 @@
+"""Packed layouts and the files that hold them."""
+
+from quantine.errors import FormatError
+from quantine.formats.base import Format
+from quantine.formats.dense import Dense
+
+FORMATS: dict[str, Format] = {"dense": Dense()}
+"""Every packed layout by name; see docs/adding.md for adding one."""
+
+FORMAT_VERSION = 1
+"""Version of docs/format.md that this package writes."""
+
+
+def format_named(name: str) -> Format:
+    """The packed layout called ``name``.
+
+    Raises:
+        FormatError: there is none; the file may come from a newer version.
+    """
+    if name not in FORMATS:
+        raise FormatError(
+            f"unknown format {name!r} (known: {', '.join(FORMATS)}): "
+            "the directory may need a newer quantine"
+        )
+    return FORMATS[name]

@@ -1,0 +1,43 @@
+"""What a packed layout is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+
+
+class Format(Protocol):
+    """A packed layout of a `QTensor`: a set of named tensors, specified in docs/format.md."""
+
+    name: str
+
+    def supports(self, spec: QuantSpec) -> bool:
+        """Whether the layout can hold what ``spec`` asks for."""
+        ...
+
+    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """The tensors of the layout; raises `FormatError` for what it cannot hold."""
+        ...
+
+    def unpack(
+        self,
+        tensors: dict[str, Tensor],
+        spec: QuantSpec,
+        in_features: int,
+        rows: Tensor | None = None,
+    ) -> QTensor:
+        """Invert `pack` bit for bit, for all rows or those of the int64 indices ``rows``.
+
+        Raises `FormatError` for tensors that do not fit ``spec``.
+        """
+        ...
+
+    def nbytes(
+        self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
+    ) -> int:
+        """Bytes of the packed tensors."""
+        ...

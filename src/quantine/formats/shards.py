@@ -1,0 +1,149 @@
+"""Writing safetensors files: atomically, and merged from parts without loading them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from safetensors.torch import save
+from torch import Tensor
+
+from quantine.errors import FormatError
+from quantine.formats.checkpoint import INDEX, SINGLE
+
+METADATA: Final = {"format": "pt"}
+COPY_BYTES: Final = 2**24
+HEADER_ALIGNMENT: Final = 8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor's bytes lie."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that exists whole or not at all, also after a crash."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        _flush(file)
+    temporary.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one safetensors file atomically."""
+    write_atomically(path, save(dict(tensors), metadata=METADATA))
+
+
+def read_entries(file: Path) -> list[Entry]:
+    """The tensors of a safetensors file, from its header.
+
+    Raises:
+        FormatError: the header is damaged.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(8)
+        size = struct.unpack("<Q", raw)[0] if len(raw) == 8 else -1
+        if not 0 < size <= file.stat().st_size - 8:
+            raise FormatError(f"{file} is not a safetensors file")
+        header = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return [
+        Entry(
+            name,
+            info["dtype"],
+            tuple(info["shape"]),
+            file,
+            8 + size + info["data_offsets"][0],
+            info["data_offsets"][1] - info["data_offsets"][0],
+        )
+        for name, info in header.items()
+    ]
+
+
+def merge_parts(parts: Sequence[Path], directory: Path, shard_bytes: int) -> None:
+    """Merge part files, in order, into the shards of a Hugging Face directory.
+
+    Args:
+        parts: safetensors files with distinct tensor names.
+        directory: gets ``model.safetensors``, or numbered shards and their index.
+        shard_bytes: bytes of tensors a shard may hold; a larger part gets a shard of its own.
+    """
+    shards: list[list[Entry]] = [[]]
+    for part in parts:
+        entries = read_entries(part)
+        if shards[-1] and _nbytes([*shards[-1], *entries]) > shard_bytes:
+            shards.append([])
+        shards[-1].extend(entries)
+    if len(shards) == 1:
+        _write_shard(shards[0], directory / SINGLE)
+        return
+    weight_map = {}
+    for number, entries in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(entries, directory / name)
+        weight_map.update({entry.name: name for entry in entries})
+    total = sum(_nbytes(entries) for entries in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomically(directory / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+
+
+def _nbytes(entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
+
+
+def _write_shard(entries: Sequence[Entry], path: Path) -> None:
+    # Wide items first, so that every tensor starts at a multiple of its item size.
+    ordered = sorted(entries, key=lambda entry: (-_item_bytes(entry), entry.name))
+    header: dict[str, object] = {"__metadata__": METADATA}
+    position = 0
+    for entry in ordered:
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": entry.shape,
+            "data_offsets": [position, position + entry.nbytes],
+        }
+        position += entry.nbytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as target:
+        target.write(struct.pack("<Q", len(raw)) + raw)
+        for entry in ordered:
+            _copy(entry, target)
+        _flush(target)
+    temporary.replace(path)
+
+
+def _item_bytes(entry: Entry) -> int:
+    return entry.nbytes // max(1, math.prod(entry.shape))
+
+
+def _copy(entry: Entry, target: BinaryIO) -> None:
+    with entry.file.open("rb") as source:
+        source.seek(entry.offset)
+        left = entry.nbytes
+        while left:
+            data = source.read(min(left, COPY_BYTES))
+            if not data:
+                raise FormatError(f"{entry.file} ends inside tensor {entry.name}")
+            target.write(data)
+            left -= len(data)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

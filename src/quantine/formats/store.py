@@ -1,0 +1,144 @@
+"""An output directory while it is being made: staged blocks, resume, and the final files.
+
+Unfinished work lives in ``OUT/.quantine``. A block is committed by renaming two complete files into
+place, the reports last; a run killed at any instant therefore resumes at a block boundary. The
+final files are merged from the committed ones, and ``.quantine`` is removed as the last act.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantine.errors import OutputError, ResumeMismatch
+from quantine.formats.shards import merge_parts, write_atomically, write_tensors
+
+RUN_DIRECTORY: Final = ".quantine"
+IDENTITY: Final = "identity.json"
+REPORT: Final = "quantine_report.json"
+SHARD_BYTES: Final = 4_000_000_000
+
+Reports = list[dict[str, Any]]
+"""JSON about the quantized layers of a committed part."""
+
+
+class RunStore:
+    """The unfinished run in one output directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._run = out / RUN_DIRECTORY
+        self._parts = self._run / "parts"
+
+    @property
+    def scratch(self) -> Path:
+        """A directory for files that are worth nothing after a crash."""
+        return self._run / "scratch"
+
+    def open(self, identity: Mapping[str, str]) -> None:
+        """Start, or take up, the run on disk; scratch files of an earlier process are dropped."""
+        self._parts.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        write_json(self._run / IDENTITY, dict(identity))
+
+    def is_committed(self, part: str) -> bool:
+        """Whether a part is complete on disk."""
+        return (self._parts / f"{part}.json").is_file()
+
+    def layer_reports(self, parts: list[str]) -> Reports:
+        """The layer reports of committed ``parts``, in order."""
+        return [report for part in parts for report in read_json(self._parts / f"{part}.json")]
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a committed part."""
+        return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
+
+    def commit(self, part: str, tensors: Mapping[str, Tensor], reports: Reports) -> None:
+        """Make a part durable."""
+        write_tensors(self._parts / f"{part}.safetensors", tensors)
+        write_json(self._parts / f"{part}.json", reports)
+
+    def finish(
+        self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]
+    ) -> None:
+        """Write the final files from the committed ``parts`` and end the run."""
+        merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
+        for name, data in files.items():
+            write_atomically(self.out / name, data)
+        write_json(self.out / REPORT, report)
+        shutil.rmtree(self._run)
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Refuse an output path that is not new, empty, or (with ``resume``) an unfinished run.
+
+    Raises:
+        OutputError: writing there could destroy something.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a directory: choose another output path")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if (out / RUN_DIRECTORY).is_dir():
+        if not resume:
+            raise OutputError(
+                f"{out} holds an unfinished run: continue it with --resume, or delete the directory"
+            )
+    elif not (resume and (out / REPORT).is_file()):
+        raise OutputError(
+            f"{out} is not empty and not an unfinished run: choose another output path"
+        )
+
+
+def check_identity(out: Path, identity: Mapping[str, str]) -> None:
+    """Refuse to continue, or to accept as finished, a run started with other inputs.
+
+    Raises:
+        ResumeMismatch: names what differs.
+    """
+    found = stored_identity(out)
+    if found is None:
+        return
+    differing = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+    if differing:
+        raise ResumeMismatch(
+            f"the run in {out} was started with another {', '.join(sorted(differing))}: repeat "
+            "the first command exactly, or use another output path"
+        )
+
+
+def stored_identity(out: Path) -> dict[str, str] | None:
+    """Identity of the run in ``out``, unfinished or finished; ``None`` if there is none."""
+    run = out / RUN_DIRECTORY
+    if (run / IDENTITY).is_file():
+        return dict(read_json(run / IDENTITY))
+    return dict(read_json(out / REPORT)["identity"]) if is_finished(out) else None
+
+
+def is_finished(out: Path) -> bool:
+    """Whether ``out`` holds a completed run."""
+    return (out / REPORT).is_file() and not (out / RUN_DIRECTORY).exists()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of ours.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is damaged ({error}): delete the directory") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")

@@ -1,0 +1,8 @@
+"""Solvers: functions from a weight matrix and input statistics to a `QTensor`."""
+
+from quantine.methods.base import Solver
+from quantine.methods.gptq import GPTQ
+from quantine.methods.rtn import RTN
+
+METHODS: dict[str, type[Solver]] = {"rtn": RTN, "gptq": GPTQ}
+"""Every method by the name plans use; see docs/adding.md for adding one."""

@@ -1,0 +1,27 @@
+"""What a solver is."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from quantine.core.observe import Hessian
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+
+
+class Solver(Protocol):
+    """A frozen dataclass whose fields are the method's parameters."""
+
+    needs_inputs: ClassVar[bool]
+    """Whether the solver cannot work without a Hessian."""
+
+    @property
+    def stores_order(self) -> bool:
+        """Whether results carry an input order (`QTensor.in_perm`)."""
+        ...
+
+    def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
+        """Round ``weight`` ``[out, in]`` float32, which is left untouched."""
+        ...

@@ -1,0 +1,215 @@
+"""Everything that can be known, and refused, before a weight is read.
+
+`quantine plan` prints a `Job`; `quantine quantize` runs one. Both go through `prepare`, so what
+one accepts the other completes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from torch import Tensor
+
+from quantine.calibrate.data import Calibration, calibration_segments
+from quantine.calibrate.sequential import skeleton
+from quantine.errors import CalibrationError, CheckpointError, OutputError
+from quantine.families import family_of
+from quantine.families.base import Family, find_layers
+from quantine.formats import FORMAT_VERSION
+from quantine.formats.checkpoint import Checkpoint
+from quantine.formats.store import check_output, is_finished
+from quantine.plan import Decision, Plan
+from quantine.runtime.source import ModelSource, locate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DISK_RESERVE: Final = 64_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: what will be done to which model with which calibration tokens.
+
+    Attributes:
+        segments: ``[samples, seqlen]`` int64 token ids; ``None`` without calibration.
+        decisions: one per matrix a plan can quantize, in running order.
+        unties: whether table and head, tied in the source, are stored separately.
+    """
+
+    source: ModelSource
+    config: PretrainedConfig
+    model: PreTrainedModel
+    family: Family
+    plan: Plan
+    decisions: tuple[Decision, ...]
+    calibration: Calibration
+    segments: Tensor | None
+    tokenizer: Any
+    unties: bool
+
+    def scheme_layers(self) -> list[Decision]:
+        """The decisions that quantize something."""
+        return [decision for decision in self.decisions if decision.scheme is not None]
+
+    def checkpoint(self, directory: Path | None = None) -> Checkpoint:
+        """The float weights, in ``directory`` if they were converted there."""
+        return Checkpoint(
+            directory or self.source.directory,
+            self.model.base_model_prefix,
+            self.family.renames,
+        )
+
+    def loose_names(self) -> list[str]:
+        """Names of the float tensors outside of decoder blocks that the output holds."""
+        packed = {f"{d.layer.name}.weight" for d in self.scheme_layers()}
+        if self.is_tied() and not self.unties:
+            packed.add(f"{self.family.head}.weight")
+        inside = f"{self.family.blocks}."
+        return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in packed]
+
+    def block_names(self, index: int) -> list[str]:
+        """Names of the float tensors of block ``index`` that the output holds."""
+        packed = {f"{d.layer.name}.weight" for d in self.scheme_layers()}
+        inside = f"{self.family.blocks}.{index}."
+        return [n for n in self.model.state_dict() if n.startswith(inside) and n not in packed]
+
+    def is_tied(self) -> bool:
+        """Whether the source shares one table between embedding and head."""
+        return bool(self.config.tie_word_embeddings)
+
+    def stored_name(self, name: str) -> str:
+        """Where the source keeps the tensor that the model calls ``name``."""
+        head = f"{self.family.head}.weight"
+        return f"{self.family.embedding}.weight" if self.is_tied() and name == head else name
+
+    def identity(self, weights: str) -> dict[str, str]:
+        """Hashes of all that decides the output bytes; ``weights`` is the checkpoint's digest."""
+        tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
+        return {
+            "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
+            "calibration tokens": _hash(tokens),
+            "tokenizer": self.source.tokenizer_digest(self.tokenizer),
+            "weights": weights,
+            "config": _hash(self.config.to_json_string().encode()),
+            "format version": str(FORMAT_VERSION),
+        }
+
+
+def prepare(model: str | Path, plan: Plan, calibration: Calibration) -> Job:
+    """Check a request against a model without reading weights.
+
+    Raises:
+        QuantineError: of the kind that says what is wrong; see `quantine.errors`.
+    """
+    source = locate(model)
+    if source.is_quantized():
+        raise CheckpointError(f"{source.name} is already quantized: give the float model")
+    config = source.config()
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        raise CheckpointError(
+            f"{source.name} is already quantized (its config.json has a quantization_config): "
+            "give the float model"
+        )
+    family = family_of(config.model_type)
+    bare = skeleton(config)
+    layers = find_layers(bare, family)
+    decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
+    _check_inputs(decisions, calibration)
+    tokenizer = source.tokenizer()
+    segments = None
+    if calibration.samples:
+        longest = getattr(config, "max_position_embeddings", None)
+        segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+    job = Job(
+        source,
+        config,
+        bare,
+        family,
+        plan,
+        tuple(decisions),
+        calibration,
+        segments,
+        tokenizer,
+        unties,
+    )
+    if source.gguf_file is None:
+        check_headers(job, job.checkpoint())
+    return job
+
+
+def check_headers(job: Job, checkpoint: Checkpoint) -> None:
+    """Compare the shapes in the weight files with the architecture's.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    for name, tensor in job.model.state_dict().items():
+        stored = job.stored_name(name)
+        shape = checkpoint.shapes([stored]).get(stored)
+        if shape is None:
+            raise CheckpointError(
+                f"{job.source.name} holds no tensor {stored}: the download may be incomplete, or "
+                "the weights belong to another architecture"
+            )
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{stored} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
+            )
+
+
+def check_place(out: Path, resume: bool, needed: int) -> None:
+    """Refuse an output path that is taken, or a disk that is too small, before work starts.
+
+    Args:
+        needed: bytes the run will write at most.
+
+    Raises:
+        OutputError: says which.
+    """
+    check_output(out, resume)
+    if is_finished(out):
+        return
+    existing = next(p for p in [out, *out.absolute().parents] if p.exists())
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
+    if free < needed + DISK_RESERVE:
+        raise OutputError(
+            f"{out} needs about {needed / 1e9:.2f} GB while it is made, but the disk has "
+            f"{free / 1e9:.2f} GB free"
+        )
+
+
+def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:
+    """Decide the head of a tied model: it shares the table unless a rule gives it its own scheme."""
+    table = next(d for d in decisions if d.layer.role == "embedding")
+    head = next(d for d in decisions if d.layer.role == "head")
+    if not tied:
+        return decisions, False
+    if head.scheme is not None and head.scheme != table.scheme:
+        return decisions, True
+    shared = Decision(head.layer, None, f"shares the table of {table.layer.name}")
+    return [shared if d is head else d for d in decisions], False
+
+
+def _check_inputs(decisions: list[Decision], calibration: Calibration) -> None:
+    needing = [d for d in decisions if d.scheme is not None and d.scheme.solver.needs_inputs]
+    if needing and not calibration.samples:
+        scheme = needing[0].scheme
+        assert scheme is not None
+        raise CalibrationError(
+            f"{needing[0].layer.name} is to be solved by {scheme.method}, which needs calibration "
+            "samples: samples must be at least 1"
+        )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

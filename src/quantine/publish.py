@@ -1,0 +1,92 @@
+"""What an output directory holds besides weights: configuration, report, model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.card import model_card
+from quantine.formats import FORMAT_VERSION
+from quantine.prepare import Job
+
+COPIED: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of the source that describe its tokenizer and its way of generating."""
+
+
+def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine-readable report; everything in it but measured times is reproducible."""
+    quantized = sum(layer["weights"] for layer in layers)
+    nbytes = sum(layer["bytes"] for layer in layers)
+    calibration = job.calibration
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+        "model": job.source.name,
+        "family": job.family.name,
+        "plan": job.plan.as_dict(),
+        "calibration": {
+            "source": Path(calibration.source).name,
+            "samples": calibration.samples,
+            "seqlen": 0 if job.segments is None else job.segments.shape[1],
+            "seed": calibration.seed,
+            "tokens": 0 if job.segments is None else job.segments.numel(),
+        },
+        "identity": identity,
+        "layers": layers,
+        "kept": [
+            {"name": d.layer.name, "reason": d.reason}
+            for d in job.decisions
+            if d.scheme is None
+        ],
+        "totals": {
+            "quantized_weights": quantized,
+            "quantized_bytes": nbytes,
+            "bits_per_weight": nbytes * 8 / quantized,
+        },
+    }
+
+
+def output_files(job: Job, directory: Path, report: dict[str, Any]) -> dict[str, bytes]:
+    """Every small file of the output, by name; ``directory`` is the source's."""
+    files = {
+        name: (directory / name).read_bytes() for name in COPIED if (directory / name).is_file()
+    }
+    files["config.json"] = _config(job, report)
+    files["README.md"] = model_card(report).encode()
+    return files
+
+
+def _config(job: Job, report: dict[str, Any]) -> bytes:
+    from quantine.runtime.hf import LOCK, QuantineConfig
+
+    schemes: list[dict[str, Any]] = []
+    layers: dict[str, int] = {}
+    for layer in report["layers"]:
+        if layer["scheme"] not in schemes:
+            schemes.append(layer["scheme"])
+        layers[layer["name"]] = schemes.index(layer["scheme"])
+    config = copy.deepcopy(job.config)
+    config.architectures = [type(job.model).__name__]
+    config.transformers_weights = LOCK
+    if job.unties:
+        config.tie_word_embeddings = False
+    value = json.loads(config.to_json_string(use_diff=True))
+    value.pop("_name_or_path", None)
+    value["quantization_config"] = QuantineConfig(FORMAT_VERSION, schemes, layers).to_dict()
+    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,1 @@
+"""Running models: sources, packed modules, and the doors to transformers."""

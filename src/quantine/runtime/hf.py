@@ -1,0 +1,189 @@
+"""The doors to transformers: a registered quantization config and quantizer.
+
+Imported only once transformers itself is, see ``quantine/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError
+from quantine.formats import FORMAT_VERSION
+from quantine.formats.shards import Entry, read_entries
+from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+METHOD: Final = "quantine"
+LOCK: Final = "weights that need quantine: pip install quantine, and import quantine before loading"
+"""Stands where config.json names the weight file. Without `import quantine`, transformers would
+skip the quantization and load random weights with only a warning; this makes it stop, and its
+error message prints the remedy. The registered quantizer takes the lock off."""
+
+DTYPES: Final = {
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "F16": torch.float16,
+}
+
+
+class QuantineConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """``quantization_config`` of an output directory, see docs/format.md.
+
+    Args:
+        format_version: version of docs/format.md the files follow.
+        schemes: the distinct schemes, as plain values.
+        layers: index into ``schemes`` of every quantized matrix, by module name.
+    """
+
+    def __init__(
+        self,
+        format_version: int = FORMAT_VERSION,
+        schemes: list[dict[str, Any]] | None = None,
+        layers: dict[str, int] | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.schemes = schemes or []
+        self.layers = layers or {}
+        unknown.pop("quant_method", None)
+        if format_version > FORMAT_VERSION or unknown:
+            raise FormatError(
+                f"written in format version {format_version} with {sorted(unknown) or 'no'} extra "
+                f"fields; this quantine reads version {FORMAT_VERSION}: install a newer one"
+            )
+
+
+class QuantineQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Builds packed modules where transformers would build float ones."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Take the lock off; transformers calls this before it looks for weight files."""
+        if getattr(config, "transformers_weights", None) == LOCK:
+            del config.transformers_weights
+        return config
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Cast a stored tensor to the dtype of its place in the model, packed ones to none."""
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        entries = _packed_entries(checkpoint_files or [])
+        config: QuantineConfig = self.quantization_config
+        for name, index in config.layers.items():
+            place = _place(model, name)
+            if place is not None:
+                scheme = config.schemes[index]
+                _replace(model, place, _packed(model, place, name, scheme, entries))
+        _tie_head(model)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        model.config.transformers_weights = LOCK
+
+    def is_serializable(self) -> bool:
+        """``save_pretrained`` writes packed tensors as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+
+def register(auto: Any) -> None:
+    """Register both classes; ``auto`` is the module ``transformers.quantizers.auto``."""
+    auto.register_quantization_config(METHOD)(QuantineConfig)
+    auto.register_quantizer(METHOD)(QuantineQuantizer)
+
+
+def spec_of(scheme: dict[str, Any]) -> QuantSpec:
+    """The weight spec inside a stored scheme."""
+    return QuantSpec(scheme["bits"], scheme["group_size"], scheme["sym"])
+
+
+def _packed_entries(files: list[str]) -> dict[str, Entry]:
+    return {entry.name: entry for file in files for entry in read_entries(Path(file))}
+
+
+def _place(model: PreTrainedModel, name: str) -> str | None:
+    """Where layer ``name`` sits in ``model``, which may be the bare model without its head."""
+    for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    return None
+
+
+def _packed(
+    model: PreTrainedModel,
+    place: str,
+    name: str,
+    scheme: dict[str, Any],
+    entries: dict[str, Entry],
+) -> Packed:
+    """The packed module for layer ``name``, its tensors on the meta device."""
+    tensors = _placeholders(name, place, entries)
+    old, spec, layout = model.get_submodule(place), spec_of(scheme), scheme["format"]
+    out_features, in_features = tensors["codes"].shape[0], _in_features(old)
+    if isinstance(old, nn.Embedding):
+        scale = getattr(old, "scalar_embed_scale", 1.0)
+        dtype = old.weight.dtype
+        return QuantEmbedding(layout, spec, out_features, in_features, tensors, scale, dtype)
+    return QuantLinear(layout, spec, out_features, in_features, tensors, old.bias)
+
+
+def _placeholders(name: str, place: str, entries: dict[str, Entry]) -> dict[str, Tensor]:
+    # Directories written by save_pretrained of a bare model lack the prefix.
+    for prefix in (f"{name}.", f"{place}."):
+        found = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
+        tensors = {
+            key.removeprefix(prefix): torch.empty(
+                entry.shape, dtype=DTYPES[entry.dtype], device="meta"
+            )
+            for key, entry in found.items()
+            if key.removeprefix(prefix) != "bias"
+        }
+        if "codes" in tensors:
+            return tensors
+    raise FormatError(f"config.json lists {name} as quantized, but no file holds {name}.codes")
+
+
+def _in_features(module: nn.Module) -> int:
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return module.get_parameter("weight").shape[0]
+
+
+def _tie_head(model: PreTrainedModel) -> None:
+    """Settle what transformers would tie: packed modules have no ``weight`` to share."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    packed = isinstance(table, QuantEmbedding) or isinstance(head, QuantLinear)
+    if not packed:
+        return
+    if model.config.tie_word_embeddings and isinstance(table, QuantEmbedding) and head is not None:
+        names = {id(module): name for name, module in model.named_modules()}
+        _replace(model, names[id(head)], TiedHead(table))
+    model.all_tied_weights_keys.clear()
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

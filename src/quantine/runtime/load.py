@@ -1,0 +1,61 @@
+"""Loading quantized directories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantine.errors import FormatError
+from quantine.runtime.source import ModelSource, locate
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def load(
+    directory: str | Path, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """Load an output of `quantine.quantize` and its tokenizer.
+
+    Weights stay packed; the files are mapped, not copied.
+
+    Args:
+        directory: an output directory, or the hub id of an uploaded one.
+        dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
+
+    Returns:
+        ``(model, tokenizer)``, the model in evaluation mode.
+
+    Raises:
+        CheckpointError: there is no such directory.
+        FormatError: it is not quantine's, or tensors are missing.
+    """
+    source = locate(directory)
+    return load_packed(source, dtype), source.tokenizer()
+
+
+def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """The quantized model of ``source``; see `load`."""
+    from transformers import AutoModelForCausalLM
+
+    if not source.is_quantized():
+        raise FormatError(
+            f"{source.name} was not written by quantine (its config.json says otherwise): quantize "
+            "it first, or load it with transformers"
+        )
+    model, info = AutoModelForCausalLM.from_pretrained(
+        source.directory, dtype=dtype, output_loading_info=True
+    )
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info[kind]:
+            raise FormatError(
+                f"{source.directory} is damaged: {kind.replace('_', ' ')} {sorted(info[kind])[:4]}"
+            )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of ``source``, packed or float, computing in ``dtype``."""
+    return load_packed(source, dtype) if source.is_quantized() else source.float_model(dtype)

@@ -1,0 +1,141 @@
+"""Modules that compute from packed tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from quantine.core.spec import QuantSpec
+from quantine.formats import format_named
+
+
+class Packed(nn.Module):
+    """A packed matrix ``[out, in]`` as buffers, in the layout of ``format_name``.
+
+    Packed buffers keep their dtypes when a model is cast: ``model.half()`` or
+    ``model.to(torch.bfloat16)`` changes activations, biases and norms, never codes or scales.
+
+    Args:
+        format_name: a name in `quantine.formats.FORMATS`.
+        spec: the weight's spec.
+        out_features, in_features: shape of the matrix.
+        tensors: packed tensors, or tensors of their shapes on the meta device.
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.format_name = format_name
+        self.spec = spec
+        self.out_features = out_features
+        self.in_features = in_features
+        self.tensor_names = tuple(tensors)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: self.get_buffer(name) for name in self.tensor_names}
+
+    def dequantize(self) -> Tensor:
+        """The matrix ``[out, in]`` in float32."""
+        layout = format_named(self.format_name)
+        return layout.unpack(self.packed_tensors(), self.spec, self.in_features).dequantize()
+
+    def extra_repr(self) -> str:
+        """Shape and spec."""
+        return f"{self.in_features} -> {self.out_features}, {self.format_name}, {self.spec}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        packed = {name: self._buffers.pop(name) for name in self.tensor_names}
+        super()._apply(fn, recurse)
+        for name, tensor in packed.items():
+            assert tensor is not None
+            # Casts leave integers alone, moves do not: a float is moved as its bits.
+            bits = fn(tensor.view(torch.int16) if tensor.is_floating_point() else tensor)
+            self._buffers[name] = bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits
+        return self
+
+
+class QuantLinear(Packed):
+    """``y = x @ W.T + bias`` with ``W`` packed; ``x`` ``[..., in]`` in any float dtype.
+
+    The weight is decoded to float32, cast to the dtype of ``x``, multiplied and dropped.
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        tensors: dict[str, Tensor],
+        bias: nn.Parameter | None = None,
+    ) -> None:
+        super().__init__(format_name, spec, out_features, in_features, tensors)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; the result has the dtype of ``x``."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.dequantize().to(x.dtype), bias)
+
+
+class QuantEmbedding(Packed):
+    """Rows of a packed table; ``tokens`` ``[...]`` integers become ``[..., in]``.
+
+    Args:
+        scale: factor on every row (Gemma scales its embeddings).
+        dtype: of the result until the model is cast.
+    """
+
+    def __init__(
+        self,
+        format_name: str,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        tensors: dict[str, Tensor],
+        scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(format_name, spec, out_features, in_features, tensors)
+        self.scale = scale
+        # Follows the model's dtype, which an embedding decides for all that comes after it.
+        self.register_buffer("output_like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Look rows up."""
+        dtype = self.get_buffer("output_like").dtype
+        used, inverse = torch.unique(tokens, return_inverse=True)
+        layout = format_named(self.format_name)
+        rows = layout.unpack(self.packed_tensors(), self.spec, self.in_features, used)
+        result = embedding(inverse, rows.dequantize().to(dtype))
+        return result if self.scale == 1.0 else result * torch.tensor(self.scale, dtype=dtype)
+
+
+class TiedHead(nn.Module):
+    """An output head that shares the packed table of a `QuantEmbedding`."""
+
+    def __init__(self, table: QuantEmbedding) -> None:
+        super().__init__()
+        # In a list, so that the table is registered, saved and moved once, as the embedding.
+        self._table = [table]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply; ``x`` ``[..., in]`` becomes ``[..., rows]`` in the dtype of ``x``."""
+        return linear(x, self._table[0].dequantize().to(x.dtype))
+
+
+def packed_modules(model: nn.Module) -> Iterable[tuple[str, Packed]]:
+    """Every packed module of ``model`` with its name."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed))
