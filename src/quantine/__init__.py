@@ -5,8 +5,8 @@
     quantine.quantize("model", "out", plan=quantine.Plan.preset("gptq", bits=3, group_size=64))
     model, tokenizer = quantine.load("out")
 
-Importing quantine imports neither torch nor transformers. It teaches transformers to load quantine's
-directories: ``AutoModelForCausalLM.from_pretrained("out")`` works after ``import quantine``.
+Importing quantine imports neither torch nor transformers. It teaches transformers to load what
+quantine writes: ``AutoModelForCausalLM.from_pretrained("out")`` works after ``import quantine``.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from quantine.calibrate.data import Calibration
 from quantine.calibrate.sequential import Sequential
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
-from quantine.errors import OutputError, QuantineError, SolverError
+from quantine.errors import OutputError, SolverError
 from quantine.estimate import Estimate, estimate
 from quantine.families.base import block_list
 from quantine.formats import format_named
@@ -141,9 +141,7 @@ def _quantize_all(
     return [*outside, *loose, *blocks]
 
 
-def _enter(
-    job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool
-) -> Sequential | None:
+def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> Sequential | None:
     if job.segments is None:
         return None
     replaced = {}
@@ -242,6 +240,7 @@ def solve(
     report = {
         "name": layer.name,
         "scheme": scheme.as_dict(),
+        "shape": [layer.out_features, layer.in_features],
         "weights": layer.weights,
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / layer.weights,
@@ -318,10 +317,10 @@ def _install(block: nn.Module, job: Job, decision: Decision, qtensor: QTensor) -
 def _unpack(decision: Decision, tensors: Mapping[str, Tensor]) -> QTensor:
     layer, scheme = decision.layer, decision.scheme
     assert scheme is not None
-    prefix = f"{layer.name}."
-    packed = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    packed.pop("bias", None)
-    return format_named(scheme.format).unpack(packed, scheme.spec, layer.in_features)
+    layout = format_named(scheme.format)
+    names = {key: f"{layer.name}.{key}" for key in layout.tensor_names}
+    packed = {key: tensors[name] for key, name in names.items() if name in tensors}
+    return layout.unpack(packed, scheme.spec, layer.in_features)
 
 
 def _ratio(delta: Tensor, weight: Tensor, hessian: Hessian | None) -> float | None:

@@ -129,7 +129,9 @@ class Plan:
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
         if unknown := set(value) - {"name", "rules"}:
-            raise PlanError(f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}")
+            raise PlanError(
+                f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
+            )
         rules = []
         for number, rule in enumerate(value["rules"], 1):
             where = f"rule {number} of plan {name!r}"
@@ -203,7 +205,9 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
             raise PlanError(f"{where}: method {KEEP!r} takes no parameters")
         return None
     if method not in METHODS:
-        raise PlanError(f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {method!r}")
+        raise PlanError(
+            f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {method!r}"
+        )
     kind = METHODS[method]
     spec_types, solver_types = _field_types(QuantSpec), _field_types(kind)
     for key, item in fields.items():
@@ -262,5 +266,6 @@ def _check_scheme(decision: Decision) -> None:
     if scheme is not None and layer.role != "block" and scheme.solver.needs_inputs:
         raise PlanError(
             f"{layer.name} ({layer.role}) can be quantized only by methods that need no inputs, "
-            f"not by {scheme.method}: use method rtn in the rule that matches it ({decision.reason})"
+            f"not by {scheme.method}: use method rtn in the rule that matches it "
+            f"({decision.reason})"
         )

@@ -189,7 +189,7 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
 
 
 def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:
-    """Decide the head of a tied model: it shares the table unless a rule gives it its own scheme."""
+    """Let the head of a tied model share the table, unless a rule gives it its own scheme."""
     table = next(d for d in decisions if d.layer.role == "embedding")
     head = next(d for d in decisions if d.layer.role == "head")
     if not tied:

@@ -83,7 +83,9 @@ class Shown:
 
     def start(self, blocks: int, done: int) -> None:
         """Start the bar."""
-        self._meter.start(blocks, done)
+        self._meter.start(blocks)
+        if done:
+            self.note(f"{done} of {blocks} blocks are finished already")
         self._bar.update(self._task, total=blocks)
         self._bar.start()
 
@@ -119,8 +121,8 @@ class Meter:
         self._began = time.perf_counter()
         self._errors: list[float] = []
 
-    def start(self, blocks: int, done: int) -> None:
-        """Begin timing; ``done`` blocks take no solving any more."""
+    def start(self, blocks: int) -> None:
+        """Begin timing."""
         self.blocks, self._left = blocks, blocks
         self._began = time.perf_counter()
 

@@ -50,9 +50,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
         "identity": identity,
         "layers": layers,
         "kept": [
-            {"name": d.layer.name, "reason": d.reason}
-            for d in job.decisions
-            if d.scheme is None
+            {"name": d.layer.name, "reason": d.reason} for d in job.decisions if d.scheme is None
         ],
         "totals": {
             "quantized_weights": quantized,
@@ -76,11 +74,12 @@ def _config(job: Job, report: dict[str, Any]) -> bytes:
     from quantine.runtime.hf import LOCK, QuantineConfig
 
     schemes: list[dict[str, Any]] = []
-    layers: dict[str, int] = {}
+    layers: dict[str, dict[str, Any]] = {}
     for layer in report["layers"]:
         if layer["scheme"] not in schemes:
             schemes.append(layer["scheme"])
-        layers[layer["name"]] = schemes.index(layer["scheme"])
+        scheme = schemes.index(layer["scheme"])
+        layers[layer["name"]] = {"scheme": scheme, "shape": layer["shape"]}
     config = copy.deepcopy(job.config)
     config.architectures = [type(job.model).__name__]
     config.transformers_weights = LOCK

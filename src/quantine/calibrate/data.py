@@ -99,6 +99,4 @@ def calibration_segments(
     length = calibration.segment_length(longest_context)
     text = read_text(calibration.source, "calibration")
     stream = token_stream(tokenizer, text, vocabulary, calibration.source)
-    return draw_segments(
-        stream, calibration.samples, length, calibration.seed, calibration.source
-    )
+    return draw_segments(stream, calibration.samples, length, calibration.seed, calibration.source)

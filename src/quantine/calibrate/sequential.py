@@ -29,12 +29,15 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def batch_samples(samples: int, seqlen: int) -> int:
     """Segments per batch: the largest divisor of ``samples`` within `TOKENS_PER_BATCH` tokens."""
-    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH]
+    fitting = [
+        n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH
+    ]
     return max(fitting, default=1)
 
 
@@ -100,7 +103,8 @@ class Sequential:
                 except _Enough:
                     continue
                 raise CalibrationError(
-                    f"{self._family.blocks}.{index}.{path} never ran: its family is described wrongly"
+                    f"{self._family.blocks}.{index}.{path} never ran: family "
+                    f"{self._family.name!r} is described wrongly"
                 )
         finally:
             handle.remove()
@@ -125,7 +129,8 @@ class Sequential:
     def _run(self, index: int, hidden: Tensor) -> Tensor:
         call = self._calls[index]
         output = self._blocks[index](hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     @torch.no_grad()
     def _enter(self, batches: Iterable[Tensor], replaced: Mapping[str, Tensor]) -> None:
@@ -187,7 +192,7 @@ class _Call:
 def _materialize(
     model: PreTrainedModel, module: nn.Module, path: str, checkpoint: Checkpoint, skip: str = "-"
 ) -> None:
-    """Give ``module``, found at ``path``, buffers and float32 weights; parts below ``skip`` none."""
+    """Give ``module``, found at ``path``, buffers and float32 weights, except below ``skip``."""
     for child in module.modules():
         missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
         for name in missing:

@@ -183,13 +183,13 @@ def _score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Score:
     return Score(loss, kl, agree, len(targets))
 
 
-def _perplexity(scores: list[Score]) -> tuple[float, float]:
-    """Perplexity and its standard error, windows being the independent samples."""
+def _perplexity(scores: list[Score]) -> tuple[float, float | None]:
+    """Perplexity and its standard error, windows being the samples; ``None`` with just one."""
     means = [score.loss / score.tokens for score in scores]
     mean = sum(means) / len(means)
     perplexity = math.exp(mean) if mean < math.log(1e300) else math.inf
     if len(means) < 2:
-        return perplexity, math.nan
+        return perplexity, None
     variance = sum((value - mean) ** 2 for value in means) / (len(means) - 1)
     return perplexity, perplexity * math.sqrt(variance / len(means))
 

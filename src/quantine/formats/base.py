@@ -13,7 +13,10 @@ from quantine.core.spec import QuantSpec
 class Format(Protocol):
     """A packed layout of a `QTensor`: a set of named tensors, specified in docs/format.md."""
 
-    name: str
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of every tensor the layout may have."""
+        ...
 
     def supports(self, spec: QuantSpec) -> bool:
         """Whether the layout can hold what ``spec`` asks for."""

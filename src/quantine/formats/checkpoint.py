@@ -7,16 +7,13 @@ import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantine.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from safetensors import safe_open as SafeOpen
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -155,7 +152,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[SafeOpen]:
+def _opened(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as shard:
             yield shard

@@ -29,7 +29,7 @@ class Dense:
     are stored in another order than the inputs'.
     """
 
-    name: str = "dense"
+    tensor_names: tuple[str, ...] = ("codes", "scale", "zero", "in_perm")
 
     def supports(self, spec: QuantSpec) -> bool:
         """Every spec there is today."""

@@ -65,9 +65,7 @@ class RunStore:
         write_tensors(self._parts / f"{part}.safetensors", tensors)
         write_json(self._parts / f"{part}.json", reports)
 
-    def finish(
-        self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]
-    ) -> None:
+    def finish(self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]) -> None:
         """Write the final files from the committed ``parts`` and end the run."""
         merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
         for name, data in files.items():

@@ -4,5 +4,7 @@ from quantine.methods.base import Solver
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 
+__all__ = ["GPTQ", "METHODS", "RTN", "Solver"]
+
 METHODS: dict[str, type[Solver]] = {"rtn": RTN, "gptq": GPTQ}
 """Every method by the name plans use; see docs/adding.md for adding one."""

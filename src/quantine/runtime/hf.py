@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
-from quantine.formats import FORMAT_VERSION
+from quantine.formats import FORMAT_VERSION, format_named
 from quantine.formats.shards import Entry, read_entries
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 
@@ -36,23 +36,24 @@ DTYPES: Final = {
 }
 
 
-class QuantineConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class QuantineConfig(QuantizationConfigMixin):
     """``quantization_config`` of an output directory, see docs/format.md.
 
     Args:
         format_version: version of docs/format.md the files follow.
         schemes: the distinct schemes, as plain values.
-        layers: index into ``schemes`` of every quantized matrix, by module name.
+        layers: by module name, for every quantized matrix, ``scheme`` (index into ``schemes``) and
+            ``shape`` (``[out, in]``).
     """
 
     def __init__(
         self,
         format_version: int = FORMAT_VERSION,
         schemes: list[dict[str, Any]] | None = None,
-        layers: dict[str, int] | None = None,
+        layers: dict[str, dict[str, Any]] | None = None,
         **unknown: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # the enum knows no plug-ins
         self.format_version = format_version
         self.schemes = schemes or []
         self.layers = layers or {}
@@ -64,7 +65,7 @@ class QuantineConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
 
 
-class QuantineQuantizer(HfQuantizer):  # type: ignore[misc]
+class QuantineQuantizer(HfQuantizer):
     """Builds packed modules where transformers would build float ones."""
 
     requires_calibration = True
@@ -75,20 +76,19 @@ class QuantineQuantizer(HfQuantizer):  # type: ignore[misc]
             del config.transformers_weights
         return config
 
-    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
-        """Cast a stored tensor to the dtype of its place in the model, packed ones to none."""
-        return dtype
-
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         entries = _packed_entries(checkpoint_files or [])
-        config: QuantineConfig = self.quantization_config
-        for name, index in config.layers.items():
+        config = self.quantization_config
+        assert isinstance(config, QuantineConfig)
+        for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
-                scheme = config.schemes[index]
-                _replace(model, place, _packed(model, place, name, scheme, entries))
+                scheme = config.schemes[layer["scheme"]]
+                tensors = _placeholders(scheme["format"], (name, place), entries)
+                module = _packed(model.get_submodule(place), scheme, layer["shape"], tensors)
+                _replace(model, place, module)
         _tie_head(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
@@ -131,45 +131,30 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _packed(
-    model: PreTrainedModel,
-    place: str,
-    name: str,
-    scheme: dict[str, Any],
-    entries: dict[str, Entry],
+    old: nn.Module, scheme: dict[str, Any], shape: list[int], tensors: dict[str, Tensor]
 ) -> Packed:
-    """The packed module for layer ``name``, its tensors on the meta device."""
-    tensors = _placeholders(name, place, entries)
-    old, spec, layout = model.get_submodule(place), spec_of(scheme), scheme["format"]
-    out_features, in_features = tensors["codes"].shape[0], _in_features(old)
+    """The packed module that takes the place of ``old``."""
+    layout, spec = scheme["format"], spec_of(scheme)
     if isinstance(old, nn.Embedding):
         scale = getattr(old, "scalar_embed_scale", 1.0)
-        dtype = old.weight.dtype
-        return QuantEmbedding(layout, spec, out_features, in_features, tensors, scale, dtype)
-    return QuantLinear(layout, spec, out_features, in_features, tensors, old.bias)
+        return QuantEmbedding(layout, spec, shape[0], shape[1], tensors, scale, old.weight.dtype)
+    bias: nn.Parameter | None = getattr(old, "bias", None)
+    return QuantLinear(layout, spec, shape[0], shape[1], tensors, bias)
 
 
-def _placeholders(name: str, place: str, entries: dict[str, Entry]) -> dict[str, Tensor]:
-    # Directories written by save_pretrained of a bare model lack the prefix.
-    for prefix in (f"{name}.", f"{place}."):
-        found = {key: entry for key, entry in entries.items() if key.startswith(prefix)}
-        tensors = {
-            key.removeprefix(prefix): torch.empty(
-                entry.shape, dtype=DTYPES[entry.dtype], device="meta"
-            )
-            for key, entry in found.items()
-            if key.removeprefix(prefix) != "bias"
-        }
-        if "codes" in tensors:
-            return tensors
-    raise FormatError(f"config.json lists {name} as quantized, but no file holds {name}.codes")
-
-
-def _in_features(module: nn.Module) -> int:
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    return module.get_parameter("weight").shape[0]
+def _placeholders(
+    layout: str, paths: tuple[str, ...], entries: dict[str, Entry]
+) -> dict[str, Tensor]:
+    """Tensors on the meta device like those the files hold below one of ``paths``."""
+    for path in paths:  # files that save_pretrained wrote for a bare model lack the prefix
+        names = {key: f"{path}.{key}" for key in format_named(layout).tensor_names}
+        found = {key: entries[name] for key, name in names.items() if name in entries}
+        if found:
+            return {
+                key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
+                for key, entry in found.items()
+            }
+    raise FormatError(f"config.json lists {paths[0]} as quantized, but no file holds its tensors")
 
 
 def _tie_head(model: PreTrainedModel) -> None:

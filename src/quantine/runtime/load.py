@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(
-    directory: str | Path, dtype: torch.dtype | str = "auto"
-) -> tuple[PreTrainedModel, Any]:
+def load(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
     """Load an output of `quantine.quantize` and its tokenizer.
 
     Weights stay packed; the files are mapped, not copied.
@@ -44,16 +42,17 @@ def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTr
             f"{source.name} was not written by quantine (its config.json says otherwise): quantize "
             "it first, or load it with transformers"
         )
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.directory, dtype=dtype, output_loading_info=True
     )
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise FormatError(
                 f"{source.directory} is damaged: {kind.replace('_', ' ')} {sorted(info[kind])[:4]}"
             )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
+    packed: PreTrainedModel = model.eval()
+    return packed
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:

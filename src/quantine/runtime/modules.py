@@ -57,7 +57,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         packed = {name: self._buffers.pop(name) for name in self.tensor_names}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in packed.items():
             assert tensor is not None
             # Casts leave integers alone, moves do not: a float is moved as its bits.

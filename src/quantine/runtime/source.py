@@ -86,7 +86,8 @@ class ModelSource:
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.name} cannot be loaded: {error}") from error
-        return model.eval()
+        model.eval()
+        return model
 
     def weight_bytes(self) -> int:
         """Bytes of the files that hold weights."""

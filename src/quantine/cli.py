@@ -1,0 +1,336 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from quantine import __version__
+from quantine.errors import PlanError, QuantineError
+
+if TYPE_CHECKING:
+    from quantine.calibrate.data import Calibration
+    from quantine.plan import Plan
+
+EXIT_REFUSED: Final = 2
+EXIT_INTERRUPTED: Final = 130
+MODEL_HELP: Final = "a Hugging Face directory, a .gguf file, a hub id, or `demo`"
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 2 for a refusal, 130 for an interruption."""
+    arguments = build_parser().parse_args(argv)
+    _quiet_libraries()
+    try:
+        arguments.run(arguments)
+    except QuantineError as error:
+        print(f"quantine: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("quantine: interrupted; --resume continues a run", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (such as `head`) has what it wanted.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of every verb; parsing imports nothing heavy."""
+    parser = argparse.ArgumentParser(
+        prog="quantine",
+        description="Make large language models small without making them worse.",
+        epilog="examples:\n"
+        "  quantine quantize demo out --method gptq --bits 4\n"
+        "  quantine eval out --reference demo --window 1024 --limit 8\n"
+        '  quantine generate out "The capital of France is"\n\n'
+        "`quantine VERB --help` has more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"quantine {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_quantize(verbs)
+    _add_plan(verbs)
+    _add_eval(verbs)
+    _add_generate(verbs)
+    _add_inspect(verbs)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, run: Any, text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_quantize(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "quantize",
+        _quantize,
+        "Quantize a model into a directory.",
+        "  quantine quantize demo out --method gptq --bits 4 --samples 32\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits 3 --calibration my-text.jsonl\n"
+        "  quantine quantize ./Llama-3.2-1B out --plan plan.yaml\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits 3 --resume",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, help="output directory, new or empty")
+    _add_request(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "plan",
+        _plan,
+        "Show what quantize would do, and what it would take, without loading weights.",
+        "  quantine plan demo --method gptq --bits 3\n"
+        "  quantine plan ./Llama-3.2-1B --plan plan.yaml --layers\n"
+        "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_request(parser)
+    parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=("rtn", "gptq"), help="default gptq")
+    parser.add_argument("--bits", type=int, metavar="B", help="bits per code, 2 to 8; default 4")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="inputs that share a scale; -1 for the whole row; default 64",
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="NAME|FILE",
+        help="builtin, wikitext2, c4, ptb, pile-val, or a .txt, .jsonl or .parquet file; "
+        "default builtin",
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
+    parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--max-ram",
+        type=float,
+        metavar="GB",
+        help="activations kept in memory before they go to disk; default a quarter of the memory",
+    )
+
+
+def _add_eval(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "eval",
+        _eval,
+        "Perplexity of a float or quantized model, and its closeness to a reference.",
+        "  quantine eval demo --window 1024 --limit 8\n"
+        "  quantine eval out --text wiki.test.txt --json out.json\n"
+        "  quantine eval out --reference demo",
+    )
+    parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
+    parser.add_argument(
+        "--text",
+        default="builtin",
+        metavar="FILE|NAME",
+        help="builtin (its held-out part), wikitext2, c4, ptb, pile-val, or a .txt (verbatim), "
+        ".jsonl or .parquet file; default builtin",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window; default 2048")
+    parser.add_argument("--limit", type=int, metavar="N", help="windows used at most")
+    parser.add_argument("--reference", metavar="MODEL", help="also KL divergence and top-1 to it")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_generate(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "generate",
+        _generate,
+        "Continue a prompt, token by token.",
+        '  quantine generate out "The capital of France is"\n'
+        '  quantine generate out "Explain rainbows." --chat --tokens 200',
+    )
+    parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="at most; default 64")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy; default 0"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling; default 0")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "inspect",
+        _inspect,
+        "What a quantized directory holds, counted from its files.",
+        "  quantine inspect out\n  quantine inspect out --json out.json",
+    )
+    parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from quantine.pipeline import quantize
+    from quantine.progress import Shown
+
+    plan, calibration = _request(arguments)
+    shown = None if arguments.quiet else Shown(Console())
+    try:
+        result = quantize(
+            arguments.model,
+            arguments.out,
+            plan,
+            calibration,
+            resume=arguments.resume,
+            max_ram=arguments.max_ram,
+            progress=shown,
+        )
+    finally:
+        if shown is not None:
+            shown.stop()
+    if shown is not None:
+        totals, run = result.report["totals"], result.report["run"]
+        shown.note(
+            f"{result.path}: {totals['quantized_weights']:,} weights at "
+            f"{totals['bits_per_weight']:.3f} bits in {run['seconds']:.0f} s, "
+            f"{run['peak_memory_bytes'] / 1e9:.2f} GB peak"
+        )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from quantine.estimate import estimate
+    from quantine.prepare import prepare
+    from quantine.render import plan_as_json, print_plan
+
+    plan, calibration = _request(arguments)
+    job = prepare(arguments.model, plan, calibration)
+    size = estimate(job, arguments.max_ram)
+    print_plan(job, size, arguments.layers)
+    _write_json(arguments.json, plan_as_json(job, size))
+
+
+def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
+    from quantine.calibrate.data import Calibration
+    from quantine.plan import Plan
+
+    flags = {
+        key: getattr(arguments, key)
+        for key in ("method", "bits", "group_size")
+        if getattr(arguments, key) is not None
+    }
+    if arguments.plan is not None:
+        if flags:
+            given = ", ".join(f"--{key.replace('_', '-')}" for key in flags)
+            raise PlanError(f"--plan decides everything: write {given} into {arguments.plan}")
+        plan = Plan.from_file(arguments.plan)
+    else:
+        plan = Plan.preset(flags.pop("method", "gptq"), **flags)
+    calibration = Calibration(
+        arguments.calibration, arguments.samples, arguments.seqlen, arguments.seed
+    )
+    return plan, calibration
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    import torch
+    from rich.console import Console
+
+    from quantine.eval.perplexity import evaluate
+    from quantine.render import print_scores, window_line
+
+    console = Console(quiet=arguments.quiet)
+    live = console.is_terminal
+
+    def on_window(done: int, count: int, perplexity: float) -> None:
+        if live or done == count or done % 8 == 0:
+            console.print(window_line(done, count, perplexity), end="\r" if live else "\n")
+
+    scores = evaluate(
+        arguments.model,
+        arguments.text,
+        window=arguments.window,
+        limit=arguments.limit,
+        reference=arguments.reference,
+        dtype=getattr(torch, arguments.dtype),
+        on_window=on_window,
+    )
+    print_scores(scores, console)
+    _write_json(arguments.json, scores)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from quantine.runtime.generate import stream
+
+    stream(
+        arguments.model,
+        arguments.prompt,
+        tokens=arguments.tokens,
+        chat=arguments.chat,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        dtype=getattr(torch, arguments.dtype),
+        out=sys.stdout,
+        log=sys.stderr,
+    )
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from quantine.contents import contents
+    from quantine.render import print_contents
+
+    found = contents(arguments.directory)
+    print_contents(found)
+    _write_json(arguments.json, found)
+
+
+def _write_json(path: Path | None, value: object) -> None:
+    if path is not None:
+        try:
+            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise PlanError(f"{path} cannot be written: {error}") from error
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' progress bars and hints out of this program's output."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

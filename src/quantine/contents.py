@@ -1,0 +1,101 @@
+"""What a quantized directory holds, counted from its files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from quantine.errors import FormatError
+from quantine.formats import format_named
+from quantine.formats.checkpoint import weight_files
+from quantine.formats.shards import read_entries
+from quantine.formats.store import REPORT, RUN_DIRECTORY, read_json
+from quantine.kernels import backend
+
+
+def contents(directory: Path) -> dict[str, Any]:
+    """Layers, kept tensors, file headers, and totals; sizes in bytes, from the files.
+
+    Returns:
+        ``layers`` (name, scheme, shape, bytes, bits per weight, output error, kernel), ``kept``
+        (name, dtype, bytes), ``totals`` (``file_bytes`` is the size of the weight files).
+
+    Raises:
+        FormatError: it is not a finished directory of quantine.
+    """
+    if (directory / RUN_DIRECTORY).is_dir():
+        raise FormatError(f"{directory} is unfinished: continue it with quantize --resume")
+    if not (directory / "config.json").is_file():
+        raise FormatError(f"{directory} holds no config.json: it is not a model directory")
+    config = read_json(directory / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") != "quantine":
+        raise FormatError(f"{directory} was not written by quantine")
+    errors = _output_errors(directory)
+    files = weight_files(directory)
+    entries = {entry.name: entry for file in files for entry in read_entries(file)}
+    packed_names: set[str] = set()
+    layers = []
+    for name, layer in config["layers"].items():
+        scheme = config["schemes"][layer["scheme"]]
+        names = [f"{name}.{key}" for key in format_named(scheme["format"]).tensor_names]
+        packed_names.update(names)
+        nbytes = sum(entries[key].nbytes for key in names if key in entries)
+        layers.append(
+            {
+                "name": name,
+                "scheme": scheme,
+                "shape": layer["shape"],
+                "bytes": nbytes,
+                "bits_per_weight": nbytes * 8 / math.prod(layer["shape"]),
+                "output_error": errors.get(name),
+            }
+        )
+    kept = [
+        {"name": entry.name, "dtype": entry.dtype, "bytes": entry.nbytes}
+        for entry in entries.values()
+        if entry.name not in packed_names
+    ]
+    return {
+        "layers": layers,
+        "kept": kept,
+        "kernel": kernel(),
+        "totals": _totals(layers, kept, sum(file.stat().st_size for file in files)),
+    }
+
+
+def kernel() -> dict[str, str]:
+    """Which kernel runs packed layers here, and why."""
+    if backend.native() is None:
+        return {
+            "name": "reference",
+            "why": "the native extension is off or missing, so PyTorch unpacks and multiplies",
+        }
+    return {
+        "name": "unpack (native) + matmul (PyTorch)",
+        "why": "the native extension unpacks codes; weights are decoded to float32 for each call",
+    }
+
+
+def _output_errors(directory: Path) -> dict[str, float]:
+    """Output errors from the report, which a copied or re-saved directory may lack."""
+    if not (directory / REPORT).is_file():
+        return {}
+    layers = read_json(directory / REPORT)["layers"]
+    return {layer["name"]: layer["output_error"] for layer in layers}
+
+
+def _totals(
+    layers: list[dict[str, Any]], kept: list[dict[str, Any]], file_bytes: int
+) -> dict[str, Any]:
+    packed = sum(layer["bytes"] for layer in layers)
+    floats = sum(tensor["bytes"] for tensor in kept)
+    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    return {
+        "quantized_weights": weights,
+        "quantized_bytes": packed,
+        "bits_per_weight": packed * 8 / weights,
+        "kept_bytes": floats,
+        "header_bytes": file_bytes - packed - floats,
+        "file_bytes": file_bytes,
+    }

@@ -1,0 +1,174 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from quantine.estimate import Estimate
+    from quantine.plan import Decision
+    from quantine.prepare import Job
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes as MB (1e6) or GB (1e9)."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def window_line(done: int, count: int, perplexity: float) -> str:
+    """Progress of an evaluation."""
+    return f"window {done}/{count}  perplexity so far {perplexity:.3f}"
+
+
+def print_scores(scores: dict[str, Any], console: Console) -> None:
+    """The result of `quantine.eval.perplexity.evaluate`."""
+    table = _table("", "")
+    stderr = "" if scores["stderr"] is None else f" ± {scores['stderr']:.3f}"
+    rows = {
+        "perplexity": f"{scores['perplexity']:.3f}{stderr}",
+        "scored": f"{scores['tokens']:,} tokens, {scores['windows']} windows of {scores['window']}",
+        "bits per weight": f"{scores['bits_per_weight']:.3f}",
+        "weight files": megabytes(scores["model_bytes"]),
+    }
+    if scores["kl"] is not None:
+        rows[f"KL to {scores['reference']}"] = f"{scores['kl']:.5f} nats per token"
+        rows["top-1 agreement"] = f"{scores['top1']:.2%}"
+    rows["seconds"] = f"{scores['seconds']:.1f}"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
+    """What `quantine plan` shows."""
+    console = Console()
+    table = _table("layer", "shape", "scheme", "bits/weight", "size", "why")
+    for name, decision, count in _rows(job.decisions, every_layer):
+        layer, scheme = decision.layer, decision.scheme
+        shape = f"{layer.out_features} x {layer.in_features}" + (f"  x{count}" if count > 1 else "")
+        if scheme is None:
+            table.add_row(
+                name, shape, "16 bit", "16", megabytes(2 * count * layer.weights), decision.reason
+            )
+            continue
+        nbytes = scheme.nbytes(layer)
+        table.add_row(
+            name,
+            shape,
+            describe(scheme.as_dict()),
+            f"{nbytes * 8 / layer.weights:.3f}",
+            megabytes(nbytes * count),
+            decision.reason,
+        )
+    console.print(table)
+    for line in plan_lines(job, size):
+        console.print(line, highlight=False)
+
+
+def plan_lines(job: Job, size: Estimate) -> list[str]:
+    """Totals of a plan."""
+    place = "on disk" if size.spills else "in memory"
+    text = job.calibration.source
+    return [
+        f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
+        f"= {megabytes(size.packed)}",
+        f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
+        f"output: {megabytes(size.output)}; on disk while running: at most "
+        f"{megabytes(size.disk_while_running)}",
+        f"peak memory: about {megabytes(size.peak_memory)} "
+        f"(activations {megabytes(size.activations)} {place})",
+        f"calibration: {size.tokens:,} tokens of {text}",
+    ]
+
+
+def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
+    """Everything `quantine plan` knows."""
+    return {
+        "model": job.source.name,
+        "family": job.family.name,
+        "plan": job.plan.as_dict(),
+        "layers": [
+            {
+                "name": d.layer.name,
+                "shape": [d.layer.out_features, d.layer.in_features],
+                "scheme": None if d.scheme is None else d.scheme.as_dict(),
+                "bytes": None if d.scheme is None else d.scheme.nbytes(d.layer),
+                "reason": d.reason,
+            }
+            for d in job.decisions
+        ],
+        "predicted": {
+            "quantized_weights": size.weights,
+            "quantized_bytes": size.packed,
+            "bits_per_weight": size.bits_per_weight,
+            "kept_bytes": size.kept,
+            "output_bytes": size.output,
+            "disk_while_running_bytes": size.disk_while_running,
+            "peak_memory_bytes": size.peak_memory,
+            "activation_bytes": size.activations,
+            "activations_on_disk": size.spills,
+            "calibration_tokens": size.tokens,
+        },
+    }
+
+
+def print_contents(found: dict[str, Any]) -> None:
+    """What `quantine inspect` shows."""
+    console = Console()
+    table = _table("layer", "shape", "scheme", "bits/weight", "size", "output error")
+    for layer in found["layers"]:
+        error = layer["output_error"]
+        table.add_row(
+            layer["name"],
+            " x ".join(map(str, layer["shape"])),
+            describe(layer["scheme"]),
+            f"{layer['bits_per_weight']:.3f}",
+            megabytes(layer["bytes"]),
+            "not measured" if error is None else f"{error:.3%}",
+        )
+    console.print(table)
+    totals = found["totals"]
+    for line in (
+        f"quantized: {totals['quantized_weights']:,} weights at "
+        f"{totals['bits_per_weight']:.3f} bits = {totals['quantized_bytes']:,} bytes",
+        f"kept: {len(found['kept'])} tensors = {totals['kept_bytes']:,} bytes",
+        f"file headers: {totals['header_bytes']:,} bytes",
+        f"weight files: {totals['file_bytes']:,} bytes",
+        f"kernel: {found['kernel']['name']}: {found['kernel']['why']}",
+    ):
+        console.print(line, highlight=False)
+
+
+def describe(scheme: dict[str, Any]) -> str:
+    """A scheme in a few words."""
+    group = "row" if scheme["group_size"] == -1 else f"g{scheme['group_size']}"
+    kind = "sym" if scheme["sym"] else "asym"
+    return f"{scheme['method']} {scheme['bits']} bit {group} {kind}, {scheme['format']}"
+
+
+def _rows(decisions: Iterable[Decision], every_layer: bool) -> Iterable[tuple[str, Decision, int]]:
+    """Name, decision and count of each row; layers that differ only by block share one."""
+    if every_layer:
+        return [(d.layer.name, d, 1) for d in decisions]
+    rows: dict[tuple[object, ...], tuple[str, Decision, int]] = {}
+    for d in decisions:
+        layer = d.layer
+        name = (
+            layer.name.replace(f".{layer.block}.", ".*.", 1)
+            if layer.block is not None
+            else layer.name
+        )
+        key = (name, layer.out_features, layer.in_features, d.scheme, d.reason)
+        rows[key] = (name, d, rows[key][2] + 1 if key in rows else 1)
+    return rows.values()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table

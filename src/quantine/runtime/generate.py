@@ -1,0 +1,114 @@
+"""Text from a model, token by token."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quantine.errors import PlanError
+from quantine.runtime.load import load_model
+from quantine.runtime.source import locate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+
+def stream(
+    model: str | Path,
+    prompt: str,
+    *,
+    tokens: int,
+    chat: bool,
+    temperature: float,
+    seed: int,
+    dtype: torch.dtype,
+    out: IO[str],
+    log: IO[str],
+) -> None:
+    """Write the continuation of ``prompt`` to ``out`` as it is made, and its speed to ``log``.
+
+    Args:
+        tokens: written at most.
+        chat: wrap the prompt in the tokenizer's chat template.
+        temperature: 0 always takes the most likely token.
+        seed: of a local random generator.
+        dtype: of the computation.
+
+    Raises:
+        PlanError: the prompt is empty, or an option is out of range.
+    """
+    if tokens < 1 or temperature < 0:
+        raise PlanError(
+            f"tokens must be positive and temperature not negative: {tokens}, {temperature}"
+        )
+    source = locate(model)
+    tokenizer = source.tokenizer()
+    ids = _prompt_ids(tokenizer, prompt, chat)
+    loaded = load_model(source, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    first = started
+    made: list[int] = []
+    shown = ""
+    for token in continue_tokens(loaded, ids, tokens, temperature, generator):
+        if not made:
+            first = time.perf_counter()
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        # A character may need several tokens; until it is whole it decodes to U+FFFD.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            out.write(text[len(shown) :])
+            out.flush()
+            shown = text
+    out.write("\n")
+    decoding = time.perf_counter() - first
+    speed = f", {(len(made) - 1) / decoding:.1f} tokens/s" if len(made) > 1 else ""
+    log.write(f"{ids.shape[1]} prompt tokens in {first - started:.2f} s{speed}\n")
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    ids: Tensor,
+    tokens: int,
+    temperature: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """At most ``tokens`` token ids that follow ``ids`` ``[1, tokens]``, up to an end token."""
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    cache, step = None, ids
+    for _ in range(tokens):
+        with torch.no_grad():
+            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        token = _choose(output.logits[0, -1].float(), temperature, generator)
+        if token in ends:
+            return
+        yield token
+        step = torch.tensor([[token]])
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    if temperature == 0:
+        return int(logits.argmax())
+    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise PlanError("the tokenizer has no chat template: leave out --chat")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if ids.numel() == 0:
+        raise PlanError("the prompt is empty: nothing to continue")
+    prompt_ids: Tensor = ids.long()
+    return prompt_ids
