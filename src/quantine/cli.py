@@ -198,13 +198,12 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from quantine.pipeline import quantize
     from quantine.progress import Shown
+    from quantine.render import make_console
 
     plan, calibration = _request(arguments)
-    shown = None if arguments.quiet else Shown(Console())
+    shown = None if arguments.quiet else Shown(make_console())
     try:
         result = quantize(
             arguments.model,
@@ -263,12 +262,11 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
 
 def _eval(arguments: argparse.Namespace) -> None:
     import torch
-    from rich.console import Console
 
     from quantine.eval.perplexity import evaluate
-    from quantine.render import print_scores, window_line
+    from quantine.render import make_console, print_scores, window_line
 
-    console = Console(quiet=arguments.quiet)
+    console = make_console(arguments.quiet)
     live = console.is_terminal
 
     def on_window(done: int, count: int, perplexity: float) -> None:

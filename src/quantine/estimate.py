@@ -8,6 +8,7 @@ from typing import Final
 
 from quantine.calibrate.sequential import batch_samples
 from quantine.errors import PlanError
+from quantine.methods.clip import CHUNK
 from quantine.prepare import Job
 from quantine.progress import peak_memory
 
@@ -17,6 +18,12 @@ DEFAULT_SHARE: Final = 0.25
 """Share of the machine's memory that activations may take by default."""
 GGUF_COPY: Final = 4
 """Bytes per weight of the float32 copy that a GGUF model is read from."""
+GGUF_COPIES: Final = 2.0
+"""Float32 copies of the model in memory while transformers dequantizes a GGUF."""
+LIVE_TENSORS: Final = 4
+"""Tensors as wide as the block's widest matrix that live at once in a forward pass."""
+SEARCH_BYTES: Final = 32 * CHUNK
+"""Temporary bytes of the clip search."""
 
 
 @dataclass(frozen=True)
@@ -98,31 +105,29 @@ def _kept_bytes(job: Job) -> int:
 
 def _peak(job: Job, activations: int) -> int:
     """Peak resident memory: this process as it is now, and what the largest step adds to it."""
+    table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
+    # Reading a tensor holds the mapped file and the copy; then the table feeds the first block.
+    steps = [2 * table, table + activations, _in_block(job) + activations]
     if job.source.gguf_file is not None:
-        # transformers dequantizes the whole model at once, with about one copy to spare.
-        converting = sum(p.numel() for p in job.model.parameters()) * 2 * FLOAT
-    else:
-        converting = 0
-    return peak_memory() + max(_entering(job), _in_block(job) + activations, converting)
-
-
-def _entering(job: Job) -> int:
-    table = next(d.layer for d in job.decisions if d.layer.role == "embedding")
-    return 2 * table.weights * FLOAT
+        parameters = sum(p.numel() for p in job.model.parameters())
+        steps.append(int(parameters * FLOAT * GGUF_COPIES))
+    return peak_memory() + max(steps)
 
 
 def _in_block(job: Job) -> int:
+    """Bytes that one block takes: its weights, and the largest of forward pass and solver."""
     inside = [d.layer for d in job.decisions if d.layer.block == 0]
-    block = sum(layer.weights for layer in inside) * FLOAT
-    largest = max(layer.weights for layer in inside) * FLOAT
-    widest = max(layer.in_features for layer in inside)
-    square = widest * widest * FLOAT
-    batch = 0
+    largest = FLOAT * max(layer.weights for layer in inside)
+    square = FLOAT * max(layer.in_features for layer in inside) ** 2
+    # Solving: weight, columns, errors, codes, decoded weight; Hessian and factor.
+    solving = 5 * largest + 2 * square + SEARCH_BYTES
+    factoring = 4 * square
+    forward = square
     if job.segments is not None:
         rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
-        batch = rows * sum(layer.out_features for layer in inside) * FLOAT
-    solving = 3 * square + 5 * largest
-    return block + max(batch + square, solving)
+        widest = max(layer.out_features for layer in inside)
+        forward += FLOAT * rows * LIVE_TENSORS * (widest + _width(job))
+    return FLOAT * sum(layer.weights for layer in inside) + max(solving, factoring, forward)
 
 
 def _width(job: Job) -> int:

@@ -21,7 +21,14 @@ from quantine.estimate import Estimate, estimate
 from quantine.families.base import block_list
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
-from quantine.formats.store import REPORT, RunStore, check_identity, is_finished, read_json
+from quantine.formats.store import (
+    REPORT,
+    RunStore,
+    check_identity,
+    clear_remains,
+    is_finished,
+    read_json,
+)
 from quantine.plan import Decision, Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import Progress, Silent, peak_memory
@@ -91,6 +98,7 @@ def _run(job: Job, out: Path, size: Estimate, progress: Progress, started: float
     identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
     check_identity(out, identity)
     if is_finished(out):
+        clear_remains(out)
         progress.note(f"{out} is finished already")
         return Result(out, read_json(out / REPORT))
     store = RunStore(out)
@@ -266,7 +274,9 @@ def stored_floats(checkpoint: Checkpoint, job: Job, names: list[str]) -> dict[st
 def _sixteen(tensor: Tensor) -> Tensor:
     if tensor.ndim < 2 or tensor.dtype not in {torch.float32, torch.float64}:
         return tensor
-    return tensor.half() if float(tensor.abs().max()) <= LARGEST_HALF else tensor.float()
+    low, high = tensor.aminmax()
+    fits = float(low) >= -LARGEST_HALF and float(high) <= LARGEST_HALF
+    return tensor.half() if fits else tensor.float()
 
 
 def _stage_loose(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[str]:

@@ -79,7 +79,7 @@ class Shown:
 
     def note(self, text: str) -> None:
         """Print a line."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text)
 
     def start(self, blocks: int, done: int) -> None:
         """Start the bar."""

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
+
+PLAIN_WIDTH: Final = 200
 
 if TYPE_CHECKING:
     from quantine.estimate import Estimate
     from quantine.plan import Decision
     from quantine.prepare import Job
+
+
+def make_console(quiet: bool = False) -> Console:
+    """Standard output; where it is no terminal, lines are as wide as they need to be."""
+    console = Console(quiet=quiet, highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    return console
 
 
 def megabytes(nbytes: float) -> str:
@@ -45,7 +55,7 @@ def print_scores(scores: dict[str, Any], console: Console) -> None:
 
 def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
     """What `quantine plan` shows."""
-    console = Console()
+    console = make_console()
     table = _table("layer", "shape", "scheme", "bits/weight", "size", "why")
     for name, decision, count in _rows(job.decisions, every_layer):
         layer, scheme = decision.layer, decision.scheme
@@ -66,7 +76,7 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
         )
     console.print(table)
     for line in plan_lines(job, size):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def plan_lines(job: Job, size: Estimate) -> list[str]:
@@ -118,7 +128,7 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
 
 def print_contents(found: dict[str, Any]) -> None:
     """What `quantine inspect` shows."""
-    console = Console()
+    console = make_console()
     table = _table("layer", "shape", "scheme", "bits/weight", "size", "output error")
     for layer in found["layers"]:
         error = layer["output_error"]
@@ -140,7 +150,7 @@ def print_contents(found: dict[str, Any]) -> None:
         f"weight files: {totals['file_bytes']:,} bytes",
         f"kernel: {found['kernel']['name']}: {found['kernel']['why']}",
     ):
-        console.print(line, highlight=False)
+        console.print(line)
 
 
 def describe(scheme: dict[str, Any]) -> str:

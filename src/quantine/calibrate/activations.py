@@ -28,7 +28,8 @@ class Activations:
 
     def __getitem__(self, index: int) -> Tensor:
         if self._directory is not None:
-            return torch.from_numpy(np.load(self._file(index), allow_pickle=False))
+            # Cloned into torch's alignment: matrix products then round as they do in memory.
+            return torch.from_numpy(np.load(self._file(index), allow_pickle=False)).clone()
         kept = self._kept[index]
         if kept is None:
             raise IndexError(f"batch {index} has not been stored")

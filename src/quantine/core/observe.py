@@ -87,17 +87,14 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
     if not bool(torch.isfinite(hessian).all()):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
     diagonal = hessian.diagonal()
-    mean = diagonal.mean().item() or 1.0
     order = (
         torch.argsort(diagonal, descending=True, stable=True)
         if act_order
         else torch.arange(hessian.shape[0])
     )
-    ordered = hessian[order][:, order] / mean
-    ordered.diagonal()[ordered.diagonal() == 0] = 1.0
     used = damp
     while True:
-        upper = _inverse_factor(ordered, used)
+        upper = _inverse_factor(_normalized(hessian, order, used))
         if upper is not None:
             return Factor(upper, order, used)
         if used >= 1.0:
@@ -107,12 +104,21 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
         used = min(used * 10, 1.0)
 
 
-def _inverse_factor(matrix: Tensor, damp: float) -> Tensor | None:
-    damped = matrix.clone()
-    damped.diagonal().add_(damp)
-    lower, failed = torch.linalg.cholesky_ex(damped)
+def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
+    """An ordered, damped copy with mean diagonal 1 (before damping): its scale cancels later."""
+    matrix = hessian[order][:, order].div_(hessian.diagonal().mean().item() or 1.0)
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal.add_(damp)
+    return matrix
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         return None
-    torch.cholesky_inverse(lower, out=damped)
-    upper, failed = torch.linalg.cholesky_ex(damped, upper=True)
+    del matrix  # the three steps need two matrices at a time
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if failed or not bool(torch.isfinite(upper).all()) else upper

@@ -20,6 +20,7 @@ from quantine.errors import OutputError, ResumeMismatch
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 
 RUN_DIRECTORY: Final = ".quantine"
+REMAINS: Final = ".quantine-finished"
 IDENTITY: Final = "identity.json"
 REPORT: Final = "quantine_report.json"
 SHARD_BYTES: Final = 4_000_000_000
@@ -71,7 +72,10 @@ class RunStore:
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
-        shutil.rmtree(self._run)
+        # One rename ends the run; what a kill leaves of the removal, `clear_remains` takes away.
+        remains = self.out / REMAINS
+        self._run.replace(remains)
+        shutil.rmtree(remains)
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -118,6 +122,11 @@ def stored_identity(out: Path) -> dict[str, str] | None:
     if (run / IDENTITY).is_file():
         return dict(read_json(run / IDENTITY))
     return dict(read_json(out / REPORT)["identity"]) if is_finished(out) else None
+
+
+def clear_remains(out: Path) -> None:
+    """Remove what a run killed in its last act left behind."""
+    shutil.rmtree(out / REMAINS, ignore_errors=True)
 
 
 def is_finished(out: Path) -> bool:

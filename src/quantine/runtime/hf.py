@@ -170,5 +170,10 @@ def _tie_head(model: PreTrainedModel) -> None:
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    name, _, leaf = path.rpartition(".")
+    parent = model.get_submodule(name)
+    setattr(parent, leaf, module)
+    if not parent._parameters and not parent._buffers:
+        # Keeps transformers from initializing what it does not have: GPT-2's initializer of an
+        # attention or MLP module reaches for the weights of the children.
+        parent._is_hf_initialized = True  # type: ignore[assignment]

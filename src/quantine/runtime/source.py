@@ -87,6 +87,10 @@ class ModelSource:
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{self.name} cannot be loaded: {error}") from error
         model.eval()
+        if self.gguf_file is not None:
+            # The weights are dequantized by now; the mark would forbid saving them.
+            quantizer: Any = model.hf_quantizer
+            quantizer.remove_quantization_config(model)
         return model
 
     def weight_bytes(self) -> int:
