@@ -22,6 +22,8 @@ GGUF_COPIES: Final = 2.0
 """Float32 copies of the model in memory while transformers dequantizes a GGUF."""
 LIVE_TENSORS: Final = 4
 """Tensors as wide as the block's widest matrix that live at once in a forward pass."""
+SOLVED_COPIES: Final = 5
+"""Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
 SEARCH_BYTES: Final = 32 * CHUNK
 """Temporary bytes of the clip search."""
 
@@ -108,6 +110,8 @@ def _peak(job: Job, activations: int) -> int:
     table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
     # Reading a tensor holds the mapped file and the copy; then the table feeds the first block.
     steps = [2 * table, table + activations, _in_block(job) + activations]
+    outside = [d.layer.weights for d in job.scheme_layers() if d.layer.role != "block"]
+    steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))
@@ -119,8 +123,7 @@ def _in_block(job: Job) -> int:
     inside = [d.layer for d in job.decisions if d.layer.block == 0]
     largest = FLOAT * max(layer.weights for layer in inside)
     square = FLOAT * max(layer.in_features for layer in inside) ** 2
-    # Solving: weight, columns, errors, codes, decoded weight; Hessian and factor.
-    solving = 5 * largest + 2 * square + SEARCH_BYTES
+    solving = SOLVED_COPIES * largest + 2 * square + SEARCH_BYTES
     factoring = 4 * square
     forward = square
     if job.segments is not None:

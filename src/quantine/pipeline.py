@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantine.calibrate.data import Calibration
 from quantine.calibrate.sequential import Sequential
-from quantine.core.observe import Hessian
-from quantine.core.qtensor import QTensor
-from quantine.errors import OutputError, SolverError
+from quantine.errors import OutputError
 from quantine.estimate import Estimate, estimate
 from quantine.families.base import block_list
-from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import (
     REPORT,
@@ -29,12 +25,11 @@ from quantine.formats.store import (
     is_finished,
     read_json,
 )
-from quantine.plan import Decision, Plan
+from quantine.matrix import as_stored, install, read_weight, solve, unpack
+from quantine.plan import Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import Progress, Silent, peak_memory
 from quantine.publish import output_files, report_of
-
-LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -134,207 +129,92 @@ def _quantize_all(
     outside = _stage_outside(job, checkpoint, store)
     count = len(block_list(job.model, job.family))
     blocks = [f"block-{index:05}" for index in range(count)]
-    done = [part for part in blocks if store.is_committed(part)]
-    progress.start(count, len(done))
-    if len(done) < count:
+    done = sum(store.is_committed(part) for part in blocks)
+    progress.start(count, done)
+    if done < count:
         sequential = _enter(job, checkpoint, store, spills)
         for index, part in enumerate(blocks):
-            if part in done:
-                if sequential is not None:
-                    _replay(job, sequential, store, part, index)
-                progress.block(index)
-                continue
-            _Block(job, checkpoint, sequential, index, progress).quantize(store, part)
+            if sequential is not None:
+                sequential.load(index)
+            if store.is_committed(part):
+                _restore_block(job, store.tensors(part), index)
+            else:
+                _quantize_block(job, checkpoint, sequential, store, part, index, progress)
+            if sequential is not None:
+                sequential.advance(index)
+                sequential.release(index)
             progress.block(index)
     return [*outside, *loose, *blocks]
 
 
+def _stage_loose(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[str]:
+    """Stage the float tensors outside of blocks, each a part of its own."""
+    parts = job.loose_names()
+    for name in parts:
+        if not store.is_committed(name):
+            store.commit(name, _kept(job, checkpoint, [name]), [])
+    return parts
+
+
+def _stage_outside(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[str]:
+    """Quantize what a plan asks for outside of blocks: embedding and head."""
+    outside = [d for d in job.scheme_layers() if d.layer.role != "block"]
+    for decision in outside:
+        layer = decision.layer
+        if not store.is_committed(layer.name):
+            weight = read_weight(checkpoint, layer, job.stored_name(f"{layer.name}.weight"))
+            _, packed, report = solve(decision, weight, None)
+            store.commit(layer.name, packed, [report])
+    return [decision.layer.name for decision in outside]
+
+
 def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> Sequential | None:
+    """The calibration segments at the first block, past what is quantized before it."""
     if job.segments is None:
         return None
     replaced = {}
     for decision in job.scheme_layers():
         if decision.layer.role == "embedding":
             packed = store.tensors(decision.layer.name)
-            replaced[f"{decision.layer.name}.weight"] = _unpack(decision, packed).dequantize()
+            replaced[f"{decision.layer.name}.weight"] = unpack(decision, packed).dequantize()
     spill = store.scratch / "activations" if spills else None
     return Sequential(job.model, job.family, checkpoint, job.segments, spill, replaced)
 
 
-def _replay(job: Job, sequential: Sequential, store: RunStore, part: str, index: int) -> None:
-    """Run a block that an earlier run finished, with its quantized weights."""
-    block = sequential.load(index)
-    tensors = store.tensors(part)
-    for decision in _inside(job, index):
-        _install(block, job, decision, _unpack(decision, tensors))
-    sequential.advance(index)
-    sequential.release(index)
+def _restore_block(job: Job, tensors: dict[str, Tensor], index: int) -> None:
+    """Give a block that an earlier run finished its quantized weights."""
+    for decision in job.block_schemes(index):
+        install(job.model, decision.layer, unpack(decision, tensors))
 
 
-class _Block:
-    """One decoder block on its way from float to packed."""
-
-    def __init__(
-        self,
-        job: Job,
-        checkpoint: Checkpoint,
-        sequential: Sequential | None,
-        index: int,
-        progress: Progress,
-    ) -> None:
-        self._job = job
-        self._checkpoint = checkpoint
-        self._sequential = sequential
-        self._index = index
-        self._progress = progress
-        self._tensors: dict[str, Tensor] = {}
-        self._reports: list[dict[str, Any]] = []
-
-    def quantize(self, store: RunStore, part: str) -> None:
-        """Quantize, commit, and move the activations on."""
-        block = None if self._sequential is None else self._sequential.load(self._index)
-        for group in range(len(self._job.family.groups)):
-            chosen = [d for d in _inside(self._job, self._index) if d.layer.group == group]
-            if chosen:
-                hessian = self._observe(group)
-                for decision in chosen:
-                    self._solve(block, decision, hessian)
-        kept = stored_floats(self._checkpoint, self._job, self._job.block_names(self._index))
-        store.commit(part, {**self._tensors, **kept}, self._reports)
-        if self._sequential is not None:
-            self._sequential.advance(self._index)
-            self._sequential.release(self._index)
-
-    def _observe(self, group: int) -> Hessian | None:
-        if self._sequential is None:
-            return None
-        path = self._job.family.groups[group][0]
-        return self._sequential.observe(self._index, path)
-
-    def _solve(self, block: nn.Module | None, decision: Decision, hessian: Hessian | None) -> None:
-        weight = _weight(self._checkpoint, decision)
-        qtensor, packed, report = solve(decision, weight, hessian)
-        self._tensors.update(packed)
-        self._reports.append(report)
-        self._progress.layer(report)
-        if block is not None:
-            _install(block, self._job, decision, qtensor)
+def _quantize_block(
+    job: Job,
+    checkpoint: Checkpoint,
+    sequential: Sequential | None,
+    store: RunStore,
+    part: str,
+    index: int,
+    progress: Progress,
+) -> None:
+    """Quantize the matrices of a block, group after group, and commit them."""
+    tensors = _kept(job, checkpoint, job.block_names(index))
+    reports = []
+    for group, paths in enumerate(job.family.groups):
+        chosen = [d for d in job.block_schemes(index) if d.layer.group == group]
+        hessian = sequential.observe(index, paths[0]) if sequential and chosen else None
+        for decision in chosen:
+            layer = decision.layer
+            weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
+            qtensor, packed, report = solve(decision, weight, hessian)
+            if sequential is not None:
+                install(job.model, layer, qtensor)
+            tensors.update(packed)
+            reports.append(report)
+            progress.layer(report)
+    store.commit(part, tensors, reports)
 
 
-def solve(
-    decision: Decision, weight: Tensor, hessian: Hessian | None
-) -> tuple[QTensor, dict[str, Tensor], dict[str, Any]]:
-    """Quantize one matrix.
-
-    Args:
-        weight: ``[out, in]`` float32.
-
-    Returns:
-        The result, its packed tensors by full name, and the layer's report.
-
-    Raises:
-        SolverError: names the layer.
-    """
-    layer, scheme = decision.layer, decision.scheme
-    assert scheme is not None
-    started = time.perf_counter()
-    try:
-        qtensor = scheme.solver(weight, hessian, scheme.spec)
-    except SolverError as error:
-        raise SolverError(f"{layer.name}: {error}") from error
-    packed = format_named(scheme.format).pack(qtensor)
-    nbytes = sum(tensor.nbytes for tensor in packed.values())
-    delta = qtensor.dequantize().sub_(weight)
-    report = {
-        "name": layer.name,
-        "scheme": scheme.as_dict(),
-        "shape": [layer.out_features, layer.in_features],
-        "weights": layer.weights,
-        "bytes": nbytes,
-        "bits_per_weight": nbytes * 8 / layer.weights,
-        "output_error": _ratio(delta, weight, hessian),
-        "weight_error": float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
-        "damp": hessian.damp_used if hessian and scheme.solver.needs_inputs else None,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
-    return qtensor, {f"{layer.name}.{key}": value for key, value in packed.items()}, report
-
-
-def stored_floats(checkpoint: Checkpoint, job: Job, names: list[str]) -> dict[str, Tensor]:
-    """The float tensors ``names`` as the output stores them: matrices in 16 bit.
-
-    A float32 matrix becomes float16 unless it overflows there; vectors keep their dtype.
-    """
-    return {
-        name: _sixteen(checkpoint.read([job.stored_name(name)])[job.stored_name(name)])
-        for name in names
-    }
-
-
-def _sixteen(tensor: Tensor) -> Tensor:
-    if tensor.ndim < 2 or tensor.dtype not in {torch.float32, torch.float64}:
-        return tensor
-    low, high = tensor.aminmax()
-    fits = float(low) >= -LARGEST_HALF and float(high) <= LARGEST_HALF
-    return tensor.half() if fits else tensor.float()
-
-
-def _stage_loose(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[str]:
-    parts = job.loose_names()
-    for name in parts:
-        if not store.is_committed(name):
-            store.commit(name, stored_floats(checkpoint, job, [name]), [])
-    return parts
-
-
-def _stage_outside(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[str]:
-    """Quantize what a plan asks for outside of decoder blocks: embedding and head."""
-    parts = []
-    for decision in job.scheme_layers():
-        if decision.layer.role == "block":
-            continue
-        part = decision.layer.name
-        parts.append(part)
-        if not store.is_committed(part):
-            name = job.stored_name(f"{part}.weight")
-            weight = checkpoint.read([name])[name].float()
-            _, packed, report = solve(decision, weight, None)
-            store.commit(part, packed, [report])
-    return parts
-
-
-def _inside(job: Job, index: int) -> list[Decision]:
-    return [d for d in job.scheme_layers() if d.layer.block == index]
-
-
-def _weight(checkpoint: Checkpoint, decision: Decision) -> Tensor:
-    """The matrix ``[out, in]`` float32 of a layer inside a block."""
-    name = f"{decision.layer.name}.weight"
-    weight = checkpoint.read([name])[name].float()
-    return weight.T.contiguous() if decision.layer.transposed else weight
-
-
-def _install(block: nn.Module, job: Job, decision: Decision, qtensor: QTensor) -> None:
-    """Let the block compute with what will really run from here on."""
-    path = decision.layer.name.removeprefix(f"{job.family.blocks}.{decision.layer.block}.")
-    weight = qtensor.dequantize()
-    if decision.layer.transposed:
-        weight = weight.T.contiguous()
-    module = block.get_submodule(path)
-    module.weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _unpack(decision: Decision, tensors: Mapping[str, Tensor]) -> QTensor:
-    layer, scheme = decision.layer, decision.scheme
-    assert scheme is not None
-    layout = format_named(scheme.format)
-    names = {key: f"{layer.name}.{key}" for key in layout.tensor_names}
-    packed = {key: tensors[name] for key, name in names.items() if name in tensors}
-    return layout.unpack(packed, scheme.spec, layer.in_features)
-
-
-def _ratio(delta: Tensor, weight: Tensor, hessian: Hessian | None) -> float | None:
-    """Squared output error relative to the float layer's squared output."""
-    if hessian is None or hessian.tokens == 0:
-        return None
-    return hessian.error_energy(delta) / max(hessian.error_energy(weight), 1e-30)
+def _kept(job: Job, checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
+    """The float tensors ``names`` as the output stores them."""
+    stored = {name: job.stored_name(name) for name in names}
+    return {name: as_stored(checkpoint.read([source])[source]) for name, source in stored.items()}

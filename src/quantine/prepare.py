@@ -57,6 +57,10 @@ class Job:
         """The decisions that quantize something."""
         return [decision for decision in self.decisions if decision.scheme is not None]
 
+    def block_schemes(self, index: int) -> list[Decision]:
+        """The decisions that quantize something inside block ``index``."""
+        return [decision for decision in self.scheme_layers() if decision.layer.block == index]
+
     def checkpoint(self, directory: Path | None = None) -> Checkpoint:
         """The float weights, in ``directory`` if they were converted there."""
         return Checkpoint(

@@ -83,6 +83,9 @@ def _config(job: Job, report: dict[str, Any]) -> bytes:
     config = copy.deepcopy(job.config)
     config.architectures = [type(job.model).__name__]
     config.transformers_weights = LOCK
+    if config.dtype is None:
+        # Else transformers would take the dtype of the first float it finds: a float16 scale.
+        config.dtype = "float32"
     if job.unties:
         config.tie_word_embeddings = False
     value = json.loads(config.to_json_string(use_diff=True))

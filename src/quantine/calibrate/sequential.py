@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,8 +28,9 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """The causal language model of ``config`` without weights: parameters on the meta device."""
     from transformers import AutoModelForCausalLM
 
+    own = copy.deepcopy(config)  # which the model marks with its dtype
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
     model.eval()
     return model
 

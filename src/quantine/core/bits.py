@@ -19,17 +19,18 @@ def packed_bytes(columns: int, bits: int) -> int:
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
     """Pack ``codes`` ``[rows, columns]`` uint8 into ``[rows, packed_bytes]`` uint8."""
     rows, columns = codes.shape
-    shifts = torch.arange(bits, dtype=torch.uint8)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits)
     stream = torch.nn.functional.pad(stream, (0, -columns * bits % 8))
-    weights = 2 ** torch.arange(8, dtype=torch.int32)
-    return (stream.view(rows, -1, 8).int() * weights).sum(-1).to(torch.uint8)
+    weights = 2 ** torch.arange(8, dtype=torch.int32, device=codes.device)
+    octets = stream.view(rows, packed_bytes(columns, bits), 8)
+    return (octets.int() * weights).sum(-1).to(torch.uint8)
 
 
 def unpack_reference(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Invert `pack_reference`: ``[rows, columns]`` uint8 codes."""
-    rows = packed.shape[0]
-    stream = (packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    stream = stream.view(rows, -1)[:, : columns * bits].reshape(rows, columns, bits)
-    weights = 2 ** torch.arange(bits, dtype=torch.int32)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)
+    stream = stream[:, : columns * bits].reshape(packed.shape[0], columns, bits)
+    weights = 2 ** torch.arange(bits, dtype=torch.int32, device=packed.device)
     return (stream.int() * weights).sum(-1).to(torch.uint8)

@@ -5,7 +5,9 @@ Imported only once transformers itself is, see ``quantine/__init__.py``.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -92,7 +94,8 @@ class QuantineQuantizer(HfQuantizer):
         _tie_head(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        model.config.transformers_weights = LOCK
+        # transformers drops the lock when it saves a configuration: see `_save_locked`.
+        model.save_pretrained = MethodType(_save_locked, model)  # type: ignore[method-assign]
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes packed tensors as they are."""
@@ -108,6 +111,15 @@ def register(auto: Any) -> None:
     """Register both classes; ``auto`` is the module ``transformers.quantizers.auto``."""
     auto.register_quantization_config(METHOD)(QuantineConfig)
     auto.register_quantizer(METHOD)(QuantineQuantizer)
+
+
+def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
+    """``save_pretrained`` of a quantized model: put the lock on the copy as well."""
+    type(model).save_pretrained(model, save_directory, **options)
+    path = Path(save_directory) / "config.json"
+    if path.is_file():
+        config = json.loads(path.read_text()) | {"transformers_weights": LOCK}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def spec_of(scheme: dict[str, Any]) -> QuantSpec:
