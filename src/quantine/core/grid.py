@@ -110,4 +110,4 @@ def _float16_scale(scale: Tensor) -> Tensor:
 
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:
-    return x.unflatten(1, (-1, group_size))
+    return torch.unflatten(x, 1, (-1, group_size))

@@ -109,7 +109,7 @@ class QuantEmbedding(Packed):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(format_name, spec, out_features, in_features, tensors)
-        self.scale = scale
+        self.factor = scale  # `scale` is the name of a packed tensor
         # Follows the model's dtype, which an embedding decides for all that comes after it.
         self.register_buffer("output_like", torch.empty(0, dtype=dtype), persistent=False)
 
@@ -120,7 +120,7 @@ class QuantEmbedding(Packed):
         layout = format_named(self.format_name)
         rows = layout.unpack(self.packed_tensors(), self.spec, self.in_features, used)
         result = embedding(inverse, rows.dequantize().to(dtype))
-        return result if self.scale == 1.0 else result * torch.tensor(self.scale, dtype=dtype)
+        return result if self.factor == 1.0 else result * torch.tensor(self.factor, dtype=dtype)
 
 
 class TiedHead(nn.Module):
