@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -316,9 +317,19 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _write_json(path: Path | None, value: object) -> None:
     if path is not None:
         try:
-            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            text = json.dumps(_finite(value), indent=2, allow_nan=False)
+            path.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise PlanError(f"{path} cannot be written: {error}") from error
+
+
+def _finite(value: object) -> object:
+    """``value`` with null for numbers that JSON does not have, such as an infinite perplexity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _quiet_libraries() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,15 +144,17 @@ class Plan:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Plan:
-        """Read a YAML or JSON plan (JSON is YAML).
+        """Read a YAML or, by its suffix, a JSON plan.
 
         Raises:
             PlanError: no such file, or it is malformed.
         """
         path = Path(path)
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            text = path.read_text(encoding="utf-8")
+            # PyYAML takes neither tabs nor numbers such as 1e-05, which are fine JSON.
+            value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise PlanError(f"plan {path} cannot be read: {error}") from error
         return cls.from_dict(value, path.stem)
 
@@ -204,7 +207,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
         if fields or "format" in value:
             raise PlanError(f"{where}: method {KEEP!r} takes no parameters")
         return None
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise PlanError(
             f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {method!r}"
         )
@@ -218,7 +221,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
         if expected in {int, float, bool} and not _is_a(item, expected):
             raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
     layout = value.get("format", "dense")
-    if layout not in FORMATS:
+    if not isinstance(layout, str) or layout not in FORMATS:
         raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
     try:
         spec = QuantSpec(**{k: v for k, v in fields.items() if k in spec_types})

@@ -78,13 +78,15 @@ def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: 
     Raises:
         CalibrationError: the text is shorter than one segment.
     """
-    if len(stream) <= length:
+    if len(stream) < length:
         raise CalibrationError(
             f"the text {source!r} has {len(stream)} tokens, too few for one segment of {length}: "
             "use a longer text or a smaller seqlen"
         )
     generator = random.Random(seed)
-    starts = [generator.randint(0, len(stream) - length - 1) for _ in range(samples)]
+    # The last window is never drawn, as in GPTQ's published calibration, unless it is the only one.
+    last = max(0, len(stream) - length - 1)
+    starts = [generator.randint(0, last) for _ in range(samples)]
     return torch.stack([stream[start : start + length] for start in starts])
 
 

@@ -78,8 +78,14 @@ def _builtin(split: Split) -> str:
     def heldout(name: str) -> bool:
         return hashlib.sha256(name.encode()).digest()[0] % HELDOUT_EVERY == 0
 
-    chosen = [name for name in sorted(topics) if heldout(name) == (split == "heldout")]
-    return "\n\n".join(topics[name].strip() for name in chosen)
+    def joined(part: bool) -> str:
+        return "\n\n".join(topics[n].strip() for n in sorted(topics) if heldout(n) == part)
+
+    if split == "calibration":
+        return joined(False)
+    # Topics quote each other, up to indentation: what calibration has seen is not held out.
+    seen = {" ".join(paragraph.split()) for paragraph in joined(False).split("\n\n")}
+    return "\n\n".join(p for p in joined(True).split("\n\n") if " ".join(p.split()) not in seen)
 
 
 def _from_file(path: Path) -> str:
@@ -88,13 +94,14 @@ def _from_file(path: Path) -> str:
             f"no text file {path} (known names: {', '.join([BUILTIN, *HUB_TEXTS])})"
         )
     try:
-        if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
         if path.suffix == ".parquet":
             return "\n\n".join(_parquet_rows(path))
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        text = path.read_bytes().decode("utf-8")  # verbatim: no line end is translated
+        if path.suffix == ".jsonl":
+            lines = text.split("\n")
+            return "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
+        return text
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CalibrationError(
             f"{path} cannot be read as {path.suffix or 'text'}: {error!r}; .jsonl and .parquet "
             "need a `text` field of strings, files must be UTF-8"

@@ -129,10 +129,9 @@ def weight_files(directory: Path) -> list[Path]:
     if (directory / INDEX).is_file():
         try:
             weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-            names = sorted(set(weight_map.values()))
+            files = [directory / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{directory / INDEX} is damaged: download it again") from error
-        files = [directory / name for name in names]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(

@@ -70,7 +70,7 @@ class Dense:
             packed, scale = packed[rows], scale[rows]
             zero = None if zero is None else zero[rows]
         grid = Grid(scale, zero, spec.bits, spec.group_length(in_features))
-        in_perm = tensors["in_perm"].long() if "in_perm" in tensors else None
+        in_perm = _order(tensors["in_perm"]) if "in_perm" in tensors else None
         return QTensor(unpack(packed, spec.bits, in_features), grid, in_perm)
 
     def nbytes(
@@ -93,6 +93,14 @@ class Dense:
         if stores_order:
             layout["in_perm"] = ((in_features,), _index_dtype(in_features))
         return layout
+
+
+def _order(stored: Tensor) -> Tensor:
+    order = stored.long()
+    in_range = int(order.min()) >= 0 and int(order.max()) < len(order)
+    if not in_range or int(order.bincount().max()) != 1:
+        raise FormatError("in_perm is damaged: it does not name every input once")
+    return order
 
 
 def _index_dtype(in_features: int) -> torch.dtype:

@@ -59,19 +59,23 @@ def read_entries(file: Path) -> list[Entry]:
         size = struct.unpack("<Q", raw)[0] if len(raw) == 8 else -1
         if not 0 < size <= file.stat().st_size - 8:
             raise FormatError(f"{file} is not a safetensors file")
-        header = json.loads(stream.read(size))
-    header.pop("__metadata__", None)
-    return [
-        Entry(
-            name,
-            info["dtype"],
-            tuple(info["shape"]),
-            file,
-            8 + size + info["data_offsets"][0],
-            info["data_offsets"][1] - info["data_offsets"][0],
-        )
-        for name, info in header.items()
-    ]
+        data = stream.read(size)
+    try:
+        header = json.loads(data)
+        header.pop("__metadata__", None)
+        return [
+            Entry(
+                name,
+                info["dtype"],
+                tuple(info["shape"]),
+                file,
+                8 + size + info["data_offsets"][0],
+                info["data_offsets"][1] - info["data_offsets"][0],
+            )
+            for name, info in header.items()
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is not a safetensors file: its header is damaged") from error
 
 
 def merge_parts(parts: Sequence[Path], directory: Path, shard_bytes: int) -> None:

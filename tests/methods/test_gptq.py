@@ -1,0 +1,149 @@
+"""GPTQ against column-by-column Optimal Brain Quantization, and its own promises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import oracles
+from quantine.core.observe import Hessian
+from quantine.core.spec import QuantSpec
+from quantine.errors import PlanError, SolverError
+from quantine.methods import GPTQ
+from quantine.methods.gptq import _blocks
+from samples import correlated_inputs, observed, random_weight
+
+ROWS, COLUMNS, TOKENS = 12, 48, 160
+LARGEST_SHARE_DIFFERING = 0.01
+"""Float32 and float64 may round a tie to different sides; the rest of that row then follows."""
+
+
+def differing(codes: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.mean(codes.numpy() != expected))
+
+
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [8, 16, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("groups", ["static", "refit"])
+def test_equals_the_textbook(
+    groups: Any, act_order: bool, group_size: int, bits: int, sym: bool
+) -> None:
+    weight, hessian = random_weight(ROWS, COLUMNS), observed(correlated_inputs(COLUMNS, TOKENS))
+    solver = GPTQ(0.02, act_order, groups, block_size=20, clip="minmax")
+    solved = solver(weight, hessian, QuantSpec(bits, group_size, sym))
+    expected = oracles.gptq(
+        weight.numpy(),
+        hessian.matrix.numpy(),
+        bits,
+        COLUMNS if group_size == -1 else group_size,
+        sym,
+        damp=0.02,
+        act_order=act_order,
+        refit=groups == "refit",
+    )
+    codes = expected.codes
+    if solved.in_perm is not None:
+        assert solved.in_perm.tolist() == expected.order
+        codes = codes[:, expected.order]
+    assert differing(solved.codes, codes) <= LARGEST_SHARE_DIFFERING
+    error = oracles.output_error((solved.dequantize() - weight).numpy(), hessian.matrix.numpy())
+    best = oracles.output_error(expected.values - weight.numpy(), hessian.matrix.numpy())
+    assert error == pytest.approx(best, rel=1e-3)
+
+
+@pytest.mark.parametrize("groups", ["static", "refit"])
+def test_dead_inputs_as_in_the_textbook(groups: Any) -> None:
+    x = correlated_inputs(COLUMNS, TOKENS)
+    x[:, [0, 7, 30]] = 0
+    weight, hessian = random_weight(ROWS, COLUMNS), observed(x)
+    solved = GPTQ(0.01, True, groups, clip="minmax")(weight, hessian, QuantSpec(3, 12))
+    expected = oracles.gptq(
+        weight.numpy(),
+        hessian.matrix.numpy(),
+        3,
+        12,
+        False,
+        damp=0.01,
+        act_order=True,
+        refit=groups == "refit",
+    )
+    stored = expected.codes[:, expected.order] if groups == "refit" else expected.codes
+    assert differing(solved.codes, stored) <= LARGEST_SHARE_DIFFERING
+
+
+def test_with_independent_inputs_it_rounds_to_nearest() -> None:
+    hessian = Hessian(COLUMNS)
+    hessian.matrix, hessian.tokens = torch.eye(COLUMNS) * 3, TOKENS
+    weight = random_weight(ROWS, COLUMNS)
+    solved = GPTQ(clip="minmax")(weight, hessian, QuantSpec(3, 16))
+    assert np.array_equal(solved.codes.numpy(), oracles.rtn(weight.numpy(), 3, 16, False).codes)
+
+
+@pytest.mark.parametrize("groups", ["static", "refit"])
+@pytest.mark.parametrize("block_size", [1, 7, 16, 1000])
+def test_block_size_changes_speed_only(groups: Any, block_size: int) -> None:
+    weight, hessian = random_weight(ROWS, COLUMNS), observed(correlated_inputs(COLUMNS, TOKENS))
+    spec = QuantSpec(3, 16)
+    usual = GPTQ(groups=groups)(weight, hessian, spec)
+    other = GPTQ(groups=groups, block_size=block_size)(weight, hessian, spec)
+    assert differing(other.codes, usual.codes.numpy()) <= LARGEST_SHARE_DIFFERING
+
+
+@pytest.mark.parametrize("count", [1, 7, 48, 130])
+@pytest.mark.parametrize("length", [1, 5, 48, 130])
+@pytest.mark.parametrize("block_size", [1, 4, 20, 128])
+def test_blocks_tile_the_columns_and_no_part_crosses_a_group(
+    count: int, length: int, block_size: int
+) -> None:
+    blocks = _blocks(count, length, block_size)
+    parts = [part for block in blocks for part in block]
+    assert [j for part in parts for j in range(part.start, part.stop)] == list(range(count))
+    assert all(part.start // length == (part.stop - 1) // length for part in parts)
+    assert all(block[-1].stop - block[0].start <= block_size for block in blocks)
+
+
+def test_the_order_is_stored_only_where_groups_follow_it() -> None:
+    weight, hessian = random_weight(4, 16), observed(correlated_inputs(16, 40))
+    stores = {
+        (act_order, groups): (
+            GPTQ(act_order=act_order, groups=groups).stores_order,
+            GPTQ(act_order=act_order, groups=groups)(weight, hessian, QuantSpec(4, 8)).in_perm
+            is not None,
+        )
+        for act_order in (False, True)
+        for groups in ("static", "refit")
+    }
+    assert stores == {
+        (False, "static"): (False, False),
+        (False, "refit"): (False, False),
+        (True, "static"): (False, False),
+        (True, "refit"): (True, True),
+    }
+
+
+def test_without_inputs_it_refuses() -> None:
+    for hessian in (None, Hessian(16)):
+        with pytest.raises(SolverError, match="needs calibration inputs"):
+            GPTQ()(random_weight(4, 16), hessian, QuantSpec())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"damp": 0.0}, "damp must be above 0 and at most 1, not 0.0"),
+        ({"damp": 1.5}, "damp must be above 0 and at most 1, not 1.5"),
+        ({"damp": float("nan")}, "damp must be above 0 and at most 1, not nan"),
+        ({"block_size": 0}, "block_size must be positive, not 0"),
+        ({"groups": "dynamic"}, "groups must be one of static, refit, not 'dynamic'"),
+        ({"clip": "none"}, "clip must be one of minmax, mse, not 'none'"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        GPTQ(**fields)
+    assert str(refused.value) == message

@@ -1,0 +1,34 @@
+"""Random matrices and Hessians, like those of real layers, for the fast tests."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+from torch import Tensor
+
+from quantine.core.observe import Hessian
+
+quick = settings(deadline=None, derandomize=True, max_examples=60)
+"""For hypothesis: the same examples in every run, however slow the machine."""
+
+
+def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """A float32 matrix ``[rows, columns]`` with the spread of a trained layer's weights."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, columns, generator=generator) * 0.05
+
+
+def correlated_inputs(columns: int, tokens: int, seed: int = 0) -> Tensor:
+    """Inputs ``[tokens, columns]`` whose channels are correlated and of unequal strength."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    mix = torch.randn(columns, columns, generator=generator)
+    strength = torch.logspace(-1, 1, columns)[torch.randperm(columns, generator=generator)]
+    decay = torch.logspace(0, -2, columns)
+    return (torch.randn(tokens, columns, generator=generator) * decay) @ mix * strength
+
+
+def observed(inputs: Tensor) -> Hessian:
+    """A Hessian that has seen ``inputs`` ``[tokens, in]``."""
+    hessian = Hessian(inputs.shape[-1])
+    hessian.update(inputs)
+    return hessian

@@ -1,0 +1,284 @@
+"""The command line, through `main`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import quantine
+from quantine import cli
+from tiny_models import logits_of, oracle_weights, with_weights
+
+Tiny = Callable[[str], Path]
+VERBS = ("quantize", "plan", "eval", "generate", "inspect")
+FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`main` sets variables for other libraries; tests leave none behind."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+
+
+def succeed(*arguments: object) -> None:
+    assert cli.main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_has_examples_of_real_commands(
+    verb: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"] if verb else ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    _, _, examples = shown.partition("examples:\n")
+    commands = [line.strip() for line in examples.splitlines() if line.startswith("  quantine ")]
+    assert len(commands) >= 2
+    import shlex
+
+    for command in commands:
+        arguments = cli.build_parser().parse_args(shlex.split(command)[1:])
+        assert callable(arguments.run)
+        assert verb is None or command.split()[1] == verb
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"quantine {quantine.__version__}\n"
+
+
+def test_a_model_goes_through_all_verbs(
+    tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = tiny("llama_tied"), tmp_path / "out"
+    request = ["--bits", 3, "--calibration", text_file, *FAST]
+
+    succeed("plan", model, *request, "--json", tmp_path / "plan.json", "--layers")
+    planned = json.loads((tmp_path / "plan.json").read_text())
+    shown = capsys.readouterr().out
+    assert "model.layers.1.mlp.up_proj" in shown
+    assert "gptq 3 bit g32 asym" in shown
+    assert not out.exists()
+
+    succeed("quantize", model, out, *request)
+    shown = capsys.readouterr().out
+    assert "block 2/2" in shown
+    report = json.loads((out / "quantine_report.json").read_text())
+    assert report["plan"] == planned["plan"]
+    predicted = planned["predicted"]
+    assert predicted["quantized_bytes"] == report["totals"]["quantized_bytes"]
+    assert predicted["calibration_tokens"] == report["calibration"]["tokens"] == 32
+    made = {layer["name"]: (layer["shape"], layer["bytes"]) for layer in report["layers"]}
+    promised = {x["name"]: (x["shape"], x["bytes"]) for x in planned["layers"] if x["scheme"]}
+    assert made == promised
+
+    window = ["--text", text_file, "--window", 32, "--limit", 4]
+    succeed("eval", out, *window, "--reference", model, "--json", tmp_path / "eval.json")
+    scores = json.loads((tmp_path / "eval.json").read_text())
+    shown = capsys.readouterr().out
+    assert f"{scores['perplexity']:.3f}" in shown
+    assert "window 4/4" in shown
+    assert scores["kl"] > 0
+
+    succeed("inspect", out, "--json", tmp_path / "inspect.json")
+    shown = capsys.readouterr().out
+    size = (out / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes" in shown
+    found = json.loads((tmp_path / "inspect.json").read_text())
+    assert found["totals"]["file_bytes"] == size
+
+    succeed("generate", out, "Line 1", "--tokens", 5)
+    captured = capsys.readouterr()
+    loaded, tokenizer = quantine.load(out)
+    ids = tokenizer("Line 1", return_tensors="pt")["input_ids"]
+    continued = loaded.generate(
+        ids, attention_mask=ids > -1, do_sample=False, max_new_tokens=5, pad_token_id=0
+    )
+    text = tokenizer.decode(continued[0, ids.shape[1] :], skip_special_tokens=True)
+    assert captured.out.rstrip("\n") == text.rstrip("\N{REPLACEMENT CHARACTER}\n")
+    assert "tokens/s" in captured.err
+    assert "7 prompt tokens" in captured.err
+
+
+def test_quiet_prints_nothing(
+    tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeed(
+        "quantize", tiny("llama"), tmp_path / "out", "--calibration", text_file, *FAST, "--quiet"
+    )
+    succeed("eval", tmp_path / "out", "--text", text_file, "--window", 16, "--limit", 2, "--quiet")
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_resume_through_the_command_line(
+    tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", tiny("llama"), tmp_path / "out", "--calibration", text_file, *FAST]
+    succeed(*command)
+    assert cli.main([str(part) for part in command]) == 2
+    assert "not empty" in capsys.readouterr().err
+    succeed(*command, "--resume")
+    assert "finished already" in capsys.readouterr().out
+    assert cli.main([*(str(part) for part in command), "--resume", "--seed", "1"]) == 2
+    assert "another calibration tokens" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(
+    tiny: Tiny,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from quantine.formats.store import RunStore
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ["quantize", str(tiny("llama")), str(tmp_path / "out"), *FAST, "--quiet"]
+    command += ["--calibration", str(text_file)]
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "finish", interrupted)
+        assert cli.main(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    succeed(*command, "--resume")
+    assert quantine.load(tmp_path / "out")
+
+
+def test_a_plan_file_decides_everything(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"rules": [{"match": "*.1.*", "method": "rtn", "bits": 5}]}))
+    for flag in (["--bits", "3"], ["--method", "rtn"], ["--group-size", "32"]):
+        arguments = [str(tiny("llama")), "--plan", str(plan), *flag]
+        assert cli.main(["quantize", *arguments[:1], str(tmp_path / "out"), *arguments[1:]]) == 2
+        assert cli.main(["plan", *arguments]) == 2
+        assert capsys.readouterr().err.count(f"write {flag[0]} into") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_json_that_cannot_be_written_is_one_message(
+    packed: Callable[[str, str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "missing" / "out.json"
+    assert cli.main(["inspect", str(packed("llama", "rtn")), "--json", str(path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["float", "nothing"])
+def test_inspect_refuses_what_is_not_ours(
+    kind: str, tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny("llama") if kind == "float" else tmp_path / "none"
+    assert cli.main(["inspect", str(directory)]) == 2
+    assert str(directory) in capsys.readouterr().err
+
+
+GENERATE_REFUSALS = {
+    "tokens": (["x", "--tokens", "0"], "must be positive"),
+    "temperature": (["x", "--temperature", "-1"], "not negative"),
+    "chat": (["x", "--chat"], "no chat template"),
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), GENERATE_REFUSALS.values(), ids=GENERATE_REFUSALS
+)
+def test_generate_refuses(
+    arguments: list[str], message: str, tiny: Tiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", str(tiny("llama")), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sampling_depends_on_the_seed_alone(tiny: Tiny, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (1, 1, 2):
+        options = ["--tokens", 24, "--temperature", 1.5, "--seed", seed]
+        succeed("generate", tiny("llama"), "Line 1", *options)
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+SCHEMES = st.fixed_dictionaries(
+    {
+        "match": st.sampled_from(["@blocks", "*.mlp.*", "*.0.*", "@head", "@embedding", "*_proj"]),
+        "method": st.sampled_from(["rtn", "gptq", "keep"]),
+    },
+    optional={
+        "bits": st.integers(1, 9),
+        "group_size": st.sampled_from([-1, 8, 16, 32, 48, 64]),
+        "sym": st.booleans(),
+        "clip": st.sampled_from(["minmax", "mse"]),
+        "act_order": st.booleans(),
+        "groups": st.sampled_from(["static", "refit"]),
+    },
+)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(rules=st.lists(SCHEMES, min_size=1, max_size=3), samples=st.integers(0, 2))
+def test_what_plan_accepts_quantize_completes_and_what_it_refuses_quantize_refuses(
+    rules: list[dict[str, Any]],
+    samples: int,
+    tiny: Tiny,
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = tmp_path_factory.mktemp("property")
+    for rule in rules:  # mostly plans that make sense
+        if rule["method"] != "gptq":
+            rule.pop("act_order", None)
+            rule.pop("groups", None)
+        if rule["method"] == "keep":
+            for key in set(rule) - {"match", "method"}:
+                del rule[key]
+    (root / "plan.json").write_text(json.dumps({"rules": rules}))
+    model = str(tiny("llama_tied"))
+    request = ["--plan", str(root / "plan.json"), "--calibration", str(text_file)]
+    request += ["--samples", str(samples), "--seqlen", "16"]
+    accepted = cli.main(["plan", model, *request, "--json", str(root / "out.json")]) == 0
+    refusal = capsys.readouterr().err
+    status = cli.main(["quantize", model, str(root / "out"), *request, "--quiet"])
+    assert status == (0 if accepted else 2)
+    if not accepted:
+        assert capsys.readouterr().err == refusal
+        assert not (root / "out").exists()
+        return
+    planned = json.loads((root / "out.json").read_text())
+    weights = oracle_weights(root / "out")
+    assert {x["name"] for x in planned["layers"] if x["scheme"]} == set(weights)
+    loaded, _ = quantine.load(root / "out")
+    if "model.embed_tokens" in weights and "lm_head" not in weights:
+        weights["lm_head"] = weights["model.embed_tokens"]
+    expected = logits_of(with_weights(tiny("llama_tied"), weights))
+    assert (logits_of(loaded) - expected).abs().max() < 2e-5
+
+
+def test_the_float_model_can_be_evaluated_too(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+    options = ["--text", text_file, "--window", 32, "--limit", 2, "--quiet"]
+    succeed("eval", tiny("llama"), *options, "--json", tmp_path / "a.json")
+    succeed("eval", tiny("llama"), *options, "--dtype", "bfloat16", "--json", tmp_path / "b.json")
+    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert a["perplexity"] != b["perplexity"]
+    assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.05)
+    assert AutoModelForCausalLM.from_pretrained(tiny("llama")).dtype is not None

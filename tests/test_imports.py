@@ -1,0 +1,209 @@
+"""Imports point one way, and heavy libraries are imported where they are needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+import quantine
+
+SOURCE: Final = Path(quantine.__file__).parent
+
+FLOORS: Final[dict[str, str]] = {
+    # unit: the units it may import from
+    "errors": "",
+    "core": "errors",
+    "kernels": "core errors",
+    "methods": "core errors",
+    "families": "errors",
+    "formats": "core kernels errors",
+    "calibrate": "core families formats errors",
+    "plan": "core families formats methods errors",
+    "runtime": "core formats kernels errors",
+    "eval": "calibrate runtime errors",
+    "progress": "",
+    "card": "",
+    "contents": "formats kernels errors",
+    "prepare": "calibrate families formats plan runtime errors",
+    "matrix": "core families formats plan errors",
+    "estimate": "calibrate families formats methods plan prepare progress errors",
+    "publish": "card formats prepare runtime",
+    "render": "estimate plan prepare",
+    "pipeline": "calibrate core estimate families formats matrix plan prepare progress publish "
+    "errors",
+    "cli": "quantine calibrate contents estimate eval pipeline plan prepare progress render "
+    "runtime errors",
+}
+
+ONLY_INSIDE_FUNCTIONS: Final = (
+    "datasets",
+    "gguf",
+    "huggingface_hub",
+    "lm_eval",
+    "matplotlib",
+    "pyarrow",
+    "pydoc_data",
+    "triton",
+)
+TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py",)
+TRANSFORMERS_INSIDE: Final = ("runtime/", "eval/", "calibrate/sequential.py", "prepare.py")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: ``where`` is ``"top"``, ``"function"`` or ``"typing"``."""
+
+    file: str
+    target: str
+    where: str
+    line: int
+
+
+def files() -> list[Path]:
+    return sorted(SOURCE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def unit_of(module: str) -> str:
+    """The package or top-level module directly below ``quantine``; the root is ``quantine``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+@cache
+def imports() -> tuple[Import, ...]:
+    return tuple(found for file in files() for found in imports_of(file))
+
+
+def imports_of(file: Path) -> Iterator[Import]:
+    modules = {module_name(other) for other in files()}
+
+    def walk(node: ast.AST, where: str) -> Iterator[Import]:
+        path = file.relative_to(SOURCE).as_posix()
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(path, alias.name, where, node.lineno)
+            return
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            assert node.module is not None
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                target = inside if inside in modules else node.module
+                yield Import(path, target, where, node.lineno)
+            return
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            where = "function"
+        typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.iter_child_nodes(node):
+            is_body = isinstance(node, ast.If) and child in node.body
+            yield from walk(child, "typing" if typing and is_body else where)
+
+    yield from walk(ast.parse(file.read_text(encoding="utf-8")), "top")
+
+
+def internal() -> list[tuple[str, str, Import]]:
+    """``(importing module, imported module, statement)`` inside the package."""
+    return [
+        (module_name(SOURCE / found.file), found.target, found)
+        for found in imports()
+        if found.target.split(".")[0] == "quantine"
+    ]
+
+
+def test_every_unit_has_a_floor() -> None:
+    units = {unit_of(module_name(file)) for file in files()} - {"quantine"}
+    assert units == set(FLOORS)
+
+
+def test_floors_have_no_cycle() -> None:
+    graph = {unit: set(allowed.split()) - {"quantine"} for unit, allowed in FLOORS.items()}
+    assert set().union(*graph.values()) <= graph.keys()
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("unit", FLOORS)
+def test_imports_point_down(unit: str) -> None:
+    allowed = {unit, *FLOORS[unit].split()}
+    wrong = [
+        f"{found.file}:{found.line} imports {target}"
+        for module, target, found in internal()
+        if unit_of(module) == unit and unit_of(target) not in allowed
+    ]
+    assert wrong == []
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, target, _ in internal():
+        if "quantine" not in (module, target) and module != target:
+            graph.setdefault(module, set()).add(target)
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_transformers_stays_in_its_place() -> None:
+    wrong = [
+        f"{found.file}:{found.line} imports {found.target} ({found.where})"
+        for found in imports()
+        if found.target.split(".")[0] == "transformers"
+        and not found.file.startswith(TRANSFORMERS_ON_TOP)
+        and (found.where == "top" or not found.file.startswith(TRANSFORMERS_INSIDE))
+    ]
+    assert wrong == []
+
+
+def test_what_imports_transformers_on_top_is_itself_imported_late() -> None:
+    wrong = [
+        f"{found.file}:{found.line}"
+        for _, target, found in internal()
+        if target == "quantine.runtime.hf" and found.where != "function"
+    ]
+    assert wrong == []
+
+
+def test_optional_libraries_are_imported_inside_functions() -> None:
+    wrong = [
+        f"{found.file}:{found.line} imports {found.target} ({found.where})"
+        for found in imports()
+        if found.target.split(".")[0] in ONLY_INSIDE_FUNCTIONS and found.where == "top"
+    ]
+    assert wrong == []
+
+
+def test_the_scan_sees_what_it_should() -> None:
+    # A test of absence is worth something only if presence would be seen.
+    kinds = {(f.file, f.target, f.where) for f in imports()}
+    assert ("runtime/hf.py", "transformers.quantizers.base", "top") in kinds
+    assert ("calibrate/sequential.py", "transformers", "typing") in kinds
+    assert ("calibrate/sequential.py", "transformers", "function") in kinds
+    assert ("calibrate/text.py", "datasets", "function") in kinds
+    assert ("kernels/bits.py", "quantine.kernels.backend", "top") in kinds
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import quantine",
+        "import quantine; dir(quantine); quantine.PlanError",
+        "from quantine.cli import build_parser; build_parser().format_help()",
+    ],
+)
+def test_importing_is_light(statement: str) -> None:
+    code = f"{statement}; import sys; print(*(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "quantine" in loaded
+    assert not loaded & {"torch", "transformers", "numpy", "safetensors", *ONLY_INSIDE_FUNCTIONS}

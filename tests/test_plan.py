@@ -1,0 +1,346 @@
+"""Plans: which rule decides, and what every refusal says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantine.core.spec import QuantSpec
+from quantine.errors import PlanError
+from quantine.families.base import Layer
+from quantine.methods import GPTQ, METHODS, RTN
+from quantine.plan import Decision, Plan, Rule, Scheme, scheme_from
+from samples import quick
+
+LAYERS = [
+    Layer("model.embed_tokens", 300, 48, "embedding"),
+    Layer("model.layers.0.self_attn.q_proj", 48, 48, "block", 0, 0),
+    Layer("model.layers.0.mlp.down_proj", 48, 80, "block", 0, 1),
+    Layer("model.layers.1.self_attn.q_proj", 48, 48, "block", 1, 0),
+    Layer("model.layers.1.mlp.down_proj", 48, 80, "block", 1, 1),
+    Layer("lm_head", 300, 48, "head"),
+]
+NAMES = [layer.name for layer in LAYERS]
+
+
+def plan_of(*rules: dict[str, Any]) -> Plan:
+    return Plan.from_dict({"rules": list(rules)})
+
+
+def decided(plan: Plan) -> dict[str, Decision]:
+    return {decision.layer.name: decision for decision in plan.resolve(LAYERS)}
+
+
+def refusal(*rules: dict[str, Any]) -> str:
+    with pytest.raises(PlanError) as refused:
+        plan_of(*rules).resolve(LAYERS)
+    return str(refused.value)
+
+
+RTN4 = {"method": "rtn", "bits": 4, "group_size": 16}
+RTN8 = {"method": "rtn", "bits": 8, "group_size": -1}
+
+
+class TestMatching:
+    def test_a_preset_speaks_of_every_matrix_in_the_blocks(self) -> None:
+        found = decided(Plan.preset("gptq", bits=3, group_size=16))
+        expected = Scheme(GPTQ(), QuantSpec(3, 16))
+        schemes = {name: decision.scheme for name, decision in found.items()}
+        assert schemes == {name: expected if ".layers." in name else None for name in NAMES}
+        assert list(found) == NAMES
+        assert found["lm_head"].reason == "no rule matches"
+        assert found[NAMES[1]].reason == "rule 1: @blocks"
+
+    def test_the_first_rule_that_matches_decides(self) -> None:
+        found = decided(
+            plan_of(
+                {"match": "*.1.*.q_proj", "method": "keep"},
+                {"match": "*.q_proj", **RTN8},
+                {"match": "@blocks", **RTN4},
+            )
+        )
+        bits = {name: d.scheme and d.scheme.spec.bits for name, d in found.items()}
+        assert bits == dict(zip(NAMES, [None, 8, 4, None, 4, None], strict=True))
+        assert found["model.layers.1.self_attn.q_proj"].reason == "rule 1: *.1.*.q_proj"
+        assert found["model.layers.0.self_attn.q_proj"].reason == "rule 2: *.q_proj"
+
+    @pytest.mark.parametrize(
+        ("match", "indices"),
+        [
+            ("@blocks", [1, 2, 3, 4]),
+            ("@head", [5]),
+            ("@embedding", [0]),
+            ("*", [0, 1, 2, 3, 4, 5]),
+            ("lm_head", [5]),
+            ("model.layers.[1].*", [3, 4]),
+            ("model.layers.?.mlp.*", [2, 4]),
+            ("*down_proj", [2, 4]),
+        ],
+    )
+    def test_patterns_and_sets(self, match: str, indices: list[int]) -> None:
+        found = decided(plan_of({"match": match, **RTN4}))
+        assert [i for i, d in enumerate(found.values()) if d.scheme is not None] == indices
+
+    def test_patterns_are_case_sensitive_and_match_whole_names(self) -> None:
+        for match in ("LM_HEAD", "q_proj", "model.layers"):
+            assert f"rule 1 ({match!r})" in refusal({"match": match, **RTN4})
+
+    def test_an_explicit_keep_has_its_reason(self) -> None:
+        found = decided(plan_of({"match": "lm_head", "method": "keep"}, {"match": "*", **RTN8}))
+        assert found["lm_head"] == Decision(LAYERS[5], None, "rule 1: lm_head")
+
+
+class TestRefusals:
+    def test_a_rule_that_matches_nothing(self) -> None:
+        message = refusal({"match": "@blocks", **RTN4}, {"match": "*.gate_proj", **RTN4})
+        assert "rule 2 ('*.gate_proj') of plan 'plan' matches no layer" in message
+        assert "called like 'model.layers.1.self_attn.q_proj'" in message
+
+    def test_an_unknown_set(self) -> None:
+        message = refusal({"match": "@mlp", **RTN4})
+        assert message == "unknown set '@mlp' (known: @blocks, @embedding, @head)"
+
+    @pytest.mark.parametrize("match", ["@head", "@embedding", "*"])
+    def test_methods_with_inputs_outside_of_blocks(self, match: str) -> None:
+        message = refusal({"match": match, "method": "gptq", "group_size": 16})
+        layer = "lm_head (head)" if match == "@head" else "model.embed_tokens (embedding)"
+        assert message.startswith(f"{layer} can be quantized only by methods that need no inputs")
+        assert "not by gptq: use method rtn" in message
+        assert message.endswith(f"(rule 1: {match})")
+
+    def test_group_sizes_that_do_not_divide(self) -> None:
+        message = refusal({"match": "@blocks", "method": "rtn", "group_size": 32})
+        lines = message.splitlines()
+        assert len(lines) == 3  # one per number of inputs
+        assert (
+            "group size 32 does not divide 48 inputs of model.layers.0.self_attn.q_proj, model"
+            in (lines[1])
+        )
+        assert "nearest sizes that do: 16, 24, 48, or -1 for the whole row" in lines[1]
+        assert "group size 32 does not divide 80 inputs of model.layers.0.mlp.down_proj" in lines[2]
+        assert "nearest sizes that do: 16, 20, 40, or -1" in lines[2]
+
+    def test_long_lists_of_layers_are_cut(self) -> None:
+        layers = [Layer(f"layers.{n}.fc", 8, 10, "block", n, 0) for n in range(7)]
+        with pytest.raises(PlanError, match=r"layers\.3\.fc and 3 more; nearest"):
+            Plan.preset("rtn", group_size=4).resolve(layers)
+
+    def test_everything_kept(self) -> None:
+        message = refusal({"match": "*", "method": "keep"}, {"match": "@head", **RTN4})
+        assert message == "plan 'plan' leaves every layer in 16 bit"
+
+    def test_no_rule_with_a_method(self) -> None:
+        for rules in ([], [{"match": "*", "method": "keep"}]):
+            with pytest.raises(PlanError, match="plan 'p' quantizes nothing"):
+                Plan.from_dict({"rules": rules}, "p")
+
+    @pytest.mark.parametrize(
+        ("rule", "expected"),
+        [
+            ({}, "method must be one of rtn, gptq, keep, not None"),
+            ({"method": "awq"}, "method must be one of rtn, gptq, keep, not 'awq'"),
+            ({"method": ["rtn"]}, "method must be one of rtn, gptq, keep, not ['rtn']"),
+            ({"method": {"rtn": 1}}, "method must be one of rtn, gptq, keep, not {'rtn': 1}"),
+            ({"method": "keep", "bits": 4}, "method 'keep' takes no parameters"),
+            ({"method": "keep", "format": "dense"}, "method 'keep' takes no parameters"),
+            ({"method": "rtn", "damp": 0.1}, "rtn has no parameter 'damp' (it has bits, "),
+            ({"method": "gptq", 3: 4}, "gptq has no parameter 3 (it has bits, "),
+            ({"method": "rtn", "bits": 4.0}, "bits must be int, not 4.0"),
+            ({"method": "rtn", "bits": "4"}, "bits must be int, not '4'"),
+            ({"method": "rtn", "bits": True}, "bits must be int, not True"),
+            ({"method": "rtn", "bits": None}, "bits must be int, not None"),
+            ({"method": "rtn", "sym": 1}, "sym must be bool, not 1"),
+            ({"method": "rtn", "sym": "yes"}, "sym must be bool, not 'yes'"),
+            ({"method": "gptq", "damp": "1%"}, "damp must be float, not '1%'"),
+            ({"method": "gptq", "damp": True}, "damp must be float, not True"),
+            ({"method": "gptq", "act_order": 0}, "act_order must be bool, not 0"),
+            ({"method": "rtn", "bits": 1}, "bits must be 2 to 8, not 1"),
+            ({"method": "rtn", "group_size": 0}, "group_size must be positive, or -1"),
+            ({"method": "gptq", "damp": 0}, "damp must be above 0 and at most 1, not 0"),
+            ({"method": "gptq", "damp": float("nan")}, "damp must be above 0 and at most 1"),
+            ({"method": "gptq", "groups": 3}, "groups must be one of static, refit, not 3"),
+            ({"method": "rtn", "clip": ["mse"]}, "clip must be one of minmax, mse, not ['mse']"),
+            ({"method": "rtn", "format": "gguf"}, "format must be one of dense, not 'gguf'"),
+            ({"method": "rtn", "format": ["dense"]}, "format must be one of dense, not ['dense']"),
+        ],
+    )
+    def test_a_rule_with_a_mistake(self, rule: dict[Any, Any], expected: str) -> None:
+        message = refusal({"match": "@blocks", **RTN4}, {"match": "@head", **rule})
+        assert message.startswith(f"rule 2 of plan 'plan': {expected}")
+
+    @pytest.mark.parametrize(
+        ("value", "expected"),
+        [
+            (None, "must be a mapping with a list of `rules`"),
+            ([], "must be a mapping with a list of `rules`"),
+            ({}, "must be a mapping with a list of `rules`"),
+            ({"rules": {"match": "*"}}, "must be a mapping with a list of `rules`"),
+            ({"rules": [], "presets": 1, 2: 3}, "has unknown keys: 2, presets"),
+            ({"rules": ["*"]}, "rule 1 of plan 'p' must be a mapping with a `match` pattern"),
+            ({"rules": [RTN4]}, "rule 1 of plan 'p' must be a mapping with a `match` pattern"),
+            ({"rules": [{"match": 3}]}, "must be a mapping with a `match` pattern"),
+        ],
+    )
+    def test_a_plan_with_a_mistake(self, value: Any, expected: str) -> None:
+        with pytest.raises(PlanError) as refused:
+            Plan.from_dict(value, "p")
+        assert expected in str(refused.value)
+        assert "plan 'p'" in str(refused.value)
+
+    def test_presets(self) -> None:
+        with pytest.raises(PlanError, match="preset 'keep' quantizes nothing"):
+            Plan.preset("keep")
+        with pytest.raises(PlanError, match="preset 'rtn': rtn has no parameter 'act_order'"):
+            Plan.preset("rtn", act_order=True)
+        with pytest.raises(PlanError, match="preset 'nf4': method must be one of"):
+            Plan.preset("nf4")
+
+
+@quick
+@given(
+    group_size=st.integers(1, 200),
+    inputs=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+)
+def test_a_plan_is_refused_exactly_when_groups_do_not_tile(
+    group_size: int, inputs: list[int]
+) -> None:
+    layers = [Layer(f"layers.{n}.fc", 8, width, "block", n, 0) for n, width in enumerate(inputs)]
+    plan = Plan.preset("rtn", group_size=group_size)
+    wrong = [layer for layer in layers if layer.in_features % group_size]
+    if not wrong:
+        assert len(plan.resolve(layers)) == len(layers)
+        return
+    with pytest.raises(PlanError) as refused:
+        plan.resolve(layers)
+    for layer in layers:
+        assert (layer.name in str(refused.value)) == (layer in wrong)
+
+
+class TestPlainValues:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_default_is_spelled_out(self, method: str) -> None:
+        rule = Plan.preset(method).as_dict()["rules"][0]
+        solver = METHODS[method]()
+        assert set(rule) == {
+            "match",
+            "method",
+            "bits",
+            "group_size",
+            "sym",
+            "format",
+            *vars(solver),
+        }
+
+    @quick
+    @given(
+        method=st.sampled_from(sorted(METHODS)),
+        bits=st.integers(2, 8),
+        group_size=st.sampled_from([-1, 1, 64]),
+        sym=st.booleans(),
+        clip=st.sampled_from(["minmax", "mse"]),
+        kept=st.booleans(),
+    )
+    def test_round_trip(
+        self, method: str, bits: int, group_size: int, sym: bool, clip: str, kept: bool
+    ) -> None:
+        scheme = {"bits": bits, "group_size": group_size, "sym": sym, "clip": clip}
+        preset = Plan.preset(method, **scheme)
+        rules = (Rule("lm_head", None), *preset.rules) if kept else preset.rules
+        plan = Plan(rules, "mine")
+        value = plan.as_dict()
+        assert Plan.from_dict(value) == plan
+        assert Plan.from_dict(json.loads(json.dumps(value))) == plan
+        assert Plan.from_dict(yaml.safe_load(yaml.safe_dump(value))) == plan
+
+    def test_scheme_round_trip_keeps_solver_parameters(self) -> None:
+        scheme = Scheme(GPTQ(0.05, False, "refit", 64, "minmax"), QuantSpec(3, 32, True))
+        assert scheme_from(scheme.as_dict(), "here") == scheme
+        assert scheme.method == "gptq"
+
+    def test_whole_numbers_are_fine_for_float_parameters(self) -> None:
+        scheme = scheme_from({"method": "gptq", "damp": 1}, "here")
+        assert scheme is not None
+        assert scheme.solver == GPTQ(damp=1.0)
+
+    def test_names_of_presets(self) -> None:
+        assert Plan.preset("gptq", bits=3, group_size=128).name == "gptq-3bit-g128"
+        assert Plan.preset("rtn", bits=8, group_size=-1).name == "rtn-8bit-row"
+
+    def test_size_of_a_layer_by_hand(self) -> None:
+        # 10 rows of 48 codes at 3 bits are 180 bytes; 30 groups have 60 bytes of scales and
+        # 90 bits of zeros; the order of 48 inputs takes 96 bytes.
+        layer = Layer("x", 10, 48, "block", 0, 0)
+        assert Scheme(RTN(), QuantSpec(3, 16)).nbytes(layer) == 180 + 60 + 12
+        assert Scheme(GPTQ(groups="refit"), QuantSpec(3, 16)).nbytes(layer) == 180 + 60 + 12 + 96
+
+
+YAML = """
+name: mixed
+rules:
+  - {match: '@head', method: rtn, bits: 8, group_size: -1}
+  - match: '*.q_proj'
+    method: keep
+  - match: '@blocks'
+    method: gptq
+    bits: 3
+    group_size: 16
+"""
+MIXED = Plan(
+    (
+        Rule("@head", Scheme(RTN(), QuantSpec(8, -1))),
+        Rule("*.q_proj", None),
+        Rule("@blocks", Scheme(GPTQ(), QuantSpec(3, 16))),
+    ),
+    "mixed",
+)
+
+
+class TestFiles:
+    def test_yaml(self, tmp_path: Path) -> None:
+        path = tmp_path / "p.yaml"
+        path.write_text(YAML)
+        assert Plan.from_file(path) == MIXED
+        assert Plan.from_file(str(path)) == MIXED
+
+    def test_json(self, tmp_path: Path) -> None:
+        path = tmp_path / "p.json"
+        for plan in (MIXED, Plan.preset("gptq", damp=1e-5)):
+            for indent in (None, 2, "\t"):
+                path.write_text(json.dumps(plan.as_dict(), indent=indent))
+                assert Plan.from_file(path) == plan
+
+    def test_broken_json(self, tmp_path: Path) -> None:
+        path = tmp_path / "p.json"
+        path.write_text('{"rules": [')
+        with pytest.raises(PlanError, match=r"plan .*p\.json cannot be read"):
+            Plan.from_file(path)
+
+    def test_a_plan_without_a_name_has_its_files(self, tmp_path: Path) -> None:
+        path = tmp_path / "careful.yaml"
+        path.write_text("rules: [{match: '*', method: rtn}]")
+        assert Plan.from_file(path).name == "careful"
+
+    @pytest.mark.parametrize("data", [b"rules: [", b"\xff\xfe\xff", b"a: b: c", b"\x00"])
+    def test_unreadable_files_are_named(self, tmp_path: Path, data: bytes) -> None:
+        path = tmp_path / "broken.yaml"
+        path.write_bytes(data)
+        with pytest.raises(PlanError, match=r"plan .*broken\.yaml cannot be read"):
+            Plan.from_file(path)
+
+    def test_missing_files_are_named(self, tmp_path: Path) -> None:
+        for path in (tmp_path / "none.yaml", tmp_path):
+            with pytest.raises(PlanError, match="cannot be read"):
+                Plan.from_file(path)
+
+    def test_no_code_runs_from_a_plan(self, tmp_path: Path) -> None:
+        path = tmp_path / "evil.yaml"
+        path.write_text(f"!!python/object/apply:os.mkdir ['{tmp_path / 'made'}']")
+        with pytest.raises(PlanError, match="cannot be read"):
+            Plan.from_file(path)
+        assert not (tmp_path / "made").exists()
