@@ -79,11 +79,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a plan does with one layer, and why."""
+    """What a plan does with one layer, and why; ``rule`` is the number of the rule that decided."""
 
     layer: Layer
     scheme: Scheme | None
     reason: str
+    rule: int | None = None
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,7 @@ class Plan:
     def _decide(self, layer: Layer) -> Decision:
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(layer):
-                reason = f"rule {number}: {rule.match}"
-                return Decision(layer, rule.scheme, reason)
+                return Decision(layer, rule.scheme, f"rule {number}: {rule.match}", number)
         return Decision(layer, None, "no rule matches")
 
 

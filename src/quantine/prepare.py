@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +19,7 @@ from quantine.calibrate.data import Calibration, calibration_segments
 from quantine.calibrate.sequential import skeleton
 from quantine.errors import CalibrationError, CheckpointError, OutputError
 from quantine.families import family_of
-from quantine.families.base import Family, find_layers
+from quantine.families.base import Family, Layer, find_layers
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import check_output, is_finished
@@ -72,8 +72,7 @@ class Job:
     def loose_names(self) -> list[str]:
         """Names of the float tensors outside of decoder blocks that the output holds."""
         packed = {f"{d.layer.name}.weight" for d in self.scheme_layers()}
-        if self.is_tied() and not self.unties:
-            packed.add(f"{self.family.head}.weight")
+        packed |= {f"{d.layer.name}.weight" for d in self.decisions if self.shares_table(d.layer)}
         inside = f"{self.family.blocks}."
         return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in packed]
 
@@ -86,6 +85,10 @@ class Job:
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""
         return bool(self.config.tie_word_embeddings)
+
+    def shares_table(self, layer: Layer) -> bool:
+        """Whether ``layer`` is a head that reads the embedding's table in the output too."""
+        return layer.role == "head" and self.is_tied() and not self.unties
 
     def stored_name(self, name: str) -> str:
         """Where the source keeps the tensor that the model calls ``name``."""
@@ -198,9 +201,9 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
     head = next(d for d in decisions if d.layer.role == "head")
     if not tied:
         return decisions, False
-    if head.scheme is not None and head.scheme != table.scheme:
+    if head.rule is not None and head.scheme != table.scheme:
         return decisions, True
-    shared = Decision(head.layer, None, f"shares the table of {table.layer.name}")
+    shared = replace(head, scheme=None, reason=f"shares the table of {table.layer.name}")
     return [shared if d is head else d for d in decisions], False
 
 

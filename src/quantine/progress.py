@@ -150,9 +150,10 @@ class Meter:
 
 def peak_memory() -> int:
     """Largest resident memory of this process so far, in bytes."""
-    if STATUS.is_file():
-        # What getrusage says of a new process includes the program that started it.
-        lines = STATUS.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    # What getrusage says of a new process includes the one that started it.
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -61,9 +61,9 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
         layer, scheme = decision.layer, decision.scheme
         shape = f"{layer.out_features} x {layer.in_features}" + (f"  x{count}" if count > 1 else "")
         if scheme is None:
-            table.add_row(
-                name, shape, "16 bit", "16", megabytes(2 * count * layer.weights), decision.reason
-            )
+            stored = ["16 bit", "16", megabytes(2 * count * layer.weights)]
+            columns = ["shared", "", ""] if job.shares_table(layer) else stored
+            table.add_row(name, shape, *columns, decision.reason)
             continue
         nbytes = scheme.nbytes(layer)
         table.add_row(
@@ -82,7 +82,7 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
 def plan_lines(job: Job, size: Estimate) -> list[str]:
     """Totals of a plan."""
     place = "on disk" if size.spills else "in memory"
-    text = job.calibration.source
+    tokens = f"{size.tokens:,} tokens of {job.calibration.source}" if size.tokens else "none"
     return [
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
         f"= {megabytes(size.packed)}",
@@ -91,7 +91,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"{megabytes(size.disk_while_running)}",
         f"peak memory: about {megabytes(size.peak_memory)} "
         f"(activations {megabytes(size.activations)} {place})",
-        f"calibration: {size.tokens:,} tokens of {text}",
+        f"calibration: {tokens}",
     ]
 
 

