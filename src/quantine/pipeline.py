@@ -28,7 +28,7 @@ from quantine.formats.store import (
 from quantine.matrix import as_stored, install, read_weight, solve, unpack
 from quantine.plan import Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
-from quantine.progress import Progress, Silent, peak_memory
+from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
 from quantine.publish import output_files, report_of
 
 
@@ -72,6 +72,7 @@ def quantize(
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     started = time.perf_counter()
+    return_freed_memory()
     out = Path(out)
     progress = progress or Silent()
     job = prepare(model, plan or Plan.preset("gptq"), calibration or Calibration())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STATUS: Final = Path("/proc/self/status")
+M_MMAP_THRESHOLD: Final = -3
+LARGE_TENSOR: Final = 2**20
 
 
 class Progress(Protocol):
@@ -157,3 +160,13 @@ def peak_memory() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Let large tensors go back to the system when they are freed.
+
+    glibc raises its limit of "large" whenever one is freed, and keeps what is below in a heap that
+    fragments: a run's memory would grow from block to block. Setting the limit ends that.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)

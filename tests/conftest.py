@@ -1,0 +1,78 @@
+"""Fixtures shared by all tests: tiny models and their quantized versions, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from quantine import Calibration, Plan, quantize
+from tiny_models import FAMILIES, build, matrices_of, mixed_rules, tiny_config
+
+SENTENCES = 400
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet_and_alone() -> None:
+    """Tiny matrices are fastest on one thread, and several processes share the machine."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny float model by its name in `FAMILIES`, built at first use."""
+    root = tmp_path_factory.mktemp("models")
+
+    def directory(name: str) -> Path:
+        path = root / name
+        return path if path.exists() else build(tiny_config(name), path)
+
+    return directory
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of some ten thousand bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"Line {n}: {n * n % 97} apples and {n * 7 % 13} pears.\n" for n in range(SENTENCES)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def short(text_file: Path) -> Calibration:
+    """A calibration that takes a moment on a tiny model."""
+    return Calibration(str(text_file), samples=4, seqlen=32)
+
+
+@pytest.fixture(scope="session")
+def packed(
+    tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Path]:
+    """A quantized tiny model by name and kind, made at first use.
+
+    Kinds: ``gptq`` (3 bit), ``rtn`` (4 bit), and ``mixed`` (every matrix another width and grid,
+    some with a stored input order).
+    """
+    root = tmp_path_factory.mktemp("packed")
+
+    def plan(name: str, kind: str) -> Plan:
+        if kind == "gptq":
+            return Plan.preset("gptq", bits=3, group_size=32)
+        if kind == "rtn":
+            return Plan.preset("rtn", bits=4, group_size=32)
+        return Plan.from_dict({"rules": mixed_rules(matrices_of(tiny(name)), groups="refit")})
+
+    def directory(name: str, kind: str) -> Path:
+        assert name in FAMILIES
+        path = root / f"{name}-{kind}"
+        if not path.exists():
+            calibration = Calibration(samples=0) if kind == "rtn" else short
+            quantize(tiny(name), path, plan(name, kind), calibration)
+        return path
+
+    return directory
