@@ -7,33 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantine import cli
 from quantine.runtime.source import locate
 
 pytestmark = pytest.mark.slow
 
-EVALUATION = ["--window", "256", "--limit", "8", "--quiet"]
+EVALUATION = ["--window", "256", "--limit", "4", "--quiet"]
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Numbers of the float model and of three quantized ones on held-out built-in text."""
     root = tmp_path_factory.mktemp("demo")
+    source = locate("demo")
+    converted = root / "float"  # the same weights, which read faster than the GGUF file
+    source.float_model(torch.float32).save_pretrained(converted)
+    source.tokenizer().save_pretrained(converted)
     requests = {
-        "rtn4": ["--method", "rtn", "--bits", "4", "--samples", "0"],
-        "rtn3": ["--method", "rtn", "--bits", "3", "--samples", "0"],
-        "gptq3": ["--method", "gptq", "--bits", "3", "--samples", "16", "--seqlen", "256"],
+        "rtn4": ["demo", "--method", "rtn", "--bits", "4", "--samples", "0"],
+        "rtn3": [str(converted), "--method", "rtn", "--bits", "3", "--samples", "0"],
+        "gptq3": [str(converted), "--bits", "3", "--samples", "8", "--seqlen", "128"],
     }
+    for name, (model, *request) in requests.items():
+        assert cli.main(["quantize", model, str(root / name), *request, "--quiet"]) == 0
     found = {}
-    for name, request in {"float": None, **requests}.items():
-        model = "demo"
-        if request is not None:
-            model = str(root / name)
-            assert cli.main(["quantize", "demo", model, *request, "--quiet"]) == 0
+    for name in ("float", *requests):
         path = root / f"{name}.json"
-        reference = [] if request is None else ["--reference", "demo"]
-        assert cli.main(["eval", model, *EVALUATION, *reference, "--json", str(path)]) == 0
+        reference = [] if name == "float" else ["--reference", str(converted)]
+        evaluation = [*EVALUATION, *reference, "--json", str(path)]
+        assert cli.main(["eval", str(root / name), *evaluation]) == 0
         found[name] = json.loads(path.read_text())
     return found
 
@@ -59,7 +63,7 @@ def test_bits_are_those_of_groups_of_64(scores: dict[str, dict[str, Any]]) -> No
 
 
 def test_the_same_tokens_were_scored(scores: dict[str, dict[str, Any]]) -> None:
-    assert {value["tokens"] for value in scores.values()} == {8 * 255}
+    assert {value["tokens"] for value in scores.values()} == {4 * 255}
 
 
 def test_a_half_downloaded_gguf_is_refused(
@@ -68,7 +72,7 @@ def test_a_half_downloaded_gguf_is_refused(
     source = locate("demo")
     assert source.gguf_file is not None
     whole = (source.directory / source.gguf_file).read_bytes()
-    for share in (2000, len(whole) // 100, len(whole) // 2):
+    for share in (2000, len(whole) // 2):
         (tmp_path / "half.gguf").write_bytes(whole[:share])
         command = ["quantize", str(tmp_path / "half.gguf"), str(tmp_path / "out"), "--samples", "0"]
         assert cli.main([*command, "--method", "rtn", "--quiet"]) == 2

@@ -1,0 +1,98 @@
+"""Text token by token."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quantine.runtime import generate
+from quantine.runtime.generate import continue_tokens, stream
+from tiny_models import BOS, EOS, byte_tokenizer, logits_of, some_tokens, with_weights
+
+Tiny = Callable[[str], Path]
+
+
+def continued(model: Any, count: int, **options: Any) -> list[int]:
+    generator = torch.Generator().manual_seed(options.get("seed", 0))
+    temperature = options.get("temperature", 0.0)
+    return list(continue_tokens(model, some_tokens(9, 1), count, temperature, generator))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom"])
+def test_greedy_tokens_need_no_cache_to_be_right(name: str, tiny: Tiny) -> None:
+    model = with_weights(tiny(name), {})
+    model.generation_config.eos_token_id = None
+    tokens = some_tokens(9, 1)
+    for made in continued(model, 5):
+        assert made == int(logits_of(model, tokens)[0, -1].argmax())
+        tokens = torch.cat([tokens, torch.tensor([[made]])], 1)
+    assert tokens.shape[1] == 9 + 5
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_an_end_token_ends_it_and_is_not_shown(listed: bool, tiny: Tiny) -> None:
+    model = with_weights(tiny("llama"), {})
+    model.generation_config.eos_token_id = None
+    made = continued(model, 6)
+    end = made[3]
+    model.generation_config.eos_token_id = [EOS, end] if listed else end
+    assert continued(model, 6) == made[: made.index(end)]
+
+
+def test_sampling_follows_the_softmax(tiny: Tiny) -> None:
+    model = with_weights(tiny("llama"), {})
+    model.generation_config.eos_token_id = None
+    probabilities = (logits_of(model, some_tokens(9, 1))[0, -1] / 0.5).softmax(-1)
+    draws = torch.tensor(
+        [continued(model, 1, temperature=0.5, seed=seed)[0] for seed in range(400)]
+    )
+    shares = torch.bincount(draws, minlength=300) / 400
+    spread = (probabilities * (1 - probabilities) / 400).sqrt()
+    assert ((shares - probabilities).abs() <= 5 * spread + 1 / 400).all()
+
+
+def test_a_character_of_several_tokens_is_written_whole(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = byte_tokenizer(bos=False)("a\u00e9\U0001f600b")["input_ids"]
+    assert len(tokens) == 1 + 2 + 4 + 1
+
+    def fixed(*_: Any) -> Iterator[int]:
+        return iter(tokens)
+
+    monkeypatch.setattr(generate, "continue_tokens", fixed)
+    written: list[str] = []
+
+    class Screen(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(text)
+            return len(text)
+
+    log = io.StringIO()
+    stream(
+        tiny("llama"),
+        "x",
+        tokens=8,
+        chat=False,
+        temperature=0.0,
+        seed=0,
+        dtype=torch.float32,
+        out=Screen(),
+        log=log,
+    )
+    assert [text for text in written if text] == ["a", "\u00e9", "\U0001f600", "b", "\n"]
+    assert log.getvalue().startswith("2 prompt tokens")
+
+
+def test_the_chat_template_wraps_the_prompt_once() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+    ids = generate._prompt_ids(tokenizer, "Hi", chat=True)[0].tolist()
+    assert ids.count(BOS) == 1
+    assert tokenizer.decode(ids) == "<s>[user] Hi"
+    assert generate._prompt_ids(tokenizer, "Hi", chat=False)[0].tolist()[0] == BOS

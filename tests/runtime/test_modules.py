@@ -1,0 +1,123 @@
+"""Packed modules: what they compute, and what casting, copying and saving do to them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+from quantine.formats import format_named
+from quantine.methods.rtn import RTN
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
+from tiny_models import LEVELS, bits_equal
+
+OUT, IN = 20, 48
+
+
+def random_qtensor(spec: QuantSpec, rows: int = OUT) -> QTensor:
+    generator = torch.Generator().manual_seed(3)
+    return RTN()(torch.randn(rows, IN, generator=generator), None, spec)
+
+
+def make_linear(spec: QuantSpec, bias: bool = True) -> tuple[QuantLinear, Tensor]:
+    """A module and the float32 matrix it stands for."""
+    qtensor = random_qtensor(spec)
+    vector = nn.Parameter(torch.linspace(-1, 1, OUT), requires_grad=False) if bias else None
+    packed = format_named("dense").pack(qtensor)
+    return QuantLinear("dense", spec, OUT, IN, packed, vector), qtensor.dequantize()
+
+
+def make_table(scale: float = 1.0) -> tuple[QuantEmbedding, Tensor]:
+    spec = QuantSpec(8, -1)
+    qtensor = random_qtensor(spec, rows=300)
+    packed = format_named("dense").pack(qtensor)
+    return QuantEmbedding("dense", spec, 300, IN, packed, scale), qtensor.dequantize()
+
+
+@pytest.mark.parametrize(("bits", "sym"), LEVELS)
+@pytest.mark.parametrize("shape", [(IN,), (1, IN), (3, IN), (2, 5, IN), (0, IN), (1, 2, 3, IN)])
+def test_a_linear_multiplies_any_batch(bits: int, sym: bool, shape: tuple[int, ...]) -> None:
+    module, weight = make_linear(QuantSpec(bits, 16, sym))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    assert module.bias is not None
+    expected = (x.double() @ weight.double().T + module.bias.double()).float()
+    assert module(x).shape == (*shape[:-1], OUT)
+    torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_result_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
+    module, weight = make_linear(QuantSpec(4, 16), bias=False)
+    x = torch.randn(7, IN, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert module(x).dtype == dtype
+    exact = x.double() @ weight.double().T
+    bound = 4 * torch.finfo(dtype).eps * (x.double().abs() @ weight.double().abs().T)
+    assert ((module(x).double() - exact).abs() <= bound + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_touch_the_bias_only(dtype: torch.dtype) -> None:
+    module, weight = make_linear(QuantSpec(3, 16))
+    before = {name: tensor.clone() for name, tensor in module.packed_tensors().items()}
+    module.to(dtype)
+    assert module.bias is not None
+    assert module.bias.dtype == dtype
+    after = module.packed_tensors()
+    assert {name: t.dtype for name, t in after.items()} == {
+        "codes": torch.uint8,
+        "scale": torch.float16,
+        "zero": torch.uint8,
+    }
+    assert all(bits_equal(after[name], before[name]) for name in before)
+    assert torch.equal(module.dequantize(), weight)
+
+
+def test_a_move_moves_packed_tensors_with_their_dtypes() -> None:
+    module, _ = make_linear(QuantSpec(3, 16))
+    module.to("meta")
+    assert {t.device.type for t in module.packed_tensors().values()} == {"meta"}
+    assert module.packed_tensors()["scale"].dtype == torch.float16
+
+
+def test_copies_and_state_dicts_carry_the_packed_tensors() -> None:
+    module, _ = make_linear(QuantSpec(5, 16))
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(4))
+    assert module.state_dict().keys() == {"codes", "scale", "zero", "bias"}
+    twin = copy.deepcopy(module)
+    assert bits_equal(twin(x), module(x))
+    twin.codes.zero_()
+    assert not torch.equal(twin(x), module(x))
+    twin.load_state_dict(module.state_dict())
+    assert bits_equal(twin(x), module(x))
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("tokens", [[[5, 5, 299], [0, 7, 5]], [3], [[[1], [2]]]])
+def test_an_embedding_looks_rows_up(tokens: list[object], scale: float) -> None:
+    module, table = make_table(scale)
+    found = module(torch.tensor(tokens))
+    assert torch.equal(found, table[torch.tensor(tokens)] * scale)
+    module.to(torch.bfloat16)
+    assert module(torch.tensor(tokens)).dtype == torch.bfloat16
+    assert torch.equal(module.dequantize(), table)
+
+
+def test_a_tied_head_computes_with_the_table_but_does_not_own_it() -> None:
+    table, weight = make_table()
+    head = TiedHead(table)
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(head(x), x @ weight.T)
+    assert head.state_dict() == {}
+    assert [name for name, _ in packed_modules(nn.ModuleDict({"a": table, "b": head}))] == ["a"]
+
+
+def test_a_deep_copy_of_a_tied_pair_stays_tied_to_the_copy() -> None:
+    table, _ = make_table()
+    pair = copy.deepcopy(nn.ModuleDict({"table": table, "head": TiedHead(table)}))
+    pair["table"].codes.zero_()
+    x = torch.randn(2, IN, generator=torch.Generator().manual_seed(4))
+    torch.testing.assert_close(pair["head"](x), x @ pair["table"].dequantize().T)
