@@ -212,29 +212,40 @@ def test_sampling_depends_on_the_seed_alone(tiny: Tiny, capsys: pytest.CaptureFi
     assert texts[0] == texts[1] != texts[2]
 
 
-SCHEMES = st.fixed_dictionaries(
-    {
-        "match": st.sampled_from(["@blocks", "*.mlp.*", "*.0.*", "@head", "@embedding", "*_proj"]),
-        "method": st.sampled_from(["rtn", "gptq", "keep"]),
-    },
-    optional={
-        "bits": st.integers(1, 9),
-        "group_size": st.sampled_from([-1, 8, 16, 32, 48, 64]),
-        "sym": st.booleans(),
-        "clip": st.sampled_from(["minmax", "mse"]),
-        "act_order": st.booleans(),
-        "groups": st.sampled_from(["static", "refit"]),
-    },
+GRID = {"group_size": st.sampled_from([-1, 8, 16, 32]), "sym": st.booleans()}
+ROUNDED = {"method": st.just("rtn"), "clip": st.sampled_from(["minmax", "mse"])}
+SOLVED = {
+    "method": st.just("gptq"),
+    "act_order": st.booleans(),
+    "groups": st.sampled_from(["static", "refit"]),
+}
+INSIDE = {"match": st.sampled_from(["@blocks", "*.mlp.*", "*.0.*", "*_proj"])}
+OUTSIDE = {"match": st.sampled_from(["@head", "@embedding"])}
+BITS = {"bits": st.integers(2, 8)}
+GOOD = st.one_of(
+    st.fixed_dictionaries({**INSIDE, **ROUNDED, **GRID}, optional=BITS),
+    st.fixed_dictionaries({**INSIDE, **SOLVED, **GRID}, optional=BITS),
+    st.fixed_dictionaries({**OUTSIDE, **ROUNDED, **GRID}, optional=BITS),
+    st.fixed_dictionaries({**INSIDE, "method": st.just("keep")}),
 )
+BAD = st.one_of(
+    st.fixed_dictionaries({**INSIDE, **ROUNDED, "bits": st.sampled_from([0, 1, 9, 4.0])}),
+    st.fixed_dictionaries({**INSIDE, **SOLVED, "group_size": st.sampled_from([48, 7, 0])}),
+    st.fixed_dictionaries({**OUTSIDE, **SOLVED, **GRID}),
+    st.fixed_dictionaries({"match": st.just("*.no.such.layer"), **ROUNDED}),
+)
+PLANS = st.tuples(
+    st.lists(GOOD, min_size=1, max_size=3), st.one_of(*[st.just([])] * 4, BAD.map(lambda x: [x]))
+).map(lambda parts: parts[0] + parts[1])
 
 
 @settings(
-    max_examples=25,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(rules=st.lists(SCHEMES, min_size=1, max_size=3), samples=st.integers(0, 2))
+@given(rules=PLANS, samples=st.sampled_from([2, 2, 2, 0]))
 def test_what_plan_accepts_quantize_completes_and_what_it_refuses_quantize_refuses(
     rules: list[dict[str, Any]],
     samples: int,
@@ -244,13 +255,6 @@ def test_what_plan_accepts_quantize_completes_and_what_it_refuses_quantize_refus
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = tmp_path_factory.mktemp("property")
-    for rule in rules:  # mostly plans that make sense
-        if rule["method"] != "gptq":
-            rule.pop("act_order", None)
-            rule.pop("groups", None)
-        if rule["method"] == "keep":
-            for key in set(rule) - {"match", "method"}:
-                del rule[key]
     (root / "plan.json").write_text(json.dumps({"rules": rules}))
     model = str(tiny("llama_tied"))
     request = ["--plan", str(root / "plan.json"), "--calibration", str(text_file)]

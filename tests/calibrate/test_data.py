@@ -109,3 +109,8 @@ def test_from_file_to_segments(tmp_path: Path) -> None:
     text = path.read_bytes()
     assert segments.shape == (5, 32)
     assert all(bytes(segment.tolist()) in text for segment in segments)
+
+
+def test_absurd_amounts_are_refused_before_any_text_is_read() -> None:
+    with pytest.raises(CalibrationError, match="use fewer"):
+        calibration_segments(Calibration("no such text", samples=10**9, seqlen=64), None, 10, None)

@@ -14,6 +14,8 @@ from quantine.errors import CalibrationError
 
 DEFAULT_SAMPLES: Final = 64
 DEFAULT_SEQLEN: Final = 512
+MOST_TOKENS: Final = 2**28
+"""Calibration tokens accepted; a hundred times what any method has been shown to profit from."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,11 @@ def calibration_segments(
         CalibrationError: see `Calibration`, `token_stream` and `draw_segments`.
     """
     length = calibration.segment_length(longest_context)
+    if calibration.samples * length > MOST_TOKENS:
+        raise CalibrationError(
+            f"{calibration.samples} samples of {length} tokens are more than {MOST_TOKENS:,} "
+            "tokens: use fewer"
+        )
     text = read_text(calibration.source, "calibration")
     stream = token_stream(tokenizer, text, vocabulary, calibration.source)
     return draw_segments(stream, calibration.samples, length, calibration.seed, calibration.source)
