@@ -65,7 +65,9 @@ def packed(
             return Plan.preset("gptq", bits=3, group_size=32)
         if kind == "rtn":
             return Plan.preset("rtn", bits=4, group_size=32)
-        return Plan.from_dict({"rules": mixed_rules(matrices_of(tiny(name)), groups="refit")})
+        return Plan.from_dict(
+            {"rules": mixed_rules(matrices_of(tiny(name)), groups="refit", clip="minmax")}
+        )
 
     def directory(name: str, kind: str) -> Path:
         assert name in FAMILIES

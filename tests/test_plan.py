@@ -93,7 +93,7 @@ class TestMatching:
 
     def test_an_explicit_keep_has_its_reason(self) -> None:
         found = decided(plan_of({"match": "lm_head", "method": "keep"}, {"match": "*", **RTN8}))
-        assert found["lm_head"] == Decision(LAYERS[5], None, "rule 1: lm_head")
+        assert found["lm_head"] == Decision(LAYERS[5], None, "rule 1: lm_head", 1)
 
 
 class TestRefusals:

@@ -204,7 +204,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from quantine.render import make_console
 
     plan, calibration = _request(arguments)
-    shown = None if arguments.quiet else Shown(make_console())
+    shown = None if arguments.quiet else Shown(make_console(stderr=True))
     try:
         result = quantize(
             arguments.model,
@@ -262,6 +262,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise PlanError(f"{arguments.json} cannot be written: there is no such directory")
     import torch
 
     from quantine.eval.perplexity import evaluate

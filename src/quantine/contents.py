@@ -9,6 +9,7 @@ from typing import Any
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.checkpoint import weight_files
+from quantine.formats.description import check_description, spec_of
 from quantine.formats.shards import read_entries
 from quantine.formats.store import REPORT, RUN_DIRECTORY, read_json
 from quantine.kernels import backend
@@ -31,6 +32,7 @@ def contents(directory: Path) -> dict[str, Any]:
     config = read_json(directory / "config.json").get("quantization_config") or {}
     if config.get("quant_method") != "quantine":
         raise FormatError(f"{directory} was not written by quantine")
+    check_description(config)
     errors = _output_errors(directory)
     files = weight_files(directory)
     entries = {entry.name: entry for file in files for entry in read_entries(file)}
@@ -41,6 +43,11 @@ def contents(directory: Path) -> dict[str, Any]:
         names = [f"{name}.{key}" for key in format_named(scheme["format"]).tensor_names]
         packed_names.update(names)
         nbytes = sum(entries[key].nbytes for key in names if key in entries)
+        layout, ordered = format_named(scheme["format"]), f"{name}.in_perm" in entries
+        out_features, in_features = layer["shape"]
+        expected = layout.nbytes(spec_of(scheme), out_features, in_features, ordered)
+        if nbytes != expected:
+            raise FormatError(f"{name} has {nbytes} bytes in the files, not {expected}: damaged")
         layers.append(
             {
                 "name": name,

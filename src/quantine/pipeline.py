@@ -78,17 +78,19 @@ def quantize(
     job = prepare(model, plan or Plan.preset("gptq"), calibration or Calibration())
     size = estimate(job, max_ram)
     check_place(out, resume, size.disk_while_running)
+    store = RunStore(out)
     try:
-        return _run(job, out, size, progress, started)
+        return _run(job, store, size, progress, started)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OutputError(
-            f"the disk of {out} is full: free some space and continue with --resume"
-        ) from error
+        full = error.errno == errno.ENOSPC
+        said = "the disk is full: free some space and" if full else f"{error}: mend that and"
+        raise OutputError(f"{out} cannot be written: {said} continue with --resume") from error
+    finally:
+        store.close()
 
 
-def _run(job: Job, out: Path, size: Estimate, progress: Progress, started: float) -> Result:
+def _run(job: Job, store: RunStore, size: Estimate, progress: Progress, started: float) -> Result:
+    out = store.out
     progress.note(f"reading {job.source.name}")
     gguf = job.source.gguf_file is not None
     identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
@@ -97,7 +99,6 @@ def _run(job: Job, out: Path, size: Estimate, progress: Progress, started: float
         clear_remains(out)
         progress.note(f"{out} is finished already")
         return Result(out, read_json(out / REPORT))
-    store = RunStore(out)
     store.open(identity)
     directory = _convert(job, store.scratch / "source") if gguf else job.source.directory
     checkpoint = job.checkpoint(directory)

@@ -10,9 +10,11 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import Tensor
 
 from quantine.calibrate.data import Calibration, calibration_segments
@@ -105,6 +107,9 @@ class Job:
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),
             "format version": str(FORMAT_VERSION),
+            # Sums of floats depend on how threads and library versions cut them.
+            "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
+            **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
         }
 
 
@@ -125,7 +130,7 @@ def prepare(model: str | Path, plan: Plan, calibration: Calibration) -> Job:
             "give the float model"
         )
     family = family_of(config.model_type)
-    bare = skeleton(config)
+    bare = _skeleton(source, config)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     _check_inputs(decisions, calibration)
@@ -155,7 +160,7 @@ def check_headers(job: Job, checkpoint: Checkpoint) -> None:
     """Compare the shapes in the weight files with the architecture's.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing, has another shape, or is not floating point.
     """
     for name, tensor in job.model.state_dict().items():
         stored = job.stored_name(name)
@@ -165,6 +170,8 @@ def check_headers(job: Job, checkpoint: Checkpoint) -> None:
                 f"{job.source.name} holds no tensor {stored}: the download may be incomplete, or "
                 "the weights belong to another architecture"
             )
+        if tensor.is_floating_point():
+            checkpoint.dtype(stored)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
                 f"{stored} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
@@ -180,7 +187,10 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
     Raises:
         OutputError: says which.
     """
-    check_output(out, resume)
+    try:
+        check_output(out, resume)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be an output directory: {error}") from error
     if is_finished(out):
         return
     existing = next(p for p in [out, *out.absolute().parents] if p.exists())
@@ -193,6 +203,15 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
             f"{out} needs about {needed / 1e9:.2f} GB while it is made, but the disk has "
             f"{free / 1e9:.2f} GB free"
         )
+
+
+def _skeleton(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return skeleton(config)
+    except Exception as error:  # a damaged value fails wherever the architecture first uses it
+        raise CheckpointError(
+            f"{source.name}: config.json does not describe a model ({error!r}): download it again"
+        ) from error
 
 
 def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:

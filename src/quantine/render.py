@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from quantine.prepare import Job
 
 
-def make_console(quiet: bool = False) -> Console:
-    """Standard output; where it is no terminal, lines are as wide as they need to be."""
-    console = Console(quiet=quiet, highlight=False, markup=False)
+class _Console(Console):
+    """A console that leaves a closed pipe to the program."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def make_console(quiet: bool = False, stderr: bool = False) -> Console:
+    """A console; where it is no terminal, lines are as wide as they need to be."""
+    console = _Console(quiet=quiet, stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

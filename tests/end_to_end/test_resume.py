@@ -72,7 +72,7 @@ def test_killed_runs_end_with_the_same_bytes(
     options: list[str], kills: int, model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
-    calibration = ["--calibration", str(text_file), "--samples", "8", "--seqlen", "64"]
+    calibration = ["--calibration", str(text_file), "--samples", "4", "--seqlen", "32"]
     request = {
         "command": [str(model), "--plan", str(tmp_path / "plan.yaml"), *calibration, *options],
         "root": str(tmp_path),

@@ -151,7 +151,7 @@ def test_damaged_headers_are_refused(tmp_path: Path, data: bytes) -> None:
 def test_a_part_that_ends_early_is_refused(tmp_path: Path) -> None:
     parts = write_parts(tmp_path / "parts")
     parts[1].write_bytes(parts[1].read_bytes()[:-1])
-    with pytest.raises(FormatError, match=r"1\.safetensors ends inside tensor b\."):
+    with pytest.raises(FormatError, match=r"1\.safetensors holds 12 bytes of tensors, not 13"):
         merge_parts(parts, tmp_path, shard_bytes=10**6)
     assert not (tmp_path / SINGLE).exists()
 

@@ -62,7 +62,10 @@ def test_committed_parts_come_back(out: Path) -> None:
     store.commit("block-0", TENSORS, REPORTS)
     store.commit("norm", {"norm": torch.ones(2)}, [])
     assert store.is_committed("block-0")
-    again = RunStore(out)  # as after a crash
+    with pytest.raises(OutputError, match="another process"):
+        RunStore(out).open(IDENTITY)
+    store.close()  # as a crash does
+    again = RunStore(out)
     again.open(IDENTITY)
     assert again.is_committed("block-0")
     assert not again.is_committed("block-1")
@@ -93,6 +96,7 @@ def test_scratch_of_an_earlier_process_is_dropped_and_parts_are_kept(out: Path) 
     store.commit("block-0", TENSORS, REPORTS)
     (store.scratch / "junk").mkdir()
     (store.scratch / "junk" / "000000.npy").write_bytes(b"x")
+    store.close()
     store.open(IDENTITY)
     assert list(store.scratch.iterdir()) == []
     assert store.is_committed("block-0")
@@ -234,6 +238,7 @@ def test_killed_before_the_run_has_ended(
         patched.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             store.finish(["block-0"], {"config.json": b"{}"}, report())
+    store.close()
     assert not is_finished(out)
     again = started(out)
     assert again.is_committed("block-0")

@@ -60,9 +60,13 @@ def read_entries(file: Path) -> list[Entry]:
         if not 0 < size <= file.stat().st_size - 8:
             raise FormatError(f"{file} is not a safetensors file")
         data = stream.read(size)
+    found = file.stat().st_size - 8 - size
     try:
         header = json.loads(data)
         header.pop("__metadata__", None)
+        expected = max((info["data_offsets"][1] for info in header.values()), default=0)
+        if expected != found:
+            raise FormatError(f"{file} holds {found} bytes of tensors, not {expected}: cut off?")
         return [
             Entry(
                 name,

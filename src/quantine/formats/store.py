@@ -7,7 +7,9 @@ final files are merged from the committed ones, and ``.quantine`` is removed as 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ class RunStore:
         self.out = out
         self._run = out / RUN_DIRECTORY
         self._parts = self._run / "parts"
+        self._lock: int | None = None
 
     @property
     def scratch(self) -> Path:
@@ -43,8 +46,18 @@ class RunStore:
         return self._run / "scratch"
 
     def open(self, identity: Mapping[str, str]) -> None:
-        """Start, or take up, the run on disk; scratch files of an earlier process are dropped."""
+        """Start, or take up, the run on disk; scratch files of an earlier process are dropped.
+
+        Raises:
+            OutputError: another process holds the run; its lock ends with it, however it ends.
+        """
         self._parts.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self._run / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise OutputError(f"another process is working on {self.out}: let it finish") from error
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         write_json(self._run / IDENTITY, dict(identity))
@@ -75,7 +88,14 @@ class RunStore:
         # One rename ends the run; what a kill leaves of the removal, `clear_remains` takes away.
         remains = self.out / REMAINS
         self._run.replace(remains)
+        self.close()
         shutil.rmtree(remains)
+
+    def close(self) -> None:
+        """Let another process take up the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def check_output(out: Path, resume: bool) -> None:
@@ -108,11 +128,11 @@ def check_identity(out: Path, identity: Mapping[str, str]) -> None:
     found = stored_identity(out)
     if found is None:
         return
-    differing = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
-    if differing:
+    keys = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+    if keys:
         raise ResumeMismatch(
-            f"the run in {out} was started with another {', '.join(sorted(differing))}: repeat "
-            "the first command exactly, or use another output path"
+            f"the run in {out} was started with another {', '.join(sorted(keys))}: repeat the "
+            "first command exactly, or use another output path"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 from quantine.errors import PlanError
 from quantine.runtime.load import load_model
 from quantine.runtime.source import locate
+
+COLDEST: Final = 0.01
+"""Smallest temperature but zero; below it probabilities overflow."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,13 +46,19 @@ def stream(
     Raises:
         PlanError: the prompt is empty, or an option is out of range.
     """
-    if tokens < 1 or temperature < 0:
-        raise PlanError(
-            f"tokens must be positive and temperature not negative: {tokens}, {temperature}"
-        )
+    if tokens < 1 or not 0 <= seed < 2**63:
+        raise PlanError(f"tokens must be positive and seed in 64 bits, not {tokens}, {seed}")
+    if temperature != 0 and not COLDEST <= temperature < float("inf"):
+        raise PlanError(f"temperature must be 0 or at least {COLDEST}, not {temperature}")
     source = locate(model)
     tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat)
+    longest = getattr(source.config(), "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + tokens > longest:
+        raise PlanError(
+            f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the model's context of "
+            f"{longest}: ask for fewer"
+        )
     loaded = load_model(source, dtype)
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()

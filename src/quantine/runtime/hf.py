@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats import FORMAT_VERSION, format_named
+from quantine.formats.description import check_description, spec_of
 from quantine.formats.shards import Entry, read_entries
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 
@@ -60,11 +60,12 @@ class QuantineConfig(QuantizationConfigMixin):
         self.schemes = schemes or []
         self.layers = layers or {}
         unknown.pop("quant_method", None)
-        if format_version > FORMAT_VERSION or unknown:
+        if unknown:
             raise FormatError(
-                f"written in format version {format_version} with {sorted(unknown) or 'no'} extra "
-                f"fields; this quantine reads version {FORMAT_VERSION}: install a newer one"
+                f"quantization_config has unknown fields {sorted(unknown)}: "
+                "install a newer quantine"
             )
+        check_description({"format_version": format_version, "schemes": schemes, "layers": layers})
 
 
 class QuantineQuantizer(HfQuantizer):
@@ -120,11 +121,6 @@ def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: 
     if path.is_file():
         config = json.loads(path.read_text()) | {"transformers_weights": LOCK}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def spec_of(scheme: dict[str, Any]) -> QuantSpec:
-    """The weight spec inside a stored scheme."""
-    return QuantSpec(scheme["bits"], scheme["group_size"], scheme["sym"])
 
 
 def _packed_entries(files: list[str]) -> dict[str, Entry]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.errors import FormatError
+from quantine.errors import FormatError, QuantineError
+from quantine.formats.checkpoint import weight_files
 from quantine.runtime.source import ModelSource, locate
 
 if TYPE_CHECKING:
@@ -42,9 +43,15 @@ def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTr
             f"{source.name} was not written by quantine (its config.json says otherwise): quantize "
             "it first, or load it with transformers"
         )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.directory, dtype=dtype, output_loading_info=True
-    )
+    try:
+        weight_files(source.directory)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.directory, dtype=dtype, output_loading_info=True
+        )
+    except QuantineError:
+        raise
+    except Exception as error:  # damage shows in many places inside transformers
+        raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {error}") from error
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:

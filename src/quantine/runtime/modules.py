@@ -15,8 +15,8 @@ from quantine.formats import format_named
 class Packed(nn.Module):
     """A packed matrix ``[out, in]`` as buffers, in the layout of ``format_name``.
 
-    Packed buffers keep their dtypes when a model is cast: ``model.half()`` or
-    ``model.to(torch.bfloat16)`` changes activations, biases and norms, never codes or scales.
+    Packed buffers keep their dtypes when a model is cast: ``model.to(torch.bfloat16)`` changes
+    activations, biases and norms, never codes or scales.
 
     Args:
         format_name: a name in `quantine.formats.FORMATS`.

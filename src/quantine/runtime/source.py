@@ -53,6 +53,8 @@ class ModelSource:
             raise CheckpointError(f"{self.name}: no readable configuration: {error}") from error
         except ValueError as error:
             raise FamilyError(f"{self.name}: {error}") from error
+        except Exception as error:  # a damaged value fails in the architecture's own checks
+            raise CheckpointError(f"{self.name}: config.json is damaged: {error}") from error
         config.__dict__.pop("_model_name_or_path", None)
         return config
 
