@@ -2,7 +2,7 @@
 
 It imports everything once and forks a child per run, so that a run costs no start-up time. Its one
 argument is a JSON file: ``command`` (arguments of quantize without OUT), ``root`` (where the output
-directories go), ``kills`` and ``seed``. It writes the directories as JSON.
+directories go), ``kills``, ``blocks`` of the model and ``seed``. It writes the directories as JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
 
-def run(command: list[str], out: Path, kill_after: float | None = None) -> bool:
-    """Quantize in a child; whether it finished, rather than died of SIGKILL."""
+def run(
+    command: list[str], out: Path, kill_after: float | None = None, with_blocks: int = 0
+) -> bool:
+    """Quantize in a child; whether it finished, rather than died of SIGKILL.
+
+    The child is killed ``kill_after`` seconds after so many blocks are on disk.
+    """
     child = os.fork()
     if child == 0:
         status = 70
@@ -34,6 +39,11 @@ def run(command: list[str], out: Path, kill_after: float | None = None) -> bool:
         finally:
             os._exit(status)
     if kill_after is not None:
+        parts = out / ".quantine" / "parts"
+        running = True
+        while running and len(list(parts.glob("block-*.json"))) < with_blocks:
+            time.sleep(0.0005)
+            running = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -56,12 +66,14 @@ def main() -> None:
     seconds = time.perf_counter() - started
     killed = []
     for number in range(request["kills"]):
-        # One kill in each tenth of a run, so that early and late steps are both hit.
-        share = (number + moments.random()) / request["kills"]
+        # Tied to the blocks on disk, so that early and late steps are hit at any machine's speed.
+        with_blocks = number % (request["blocks"] + 1)
+        share = moments.random() / (4 * request["blocks"])
         attempt = 0
         while True:
             out = root / f"killed-{number}-{attempt}"
-            if not run([*command, "--resume"], out, kill_after=share * seconds * 0.9**attempt):
+            delay = share * seconds * 0.5**attempt
+            if not run([*command, "--resume"], out, delay, with_blocks):
                 break
             attempt += 1  # it was faster than expected: aim earlier
         state = sorted(str(p.relative_to(out)) for p in out.rglob("*")) if out.exists() else []

@@ -77,6 +77,7 @@ def test_killed_runs_end_with_the_same_bytes(
         "command": [str(model), "--plan", str(tmp_path / "plan.yaml"), *calibration, *options],
         "root": str(tmp_path),
         "kills": kills,
+        "blocks": 4,
         "seed": 6,
     }
     (tmp_path / "request.json").write_text(json.dumps(request))
@@ -90,10 +91,9 @@ def test_killed_runs_end_with_the_same_bytes(
     assert len(answer["killed"]) == kills + 1
     for run in answer["killed"]:
         assert_same_run(Path(run["out"]), Path(answer["whole"]))
-    # Some run died with blocks on disk, so that a resume had something to take up. How many blocks
-    # each had is up to the machine's speed.
+    # The moments were spread: some runs died with some blocks on disk and others missing.
     blocks = [sum("block-" in name for name in run["found"]) for run in answer["killed"]]
-    assert any(blocks)
+    assert len(set(blocks)) > 2
 
 
 def stop_after(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
