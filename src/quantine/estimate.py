@@ -16,9 +16,7 @@ FLOAT: Final = 4
 """Bytes of a float32, in which everything is computed."""
 DEFAULT_SHARE: Final = 0.25
 """Share of the machine's memory that activations may take by default."""
-GGUF_COPY: Final = 4
-"""Bytes per weight of the float32 copy that a GGUF model is read from."""
-GGUF_COPIES: Final = 2.0
+GGUF_COPIES: Final = 2
 """Float32 copies of the model in memory while transformers dequantizes a GGUF."""
 LIVE_TENSORS: Final = 4
 """Tensors as wide as the block's widest matrix that live at once in a forward pass."""
@@ -85,7 +83,7 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     spills = activations > limit
     scratch = activations if spills else 0
     if job.source.gguf_file is not None:
-        scratch += sum(p.numel() for p in job.model.parameters()) * GGUF_COPY
+        scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
     return Estimate(
         packed,
         kept,
@@ -114,7 +112,7 @@ def _peak(job: Job, activations: int) -> int:
     steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
-        steps.append(int(parameters * FLOAT * GGUF_COPIES))
+        steps.append(parameters * FLOAT * GGUF_COPIES)
     return peak_memory() + max(steps)
 
 

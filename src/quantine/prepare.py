@@ -73,16 +73,22 @@ class Job:
 
     def loose_names(self) -> list[str]:
         """Names of the float tensors outside of decoder blocks that the output holds."""
-        packed = {f"{d.layer.name}.weight" for d in self.scheme_layers()}
-        packed |= {f"{d.layer.name}.weight" for d in self.decisions if self.shares_table(d.layer)}
         inside = f"{self.family.blocks}."
-        return [n for n in self.model.state_dict() if not n.startswith(inside) and n not in packed]
+        return [name for name in self._float_names() if not name.startswith(inside)]
 
     def block_names(self, index: int) -> list[str]:
         """Names of the float tensors of block ``index`` that the output holds."""
-        packed = {f"{d.layer.name}.weight" for d in self.scheme_layers()}
         inside = f"{self.family.blocks}.{index}."
-        return [n for n in self.model.state_dict() if n.startswith(inside) and n not in packed]
+        return [name for name in self._float_names() if name.startswith(inside)]
+
+    def _float_names(self) -> list[str]:
+        """Names of all float tensors that the output holds."""
+        absent = {
+            f"{d.layer.name}.weight"
+            for d in self.decisions
+            if d.scheme is not None or self.shares_table(d.layer)
+        }
+        return [name for name in self.model.state_dict() if name not in absent]
 
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""

@@ -70,7 +70,8 @@ class Sequential:
         self._blocks = block_list(model, family)
         size = batch_samples(*segments.shape)
         self._hidden = Activations(len(segments) // size, spill)
-        self._calls: list[_Call] = []
+        # How the model calls each block, hidden states apart; the same for every batch.
+        self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._enter(segments.split(size), replaced)
 
     def load(self, index: int) -> nn.Module:
@@ -129,8 +130,8 @@ class Sequential:
             self._hidden[batch] = output
 
     def _run(self, index: int, hidden: Tensor) -> Tensor:
-        call = self._calls[index]
-        output = self._blocks[index](hidden, *call.args, **call.kwargs)
+        args, kwargs = self._calls[index]
+        output = self._blocks[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -153,7 +154,7 @@ class Sequential:
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
-        self._calls = [_Call(recorder) for recorder in recorders]
+        self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         _drop_weights(base)
 
 
@@ -181,14 +182,6 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
         return (hidden,) if self._returns_tuple else hidden
-
-
-class _Call:
-    """How a model calls a block: everything but the hidden states; equal for every batch."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.args = recorder.args
-        self.kwargs = recorder.kwargs
 
 
 def _materialize(
