@@ -283,3 +283,20 @@ def test_the_float_model_can_be_evaluated_too(tiny: Tiny, text_file: Path, tmp_p
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["perplexity"] != b["perplexity"]
     assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.05)
+
+
+def test_plan_lists_every_matrix_that_stays_in_16_bit(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The projections and positions of opt-350m belong to no block, embedding or head."""
+    request = [tiny("opt_projected"), "--method", "rtn", "--samples", "0", "--group-size", "16"]
+    succeed("plan", *request, "--json", tmp_path / "plan.json")
+    shown = capsys.readouterr().out
+    others = json.loads((tmp_path / "plan.json").read_text())["other_matrices"]
+    names = {f"model.decoder.{n}.weight" for n in ("project_in", "project_out", "embed_positions")}
+    assert {other["name"] for other in others} == names
+    assert all(name in shown for name in names)
+
+    succeed("quantize", request[0], tmp_path / "out", *request[1:], "--quiet")
+    report = json.loads((tmp_path / "out" / "quantine_report.json").read_text())
+    assert names <= {kept["name"] for kept in report["kept"]}

@@ -31,6 +31,8 @@ from quantine.runtime.source import ModelSource, locate
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+NO_LAYER: Final = "not a layer that plans can name"
+"""Why `Job.other_matrices` stay in 16 bit."""
 DISK_RESERVE: Final = 64_000_000
 
 
@@ -89,6 +91,18 @@ class Job:
             if d.scheme is not None or self.shares_table(d.layer)
         }
         return [name for name in self.model.state_dict() if name not in absent]
+
+    def other_matrices(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the matrices no plan can name, by tensor name: they stay in 16 bit.
+
+        Such are position tables, and the projections around the decoder of opt-350m.
+        """
+        known = {f"{decision.layer.name}.weight" for decision in self.decisions}
+        return {
+            name: tuple(tensor.shape)
+            for name, tensor in self.model.state_dict().items()
+            if tensor.ndim >= 2 and name not in known
+        }
 
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""

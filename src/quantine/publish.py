@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from quantine.card import model_card
 from quantine.formats import FORMAT_VERSION
-from quantine.prepare import Job
+from quantine.prepare import NO_LAYER, Job
 
 COPIED: Final = (
     "added_tokens.json",
@@ -50,7 +50,12 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
         "identity": identity,
         "layers": layers,
         "kept": [
-            {"name": d.layer.name, "reason": d.reason} for d in job.decisions if d.scheme is None
+            *(
+                {"name": d.layer.name, "reason": d.reason}
+                for d in job.decisions
+                if d.scheme is None
+            ),
+            *({"name": name, "reason": NO_LAYER} for name in job.other_matrices()),
         ],
         "totals": {
             "quantized_weights": quantized,

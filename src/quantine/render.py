@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
+
+from quantine.prepare import NO_LAYER
 
 PLAIN_WIDTH: Final = 200
 
@@ -81,6 +84,9 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
             megabytes(nbytes * count),
             decision.reason,
         )
+    for name, sizes in job.other_matrices().items():
+        shape = " x ".join(map(str, sizes))
+        table.add_row(name, shape, "16 bit", "16", megabytes(2 * math.prod(sizes)), NO_LAYER)
     console.print(table)
     for line in plan_lines(job, size):
         console.print(line)
@@ -117,6 +123,10 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
                 "reason": d.reason,
             }
             for d in job.decisions
+        ],
+        "other_matrices": [
+            {"name": name, "shape": list(shape), "reason": NO_LAYER}
+            for name, shape in job.other_matrices().items()
         ],
         "predicted": {
             "quantized_weights": size.weights,
