@@ -38,7 +38,7 @@ def fit_minmax(values: Sequence[float], bits: int, sym: bool) -> tuple[float, in
 
 def encode(value: float, scale: float, zero: int, bits: int) -> int:
     """The code whose decoded value is nearest to ``value``."""
-    return min(max(round(value / scale) + zero, 0), 2**bits - 1)
+    return min(max(round(value / scale + zero), 0), 2**bits - 1)
 
 
 def decode(code: int, scale: float, zero: int) -> float:
@@ -86,6 +86,17 @@ def damped(hessian: np.ndarray, damp: float) -> np.ndarray:
     return result
 
 
+def solving_order(strength: np.ndarray, act_order: bool, aligned: int) -> list[int]:
+    """Inputs by falling strength; with ``aligned``, runs of that many by falling mean strength."""
+    order = list(range(len(strength)))
+    if act_order and aligned:
+        mean = [np.mean(strength[i // aligned * aligned :][:aligned]) for i in order]
+        order.sort(key=lambda i: (-mean[i], i // aligned, -strength[i]))
+    elif act_order:
+        order.sort(key=lambda i: -strength[i])
+    return order
+
+
 def gptq(
     weight: np.ndarray,
     hessian: np.ndarray,
@@ -95,7 +106,7 @@ def gptq(
     *,
     damp: float,
     act_order: bool,
-    refit: bool,
+    groups: str,
 ) -> Solved:
     """Round column by column with the error feedback of Optimal Brain Quantization.
 
@@ -105,14 +116,13 @@ def gptq(
     """
     rows, columns = weight.shape
     current = weight.astype(np.float64).copy()
-    order = list(range(columns))
-    if act_order:
-        order.sort(key=lambda i: -float(hessian[i, i]))
+    order = solving_order(np.diagonal(hessian), act_order, group_size if groups == "aligned" else 0)
+    refit = groups != "static"
     inverse = np.linalg.inv(damped(hessian, damp))
     grids: dict[tuple[int, int], tuple[float, int]] = {}
     codes, values = np.zeros((rows, columns), int), np.zeros((rows, columns))
     for step, q in enumerate(order):
-        group = step // group_size if refit else q // group_size
+        group = step // group_size if groups == "refit" else q // group_size
         if refit and step % group_size == 0:
             for r in range(rows):
                 members = [float(current[r, c]) for c in order[step : step + group_size]]

@@ -143,10 +143,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("rule", "expected"),
         [
-            ({}, "method must be one of rtn, gptq, keep, not None"),
-            ({"method": "awq"}, "method must be one of rtn, gptq, keep, not 'awq'"),
-            ({"method": ["rtn"]}, "method must be one of rtn, gptq, keep, not ['rtn']"),
-            ({"method": {"rtn": 1}}, "method must be one of rtn, gptq, keep, not {'rtn': 1}"),
+            ({}, "method must be one of rtn, gptq, spqr, keep, not None"),
+            ({"method": "awq"}, "method must be one of rtn, gptq, spqr, keep, not 'awq'"),
+            ({"method": ["rtn"]}, "method must be one of rtn, gptq, spqr, keep, not ['rtn']"),
+            ({"method": {"rtn": 1}}, "method must be one of rtn, gptq, spqr, keep, not {'rtn': 1}"),
             ({"method": "keep", "bits": 4}, "method 'keep' takes no parameters"),
             ({"method": "keep", "format": "dense"}, "method 'keep' takes no parameters"),
             ({"method": "rtn", "damp": 0.1}, "rtn has no parameter 'damp' (it has bits, "),
@@ -164,10 +164,19 @@ class TestRefusals:
             ({"method": "rtn", "group_size": 0}, "group_size must be positive, or -1"),
             ({"method": "gptq", "damp": 0}, "damp must be above 0 and at most 1, not 0"),
             ({"method": "gptq", "damp": float("nan")}, "damp must be above 0 and at most 1"),
-            ({"method": "gptq", "groups": 3}, "groups must be one of static, refit, not 3"),
+            (
+                {"method": "gptq", "groups": 3},
+                "groups must be one of static, aligned, refit, not 3",
+            ),
             ({"method": "rtn", "clip": ["mse"]}, "clip must be one of minmax, mse, not ['mse']"),
-            ({"method": "rtn", "format": "gguf"}, "format must be one of dense, not 'gguf'"),
-            ({"method": "rtn", "format": ["dense"]}, "format must be one of dense, not ['dense']"),
+            (
+                {"method": "rtn", "format": "gguf"},
+                "format must be one of dense, sparse, not 'gguf'",
+            ),
+            (
+                {"method": "rtn", "format": ["dense"]},
+                "format must be one of dense, sparse, not ['dense']",
+            ),
         ],
     )
     def test_a_rule_with_a_mistake(self, rule: dict[Any, Any], expected: str) -> None:
@@ -230,10 +239,8 @@ class TestPlainValues:
         assert set(rule) == {
             "match",
             "method",
-            "bits",
-            "group_size",
-            "sym",
             "format",
+            *vars(QuantSpec()),
             *vars(solver),
         }
 

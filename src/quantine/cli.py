@@ -113,7 +113,7 @@ def _add_plan(verbs: Any) -> None:
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=("rtn", "gptq"), help="default gptq")
+    parser.add_argument("--method", choices=("rtn", "gptq", "spqr"), help="default gptq")
     parser.add_argument("--bits", type=int, metavar="B", help="bits per code, 2 to 8; default 4")
     parser.add_argument(
         "--group-size",

@@ -8,7 +8,7 @@ from typing import Final
 
 from quantine.calibrate.sequential import batch_samples
 from quantine.errors import PlanError
-from quantine.methods.clip import CHUNK
+from quantine.methods.fit import CHUNK
 from quantine.prepare import Job
 from quantine.progress import peak_memory
 

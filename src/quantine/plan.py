@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from quantine.methods import METHODS, Solver
 
 KEEP: Final = "keep"
 """The method of a rule that leaves its layers in 16 bit."""
+INFINITE: Final = "inf"
+"""How plans write an infinite number."""
 SETS: Final = {"@blocks": "block", "@embedding": "embedding", "@head": "head"}
 """Patterns that stand for every matrix of one role."""
 
@@ -42,7 +45,7 @@ class Scheme:
         return {
             "method": self.method,
             **dataclasses.asdict(self.spec),
-            **dataclasses.asdict(self.solver),  # type: ignore[call-overload]
+            **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
             "format": self.format,
         }
 
@@ -220,17 +223,31 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
             raise PlanError(f"{where}: {method} has no parameter {key!r} (it has {known})")
         if expected in {int, float, bool} and not _is_a(item, expected):
             raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
-    layout = value.get("format", "dense")
-    if not isinstance(layout, str) or layout not in FORMATS:
-        raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
     try:
-        spec = QuantSpec(**{k: v for k, v in fields.items() if k in spec_types})
-        solver = kind(**{k: v for k, v in fields.items() if k in solver_types})
+        asked = {k: v for k, v in fields.items() if k in spec_types}
+        spec = dataclasses.replace(kind.default_spec, **asked)
+        solver = kind(**{k: _special(v) for k, v in fields.items() if k in solver_types})
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
-    if not FORMATS[layout].supports(spec):
-        raise PlanError(f"{where}: format {layout!r} cannot hold {spec}")
+    fitting = [n for n, f in FORMATS.items() if f.supports(spec, solver.outlier_share != 0)]
+    layout = value.get("format", fitting[0])
+    if not isinstance(layout, str) or layout not in FORMATS:
+        raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
+    if layout not in fitting:
+        raise PlanError(
+            f"{where}: format {layout!r} cannot hold what is asked for; {fitting[0]!r} can"
+        )
     return Scheme(solver, spec, layout)
+
+
+def _plain(item: object) -> object:
+    """``item`` as JSON has it, which knows no infinity."""
+    return INFINITE if item == math.inf else item
+
+
+def _special(item: object) -> object:
+    """Invert `_plain`."""
+    return math.inf if item == INFINITE else item
 
 
 def _field_types(kind: type) -> dict[str, Any]:
@@ -239,6 +256,8 @@ def _field_types(kind: type) -> dict[str, Any]:
 
 
 def _is_a(item: object, kind: type) -> bool:
+    if kind is float and item == INFINITE:
+        return True
     if kind is bool or isinstance(item, bool):
         return kind is bool and isinstance(item, bool)
     return isinstance(item, (int, float) if kind is float else kind)

@@ -23,8 +23,8 @@ def test_asymmetric_grid_by_hand() -> None:
     assert (scale.item(), zero.item()) == (1.0, 1.0)
     grid = Grid(scale.half().view(1, 1), zero.to(torch.uint8).view(1, 1), 2, 4)
     codes = grid.encode(torch.tensor([[-1.0, 0.0, 0.5, 2.0]]))
-    assert codes.tolist() == [[0, 1, 1, 3]]  # 0.5 is a tie: half to even
-    assert grid.decode(codes).tolist() == [[-1.0, 0.0, 0.0, 2.0]]
+    assert codes.tolist() == [[0, 1, 2, 3]]  # 0.5 is a tie: the code becomes even
+    assert grid.decode(codes).tolist() == [[-1.0, 0.0, 1.0, 2.0]]
 
 
 def test_symmetric_grid_by_hand() -> None:

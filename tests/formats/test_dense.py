@@ -13,7 +13,8 @@ from quantine.core.grid import Grid
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
-from quantine.formats.dense import LARGEST_INT16_INDEX, Dense
+from quantine.formats.dense import Dense
+from quantine.formats.layout import LARGEST_INT16_INDEX
 from quantine.methods.rtn import RTN
 
 # Three bits, two rows of ten columns, groups of five, asymmetric.

@@ -13,7 +13,7 @@ from quantine.core.observe import Hessian
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError, SolverError
 from quantine.methods import GPTQ
-from quantine.methods.gptq import _blocks
+from quantine.methods.columns import _blocks
 from samples import correlated_inputs, observed, random_weight
 
 ROWS, COLUMNS, TOKENS = 12, 48, 160
@@ -29,7 +29,7 @@ def differing(codes: torch.Tensor, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [8, 16, -1])
 @pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("groups", ["static", "refit"])
+@pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
 def test_equals_the_textbook(
     groups: Any, act_order: bool, group_size: int, bits: int, sym: bool
 ) -> None:
@@ -44,7 +44,7 @@ def test_equals_the_textbook(
         sym,
         damp=0.02,
         act_order=act_order,
-        refit=groups == "refit",
+        groups=groups,
     )
     codes = expected.codes
     if solved.in_perm is not None:
@@ -70,7 +70,7 @@ def test_dead_inputs_as_in_the_textbook(groups: Any) -> None:
         False,
         damp=0.01,
         act_order=True,
-        refit=groups == "refit",
+        groups=groups,
     )
     stored = expected.codes[:, expected.order] if groups == "refit" else expected.codes
     assert differing(solved.codes, stored) <= LARGEST_SHARE_DIFFERING
@@ -84,7 +84,7 @@ def test_with_independent_inputs_it_rounds_to_nearest() -> None:
     assert np.array_equal(solved.codes.numpy(), oracles.rtn(weight.numpy(), 3, 16, False).codes)
 
 
-@pytest.mark.parametrize("groups", ["static", "refit"])
+@pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
 @pytest.mark.parametrize("block_size", [1, 7, 16, 1000])
 def test_block_size_changes_speed_only(groups: Any, block_size: int) -> None:
     weight, hessian = random_weight(ROWS, COLUMNS), observed(correlated_inputs(COLUMNS, TOKENS))
@@ -116,12 +116,14 @@ def test_the_order_is_stored_only_where_groups_follow_it() -> None:
             is not None,
         )
         for act_order in (False, True)
-        for groups in ("static", "refit")
+        for groups in ("static", "aligned", "refit")
     }
     assert stores == {
         (False, "static"): (False, False),
+        (False, "aligned"): (False, False),
         (False, "refit"): (False, False),
         (True, "static"): (False, False),
+        (True, "aligned"): (False, False),
         (True, "refit"): (True, True),
     }
 
@@ -139,8 +141,8 @@ def test_without_inputs_it_refuses() -> None:
         ({"damp": 1.5}, "damp must be above 0 and at most 1, not 1.5"),
         ({"damp": float("nan")}, "damp must be above 0 and at most 1, not nan"),
         ({"block_size": 0}, "block_size must be positive, not 0"),
-        ({"groups": "dynamic"}, "groups must be one of static, refit, not 'dynamic'"),
-        ({"clip": "none"}, "clip must be one of minmax, mse, not 'none'"),
+        ({"groups": "dynamic"}, "groups must be one of static, aligned, refit, not 'dynamic'"),
+        ({"clip": "none"}, "clip must be one of minmax, mse, hessian, not 'none'"),
     ],
 )
 def test_parameters_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:

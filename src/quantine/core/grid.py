@@ -1,29 +1,37 @@
 """The affine grid: the only rounding in the project.
 
 A group of values is stored as integer codes ``q`` in ``[0, 2**bits - 1]`` and decoded as
-``scale * (q - zero_point)``. Two choices are deliberate:
+``scale * (q - zero_point)``. Some choices are deliberate:
 
-* The zero point is an *integer in the code range*. Zero is then always on the grid, so the many
-  weights near zero keep their sign and lose nothing to an offset; a float zero point fitted to
-  min and max is worse by more than a factor of two in perplexity at 3 bits and costs more bits.
-* The scale is rounded to float16 *before* codes are chosen, so that codes are nearest to what
-  will really be decoded. ``scale * (q - zero_point)`` has at most 11 + 9 significant bits and is
-  therefore exact in float32: every device decodes the same numbers.
+* Zero points are by default *integers in the code range*. Zero is then always on the grid, so the
+  many weights near zero keep their sign and lose nothing to an offset. Fractional ones exist for
+  what has no special zero: SpQR's published variant, and the statistics of a grid.
+* A scale is rounded to what is stored *before* codes are chosen, so that codes are nearest to what
+  will really be decoded.
+* Decoding is one subtraction and one multiplication in float32, each rounded once, so every device
+  decodes the same numbers. With a float16 scale and a whole zero point it is even exact.
+
+Scales and zero points may be stored as codes themselves: a `Statistic` is a matrix of them on a
+second grid (SpQR, arXiv 2306.03078, section 4.2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from quantine.errors import SolverError
 
-SMALLEST_SCALE = 2.0**-24
+SMALLEST_SCALE: Final = 2.0**-24
 """Smallest positive float16; a scale never rounds down to zero."""
-LARGEST_SCALE = 65504.0
+LARGEST_SCALE: Final = 65504.0
 """Largest finite float16."""
+NARROW: Final = 2.0**-10
+"""A range below this share of its values' magnitude is stored as one float16 value."""
 
 
 @dataclass(frozen=True)
@@ -31,39 +39,66 @@ class Grid:
     """A fitted affine map over groups of ``group_size`` consecutive columns.
 
     Attributes:
-        scale: ``[rows, groups]`` float16, positive.
-        zero_point: ``[rows, groups]`` uint8 in the code range; ``None`` for a symmetric grid,
-            whose zero point is ``2**(bits - 1)`` everywhere.
+        scale: ``[rows, groups]``: float16, positive in a weight's grid; or a `Statistic`.
+        zero_point: ``[rows, groups]``: uint8 in the code range, or float16, or a `Statistic`;
+            ``None`` for a symmetric grid, whose zero point is ``2**(bits - 1)`` everywhere.
         bits: bits of a code.
-        group_size: columns per group, positive.
+        group_size: columns per group, positive; the last group may be shorter.
     """
 
-    scale: Tensor
-    zero_point: Tensor | None
+    scale: Tensor | Statistic
+    zero_point: Tensor | Statistic | None
     bits: int
     group_size: int
+
+    def scales(self) -> Tensor:
+        """Scales as float32 ``[rows, groups]``."""
+        return _values(self.scale)
 
     def zeros(self) -> Tensor:
         """Zero points as float32 ``[rows, groups]``, symmetric grids included."""
         if self.zero_point is None:
-            return torch.full_like(self.scale, 2 ** (self.bits - 1), dtype=torch.float32)
-        return self.zero_point.float()
+            return torch.full_like(self.scales(), 2 ** (self.bits - 1))
+        return _values(self.zero_point)
 
     def encode(self, x: Tensor) -> Tensor:
         """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""
-        grouped = _grouped(x, self.group_size)
-        return encode(grouped, self.scale.float(), self.zeros(), self.bits).view(x.shape)
+        codes = encode(_grouped(x, self.group_size), self.scales(), self.zeros(), self.bits)
+        return codes.to(torch.uint8).flatten(1)[:, : x.shape[1]]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of ``codes`` ``[rows, columns]`` uint8, as float32 of the same shape."""
-        grouped = _grouped(codes, self.group_size)
-        return decode(grouped, self.scale.float(), self.zeros()).view(codes.shape)
+        values = decode(_grouped(codes, self.group_size), self.scales(), self.zeros())
+        return values.flatten(1)[:, : codes.shape[1]]
+
+    def rows(self, chosen: Tensor) -> Grid:
+        """The grid of the rows at int64 indices ``chosen``, with float32 statistics."""
+        zero = None if self.zero_point is None else self.zeros()[chosen]
+        return Grid(self.scales()[chosen], zero, self.bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A matrix ``[rows, groups]`` of scales or zero points, stored as codes of a second grid.
+
+    Attributes:
+        codes: ``[groups, rows]`` uint8: transposed, for the values of neighbouring rows in one
+            group are alike.
+        grid: over runs of rows, with float16 zero points.
+    """
+
+    codes: Tensor
+    grid: Grid
+
+    def values(self) -> Tensor:
+        """The statistics as float32 ``[rows, groups]``."""
+        return self.grid.decode(self.codes).T
 
 
 def encode(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes of ``groups`` ``[..., n]``, one ``scale`` and ``zero`` ``[...]`` each; uint8."""
-    codes = torch.div(groups, scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1))
-    return codes.clamp_(0, 2**bits - 1).to(torch.uint8)
+    """Codes of ``groups`` ``[..., n]``, one ``scale`` and ``zero`` ``[...]`` each; float32."""
+    codes = torch.div(groups, scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
+    return codes.round_().clamp_(0, 2**bits - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -72,7 +107,7 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def fit_range(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid that covers ``[min(low, 0), max(high, 0)]``.
+    """Scale and whole zero point of the grid that covers ``[min(low, 0), max(high, 0)]``.
 
     Args:
         low, high: float32 of one shape, the ends of each group's range.
@@ -88,9 +123,9 @@ def fit_range(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
     top = 2**bits - 1
     middle = 2 ** (bits - 1)
     if sym:
-        scale = _float16_scale(torch.maximum(high / (top - middle), -low / middle))
+        scale = to_float16(torch.maximum(high / (top - middle), -low / middle))
         return scale, torch.full_like(scale, middle)
-    scale = _float16_scale((high - low) / top)
+    scale = to_float16((high - low) / top)
     return scale, (-low / scale).round_().clamp_(0, top)
 
 
@@ -100,7 +135,76 @@ def fit_minmax(groups: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     return fit_range(low, high, bits, sym)
 
 
-def _float16_scale(scale: Tensor) -> Tensor:
+def fit_fractional(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid from ``low`` to ``high``, as in SpQR's published code.
+
+    A range of one value becomes ``[-1, 1]`` there; here it gets that value as its step, which
+    loses nothing.
+
+    Returns:
+        ``(scale, zero)`` float32, not rounded; decoding ``0`` gives ``low``, the top code
+        ``high``.
+    """
+    constant = high == low
+    step = torch.where(low == 0, torch.ones_like(low), low.abs())
+    scale = torch.where(constant, step, (high - low) / (2**bits - 1))
+    return scale, -low / scale
+
+
+def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
+    """``values`` ``[groups, rows]`` float32 on a second grid from min to max.
+
+    Raises:
+        SolverError: a value or its range is not finite in float16.
+    """
+    rows = values.shape[1]
+    padded = _grouped(values, group_size, fill_last=True)
+    low, high = padded.aminmax(dim=-1)
+    reach = torch.maximum(low.abs(), high.abs())
+    step = (high - low) / (2**bits - 1)
+    # Too narrow for float16 to tell its ends apart: one value, as the step from a zero at -1.
+    single = high - low <= NARROW * reach
+    step = torch.where(single, torch.where(low == 0, torch.ones_like(low), low), step)
+    step = finite_half(step)
+    zero = torch.where(single, -(low != 0).float(), finite_half(-low / step))
+    codes = encode(padded, step, zero, bits).to(torch.uint8).flatten(1)[:, :rows]
+    return Statistic(codes, Grid(step.half(), zero.half(), bits, group_size))
+
+
+def join_groups(grids: Sequence[Grid]) -> Grid:
+    """One grid over all groups of ``grids``, which have the same rows, in order."""
+    first = grids[0]
+    return Grid(
+        _join([grid.scale for grid in grids]),
+        None if first.zero_point is None else _join([_present(g.zero_point) for g in grids]),
+        first.bits,
+        first.group_size,
+    )
+
+
+def _present(zero_point: Tensor | Statistic | None) -> Tensor | Statistic:
+    assert zero_point is not None
+    return zero_point
+
+
+def _join(stored: Sequence[Tensor | Statistic]) -> Tensor | Statistic:
+    tensors = [one for one in stored if isinstance(one, Tensor)]
+    if tensors:
+        return torch.cat(tensors, 1)
+    statistics = [one for one in stored if isinstance(one, Statistic)]
+    second = [one.grid for one in statistics]
+    scale = torch.cat([one.scales() for one in second]).half()
+    zero = torch.cat([one.zeros() for one in second]).half()
+    grid = Grid(scale, zero, second[0].bits, second[0].group_size)
+    return Statistic(torch.cat([one.codes for one in statistics]), grid)
+
+
+def to_float16(scale: Tensor) -> Tensor:
+    """Positive ``scale`` rounded to float16 values, in float32.
+
+    Raises:
+        SolverError: one is too large.
+    """
     if not bool((scale <= LARGEST_SCALE).all()):
         raise SolverError(
             f"a group needs a scale of {scale.max().item():.4g}, but scales are stored in float16 "
@@ -109,5 +213,29 @@ def _float16_scale(scale: Tensor) -> Tensor:
     return scale.clamp(min=SMALLEST_SCALE).half().float()
 
 
-def _grouped(x: Tensor, group_size: int) -> Tensor:
+def finite_half(values: Tensor) -> Tensor:
+    """``values`` of any sign rounded to float16, in float32.
+
+    Raises:
+        SolverError: one is too large.
+    """
+    rounded = values.half().float()
+    if not bool(torch.isfinite(rounded).all()):
+        raise SolverError(
+            f"a statistic of {values.abs().max().item():.4g} does not fit into float16: rescale "
+            "the weights, or leave this layer in 16 bit"
+        )
+    return rounded
+
+
+def _values(stored: Tensor | Statistic) -> Tensor:
+    return stored.values() if isinstance(stored, Statistic) else stored.float()
+
+
+def _grouped(x: Tensor, group_size: int, fill_last: bool = False) -> Tensor:
+    """``x`` ``[rows, columns]`` as ``[rows, groups, group_size]``, padded to whole groups."""
+    missing = -x.shape[1] % group_size
+    if missing:
+        fill = x[:, -1:] if fill_last else x.new_zeros(1, 1)
+        x = torch.cat([x, fill.expand(len(x), missing)], 1)
     return torch.unflatten(x, 1, (-1, group_size))

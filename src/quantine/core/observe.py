@@ -37,7 +37,7 @@ class Hessian:
         self.matrix = torch.zeros(in_features, in_features)
         self.tokens = 0
         self._factor: Factor | None = None
-        self._request: tuple[float, bool] | None = None
+        self._damp: float | None = None
 
     def update(self, x: Tensor) -> None:
         """Add inputs ``x`` ``[..., in]``."""
@@ -57,19 +57,20 @@ class Hessian:
         """Damping of the last factorization, ``None`` before the first."""
         return None if self._factor is None else self._factor.damp
 
-    def factor(self, damp: float, act_order: bool) -> Factor:
+    def factor(self, damp: float, order: Tensor) -> Factor:
         """The factor of the damped Hessian; the last one is kept, for matrices that share it."""
-        if self._factor is None or self._request != (damp, act_order):
-            self._factor = factorize(self.matrix, damp, act_order)
-            self._request = (damp, act_order)
-        return self._factor
+        kept = self._factor
+        if kept is None or self._damp != damp or not torch.equal(kept.order, order):
+            self._factor = kept = factorize(self.matrix, damp, order)
+            self._damp = damp
+        return kept
 
     def error_energy(self, delta: Tensor) -> float:
         """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
         return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))
 
 
-def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
+def factorize(hessian: Tensor, damp: float, order: Tensor) -> Factor:
     """Factor ``inverse(H + damp * mean(diag H) * I)`` as ``U.T @ U``.
 
     Inputs that were never active get the mean diagonal: they are then rounded to nearest, which
@@ -79,19 +80,13 @@ def factorize(hessian: Tensor, damp: float, act_order: bool) -> Factor:
     Args:
         hessian: ``[in, in]`` float32, symmetric.
         damp: share of the mean diagonal added to the diagonal, positive.
-        act_order: order inputs by descending diagonal; else keep them.
+        order: ``[in]`` int64: position ``j`` of the factor is input ``order[j]``.
 
     Raises:
         SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
-    diagonal = hessian.diagonal()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if act_order
-        else torch.arange(hessian.shape[0])
-    )
     used = damp
     while True:
         upper = _inverse_factor(_normalized(hessian, order, used))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quantine.core.grid import Grid
+from quantine.core.sparse import Csr
 
 
 @dataclass(frozen=True)
@@ -18,15 +19,19 @@ class QTensor:
         codes: ``[out, in]`` uint8, columns in stored order.
         grid: scales and zero points over groups of stored columns.
         in_perm: ``[in]`` int64 or ``None``: stored column ``j`` belongs to input ``in_perm[j]``.
+        outliers: values that *replace* decoded codes, columns in stored order; or ``None``.
     """
 
     codes: Tensor
     grid: Grid
     in_perm: Tensor | None = None
+    outliers: Csr | None = None
 
     def dequantize(self) -> Tensor:
         """The matrix ``[out, in]`` in float32, columns in input order."""
         stored = self.grid.decode(self.codes)
+        if self.outliers is not None:
+            self.outliers.replace_in(stored)
         if self.in_perm is None:
             return stored
         weight = torch.empty_like(stored)

@@ -10,7 +10,10 @@ from quantine.errors import PlanError
 
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
+FLOAT16: Final = 16
+"""Bits of a scale or a zero point that is stored as it is."""
 WHOLE_ROW: Final = -1
+"""A group of all inputs, or of all outputs' statistics."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +25,24 @@ class QuantSpec:
         group_size: consecutive inputs of one output row that share a scale and a zero point;
             -1 means the whole row (per channel).
         sym: symmetric grid: the zero point is the middle code and is not stored.
+        scale_bits: 16 stores scales in float16; 2 to 8 store them as codes of a second grid
+            (SpQR, arXiv 2306.03078, section 4.2).
+        zero_bits: 0 means whole-number zero points in the code range, of ``bits`` bits. Else zero
+            points may be fractions and lie anywhere: 16 stores them in float16, 2 to 8 as codes
+            of a second grid.
+        stat_group_size: consecutive outputs whose scales (and whose zero points), within one group
+            of inputs, share a second grid; the last run may be shorter. -1 means all outputs.
     """
 
     bits: int = 4
     group_size: int = 64
     sym: bool = False
+    scale_bits: int = FLOAT16
+    zero_bits: int = 0
+    stat_group_size: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("bits", "group_size"):
+        for name in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise PlanError(f"{name} must be a whole number, not {value!r}")
@@ -37,14 +50,33 @@ class QuantSpec:
             raise PlanError(f"sym must be true or false, not {self.sym!r}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise PlanError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
-        if self.group_size != WHOLE_ROW and self.group_size < 1:
+        for name, whole in (("group_size", "the whole row"), ("stat_group_size", "all outputs")):
+            value = getattr(self, name)
+            if value != WHOLE_ROW and value < 1:
+                raise PlanError(f"{name} must be positive, or -1 for {whole}, not {value}")
+        widths = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT16}"
+        if not (MIN_BITS <= self.scale_bits <= MAX_BITS or self.scale_bits == FLOAT16):
+            raise PlanError(f"scale_bits must be {widths}, not {self.scale_bits}")
+        if not (MIN_BITS <= self.zero_bits <= MAX_BITS or self.zero_bits in {0, FLOAT16}):
+            raise PlanError(f"zero_bits must be 0, {widths}, not {self.zero_bits}")
+        if self.sym and self.zero_bits:
             raise PlanError(
-                f"group_size must be positive, or -1 for the whole row, not {self.group_size}"
+                f"zero_bits {self.zero_bits} and sym exclude each other: a symmetric grid has no "
+                "zero points to store"
             )
+
+    @property
+    def second_level(self) -> bool:
+        """Whether scales or zero points are stored as codes."""
+        return MIN_BITS <= self.scale_bits <= MAX_BITS or MIN_BITS <= self.zero_bits <= MAX_BITS
 
     def group_length(self, in_features: int) -> int:
         """Inputs per group of a matrix with ``in_features`` inputs."""
         return in_features if self.group_size == WHOLE_ROW else self.group_size
+
+    def stat_group_length(self, out_features: int) -> int:
+        """Outputs per second-level group of a matrix with ``out_features`` outputs."""
+        return out_features if self.stat_group_size == WHOLE_ROW else self.stat_group_size
 
     def divides(self, in_features: int) -> bool:
         """Whether groups tile ``in_features`` exactly."""

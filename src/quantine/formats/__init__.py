@@ -3,8 +3,9 @@
 from quantine.errors import FormatError
 from quantine.formats.base import Format
 from quantine.formats.dense import Dense
+from quantine.formats.sparse import Sparse
 
-FORMATS: dict[str, Format] = {"dense": Dense()}
+FORMATS: dict[str, Format] = {"dense": Dense(), "sparse": Sparse()}
 """Every packed layout by name; see docs/adding.md for adding one."""
 
 FORMAT_VERSION = 1

@@ -18,8 +18,8 @@ class Format(Protocol):
         """Names of every tensor the layout may have."""
         ...
 
-    def supports(self, spec: QuantSpec) -> bool:
-        """Whether the layout can hold what ``spec`` asks for."""
+    def supports(self, spec: QuantSpec, outliers: bool) -> bool:
+        """Whether the layout can hold what ``spec`` asks for, and ``outliers`` if there are."""
         ...
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
@@ -40,7 +40,12 @@ class Format(Protocol):
         ...
 
     def nbytes(
-        self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
+        self,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        stores_order: bool,
+        outlier_share: float = 0.0,
     ) -> int:
-        """Bytes of the packed tensors."""
+        """Bytes of the packed tensors: exact without outliers, else an estimate."""
         ...

@@ -13,11 +13,10 @@ from torch import Tensor
 from quantine.core.bits import packed_bytes
 from quantine.core.grid import Grid
 from quantine.core.qtensor import QTensor
-from quantine.core.spec import QuantSpec
+from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
+from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
 from quantine.kernels.bits import pack, unpack
-
-LARGEST_INT16_INDEX = 2**15
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,28 @@ class Dense:
 
     tensor_names: tuple[str, ...] = ("codes", "scale", "zero", "in_perm")
 
-    def supports(self, spec: QuantSpec) -> bool:
-        """Every spec there is today."""
-        return True
+    def supports(self, spec: QuantSpec, outliers: bool) -> bool:
+        """Scales in float16, whole zero points, and no outliers."""
+        return spec.scale_bits == FLOAT16 and not spec.zero_bits and not outliers
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """Pack; lossless."""
+        """Pack; lossless.
+
+        Raises:
+            FormatError: the result has outliers or statistics on second grids.
+        """
         grid = qtensor.grid
-        tensors = {"codes": pack(qtensor.codes, grid.bits), "scale": grid.scale.contiguous()}
-        if grid.zero_point is not None:
-            tensors["zero"] = pack(grid.zero_point.reshape(1, -1), grid.bits).view(-1)
+        scale, zero = grid.scale, grid.zero_point
+        whole = zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8)
+        if qtensor.outliers is not None or not isinstance(scale, Tensor) or not whole:
+            raise FormatError(
+                "the dense layout holds neither outliers nor second-level statistics: use sparse"
+            )
+        tensors = {"codes": pack(qtensor.codes, grid.bits), "scale": scale.contiguous()}
+        if isinstance(zero, Tensor):
+            tensors["zero"] = pack(zero.reshape(1, -1), grid.bits).view(-1)
         if qtensor.in_perm is not None:
-            tensors["in_perm"] = qtensor.in_perm.to(_index_dtype(qtensor.codes.shape[1]))
+            tensors["in_perm"] = qtensor.in_perm.to(index_dtype(qtensor.codes.shape[1]))
         return tensors
 
     def unpack(
@@ -59,9 +68,7 @@ class Dense:
         """
         out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
         expected = self._layout(spec, out_features, in_features, "in_perm" in tensors)
-        found = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-        if found != expected:
-            raise FormatError(f"dense tensors are {found}, but {spec} implies {expected}")
+        check_layout("dense", tensors, expected, spec)
         packed, scale, zero = tensors["codes"], tensors["scale"], None
         if not spec.sym:
             stream = tensors["zero"].view(1, -1)
@@ -70,38 +77,30 @@ class Dense:
             packed, scale = packed[rows], scale[rows]
             zero = None if zero is None else zero[rows]
         grid = Grid(scale, zero, spec.bits, spec.group_length(in_features))
-        in_perm = _order(tensors["in_perm"]) if "in_perm" in tensors else None
+        in_perm = read_order(tensors["in_perm"]) if "in_perm" in tensors else None
         return QTensor(unpack(packed, spec.bits, in_features), grid, in_perm)
 
     def nbytes(
-        self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
+        self,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        stores_order: bool,
+        outlier_share: float = 0.0,
     ) -> int:
         """Bytes of all tensors."""
-        layout = self._layout(spec, out_features, in_features, stores_order)
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
+        return nbytes_of(self._layout(spec, out_features, in_features, stores_order))
 
     def _layout(
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
-    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    ) -> Layout:
         groups = in_features // spec.group_length(in_features)
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        layout: Layout = {
             "codes": ((out_features, packed_bytes(in_features, spec.bits)), torch.uint8),
             "scale": ((out_features, groups), torch.float16),
         }
         if not spec.sym:
             layout["zero"] = ((packed_bytes(out_features * groups, spec.bits),), torch.uint8)
         if stores_order:
-            layout["in_perm"] = ((in_features,), _index_dtype(in_features))
+            layout["in_perm"] = ((in_features,), index_dtype(in_features))
         return layout
-
-
-def _order(stored: Tensor) -> Tensor:
-    order = stored.long()
-    in_range = int(order.min()) >= 0 and int(order.max()) < len(order)
-    if not in_range or int(order.bincount().max()) != 1:
-        raise FormatError("in_perm is damaged: it does not name every input once")
-    return order
-
-
-def _index_dtype(in_features: int) -> torch.dtype:
-    return torch.int16 if in_features <= LARGEST_INT16_INDEX else torch.int32

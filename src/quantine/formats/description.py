@@ -47,4 +47,7 @@ def check_description(found: Mapping[str, Any]) -> None:
 
 def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
     """The weight spec inside a stored scheme."""
-    return QuantSpec(scheme["bits"], scheme["group_size"], scheme["sym"])
+    fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
+    if scheme["format"] == "sparse":
+        fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
+    return QuantSpec(**fields)

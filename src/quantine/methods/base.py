@@ -14,12 +14,20 @@ from quantine.core.spec import QuantSpec
 class Solver(Protocol):
     """A frozen dataclass whose fields are the method's parameters."""
 
+    default_spec: ClassVar[QuantSpec]
+    """What is asked of a weight unless a plan says otherwise."""
+
     needs_inputs: ClassVar[bool]
     """Whether the solver cannot work without a Hessian."""
 
     @property
     def stores_order(self) -> bool:
         """Whether results carry an input order (`QTensor.in_perm`)."""
+        ...
+
+    @property
+    def outlier_share(self) -> float | None:
+        """Share of weights that results keep as outliers; ``None`` if known only afterwards."""
         ...
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:

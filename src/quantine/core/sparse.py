@@ -1,0 +1,57 @@
+"""Sparse matrices of outliers: weights that are kept in 16 bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Csr:
+    """Compressed sparse rows; columns ascend within a row.
+
+    Attributes:
+        row_offsets: ``[rows + 1]`` int64: row ``r`` has entries ``row_offsets[r]`` up to, and
+            without, ``row_offsets[r + 1]``.
+        columns: ``[entries]`` int64.
+        values: ``[entries]`` float16.
+        shape: ``(rows, columns)`` of the matrix.
+    """
+
+    row_offsets: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def where(cls, mask: Tensor, values: Tensor) -> Csr:
+        """The ``values`` ``[rows, columns]`` float at the places that bool ``mask`` marks."""
+        offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
+        torch.cumsum(mask.sum(1), 0, out=offsets[1:])
+        kept = values[mask].half()
+        return cls(offsets, mask.nonzero()[:, 1].contiguous(), kept, (mask.shape[0], mask.shape[1]))
+
+    @property
+    def entries(self) -> int:
+        """Number of stored values."""
+        return len(self.values)
+
+    def row_indices(self) -> Tensor:
+        """The row of every entry, ``[entries]`` int64."""
+        return torch.repeat_interleave(torch.arange(self.shape[0]), self.row_offsets.diff())
+
+    def rows(self, chosen: Tensor) -> Csr:
+        """The rows at int64 indices ``chosen``."""
+        counts = self.row_offsets.diff()[chosen]
+        offsets = torch.zeros(len(chosen) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        start = torch.repeat_interleave(self.row_offsets[chosen] - offsets[:-1], counts)
+        picked = start + torch.arange(len(start))
+        shape = (len(chosen), self.shape[1])
+        return Csr(offsets, self.columns[picked], self.values[picked], shape)
+
+    def replace_in(self, dense: Tensor) -> None:
+        """Put the values in place of those of ``dense`` ``[rows, columns]`` float32."""
+        dense[self.row_indices(), self.columns] = self.values.to(dense.dtype)

@@ -1,0 +1,183 @@
+"""The ``sparse`` layout: dense codes, statistics on second grids, and outliers.
+
+Byte by byte in docs/format.md, section "sparse".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.bits import packed_bytes
+from quantine.core.grid import Grid, Statistic
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import FLOAT16, QuantSpec
+from quantine.errors import FormatError
+from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
+from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps
+from quantine.kernels.bits import pack, unpack
+
+STATISTICS: Final = ("scale", "zero")
+OUTLIER_BYTES: Final = 3
+"""Bytes of one outlier where outliers are dense enough for single-byte gaps."""
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Codes of one width; scales and zero points in 16 bit or as codes; outliers.
+
+    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[out, groups]``, or
+    uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
+    ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``;
+    ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16 ``[entries]``;
+    ``in_perm`` int16 or int32 ``[in]``.
+    """
+
+    tensor_names: tuple[str, ...] = (
+        "codes",
+        "scale",
+        "scale_step",
+        "scale_zero",
+        "zero",
+        "zero_step",
+        "zero_zero",
+        "outlier_gap",
+        "outlier_value",
+        "in_perm",
+    )
+
+    def supports(self, spec: QuantSpec, outliers: bool) -> bool:
+        """Everything."""
+        return True
+
+    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """Pack; lossless."""
+        grid = qtensor.grid
+        tensors = {"codes": pack(qtensor.codes, grid.bits), **_pack_statistic("scale", grid.scale)}
+        if isinstance(grid.zero_point, Tensor) and grid.zero_point.dtype == torch.uint8:
+            tensors["zero"] = pack(grid.zero_point.reshape(1, -1), grid.bits).view(-1)
+        elif grid.zero_point is not None:
+            tensors.update(_pack_statistic("zero", grid.zero_point))
+        if qtensor.outliers is not None:
+            tensors["outlier_gap"] = encode_gaps(qtensor.outliers)
+            tensors["outlier_value"] = qtensor.outliers.values
+        if qtensor.in_perm is not None:
+            tensors["in_perm"] = qtensor.in_perm.to(index_dtype(qtensor.codes.shape[1]))
+        return tensors
+
+    def unpack(
+        self,
+        tensors: dict[str, Tensor],
+        spec: QuantSpec,
+        in_features: int,
+        rows: Tensor | None = None,
+    ) -> QTensor:
+        """Unpack all rows, or those of the int64 indices ``rows``.
+
+        Raises:
+            FormatError: a tensor is missing, or its shape or dtype is not what ``spec`` implies.
+        """
+        out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
+        expected = self._layout(spec, out_features, in_features, "in_perm" in tensors)
+        outliers = _outlier_tensors(tensors)
+        check_layout("sparse", tensors, {**expected, **outliers}, spec)
+        kept = None
+        if outliers:
+            shape = (out_features, in_features)
+            kept = decode_gaps(tensors["outlier_gap"], tensors["outlier_value"], shape)
+        grid = _unpack_grid(tensors, spec, out_features, in_features)
+        packed = tensors["codes"]
+        if rows is not None:
+            packed, grid = packed[rows], grid.rows(rows)
+            kept = None if kept is None else kept.rows(rows)
+        in_perm = read_order(tensors["in_perm"]) if "in_perm" in tensors else None
+        return QTensor(unpack(packed, spec.bits, in_features), grid, in_perm, kept)
+
+    def nbytes(
+        self,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        stores_order: bool,
+        outlier_share: float = 0.0,
+    ) -> int:
+        """Bytes of all tensors; exact without outliers."""
+        fixed = nbytes_of(self._layout(spec, out_features, in_features, stores_order))
+        return fixed + round(out_features * in_features * outlier_share * OUTLIER_BYTES)
+
+    def _layout(
+        self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
+    ) -> Layout:
+        groups = in_features // spec.group_length(in_features)
+        layout: Layout = {
+            "codes": ((out_features, packed_bytes(in_features, spec.bits)), torch.uint8),
+            **_statistic_layout("scale", spec.scale_bits, spec, out_features, groups),
+        }
+        if spec.zero_bits:
+            layout.update(_statistic_layout("zero", spec.zero_bits, spec, out_features, groups))
+        elif not spec.sym:
+            layout["zero"] = ((packed_bytes(out_features * groups, spec.bits),), torch.uint8)
+        if stores_order:
+            layout["in_perm"] = ((in_features,), index_dtype(in_features))
+        return layout
+
+
+def _statistic_layout(name: str, bits: int, spec: QuantSpec, rows: int, groups: int) -> Layout:
+    if bits == FLOAT16:
+        return {name: ((rows, groups), torch.float16)}
+    tiles = -(-rows // spec.stat_group_length(rows))
+    return {
+        name: ((groups, packed_bytes(rows, bits)), torch.uint8),
+        f"{name}_step": ((groups, tiles), torch.float16),
+        f"{name}_zero": ((groups, tiles), torch.float16),
+    }
+
+
+def _pack_statistic(name: str, stored: Tensor | Statistic) -> dict[str, Tensor]:
+    if isinstance(stored, Tensor):
+        return {name: stored.contiguous()}
+    grid = stored.grid
+    assert isinstance(grid.scale, Tensor)
+    assert isinstance(grid.zero_point, Tensor)
+    return {
+        name: pack(stored.codes, grid.bits),
+        f"{name}_step": grid.scale.contiguous(),
+        f"{name}_zero": grid.zero_point.contiguous(),
+    }
+
+
+def _unpack_grid(
+    tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+) -> Grid:
+    def statistic(name: str, bits: int) -> Tensor | Statistic:
+        if bits == FLOAT16:
+            return tensors[name]
+        tile = spec.stat_group_length(out_features)
+        second = Grid(tensors[f"{name}_step"], tensors[f"{name}_zero"], bits, tile)
+        return Statistic(unpack(tensors[name], bits, out_features), second)
+
+    zero: Tensor | Statistic | None = None
+    if spec.zero_bits:
+        zero = statistic("zero", spec.zero_bits)
+    elif not spec.sym:
+        groups = in_features // spec.group_length(in_features)
+        stream = tensors["zero"].view(1, -1)
+        zero = unpack(stream, spec.bits, out_features * groups).view(out_features, groups)
+    scale = statistic("scale", spec.scale_bits)
+    return Grid(scale, zero, spec.bits, spec.group_length(in_features))
+
+
+def _outlier_tensors(tensors: dict[str, Tensor]) -> Layout:
+    """Expected shapes of outliers, if there are any: their number is what the file says."""
+    if not {"outlier_gap", "outlier_value"} & set(tensors):
+        return {}
+    gap, value = tensors.get("outlier_gap"), tensors.get("outlier_value")
+    if gap is None or value is None or gap.dtype not in GAP_TYPES:
+        raise FormatError("outlier_gap (uint8 or int16) and outlier_value belong together")
+    return {
+        "outlier_gap": ((gap.numel(),), gap.dtype),
+        "outlier_value": ((value.numel(),), torch.float16),
+    }

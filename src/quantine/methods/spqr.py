@@ -1,0 +1,184 @@
+"""SpQR (arXiv 2306.03078): error feedback with outliers kept apart in 16 bit.
+
+With whole-number zero points, ``clip="hessian"`` and aligned groups this is quantine's own variant.
+The published algorithm is `FAITHFUL`, with the spec `FAITHFUL_SPEC`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal
+
+import torch
+from torch import Tensor
+
+from quantine.core.grid import Grid
+from quantine.core.observe import Factor, Hessian
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec, check_choice
+from quantine.errors import PlanError
+from quantine.methods.columns import ColumnLoop, Groups
+from quantine.methods.fit import CLIPS, Clip, Objective, cover, fit_groups, squared_errors
+
+Detect = Literal["leave-one-out", "simple"]
+DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
+
+LARGEST_SHARE: Final = 0.5
+SAMPLED_ROWS: Final = 128
+"""Output rows on which the price of an outlier is searched."""
+SEARCH_STEPS: Final = 12
+TOLERANCE: Final = 0.03
+"""Relative deviation from the wanted share of outliers that ends the search."""
+
+
+@dataclass(frozen=True)
+class SpQR:
+    """Error feedback with outliers.
+
+    Attributes:
+        damp, act_order, groups, block_size, clip: as of `quantine.methods.gptq.GPTQ`.
+        threshold: a weight is kept as an outlier when its squared error over ``d**2`` exceeds
+            ``threshold`` times the matrix's mean of (variance of a column over ``d**2``);
+            infinite keeps none.
+        outliers: share of weights to keep; the threshold is then searched for each matrix.
+        detect: ``"leave-one-out"`` fits a group's range without the weights that would raise the
+            loss of the others by more than the threshold (section 4.1); ``"simple"`` does not
+            look ahead.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    groups: Groups = "aligned"
+    block_size: int = 128
+    clip: Clip = "hessian"
+    threshold: float = math.inf
+    outliers: float = 0.0
+    detect: Detect = "leave-one-out"
+    default_spec: ClassVar[QuantSpec] = QuantSpec(4, 32, scale_bits=4, stat_group_size=64)
+    needs_inputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_choice("clip", self.clip, CLIPS)
+        check_choice("detect", self.detect, DETECTS)
+        _ = self.loop  # refuses bad values
+        if not self.threshold > 0:
+            raise PlanError(f"threshold must be positive, or inf for none, not {self.threshold!r}")
+        if not 0 <= self.outliers <= LARGEST_SHARE:
+            raise PlanError(
+                f"outliers must be a share from 0 to {LARGEST_SHARE}, not {self.outliers!r}"
+            )
+        if self.outliers and self.threshold < math.inf:
+            raise PlanError("threshold and outliers exclude each other: give one of them")
+
+    @property
+    def loop(self) -> ColumnLoop:
+        """The column loop with these parameters."""
+        return ColumnLoop(self.groups, self.act_order, self.damp, self.block_size)
+
+    @property
+    def stores_order(self) -> bool:
+        """Where groups are made of inputs in solving order."""
+        return self.loop.stores_order
+
+    @property
+    def outlier_share(self) -> float | None:
+        """Share of weights kept as outliers; ``None`` where a threshold decides."""
+        return None if self.threshold < math.inf else self.outliers
+
+    def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
+        """Solve ``weight`` ``[out, in]`` float32.
+
+        Raises:
+            SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
+        """
+        factor = self.loop.factor(hessian, spec)
+        price = self.threshold * _loss_scale(weight, factor)
+        if self.outliers:
+            price = self._searched_price(weight, factor, spec)
+        return self._solve(weight, factor, spec, price)
+
+    def _solve(self, weight: Tensor, factor: Factor, spec: QuantSpec, price: float) -> QTensor:
+        def fit(columns: Tensor, spread: Tensor) -> Grid:
+            inliers = columns
+            if price < math.inf and self.detect == "leave-one-out":
+                inliers = without_outliers(columns, spread, spec, price)
+            objective = Objective(self.clip, spread, price)
+            return fit_groups(columns, spec, objective, inliers)
+
+        return self.loop.solve(weight, factor, spec, fit, price)
+
+    def _searched_price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
+        """The price that keeps the wanted share of a sample of rows, by bisection."""
+        rows = sampled_rows(weight, spec)
+        low, high = 0.0, math.inf
+        price = _loss_scale(weight, factor)
+        for _ in range(SEARCH_STEPS):
+            solved = self._solve(rows, factor, spec, price)
+            assert solved.outliers is not None
+            share = solved.outliers.entries / rows.numel()
+            if abs(share - self.outliers) <= TOLERANCE * self.outliers:
+                break
+            low, high = (low, price) if share < self.outliers else (price, high)
+            if high == math.inf:
+                price *= 4
+            elif low == 0.0:
+                price /= 4
+            else:
+                price = math.sqrt(low * high)
+        return price
+
+
+FAITHFUL: Final = SpQR(damp=1.0, groups="refit", clip="minmax", threshold=0.2)
+"""The published algorithm with the published code's settings; see also `FAITHFUL_SPEC`."""
+FAITHFUL_SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_size=16)
+"""Fractional zero points; scales and zero points of 16 outputs share a second grid each."""
+
+
+def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Tensor:
+    """``columns`` with likely outliers replaced by the mean of their group's other weights.
+
+    A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
+    than ``price`` (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
+    the largest does not move the range: it saves that weight's own loss. So three ranges per group
+    tell about all weights, instead of one for each.
+
+    Args:
+        columns: ``[groups, n, rows]`` float32.
+        spread: ``d`` of their inputs, ``[groups, n]``.
+    """
+    if columns.shape[1] < 2:
+        return columns
+    ranked, places = columns.sort(1)
+    low, high = ranked[:, 0], ranked[:, -1]
+    loss = _losses(columns, low, high, spread, spec)
+    whole = loss.sum(1, keepdim=True)
+    saved = loss
+    for place, ends in ((0, (ranked[:, 1], high)), (-1, (low, ranked[:, -2]))):
+        extreme = places[:, place : place + 1 or None]
+        others = _losses(columns, *ends, spread, spec).scatter_(1, extreme, 0.0)
+        saved = saved.scatter(1, extreme, whole - others.sum(1, keepdim=True))
+    likely = saved > price
+    rest = (~likely).sum(1, keepdim=True).clamp_(min=1)
+    mean = columns.masked_fill(likely, 0.0).sum(1, keepdim=True) / rest
+    return torch.where(likely, mean, columns)
+
+
+def sampled_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """Some whole second-level groups of rows, evenly spread over ``weight`` ``[out, in]``."""
+    tile = min(spec.stat_group_length(len(weight)), len(weight)) if spec.second_level else 1
+    tiles = -(-len(weight) // tile)
+    step = max(1, tiles * tile // SAMPLED_ROWS)
+    return torch.cat([weight[i * tile : (i + 1) * tile] for i in range(0, tiles, step)])
+
+
+def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
+    """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
+    scale, zero = cover(low, high, spec)
+    return squared_errors(columns, scale, zero, spec.bits).div_(spread.square().unsqueeze(-1))
+
+
+def _loss_scale(weight: Tensor, factor: Factor) -> float:
+    """Mean over inputs of the variance of a column over ``d**2``."""
+    variance = weight.var(0)[factor.order] if len(weight) > 1 else torch.zeros(weight.shape[1])
+    return float((variance / factor.upper.diagonal().square()).mean())
