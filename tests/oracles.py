@@ -141,6 +141,162 @@ def gptq(
     return Solved(codes, values, order)
 
 
+@dataclass(frozen=True)
+class SolvedWithOutliers:
+    """A matrix solved by `spqr`; columns of all fields but ``values`` are in solving order.
+
+    Attributes:
+        codes: ``[out, in]``; of an outlier it means nothing.
+        scale_codes, zero_codes: ``[groups, out]``; all zero without a second level.
+        outliers: value by (output, column).
+        values: ``[out, in]`` in input order.
+        order: the solving order.
+    """
+
+    codes: np.ndarray
+    scale_codes: np.ndarray
+    zero_codes: np.ndarray
+    outliers: dict[tuple[int, int], float]
+    values: np.ndarray
+    order: list[int]
+
+
+def fit_fractional(
+    values: Sequence[float], bits: int, farthest: float = 2**1.5
+) -> tuple[float, float]:
+    """Scale and fractional zero point of the grid from the smallest to the largest value.
+
+    Unlike SpQR's published code, a range further than ``farthest`` of its widths from zero reaches
+    to zero, instead of from -1 to 1 if it is empty; the default belongs to 3-bit statistics.
+    """
+    low, high = min(values), max(values)
+    if high - low <= max(abs(low), abs(high)) / farthest:
+        low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / (2**bits - 1), SMALLEST_HALF)
+    return scale, -low / scale
+
+
+def second_level(values: Sequence[float], bits: int) -> tuple[list[int], list[float]]:
+    """Statistics of a tile as codes on a grid whose step and zero point are float16.
+
+    A tile of equal statistics, as far as float16 can tell, is that one value: one step above -1.
+    """
+    low, high = min(values), max(values)
+    if high - low <= 2.0**-10 * max(abs(low), abs(high)):
+        step, zero = (half(low), -1.0) if low else (1.0, 0.0)
+    else:
+        step = half((high - low) / (2**bits - 1))
+        zero = half(-low / step)
+    codes = [min(max(round(v / step + zero), 0), 2**bits - 1) for v in values]
+    return codes, [step * (code - zero) for code in codes]
+
+
+def rounding_loss(
+    values: Sequence[float], spreads: Sequence[float], scale: float, zero: float, bits: int
+) -> float:
+    """Sum of ``(value - rounded)**2 / d**2``; ``spreads`` are the ``d**2``."""
+    total = 0.0
+    for value, spread in zip(values, spreads, strict=True):
+        code = min(max(round(value / max(scale, 1e-9) + zero), 0), 2**bits - 1)
+        total += (value - scale * (code - zero)) ** 2 / spread
+    return total
+
+
+def likely_outliers(
+    values: Sequence[float], spreads: Sequence[float], bits: int, price: float
+) -> list[bool]:
+    """Whose absence lowers the loss of the others by more than ``price``: a refit for each."""
+    whole = rounding_loss(values, spreads, *fit_fractional(values, bits), bits)
+    likely = []
+    for i in range(len(values)):
+        others = [*values[:i], *values[i + 1 :]]
+        if not others:
+            return [False]
+        scale, zero = fit_fractional(others, bits)
+        left = rounding_loss(others, [*spreads[:i], *spreads[i + 1 :]], scale, zero, bits)
+        likely.append(whole - left > price)
+    return likely
+
+
+def squared_spreads(inverse: np.ndarray, order: Sequence[int]) -> list[float]:
+    """``d**2`` of each input in solving order: its pivot when it leaves the inverse Hessian."""
+    spreads = []
+    for q in order:
+        spreads.append(float(inverse[q, q]))
+        inverse = inverse - np.outer(inverse[:, q], inverse[q, :]) / inverse[q, q]
+    return spreads
+
+
+def without_likely(values: Sequence[float], likely: Sequence[bool]) -> list[float]:
+    """``values`` with likely outliers replaced by the mean of the others."""
+    rest = [value for value, is_out in zip(values, likely, strict=True) if not is_out]
+    mean = sum(rest) / max(1, len(rest))
+    return [mean if is_out else value for value, is_out in zip(values, likely, strict=True)]
+
+
+def spqr(
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    bits: int,
+    group_size: int,
+    *,
+    damp: float,
+    act_order: bool,
+    threshold: float,
+    stat_bits: tuple[int, int] | None,
+    tile: int,
+) -> SolvedWithOutliers:
+    """SpQR (arXiv 2306.03078, algorithm 1) with fractional zero points, groups in solving order.
+
+    Args:
+        threshold: in units of the mean over inputs of (variance of a column over ``d**2``).
+        stat_bits: bits of scale and zero-point codes; ``None`` keeps both as floats.
+        tile: output rows whose statistics share a second grid.
+    """
+    rows, columns = weight.shape
+    current = weight.astype(np.float64).copy()
+    order = solving_order(np.diagonal(hessian), act_order, 0)
+    inverse = np.linalg.inv(damped(hessian, damp))
+    spreads = squared_spreads(inverse, order)
+    variances = [float(np.var(current[:, q], ddof=1)) for q in order]
+    price = threshold * float(np.mean(np.divide(variances, spreads)))
+    codes, values = np.zeros((rows, columns), int), np.zeros((rows, columns))
+    statistic_codes = np.zeros((2, columns // group_size, rows), int)
+    outliers: dict[tuple[int, int], float] = {}
+    grids: list[tuple[float, float]] = []
+    for step, q in enumerate(order):
+        group = step // group_size
+        if step % group_size == 0:
+            near = spreads[step : step + group_size]
+            grids = []
+            for r in range(rows):
+                members = [float(current[r, c]) for c in order[step : step + group_size]]
+                if price < np.inf:
+                    likely = likely_outliers(members, near, bits, price)
+                    members = without_likely(members, likely)
+                grids.append(fit_fractional(members, bits))
+            for start in range(0, rows if stat_bits else 0, tile):
+                part, stored = grids[start : start + tile], []
+                for kind, width in enumerate(stat_bits or ()):
+                    found, decoded = second_level([grid[kind] for grid in part], width)
+                    statistic_codes[kind, group, start : start + tile] = found
+                    stored.append(decoded)
+                grids[start : start + tile] = list(zip(*stored, strict=True))
+        for r in range(rows):
+            scale, zero = grids[r]
+            value = float(current[r, q])
+            code = min(max(round(value / max(scale, 1e-9) + zero), 0), 2**bits - 1)
+            values[r, q] = scale * (code - zero)
+            codes[r, step] = code
+            if (value - values[r, q]) ** 2 / spreads[step] > price:
+                values[r, q] = outliers[r, step] = half(value)
+            error = (value - values[r, q]) / inverse[q, q]
+            for c in order[step + 1 :]:
+                current[r, c] -= error * inverse[q, c]
+        inverse = inverse - np.outer(inverse[:, q], inverse[q, :]) / inverse[q, q]
+    return SolvedWithOutliers(codes, *statistic_codes, outliers, values, order)
+
+
 def output_error(delta: np.ndarray, hessian: np.ndarray) -> float:
     """``tr(delta H delta.T)``: squared change of the layer's output, summed over tokens."""
     return float(sum(row @ hessian.astype(np.float64) @ row for row in delta.astype(np.float64)))

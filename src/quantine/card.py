@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+AUTO: Final = (
+    "`AutoModelForCausalLM.from_pretrained` opens the directory too, after `import quantine`."
+)
+SPQR: Final = (
+    "The tensors are those of `quant_method: spqr`: the GPU kernels of SpQR's authors read them."
+)
 
 
 def model_card(report: dict[str, Any]) -> str:
     """README.md with the facts of ``report``; its code block runs as written."""
     totals, calibration = report["totals"], report["calibration"]
+    spqr = all(layer["scheme"]["format"] == "spqr" for layer in report["layers"])
     rows = "\n".join(
         f"| {key} | {value} |"
         for key, value in {
@@ -47,7 +55,7 @@ output = model.generate(**inputs, max_new_tokens=20)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-`AutoModelForCausalLM.from_pretrained` opens the directory too, after `import quantine`.
+{SPQR if spqr else AUTO}
 
 What was done to each layer, and how well it went, is in `quantine_report.json`.
 """

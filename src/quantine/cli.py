@@ -86,6 +86,7 @@ def _add_quantize(verbs: Any) -> None:
         "Quantize a model into a directory.",
         "  quantine quantize demo out --method gptq --bits 4 --samples 32\n"
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --calibration my-text.jsonl\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits-per-weight 3.5\n"
         "  quantine quantize ./Llama-3.2-1B out --plan plan.yaml\n"
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --resume",
     )
@@ -113,13 +114,24 @@ def _add_plan(verbs: Any) -> None:
 
 
 def _add_request(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", choices=("rtn", "gptq", "spqr"), help="default gptq")
+    parser.add_argument("--method", choices=("rtn", "gptq", "spqr"), help="default spqr")
     parser.add_argument("--bits", type=int, metavar="B", help="bits per code, 2 to 8; default 4")
     parser.add_argument(
         "--group-size",
         type=int,
         metavar="G",
-        help="inputs that share a scale; -1 for the whole row; default 64",
+        help="inputs that share a scale; -1 for the whole row; default 64, for spqr 32",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="spqr-2bit, spqr-3bit, spqr-4bit, or spqr-faithful (the published algorithm)",
+    )
+    parser.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="X",
+        help="a budget over the whole model, such as 3.5; sensitive layers get more of it",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
@@ -132,6 +144,11 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
     parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply in bfloat16 while calibrating: faster where the processor can",
+    )
     parser.add_argument(
         "--max-ram",
         type=float,
@@ -248,17 +265,32 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         for key in ("method", "bits", "group_size")
         if getattr(arguments, key) is not None
     }
-    if arguments.plan is not None:
-        if flags:
-            given = ", ".join(f"--{key.replace('_', '-')}" for key in flags)
-            raise PlanError(f"--plan decides everything: write {given} into {arguments.plan}")
-        plan = Plan.from_file(arguments.plan)
-    else:
-        plan = Plan.preset(flags.pop("method", "gptq"), **flags)
+    whole = [
+        key
+        for key in ("plan", "bits_per_weight", "preset")
+        if getattr(arguments, key) is not None
+    ]
+    refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
+    if whole and refused:
+        given = " and ".join(_flag(key) for key in refused)
+        raise PlanError(f"{_flag(whole[0])} decides everything: leave out {given}")
     calibration = Calibration(
-        arguments.calibration, arguments.samples, arguments.seqlen, arguments.seed
+        arguments.calibration,
+        arguments.samples,
+        arguments.seqlen,
+        arguments.seed,
+        arguments.bfloat16,
     )
-    return plan, calibration
+    if arguments.plan is not None:
+        return Plan.from_file(arguments.plan), calibration
+    if arguments.bits_per_weight is not None:
+        return Plan.budget(arguments.bits_per_weight), calibration
+    name = arguments.preset or flags.pop("method", "spqr")
+    return Plan.preset(name, **flags), calibration
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
 
 
 def _eval(arguments: argparse.Namespace) -> None:

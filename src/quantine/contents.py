@@ -30,7 +30,9 @@ def contents(directory: Path) -> dict[str, Any]:
     if not (directory / "config.json").is_file():
         raise FormatError(f"{directory} holds no config.json: it is not a model directory")
     config = read_json(directory / "config.json").get("quantization_config") or {}
-    if config.get("quant_method") != "quantine":
+    if config.get("quant_method") == "spqr":
+        config = _described_by_report(directory)
+    elif config.get("quant_method") != "quantine":
         raise FormatError(f"{directory} was not written by quantine")
     check_description(config)
     errors = _output_errors(directory)
@@ -43,9 +45,16 @@ def contents(directory: Path) -> dict[str, Any]:
         names = [f"{name}.{key}" for key in format_named(scheme["format"]).tensor_names]
         packed_names.update(names)
         nbytes = sum(entries[key].nbytes for key in names if key in entries)
-        layout, ordered = format_named(scheme["format"]), f"{name}.in_perm" in entries
+        layout = format_named(scheme["format"])
+        ordered = f"{name}.in_perm" in entries and entries[f"{name}.in_perm"].nbytes > 0
         out_features, in_features = layer["shape"]
         expected = layout.nbytes(spec_of(scheme), out_features, in_features, ordered)
+        # How many outliers there are, only the file says.
+        expected += sum(
+            entries[k].nbytes
+            for k in names
+            if k in entries and k.endswith((".outlier_gap", ".outlier_value", ".col_vals"))
+        )
         if nbytes != expected:
             raise FormatError(f"{name} has {nbytes} bytes in the files, not {expected}: damaged")
         layers.append(
@@ -81,6 +90,29 @@ def kernel() -> dict[str, str]:
     return {
         "name": "unpack (native) + matmul (PyTorch)",
         "why": "the native extension unpacks codes; weights are decoded to float32 for each call",
+    }
+
+
+def _described_by_report(directory: Path) -> dict[str, Any]:
+    """Schemes and layers of a directory whose config.json is written for other programs.
+
+    Raises:
+        FormatError: quantine did not write it, so there is no report.
+    """
+    if not (directory / REPORT).is_file():
+        raise FormatError(
+            f"{directory} was not written by quantine, which can load and evaluate it, but lists "
+            f"only directories with a {REPORT}"
+        )
+    report = read_json(directory / REPORT)
+    layers = report["layers"]
+    return {
+        "format_version": report["format_version"],
+        "schemes": [layer["scheme"] for layer in layers],
+        "layers": {
+            layer["name"]: {"scheme": index, "shape": layer["shape"]}
+            for index, layer in enumerate(layers)
+        },
     }
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
-from quantine.errors import SolverError
+from quantine.core.sensitivity import sensitivity_map
+from quantine.errors import FormatError, SolverError
 from quantine.families.base import Layer
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
@@ -37,19 +38,22 @@ def solve(
         hessian: statistics of its input, if any were taken.
 
     Returns:
-        The result, its packed tensors by full name, and the layer's report.
+        The result as it is stored, its packed tensors by full name, and the layer's report.
 
     Raises:
         SolverError: names the layer.
+        FormatError: likewise; the layout cannot hold the result.
     """
     layer, scheme = decision.layer, decision.scheme
     assert scheme is not None
     started = time.perf_counter()
+    layout = format_named(scheme.format)
     try:
-        qtensor = scheme.solver(weight, hessian, scheme.spec)
-    except SolverError as error:
-        raise SolverError(f"{layer.name}: {error}") from error
-    packed = format_named(scheme.format).pack(qtensor)
+        packed = layout.pack(scheme.solver(weight, hessian, scheme.spec))
+    except (SolverError, FormatError) as error:
+        raise type(error)(f"{layer.name}: {error}") from error
+    # What is stored is what runs, also where a layout rounds.
+    qtensor = layout.unpack(packed, scheme.spec, layer.in_features)
     nbytes = sum(tensor.nbytes for tensor in packed.values())
     delta = qtensor.dequantize().sub_(weight)
     report = {
@@ -59,12 +63,28 @@ def solve(
         "weights": layer.weights,
         "bytes": nbytes,
         "bits_per_weight": nbytes * 8 / layer.weights,
+        "outliers": 0 if qtensor.outliers is None else qtensor.outliers.entries,
         "output_error": _output_error(delta, weight, hessian),
         "weight_error": float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
+        "outliers": 0 if qtensor.outliers is None else qtensor.outliers.entries,
         "damp": hessian.damp_used if hessian and scheme.solver.needs_inputs else None,
         "seconds": round(time.perf_counter() - started, 3),
     }
     return qtensor, {f"{layer.name}.{key}": value for key, value in packed.items()}, report
+
+
+def sensitivity(
+    decision: Decision, weight: Tensor, hessian: Hessian | None, qtensor: QTensor
+) -> dict[str, Tensor]:
+    """The sensitivity map of a solved matrix by its layer's name.
+
+    Nothing for layers whose solver did not use the inverse of ``hessian``. Arguments as of `solve`.
+    """
+    assert decision.scheme is not None
+    inverse = hessian.inverse_diagonal() if hessian and decision.scheme.solver.needs_inputs else None
+    if inverse is None:
+        return {}
+    return {decision.layer.name: sensitivity_map(weight, qtensor, inverse)}
 
 
 def install(model: nn.Module, layer: Layer, qtensor: QTensor) -> None:
@@ -85,11 +105,26 @@ def unpack(decision: Decision, tensors: Mapping[str, Tensor]) -> QTensor:
     return layout.unpack(packed, scheme.spec, layer.in_features)
 
 
-def as_stored(tensor: Tensor) -> Tensor:
+def as_stored(name: str, tensor: Tensor, float16: bool = False) -> Tensor:
     """A float tensor that is not quantized, as the output stores it.
 
     A float32 matrix becomes float16 unless it overflows there; vectors keep their dtype.
+
+    Args:
+        name: of the tensor, for the error.
+        float16: every float becomes float16, as the readers of format spqr need it.
+
+    Raises:
+        FormatError: ``tensor`` overflows in float16, but has to be stored so.
     """
+    if float16 and tensor.is_floating_point():
+        half = tensor.half()
+        if not bool(torch.isfinite(half).all()):
+            raise FormatError(
+                f"{name} reaches {tensor.abs().max().item():.4g}, but beside format spqr "
+                f"everything is float16 (at most {LARGEST_HALF:g}): use format sparse"
+            )
+        return half
     if tensor.ndim < 2 or tensor.dtype not in {torch.float32, torch.float64}:
         return tensor
     low, high = tensor.aminmax()

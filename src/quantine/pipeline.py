@@ -6,11 +6,12 @@ import errno
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from quantine.allocate import Allocation, probe
 from quantine.calibrate.data import Calibration
 from quantine.calibrate.sequential import Sequential
 from quantine.errors import OutputError
@@ -25,11 +26,15 @@ from quantine.formats.store import (
     is_finished,
     read_json,
 )
-from quantine.matrix import as_stored, install, read_weight, solve, unpack
-from quantine.plan import Plan
+from quantine.matrix import as_stored, install, read_weight, sensitivity, solve, unpack
+from quantine.plan import Decision, Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
 from quantine.publish import output_files, report_of
+
+
+PROBE: Final = "probe"
+"""Name under which a run keeps what choices would cost."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def quantize(
     Args:
         model: see `quantine.runtime.source.locate`.
         out: output directory; must not exist, be empty, or hold an unfinished run to ``resume``.
-        plan: what is done to which matrix; default is GPTQ at 4 bits in groups of 64.
+        plan: what is done to which matrix; default is SpQR at 4 bits in groups of 32.
         calibration: text and sampling; default is the built-in text.
         resume: continue the unfinished run in ``out``; the result has the same bytes (apart from
             measured times) as an uninterrupted one.
@@ -75,7 +80,7 @@ def quantize(
     return_freed_memory()
     out = Path(out)
     progress = progress or Silent()
-    job = prepare(model, plan or Plan.preset("gptq"), calibration or Calibration())
+    job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration())
     size = estimate(job, max_ram)
     check_place(out, resume, size.disk_while_running)
     store = RunStore(out)
@@ -130,18 +135,24 @@ def _quantize_all(
     loose = _stage_loose(job, checkpoint, store)
     outside = _stage_outside(job, checkpoint, store)
     count = len(block_list(job.model, job.family))
-    blocks = [f"block-{index:05}" for index in range(count)]
+    blocks = [_part(index) for index in range(count)]
     done = sum(store.is_committed(part) for part in blocks)
     progress.start(count, done)
     if done < count:
+        allocation = _allocation(job, checkpoint, store, progress)
         sequential = _enter(job, checkpoint, store, spills)
         for index, part in enumerate(blocks):
             if sequential is not None:
                 sequential.load(index)
+            decisions = job.block_schemes(index)
+            if allocation is not None:
+                decisions = allocation.settle(decisions)
             if store.is_committed(part):
-                _restore_block(job, store.tensors(part), index)
+                _restore_block(job, store.tensors(part), decisions)
             else:
-                _quantize_block(job, checkpoint, sequential, store, part, index, progress)
+                _quantize_block(job, checkpoint, sequential, store, index, decisions, progress)
+            if allocation is not None:
+                allocation.spend(store.layer_reports([part]))
             if sequential is not None:
                 sequential.advance(index)
                 sequential.release(index)
@@ -180,12 +191,37 @@ def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> S
             packed = store.tensors(decision.layer.name)
             replaced[f"{decision.layer.name}.weight"] = unpack(decision, packed).dequantize()
     spill = store.scratch / "activations" if spills else None
-    return Sequential(job.model, job.family, checkpoint, job.segments, spill, replaced)
+    return Sequential(
+        job.model,
+        job.family,
+        checkpoint,
+        job.segments,
+        spill,
+        replaced,
+        job.calibration.bfloat16,
+    )
 
 
-def _restore_block(job: Job, tensors: dict[str, Tensor], index: int) -> None:
+def _part(index: int) -> str:
+    return f"block-{index:05}"
+
+
+def _allocation(
+    job: Job, checkpoint: Checkpoint, store: RunStore, progress: Progress
+) -> Allocation | None:
+    """The budget of a plan that has one; what layers may cost is probed once per run."""
+    if job.plan.bits_per_weight is None:
+        return None
+    table = store.recall(PROBE)
+    if table is None:
+        table = probe(job, checkpoint, store.scratch / "probe", progress)
+        store.remember(PROBE, table)
+    return Allocation(job, table)
+
+
+def _restore_block(job: Job, tensors: dict[str, Tensor], decisions: list[Decision]) -> None:
     """Give a block that an earlier run finished its quantized weights."""
-    for decision in job.block_schemes(index):
+    for decision in decisions:
         install(job.model, decision.layer, unpack(decision, tensors))
 
 
@@ -194,15 +230,16 @@ def _quantize_block(
     checkpoint: Checkpoint,
     sequential: Sequential | None,
     store: RunStore,
-    part: str,
     index: int,
+    decisions: list[Decision],
     progress: Progress,
 ) -> None:
     """Quantize the matrices of a block, group after group, and commit them."""
     tensors = _kept(job, checkpoint, job.block_names(index))
     reports = []
+    maps: dict[str, Tensor] = {}
     for group, paths in enumerate(job.family.groups):
-        chosen = [d for d in job.block_schemes(index) if d.layer.group == group]
+        chosen = [d for d in decisions if d.layer.group == group]
         hessian = sequential.observe(index, paths[0]) if sequential and chosen else None
         for decision in chosen:
             layer = decision.layer
@@ -211,12 +248,17 @@ def _quantize_block(
             if sequential is not None:
                 install(job.model, layer, qtensor)
             tensors.update(packed)
+            maps.update(sensitivity(decision, weight, hessian, qtensor))
             reports.append(report)
             progress.layer(report)
-    store.commit(part, tensors, reports)
+    store.commit(_part(index), tensors, reports, maps)
 
 
 def _kept(job: Job, checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:
     """The float tensors ``names`` as the output stores them."""
     stored = {name: job.stored_name(name) for name in names}
-    return {name: as_stored(checkpoint.read([source])[source]) for name, source in stored.items()}
+    half = job.writes_spqr()
+    return {
+        name: as_stored(name, checkpoint.read([source])[source], half)
+        for name, source in stored.items()
+    }

@@ -13,16 +13,21 @@ from typing import Any, Final, get_type_hints
 
 import yaml
 
-from quantine.core.spec import QuantSpec, nearest_group_sizes
+from quantine.core.spec import FLOAT16, QuantSpec, nearest_group_sizes
 from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.formats import FORMATS, format_named
-from quantine.methods import METHODS, Solver
+from quantine.methods import METHODS, Solver, SpQR
+from quantine.presets import CHOICES, PRESETS
 
 KEEP: Final = "keep"
 """The method of a rule that leaves its layers in 16 bit."""
+SEARCH: Final = "search"
+"""The method of a rule whose layers each get one of the plan's choices."""
 INFINITE: Final = "inf"
 """How plans write an infinite number."""
+SPQR: Final = "spqr"
+"""The format whose directories hold nothing else, because other programs read them."""
 SETS: Final = {"@blocks": "block", "@embedding": "embedding", "@head": "head"}
 """Patterns that stand for every matrix of one role."""
 
@@ -64,10 +69,12 @@ class Rule:
         match: a shell pattern on full layer names, where ``*`` also crosses dots; or
             ``@blocks`` (every matrix inside a decoder block), ``@head``, ``@embedding``.
         scheme: what to do with them.
+        searched: give each of them one of the plan's ``choices`` instead.
     """
 
     match: str
-    scheme: Scheme | None
+    scheme: Scheme | None = None
+    searched: bool = False
 
     def __post_init__(self) -> None:
         if self.match.startswith("@") and self.match not in SETS:
@@ -82,12 +89,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a plan does with one layer, and why; ``rule`` is the number of the rule that decided."""
+    """What a plan does with one layer, and why.
+
+    Attributes:
+        rule: the number of the rule that decided.
+        choices: schemes one of which replaces ``scheme`` in the run; empty where that is settled.
+    """
 
     layer: Layer
     scheme: Scheme | None
     reason: str
     rule: int | None = None
+    choices: tuple[Scheme, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,32 +110,76 @@ class Plan:
     Attributes:
         rules: the rules.
         name: for reports.
+        bits_per_weight: what searched layers may take on average, all stored bits counted; with
+            rules of method ``search`` only.
+        choices: what a searched layer may get.
     """
 
     rules: tuple[Rule, ...]
     name: str = "plan"
+    bits_per_weight: float | None = None
+    choices: tuple[Scheme, ...] = ()
 
     def __post_init__(self) -> None:
-        if not any(rule.scheme for rule in self.rules):
+        if not any(rule.scheme or rule.searched for rule in self.rules):
             raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
+        searched = any(rule.searched for rule in self.rules)
+        if searched != (self.bits_per_weight is not None) or searched != bool(self.choices):
+            raise PlanError(
+                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method {SEARCH!r} "
+                "belong together"
+            )
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= FLOAT16:
+            raise PlanError(
+                f"plan {self.name!r}: bits_per_weight must be above 0 and at most {FLOAT16}, not "
+                f"{self.bits_per_weight}"
+            )
+        for scheme in self.choices:
+            if not isinstance(scheme.solver, SpQR):
+                raise PlanError(
+                    f"plan {self.name!r}: choices must be of method spqr, not {scheme.method}"
+                )
 
     @classmethod
-    def preset(cls, method: str, **parameters: Any) -> Plan:
+    def preset(cls, name: str, **parameters: Any) -> Plan:
         """Every matrix in the decoder blocks under one method.
 
         Args:
-            method: a name in `quantine.methods.METHODS`.
+            name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
             parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
-                ``sym``, ``damp``.
+                ``sym``, ``damp``; they go before the preset's.
 
         Raises:
-            PlanError: unknown method or parameter, or a value out of range.
+            PlanError: unknown name or parameter, or a value out of range.
         """
-        scheme = scheme_from({"method": method, **parameters}, f"preset {method!r}")
-        if scheme is None:
-            raise PlanError(f"preset {method!r} quantizes nothing")
+        if name not in METHODS and name not in PRESETS:
+            known = ", ".join([*METHODS, *PRESETS])
+            raise PlanError(f"preset must be one of {known}, not {name!r}")
+        scheme = scheme_from(
+            {**PRESETS.get(name, {"method": name}), **parameters}, f"preset {name!r}"
+        )
+        assert scheme is not None
         group = "row" if scheme.spec.group_size == -1 else f"g{scheme.spec.group_size}"
-        return cls((Rule("@blocks", scheme),), f"{method}-{scheme.spec.bits}bit-{group}")
+        title = f"{name}-{group}" if name in PRESETS else f"{name}-{scheme.spec.bits}bit-{group}"
+        return cls((Rule("@blocks", scheme),), title)
+
+    @classmethod
+    def budget(cls, bits_per_weight: float) -> Plan:
+        """Every matrix in the decoder blocks under one of `quantine.presets.CHOICES`.
+
+        The choice is made in the run: so that the model's predictions change least, and all packed
+        matrices together take at most ``bits_per_weight`` on average.
+
+        Raises:
+            PlanError: a budget that no plan can have.
+        """
+        choices = [scheme_from(choice, "a preset choice") for choice in CHOICES]
+        return cls(
+            (Rule("@blocks", searched=True),),
+            f"budget-{bits_per_weight:g}bit",
+            bits_per_weight,
+            tuple(choice for choice in choices if choice is not None),
+        )
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], name: str = "plan") -> Plan:
@@ -133,7 +190,7 @@ class Plan:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
-        if unknown := set(value) - {"name", "rules"}:
+        if unknown := set(value) - {"name", "rules", "bits_per_weight", "choices"}:
             raise PlanError(
                 f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
             )
@@ -142,9 +199,17 @@ class Plan:
             where = f"rule {number} of plan {name!r}"
             if not isinstance(rule, Mapping) or not isinstance(rule.get("match"), str):
                 raise PlanError(f"{where} must be a mapping with a `match` pattern")
-            scheme = scheme_from({k: v for k, v in rule.items() if k != "match"}, where)
-            rules.append(Rule(rule["match"], scheme))
-        return cls(tuple(rules), str(value.get("name", name)))
+            fields = {k: v for k, v in rule.items() if k != "match"}
+            if fields == {"method": SEARCH}:
+                rules.append(Rule(rule["match"], searched=True))
+            else:
+                rules.append(Rule(rule["match"], scheme_from(fields, where)))
+        return cls(
+            tuple(rules),
+            str(value.get("name", name)),
+            _budget_from(value, name),
+            _choices_from(value, name),
+        )
 
     @classmethod
     def from_file(cls, path: str | Path) -> Plan:
@@ -164,18 +229,24 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with every default spelled out."""
-        rules = [
-            {"match": rule.match, **(rule.scheme.as_dict() if rule.scheme else {"method": KEEP})}
-            for rule in self.rules
-        ]
-        return {"name": self.name, "rules": rules}
+        rules = []
+        for rule in self.rules:
+            unsettled = {"method": SEARCH if rule.searched else KEEP}
+            rules.append(
+                {"match": rule.match, **(rule.scheme.as_dict() if rule.scheme else unsettled)}
+            )
+        plain: dict[str, Any] = {"name": self.name, "rules": rules}
+        if self.bits_per_weight is not None:
+            plain["bits_per_weight"] = self.bits_per_weight
+            plain["choices"] = [scheme.as_dict() for scheme in self.choices]
+        return plain
 
     def resolve(self, layers: Sequence[Layer]) -> list[Decision]:
         """What happens to each of ``layers``; everything that can be refused is refused here.
 
         Raises:
             PlanError: a rule matches nothing, group sizes do not divide (all layers are listed,
-                with sizes that do), or a method cannot do what is asked of it.
+                with sizes that do), or a method or a format cannot do what is asked of it.
         """
         for number, rule in enumerate(self.rules, 1):
             if not any(rule.matches(layer) for layer in layers):
@@ -187,6 +258,7 @@ class Plan:
         _check_groups(decisions)
         for decision in decisions:
             _check_scheme(decision)
+        _check_spqr(decisions)
         if not any(decision.scheme for decision in decisions):
             raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")
         return decisions
@@ -194,8 +266,35 @@ class Plan:
     def _decide(self, layer: Layer) -> Decision:
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(layer):
-                return Decision(layer, rule.scheme, f"rule {number}: {rule.match}", number)
+                reason = f"rule {number}: {rule.match}"
+                if rule.searched:
+                    return self._searched(layer, reason, number)
+                return Decision(layer, rule.scheme, reason, number)
         return Decision(layer, None, "no rule matches")
+
+    def _searched(self, layer: Layer, reason: str, rule: int) -> Decision:
+        """A decision among the choices whose groups tile the layer; any, if none does."""
+        fitting = tuple(c for c in self.choices if c.spec.divides(layer.in_features))
+        return Decision(layer, (fitting or self.choices)[0], reason, rule, fitting)
+
+
+def _budget_from(value: Mapping[str, Any], name: str) -> float | None:
+    bits = value.get("bits_per_weight")
+    if bits is not None and not _is_a(bits, float):
+        raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {bits!r}")
+    return None if bits is None else float(bits)
+
+
+def _choices_from(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
+    found = value.get("choices", [])
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        raise PlanError(f"plan {name!r}: choices must be a list of mappings")
+    schemes = [
+        scheme_from(one, f"choice {number} of plan {name!r}") for number, one in enumerate(found, 1)
+    ]
+    if None in schemes:
+        raise PlanError(f"plan {name!r}: method {KEEP!r} is no choice")
+    return tuple(scheme for scheme in schemes if scheme is not None)
 
 
 def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
@@ -291,3 +390,28 @@ def _check_scheme(decision: Decision) -> None:
             f"not by {scheme.method}: use method rtn in the rule that matches it "
             f"({decision.reason})"
         )
+    if scheme is not None:
+        layout = format_named(scheme.format)
+        reason = layout.refusal(scheme.spec, layer.out_features, layer.in_features)
+        if reason is not None:
+            raise PlanError(f"{layer.name}: {reason} ({decision.reason})")
+
+
+def _check_spqr(decisions: Sequence[Decision]) -> None:
+    """Refuse what a directory that other programs read cannot describe."""
+    chosen = [(d.layer, d.scheme.format) for d in decisions if d.scheme is not None]
+    first = next((layer.name for layer, layout in chosen if layout == SPQR), None)
+    if first is None:
+        return
+    for layer, layout in chosen:
+        if layout != SPQR:
+            raise PlanError(
+                f"{layer.name} has format {layout!r}, but {first} has {SPQR!r}, whose directories "
+                f"hold nothing else: give every quantized layer format {SPQR!r}, or none"
+            )
+        if layer.role != "block" or layer.transposed:
+            kind = "a Conv1D" if layer.transposed else f"the {layer.role}"
+            raise PlanError(
+                f"{layer.name} is {kind}, but format {SPQR!r} holds only Linear layers inside of "
+                "blocks: use format sparse, or keep this layer"
+            )

@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantine.calibrate.data import Calibration, calibration_segments
 from quantine.calibrate.sequential import skeleton
-from quantine.errors import CalibrationError, CheckpointError, OutputError
+from quantine.errors import CalibrationError, CheckpointError, OutputError, PlanError
 from quantine.families import family_of
 from quantine.families.base import Family, Layer, find_layers
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import check_output, is_finished
-from quantine.plan import Decision, Plan
+from quantine.plan import SPQR, Decision, Plan
 from quantine.runtime.source import ModelSource, locate
 
 if TYPE_CHECKING:
@@ -104,6 +104,14 @@ class Job:
             if tensor.ndim >= 2 and name not in known
         }
 
+    def writes_spqr(self) -> bool:
+        """Whether the output takes the form that other readers of layout ``spqr`` need."""
+        return any(d.scheme is not None and d.scheme.format == SPQR for d in self.decisions)
+
+    def linears(self) -> list[str]:
+        """Names of all Linear modules, those that no plan can name included."""
+        return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""
         return bool(self.config.tie_word_embeddings)
@@ -123,6 +131,7 @@ class Job:
         return {
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
             "calibration tokens": _hash(tokens),
+            "calibration bfloat16": str(self.calibration.bfloat16),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),
@@ -154,6 +163,7 @@ def prepare(model: str | Path, plan: Plan, calibration: Calibration) -> Job:
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     _check_inputs(decisions, calibration)
+    _check_biases(decisions, bare)
     tokenizer = source.tokenizer()
     segments = None
     if calibration.samples:
@@ -255,6 +265,18 @@ def _check_inputs(decisions: list[Decision], calibration: Calibration) -> None:
             f"{needing[0].layer.name} is to be solved by {scheme.method}, which needs calibration "
             "samples: samples must be at least 1"
         )
+
+
+def _check_biases(decisions: list[Decision], model: PreTrainedModel) -> None:
+    for decision in decisions:
+        scheme, name = decision.scheme, decision.layer.name
+        if scheme is None or scheme.format != SPQR:
+            continue
+        if getattr(model.get_submodule(name), "bias", None) is not None:
+            raise PlanError(
+                f"{name} has a bias, which the other readers of format {SPQR} drop: use format "
+                f"sparse in the rule that matches it ({decision.reason})"
+            )
 
 
 def _hash(data: bytes) -> str:

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from quantine.card import model_card
 from quantine.formats import FORMAT_VERSION
+from quantine.formats.spqr import layout_of
+from quantine.formats.spqr_config import ADDED, MARK, settings_of
 from quantine.prepare import NO_LAYER, Job
 
 COPIED: Final = (
@@ -76,7 +78,31 @@ def output_files(job: Job, directory: Path, report: dict[str, Any]) -> dict[str,
 
 
 def _config(job: Job, report: dict[str, Any]) -> bytes:
-    from quantine.runtime.hf import LOCK, QuantineConfig
+    from quantine.runtime.hf import LOCK
+
+    config = copy.deepcopy(job.config)
+    config.architectures = [type(job.model).__name__]
+    if job.unties:
+        config.tie_word_embeddings = False
+    if job.writes_spqr():  # without a lock, which would keep its other readers out
+        setattr(config, MARK, ADDED)
+        config.dtype = "float16"
+        quantization = _spqr_settings(job, report)
+    else:
+        config.transformers_weights = LOCK
+        if config.dtype is None:
+            # Else transformers would take the dtype of the first float it finds: a float16 scale.
+            config.dtype = "float32"
+        quantization = _settings(report)
+    value = json.loads(config.to_json_string(use_diff=True))
+    value.pop("_name_or_path", None)
+    value["quantization_config"] = quantization
+    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _settings(report: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` of quantine's own."""
+    from quantine.runtime.hf import QuantineConfig
 
     schemes: list[dict[str, Any]] = []
     layers: dict[str, dict[str, Any]] = {}
@@ -85,15 +111,15 @@ def _config(job: Job, report: dict[str, Any]) -> bytes:
             schemes.append(layer["scheme"])
         scheme = schemes.index(layer["scheme"])
         layers[layer["name"]] = {"scheme": scheme, "shape": layer["shape"]}
-    config = copy.deepcopy(job.config)
-    config.architectures = [type(job.model).__name__]
-    config.transformers_weights = LOCK
-    if config.dtype is None:
-        # Else transformers would take the dtype of the first float it finds: a float16 scale.
-        config.dtype = "float32"
-    if job.unties:
-        config.tie_word_embeddings = False
-    value = json.loads(config.to_json_string(use_diff=True))
-    value.pop("_name_or_path", None)
-    value["quantization_config"] = QuantineConfig(FORMAT_VERSION, schemes, layers).to_dict()
-    return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
+    settings: dict[str, Any] = QuantineConfig(FORMAT_VERSION, schemes, layers).to_dict()
+    return settings
+
+
+def _spqr_settings(job: Job, report: dict[str, Any]) -> dict[str, Any]:
+    """The ``quantization_config`` that other readers of format ``spqr`` need."""
+    ordered = {d.layer.name: d.scheme.solver.stores_order for d in job.decisions if d.scheme}
+    packed = {}
+    for layer in report["layers"]:
+        name, (rows, columns) = layer["name"], layer["shape"]
+        packed[name] = layout_of(rows, columns, ordered[name], layer["outliers"])
+    return settings_of(packed, [name for name in job.linears() if name not in packed])

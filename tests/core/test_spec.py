@@ -24,6 +24,22 @@ from samples import quick
         ({"group_size": -2}, "group_size must be positive, or -1 for the whole row, not -2"),
         ({"group_size": "64"}, "group_size must be a whole number, not '64'"),
         ({"sym": 1}, "sym must be true or false, not 1"),
+        ({"scale_bits": 1}, "scale_bits must be 2 to 8, or 16, not 1"),
+        ({"scale_bits": 0}, "scale_bits must be 2 to 8, or 16, not 0"),
+        ({"scale_bits": 9}, "scale_bits must be 2 to 8, or 16, not 9"),
+        ({"scale_bits": None}, "scale_bits must be a whole number, not None"),
+        ({"zero_bits": 1}, "zero_bits must be 0, 2 to 8, or 16, not 1"),
+        ({"zero_bits": 15}, "zero_bits must be 0, 2 to 8, or 16, not 15"),
+        ({"zero_bits": False}, "zero_bits must be a whole number, not False"),
+        (
+            {"stat_group_size": 0},
+            "stat_group_size must be positive, or -1 for all outputs, not 0",
+        ),
+        ({"stat_group_size": 1.5}, "stat_group_size must be a whole number, not 1.5"),
+        (
+            {"sym": True, "zero_bits": 3},
+            "zero_bits 3 and sym exclude each other: a symmetric grid has no zero points to store",
+        ),
     ],
 )
 def test_refusals_name_the_field_and_the_value(fields: dict[str, Any], message: str) -> None:
@@ -35,6 +51,23 @@ def test_refusals_name_the_field_and_the_value(fields: dict[str, Any], message: 
 def test_minus_one_is_the_whole_row() -> None:
     assert QuantSpec(group_size=-1).group_length(96) == 96
     assert QuantSpec(group_size=32).group_length(96) == 32
+
+
+def test_statistics_of_runs_of_outputs_or_of_all() -> None:
+    assert QuantSpec(stat_group_size=-1).stat_group_length(96) == 96
+    assert QuantSpec(stat_group_size=16).stat_group_length(96) == 16
+    assert QuantSpec(stat_group_size=64).stat_group_length(20) == 64  # the only run is shorter
+
+
+@pytest.mark.parametrize(
+    ("scale_bits", "zero_bits", "second_level"),
+    [(16, 0, False), (16, 16, False), (4, 0, True), (16, 3, True), (3, 3, True), (8, 16, True)],
+)
+def test_second_level_means_statistics_as_codes(
+    scale_bits: int, zero_bits: int, second_level: bool
+) -> None:
+    spec = QuantSpec(scale_bits=scale_bits, zero_bits=zero_bits)
+    assert spec.second_level == second_level
 
 
 @quick

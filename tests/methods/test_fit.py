@@ -1,14 +1,17 @@
-"""The search of the clip range against the same search written as loops."""
+"""The search of ranges and of codes of statistics, against the same written as loops."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 import oracles
+from quantine.core.grid import Statistic
 from quantine.core.spec import QuantSpec
 from quantine.methods import fit
-from quantine.methods.fit import Objective, fit_groups
+from quantine.methods.fit import Clip, Objective, fit_groups
 from samples import random_weight
 
 SHARES = [1 - 0.025 * step for step in range(21)]
@@ -56,3 +59,100 @@ def test_chunks_do_not_change_the_result(spec: QuantSpec, monkeypatch: pytest.Mo
     parts = fit_groups(columns, spec, Objective("mse"))
     assert torch.equal(whole.scales(), parts.scales())
     assert torch.equal(whole.zeros(), parts.zeros())
+
+
+def squared_loss(values: list[float], spread: list[float], scale: float, zero: float) -> float:
+    """Sum of ``error**2 / d**2`` with 3-bit codes."""
+    return oracles.rounding_loss(values, [d * d for d in spread], scale, zero, 3)
+
+
+@pytest.mark.parametrize("price", [math.inf, 0.002])
+def test_the_hessian_cost_weighs_inputs_and_stops_at_the_price(price: float) -> None:
+    weight, spread = random_weight(5, 12), torch.linspace(0.1, 2.0, 12)
+    scale, zero = torch.full((1, 5), 0.02), torch.full((1, 5), 3.0)
+    objective = Objective("hessian", spread.unsqueeze(0), price)
+    cost = objective.cost(weight.T.unsqueeze(0), scale, zero, 3)
+    expected = [
+        sum(
+            min(squared_loss([value], [d], 0.02, 3.0), price)
+            for value, d in zip(row, spread.tolist(), strict=True)
+        )
+        for row in weight.double().tolist()
+    ]
+    assert cost[0].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding() -> None:
+    weight, spread = random_weight(64, 16), torch.ones(1, 16)
+    spread[0, 4] = 0.05  # errors of this input count 400 times
+    error = {}
+    for clip, objective in (("mse", Objective("mse")), ("hessian", Objective("hessian", spread))):
+        grid = fit_groups(weight.T.unsqueeze(0), QuantSpec(3, 16), objective)
+        error[clip] = (grid.decode(grid.encode(weight)) - weight).square().mean(0)
+    assert error["hessian"][4] < 0.5 * error["mse"][4]
+    assert error["hessian"].sum() > error["mse"].sum()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(3, 12, scale_bits=3, stat_group_size=4),
+        QuantSpec(3, 12, True, scale_bits=2, stat_group_size=-1),
+        QuantSpec(3, 12, scale_bits=3, zero_bits=3, stat_group_size=8),
+        QuantSpec(3, 12, zero_bits=2),
+    ],
+)
+def test_no_neighbouring_codes_of_statistics_are_better(spec: QuantSpec) -> None:
+    weight = random_weight(10, 12)
+    columns, spread = weight.T.unsqueeze(0), torch.linspace(0.3, 1.0, 12).unsqueeze(0)
+    plain = fit_groups(columns, spec, Objective("minmax"))
+    searched = fit_groups(columns, spec, Objective("hessian", spread))
+    # From the codes of the searched range, not of the whole one: never worse than those either.
+    losses = {
+        name: [
+            squared_loss(row, spread[0].tolist(), max(scale, 1e-9), zero)
+            for row, scale, zero in zip(
+                weight.tolist(),
+                grid.scales()[:, 0].tolist(),
+                grid.zeros()[:, 0].tolist(),
+                strict=True,
+            )
+        ]
+        for name, grid in (("plain", plain), ("searched", searched))
+    }
+    assert sum(losses["searched"]) < sum(losses["plain"])
+    for stored in (searched.scale, searched.zero_point):
+        if isinstance(stored, Statistic):
+            assert int(stored.codes.max()) < 2**stored.grid.bits
+    zero = searched.zero_point
+    if isinstance(zero, torch.Tensor) and zero.dtype == torch.uint8:
+        assert int(zero.max()) < 8
+
+
+@pytest.mark.parametrize("clip", ["minmax", "mse", "hessian"])
+@pytest.mark.parametrize("scale_bits", [3, 4, 8, 16])
+@pytest.mark.parametrize("zero_bits", [0, 3, 8, 16])
+@pytest.mark.parametrize("offset", [10.0, 1000.0, -1000.0])
+def test_groups_far_from_zero_lose_no_more_than_their_spread(
+    offset: float, zero_bits: int, scale_bits: int, clip: Clip
+) -> None:
+    # In units of the standard deviation. The published code loses 32 times the spread.
+    weight = (random_weight(32, 64) / 0.05 + offset) * 0.01
+    columns = weight.T.unflatten(0, (-1, 16))
+    spec = QuantSpec(3, 16, scale_bits=scale_bits, zero_bits=zero_bits)
+    grid = fit_groups(columns, spec, Objective(clip, torch.ones(4, 16)))
+    error = (grid.decode(grid.encode(weight)) - weight).abs().view(32, 4, 16).amax(2)
+    span = (columns.amax(1) - columns.amin(1)).T
+    assert bool((error <= span + 2.0**-10 * weight.abs().max()).all())
+
+
+@pytest.mark.parametrize("zero_bits", [0, 3, 16])
+def test_a_tile_may_mix_groups_far_and_near(zero_bits: int) -> None:
+    # Far groups need coarse scales, but what they need must not move near groups far away.
+    weight = random_weight(16, 16)
+    weight[::2] += 0.5
+    spec = QuantSpec(3, 16, scale_bits=3, zero_bits=zero_bits)
+    grid = fit_groups(weight.T.unsqueeze(0), spec, Objective("minmax"))
+    error = (grid.decode(grid.encode(weight)) - weight).abs().amax(1)
+    span = weight.amax(1) - weight.amin(1)
+    assert bool((error <= span).all())

@@ -28,12 +28,15 @@ class Calibration:
             accept.
         seqlen: tokens per segment; ``None`` is 512, or the model's longest context if shorter.
         seed: of the local generator that places the segments.
+        bfloat16: multiply matrices in bfloat16 while calibrating: several times faster where the
+            processor can. Weights, norms, hidden states and statistics stay in float32.
     """
 
     source: str = BUILTIN
     samples: int = DEFAULT_SAMPLES
     seqlen: int | None = None
     seed: int = 0
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if self.samples < 0:

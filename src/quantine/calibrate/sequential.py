@@ -53,6 +53,8 @@ class Sequential:
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
         spill: directory for hidden states, ``None`` to keep them in memory.
         replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
+        bfloat16: multiply matrices in bfloat16; weights, norms, hidden states and statistics stay
+            in float32.
     """
 
     def __init__(
@@ -63,8 +65,10 @@ class Sequential:
         segments: Tensor,
         spill: Path | None,
         replaced: Mapping[str, Tensor],
+        bfloat16: bool = False,
     ) -> None:
         self._model = model
+        self._bfloat16 = bfloat16
         self._family = family
         self._checkpoint = checkpoint
         self._blocks = block_list(model, family)
@@ -77,7 +81,7 @@ class Sequential:
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its float32 weights."""
         block = self._blocks[index]
-        _materialize(self._model, block, f"{self._family.blocks}.{index}", self._checkpoint)
+        materialize(self._model, block, f"{self._family.blocks}.{index}", self._checkpoint)
         return block
 
     def release(self, index: int) -> None:
@@ -102,7 +106,7 @@ class Sequential:
         try:
             for batch in range(len(self._hidden)):
                 try:
-                    self._run(index, self._hidden[batch])
+                    self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
                 raise CalibrationError(
@@ -121,7 +125,7 @@ class Sequential:
             CalibrationError: an output is not finite.
         """
         for batch in range(len(self._hidden)):
-            output = self._run(index, self._hidden[batch])
+            output = self.run(index, self._hidden[batch])
             if not bool(torch.isfinite(output).all()):
                 raise CalibrationError(
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
@@ -129,9 +133,16 @@ class Sequential:
                 )
             self._hidden[batch] = output
 
-    def _run(self, index: int, hidden: Tensor) -> Tensor:
+    @property
+    def hidden(self) -> Activations:
+        """What enters the block that is worked on."""
+        return self._hidden
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Block ``index`` on one batch of hidden states ``[batch, tokens, width]``."""
         args, kwargs = self._calls[index]
-        output = self._blocks[index](hidden, *args, **kwargs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+            output = self._blocks[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -140,11 +151,11 @@ class Sequential:
         """Compute the first block's inputs, and record how the model calls each block."""
         base = self._model.base_model
         prefix = self._model.base_model_prefix
-        _materialize(self._model, base, prefix, self._checkpoint, skip=f"{self._family.blocks}.")
+        materialize(self._model, base, prefix, self._checkpoint, skip=f"{self._family.blocks}.")
         for name, tensor in replaced.items():
-            _set_tensor(self._model, name, tensor)
+            set_tensor(self._model, name, tensor)
         blocks = list(self._blocks)
-        recorders = [_Recorder(block, self._family.returns_tuple) for block in blocks]
+        recorders = [StandIn(block, self._family.returns_tuple) for block in blocks]
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder
@@ -155,19 +166,28 @@ class Sequential:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
-        _drop_weights(base)
+        drop_weights(base)
 
 
 class _Enough(Exception):
     """Raised inside a block when the observed input has been seen."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers the call and passes the hidden states through."""
+class StandIn(nn.Module):
+    """Stands in for a block: remembers the call, and passes the hidden states through.
 
-    def __init__(self, block: nn.Module, returns_tuple: bool) -> None:
+    Args:
+        block: whose attributes the model may look at.
+        returns_tuple: whether the block returns a tuple.
+        replay: what to return instead of the hidden states that come in.
+    """
+
+    def __init__(
+        self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None
+    ) -> None:
         super().__init__()
         self._stand_in_for = [block]
+        self._replay = [replay]
         self._returns_tuple = returns_tuple
         self.hidden = torch.empty(0)
         self.args: tuple[Any, ...] = ()
@@ -181,10 +201,11 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
+        hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden,) if self._returns_tuple else hidden
 
 
-def _materialize(
+def materialize(
     model: PreTrainedModel, module: nn.Module, path: str, checkpoint: Checkpoint, skip: str = "-"
 ) -> None:
     """Give ``module``, found at ``path``, buffers and float32 weights, except below ``skip``."""
@@ -198,10 +219,11 @@ def _materialize(
             model._init_weights(child)
     names = [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
     for name, tensor in checkpoint.read(names).items():
-        _set_tensor(model, name, tensor.float() if tensor.is_floating_point() else tensor)
+        set_tensor(model, name, tensor.float() if tensor.is_floating_point() else tensor)
 
 
-def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give the parameter or buffer ``name`` of ``model`` a value."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if leaf in owner._parameters:
@@ -210,7 +232,8 @@ def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         owner._buffers[leaf] = value
 
 
-def _drop_weights(module: nn.Module) -> None:
+def drop_weights(module: nn.Module) -> None:
+    """Give the memory of all parameters below ``module`` back."""
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:

@@ -30,6 +30,10 @@ SMALLEST_SCALE: Final = 2.0**-24
 """Smallest positive float16; a scale never rounds down to zero."""
 LARGEST_SCALE: Final = 65504.0
 """Largest finite float16."""
+SMALLEST_NORMAL: Final = 2.0**-14
+"""Smallest float16 with full precision."""
+SMALLEST_STEP: Final = 2.0**-15
+"""Smallest step of a second grid, as a share of its values' magnitude."""
 NARROW: Final = 2.0**-10
 """A range below this share of its values' magnitude is stored as one float16 value."""
 
@@ -135,19 +139,22 @@ def fit_minmax(groups: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
     return fit_range(low, high, bits, sym)
 
 
-def fit_fractional(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid from ``low`` to ``high``, as in SpQR's published code.
 
-    A range of one value becomes ``[-1, 1]`` there; here it gets that value as its step, which
-    loses nothing.
+    Two ranges differ from it. One whose distance from zero is more than ``farthest`` times its
+    width is extended to zero: rounding a large zero point, or the scale it is multiplied with,
+    would cost more than the whole width. That includes ranges of one value, which loses nothing.
+    And no scale is below the smallest float16.
 
     Returns:
         ``(scale, zero)`` float32, not rounded; decoding ``0`` gives ``low``, the top code
         ``high``.
     """
-    constant = high == low
-    step = torch.where(low == 0, torch.ones_like(low), low.abs())
-    scale = torch.where(constant, step, (high - low) / (2**bits - 1))
+    distant = high - low <= torch.maximum(low.abs(), high.abs()) / farthest
+    low = torch.where(distant, low.clamp(max=0), low)
+    high = torch.where(distant, high.clamp(min=0), high)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
     return scale, -low / scale
 
 
@@ -161,12 +168,14 @@ def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
     padded = _grouped(values, group_size, fill_last=True)
     low, high = padded.aminmax(dim=-1)
     reach = torch.maximum(low.abs(), high.abs())
-    step = (high - low) / (2**bits - 1)
+    # Float16 must hold the step, and then the zero point.
+    least = (reach * SMALLEST_STEP).clamp_(min=SMALLEST_SCALE)
+    step = _half_above(torch.maximum((high - low) / (2**bits - 1), least))
+    zero = finite_half(-low / step)
     # Too narrow for float16 to tell its ends apart: one value, as the step from a zero at -1.
-    single = high - low <= NARROW * reach
-    step = torch.where(single, torch.where(low == 0, torch.ones_like(low), low), step)
-    step = finite_half(step)
-    zero = torch.where(single, -(low != 0).float(), finite_half(-low / step))
+    single = (high - low <= NARROW * reach) & (reach >= SMALLEST_SCALE)
+    step = torch.where(single, finite_half(low), step)
+    zero = zero.masked_fill_(single, -1.0)
     codes = encode(padded, step, zero, bits).to(torch.uint8).flatten(1)[:, :rows]
     return Statistic(codes, Grid(step.half(), zero.half(), bits, group_size))
 
@@ -226,6 +235,12 @@ def finite_half(values: Tensor) -> Tensor:
             "the weights, or leave this layer in 16 bit"
         )
     return rounded
+
+
+def _half_above(step: Tensor) -> Tensor:
+    """Positive ``step`` rounded to float16, in float32: not down where float16 is coarse."""
+    subnormal = (step / SMALLEST_SCALE).ceil_().mul_(SMALLEST_SCALE)
+    return torch.where(step < SMALLEST_NORMAL, subnormal, finite_half(step))
 
 
 def _values(stored: Tensor | Statistic) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -26,6 +28,10 @@ class Factor:
     damp: float
 
 
+PANEL: Final = 256
+"""Columns of a symmetric product that are multiplied at once."""
+
+
 class Hessian:
     """Sum of ``x x.T`` over tokens, for one input shared by one or more matrices.
 
@@ -42,7 +48,12 @@ class Hessian:
     def update(self, x: Tensor) -> None:
         """Add inputs ``x`` ``[..., in]``."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.matrix.addmm_(rows.T, rows)
+        # The product is symmetric: only panels on and right of the diagonal are multiplied.
+        for start in range(0, rows.shape[1], PANEL):
+            stop = start + PANEL
+            product = rows[:, start:stop].T @ rows[:, start:]
+            self.matrix[start:stop, start:] += product
+            self.matrix[stop:, start:stop] += product[:, PANEL:].T
         self.tokens += rows.shape[0]
         self._factor = None
 
@@ -64,6 +75,23 @@ class Hessian:
             self._factor = kept = factorize(self.matrix, damp, order)
             self._damp = damp
         return kept
+
+    def inverse_diagonal(self) -> Tensor | None:
+        """Diagonal of the inverse of the damped mean of ``x x.T``; ``None`` before a factorization.
+
+        Returns:
+            ``[in]`` float32 in input order, from the last factor. Infinite for inputs that were
+            never active: no error there reaches the output.
+        """
+        factor = self._factor
+        if factor is None:
+            return None
+        diagonal = self.matrix.diagonal()
+        # A column's norm of U; the factor is that of H in units of its mean diagonal.
+        ordered = torch.linalg.vector_norm(factor.upper, dim=0).square_()
+        inverse = torch.empty_like(ordered)
+        inverse[factor.order] = ordered * (self.tokens / (diagonal.mean().item() or 1.0))
+        return inverse.masked_fill_(diagonal == 0, math.inf)
 
     def error_energy(self, delta: Tensor) -> float:
         """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""

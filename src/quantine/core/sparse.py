@@ -16,7 +16,8 @@ class Csr:
         row_offsets: ``[rows + 1]`` int64: row ``r`` has entries ``row_offsets[r]`` up to, and
             without, ``row_offsets[r + 1]``.
         columns: ``[entries]`` int64.
-        values: ``[entries]`` float16.
+        values: ``[entries]`` float16, as solvers give them; or float32, where a layout stores
+            float16 differences from what codes decode to, whose sums need more digits.
         shape: ``(rows, columns)`` of the matrix.
     """
 
@@ -40,15 +41,16 @@ class Csr:
 
     def row_indices(self) -> Tensor:
         """The row of every entry, ``[entries]`` int64."""
-        return torch.repeat_interleave(torch.arange(self.shape[0]), self.row_offsets.diff())
+        numbers = torch.arange(self.shape[0], device=self.row_offsets.device)
+        return torch.repeat_interleave(numbers, self.row_offsets.diff())
 
     def rows(self, chosen: Tensor) -> Csr:
         """The rows at int64 indices ``chosen``."""
         counts = self.row_offsets.diff()[chosen]
-        offsets = torch.zeros(len(chosen) + 1, dtype=torch.int64)
+        offsets = counts.new_zeros(len(chosen) + 1)
         torch.cumsum(counts, 0, out=offsets[1:])
         start = torch.repeat_interleave(self.row_offsets[chosen] - offsets[:-1], counts)
-        picked = start + torch.arange(len(start))
+        picked = start + torch.arange(len(start), device=start.device)
         shape = (len(chosen), self.shape[1])
         return Csr(offsets, self.columns[picked], self.values[picked], shape)
 

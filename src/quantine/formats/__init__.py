@@ -4,9 +4,16 @@ from quantine.errors import FormatError
 from quantine.formats.base import Format
 from quantine.formats.dense import Dense
 from quantine.formats.sparse import Sparse
+from quantine.formats.spqr import Spqr
 
-FORMATS: dict[str, Format] = {"dense": Dense(), "sparse": Sparse()}
-"""Every packed layout by name; see docs/adding.md for adding one."""
+FORMATS: dict[str, Format] = {
+    "dense": Dense(),
+    "sparse": Sparse(),
+    "spqr": Spqr(),
+    "spqr-replace": Spqr(added=False),
+}
+"""Every packed layout by name; see docs/adding.md for adding one. A rule of a plan that names none
+gets the first that supports what it asks for."""
 
 FORMAT_VERSION = 1
 """Version of docs/format.md that this package writes."""

@@ -22,8 +22,15 @@ class Format(Protocol):
         """Whether the layout can hold what ``spec`` asks for, and ``outliers`` if there are."""
         ...
 
+    def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this shape cannot be held, and the remedy; ``None`` if it can."""
+        ...
+
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """The tensors of the layout; raises `FormatError` for what it cannot hold."""
+        """The tensors of the layout; raises `FormatError` for what it cannot hold.
+
+        Nothing is dropped; a layout that rounds says so, and `unpack` gives what it really holds.
+        """
         ...
 
     def unpack(
@@ -33,7 +40,7 @@ class Format(Protocol):
         in_features: int,
         rows: Tensor | None = None,
     ) -> QTensor:
-        """Invert `pack` bit for bit, for all rows or those of the int64 indices ``rows``.
+        """What `pack` stored, bit for bit, for all rows or those of the int64 indices ``rows``.
 
         Raises `FormatError` for tensors that do not fit ``spec``.
         """

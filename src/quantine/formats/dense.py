@@ -34,6 +34,10 @@ class Dense:
         """Scales in float16, whole zero points, and no outliers."""
         return spec.scale_bits == FLOAT16 and not spec.zero_bits and not outliers
 
+    def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+        """Any shape fits."""
+        return None
+
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
         """Pack; lossless.
 

@@ -48,6 +48,6 @@ def check_description(found: Mapping[str, Any]) -> None:
 def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
     """The weight spec inside a stored scheme."""
     fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
-    if scheme["format"] == "sparse":
+    if scheme["format"] != "dense":
         fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
     return QuantSpec(**fields)

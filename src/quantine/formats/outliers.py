@@ -42,7 +42,8 @@ def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
     items = stream.long() & longest
     ends = items != longest
     places = (items + ends).cumsum(0)[ends] - 1
-    if len(places) != len(values) or (len(places) and int(places[-1]) >= shape[0] * shape[1]):
+    whole = len(places) == len(values) and bool(ends[-1:].all())
+    if not whole or (len(places) and int(places[-1]) >= shape[0] * shape[1]):
         raise FormatError("outlier_gap is damaged: its places do not fit outlier_value and shape")
     rows = places.div(shape[1], rounding_mode="floor")
     offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)

@@ -53,9 +53,19 @@ class Sparse:
         """Everything."""
         return True
 
+    def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+        """Any shape fits."""
+        return None
+
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """Pack; lossless."""
+        """Pack; lossless.
+
+        Raises:
+            FormatError: outliers come from a layout that holds them more precisely than float16.
+        """
         grid = qtensor.grid
+        if qtensor.outliers is not None and qtensor.outliers.values.dtype != torch.float16:
+            raise FormatError("the sparse layout holds outliers in float16 only: keep their layout")
         tensors = {"codes": pack(qtensor.codes, grid.bits), **_pack_statistic("scale", grid.scale)}
         if isinstance(grid.zero_point, Tensor) and grid.zero_point.dtype == torch.uint8:
             tensors["zero"] = pack(grid.zero_point.reshape(1, -1), grid.bits).view(-1)

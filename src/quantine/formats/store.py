@@ -1,6 +1,6 @@
 """An output directory while it is being made: staged blocks, resume, and the final files.
 
-Unfinished work lives in ``OUT/.quantine``. A block is committed by renaming two complete files into
+Unfinished work lives in ``OUT/.quantine``. A block is committed by renaming complete files into
 place, the reports last; a run killed at any instant therefore resumes at a block boundary. The
 final files are merged from the committed ones, and ``.quantine`` is removed as the last act.
 """
@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantine.errors import OutputError, ResumeMismatch
-from quantine.formats.shards import merge_parts, write_atomically, write_tensors
+from quantine.formats.shards import merge_into, merge_parts, write_atomically, write_tensors
 
 RUN_DIRECTORY: Final = ".quantine"
 REMAINS: Final = ".quantine-finished"
 IDENTITY: Final = "identity.json"
 REPORT: Final = "quantine_report.json"
+MAPS: Final = "quantine_maps.safetensors"
+"""Sensitivity maps, for pictures; not a weight file."""
 SHARD_BYTES: Final = 4_000_000_000
 
 Reports = list[dict[str, Any]]
@@ -38,6 +40,7 @@ class RunStore:
         self.out = out
         self._run = out / RUN_DIRECTORY
         self._parts = self._run / "parts"
+        self._maps = self._run / "maps"
         self._lock: int | None = None
 
     @property
@@ -52,6 +55,7 @@ class RunStore:
             OutputError: another process holds the run; its lock ends with it, however it ends.
         """
         self._parts.mkdir(parents=True, exist_ok=True)
+        self._maps.mkdir(exist_ok=True)
         self._lock = os.open(self._run / "lock", os.O_CREAT | os.O_RDWR)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,14 +78,34 @@ class RunStore:
         """The tensors of a committed part."""
         return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
 
-    def commit(self, part: str, tensors: Mapping[str, Tensor], reports: Reports) -> None:
-        """Make a part durable."""
+    def remember(self, name: str, value: object) -> None:
+        """Keep plain data for the rest of the run, also after a crash."""
+        write_json(self._run / f"{name}.json", value)
+
+    def recall(self, name: str) -> Any:
+        """What `remember` kept, or ``None``."""
+        path = self._run / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
+    def commit(
+        self,
+        part: str,
+        tensors: Mapping[str, Tensor],
+        reports: Reports,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make a part durable; ``maps`` are the sensitivity maps of its layers by name."""
+        if maps:
+            write_tensors(self._maps / f"{part}.safetensors", maps)
         write_tensors(self._parts / f"{part}.safetensors", tensors)
         write_json(self._parts / f"{part}.json", reports)
 
     def finish(self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]) -> None:
         """Write the final files from the committed ``parts`` and end the run."""
         merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
+        maps = [self._maps / f"{p}.safetensors" for p in parts]
+        if any(path.exists() for path in maps):
+            merge_into([path for path in maps if path.exists()], self.out / MAPS)
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)

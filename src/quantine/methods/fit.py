@@ -173,9 +173,16 @@ def _fit_range(
 
 
 def cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape."""
+    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape.
+
+    The scale of a range ``k`` widths from zero is ``1 / k`` of one that would reach zero, and its
+    zero point ``k`` times as large. Where one second grid holds both kinds, the error of either
+    statistic is multiplied with the other, so it grows with ``k**2``: up to ``k**2 = 2**bits``,
+    half a step of the second grid costs at most about half a width.
+    """
     if spec.zero_bits:
-        return fit_fractional(low, high, spec.bits)
+        farthest = 2.0 ** (min(spec.scale_bits, spec.zero_bits) / 2)
+        return fit_fractional(low, high, spec.bits, farthest)
     return fit_range(low, high, spec.bits, spec.sym)
 
 

@@ -7,6 +7,7 @@ The published algorithm is `FAITHFUL`, with the spec `FAITHFUL_SPEC`.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -25,8 +26,10 @@ Detect = Literal["leave-one-out", "simple"]
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
 
 LARGEST_SHARE: Final = 0.5
-SAMPLED_ROWS: Final = 128
-"""Output rows on which the price of an outlier is searched."""
+EQUAL: Final = 2.0**-16
+"""Share of a column's mean square below which its variance means that its weights are equal."""
+SAMPLED_ROWS: Final = 64
+"""Output rows that stand for a matrix in searches."""
 SEARCH_STEPS: Final = 12
 TOLERANCE: Final = 0.03
 """Relative deviation from the wanted share of outliers that ends the search."""
@@ -41,7 +44,8 @@ class SpQR:
         threshold: a weight is kept as an outlier when its squared error over ``d**2`` exceeds
             ``threshold`` times the matrix's mean of (variance of a column over ``d**2``);
             infinite keeps none.
-        outliers: share of weights to keep; the threshold is then searched for each matrix.
+        outliers: share of weights to keep; if positive, the threshold is searched for each matrix
+            and ``threshold`` does not count.
         detect: ``"leave-one-out"`` fits a group's range without the weights that would raise the
             loss of the others by more than the threshold (section 4.1); ``"simple"`` does not
             look ahead.
@@ -52,7 +56,7 @@ class SpQR:
     groups: Groups = "aligned"
     block_size: int = 128
     clip: Clip = "hessian"
-    threshold: float = math.inf
+    threshold: float = 0.5
     outliers: float = 0.0
     detect: Detect = "leave-one-out"
     default_spec: ClassVar[QuantSpec] = QuantSpec(4, 32, scale_bits=4, stat_group_size=64)
@@ -68,8 +72,6 @@ class SpQR:
             raise PlanError(
                 f"outliers must be a share from 0 to {LARGEST_SHARE}, not {self.outliers!r}"
             )
-        if self.outliers and self.threshold < math.inf:
-            raise PlanError("threshold and outliers exclude each other: give one of them")
 
     @property
     def loop(self) -> ColumnLoop:
@@ -84,7 +86,9 @@ class SpQR:
     @property
     def outlier_share(self) -> float | None:
         """Share of weights kept as outliers; ``None`` where a threshold decides."""
-        return None if self.threshold < math.inf else self.outliers
+        if self.outliers:
+            return self.outliers
+        return None if self.threshold < math.inf else 0.0
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Solve ``weight`` ``[out, in]`` float32.
@@ -98,19 +102,49 @@ class SpQR:
             price = self._searched_price(weight, factor, spec)
         return self._solve(weight, factor, spec, price)
 
+    def predict(
+        self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
+    ) -> tuple[Tensor, float]:
+        """What solving would lose and keep, from the original weights without the column loop.
+
+        Feedback changes single weights, but hardly their distribution.
+
+        Returns:
+            ``(loss, share)``: the mean over tokens of each output's squared error ``[out]``
+            float32, and the share of weights kept as outliers.
+
+        Raises:
+            SolverError: as when solving.
+        """
+        factor = self.loop.factor(hessian, spec)
+        assert hessian is not None
+        price = self.threshold * _loss_scale(weight, factor)
+        length = spec.group_length(weight.shape[1])
+        columns = weight.T[factor.order].unflatten(0, (-1, length))
+        spread = factor.upper.diagonal().unflatten(0, (-1, length))
+        grid = self._fit(columns, spread, spec, price)
+        losses = squared_errors(columns, grid.scales().T, grid.zeros().T, spec.bits)
+        losses.div_(spread.square().unsqueeze(-1))
+        kept = losses > price
+        # The factor belongs to the Hessian in units of its mean diagonal, summed over tokens.
+        unit = float(hessian.matrix.diagonal().mean()) / hessian.tokens
+        return losses.masked_fill_(kept, 0.0).sum((0, 1)) * unit, float(kept.float().mean())
+
     def _solve(self, weight: Tensor, factor: Factor, spec: QuantSpec, price: float) -> QTensor:
         def fit(columns: Tensor, spread: Tensor) -> Grid:
-            inliers = columns
-            if price < math.inf and self.detect == "leave-one-out":
-                inliers = without_outliers(columns, spread, spec, price)
-            objective = Objective(self.clip, spread, price)
-            return fit_groups(columns, spec, objective, inliers)
+            return self._fit(columns, spread, spec, price)
 
         return self.loop.solve(weight, factor, spec, fit, price)
 
+    def _fit(self, columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Grid:
+        inliers = columns
+        if price < math.inf and self.detect == "leave-one-out":
+            inliers = without_outliers(columns, spread, spec, price)
+        return fit_groups(columns, spec, Objective(self.clip, spread, price), inliers)
+
     def _searched_price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
         """The price that keeps the wanted share of a sample of rows, by bisection."""
-        rows = sampled_rows(weight, spec)
+        rows = weight[sampled_rows(len(weight))]
         low, high = 0.0, math.inf
         price = _loss_scale(weight, factor)
         for _ in range(SEARCH_STEPS):
@@ -164,12 +198,9 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: fl
     return torch.where(likely, mean, columns)
 
 
-def sampled_rows(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Some whole second-level groups of rows, evenly spread over ``weight`` ``[out, in]``."""
-    tile = min(spec.stat_group_length(len(weight)), len(weight)) if spec.second_level else 1
-    tiles = -(-len(weight) // tile)
-    step = max(1, tiles * tile // SAMPLED_ROWS)
-    return torch.cat([weight[i * tile : (i + 1) * tile] for i in range(0, tiles, step)])
+def sampled_rows(out_features: int) -> Tensor:
+    """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64."""
+    return torch.arange(0, out_features, max(1, out_features // SAMPLED_ROWS))
 
 
 def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
@@ -179,6 +210,12 @@ def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: Qu
 
 
 def _loss_scale(weight: Tensor, factor: Factor) -> float:
-    """Mean over inputs of the variance of a column over ``d**2``."""
-    variance = weight.var(0)[factor.order] if len(weight) > 1 else torch.zeros(weight.shape[1])
-    return float((variance / factor.upper.diagonal().square()).mean())
+    """Mean over inputs of the variance of a column over ``d**2``; positive.
+
+    A column of equal weights, such as that of a single row, counts with its square instead: a
+    price of nothing would keep every weight.
+    """
+    variance, square = weight.var(0, correction=min(1, len(weight) - 1)), weight.square().mean(0)
+    variance = torch.where(variance > EQUAL * square, variance, square)[factor.order]
+    scale = float((variance / factor.upper.diagonal().square()).mean())
+    return max(scale, sys.float_info.min)

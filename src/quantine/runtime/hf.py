@@ -34,7 +34,9 @@ DTYPES: Final = {
     "U8": torch.uint8,
     "I16": torch.int16,
     "I32": torch.int32,
+    "I64": torch.int64,
     "F16": torch.float16,
+    "F32": torch.float32,
 }
 
 

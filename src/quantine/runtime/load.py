@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantine.errors import FormatError, QuantineError
 from quantine.formats.checkpoint import weight_files
 from quantine.runtime.source import ModelSource, locate
+from quantine.runtime.spqr_hub import translated_config
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
 
 
 def load(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
-    """Load an output of `quantine.quantize` and its tokenizer.
+    """Load an output of `quantine.quantize`, or a checkpoint of SpQR, and its tokenizer.
 
     Weights stay packed; the files are mapped, not copied.
 
     Args:
-        directory: an output directory, or the hub id of an uploaded one.
+        directory: an output directory, or the hub id of an uploaded one; or one whose config.json
+            says ``quant_method: spqr``, whoever wrote it.
         dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
 
     Returns:
@@ -45,8 +47,9 @@ def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTr
         )
     try:
         weight_files(source.directory)
+        config = translated_config(source) if source.quant_method() == "spqr" else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.directory, dtype=dtype, output_loading_info=True
+            source.directory, config=config, dtype=dtype, output_loading_info=True
         )
     except QuantineError:
         raise

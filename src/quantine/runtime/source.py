@@ -110,15 +110,24 @@ class ModelSource:
             return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
     def is_quantized(self) -> bool:
-        """Whether this is an output of quantine."""
+        """Whether quantine reads this as packed weights: an output, or a checkpoint of SpQR."""
+        return self.quant_method() in {"quantine", "spqr"}
+
+    def quant_method(self) -> str | None:
+        """``quant_method`` in config.json, ``None`` where there is none.
+
+        Raises:
+            CheckpointError: config.json is damaged.
+        """
         path = self.directory / "config.json"
         if self.gguf_file is not None or not path.is_file():
-            return False
+            return None
         try:
             found = json.loads(path.read_text()).get("quantization_config") or {}
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
-        return found.get("quant_method") == "quantine"
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        return method if isinstance(method, str) else None
 
     def tokenizer_digest(self, tokenizer: Any) -> str:
         """Hash of everything that decides how ``tokenizer`` splits text."""

@@ -1,0 +1,215 @@
+"""Which choice of a plan each searched layer gets, so that predictions change least.
+
+`probe` runs some calibration segments through the float model once, forward and backward, and
+tables what every choice would cost each layer: bytes, and divergence of the model's predictions in
+nats per token. `choose` then spends a budget of bytes. It is called again before each block, with
+what is left, so that the whole ends within the budget although sizes are only predicted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.activations import Activations
+from quantine.calibrate.sensitivity import backward, replace_by_gradients
+from quantine.calibrate.sequential import Sequential
+from quantine.core.observe import Hessian
+from quantine.errors import SolverError
+from quantine.families.base import Layer, block_list
+from quantine.formats import format_named
+from quantine.formats.checkpoint import Checkpoint
+from quantine.matrix import read_weight
+from quantine.methods.spqr import SpQR, sampled_rows
+from quantine.plan import Decision, Scheme
+from quantine.prepare import Job
+from quantine.progress import Progress
+
+PROBE_TOKENS: Final = 4096
+"""Calibration tokens that are enough to rank choices."""
+HALVINGS: Final = 100
+
+Options = list[tuple[int, float]]
+"""Of one layer: bytes and loss of each of its choices."""
+
+
+@dataclass(frozen=True)
+class _Prediction:
+    """What a choice would do to a layer: packed bytes, and squared errors of some outputs."""
+
+    nbytes: int
+    losses: Tensor
+    rows: Tensor
+
+    def option(self, sensitivity: Tensor) -> tuple[int, float]:
+        """Bytes and loss, given the mean squared gradient of each output ``[out]``."""
+        sampled = float((sensitivity[self.rows] * self.losses).sum())
+        return self.nbytes, sampled / 2 * len(sensitivity) / len(self.rows)
+
+
+def probe(
+    job: Job, checkpoint: Checkpoint, scratch: Path, progress: Progress
+) -> dict[str, Options]:
+    """Bytes and loss of every choice of every searched layer.
+
+    Args:
+        scratch: directory for the inputs of all blocks.
+    """
+    assert job.segments is not None
+    count = max(1, PROBE_TOKENS // job.segments.shape[1])
+    sequential = Sequential(
+        job.model,
+        job.family,
+        checkpoint,
+        job.segments[:count],
+        scratch / "states",
+        {},
+        job.calibration.bfloat16,
+    )
+    blocks = range(len(block_list(job.model, job.family)))
+    inputs: list[Activations] = []
+    predicted: dict[str, list[_Prediction]] = {}
+    for index in blocks:
+        progress.note(f"probing block {index + 1}/{len(blocks)}")
+        sequential.load(index)
+        inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}"))
+        predicted.update(_predict_block(job, checkpoint, sequential, index))
+        sequential.advance(index)
+        sequential.release(index)
+    gradients = sequential.hidden
+
+    def read(name: str) -> Tensor:
+        stored = job.stored_name(name)
+        return checkpoint.read([stored])[stored]
+
+    tokens = replace_by_gradients(job.model, job.family, read, gradients, job.calibration.seed)
+    table: dict[str, Options] = {}
+    for index in reversed(blocks):
+        block = sequential.load(index)
+        searched = _searched(job, index)
+        inside = f"{job.family.blocks}.{index}."
+        paths = [decision.layer.name.removeprefix(inside) for decision in searched]
+        sums = backward(sequential, index, block, paths, inputs[index], gradients)
+        for decision, path in zip(searched, paths, strict=True):
+            name = decision.layer.name
+            sensitivity = sums[path] / tokens
+            table[name] = [one.option(sensitivity) for one in predicted[name]]
+        sequential.release(index)
+    return table
+
+
+def choose(table: Mapping[str, Options], nbytes: int) -> dict[str, int]:
+    """The choice of each layer of ``table`` with the least sum of losses in ``nbytes`` bytes.
+
+    Finds the price of a byte at which the layers' own best choices fit. Where even the smallest do
+    not fit, those are taken.
+    """
+    low, high = 0.0, math.inf
+    price = 1e-9
+    best = _at_price(table, math.inf)
+    for _ in range(HALVINGS):
+        tried = _at_price(table, price)
+        if sum(table[name][index][0] for name, index in tried.items()) <= nbytes:
+            best, high = tried, price
+        else:
+            low = price
+        price = price * 8 if high == math.inf else math.sqrt(max(low, 1e-30) * high)
+    return best
+
+
+class Allocation:
+    """A budget, and what the layers that share it may cost.
+
+    Args:
+        job: whose plan has a budget.
+        table: of `probe`.
+    """
+
+    def __init__(self, job: Job, table: Mapping[str, Options]) -> None:
+        assert job.plan.bits_per_weight is not None
+        self._table = dict(table)
+        searched = [d for d in job.decisions if d.choices]
+        self._left = int(sum(d.layer.weights for d in searched) * job.plan.bits_per_weight / 8)
+
+    def settle(self, decisions: Sequence[Decision]) -> list[Decision]:
+        """Decisions whose searched layers have got a scheme."""
+        chosen = choose(self._table, self._left)
+        return [
+            replace(d, scheme=d.choices[chosen[d.layer.name]]) if d.choices else d
+            for d in decisions
+        ]
+
+    def spend(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Take what solved layers really cost off the budget."""
+        for report in reports:
+            if self._table.pop(report["name"], None) is not None:
+                self._left -= report["bytes"]
+
+
+def _at_price(table: Mapping[str, Options], price: float) -> dict[str, int]:
+    def cost(option: tuple[int, float]) -> float:
+        return option[0] if price == math.inf else option[1] + price * option[0]
+
+    return {
+        name: min(range(len(options)), key=lambda index: cost(options[index]))
+        for name, options in table.items()
+    }
+
+
+def _searched(job: Job, index: int) -> list[Decision]:
+    return [decision for decision in job.block_schemes(index) if decision.choices]
+
+
+def _copied(hidden: Activations, directory: Path) -> Activations:
+    copy = Activations(len(hidden), directory)
+    for batch in range(len(hidden)):
+        copy[batch] = hidden[batch]
+    return copy
+
+
+def _predict_block(
+    job: Job, checkpoint: Checkpoint, sequential: Sequential, index: int
+) -> dict[str, list[_Prediction]]:
+    predicted = {}
+    for group, paths in enumerate(job.family.groups):
+        searched = [d for d in _searched(job, index) if d.layer.group == group]
+        if not searched:
+            continue
+        hessian = sequential.observe(index, paths[0])
+        weights = {d.layer: _sampled_weight(checkpoint, d.layer) for d in searched}
+        found: dict[tuple[Layer, Scheme], _Prediction] = {}
+        # Choices outside, by group size: those of one size share a factor of the Hessian.
+        choices = dict.fromkeys(choice for decision in searched for choice in decision.choices)
+        for choice in sorted(choices, key=lambda choice: choice.spec.group_size):
+            for decision in searched:
+                if choice in decision.choices:
+                    layer = decision.layer
+                    found[layer, choice] = _predict(layer, choice, weights[layer], hessian)
+        for decision in searched:
+            name = decision.layer.name
+            predicted[name] = [found[decision.layer, choice] for choice in decision.choices]
+    return predicted
+
+
+def _sampled_weight(checkpoint: Checkpoint, layer: Layer) -> Tensor:
+    weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
+    return weight[sampled_rows(layer.out_features)]
+
+
+def _predict(layer: Layer, choice: Scheme, weight: Tensor, hessian: Hessian) -> _Prediction:
+    solver = choice.solver
+    assert isinstance(solver, SpQR)
+    try:
+        losses, share = solver.predict(weight, hessian, choice.spec)
+    except SolverError as error:
+        raise SolverError(f"{layer.name}: {error}") from error
+    nbytes = format_named(choice.format).nbytes(
+        choice.spec, layer.out_features, layer.in_features, solver.stores_order, share
+    )
+    return _Prediction(nbytes, losses, sampled_rows(layer.out_features))

@@ -1,0 +1,140 @@
+"""What pictures show, read from a quantized directory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantine.contents import contents
+from quantine.core.sensitivity import MAP_CELLS, cell_of
+from quantine.errors import FormatError
+from quantine.formats import format_named
+from quantine.formats.checkpoint import Checkpoint
+from quantine.formats.description import spec_of
+from quantine.formats.store import MAPS
+
+OUTLIERS_PER_CELL: Final = 2.0
+"""Mean number of outliers in a cell, below which cells are joined: single dots hide stripes."""
+SMALLEST_MAP: Final = 32
+"""Cells that an axis keeps, however few outliers there are."""
+IN_BLOCK: Final = re.compile(r"^(?P<list>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
+
+
+@dataclass(frozen=True)
+class LayerPicture:
+    """One quantized matrix.
+
+    Attributes:
+        name: the module.
+        shape: ``(out, in)``.
+        block: index of its decoder block, ``None`` outside of blocks.
+        kind: its path inside the block, without what all kinds of the model share.
+        bits_per_weight: counted from the files.
+        output_error: relative squared error of the output; ``None`` where it was not measured.
+        outlier_share: share of weights kept as outliers; ``None`` for layouts without.
+        sensitivity: ``[rows, columns]`` float32, `quantine.core.sensitivity.sensitivity_map`;
+            ``None`` where none was recorded.
+        outliers: ``[rows, columns]`` int64 number of outliers in each cell, see `outlier_counts`;
+            ``None`` where there are none.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    block: int | None
+    kind: str
+    bits_per_weight: float
+    output_error: float | None
+    outlier_share: float | None
+    sensitivity: Tensor | None
+    outliers: Tensor | None
+
+
+def read_layers(directory: Path) -> Iterator[LayerPicture]:
+    """Every quantized matrix of ``directory``, one in memory at a time.
+
+    Raises:
+        FormatError: it is not a finished directory of quantine, or damaged.
+    """
+    checkpoint = Checkpoint(directory)
+    maps = _read_maps(directory)
+    for layer in contents(directory)["layers"]:
+        name = layer["name"]
+        found = IN_BLOCK.match(name)
+        counts, share = _outliers(checkpoint, layer)
+        yield LayerPicture(
+            name,
+            tuple(layer["shape"]),
+            int(found["block"]) if found else None,
+            found["path"] if found else name,
+            layer["bits_per_weight"],
+            layer["output_error"],
+            share,
+            maps.get(name),
+            counts,
+        )
+
+
+def outlier_counts(places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """Outliers in each cell of a map.
+
+    The map has 128 cells along an axis, as that of the sensitivity, or fewer where outliers are so
+    few that most cells would hold none.
+
+    Args:
+        places: output and input of each outlier, ``[entries]`` int64.
+        shape: ``(out, in)``.
+
+    Returns:
+        ``[rows, columns]`` int64.
+    """
+    entries = len(places[0])
+    side = math.sqrt(entries / OUTLIERS_PER_CELL)
+    cells = min(MAP_CELLS, max(SMALLEST_MAP, round(side)))
+    rows, columns = (cell_of(length, cells) for length in shape)
+    height, width = int(rows[-1]) + 1, int(columns[-1]) + 1
+    flat = rows[places[0]] * width + columns[places[1]]
+    return flat.bincount(minlength=height * width).view(height, width)
+
+
+def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | None, float | None]:
+    """Map and share of the outliers of one layer."""
+    name, scheme = layer["name"], layer["scheme"]
+    layout = format_named(scheme["format"])
+    if "outlier_value" not in layout.tensor_names:
+        return None, None
+    names = {key: f"{name}.{key}" for key in layout.tensor_names}
+    if names["outlier_value"] not in checkpoint:
+        return None, 0.0
+    stored = {key: full for key, full in names.items() if full in checkpoint}
+    tensors = checkpoint.read(stored.values())
+    packed = {key: tensors[full] for key, full in stored.items()}
+    out_features, in_features = layer["shape"]
+    qtensor = layout.unpack(packed, spec_of(scheme), in_features)
+    outliers = qtensor.outliers
+    if outliers is None or outliers.entries == 0:
+        return None, 0.0
+    columns = outliers.columns
+    if qtensor.in_perm is not None:
+        columns = qtensor.in_perm[columns]
+    counts = outlier_counts((outliers.row_indices(), columns), (out_features, in_features))
+    return counts, outliers.entries / (out_features * in_features)
+
+
+def _read_maps(directory: Path) -> dict[str, Tensor]:
+    """The recorded sensitivity maps by layer, which a copied directory may lack."""
+    path = directory / MAPS
+    if not path.is_file():
+        return {}
+    try:
+        return {name: stored.float() for name, stored in load_file(path).items()}
+    except SafetensorError as error:
+        raise FormatError(f"{path} is damaged ({error}): delete it, it holds maps only") from error
