@@ -23,25 +23,30 @@ FLOORS: Final[dict[str, str]] = {
     "errors": "",
     "core": "errors",
     "kernels": "core errors",
-    "methods": "core errors",
+    "methods": "core kernels errors",
     "families": "errors",
     "formats": "core kernels errors",
     "calibrate": "core families formats errors",
-    "plan": "core families formats methods errors",
+    "presets": "",
+    "scheme": "core families formats methods errors",
+    "plan": "core families formats methods presets scheme errors",
     "runtime": "core formats kernels errors",
     "eval": "calibrate runtime errors",
     "progress": "",
     "card": "",
     "contents": "formats kernels errors",
+    "plots": "contents core formats errors",
     "prepare": "calibrate families formats plan runtime errors",
     "matrix": "core families formats plan errors",
+    "allocate": "calibrate core families formats matrix methods plan prepare progress scheme "
+    "errors",
     "estimate": "calibrate families formats methods plan prepare progress errors",
     "publish": "card formats prepare runtime",
     "render": "estimate plan prepare",
-    "pipeline": "calibrate core estimate families formats matrix plan prepare progress publish "
-    "errors",
-    "cli": "quantine calibrate contents estimate eval pipeline plan prepare progress render "
-    "runtime errors",
+    "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
+    "publish errors",
+    "cli": "quantine calibrate contents estimate eval pipeline plan plots prepare progress "
+    "render runtime errors",
 }
 
 ONLY_INSIDE_FUNCTIONS: Final = (
@@ -55,7 +60,13 @@ ONLY_INSIDE_FUNCTIONS: Final = (
     "triton",
 )
 TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py",)
-TRANSFORMERS_INSIDE: Final = ("runtime/", "eval/", "calibrate/sequential.py", "prepare.py")
+TRANSFORMERS_INSIDE: Final = (
+    "runtime/",
+    "eval/",
+    "calibrate/sequential.py",
+    "calibrate/sensitivity.py",
+    "prepare.py",
+)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -15,7 +15,10 @@ from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.methods import GPTQ, METHODS, RTN
-from quantine.plan import Decision, Plan, Rule, Scheme, scheme_from
+from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
+from quantine.plan import Decision, Plan, Rule
+from quantine.presets import PRESETS
+from quantine.scheme import Scheme, scheme_from
 from samples import quick
 
 LAYERS = [
@@ -171,11 +174,11 @@ class TestRefusals:
             ({"method": "rtn", "clip": ["mse"]}, "clip must be one of minmax, mse, not ['mse']"),
             (
                 {"method": "rtn", "format": "gguf"},
-                "format must be one of dense, sparse, not 'gguf'",
+                "format must be one of dense, sparse, spqr, spqr-replace, not 'gguf'",
             ),
             (
                 {"method": "rtn", "format": ["dense"]},
-                "format must be one of dense, sparse, not ['dense']",
+                "format must be one of dense, sparse, spqr, spqr-replace, not ['dense']",
             ),
         ],
     )
@@ -203,12 +206,77 @@ class TestRefusals:
         assert "plan 'p'" in str(refused.value)
 
     def test_presets(self) -> None:
-        with pytest.raises(PlanError, match="preset 'keep' quantizes nothing"):
-            Plan.preset("keep")
         with pytest.raises(PlanError, match="preset 'rtn': rtn has no parameter 'act_order'"):
             Plan.preset("rtn", act_order=True)
-        with pytest.raises(PlanError, match="preset 'nf4': method must be one of"):
-            Plan.preset("nf4")
+        for name in ("nf4", "keep"):
+            with pytest.raises(PlanError, match=f"preset must be one of rtn, .*, not '{name}'"):
+                Plan.preset(name)
+        with pytest.raises(PlanError, match="preset 'spqr-3bit': spqr has no parameter 'tau'"):
+            Plan.preset("spqr-3bit", tau=0.2)
+        assert (
+            Plan.preset("spqr-3bit", bits=5).rules[0].scheme
+            == Plan.preset("spqr", bits=5, group_size=16).rules[0].scheme
+        )
+
+    def test_every_preset_says_what_it_means(self) -> None:
+        for name, fields in PRESETS.items():
+            scheme = Plan.preset(name).rules[0].scheme
+            assert scheme is not None
+            assert fields.items() <= scheme.as_dict().items()
+            assert scheme.format == "sparse"
+        faithful = Plan.preset("spqr-faithful").rules[0].scheme
+        assert faithful is not None
+        assert (faithful.solver, faithful.spec) == (FAITHFUL, FAITHFUL_SPEC)
+
+
+class TestBudgets:
+    RULES: ClassVar = [{"match": "@blocks", "method": "search"}]
+    CHOICES: ClassVar = [
+        {"method": "spqr", "bits": bits, "group_size": 16 * bits} for bits in (3, 4, 6)
+    ]
+
+    def budget(self, **changes: Any) -> Plan:
+        plain = {"rules": self.RULES, "choices": self.CHOICES, "bits_per_weight": 4.0}
+        return Plan.from_dict({k: v for k, v in {**plain, **changes}.items() if v is not None})
+
+    def test_a_budget_is_plain_values(self) -> None:
+        for plan in (self.budget(), Plan.budget(3.5)):
+            assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+    def test_only_choices_whose_groups_tile_a_layer_are_its_own(self) -> None:
+        layers = [
+            Layer("model.layers.0.a", 8, 192, "block", 0, 0),
+            Layer("model.layers.0.b", 8, 96, "block", 0, 0),
+        ]
+        decisions = self.budget().resolve(layers)
+        assert [[c.spec.bits for c in d.choices] for d in decisions] == [[3, 4, 6], [3, 6]]
+
+    def test_a_layer_that_no_choice_fits_is_refused(self) -> None:
+        with pytest.raises(PlanError, match=r"does not divide 100 inputs of model\.layers\.0\.a"):
+            self.budget().resolve([Layer("model.layers.0.a", 8, 100, "block", 0, 0)])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"bits_per_weight": None}, "belong together"),
+            ({"choices": None}, "belong together"),
+            ({"rules": [{"match": "@blocks", "method": "rtn"}]}, "belong together"),
+            ({"bits_per_weight": "3.5"}, "bits_per_weight must be a number, not '3.5'"),
+            ({"bits_per_weight": -1}, "above 0 and at most 16, not -1.0"),
+            ({"choices": {}}, "choices must be a list of mappings"),
+            ({"choices": [{"method": "rtn"}]}, "choices must be of method spqr, not rtn"),
+            ({"choices": [{"method": "keep"}]}, "method 'keep' is no choice"),
+            ({"choices": [{"method": "spqr", "bits": 9}]}, "choice 1 of plan 'plan': bits must be"),
+            (
+                {"rules": [{"match": "@blocks", "method": "search", "bits": 3}]},
+                "method must be one of rtn, gptq, spqr, keep, not 'search'",
+            ),
+            ({"bits_per_weight": 2.0}, "at least 3"),
+        ],
+    )
+    def test_budgets_with_a_mistake(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(PlanError, match=message):
+            self.budget(**changes).resolve([Layer("model.layers.0.a", 8, 192, "block", 0, 0)])
 
 
 @quick

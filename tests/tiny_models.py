@@ -189,7 +189,7 @@ def mixed_rules(layers: Sequence[str], **gptq: Any) -> list[dict[str, Any]]:
 def stored_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor in the weight files of a directory."""
     tensors = {}
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in sorted(directory.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as shard:
             tensors.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
     return tensors

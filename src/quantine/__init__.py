@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from quantine.eval.perplexity import evaluate
     from quantine.methods.gptq import GPTQ
     from quantine.methods.rtn import RTN
+    from quantine.methods.spqr import SpQR
     from quantine.pipeline import quantize
-    from quantine.plan import Plan, Rule, Scheme
+    from quantine.plan import Plan, Rule
     from quantine.runtime.load import load
+    from quantine.scheme import Scheme
 
 __version__ = "0.1.0"
 
@@ -60,6 +62,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "SolverError",
+    "SpQR",
     "evaluate",
     "load",
     "quantize",
@@ -80,9 +83,10 @@ _HOME = {
     "QuantSpec": "core.spec",
     "QuantineError": "errors",
     "RTN": "methods.rtn",
+    "SpQR": "methods.spqr",
     "ResumeMismatch": "errors",
     "Rule": "plan",
-    "Scheme": "plan",
+    "Scheme": "scheme",
     "SolverError": "errors",
     "evaluate": "eval.perplexity",
     "load": "runtime.load",

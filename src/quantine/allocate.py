@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
 from quantine.calibrate.activations import Activations
@@ -27,9 +26,10 @@ from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
 from quantine.matrix import read_weight
 from quantine.methods.spqr import SpQR, sampled_rows
-from quantine.plan import Decision, Scheme
+from quantine.plan import Decision
 from quantine.prepare import Job
 from quantine.progress import Progress
+from quantine.scheme import Scheme
 
 PROBE_TOKENS: Final = 4096
 """Calibration tokens that are enough to rank choices."""

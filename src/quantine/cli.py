@@ -209,10 +209,17 @@ def _add_inspect(verbs: Any) -> None:
         "inspect",
         _inspect,
         "What a quantized directory holds, counted from its files.",
-        "  quantine inspect out\n  quantine inspect out --json out.json",
+        "  quantine inspect out\n  quantine inspect out --json out.json\n"
+        "  quantine inspect out --plot pictures",
     )
     parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="draw sensitivity and outliers of every matrix, and errors and sizes by block",
+    )
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -266,9 +273,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         if getattr(arguments, key) is not None
     }
     whole = [
-        key
-        for key in ("plan", "bits_per_weight", "preset")
-        if getattr(arguments, key) is not None
+        key for key in ("plan", "bits_per_weight", "preset") if getattr(arguments, key) is not None
     ]
     refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
     if whole and refused:
@@ -346,6 +351,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
     found = contents(arguments.directory)
     print_contents(found)
     _write_json(arguments.json, found)
+    if arguments.plot is not None:
+        _draw(arguments.directory, arguments.plot)
+
+
+def _draw(directory: Path, target: Path) -> None:
+    from quantine.plots.draw import draw
+
+    pictures = draw(directory, target, lambda path: print(f"drawn: {path}", file=sys.stderr))
+    for line in pictures.left_out:
+        print(f"left out: {line}")
+    print(f"pictures: {len(pictures.files)} files (.png and .svg) in {target}")
 
 
 def _write_json(path: Path | None, value: object) -> None:

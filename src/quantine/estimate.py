@@ -72,7 +72,7 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     """
     if max_ram is not None and max_ram < 0:
         raise PlanError(f"max_ram must not be negative, not {max_ram} GB")
-    packed = sum(d.scheme.nbytes(d.layer) for d in job.decisions if d.scheme is not None)
+    packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
     kept = _kept_bytes(job)
     weights = sum(d.layer.weights for d in job.scheme_layers())
     activations, tokens = 0, 0

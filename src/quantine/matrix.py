@@ -66,7 +66,6 @@ def solve(
         "outliers": 0 if qtensor.outliers is None else qtensor.outliers.entries,
         "output_error": _output_error(delta, weight, hessian),
         "weight_error": float(delta.square().sum() / weight.square().sum().clamp(min=1e-30)),
-        "outliers": 0 if qtensor.outliers is None else qtensor.outliers.entries,
         "damp": hessian.damp_used if hessian and scheme.solver.needs_inputs else None,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -81,7 +80,8 @@ def sensitivity(
     Nothing for layers whose solver did not use the inverse of ``hessian``. Arguments as of `solve`.
     """
     assert decision.scheme is not None
-    inverse = hessian.inverse_diagonal() if hessian and decision.scheme.solver.needs_inputs else None
+    used = hessian is not None and decision.scheme.solver.needs_inputs
+    inverse = hessian.inverse_diagonal() if hessian and used else None
     if inverse is None:
         return {}
     return {decision.layer.name: sensitivity_map(weight, qtensor, inverse)}

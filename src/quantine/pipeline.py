@@ -32,7 +32,6 @@ from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
 from quantine.publish import output_files, report_of
 
-
 PROBE: Final = "probe"
 """Name under which a run keeps what choices would cost."""
 

@@ -2,63 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final
 
 import yaml
 
-from quantine.core.spec import FLOAT16, QuantSpec, nearest_group_sizes
+from quantine.core.spec import FLOAT16, nearest_group_sizes
 from quantine.errors import PlanError
 from quantine.families.base import Layer
-from quantine.formats import FORMATS, format_named
-from quantine.methods import METHODS, Solver, SpQR
+from quantine.formats import format_named
+from quantine.methods import METHODS, SpQR
 from quantine.presets import CHOICES, PRESETS
+from quantine.scheme import KEEP, Scheme, is_a, scheme_from
 
-KEEP: Final = "keep"
-"""The method of a rule that leaves its layers in 16 bit."""
 SEARCH: Final = "search"
 """The method of a rule whose layers each get one of the plan's choices."""
-INFINITE: Final = "inf"
-"""How plans write an infinite number."""
 SPQR: Final = "spqr"
 """The format whose directories hold nothing else, because other programs read them."""
 SETS: Final = {"@blocks": "block", "@embedding": "embedding", "@head": "head"}
 """Patterns that stand for every matrix of one role."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How one matrix is quantized: solver, weight request, and packed layout."""
-
-    solver: Solver
-    spec: QuantSpec
-    format: str = "dense"
-
-    @property
-    def method(self) -> str:
-        """The solver's name in `METHODS`."""
-        return next(name for name, kind in METHODS.items() if type(self.solver) is kind)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything about the scheme, as plain values; `scheme_from` inverts it."""
-        return {
-            "method": self.method,
-            **dataclasses.asdict(self.spec),
-            **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
-            "format": self.format,
-        }
-
-    def nbytes(self, layer: Layer) -> int:
-        """Packed bytes of ``layer`` under this scheme."""
-        return format_named(self.format).nbytes(
-            self.spec, layer.out_features, layer.in_features, self.solver.stores_order
-        )
 
 
 @dataclass(frozen=True)
@@ -259,9 +225,22 @@ class Plan:
         for decision in decisions:
             _check_scheme(decision)
         _check_spqr(decisions)
+        self._check_budget(decisions)
         if not any(decision.scheme for decision in decisions):
             raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")
         return decisions
+
+    def _check_budget(self, decisions: Sequence[Decision]) -> None:
+        searched = [decision for decision in decisions if decision.choices]
+        if self.bits_per_weight is None or not searched:
+            return
+        least = sum(min(c.nbytes(d.layer) for c in d.choices) for d in searched)
+        bits = least * 8 / sum(decision.layer.weights for decision in searched)
+        if bits > self.bits_per_weight:
+            raise PlanError(
+                f"plan {self.name!r}: {self.bits_per_weight:g} bits per weight are too few, the "
+                f"smallest choices take at least {bits:.3f}: raise bits_per_weight or add choices"
+            )
 
     def _decide(self, layer: Layer) -> Decision:
         for number, rule in enumerate(self.rules, 1):
@@ -280,7 +259,7 @@ class Plan:
 
 def _budget_from(value: Mapping[str, Any], name: str) -> float | None:
     bits = value.get("bits_per_weight")
-    if bits is not None and not _is_a(bits, float):
+    if bits is not None and not is_a(bits, float):
         raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {bits!r}")
     return None if bits is None else float(bits)
 
@@ -295,71 +274,6 @@ def _choices_from(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
     if None in schemes:
         raise PlanError(f"plan {name!r}: method {KEEP!r} is no choice")
     return tuple(scheme for scheme in schemes if scheme is not None)
-
-
-def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
-    """A scheme from plain values: ``method``, and fields of its solver and of `QuantSpec`.
-
-    Raises:
-        PlanError: says what is wrong, ``where``, and what would be right.
-    """
-    method = value.get("method")
-    fields = {key: item for key, item in value.items() if key not in {"method", "format"}}
-    if method == KEEP:
-        if fields or "format" in value:
-            raise PlanError(f"{where}: method {KEEP!r} takes no parameters")
-        return None
-    if not isinstance(method, str) or method not in METHODS:
-        raise PlanError(
-            f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {method!r}"
-        )
-    kind = METHODS[method]
-    spec_types, solver_types = _field_types(QuantSpec), _field_types(kind)
-    for key, item in fields.items():
-        expected = {**spec_types, **solver_types}.get(key)
-        if expected is None:
-            known = ", ".join([*spec_types, *solver_types])
-            raise PlanError(f"{where}: {method} has no parameter {key!r} (it has {known})")
-        if expected in {int, float, bool} and not _is_a(item, expected):
-            raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
-    try:
-        asked = {k: v for k, v in fields.items() if k in spec_types}
-        spec = dataclasses.replace(kind.default_spec, **asked)
-        solver = kind(**{k: _special(v) for k, v in fields.items() if k in solver_types})
-    except PlanError as error:
-        raise PlanError(f"{where}: {error}") from error
-    fitting = [n for n, f in FORMATS.items() if f.supports(spec, solver.outlier_share != 0)]
-    layout = value.get("format", fitting[0])
-    if not isinstance(layout, str) or layout not in FORMATS:
-        raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
-    if layout not in fitting:
-        raise PlanError(
-            f"{where}: format {layout!r} cannot hold what is asked for; {fitting[0]!r} can"
-        )
-    return Scheme(solver, spec, layout)
-
-
-def _plain(item: object) -> object:
-    """``item`` as JSON has it, which knows no infinity."""
-    return INFINITE if item == math.inf else item
-
-
-def _special(item: object) -> object:
-    """Invert `_plain`."""
-    return math.inf if item == INFINITE else item
-
-
-def _field_types(kind: type) -> dict[str, Any]:
-    hints = get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _is_a(item: object, kind: type) -> bool:
-    if kind is float and item == INFINITE:
-        return True
-    if kind is bool or isinstance(item, bool):
-        return kind is bool and isinstance(item, bool)
-    return isinstance(item, (int, float) if kind is float else kind)
 
 
 def _check_groups(decisions: Sequence[Decision]) -> None:

@@ -112,6 +112,13 @@ class Job:
         """Names of all Linear modules, those that no plan can name included."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
+    def packed_bytes(self, decision: Decision) -> int:
+        """Bytes a quantized layer will take; of a searched one its share of the budget."""
+        assert decision.scheme is not None
+        if decision.choices and self.plan.bits_per_weight is not None:
+            return round(decision.layer.weights * self.plan.bits_per_weight / 8)
+        return decision.scheme.nbytes(decision.layer)
+
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""
         return bool(self.config.tie_word_embeddings)

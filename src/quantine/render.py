@@ -75,11 +75,12 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
             columns = ["shared", "", ""] if job.shares_table(layer) else stored
             table.add_row(name, shape, *columns, decision.reason)
             continue
-        nbytes = scheme.nbytes(layer)
+        nbytes = job.packed_bytes(decision)
+        chosen = f"one of {len(decision.choices)} choices" if decision.choices else ""
         table.add_row(
             name,
             shape,
-            describe(scheme.as_dict()),
+            chosen or describe(scheme.as_dict()),
             f"{nbytes * 8 / layer.weights:.3f}",
             megabytes(nbytes * count),
             decision.reason,
@@ -118,8 +119,9 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
             {
                 "name": d.layer.name,
                 "shape": [d.layer.out_features, d.layer.in_features],
-                "scheme": None if d.scheme is None else d.scheme.as_dict(),
-                "bytes": None if d.scheme is None else d.scheme.nbytes(d.layer),
+                "scheme": None if d.scheme is None or d.choices else d.scheme.as_dict(),
+                "choices": [choice.as_dict() for choice in d.choices],
+                "bytes": None if d.scheme is None else job.packed_bytes(d),
                 "reason": d.reason,
             }
             for d in job.decisions

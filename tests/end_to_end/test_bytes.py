@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from quantine.contents import contents
 from quantine.estimate import estimate
-from quantine.plan import Plan, scheme_from
+from quantine.plan import Plan
 from quantine.prepare import prepare
+from quantine.scheme import scheme_from
 from tiny_models import FAMILIES, stored_tensors
 
 PackedModel = Callable[[str, str], Path]
@@ -24,7 +25,7 @@ PackedModel = Callable[[str, str], Path]
 def header_bytes(directory: Path) -> dict[str, int]:
     """Bytes of every tensor, read from the safetensors headers with nothing but `struct`."""
     sizes = {}
-    for file in directory.glob("*.safetensors"):
+    for file in directory.glob("model*.safetensors"):
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -91,7 +92,7 @@ def test_the_estimate_of_sizes_is_exact(name: str, packed: PackedModel, tiny: An
 def check_contents(directory: Path) -> dict[str, Any]:
     """`contents` against the files."""
     found = contents(directory)
-    files = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    files = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     totals = found["totals"]
     assert totals["file_bytes"] == files
     assert totals["quantized_bytes"] + totals["kept_bytes"] + totals["header_bytes"] == files

@@ -69,17 +69,20 @@ def squared_loss(values: list[float], spread: list[float], scale: float, zero: f
 @pytest.mark.parametrize("price", [math.inf, 0.002])
 def test_the_hessian_cost_weighs_inputs_and_stops_at_the_price(price: float) -> None:
     weight, spread = random_weight(5, 12), torch.linspace(0.1, 2.0, 12)
-    scale, zero = torch.full((1, 5), 0.02), torch.full((1, 5), 3.0)
+    steps = [0.02, 0.03, 0.05, 0.08]
+    scales = torch.tensor(steps).view(4, 1, 1).expand(4, 1, 5)
+    zeros = torch.full((4, 1, 5), 3.0)
     objective = Objective("hessian", spread.unsqueeze(0), price)
-    cost = objective.cost(weight.T.unsqueeze(0), scale, zero, 3)
-    expected = [
-        sum(
-            min(squared_loss([value], [d], 0.02, 3.0), price)
-            for value, d in zip(row, spread.tolist(), strict=True)
-        )
-        for row in weight.double().tolist()
-    ]
-    assert cost[0].tolist() == pytest.approx(expected, rel=1e-4)
+    best = objective.cheapest(weight.T.unsqueeze(0), scales, zeros, 3)
+    for row, found in zip(weight.double().tolist(), best[0].tolist(), strict=True):
+        costs = [
+            sum(
+                min(squared_loss([value], [d], step, 3.0), price)
+                for value, d in zip(row, spread.tolist(), strict=True)
+            )
+            for step in steps
+        ]
+        assert costs[found] == pytest.approx(min(costs), rel=1e-5)
 
 
 def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding() -> None:

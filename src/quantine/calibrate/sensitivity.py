@@ -26,8 +26,6 @@ from quantine.families.base import Family, block_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from quantine.formats.checkpoint import Checkpoint
-
 
 def replace_by_gradients(
     model: PreTrainedModel,

@@ -182,9 +182,7 @@ class StandIn(nn.Module):
         replay: what to return instead of the hidden states that come in.
     """
 
-    def __init__(
-        self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None
-    ) -> None:
+    def __init__(self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None) -> None:
         super().__init__()
         self._stand_in_for = [block]
         self._replay = [replay]
@@ -200,6 +198,7 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_stand_in_for"][0], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+        """Remember and pass on."""
         self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
         hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden,) if self._returns_tuple else hidden

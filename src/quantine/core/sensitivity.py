@@ -51,17 +51,18 @@ def cell_of(length: int, cells: int = MAP_CELLS) -> Tensor:
     return torch.arange(length) * min(length, cells) // length
 
 
-def pool_mean(values: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Means of ``values`` ``[rows, columns]`` float32 over the cells of a map, in float64.
+def pool_mean(values: Tensor, columns: Tensor | None = None, cells: int = MAP_CELLS) -> Tensor:
+    """Means of ``values`` ``[rows, columns]`` float over the cells of a map, in float64.
 
     Args:
         columns: the cell of each column, ``[columns]`` int64, where they are not in order.
+        cells: most cells of the map along an axis.
     """
     rows, width = values.shape
-    row_cells = cell_of(rows)
-    column_cells = cell_of(width) if columns is None else columns
+    row_cells = cell_of(rows, cells)
+    column_cells = cell_of(width, cells) if columns is None else columns
     row_counts, column_counts = row_cells.bincount(), column_cells.bincount()
-    bands = torch.zeros(len(row_counts), width).index_add_(0, row_cells, values)
+    bands = values.new_zeros(len(row_counts), width).index_add_(0, row_cells, values)
     sums = torch.zeros(len(row_counts), len(column_counts), dtype=torch.float64)
     sums.index_add_(1, column_cells, bands.double())
     return sums.div_(row_counts.unsqueeze(1)).div_(column_counts)

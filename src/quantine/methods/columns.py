@@ -26,6 +26,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
+from quantine.kernels.columns import round_columns
 from quantine.methods.fit import positive
 
 Groups = Literal["static", "aligned", "refit"]
@@ -121,7 +122,7 @@ class ColumnLoop:
         for block in _blocks(len(columns), source.length, self.block_size):
             for part in block:
                 scales, zeros = source.grids(part, columns)
-                codes[part], errors[part], outliers = _round_columns(
+                codes[part], errors[part], outliers = round_columns(
                     columns[part], upper[part, part], scales, zeros, source.bits, price
                 )
                 if kept is not None and outliers is not None:
@@ -215,35 +216,3 @@ def _blocks(count: int, length: int, block_size: int) -> list[list[slice]]:
             blocks.append([])
         blocks[-1].append(part)
     return blocks
-
-
-def _round_columns(
-    current: Tensor, local: Tensor, scales: Tensor, zeros: Tensor, bits: int, price: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round columns one by one, feeding each one's error to those behind it, in place.
-
-    Args:
-        current: ``[n, out]`` float32, the matrix transposed.
-        local: ``[n, n]`` their part of the factor of the inverse Hessian.
-        scales, zeros: ``[n, out]`` float32, the grid of each column.
-
-    Returns:
-        Codes ``[n, out]`` uint8, scaled errors ``[n, out]`` float32, and where weights are kept as
-        outliers, ``[n, out]`` bool, ``None`` if ``price`` is infinite.
-    """
-    top = 2**bits - 1
-    codes = torch.empty(current.shape, dtype=torch.uint8)
-    errors = torch.empty_like(current)
-    kept = torch.empty(current.shape, dtype=torch.bool) if price < math.inf else None
-    diagonal = local.diagonal().tolist()
-    for j, (column, scale, zero) in enumerate(zip(current, scales, zeros, strict=True)):
-        code = torch.div(column, scale).add_(zero).round_().clamp_(0, top)
-        codes[j] = code
-        decoded = code.sub_(zero).mul_(scale)
-        torch.sub(column, decoded, out=errors[j]).div_(diagonal[j])
-        if kept is not None:
-            exact = column.half().float()
-            torch.logical_and(errors[j].square() > price, exact.isfinite(), out=kept[j])
-            errors[j] = torch.where(kept[j], (column - exact).div_(diagonal[j]), errors[j])
-        current[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
-    return codes, errors, kept

@@ -23,6 +23,7 @@ from quantine.core.grid import (
     to_float16,
 )
 from quantine.core.spec import FLOAT16, QuantSpec
+from quantine.kernels.columns import cheapest_grids, first_least, rounding_errors
 
 Clip = Literal["minmax", "mse", "hessian"]
 CLIPS: Final[tuple[Clip, ...]] = ("minmax", "mse", "hessian")
@@ -55,13 +56,34 @@ class Objective:
     spread: Tensor | None = None
     price: float = math.inf
 
-    def cost(self, columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-        """Cost ``[groups, rows]`` of coding ``columns`` ``[groups, n, rows]`` on a grid."""
-        if self.clip != "hessian" or self.spread is None:
-            return _errors(columns, scale, zero, bits).abs_().pow_(NORM).sum(1)
-        loss = squared_errors(columns, scale, zero, bits)
-        loss.div_(self.spread.square().unsqueeze(-1))
-        return loss.clamp_(max=self.price).sum(1)
+    def cheapest(self, columns: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+        """The candidate grid with the least cost; the first of equals.
+
+        Args:
+            columns: ``[groups, n, rows]`` float32.
+            scales, zeros: ``[candidates, groups, rows]`` float32.
+
+        Returns:
+            Index of a candidate, ``[groups, rows]`` int64.
+        """
+        scales = positive(scales)
+        if self.clip == "hessian" and self.spread is not None:
+            importance = self.spread.square().reciprocal()
+            return cheapest_grids(columns, importance, scales, zeros, bits, self.price)
+        rows = max(1, CHUNK // max(1, columns[..., 0].numel()))
+        parts = zip(
+            columns.split(rows, 2), scales.split(rows, 2), zeros.split(rows, 2), strict=True
+        )
+        return torch.cat([_least_power(*part, bits) for part in parts], 1)
+
+
+def _least_power(columns: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """The candidate with the least sum of ``|error| ** 2.4``."""
+    costs = (
+        rounding_errors(columns, scale, zero, bits).abs_().pow_(NORM).sum(1)
+        for scale, zero in zip(scales, zeros, strict=True)
+    )
+    return first_least(costs)
 
 
 def squared_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -70,13 +92,7 @@ def squared_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> T
     Args:
         scale, zero: ``[groups, rows]`` float32.
     """
-    return _errors(columns, scale, zero, bits).square_()
-
-
-def _errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    scale, zero = positive(scale).unsqueeze(1), zero.unsqueeze(1)
-    codes = torch.div(columns, scale).add_(zero).round_().clamp_(0, 2**bits - 1)
-    return codes.sub_(zero).mul_(scale).sub_(columns)
+    return rounding_errors(columns, positive(scale), zero, bits).square_()
 
 
 @dataclass(frozen=True)
@@ -134,10 +150,8 @@ def fit_groups(
     inliers = columns if inliers is None else inliers
     if objective.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
-    parts = zip(columns.split(_rows(columns), 2), inliers.split(_rows(columns), 2), strict=True)
-    fits = [_fit_range(*part, spec, objective) for part in parts]
-    scale = _scale_stat(torch.cat([scale for scale, _ in fits], 1), spec)
-    zero = _zero_stat(torch.cat([zero for _, zero in fits], 1), spec)
+    scales, zeros = _fit_range(columns, inliers, spec, objective)
+    scale, zero = _scale_stat(scales, spec), _zero_stat(zeros, spec)
     if spec.second_level and objective.clip != "minmax":
         scale, zero = _refine(columns, scale, zero, spec.bits, objective)
     stored_zero = (
@@ -146,30 +160,18 @@ def fit_groups(
     return Grid(scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1])
 
 
-def _rows(columns: Tensor) -> int:
-    """Output rows that are searched at once."""
-    return max(1, CHUNK // max(1, columns[..., 0].numel()))
-
-
 def _fit_range(
     columns: Tensor, inliers: Tensor, spec: QuantSpec, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point ``[groups, rows]`` of the min-max range, or of the best share of it."""
     low, high = inliers.amin(1), inliers.amax(1)
-    best_scale, best_zero = cover(low, high, spec)
     if objective.clip == "minmax":
-        return best_scale, best_zero
-    least = objective.cost(columns, best_scale, best_zero, spec.bits)
+        return cover(low, high, spec)
     middle = (low + high) / 2 if spec.zero_bits else torch.zeros_like(low)
-    for shrink in SHRINKS[1:]:
-        low_end, high_end = (middle + (end - middle) * shrink for end in (low, high))
-        scale, zero = cover(low_end, high_end, spec)
-        cost = objective.cost(columns, scale, zero, spec.bits)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best_scale = torch.where(better, scale, best_scale)
-        best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+    shares = torch.tensor(SHRINKS).view(-1, 1, 1)
+    scales, zeros = cover(middle + (low - middle) * shares, middle + (high - middle) * shares, spec)
+    best = objective.cheapest(columns, scales, zeros, spec.bits).unsqueeze(0)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
 def cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -208,21 +210,17 @@ def _refine(
     columns: Tensor, scale: _Stat, zero: _Stat, bits: int, objective: Objective
 ) -> tuple[_Stat, _Stat]:
     """Per group and row the neighbouring codes of scale and zero point with the least cost."""
-    least = torch.full_like(scale.codes, math.inf)
-    best_scale, best_zero = scale.codes.clone(), zero.codes.clone()
-    rows = _rows(columns)
-    parts = [slice(start, start + rows) for start in range(0, columns.shape[2], rows)]
-    for scale_shift in scale.shifts():
-        for zero_shift in zero.shifts():
-            tried_scale, tried_zero = scale.shifted(scale_shift), zero.shifted(zero_shift)
-            step, offset = positive(tried_scale.values()), tried_zero.values()
-            for part in parts:
-                cost = objective.cost(columns[..., part], step[:, part], offset[:, part], bits)
-                better = cost < least[:, part]
-                least[:, part] = torch.where(better, cost, least[:, part])
-                for best, tried in ((best_scale, tried_scale), (best_zero, tried_zero)):
-                    best[:, part] = torch.where(better, tried.codes[:, part], best[:, part])
-    return replace(scale, codes=best_scale), replace(zero, codes=best_zero)
+    tried = [
+        (scale.shifted(scale_shift), zero.shifted(zero_shift))
+        for scale_shift in scale.shifts()
+        for zero_shift in zero.shifts()
+    ]
+    scales = torch.stack([one.values() for one, _ in tried])
+    zeros = torch.stack([one.values() for _, one in tried])
+    best = objective.cheapest(columns, scales, zeros, bits).unsqueeze(0)
+    scale_codes = torch.stack([one.codes for one, _ in tried]).gather(0, best)[0]
+    zero_codes = torch.stack([one.codes for _, one in tried]).gather(0, best)[0]
+    return replace(scale, codes=scale_codes), replace(zero, codes=zero_codes)
 
 
 def positive(scale: Tensor) -> Tensor:

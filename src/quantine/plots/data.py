@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,16 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantine.contents import contents
-from quantine.core.sensitivity import MAP_CELLS, cell_of
+from quantine.core.sensitivity import MAP_CELLS, cell_of, pool_mean
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.description import spec_of
 from quantine.formats.store import MAPS
 
+WEIGHTS_PER_CELL: Final = 32
+"""Fewest weights in a cell that is drawn: their errors are so unequal that noise hides stripes."""
 OUTLIERS_PER_CELL: Final = 2.0
-"""Mean number of outliers in a cell, below which cells are joined: single dots hide stripes."""
+"""Fewest outliers in a cell that is drawn, on average, for the same reason."""
 SMALLEST_MAP: Final = 32
 """Cells that an axis keeps, however few outliers there are."""
 IN_BLOCK: Final = re.compile(r"^(?P<list>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
@@ -37,12 +38,12 @@ class LayerPicture:
         name: the module.
         shape: ``(out, in)``.
         block: index of its decoder block, ``None`` outside of blocks.
-        kind: its path inside the block, without what all kinds of the model share.
+        kind: its path inside the block; its name outside of blocks.
         bits_per_weight: counted from the files.
         output_error: relative squared error of the output; ``None`` where it was not measured.
         outlier_share: share of weights kept as outliers; ``None`` for layouts without.
-        sensitivity: ``[rows, columns]`` float32, `quantine.core.sensitivity.sensitivity_map`;
-            ``None`` where none was recorded.
+        sensitivity: ``[rows, columns]`` float32, the recorded map, see
+            `quantine.core.sensitivity.sensitivity_map`; ``None`` where there is none.
         outliers: ``[rows, columns]`` int64 number of outliers in each cell, see `outlier_counts`;
             ``None`` where there are none.
     """
@@ -58,15 +59,18 @@ class LayerPicture:
     outliers: Tensor | None
 
 
-def read_layers(directory: Path) -> Iterator[LayerPicture]:
-    """Every quantized matrix of ``directory``, one in memory at a time.
+def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[LayerPicture]:
+    """The matrices of ``directory``, one in memory at a time.
+
+    Args:
+        layers: of `quantine.contents.contents`.
 
     Raises:
-        FormatError: it is not a finished directory of quantine, or damaged.
+        FormatError: a file is damaged.
     """
     checkpoint = Checkpoint(directory)
     maps = _read_maps(directory)
-    for layer in contents(directory)["layers"]:
+    for layer in layers:
         name = layer["name"]
         found = IN_BLOCK.match(name)
         counts, share = _outliers(checkpoint, layer)
@@ -86,8 +90,7 @@ def read_layers(directory: Path) -> Iterator[LayerPicture]:
 def outlier_counts(places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
     """Outliers in each cell of a map.
 
-    The map has 128 cells along an axis, as that of the sensitivity, or fewer where outliers are so
-    few that most cells would hold none.
+    Cells are those of the sensitivity map, or larger where most of them would hold no outlier.
 
     Args:
         places: output and input of each outlier, ``[entries]`` int64.
@@ -96,24 +99,35 @@ def outlier_counts(places: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Ten
     Returns:
         ``[rows, columns]`` int64.
     """
-    entries = len(places[0])
-    side = math.sqrt(entries / OUTLIERS_PER_CELL)
-    cells = min(MAP_CELLS, max(SMALLEST_MAP, round(side)))
+    cells = MAP_CELLS
+    while cells > SMALLEST_MAP and len(places[0]) < OUTLIERS_PER_CELL * cells**2:
+        cells //= 2
     rows, columns = (cell_of(length, cells) for length in shape)
     height, width = int(rows[-1]) + 1, int(columns[-1]) + 1
     flat = rows[places[0]] * width + columns[places[1]]
     return flat.bincount(minlength=height * width).view(height, width)
 
 
+def readable_map(layer: LayerPicture) -> Tensor:
+    """The sensitivity of ``layer`` in cells that hold enough weights, ``[rows, columns]`` float32.
+
+    Cells of the recorded map are joined by the mean of what they stand for.
+    """
+    assert layer.sensitivity is not None
+    cells = MAP_CELLS
+    while cells > SMALLEST_MAP and math.prod(layer.shape) < WEIGHTS_PER_CELL * cells**2:
+        cells //= 2
+    linear = torch.pow(10.0, layer.sensitivity.double())
+    return pool_mean(linear, cells=cells).log10().float()
+
+
 def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | None, float | None]:
     """Map and share of the outliers of one layer."""
     name, scheme = layer["name"], layer["scheme"]
+    if scheme["format"] == "dense":
+        return None, None  # not worth unpacking
     layout = format_named(scheme["format"])
-    if "outlier_value" not in layout.tensor_names:
-        return None, None
     names = {key: f"{name}.{key}" for key in layout.tensor_names}
-    if names["outlier_value"] not in checkpoint:
-        return None, 0.0
     stored = {key: full for key, full in names.items() if full in checkpoint}
     tensors = checkpoint.read(stored.values())
     packed = {key: tensors[full] for key, full in stored.items()}
