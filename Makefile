@@ -43,7 +43,7 @@ demo-model: install
 
 demo: demo-model
 	rm -rf demo-out
-	$(BIN)/quantine quantize demo demo-out --method gptq --bits 4 --samples 32
+	$(BIN)/quantine quantize demo demo-out --method spqr --samples 32
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py demo demo-out
 	$(BIN)/quantine generate demo-out "The capital of France is" --tokens 32
 
@@ -58,6 +58,7 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
+	$(BIN)/python benchmarks/bench_columns.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .

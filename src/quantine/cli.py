@@ -120,7 +120,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="G",
-        help="inputs that share a scale; -1 for the whole row; default 64, for spqr 32",
+        help="inputs that share a scale; -1 for the whole row; default 64, for spqr 16",
     )
     parser.add_argument(
         "--preset",

@@ -64,7 +64,7 @@ def quantize(
     Args:
         model: see `quantine.runtime.source.locate`.
         out: output directory; must not exist, be empty, or hold an unfinished run to ``resume``.
-        plan: what is done to which matrix; default is SpQR at 4 bits in groups of 32.
+        plan: what is done to which matrix; default is SpQR at 4 bits in groups of 16.
         calibration: text and sampling; default is the built-in text.
         resume: continue the unfinished run in ``out``; the result has the same bytes (apart from
             measured times) as an uninterrupted one.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    "spqr-2bit": {"method": "spqr", "bits": 2, "group_size": 16, "threshold": 0.5},
-    "spqr-3bit": {"method": "spqr", "bits": 3, "group_size": 16, "threshold": 0.5},
-    "spqr-4bit": {"method": "spqr", "bits": 4, "group_size": 32, "threshold": 0.3},
+    "spqr-2bit": {"method": "spqr", "bits": 2, "threshold": 0.5},
+    "spqr-3bit": {"method": "spqr", "bits": 3, "threshold": 0.5},
+    "spqr-4bit": {"method": "spqr", "bits": 4, "threshold": 0.3},
     "spqr-faithful": {
         "method": "spqr",
         "bits": 3,
@@ -25,16 +25,16 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 
 _STEPS = (
     # bits, group_size, scale_bits, threshold; from the smallest to the most exact
-    (2, 16, 4, 0.5),
+    (2, 16, 3, 0.5),
     (3, 64, 4, 1.0),
     (3, 32, 3, 0.5),
     (3, 16, 3, 0.5),
     (4, 64, 4, 0.3),
-    (4, 32, 3, 0.3),
-    (4, 16, 3, 0.2),
+    (4, 64, 4, 0.1),
+    (4, 16, 3, 0.3),
     (5, 64, 4, 0.3),
-    (5, 32, 3, 0.3),
-    (6, 32, 4, 0.3),
+    (5, 16, 3, 0.3),
+    (6, 64, 4, 0.3),
     (8, 64, 4, 0.3),
 )
 CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(

@@ -59,7 +59,7 @@ class SpQR:
     threshold: float = 0.5
     outliers: float = 0.0
     detect: Detect = "leave-one-out"
-    default_spec: ClassVar[QuantSpec] = QuantSpec(4, 32, scale_bits=4, stat_group_size=64)
+    default_spec: ClassVar[QuantSpec] = QuantSpec(4, 16, scale_bits=3, stat_group_size=64)
     needs_inputs: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
