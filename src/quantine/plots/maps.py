@@ -114,7 +114,7 @@ class _Panel:
         )
         bar.set(xticks=[], ylabel=unit)
         bar.yaxis.tick_right()
-        bar.yaxis.set_label_coords(5.5, 0.5)
+        bar.yaxis.set_label_coords(6.5, 0.5)
         bar.locator_params(axis="y", nbins=MOST_STEPS)
         self._bar: Axes = bar
         for axes in (self._axes, bar):
