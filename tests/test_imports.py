@@ -36,7 +36,7 @@ FLOORS: Final[dict[str, str]] = {
     "card": "",
     "contents": "formats kernels errors",
     "plots": "contents core formats errors",
-    "prepare": "calibrate families formats plan runtime errors",
+    "prepare": "calibrate families formats kernels plan runtime errors",
     "matrix": "core families formats plan errors",
     "allocate": "calibrate core families formats matrix methods plan prepare progress scheme "
     "errors",

@@ -20,7 +20,7 @@ from quantine.calibrate.activations import Activations
 from quantine.calibrate.sensitivity import backward, replace_by_gradients
 from quantine.calibrate.sequential import Sequential
 from quantine.core.observe import Hessian
-from quantine.errors import SolverError
+from quantine.errors import PlanError, SolverError
 from quantine.families.base import Layer, block_list
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
@@ -129,13 +129,24 @@ class Allocation:
     Args:
         job: whose plan has a budget.
         table: of `probe`.
+
+    Raises:
+        PlanError: no choices fit into the budget.
     """
 
     def __init__(self, job: Job, table: Mapping[str, Options]) -> None:
         assert job.plan.bits_per_weight is not None
         self._table = dict(table)
         searched = [d for d in job.decisions if d.choices]
-        self._left = int(sum(d.layer.weights for d in searched) * job.plan.bits_per_weight / 8)
+        weights = sum(decision.layer.weights for decision in searched)
+        self._left = int(weights * job.plan.bits_per_weight / 8)
+        least = sum(min(nbytes for nbytes, _ in options) for options in table.values())
+        if least > self._left:
+            raise PlanError(
+                f"plan {job.plan.name!r}: {job.plan.bits_per_weight:g} bits per weight are too "
+                f"few: the smallest choices take about {least * 8 / weights:.3f} with their "
+                "outliers: raise bits_per_weight, or add a choice with threshold inf"
+            )
 
     def settle(self, decisions: Sequence[Decision]) -> list[Decision]:
         """Decisions whose searched layers have got a scheme."""

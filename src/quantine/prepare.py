@@ -25,6 +25,7 @@ from quantine.families.base import Family, Layer, find_layers
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import check_output, is_finished
+from quantine.kernels import backend
 from quantine.plan import SPQR, Decision, Plan
 from quantine.runtime.source import ModelSource, locate
 
@@ -144,6 +145,7 @@ class Job:
             "config": _hash(self.config.to_json_string().encode()),
             "format version": str(FORMAT_VERSION),
             # Sums of floats depend on how threads and library versions cut them.
+            "backend": backend.name(),
             "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
             **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
         }

@@ -25,6 +25,7 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 
 _STEPS = (
     # bits, group_size, scale_bits, threshold; from the smallest to the most exact
+    (2, 16, 3, "inf"),
     (2, 16, 3, 0.5),
     (3, 64, 4, 1.0),
     (3, 32, 3, 0.5),

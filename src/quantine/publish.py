@@ -47,6 +47,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             "samples": calibration.samples,
             "seqlen": 0 if job.segments is None else job.segments.shape[1],
             "seed": calibration.seed,
+            "bfloat16": calibration.bfloat16,
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
         "identity": identity,

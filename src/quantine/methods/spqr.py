@@ -97,10 +97,7 @@ class SpQR:
             SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
         """
         factor = self.loop.factor(hessian, spec)
-        price = self.threshold * _loss_scale(weight, factor)
-        if self.outliers:
-            price = self._searched_price(weight, factor, spec)
-        return self._solve(weight, factor, spec, price)
+        return self._solve(weight, factor, spec, self._price(weight, factor, spec))
 
     def predict(
         self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
@@ -118,7 +115,7 @@ class SpQR:
         """
         factor = self.loop.factor(hessian, spec)
         assert hessian is not None
-        price = self.threshold * _loss_scale(weight, factor)
+        price = self._price(weight, factor, spec)
         length = spec.group_length(weight.shape[1])
         columns = weight.T[factor.order].unflatten(0, (-1, length))
         spread = factor.upper.diagonal().unflatten(0, (-1, length))
@@ -141,6 +138,11 @@ class SpQR:
         if price < math.inf and self.detect == "leave-one-out":
             inliers = without_outliers(columns, spread, spec, price)
         return fit_groups(columns, spec, Objective(self.clip, spread, price), inliers)
+
+    def _price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
+        if self.outliers:
+            return self._searched_price(weight, factor, spec)
+        return self.threshold * _loss_scale(weight, factor)
 
     def _searched_price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
         """The price that keeps the wanted share of a sample of rows, by bisection."""

@@ -1,0 +1,91 @@
+"""Gradients taken block by block against those of the whole model at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from quantine import Calibration, Plan
+from quantine.calibrate.activations import Activations
+from quantine.calibrate.sensitivity import backward, replace_by_gradients
+from quantine.calibrate.sequential import Sequential
+from quantine.families.base import block_list
+from quantine.prepare import Job, prepare
+from tiny_models import FAMILIES, with_weights
+
+SEED = 3
+
+
+def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
+    """Mean squared gradients of every matrix's outputs, one block in memory at a time."""
+    assert job.segments is not None
+    checkpoint = job.checkpoint()
+    sequential = Sequential(job.model, job.family, checkpoint, job.segments, None, {})
+    inputs = []
+    blocks = range(len(block_list(job.model, job.family)))
+    for index in blocks:
+        sequential.load(index)
+        kept = Activations(len(sequential.hidden), scratch / str(index))
+        for batch in range(len(sequential.hidden)):
+            kept[batch] = sequential.hidden[batch]
+        inputs.append(kept)
+        sequential.advance(index)
+        sequential.release(index)
+
+    def read(name: str) -> Tensor:
+        stored = job.stored_name(name)
+        return checkpoint.read([stored])[stored]
+
+    tokens = replace_by_gradients(job.model, job.family, read, sequential.hidden, SEED)
+    assert tokens == job.segments.numel()
+    found = {}
+    for index in reversed(blocks):
+        block = sequential.load(index)
+        inside = f"{job.family.blocks}.{index}."
+        paths = [d.layer.name.removeprefix(inside) for d in job.block_schemes(index)]
+        sums = backward(sequential, index, block, paths, inputs[index], sequential.hidden)
+        found.update({inside + path: total / tokens for path, total in sums.items()})
+        sequential.release(index)
+    return found
+
+
+def at_once(model: Any, segments: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The same from one backward pass through the whole model, a segment at a time."""
+    sums = {name: torch.zeros(1) for name in names}
+    generator = torch.Generator().manual_seed(SEED)
+
+    def watch(name: str) -> Callable[..., None]:
+        def add(gradient: Tensor) -> None:
+            sums[name] = sums[name] + gradient.square().flatten(0, -2).sum(0)
+
+        def look(_module: object, _inputs: object, output: Tensor) -> None:
+            output.register_hook(add)
+
+        return look
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(watch(name))
+    for segment in segments:
+        logits = model(input_ids=segment.unsqueeze(0), use_cache=False).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        cross_entropy(logits, drawn, reduction="sum").backward()
+    return {name: total / segments.numel() for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_block_by_block_is_the_whole_model(
+    name: str, tiny: Callable[[str], Path], short: Calibration, tmp_path: Path
+) -> None:
+    job = prepare(tiny(name), Plan.preset("spqr"), short)
+    found = streamed(job, tmp_path)
+    assert job.segments is not None
+    expected = at_once(with_weights(tiny(name), {}), job.segments, list(found))
+    assert len(found) == len(job.scheme_layers())
+    for layer, values in found.items():
+        torch.testing.assert_close(values, expected[layer], rtol=2e-3, atol=1e-7)

@@ -1,0 +1,70 @@
+"""Budgets: what is chosen under a price, and what a probe predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantine import Calibration, Plan
+from quantine.allocate import Options, choose, probe
+from quantine.prepare import prepare
+from quantine.progress import Silent
+from samples import quick
+
+options = st.lists(st.tuples(st.integers(1, 1000), st.floats(1e-9, 10.0)), min_size=1, max_size=4)
+tables = st.dictionaries(st.sampled_from("abcde"), options, min_size=1)
+
+
+def cost(table: dict[str, Options], chosen: dict[str, int]) -> tuple[int, float]:
+    picked = [table[name][index] for name, index in chosen.items()]
+    return sum(nbytes for nbytes, _ in picked), sum(loss for _, loss in picked)
+
+
+@quick
+@given(table=tables, share=st.floats(0.0, 1.2))
+def test_what_is_chosen_fits_and_nothing_as_small_is_better(
+    table: dict[str, Options], share: float
+) -> None:
+    least = sum(min(nbytes for nbytes, _ in found) for found in table.values())
+    most = sum(max(nbytes for nbytes, _ in found) for found in table.values())
+    budget = round(least + share * (most - least))
+    chosen = choose(table, budget)
+    assert chosen.keys() == table.keys()
+    nbytes, loss = cost(table, chosen)
+    assert nbytes <= budget
+    for indices in product(*(range(len(found)) for found in table.values())):
+        other = cost(table, dict(zip(table, indices, strict=True)))
+        # Prices reach every choice on the lower hull: none in as few bytes loses less.
+        assert other[0] > nbytes or other[1] >= loss * (1 - 1e-6)
+
+
+def test_a_budget_for_everything_buys_the_best() -> None:
+    table: dict[str, Options] = {"a": [(10, 5.0), (20, 1.0)], "b": [(10, 3.0), (40, 2.9)]}
+    assert choose(table, 60) == {"a": 1, "b": 1}
+    assert choose(table, 59) == {"a": 1, "b": 0}
+    assert choose(table, 20) == {"a": 0, "b": 0}
+    assert choose(table, 1) == {"a": 0, "b": 0}
+
+
+def test_a_probe_ranks_more_bits_above_fewer(
+    tiny: Callable[[str], Path], short: Calibration, tmp_path: Path
+) -> None:
+    plan = Plan.from_dict(
+        {
+            "bits_per_weight": 4.0,
+            "choices": [{"method": "spqr", "bits": bits} for bits in (2, 3, 4, 6)],
+            "rules": [{"match": "@blocks", "method": "search"}],
+        }
+    )
+    job = prepare(tiny("llama"), plan, short)
+    table = probe(job, job.checkpoint(), tmp_path, Silent())
+    assert set(table) == {d.layer.name for d in job.scheme_layers()}
+    for found in table.values():
+        sizes, losses = zip(*found, strict=True)
+        assert list(sizes) == sorted(sizes)
+        assert list(losses) == sorted(losses, reverse=True)
+        assert losses[-1] > 0
