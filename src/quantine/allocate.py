@@ -39,6 +39,12 @@ Options = list[tuple[int, float]]
 """Of one layer: bytes and loss of each of its choices."""
 
 
+def probe_segments(job: Job) -> int:
+    """Calibration segments that are probed."""
+    samples = 0 if job.segments is None else len(job.segments)
+    return min(samples, max(1, PROBE_TOKENS // max(1, job.segment_length())))
+
+
 @dataclass(frozen=True)
 class _Prediction:
     """What a choice would do to a layer: packed bytes, and squared errors of some outputs."""
@@ -62,12 +68,11 @@ def probe(
         scratch: directory for the inputs of all blocks.
     """
     assert job.segments is not None
-    count = max(1, PROBE_TOKENS // job.segments.shape[1])
     sequential = Sequential(
         job.model,
         job.family,
         checkpoint,
-        job.segments[:count],
+        job.segments[: probe_segments(job)],
         scratch / "states",
         {},
         job.calibration.bfloat16,

@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
+from quantine.allocate import probe_segments
 from quantine.calibrate.sequential import batch_samples
 from quantine.errors import PlanError
+from quantine.families.base import block_list
 from quantine.methods.fit import CHUNK
 from quantine.prepare import Job
 from quantine.progress import peak_memory
@@ -22,6 +24,8 @@ LIVE_TENSORS: Final = 4
 """Tensors as wide as the block's widest matrix that live at once in a forward pass."""
 SOLVED_COPIES: Final = 5
 """Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
+LOGIT_COPIES: Final = 6
+"""Tensors as large as a segment's logits that live at once when gradients are taken."""
 SEARCH_BYTES: Final = 32 * CHUNK
 """Temporary bytes of the clip search."""
 
@@ -84,6 +88,9 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     scratch = activations if spills else 0
     if job.source.gguf_file is not None:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
+    if job.plan.bits_per_weight is not None:
+        blocks = len(block_list(job.model, job.family))
+        scratch += blocks * probe_segments(job) * job.segment_length() * _width(job) * FLOAT
     return Estimate(
         packed,
         kept,
@@ -110,6 +117,10 @@ def _peak(job: Job, activations: int) -> int:
     steps = [2 * table, table + activations, _in_block(job) + activations]
     outside = [d.layer.weights for d in job.scheme_layers() if d.layer.role != "block"]
     steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
+    if job.plan.bits_per_weight is not None:
+        # Gradients start at the head: its weights, and a segment's logits a few times over.
+        logits = job.segment_length() * job.config.vocab_size
+        steps.append(2 * table + LOGIT_COPIES * FLOAT * logits)
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))

@@ -113,6 +113,10 @@ class Job:
         """Names of all Linear modules, those that no plan can name included."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
+    def segment_length(self) -> int:
+        """Tokens of a calibration segment; 0 without calibration."""
+        return 0 if self.segments is None else self.segments.shape[1]
+
     def packed_bytes(self, decision: Decision) -> int:
         """Bytes a quantized layer will take; of a searched one its share of the budget."""
         assert decision.scheme is not None
