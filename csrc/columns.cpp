@@ -88,9 +88,11 @@ void round_chunk(float* current, const float* local, const float* scales, const 
       std::uint8_t* kept_out = kept + j * rows;
       for (std::size_t r = 0; r < width; ++r) {
         const float exact = to_half(column[r]);
-        const bool keep =
-            error_out[r] * error_out[r] > price && std::fabs(exact) <= kLargestHalf;
-        error_out[r] = keep ? (column[r] - exact) / diagonal : error_out[r];
+        const float lost = (column[r] - exact) / diagonal;
+        const bool keep = error_out[r] * error_out[r] > price &&
+                          std::fabs(lost) < std::fabs(error_out[r]) &&
+                          std::fabs(exact) <= kLargestHalf;
+        error_out[r] = keep ? lost : error_out[r];
         kept_out[r] = keep ? 1 : 0;
       }
     }

@@ -24,7 +24,8 @@ void cheapest_grids(const float* columns, std::size_t stride, const float* impor
 //   local    [n, n] upper triangular factor
 //   scales, zeros  [n, rows], consecutive inputs `grid_stride` floats apart (0: one for all)
 //   codes    [n, rows]; errors [n, rows], divided by the factor's diagonal
-//   kept     [n, rows] of 0 and 1, weights whose squared error exceeds `price`; may be null
+//   kept     [n, rows] of 0 and 1: weights whose squared error exceeds `price`, and to which
+//            float16 is nearer; may be null
 void round_columns(float* current, const float* local, const float* scales, const float* zeros,
                    std::size_t grid_stride, std::uint8_t* codes, float* errors, std::uint8_t* kept,
                    std::size_t n, std::size_t rows, int bits, float price);

@@ -44,7 +44,7 @@ FLOORS: Final[dict[str, str]] = {
     "publish": "card formats prepare runtime",
     "render": "estimate plan prepare",
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
-    "publish errors",
+    "publish scheme errors",
     "cli": "quantine calibrate contents estimate eval pipeline plan plots prepare progress "
     "render runtime errors",
 }

@@ -160,7 +160,7 @@ class TestRefusals:
             ({"method": "rtn", "bits": None}, "bits must be int, not None"),
             ({"method": "rtn", "sym": 1}, "sym must be bool, not 1"),
             ({"method": "rtn", "sym": "yes"}, "sym must be bool, not 'yes'"),
-            ({"method": "gptq", "damp": "1%"}, "damp must be float, not '1%'"),
+            ({"method": "gptq", "damp": "much"}, "damp must be float, not 'much'"),
             ({"method": "gptq", "damp": True}, "damp must be float, not True"),
             ({"method": "gptq", "act_order": 0}, "act_order must be bool, not 0"),
             ({"method": "rtn", "bits": 1}, "bits must be 2 to 8, not 1"),
@@ -251,6 +251,11 @@ class TestBudgets:
         decisions = self.budget().resolve(layers)
         assert [[c.spec.bits for c in d.choices] for d in decisions] == [[3, 4, 6], [3, 6]]
 
+    def test_shares_may_be_percentages_and_numbers_text(self) -> None:
+        found = scheme_from({"method": "spqr", "outliers": "1%", "damp": "1e-3"}, "here")
+        assert found is not None
+        assert found == scheme_from({"method": "spqr", "outliers": 0.01, "damp": 0.001}, "here")
+
     def test_a_layer_that_no_choice_fits_is_refused(self) -> None:
         with pytest.raises(PlanError, match=r"does not divide 100 inputs of model\.layers\.0\.a"):
             self.budget().resolve([Layer("model.layers.0.a", 8, 100, "block", 0, 0)])
@@ -261,15 +266,29 @@ class TestBudgets:
             ({"bits_per_weight": None}, "belong together"),
             ({"choices": None}, "belong together"),
             ({"rules": [{"match": "@blocks", "method": "rtn"}]}, "belong together"),
-            ({"bits_per_weight": "3.5"}, "bits_per_weight must be a number, not '3.5'"),
+            ({"bits_per_weight": "few"}, "bits_per_weight must be a number, not 'few'"),
             ({"bits_per_weight": -1}, "above 0 and at most 16, not -1.0"),
             ({"choices": {}}, "choices must be a list of mappings"),
             ({"choices": [{"method": "rtn"}]}, "choices must be of method spqr, not rtn"),
+            (
+                {
+                    "choices": [
+                        {
+                            "method": "spqr",
+                            "format": "spqr",
+                            "bits": 3,
+                            "zero_bits": 3,
+                            "stat_group_size": 16,
+                        }
+                    ]
+                },
+                "format 'spqr' is no choice",
+            ),
             ({"choices": [{"method": "keep"}]}, "method 'keep' is no choice"),
             ({"choices": [{"method": "spqr", "bits": 9}]}, "choice 1 of plan 'plan': bits must be"),
             (
                 {"rules": [{"match": "@blocks", "method": "search", "bits": 3}]},
-                "method must be one of rtn, gptq, spqr, keep, not 'search'",
+                "method 'search' takes no parameters",
             ),
             ({"bits_per_weight": 2.0}, "at least 3"),
         ],

@@ -2,7 +2,7 @@
 
 `probe` runs some calibration segments through the float model once, forward and backward, and
 tables what every choice would cost each layer: bytes, and divergence of the model's predictions in
-nats per token. `choose` then spends a budget of bytes. It is called again before each block, with
+nats per token. `choose` then spends a budget of bytes. It is called again for each matrix, with
 what is left, so that the whole ends within the budget although sizes are only predicted.
 """
 
@@ -20,11 +20,12 @@ from quantine.calibrate.activations import Activations
 from quantine.calibrate.sensitivity import backward, replace_by_gradients
 from quantine.calibrate.sequential import Sequential
 from quantine.core.observe import Hessian
+from quantine.core.qtensor import QTensor
 from quantine.errors import PlanError, SolverError
 from quantine.families.base import Layer, block_list
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
-from quantine.matrix import read_weight
+from quantine.matrix import read_weight, solve
 from quantine.methods.spqr import SpQR, sampled_rows
 from quantine.plan import Decision
 from quantine.prepare import Job
@@ -153,13 +154,31 @@ class Allocation:
                 "outliers: raise bits_per_weight, or add a choice with threshold inf"
             )
 
-    def settle(self, decisions: Sequence[Decision]) -> list[Decision]:
-        """Decisions whose searched layers have got a scheme."""
-        chosen = choose(self._table, self._left)
-        return [
-            replace(d, scheme=d.choices[chosen[d.layer.name]]) if d.choices else d
-            for d in decisions
-        ]
+    def solve(
+        self, decision: Decision, weight: Tensor, hessian: Hessian | None, progress: Progress
+    ) -> tuple[QTensor, dict[str, Tensor], dict[str, Any]]:
+        """`quantine.matrix.solve` with the choice that the budget has room for.
+
+        Sizes are predicted, and the last layers cannot make up for earlier ones: where a choice
+        turns out too large for what is left, the next smaller one is solved instead.
+        """
+        name = decision.layer.name
+        options = self._table[name]
+        chosen = choose(self._table, self._left)[name]
+        smaller = [index for index, (size, _) in enumerate(options) if size < options[chosen][0]]
+        tried = [chosen, *sorted(smaller, key=lambda index: -options[index][0])]
+        least = sum(
+            min(size for size, _ in found) for key, found in self._table.items() if key != name
+        )
+        for index in tried:
+            settled = replace(decision, scheme=decision.choices[index])
+            solved = solve(settled, weight, hessian)
+            if solved[2]["bytes"] + least <= self._left:
+                break
+        else:
+            progress.note(f"{name}: even the smallest choice exceeds what is left of the budget")
+        self.spend([solved[2]])
+        return solved
 
     def spend(self, reports: Sequence[Mapping[str, Any]]) -> None:
         """Take what solved layers really cost off the budget."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantine.core.grid import LARGEST_SCALE
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.sensitivity import sensitivity_map
@@ -17,9 +18,6 @@ from quantine.families.base import Layer
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
 from quantine.plan import Decision
-
-LARGEST_HALF: Final = 65504.0
-"""Largest finite float16."""
 
 
 def read_weight(checkpoint: Checkpoint, layer: Layer, stored_name: str) -> Tensor:
@@ -122,13 +120,13 @@ def as_stored(name: str, tensor: Tensor, float16: bool = False) -> Tensor:
         if not bool(torch.isfinite(half).all()):
             raise FormatError(
                 f"{name} reaches {tensor.abs().max().item():.4g}, but beside format spqr "
-                f"everything is float16 (at most {LARGEST_HALF:g}): use format sparse"
+                f"everything is float16 (at most {LARGEST_SCALE:g}): use format sparse"
             )
         return half
     if tensor.ndim < 2 or tensor.dtype not in {torch.float32, torch.float64}:
         return tensor
     low, high = tensor.aminmax()
-    fits = float(low) >= -LARGEST_HALF and float(high) <= LARGEST_HALF
+    fits = float(low) >= -LARGEST_SCALE and float(high) <= LARGEST_SCALE
     return tensor.half() if fits else tensor.float()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from quantine.families.base import block_list
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import (
     REPORT,
+    Reports,
     RunStore,
     check_identity,
     clear_remains,
@@ -27,10 +28,11 @@ from quantine.formats.store import (
     read_json,
 )
 from quantine.matrix import as_stored, install, read_weight, sensitivity, solve, unpack
-from quantine.plan import Decision, Plan
+from quantine.plan import Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
 from quantine.publish import output_files, report_of
+from quantine.scheme import scheme_from
 
 PROBE: Final = "probe"
 """Name under which a run keeps what choices would cost."""
@@ -143,15 +145,13 @@ def _quantize_all(
         for index, part in enumerate(blocks):
             if sequential is not None:
                 sequential.load(index)
-            decisions = job.block_schemes(index)
-            if allocation is not None:
-                decisions = allocation.settle(decisions)
             if store.is_committed(part):
-                _restore_block(job, store.tensors(part), decisions)
+                reports = store.layer_reports([part])
+                _restore_block(job, store.tensors(part), index, reports)
+                if allocation is not None:
+                    allocation.spend(reports)
             else:
-                _quantize_block(job, checkpoint, sequential, store, index, decisions, progress)
-            if allocation is not None:
-                allocation.spend(store.layer_reports([part]))
+                _quantize_block(job, checkpoint, sequential, store, index, allocation, progress)
             if sequential is not None:
                 sequential.advance(index)
                 sequential.release(index)
@@ -218,9 +218,11 @@ def _allocation(
     return Allocation(job, table)
 
 
-def _restore_block(job: Job, tensors: dict[str, Tensor], decisions: list[Decision]) -> None:
+def _restore_block(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:
     """Give a block that an earlier run finished its quantized weights."""
-    for decision in decisions:
+    schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
+    for decision in job.block_schemes(index):
+        decision = replace(decision, scheme=schemes[decision.layer.name])
         install(job.model, decision.layer, unpack(decision, tensors))
 
 
@@ -230,7 +232,7 @@ def _quantize_block(
     sequential: Sequential | None,
     store: RunStore,
     index: int,
-    decisions: list[Decision],
+    allocation: Allocation | None,
     progress: Progress,
 ) -> None:
     """Quantize the matrices of a block, group after group, and commit them."""
@@ -238,12 +240,15 @@ def _quantize_block(
     reports = []
     maps: dict[str, Tensor] = {}
     for group, paths in enumerate(job.family.groups):
-        chosen = [d for d in decisions if d.layer.group == group]
+        chosen = [d for d in job.block_schemes(index) if d.layer.group == group]
         hessian = sequential.observe(index, paths[0]) if sequential and chosen else None
         for decision in chosen:
             layer = decision.layer
             weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
-            qtensor, packed, report = solve(decision, weight, hessian)
+            if allocation is not None and decision.choices:
+                qtensor, packed, report = allocation.solve(decision, weight, hessian, progress)
+            else:
+                qtensor, packed, report = solve(decision, weight, hessian)
             if sequential is not None:
                 install(job.model, layer, qtensor)
             tensors.update(packed)

@@ -101,6 +101,11 @@ class Plan:
                 f"{self.bits_per_weight}"
             )
         for scheme in self.choices:
+            if scheme.format == SPQR:
+                raise PlanError(
+                    f"plan {self.name!r}: format {SPQR!r} is no choice, its directories hold "
+                    "nothing else: give it in a rule"
+                )
             if not isinstance(scheme.solver, SpQR):
                 raise PlanError(
                     f"plan {self.name!r}: choices must be of method spqr, not {scheme.method}"
@@ -126,7 +131,8 @@ class Plan:
         )
         assert scheme is not None
         group = "row" if scheme.spec.group_size == -1 else f"g{scheme.spec.group_size}"
-        title = f"{name}-{group}" if name in PRESETS else f"{name}-{scheme.spec.bits}bit-{group}"
+        changed = f"{scheme.method}-{scheme.spec.bits}bit-{group}"
+        title = name if name in PRESETS and not parameters else changed
         return cls((Rule("@blocks", scheme),), title)
 
     @classmethod
@@ -166,6 +172,8 @@ class Plan:
             if not isinstance(rule, Mapping) or not isinstance(rule.get("match"), str):
                 raise PlanError(f"{where} must be a mapping with a `match` pattern")
             fields = {k: v for k, v in rule.items() if k != "match"}
+            if fields.get("method") == SEARCH and len(fields) > 1:
+                raise PlanError(f"{where}: method {SEARCH!r} takes no parameters")
             if fields == {"method": SEARCH}:
                 rules.append(Rule(rule["match"], searched=True))
             else:

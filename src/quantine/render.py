@@ -100,6 +100,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
     return [
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
         f"= {megabytes(size.packed)}",
+        *_outlier_lines(job),
         f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
         f"output: {megabytes(size.output)}; on disk while running: at most "
         f"{megabytes(size.disk_while_running)}",
@@ -107,6 +108,16 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"(activations {megabytes(size.activations)} {place})",
         f"calibration: {tokens}",
     ]
+
+
+def _outlier_lines(job: Job) -> list[str]:
+    """A warning where the size depends on outliers that only the run will find."""
+    open_ended = [
+        d for d in job.scheme_layers() if d.scheme and d.scheme.solver.outlier_share is None
+    ]
+    if not any(not decision.choices for decision in open_ended):
+        return []
+    return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
 
 
 def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:

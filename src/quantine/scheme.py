@@ -43,9 +43,13 @@ class Scheme:
         }
 
     def nbytes(self, layer: Layer) -> int:
-        """Packed bytes of ``layer`` under this scheme."""
+        """Packed bytes of ``layer``; outliers that a threshold decides about come on top."""
         return format_named(self.format).nbytes(
-            self.spec, layer.out_features, layer.in_features, self.solver.stores_order
+            self.spec,
+            layer.out_features,
+            layer.in_features,
+            self.solver.stores_order,
+            self.solver.outlier_share or 0.0,
         )
 
 
@@ -97,8 +101,16 @@ def _plain(item: object) -> object:
 
 
 def _special(item: object) -> object:
-    """Invert `_plain`."""
-    return math.inf if item == INFINITE else item
+    """Invert `_plain`, and read what YAML takes for text: ``1e-3``, ``1%``."""
+    number = _number(item) if isinstance(item, str) else None
+    return item if number is None else number
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
 
 
 def _field_types(kind: type) -> dict[str, Any]:
@@ -108,8 +120,8 @@ def _field_types(kind: type) -> dict[str, Any]:
 
 def is_a(item: object, kind: type) -> bool:
     """Whether a plain value has type ``kind``: whole numbers are floats, booleans no numbers."""
-    if kind is float and item == INFINITE:
-        return True
+    if kind is float and isinstance(item, str):
+        return _number(item) is not None
     if kind is bool or isinstance(item, bool):
         return kind is bool and isinstance(item, bool)
     return isinstance(item, (int, float) if kind is float else kind)

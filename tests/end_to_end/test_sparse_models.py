@@ -92,7 +92,7 @@ def test_a_budget_holds_and_more_of_it_is_spent(
         out = tmp_path / str(bits)
         report = quantine.quantize(tiny(name), out, budget(bits), short).report
         taken.append(report["totals"]["bits_per_weight"])
-        assert taken[-1] <= bits
+        assert taken[-1] <= bits  # counted from what was written
         widths = {layer["scheme"]["bits"] for layer in report["layers"]}
         assert widths <= {2, 3, 4, 6}
         model, _ = quantine.load(out)
@@ -110,7 +110,7 @@ def test_a_budget_that_outliers_exceed_is_refused_before_anything_is_solved(
         "choices": [choice],
         "rules": [{"match": "@blocks", "method": "search"}],
     }
-    with pytest.raises(quantine.PlanError, match="the smallest choices take about"):
+    with pytest.raises(quantine.PlanError, match="the smallest choices take at least 9"):
         quantine.quantize(tiny("llama"), tmp_path / "out", Plan.from_dict(plan), short)
 
 

@@ -99,7 +99,8 @@ class Sequential:
         hessian = Hessian(weight.shape[0 if is_transposed(module) else 1])
 
         def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            hessian.update(args[0])
+            with torch.autocast("cpu", enabled=False):
+                hessian.update(args[0])
             raise _Enough
 
         handle = module.register_forward_pre_hook(look)

@@ -32,6 +32,14 @@ def encode_gaps(outliers: Csr) -> Tensor:
     return min(streams, key=lambda stream: stream.nbytes)
 
 
+def expected_bytes(share: float) -> float:
+    """Bytes of one outlier, value and gap, where a random ``share`` of weights are outliers."""
+    if share <= 0:
+        return 0.0
+    gaps = [dtype.itemsize / (1 - (1 - share) ** longest) for dtype, longest in GAP_TYPES.items()]
+    return torch.float16.itemsize + min(gaps)
+
+
 def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
     """Invert `encode_gaps`; ``values`` ``[entries]`` float16.
 
@@ -46,7 +54,7 @@ def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
     if not whole or (len(places) and int(places[-1]) >= shape[0] * shape[1]):
         raise FormatError("outlier_gap is damaged: its places do not fit outlier_value and shape")
     rows = places.div(shape[1], rounding_mode="floor")
-    offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
+    offsets = torch.zeros(shape[0] + 1, dtype=torch.int64, device=stream.device)
     torch.cumsum(rows.bincount(minlength=shape[0]), 0, out=offsets[1:])
     return Csr(offsets, places - rows * shape[1], values, shape)
 

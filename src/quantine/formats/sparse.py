@@ -5,8 +5,8 @@ Byte by byte in docs/format.md, section "sparse".
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,12 +17,8 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
-from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps
+from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps, expected_bytes
 from quantine.kernels.bits import pack, unpack
-
-STATISTICS: Final = ("scale", "zero")
-OUTLIER_BYTES: Final = 3
-"""Bytes of one outlier where outliers are dense enough for single-byte gaps."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,8 @@ class Sparse:
     ) -> int:
         """Bytes of all tensors; exact without outliers."""
         fixed = nbytes_of(self._layout(spec, out_features, in_features, stores_order))
-        return fixed + round(out_features * in_features * outlier_share * OUTLIER_BYTES)
+        kept = out_features * in_features * outlier_share
+        return fixed + math.ceil(kept * expected_bytes(outlier_share))
 
     def _layout(
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool

@@ -94,8 +94,8 @@ def round_columns(
         current: ``[n, rows]`` float32, contiguous; each column ends as it was when it was rounded.
         local: ``[n, n]`` float32, their part of the factor of the inverse Hessian.
         scales, zeros: ``[n, rows]`` float32, the grid of each column; scales positive.
-        price: squared scaled error above which a weight is kept as an outlier; it then loses only
-            what float16 rounds off.
+        price: squared scaled error above which a weight is kept as an outlier, if float16 is nearer
+            to it; it then loses only what float16 rounds off.
 
     Returns:
         Codes ``[n, rows]`` uint8, errors divided by the factor's diagonal ``[n, rows]`` float32,
@@ -138,7 +138,9 @@ def round_columns_reference(
         torch.sub(column, decoded, out=errors[j]).div_(diagonal[j])
         if kept is not None:
             exact = column.half().float()
-            torch.logical_and(errors[j].square() > price, exact.isfinite(), out=kept[j])
-            errors[j] = torch.where(kept[j], (column - exact).div_(diagonal[j]), errors[j])
+            lost = torch.sub(column, exact).div_(diagonal[j])
+            better = lost.abs() < errors[j].abs()  # also false where float16 overflows
+            torch.logical_and(errors[j].square() > price, better, out=kept[j])
+            errors[j] = torch.where(kept[j], lost, errors[j])
         current[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
     return codes, errors, kept

@@ -18,7 +18,7 @@ from quantine.core.grid import Grid
 from quantine.core.observe import Factor, Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.errors import PlanError
+from quantine.errors import PlanError, SolverError
 from quantine.methods.columns import ColumnLoop, Groups
 from quantine.methods.fit import CLIPS, Clip, Objective, cover, fit_groups, squared_errors
 
@@ -97,7 +97,14 @@ class SpQR:
             SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
         """
         factor = self.loop.factor(hessian, spec)
-        return self._solve(weight, factor, spec, self._price(weight, factor, spec))
+        solved = self._solve(weight, factor, spec, self._price(weight, factor, spec))
+        share = 0.0 if solved.outliers is None else solved.outliers.entries / weight.numel()
+        if share > LARGEST_SHARE:
+            raise SolverError(
+                f"{share:.0%} of the weights would be outliers, more than codes save: raise the "
+                "threshold, use more bits, or keep this layer in 16 bit"
+            )
+        return solved
 
     def predict(
         self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
