@@ -128,7 +128,7 @@ def test_kept_weights_lose_what_float16_loses() -> None:
     assert kept is not None
     half = values.half().float()
     assert torch.equal(errors[kept], (values - half)[kept])
-    # What float16 cannot hold stays a code, however much that loses; so does what it rounds to zero.
+    # What float16 cannot hold stays a code, however much that loses, and what it makes zero.
     assert not bool(kept[~half.isfinite()].any())
     assert not bool(kept[half == 0].any())
     far = half.isfinite() & ((values < -1e-7) | (values > 3.5))

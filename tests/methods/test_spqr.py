@@ -16,7 +16,7 @@ from quantine.core.grid import Statistic
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.errors import PlanError
+from quantine.errors import PlanError, SolverError
 from quantine.formats import format_named
 from quantine.methods import GPTQ, RTN, SpQR
 from quantine.methods.spqr import (
@@ -197,7 +197,7 @@ def test_it_beats_minmax_gptq_at_equal_bits(bits: int, solver: SpQR) -> None:
     strength = torch.logspace(-0.5, 0.5, 256)[torch.randperm(256, generator=generator)]
     hessian = observed(torch.randn(600, 256, generator=generator) @ mix * strength)
     weight = random_weight(64, 256)
-    spec = replace(SpQR.default_spec, bits=bits)
+    spec = QuantSpec(bits, 32, scale_bits=4, stat_group_size=64)
     solved = solver(weight, hessian, spec)
     usual = GPTQ(clip="minmax")(weight, hessian, QuantSpec(bits, 64))
     assert stored_bits(solved) <= stored_bits(usual)
@@ -305,12 +305,24 @@ def test_one_output_row_still_chooses_ranges_by_loss() -> None:
 
 
 @pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
-def test_rows_of_only_outliers(groups: Any) -> None:
-    # A price of next to nothing: whatever is not on the grid by chance is kept.
+def test_a_row_of_outliers_is_kept_and_nothing_else(groups: Any) -> None:
     weight, hessian = layer()
-    solved = SpQR(threshold=1e-12, groups=groups)(weight, hessian, QuantSpec(3, 16))
-    assert len(outliers_of(solved)) > 0.95 * weight.numel()
-    assert relative_error(solved, weight, hessian) < 1e-6
+    weight[2] *= 40
+    solver = SpQR(threshold=0.003, groups=groups, detect="simple")
+    solved = solver(weight, hessian, QuantSpec(3, 16))
+    rows = [row for row, _ in outliers_of(solved)]
+    assert set(rows) == {2}
+    assert len(rows) > 0.8 * weight.shape[1]
+    plain = replace(solver, threshold=math.inf)(weight, hessian, QuantSpec(3, 16))
+    assert relative_error(solved, weight, hessian) < 0.1 * relative_error(plain, weight, hessian)
+
+
+@pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
+def test_a_matrix_of_only_outliers_is_refused(groups: Any) -> None:
+    # A price of next to nothing: whatever is not on the grid by chance would be kept.
+    weight, hessian = layer()
+    with pytest.raises(SolverError, match="of the weights would be outliers, .* raise the thres"):
+        SpQR(threshold=1e-12, groups=groups)(weight, hessian, QuantSpec(3, 16))
 
 
 @requests
