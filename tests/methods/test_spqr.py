@@ -307,8 +307,8 @@ def test_one_output_row_still_chooses_ranges_by_loss() -> None:
 @pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
 def test_a_row_of_outliers_is_kept_and_nothing_else(groups: Any) -> None:
     weight, hessian = layer()
-    weight[2] *= 40
-    solver = SpQR(threshold=0.003, groups=groups, detect="simple")
+    weight[2] *= 400
+    solver = SpQR(threshold=0.0005, groups=groups, detect="simple")
     solved = solver(weight, hessian, QuantSpec(3, 16))
     rows = [row for row, _ in outliers_of(solved)]
     assert set(rows) == {2}
@@ -321,7 +321,7 @@ def test_a_row_of_outliers_is_kept_and_nothing_else(groups: Any) -> None:
 def test_a_matrix_of_only_outliers_is_refused(groups: Any) -> None:
     # A price of next to nothing: whatever is not on the grid by chance would be kept.
     weight, hessian = layer()
-    with pytest.raises(SolverError, match="of the weights would be outliers, .* raise the thres"):
+    with pytest.raises(SolverError, match=r"would be outliers, .* raise the threshold"):
         SpQR(threshold=1e-12, groups=groups)(weight, hessian, QuantSpec(3, 16))
 
 
