@@ -74,6 +74,7 @@ def test_the_report_says_everything(
         "samples": 4,
         "seqlen": 32,
         "seed": 0,
+        "bfloat16": False,
         "tokens": 128,
     }
     assert report["kept"] == [
