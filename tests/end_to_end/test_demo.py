@@ -15,11 +15,12 @@ from quantine.runtime.source import locate
 pytestmark = pytest.mark.slow
 
 EVALUATION = ["--window", "256", "--limit", "4", "--quiet"]
+SHORT = ["--samples", "8", "--seqlen", "128"]
 
 
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Numbers of the float model and of three quantized ones on held-out built-in text."""
+    """Numbers of the float model and of four quantized ones on held-out built-in text."""
     root = tmp_path_factory.mktemp("demo")
     source = locate("demo")
     converted = root / "float"  # the same weights, which read faster than the GGUF file
@@ -28,7 +29,8 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     requests = {
         "rtn4": ["demo", "--method", "rtn", "--bits", "4", "--samples", "0"],
         "rtn3": [str(converted), "--method", "rtn", "--bits", "3", "--samples", "0"],
-        "gptq3": [str(converted), "--bits", "3", "--samples", "8", "--seqlen", "128"],
+        "gptq3": [str(converted), "--method", "gptq", "--bits", "3", *SHORT],
+        "spqr3": [str(converted), "--method", "spqr", "--bits", "3", *SHORT],
     }
     for name, (model, *request) in requests.items():
         assert cli.main(["quantize", model, str(root / name), *request, "--quiet"]) == 0
@@ -42,14 +44,16 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     return found
 
 
-def test_perplexity_rises_as_bits_fall_and_gptq_holds_it_down(
+def test_perplexity_rises_as_bits_fall_and_calibration_holds_it_down(
     scores: dict[str, dict[str, Any]],
 ) -> None:
     perplexity = {name: value["perplexity"] for name, value in scores.items()}
     assert perplexity["float"] < perplexity["rtn4"] < 1.5 * perplexity["float"]
     assert perplexity["rtn4"] < perplexity["gptq3"] < perplexity["rtn3"]
     assert perplexity["gptq3"] < 2 * perplexity["float"]
-    kl = {name: scores[name]["kl"] for name in ("rtn4", "gptq3", "rtn3")}
+    assert perplexity["spqr3"] < perplexity["gptq3"]
+    kl = {name: scores[name]["kl"] for name in ("rtn4", "spqr3", "gptq3", "rtn3")}
+    assert 0 < kl["spqr3"] < kl["gptq3"]
     assert 0 < kl["rtn4"] < kl["gptq3"] < kl["rtn3"]
     top1 = {name: scores[name]["top1"] for name in kl}
     assert 1 > top1["rtn4"] > top1["gptq3"] > top1["rtn3"] > 0.3
