@@ -23,8 +23,6 @@ from samples import quick
 LARGEST_SHARE_DIFFERING = 0.002
 """Float32 sums in another order may tip a tie."""
 
-native = pytest.mark.skipif(backend.native() is None, reason="there is no native extension here")
-
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -49,7 +47,6 @@ def costs(
     return torch.stack(found)
 
 
-@native
 @quick
 @given(
     n=st.integers(1, 40),
@@ -77,7 +74,6 @@ def test_the_cheapest_grid_is_found(
         assert bool((chosen <= table.amin(0) * (1 + 1e-5)).all())
 
 
-@native
 def test_of_equal_candidates_the_first_is_taken() -> None:
     columns = torch.randn(1, 8, 70, generator=generator(3)) * 0.03
     scales, zeros = torch.full((4, 1, 70), 0.02), torch.full((4, 1, 70), 3.0)
@@ -87,7 +83,6 @@ def test_of_equal_candidates_the_first_is_taken() -> None:
         assert bool((best == 1).all())
 
 
-@native
 @quick
 @given(
     n=st.integers(1, 40),
@@ -117,7 +112,6 @@ def test_columns_are_rounded_alike(
     torch.testing.assert_close(errors[:, same], expected[1][:, same], atol=1e-5, rtol=1e-4)
 
 
-@native
 def test_kept_weights_lose_what_float16_loses() -> None:
     exponents = torch.randint(-10, 6, (4000,), generator=generator(0))
     values = torch.randn(4000, generator=generator(1)) * 10.0**exponents
@@ -135,7 +129,6 @@ def test_kept_weights_lose_what_float16_loses() -> None:
     assert bool(kept[far].all())
 
 
-@native
 def test_shapes_that_do_not_fit_are_refused() -> None:
     extension = backend.native()
     assert extension is not None
