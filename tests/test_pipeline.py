@@ -101,6 +101,21 @@ def test_without_calibration_nothing_is_claimed_about_outputs(
     assert all(0 < layer["weight_error"] < 0.1 for layer in report["layers"])
 
 
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_only_a_true_sequential_plan_sees_what_came_before_in_the_block(
+    true_sequential: bool, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    coarse_before, last = [], "model.layers.0.mlp.down_proj.codes"
+    for bits in (2, 8):
+        early = {"match": "model.layers.0.self_attn.*", "method": "rtn", "bits": bits}
+        late = {"match": "@blocks", "method": "gptq", "bits": 3}
+        rules = [{**rule, "group_size": 32} for rule in (early, late)]
+        plan = Plan.from_dict({"rules": rules, "true_sequential": true_sequential})
+        out = quantine.quantize(tiny("llama"), tmp_path / str(bits), plan, short).path
+        coarse_before.append(stored_tensors(out)[last])
+    assert torch.equal(*coarse_before) == (not true_sequential)
+
+
 def test_spilled_activations_give_the_same_bytes(
     tiny: Tiny, packed: Callable[[str, str], Path], short: Calibration, tmp_path: Path
 ) -> None:

@@ -219,8 +219,10 @@ class TestRefusals:
         )
 
     def test_every_preset_says_what_it_means(self) -> None:
-        for name, fields in PRESETS.items():
-            scheme = Plan.preset(name).rules[0].scheme
+        for name, named in PRESETS.items():
+            plan, fields = Plan.preset(name), dict(named)
+            assert plan.true_sequential == fields.pop("true_sequential", True)
+            scheme = plan.rules[0].scheme
             assert scheme is not None
             assert fields.items() <= scheme.as_dict().items()
             assert scheme.format == "sparse"

@@ -212,11 +212,11 @@ def _predict_block(
     job: Job, checkpoint: Checkpoint, sequential: Sequential, index: int
 ) -> dict[str, list[_Prediction]]:
     predicted = {}
-    for group, paths in enumerate(job.family.groups):
+    layers = [decision.layer for decision in _searched(job, index)]
+    groups = sorted({layer.group for layer in layers if layer.group is not None})
+    paths = [job.family.groups[group][0] for group in groups]
+    for group, hessian in zip(groups, sequential.observe(index, paths), strict=True):
         searched = [d for d in _searched(job, index) if d.layer.group == group]
-        if not searched:
-            continue
-        hessian = sequential.observe(index, paths[0])
         weights = {d.layer: _sampled_weight(checkpoint, d.layer) for d in searched}
         found: dict[tuple[Layer, Scheme], _Prediction] = {}
         # Choices outside, by group size: those of one size share a factor of the Hessian.

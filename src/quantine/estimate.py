@@ -130,8 +130,10 @@ def _peak(job: Job, activations: int) -> int:
 def _in_block(job: Job) -> int:
     """Bytes that one block takes: its weights, and the largest of forward pass and solver."""
     inside = [d.layer for d in job.decisions if d.layer.block == 0]
+    squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
     largest = FLOAT * max(layer.weights for layer in inside)
-    square = FLOAT * max(layer.in_features for layer in inside) ** 2
+    square = max(squares.values())
+    kept = 0 if job.plan.true_sequential else sum(squares.values()) - square
     solving = SOLVED_COPIES * largest + 2 * square + SEARCH_BYTES
     factoring = 4 * square
     forward = square
@@ -139,7 +141,8 @@ def _in_block(job: Job) -> int:
         rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
         widest = max(layer.out_features for layer in inside)
         forward += FLOAT * rows * LIVE_TENSORS * (widest + _width(job))
-    return FLOAT * sum(layer.weights for layer in inside) + max(solving, factoring, forward)
+    weights = FLOAT * sum(layer.weights for layer in inside)
+    return weights + kept + max(solving, factoring, forward)
 
 
 def _width(job: Job) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -14,6 +15,7 @@ from torch import Tensor
 from quantine.allocate import Allocation, probe
 from quantine.calibrate.data import Calibration
 from quantine.calibrate.sequential import Sequential
+from quantine.core.observe import Hessian
 from quantine.errors import OutputError
 from quantine.estimate import Estimate, estimate
 from quantine.families.base import block_list
@@ -239,10 +241,12 @@ def _quantize_block(
     tensors = _kept(job, checkpoint, job.block_names(index))
     reports = []
     maps: dict[str, Tensor] = {}
-    for group, paths in enumerate(job.family.groups):
-        chosen = [d for d in job.block_schemes(index) if d.layer.group == group]
-        hessian = sequential.observe(index, paths[0]) if sequential and chosen else None
-        for decision in chosen:
+    schemes = job.block_schemes(index)
+    groups = sorted({d.layer.group for d in schemes if d.layer.group is not None})
+    hessians = _observed(job, sequential, index, groups)
+    for group in groups:
+        hessian = next(hessians)
+        for decision in (d for d in schemes if d.layer.group == group):
             layer = decision.layer
             weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
             if allocation is not None and decision.choices:
@@ -256,6 +260,21 @@ def _quantize_block(
             reports.append(report)
             progress.layer(report)
     store.commit(_part(index), tensors, reports, maps)
+
+
+def _observed(
+    job: Job, sequential: Sequential | None, index: int, groups: Sequence[int]
+) -> Iterator[Hessian | None]:
+    """Statistics of each group's input; where the plan wants it so, taken only when asked for."""
+    if sequential is None:
+        yield from [None] * len(groups)
+        return
+    paths = [job.family.groups[group][0] for group in groups]
+    if not job.plan.true_sequential:
+        yield from sequential.observe(index, paths)
+        return
+    for path in paths:
+        yield from sequential.observe(index, [path])
 
 
 def _kept(job: Job, checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 from collections.abc import Mapping, Sequence
@@ -79,14 +80,22 @@ class Plan:
         bits_per_weight: what searched layers may take on average, all stored bits counted; with
             rules of method ``search`` only.
         choices: what a searched layer may get.
+        true_sequential: observe an input after the matrices before it in the same block are
+            quantized; otherwise before any of them is, in one pass, as SpQR's published code does.
     """
 
     rules: tuple[Rule, ...]
     name: str = "plan"
     bits_per_weight: float | None = None
     choices: tuple[Scheme, ...] = ()
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.true_sequential, bool):
+            raise PlanError(
+                f"plan {self.name!r}: true_sequential must be true or false, not "
+                f"{self.true_sequential!r}"
+            )
         if not any(rule.scheme or rule.searched for rule in self.rules):
             raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
         searched = any(rule.searched for rule in self.rules)
@@ -118,7 +127,7 @@ class Plan:
         Args:
             name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
             parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
-                ``sym``, ``damp``; they go before the preset's.
+                ``sym``, ``damp``, or ``true_sequential``; they go before the preset's.
 
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
@@ -126,14 +135,14 @@ class Plan:
         if name not in METHODS and name not in PRESETS:
             known = ", ".join([*METHODS, *PRESETS])
             raise PlanError(f"preset must be one of {known}, not {name!r}")
-        scheme = scheme_from(
-            {**PRESETS.get(name, {"method": name}), **parameters}, f"preset {name!r}"
-        )
+        fields = {**PRESETS.get(name, {"method": name}), **parameters}
+        true_sequential = fields.pop("true_sequential", True)
+        scheme = scheme_from(fields, f"preset {name!r}")
         assert scheme is not None
         group = "row" if scheme.spec.group_size == -1 else f"g{scheme.spec.group_size}"
         changed = f"{scheme.method}-{scheme.spec.bits}bit-{group}"
         title = name if name in PRESETS and not parameters else changed
-        return cls((Rule("@blocks", scheme),), title)
+        return cls((Rule("@blocks", scheme),), title, true_sequential=true_sequential)
 
     @classmethod
     def budget(cls, bits_per_weight: float) -> Plan:
@@ -162,7 +171,7 @@ class Plan:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
-        if unknown := set(value) - {"name", "rules", "bits_per_weight", "choices"}:
+        if unknown := set(value) - {field.name for field in dataclasses.fields(cls)}:
             raise PlanError(
                 f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
             )
@@ -183,6 +192,7 @@ class Plan:
             str(value.get("name", name)),
             _budget_from(value, name),
             _choices_from(value, name),
+            value.get("true_sequential", True),
         )
 
     @classmethod
@@ -209,7 +219,11 @@ class Plan:
             rules.append(
                 {"match": rule.match, **(rule.scheme.as_dict() if rule.scheme else unsettled)}
             )
-        plain: dict[str, Any] = {"name": self.name, "rules": rules}
+        plain: dict[str, Any] = {
+            "name": self.name,
+            "rules": rules,
+            "true_sequential": self.true_sequential,
+        }
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight
             plain["choices"] = [scheme.as_dict() for scheme in self.choices]

@@ -19,9 +19,10 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "groups": "refit",
         "clip": "minmax",
         "threshold": 0.2,
+        "true_sequential": False,
     },
 }
-"""One scheme for every matrix in the decoder blocks."""
+"""One scheme for every matrix in the decoder blocks, and what is not the default in the plan."""
 
 _STEPS = (
     # bits, group_size, scale_bits, threshold; from the smallest to the most exact

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,6 +17,7 @@ from quantine.families.base import Family, block_list, is_transposed
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from torch.utils.hooks import RemovableHandle
     from transformers import PretrainedConfig, PreTrainedModel
 
     from quantine.formats.checkpoint import Checkpoint
@@ -89,34 +90,33 @@ class Sequential:
         self._blocks[index].to("meta")
 
     @torch.no_grad()
-    def observe(self, index: int, path: str) -> Hessian:
-        """Statistics of the input of the matrix at ``path`` in block ``index``.
+    def observe(self, index: int, paths: Sequence[str]) -> list[Hessian]:
+        """Statistics of the inputs of the matrices at ``paths`` in block ``index``, in one pass.
 
-        The block runs only as far as that matrix.
+        The block runs only until all of them have been seen.
         """
-        module = self._blocks[index].get_submodule(path)
-        weight = module.get_parameter("weight")
-        hessian = Hessian(weight.shape[0 if is_transposed(module) else 1])
+        looks = [_Look(self._blocks[index].get_submodule(path)) for path in paths]
 
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            with torch.autocast("cpu", enabled=False):
-                hessian.update(args[0])
-            raise _Enough
+        def enough() -> None:
+            if len({look.seen for look in looks}) == 1:
+                raise _Enough
 
-        handle = module.register_forward_pre_hook(look)
+        handles = [look.register(enough) for look in looks]
         try:
             for batch in range(len(self._hidden)):
                 try:
                     self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
+                unseen = paths[min(range(len(paths)), key=lambda number: looks[number].seen)]
                 raise CalibrationError(
-                    f"{self._family.blocks}.{index}.{path} never ran: family "
+                    f"{self._family.blocks}.{index}.{unseen} never ran: family "
                     f"{self._family.name!r} is described wrongly"
                 )
         finally:
-            handle.remove()
-        return hessian
+            for handle in handles:
+                handle.remove()
+        return [look.hessian for look in looks]
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -171,7 +171,26 @@ class Sequential:
 
 
 class _Enough(Exception):
-    """Raised inside a block when the observed input has been seen."""
+    """Raised inside a block when the observed inputs have been seen."""
+
+
+class _Look:
+    """Statistics of what enters ``module``, and how often it was entered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        weight = module.get_parameter("weight")
+        self.hessian = Hessian(weight.shape[0 if is_transposed(module) else 1])
+        self.seen = 0
+        self._module = module
+
+    def register(self, after: Callable[[], None]) -> RemovableHandle:
+        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
+            with torch.autocast("cpu", enabled=False):
+                self.hessian.update(args[0])
+            self.seen += 1
+            after()
+
+        return self._module.register_forward_pre_hook(look)
 
 
 class StandIn(nn.Module):
