@@ -95,8 +95,8 @@ def evaluate(
     for score in score_windows(tested, compared, windows):
         scores.append(score)
         if on_window is not None:
-            on_window(len(scores), len(windows), _perplexity(scores)[0])
-    perplexity, stderr = _perplexity(scores)
+            on_window(len(scores), len(windows), perplexity_of(scores)[0])
+    perplexity, stderr = perplexity_of(scores)
     tokens = sum(score.tokens for score in scores)
     return {
         "model": source.name,
@@ -183,7 +183,7 @@ def _score(logits: Tensor, reference: Tensor | None, targets: Tensor) -> Score:
     return Score(loss, kl, agree, len(targets))
 
 
-def _perplexity(scores: list[Score]) -> tuple[float, float | None]:
+def perplexity_of(scores: list[Score]) -> tuple[float, float | None]:
     """Perplexity and its standard error, windows being the samples; ``None`` with just one."""
     means = [score.loss / score.tokens for score in scores]
     mean = sum(means) / len(means)
