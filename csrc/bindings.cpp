@@ -1,6 +1,6 @@
 // Python bindings: check dtype, shape and contiguity, then call. No arithmetic here.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include "bindings.h"
+
 #include <nanobind/stl/optional.h>
 
 #include <optional>
@@ -8,12 +8,7 @@
 #include "bits.h"
 #include "columns.h"
 
-namespace nb = nanobind;
-
 namespace {
-
-template <typename T>
-using Matrix = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 template <typename Codes, typename Packed>
 void check(const Codes& codes, const Packed& packed, int bits) {
@@ -23,20 +18,18 @@ void check(const Codes& codes, const Packed& packed, int bits) {
     throw nb::value_error("packed must be [rows, packed_bytes(columns, bits)]");
 }
 
-void pack_bits(Matrix<const std::uint8_t> codes, Matrix<std::uint8_t> packed, int bits) {
+void pack_bits(Array<const std::uint8_t> codes, Array<std::uint8_t> packed, int bits) {
   check(codes, packed, bits);
   nb::gil_scoped_release release;
   quantine::pack_bits(codes.data(), packed.data(), codes.shape(0), codes.shape(1), bits);
 }
 
-void unpack_bits(Matrix<const std::uint8_t> packed, Matrix<std::uint8_t> codes, int bits) {
+void unpack_bits(Array<const std::uint8_t> packed, Array<std::uint8_t> codes, int bits) {
   check(codes, packed, bits);
   nb::gil_scoped_release release;
   quantine::unpack_bits(packed.data(), codes.data(), codes.shape(0), codes.shape(1), bits);
 }
 
-template <typename T>
-using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <typename T>
 using Strided = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
 
@@ -45,7 +38,7 @@ void check_bits(int bits) {
 }
 
 void cheapest_grids(Strided<const float> columns, Vector<const float> importance,
-                    Matrix<const float> scales, Matrix<const float> zeros,
+                    Array<const float> scales, Array<const float> zeros,
                     Vector<std::int64_t> best, int bits, float price) {
   check_bits(bits);
   const std::size_t n = columns.shape(0), rows = columns.shape(1);
@@ -60,9 +53,9 @@ void cheapest_grids(Strided<const float> columns, Vector<const float> importance
                            scales.shape(0), bits, price);
 }
 
-void round_columns(Matrix<float> current, Matrix<const float> local, Matrix<const float> scales,
-                   Matrix<const float> zeros, Matrix<std::uint8_t> codes, Matrix<float> errors,
-                   std::optional<Matrix<std::uint8_t>> kept, int bits, float price) {
+void round_columns(Array<float> current, Array<const float> local, Array<const float> scales,
+                   Array<const float> zeros, Array<std::uint8_t> codes, Array<float> errors,
+                   std::optional<Array<std::uint8_t>> kept, int bits, float price) {
   check_bits(bits);
   const std::size_t n = current.shape(0), rows = current.shape(1);
   const auto is = [&](const auto& matrix) {
@@ -91,4 +84,5 @@ NB_MODULE(_native, m) {
   m.def("round_columns", &round_columns, nb::arg("current"), nb::arg("local"), nb::arg("scales"),
         nb::arg("zeros"), nb::arg("codes"), nb::arg("errors"), nb::arg("kept").none(),
         nb::arg("bits"), nb::arg("price"));
+  bind_matrix(m);
 }

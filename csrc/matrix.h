@@ -1,0 +1,121 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "pool.h"
+
+namespace quantine {
+
+// How a product is computed. Exact: weights are decoded in registers and summed in float32. Fast:
+// activations are rounded to 8 bit, with a scale for each block of at most 64 inputs.
+enum class Arithmetic { kExact, kFast };
+
+// How the statistics of a group are kept: as float16, as float32, as codes of a second grid, as
+// codes that are their own values (zero points), or not at all (the middle code).
+enum class Kept { kHalf, kFloat, kCoded, kWhole, kMiddle };
+
+constexpr std::size_t kTile = 16;   // rows that are worked on at once
+constexpr std::size_t kChunk = 4;   // inputs of a row that lie together
+constexpr std::size_t kBlock = 64;  // inputs that share a scale of 8 bit activations, at most
+
+// Where the scales, or the zero points, of a tile's groups are.
+struct Statistic {
+  Kept kept = Kept::kMiddle;
+  int bits = 0;                           // of kCoded and kWhole
+  std::size_t offset = 0;                 // in the bytes of a group
+  std::size_t span = 0;                   // rows that share a second grid; of kCoded
+  std::vector<std::uint16_t> second;      // [spans, groups, 2] float16: step and zero
+};
+
+// Consecutive stored columns within one group.
+struct Block {
+  std::uint32_t group;
+  std::uint32_t first;   // stored column
+  std::uint32_t width;   // columns; the rest of its chunks is padding
+  std::uint32_t chunks;
+};
+
+// A buffer whose start fits vector loads, with room to read past its end.
+class Bytes {
+ public:
+  Bytes() = default;
+  explicit Bytes(std::size_t size);
+  std::uint8_t* data() { return data_.get(); }
+  const std::uint8_t* data() const { return data_.get(); }
+  std::size_t size() const { return size_; }
+
+ private:
+  struct Free {
+    void operator()(std::uint8_t* data) const;
+  };
+  std::unique_ptr<std::uint8_t[], Free> data_;
+  std::size_t size_ = 0;
+};
+
+// Everything a kernel reads of a matrix; see docs/kernels.md for the order of its bytes.
+struct Weights {
+  std::size_t rows = 0, columns = 0, groups = 0;
+  int bits = 0;                  // 2 to 8; 16 and 32: plain floats, without groups
+  std::size_t chunks = 0;        // of a row, padding included
+  std::size_t tile_bytes = 0;    // codes of a tile
+  std::size_t group_bytes = 0;   // statistics of a group of a tile
+  Bytes codes, statistics;
+  Statistic scale, zero;
+  std::vector<Block> blocks;
+  std::vector<std::uint32_t> order;           // stored column j is input order[j]; empty: j
+  std::vector<std::uint32_t> outlier_offsets;  // [rows + 1]; empty: no outliers
+  std::vector<std::uint32_t> outlier_columns;  // stored ones, if there are more than 2^16
+  std::vector<std::uint16_t> outlier_short_columns;
+  std::vector<std::uint16_t> outlier_halves;  // values in float16 where the code means zero,
+  std::vector<float> outlier_floats;          // else what is to be added to the code's value
+};
+
+// Activations as kernels read them, one row after another.
+struct Activations {
+  std::size_t columns = 0, padded = 0, blocks = 0;
+  const float* x = nullptr;             // [batch, columns], stored order
+  const float* spread = nullptr;        // [batch, padded]; exact
+  const std::int8_t* codes = nullptr;   // [batch, padded]; fast
+  const float* scales = nullptr;        // [batch, blocks]; fast
+  const float* sums = nullptr;          // [batch, blocks], of codes; fast
+};
+
+class Matrix {
+ public:
+  explicit Matrix(Weights weights) : weights_(std::move(weights)) {}
+  const Weights& weights() const { return weights_; }
+  std::size_t rows() const { return weights_.rows; }
+  std::size_t columns() const { return weights_.columns; }
+  std::size_t nbytes() const;
+
+  // Rows from `first` as float32 `[count, columns]`, in the order of the inputs.
+  void decode(std::size_t first, std::size_t count, float* out) const;
+
+  // `count` tiles from `first`, transposed: `[columns, 16 * count]` float32 or bfloat16 in the
+  // order of the inputs, for products with many rows.
+  void decode_panel(std::size_t first, std::size_t count, float* out, Pool& pool) const;
+  void decode_panel(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const;
+
+ private:
+  Weights weights_;
+};
+
+struct Product {
+  const Matrix* matrix;
+  float* y;  // [batch, rows], overwritten
+};
+
+// Every product reads the same `x` `[batch, columns]`; one parallel step for all of them.
+void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
+              Arithmetic arithmetic, Pool& pool);
+
+// Instruction sets this machine has, the best one first, and the one in use.
+std::vector<std::string> levels();
+std::string level();
+void use_level(const std::string& name);  // throws std::invalid_argument
+
+}  // namespace quantine

@@ -1,0 +1,134 @@
+// Compiled for AVX2 with FMA; called only where the processor has it.
+
+#include <immintrin.h>
+
+#include "matrix_kernel.h"
+
+namespace quantine {
+namespace {
+
+struct Avx2 {
+  static constexpr int kBatch = 4;  // rows of activations that share decoded codes
+  struct Int {
+    __m256i low, high;
+  };
+  struct Float {
+    __m256 low, high;
+  };
+#define QUANTINE_INLINE static inline __attribute__((always_inline))
+
+  QUANTINE_INLINE Int load(const std::uint8_t* bytes) {
+    const auto* halves = reinterpret_cast<const __m256i*>(bytes);
+    return {_mm256_load_si256(halves), _mm256_load_si256(halves + 1)};
+  }
+  QUANTINE_INLINE Int nothing() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  template <int kDown>
+  QUANTINE_INLINE __m256i down(__m256i a) {
+    if constexpr (kDown > 0) return _mm256_srli_epi32(a, kDown);
+    if constexpr (kDown < 0) return _mm256_slli_epi32(a, -kDown);
+    return a;
+  }
+  template <int kDown, std::uint32_t kMask>
+  QUANTINE_INLINE Int field(Int a) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(kMask));
+    return {_mm256_and_si256(down<kDown>(a.low), mask), _mm256_and_si256(down<kDown>(a.high), mask)};
+  }
+  QUANTINE_INLINE Int join(Int a, Int b) {
+    return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+  }
+  // Even and odd bytes as 16 bit: no sum of two products overflows 32 bit.
+  QUANTINE_INLINE __m256i dot(__m256i acc, __m256i codes, __m256i even, __m256i odd) {
+    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
+    const __m256i high = _mm256_srli_epi16(codes, 8);
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, even));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, odd));
+  }
+  QUANTINE_INLINE Int dot(Int acc, Int codes, std::int32_t four) {
+    const __m256i all = _mm256_set1_epi32(four);
+    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
+    const __m256i odd = _mm256_srai_epi16(all, 8);
+    return {dot(acc.low, codes.low, even, odd), dot(acc.high, codes.high, even, odd)};
+  }
+  template <int k>
+  QUANTINE_INLINE Float byte(Int codes) {
+    return to_float(field<8 * k, 0xffu>(codes));
+  }
+  QUANTINE_INLINE Float to_float(Int a) {
+    return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)};
+  }
+
+  QUANTINE_INLINE Float set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
+  QUANTINE_INLINE Float half(std::uint16_t value) {
+    return set(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(value))));
+  }
+  QUANTINE_INLINE Float halves(const std::uint8_t* bytes) {
+    const auto* parts = reinterpret_cast<const __m128i*>(bytes);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(parts)), _mm256_cvtph_ps(_mm_loadu_si128(parts + 1))};
+  }
+  QUANTINE_INLINE Float floats(const std::uint8_t* bytes) {
+    const auto* values = reinterpret_cast<const float*>(bytes);
+    return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
+  }
+  QUANTINE_INLINE __m256 eight(const std::uint8_t* bytes, std::uint64_t mask) {
+    std::uint64_t word;
+    std::memcpy(&word, bytes, 8);
+    const __m128i codes = _mm_cvtsi64_si128(static_cast<long long>(_pdep_u64(word, mask)));
+    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+  }
+  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, int bits) {
+    const std::uint64_t mask = ((1ull << bits) - 1) * 0x0101010101010101ull;
+    return {eight(bytes, mask), eight(bytes + bits, mask)};
+  }
+  QUANTINE_INLINE Float add(Float a, Float b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+  }
+  QUANTINE_INLINE Float sub(Float a, Float b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+  }
+  QUANTINE_INLINE Float mul(Float a, Float b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+  }
+  QUANTINE_INLINE Float fma(Float a, Float b, Float c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  QUANTINE_INLINE Float fnma(Float a, Float b, Float c) {
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+  }
+  QUANTINE_INLINE void store(float* out, Float a) {
+    _mm256_storeu_ps(out, a.low);
+    _mm256_storeu_ps(out + 8, a.high);
+  }
+  QUANTINE_INLINE void store_bfloat16(std::uint16_t* out, Float a) {
+    float lanes[kTile];
+    store(lanes, a);
+    for (std::size_t r = 0; r < kTile; ++r) out[r] = float_to_bfloat16(lanes[r]);
+  }
+  static inline float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
+                             const float* floats, std::size_t count, const float* x) {
+    __m256 sum = _mm256_setzero_ps();
+    std::size_t e = 0;
+    for (; e + 8 <= count; e += 8) {
+      const __m256i at =
+          _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(columns + e)));
+      const __m256 value =
+          halves ? _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + e)))
+                 : _mm256_loadu_ps(floats + e);
+      sum = _mm256_fmadd_ps(_mm256_i32gather_ps(x, at, 4), value, sum);
+    }
+    float lanes[8], total = 0.0f;
+    _mm256_storeu_ps(lanes, sum);
+    for (const float lane : lanes) total += lane;
+    for (; e < count; ++e) total += x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
+    return total;
+  }
+#undef QUANTINE_INLINE
+};
+
+}  // namespace
+
+const Level& avx2_level() {
+  static const Level level = level_of<Avx2>("avx2");
+  return level;
+}
+
+}  // namespace quantine

@@ -1,0 +1,91 @@
+// Compiled for AVX-512 with VNNI; called only where the processor has it.
+
+#include <immintrin.h>
+
+#include "matrix_kernel.h"
+
+namespace quantine {
+namespace {
+
+struct Avx512 {
+  static constexpr int kBatch = 8;  // rows of activations that share decoded codes
+  using Int = __m512i;
+  using Float = __m512;
+#define QUANTINE_INLINE static inline __attribute__((always_inline))
+
+  QUANTINE_INLINE Int load(const std::uint8_t* bytes) { return _mm512_load_si512(bytes); }
+  QUANTINE_INLINE Int nothing() { return _mm512_setzero_si512(); }
+  template <int kDown, std::uint32_t kMask>
+  QUANTINE_INLINE Int field(Int a) {
+    const Int mask = _mm512_set1_epi32(static_cast<int>(kMask));
+    if constexpr (kDown > 0) a = _mm512_srli_epi32(a, kDown);
+    if constexpr (kDown < 0) a = _mm512_slli_epi32(a, -kDown);
+    return _mm512_and_si512(a, mask);
+  }
+  QUANTINE_INLINE Int join(Int a, Int b) { return _mm512_or_si512(a, b); }
+  QUANTINE_INLINE Int dot(Int acc, Int codes, std::int32_t four) {
+    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
+  }
+  template <int k>
+  QUANTINE_INLINE Float byte(Int codes) {
+    if constexpr (k == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 24));
+    else return _mm512_cvtepi32_ps(field<8 * k, 0xffu>(codes));
+  }
+  QUANTINE_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
+
+  QUANTINE_INLINE Float set(float value) { return _mm512_set1_ps(value); }
+  QUANTINE_INLINE Float half(std::uint16_t value) {
+    return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(value)));
+  }
+  QUANTINE_INLINE Float halves(const std::uint8_t* bytes) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  }
+  QUANTINE_INLINE Float floats(const std::uint8_t* bytes) {
+    return _mm512_loadu_ps(reinterpret_cast<const float*>(bytes));
+  }
+  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, int bits) {
+    const std::uint64_t mask = ((1ull << bits) - 1) * 0x0101010101010101ull;
+    std::uint64_t low, high;
+    std::memcpy(&low, bytes, 8);
+    std::memcpy(&high, bytes + bits, 8);
+    const __m128i codes = _mm_set_epi64x(static_cast<long long>(_pdep_u64(high, mask)),
+                                         static_cast<long long>(_pdep_u64(low, mask)));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+  }
+  QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  QUANTINE_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  QUANTINE_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  QUANTINE_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  QUANTINE_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
+  QUANTINE_INLINE void store(float* out, Float a) { _mm512_storeu_ps(out, a); }
+  QUANTINE_INLINE void store_bfloat16(std::uint16_t* out, Float a) {
+    // Ties to even; weights are finite, so NaN needs no care.
+    const Int bits = _mm512_castps_si512(a);
+    const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const Int up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+  }
+  static inline float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
+                             const float* floats, std::size_t count, const float* x) {
+    Float sum = _mm512_setzero_ps();
+    for (std::size_t e = 0; e < count; e += 16) {
+      const __mmask16 some = static_cast<__mmask16>(count - e >= 16 ? 0xffffu : (1u << (count - e)) - 1);
+      const Int at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, columns + e));
+      const Float value = halves ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, halves + e))
+                                 : _mm512_maskz_loadu_ps(some, floats + e);
+      sum = _mm512_fmadd_ps(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x, 4), value, sum);
+    }
+    return _mm512_reduce_add_ps(sum);
+  }
+#undef QUANTINE_INLINE
+};
+
+}  // namespace
+
+const Level& avx512_level() {
+  static const Level level = level_of<Avx512>("avx512");
+  return level;
+}
+
+}  // namespace quantine

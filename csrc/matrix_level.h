@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "matrix.h"
+
+namespace quantine {
+
+// The kernels of one instruction set.
+struct Level {
+  const char* name;
+  // Rows `tile * 16` and following of `y` `[batch, rows]`.
+  void (*multiply)(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
+                   float* y, bool exact);
+  void (*round)(const Weights& w, const float* x, std::int8_t* codes, float* scales, float* sums);
+  void (*decode)(const Weights& w, std::size_t tile, float* out, std::size_t stride);
+  void (*decode_bfloat16)(const Weights& w, std::size_t tile, std::uint16_t* out,
+                          std::size_t stride);
+};
+
+const Level& scalar_level();
+#if defined(QUANTINE_X86)
+const Level& avx2_level();
+const Level& avx512_level();
+#endif
+
+}  // namespace quantine

@@ -1,0 +1,75 @@
+#include "pool.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace quantine {
+namespace {
+
+constexpr int kSpins = 4000;  // some 50 microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+}  // namespace
+
+Pool::Pool(std::size_t threads) {
+  for (std::size_t index = 1; index < threads; ++index) workers_.emplace_back([this] { work(); });
+}
+
+Pool::~Pool() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+    ++generation_;
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::run(std::size_t count, const std::function<void(std::size_t)>& task) {
+  if (workers_.empty() || count < 2) {
+    for (std::size_t index = 0; index < count; ++index) task(index);
+    return;
+  }
+  const std::lock_guard<std::mutex> turn(callers_);
+  task_ = &task;
+  count_ = count;
+  next_ = 0;
+  busy_ = workers_.size();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++generation_;
+  }
+  wake_.notify_all();
+  take_indices();
+  while (busy_.load(std::memory_order_acquire) != 0) pause();
+}
+
+void Pool::take_indices() {
+  for (std::size_t index = next_++; index < count_; index = next_++) (*task_)(index);
+}
+
+void Pool::work() {
+  std::size_t seen = 0;
+  while (true) {
+    int spins = 0;
+    while (generation_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
+    if (generation_.load(std::memory_order_acquire) == seen) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return generation_.load() != seen; });
+    }
+    ++seen;
+    if (stop_) return;
+    take_indices();
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace quantine

@@ -1,0 +1,250 @@
+#include "relayout.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "half.h"
+
+namespace quantine {
+namespace {
+
+std::size_t up(std::size_t count, std::size_t unit) { return (count + unit - 1) / unit; }
+
+// Columns cut into blocks that do not cross groups.
+std::vector<Block> cut(std::size_t columns, std::size_t group_size) {
+  std::vector<Block> blocks;
+  for (std::size_t start = 0; start < columns; start += group_size) {
+    const std::size_t end = std::min(columns, start + group_size);
+    for (std::size_t first = start; first < end; first += kBlock) {
+      const std::size_t width = std::min(kBlock, end - first);
+      blocks.push_back({static_cast<std::uint32_t>(start / group_size),
+                        static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(width),
+                        static_cast<std::uint32_t>(up(width, kChunk))});
+    }
+  }
+  return blocks;
+}
+
+// Chunks that fill whole vectors of every plane: see docs/kernels.md.
+std::size_t chunks_together(int bits) {
+  if (bits == 8) return 1;
+  return bits % 2 ? 8 : bits % 4 ? 4 : 2;
+}
+
+// Values of a statistic, whatever holds them.
+float value_of(const StatisticSource& source, std::size_t row, std::size_t group,
+               std::size_t rows, std::size_t groups) {
+  switch (source.kept) {
+    case Kept::kHalf:
+      return half_to_float(source.halves[row * groups + group]);
+    case Kept::kWhole:
+      return source.codes[row * groups + group];
+    case Kept::kCoded: {
+      const std::size_t place = group * up(rows, source.span) + row / source.span;
+      const float code = source.codes[group * rows + row];
+      return (code - half_to_float(source.zeros[place])) * half_to_float(source.steps[place]);
+    }
+    default:
+      return static_cast<float>(1 << (source.bits - 1));
+  }
+}
+
+// How a kernel reads a statistic. A second grid has to be that of a whole tile.
+Statistic plan(const StatisticSource& source, std::size_t rows, std::size_t groups) {
+  Statistic found;
+  found.kept = source.kept;
+  found.bits = source.bits;
+  if (source.kept != Kept::kCoded) return found;
+  found.span = source.span;
+  if (source.span % kTile != 0 && source.span < rows) {
+    found.kept = Kept::kFloat;
+    return found;
+  }
+  const std::size_t spans = up(rows, source.span);
+  found.second.resize(spans * groups * 2);
+  for (std::size_t span = 0; span < spans; ++span)
+    for (std::size_t group = 0; group < groups; ++group) {
+      std::uint16_t* pair = &found.second[(span * groups + group) * 2];
+      pair[0] = source.steps[group * spans + span];
+      pair[1] = source.zeros[group * spans + span];
+    }
+  return found;
+}
+
+std::size_t bytes_of(const Statistic& statistic) {
+  switch (statistic.kept) {
+    case Kept::kHalf:
+      return kTile * sizeof(std::uint16_t);
+    case Kept::kFloat:
+      return kTile * sizeof(float);
+    case Kept::kMiddle:
+      return 0;
+    default:
+      return kTile * static_cast<std::size_t>(statistic.bits) / 8;
+  }
+}
+
+void write_statistic(const StatisticSource& source, const Statistic& statistic, std::size_t tile,
+                     std::size_t group, std::size_t rows, std::size_t groups, std::uint8_t* out) {
+  const std::size_t lanes = std::min(kTile, rows - tile * kTile);
+  for (std::size_t lane = 0; lane < lanes; ++lane) {
+    const std::size_t row = tile * kTile + lane;
+    if (statistic.kept == Kept::kHalf) {
+      std::memcpy(out + lane * 2, &source.halves[row * groups + group], 2);
+    } else if (statistic.kept == Kept::kFloat) {
+      const float value = value_of(source, row, group, rows, groups);
+      std::memcpy(out + lane * 4, &value, 4);
+    } else if (statistic.kept != Kept::kMiddle) {
+      const bool whole = statistic.kept == Kept::kWhole;
+      const std::uint32_t code = source.codes[whole ? row * groups + group : group * rows + row];
+      const std::size_t bit = lane * static_cast<std::size_t>(statistic.bits);
+      const std::uint32_t shifted = code << (bit % 8);
+      out[bit / 8] |= static_cast<std::uint8_t>(shifted);
+      if (shifted > 0xff) out[bit / 8 + 1] |= static_cast<std::uint8_t>(shifted >> 8);
+    }
+  }
+}
+
+// One lane of the vectors of a chunk: its four codes, cut into planes.
+void write_chunk(std::uint32_t word, int bits, std::size_t chunk, std::size_t lane,
+                 std::uint8_t* tile) {
+  const std::size_t together = chunks_together(bits);
+  const std::size_t vectors = static_cast<std::size_t>(bits) * together / 8;
+  std::uint8_t* vector = tile + chunk / together * vectors * 64 + lane * kChunk;
+  const std::size_t place = chunk % together;
+  int low = 0;
+  for (const int width : {8, 4, 2, 1}) {
+    if (width == 8 ? bits != 8 : bits == 8 || !(bits & width)) continue;
+    const std::size_t share = 8 / static_cast<std::size_t>(width);  // chunks in a vector
+    const std::uint32_t mask = ((1u << width) - 1) * 0x01010101u;
+    const std::uint32_t part = ((word >> low) & mask) << (static_cast<int>(place % share) * width);
+    std::uint32_t held;
+    std::memcpy(&held, vector + place / share * 64, 4);
+    held |= part;
+    std::memcpy(vector + place / share * 64, &held, 4);
+    vector += together / share * 64;
+    low += width;
+  }
+}
+
+void write_codes(const Source& source, const Weights& weights, std::size_t tile,
+                 std::uint8_t* out) {
+  const std::size_t lanes = std::min(kTile, weights.rows - tile * kTile);
+  for (std::size_t lane = 0; lane < lanes; ++lane) {
+    const std::uint8_t* row = source.codes + (tile * kTile + lane) * source.columns;
+    std::size_t chunk = 0;
+    for (const Block& block : weights.blocks)
+      for (std::uint32_t part = 0; part < block.chunks; ++part, ++chunk) {
+        std::uint32_t word = 0;
+        const std::uint32_t done = part * static_cast<std::uint32_t>(kChunk);
+        std::memcpy(&word, row + block.first + done, std::min<std::size_t>(kChunk, block.width - done));
+        write_chunk(word, source.bits, chunk, lane, out);
+      }
+  }
+}
+
+// An outlier replaces its code. Where the grid has an exact zero, the code is made to mean that;
+// else what the code means is taken off the value.
+void write_outliers(const Source& source, Weights& weights, std::vector<std::uint8_t>& codes) {
+  const std::size_t entries = static_cast<std::size_t>(source.outlier_offsets[source.rows]);
+  weights.outlier_offsets.assign(source.outlier_offsets, source.outlier_offsets + source.rows + 1);
+  const bool narrow = source.columns <= 65536;
+  if (narrow)
+    weights.outlier_short_columns.assign(source.outlier_columns, source.outlier_columns + entries);
+  else
+    weights.outlier_columns.assign(source.outlier_columns, source.outlier_columns + entries);
+  const bool exact_zero = source.zero.kept == Kept::kWhole || source.zero.kept == Kept::kMiddle;
+  const bool halves = exact_zero && source.outlier_halves != nullptr;
+  if (halves)
+    weights.outlier_halves.assign(source.outlier_halves, source.outlier_halves + entries);
+  else
+    weights.outlier_floats.resize(entries);
+  for (std::size_t row = 0; row < source.rows; ++row)
+    for (std::size_t e = weights.outlier_offsets[row]; e < weights.outlier_offsets[row + 1]; ++e) {
+      const std::size_t column = static_cast<std::size_t>(source.outlier_columns[e]);
+      const std::size_t group = column / source.group_size;
+      const float zero = value_of(source.zero, row, group, source.rows, weights.groups);
+      std::uint8_t& code = codes[row * source.columns + column];
+      if (halves) {
+        code = static_cast<std::uint8_t>(zero);
+        continue;
+      }
+      const float scale = value_of(source.scale, row, group, source.rows, weights.groups);
+      const float value = source.outlier_floats != nullptr
+                              ? source.outlier_floats[e]
+                              : half_to_float(source.outlier_halves[e]);
+      weights.outlier_floats[e] = value - (static_cast<float>(code) - zero) * scale;
+    }
+}
+
+template <typename T>
+Weights plain(const T* values, std::size_t rows, std::size_t columns, Pool& pool) {
+  Weights weights;
+  weights.rows = rows;
+  weights.columns = columns;
+  weights.bits = static_cast<int>(8 * sizeof(T));
+  weights.tile_bytes = columns * kTile * sizeof(T);
+  weights.blocks = cut(columns, columns);
+  const std::size_t tiles = up(rows, kTile);
+  weights.codes = Bytes(tiles * weights.tile_bytes);
+  pool.run(tiles, [&](std::size_t tile) {
+    T* out = reinterpret_cast<T*>(weights.codes.data() + tile * weights.tile_bytes);
+    for (std::size_t lane = 0; lane < std::min(kTile, rows - tile * kTile); ++lane)
+      for (std::size_t column = 0; column < columns; ++column)
+        out[column * kTile + lane] = values[(tile * kTile + lane) * columns + column];
+  });
+  return weights;
+}
+
+}  // namespace
+
+Weights relayout(const Source& source, Pool& pool) {
+  Weights weights;
+  weights.rows = source.rows;
+  weights.columns = source.columns;
+  weights.bits = source.bits;
+  weights.groups = up(source.columns, source.group_size);
+  weights.blocks = cut(source.columns, source.group_size);
+  for (const Block& block : weights.blocks) weights.chunks += block.chunks;
+  const std::size_t together = chunks_together(source.bits);
+  weights.tile_bytes =
+      up(weights.chunks, together) * together * kChunk * kTile * static_cast<std::size_t>(source.bits) / 8;
+  weights.scale = plan(source.scale, source.rows, weights.groups);
+  weights.zero = plan(source.zero, source.rows, weights.groups);
+  weights.zero.offset = bytes_of(weights.scale);
+  weights.group_bytes = weights.zero.offset + bytes_of(weights.zero);
+  if (source.order != nullptr) weights.order.assign(source.order, source.order + source.columns);
+
+  Source changed = source;
+  std::vector<std::uint8_t> codes;
+  if (source.outlier_offsets != nullptr) {
+    codes.assign(source.codes, source.codes + source.rows * source.columns);
+    write_outliers(source, weights, codes);
+    changed.codes = codes.data();
+  }
+  const std::size_t tiles = up(source.rows, kTile);
+  weights.codes = Bytes(tiles * weights.tile_bytes);
+  weights.statistics = Bytes(tiles * weights.groups * weights.group_bytes);
+  pool.run(tiles, [&](std::size_t tile) {
+    write_codes(changed, weights, tile, weights.codes.data() + tile * weights.tile_bytes);
+    for (std::size_t group = 0; group < weights.groups; ++group) {
+      std::uint8_t* out =
+          weights.statistics.data() + (tile * weights.groups + group) * weights.group_bytes;
+      write_statistic(source.scale, weights.scale, tile, group, source.rows, weights.groups, out);
+      write_statistic(source.zero, weights.zero, tile, group, source.rows, weights.groups,
+                      out + weights.zero.offset);
+    }
+  });
+  return weights;
+}
+
+Weights relayout(const std::uint16_t* values, std::size_t rows, std::size_t columns, Pool& pool) {
+  return plain(values, rows, columns, pool);
+}
+
+Weights relayout(const float* values, std::size_t rows, std::size_t columns, Pool& pool) {
+  return plain(values, rows, columns, pool);
+}
+
+}  // namespace quantine
