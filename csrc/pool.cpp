@@ -49,7 +49,10 @@ void Pool::run(std::size_t count, const std::function<void(std::size_t)>& task) 
   }
   wake_.notify_all();
   take_indices();
-  while (busy_.load(std::memory_order_acquire) != 0) pause();
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < kSpins) pause();
+    else std::this_thread::yield();  // the worker may wait for this very processor
+  }
 }
 
 void Pool::take_indices() {

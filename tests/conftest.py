@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from quantine import Calibration, Plan, quantize
 from tiny_models import FAMILIES, build, matrices_of, mixed_rules, tiny_config
 
 SENTENCES = 400
+
+# How long an example takes says nothing on a machine that does other things, too.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True, scope="session")

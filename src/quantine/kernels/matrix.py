@@ -1,0 +1,182 @@
+"""Products with packed matrices: the native kernels, and the PyTorch meaning of them.
+
+A native `Matrix` holds the tensors of a `QTensor` in the order in which the kernels read them; see
+docs/kernels.md. There are two kinds of arithmetic. ``exact``: weights are decoded in registers, and
+products are summed in float32. ``fast``: activations are rounded to 8 bits first, one scale for
+each block of at most `BLOCK` inputs, which never crosses a group of weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.grid import Grid, Statistic
+from quantine.core.qtensor import QTensor
+from quantine.kernels import backend
+
+BLOCK: Final = 64
+"""Inputs that share a scale of 8 bit activations, at most."""
+TILE: Final = 16
+"""Output rows of a tile."""
+PANEL_BYTES: Final = 2**22
+"""Decoded weights that are multiplied at once where there are many rows: they stay in cache."""
+LARGEST_CODE: Final = 127
+SMALLEST: Final = 1e-35
+"""Blocks of activations that do not reach this are rounded to zero."""
+
+Matrix = Any
+"""``quantine._native.Matrix``; the extension has no type stubs."""
+
+
+def pool() -> Any:
+    """Threads for native kernels, as many as PyTorch uses."""
+    return _pool(torch.get_num_threads(), os.getpid())
+
+
+@functools.cache
+def _pool(threads: int, process: int) -> Any:
+    # By process, because threads do not survive a fork.
+    native = backend.native()
+    assert native is not None
+    return native.Pool(threads)
+
+
+def packed_matrix(qtensor: QTensor) -> Matrix | None:
+    """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU."""
+    native = backend.native() if qtensor.codes.device.type == "cpu" else None
+    if native is None:
+        return None
+    grid = qtensor.grid
+    outliers = None
+    if qtensor.outliers is not None:
+        values = qtensor.outliers.values
+        half = values.dtype == torch.float16
+        outliers = native.Outliers(
+            qtensor.outliers.row_offsets,
+            qtensor.outliers.columns,
+            values.view(torch.int16) if half else None,
+            None if half else values.float(),
+        )
+    return native.Matrix.packed(
+        qtensor.codes.contiguous(),
+        grid.bits,
+        grid.group_size,
+        _statistic(native, grid.scale),
+        _statistic(native, grid.zero_point),
+        None if qtensor.in_perm is None else qtensor.in_perm.long(),
+        outliers,
+        pool(),
+    )
+
+
+def float_matrix(weight: Tensor) -> Matrix | None:
+    """The native matrix of a float ``weight`` ``[out, in]``, in 16 bit if that loses nothing."""
+    native = backend.native() if weight.device.type == "cpu" else None
+    if native is None:
+        return None
+    half = weight.half()
+    if torch.equal(half.to(weight.dtype), weight):
+        return native.Matrix.from_half(half.contiguous().view(torch.int16), pool())
+    return native.Matrix.from_float(weight.float().contiguous(), pool())
+
+
+def _statistic(native: Any, stored: Tensor | Statistic | None) -> Any:
+    if stored is None:
+        return native.Statistic()
+    if isinstance(stored, Statistic):
+        second: Grid = stored.grid
+        return native.Statistic(
+            codes=stored.codes.contiguous(),
+            steps=_half_bits(second.scale),
+            zeros=_half_bits(second.zero_point),
+            bits=second.bits,
+            span=second.group_size,
+        )
+    if stored.dtype == torch.uint8:
+        return native.Statistic(codes=stored.contiguous())
+    return native.Statistic(halves=_half_bits(stored))
+
+
+def _half_bits(stored: Tensor | Statistic | None) -> Tensor:
+    assert isinstance(stored, Tensor)
+    return stored.contiguous().view(torch.int16)
+
+
+def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]:
+    """``x @ W.T`` for each of ``matrices``, whose inputs are the same; one parallel step.
+
+    Args:
+        matrices: native ones, ``[out, in]``.
+        x: ``[batch, in]`` float32, contiguous.
+        exact: the arithmetic, see the module.
+
+    Returns:
+        ``[batch, out]`` float32 each.
+    """
+    native = backend.native()
+    assert native is not None
+    results = [x.new_empty(len(x), matrix.rows) for matrix in matrices]
+    native.multiply(list(matrices), x, results, exact, pool())
+    return results
+
+
+def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
+    """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
+
+    Args:
+        x: ``[batch, in]`` float32 or bfloat16; the weights are rounded to its dtype.
+
+    Returns:
+        ``[batch, out]`` in the dtype of ``x``.
+    """
+    result = x.new_empty(len(x), matrix.rows)
+    row_bytes = matrix.columns * x.element_size()
+    width = max(TILE, PANEL_BYTES // row_bytes // TILE * TILE)
+    for first in range(0, matrix.rows, width):
+        rows = min(width, matrix.rows - first)
+        panel = x.new_empty(matrix.columns, math.ceil(rows / TILE) * TILE)
+        if x.dtype == torch.bfloat16:
+            matrix.decode_panel_bfloat16(first // TILE, panel.view(torch.int16), pool())
+        else:
+            matrix.decode_panel(first // TILE, panel, pool())
+        torch.mm(x, panel[:, :rows], out=result[:, first : first + rows])
+    return result
+
+
+def multiply_reference(qtensor: QTensor, x: Tensor, exact: bool) -> Tensor:
+    """The meaning of `multiply` for one matrix."""
+    if exact:
+        return x @ qtensor.dequantize().T
+    stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
+    weight = qtensor.grid.decode(qtensor.codes)
+    rounded = round_activations(stored, qtensor.grid.group_size)
+    if qtensor.outliers is None:
+        return rounded @ weight.T
+    # What an outlier adds to its code's weight meets the activations as they are. Where the grid has
+    # an exact zero, the code stands for that.
+    kept = qtensor.outliers
+    places = kept.row_indices(), kept.columns
+    zero = qtensor.grid.zero_point
+    if zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8):
+        weight[places] = 0.0
+    added = torch.zeros_like(weight)
+    added[places] = kept.values.float() - weight[places]
+    return rounded @ weight.T + stored @ added.T
+
+
+def round_activations(x: Tensor, group_size: int) -> Tensor:
+    """``x`` ``[batch, in]`` float32 after rounding to 8 bits, in stored column order."""
+    parts = []
+    for group in x.split(group_size, 1):
+        for block in group.split(BLOCK, 1):
+            largest = block.abs().amax(1, keepdim=True)
+            inverse = torch.where(largest > SMALLEST, LARGEST_CODE / largest, 0.0)
+            parts.append((block * inverse).round_() * (largest / LARGEST_CODE))
+    return torch.cat(parts, 1)

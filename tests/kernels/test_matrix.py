@@ -1,0 +1,257 @@
+"""Products with packed matrices: every instruction set against the PyTorch reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantine.core.grid import Grid, Statistic
+from quantine.core.qtensor import QTensor
+from quantine.core.sparse import Csr
+from quantine.kernels import backend
+from quantine.kernels.matrix import (
+    float_matrix,
+    multiply,
+    multiply_panels,
+    multiply_reference,
+    packed_matrix,
+    pool,
+)
+
+STATISTICS = ("half", "coded", "coded across tiles", "coded whole")
+ZEROS = ("middle", "whole", "half", "coded")
+
+
+def native() -> Any:
+    found = backend.native()
+    assert found is not None, "the native extension is off or missing: nothing to test"
+    return found
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param not in native().levels():
+        pytest.skip(f"this processor has no {request.param}")
+    before = native().level()
+    native().use_level(request.param)
+    yield request.param
+    native().use_level(before)
+
+
+def statistic(generator: torch.Generator, rows: int, groups: int, kind: str) -> Tensor | Statistic:
+    if kind == "half":
+        values = torch.rand(rows, groups, generator=generator) * 0.05 + 1e-4
+        return values.half()
+    bits = int(torch.randint(2, 9, (), generator=generator))
+    span = {"coded": 16, "coded across tiles": 10, "coded whole": rows}[kind]
+    codes = torch.randint(0, 2**bits, (groups, rows), generator=generator, dtype=torch.uint8)
+    tiles = math.ceil(rows / span)
+    step = (torch.rand(groups, tiles, generator=generator) * 0.02).half()
+    zero = torch.randn(groups, tiles, generator=generator).half()
+    return Statistic(codes, Grid(step, zero, bits, span))
+
+
+def qtensor_of(
+    seed: int,
+    rows: int,
+    groups: int,
+    group_size: int,
+    bits: int,
+    scale: str,
+    zero: str,
+    outliers: float,
+    ordered: bool,
+) -> QTensor:
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * group_size
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    points: Tensor | Statistic | None = None
+    if zero == "whole":
+        points = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+    elif zero == "half":
+        points = (torch.rand(rows, groups, generator=generator) * 2**bits).half()
+    elif zero == "coded":
+        points = statistic(generator, rows, groups, "coded")
+    kept = None
+    if outliers:
+        mask = torch.rand(rows, columns, generator=generator) < outliers
+        mask[rows // 2] = False  # an empty row
+        mask[0] = True  # and a full one
+        kept = Csr.where(mask, torch.randn(rows, columns, generator=generator))
+    order = torch.randperm(columns, generator=generator) if ordered else None
+    grid = Grid(statistic(generator, rows, groups, scale), points, bits, group_size)
+    return QTensor(codes, grid, order, kept)
+
+
+def reach(q: QTensor) -> Tensor:
+    """How large the parts of each weight are that sums are made of, ``[out, in]``."""
+    size = q.grid.group_size
+    scale, zero = (s.abs().repeat_interleave(size, 1) for s in (q.grid.scales(), q.grid.zeros()))
+    stored = (q.codes + zero) * scale
+    if q.outliers is not None:
+        places = q.outliers.row_indices(), q.outliers.columns
+        stored[places] += q.outliers.values.float().abs()
+    return stored if q.in_perm is None else stored[:, q.in_perm.argsort()]
+
+
+def close(found: Tensor, expected: Tensor, x: Tensor, weight: Tensor) -> bool:
+    """Within 1e-5 of what the sums could reach."""
+    size = x.abs() @ weight.abs().T
+    return bool(((found - expected).abs() <= 1e-5 * size + 1e-30).all())
+
+
+cases = st.builds(
+    qtensor_of,
+    seed=st.integers(0, 2**16),
+    rows=st.integers(1, 50),
+    groups=st.integers(1, 5),
+    group_size=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 128, 200])),
+    bits=st.integers(2, 8),
+    scale=st.sampled_from(STATISTICS),
+    zero=st.sampled_from(ZEROS),
+    outliers=st.sampled_from([0.0, 0.01, 0.3]),
+    ordered=st.booleans(),
+)
+
+
+@pytest.mark.usefixtures("level")
+class TestPacked:
+    @given(cases, st.sampled_from([1, 2, 3, 8, 17]), st.booleans())
+    @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.01, True), 8, False)
+    @example(qtensor_of(1, 16, 4, 16, 3, "coded", "whole", 0.3, False), 1, False)
+    def test_products_equal_the_reference(self, q: QTensor, batch: int, exact: bool) -> None:
+        x = torch.randn(batch, q.codes.shape[1], generator=torch.Generator().manual_seed(batch))
+        (found,) = multiply([packed_matrix(q)], x, exact)
+        assert close(found, multiply_reference(q, x, exact), x, reach(q))
+
+    @given(cases)
+    def test_decoded_rows_are_the_weights(self, q: QTensor) -> None:
+        matrix, weight = packed_matrix(q), q.dequantize()
+        assert (matrix.rows, matrix.columns) == weight.shape
+        out = torch.empty_like(weight)
+        matrix.decode(0, out)
+        whole = q.grid.zero_point is None or (
+            isinstance(q.grid.zero_point, Tensor) and q.grid.zero_point.dtype == torch.uint8
+        )
+        if q.outliers is None or whole:
+            assert torch.equal(out, weight)
+        else:
+            torch.testing.assert_close(out, weight, rtol=1e-5, atol=1e-5)
+        last = torch.empty(1, weight.shape[1])
+        matrix.decode(len(weight) - 1, last)
+        assert torch.equal(last, out[-1:])
+
+    @given(cases, st.sampled_from([torch.float32, torch.bfloat16]))
+    def test_panels_multiply_by_the_rounded_weights(self, q: QTensor, dtype: torch.dtype) -> None:
+        x = torch.randn(5, q.codes.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+        found = multiply_panels(packed_matrix(q), x)
+        weight = q.dequantize().to(dtype)
+        assert found.dtype == dtype
+        size = x.float().abs() @ reach(q).T
+        error = (found.float() - x.float() @ weight.float().T).abs()
+        assert bool((error <= (1e-5 if dtype == torch.float32 else 1e-2) * size + 1e-30).all())
+
+    @given(st.integers(2, 8), st.booleans())
+    def test_extreme_activations(self, bits: int, exact: bool) -> None:
+        q = qtensor_of(bits, 20, 3, 16, bits, "half", "whole", 0.0, False)
+        x = torch.zeros(6, 48)
+        x[1] = 1e-42  # subnormal
+        x[2] = 3e30
+        x[3, 5] = -1e30  # alone in its block
+        x[4] = torch.linspace(-1e-30, 1e-30, 48)
+        x[5, ::7] = 1.0
+        (found,) = multiply([packed_matrix(q)], x, exact)
+        assert close(found, multiply_reference(q, x, exact), x, reach(q))
+        assert torch.equal(found[0], torch.zeros(20))
+
+    def test_what_is_not_finite_stays_so(self) -> None:
+        q = qtensor_of(3, 20, 3, 16, 4, "half", "whole", 0.0, False)
+        for value in (math.inf, -math.inf, math.nan):
+            x = torch.ones(2, 48)
+            x[0, 20] = value
+            for exact in (False, True):
+                (found,) = multiply([packed_matrix(q)], x, exact)
+                weight = q.dequantize()[:, 20]
+                assert not bool(found[0][weight != 0].isfinite().any())
+                assert bool(found[1].isfinite().all())
+
+    @given(st.integers(1, 70), st.integers(1, 90), st.sampled_from([1, 3, 8]), st.booleans())
+    def test_float_matrices(self, rows: int, columns: int, batch: int, half: bool) -> None:
+        generator = torch.Generator().manual_seed(rows)
+        weight = torch.randn(rows, columns, generator=generator)
+        weight = weight.half().float() if half else weight
+        matrix = float_matrix(weight)
+        x = torch.randn(batch, columns, generator=generator)
+        (found,) = multiply([matrix], x, exact=False)
+        assert close(found, x @ weight.T, x, weight)
+        out = torch.empty_like(weight)
+        matrix.decode(0, out)
+        assert torch.equal(out, weight)
+        assert matrix.nbytes >= weight.numel() * (2 if half else 4)
+
+    @given(st.lists(cases, min_size=2, max_size=4), st.booleans())
+    def test_one_step_for_several_matrices(self, found: list[QTensor], exact: bool) -> None:
+        width = found[0].codes.shape[1]
+        qs = [q for q in found if q.codes.shape[1] == width]
+        qs.append(qtensor_of(9, 30, 1, width, 5, "half", "middle", 0.0, False))
+        x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+        together = multiply([packed_matrix(q) for q in qs], x, exact)
+        for q, y in zip(qs, together, strict=True):
+            assert torch.equal(y, multiply([packed_matrix(q)], x, exact)[0])
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    q = qtensor_of(0, 500, 8, 64, 3, "coded", "whole", 0.02, True)
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
+    matrix = packed_matrix(q)
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        assert pool().threads == count
+        results.append(multiply([matrix], x, exact=False)[0])
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_matrix_takes_no_more_memory_than_its_layout() -> None:
+    for bits in range(2, 9):
+        q = qtensor_of(bits, 512, 8, 64, bits, "half", "whole", 0.0, False)
+        packed = q.codes.numel() * bits / 8 + 512 * 8 * (2 + bits / 8)
+        assert packed_matrix(q).nbytes <= 1.01 * packed + 1024
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": 1},
+        {"bits": 9},
+        {"group_size": 0},
+        {"order": torch.tensor([0, 1, 2, 8])},
+        {"order": torch.tensor([0, 1])},
+    ],
+)
+def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
+    n = native()
+    scale = n.Statistic(halves=torch.ones(3, 1, dtype=torch.int16))
+    fields = {
+        "codes": torch.zeros(3, 4, dtype=torch.uint8),
+        "bits": 4,
+        "group_size": 4,
+        "scale": scale,
+        "zero": n.Statistic(),
+        "order": None,
+        "outliers": None,
+        "pool": n.Pool(1),
+    }
+    assert n.Matrix.packed(**fields).rows == 3
+    with pytest.raises((ValueError, TypeError)):
+        n.Matrix.packed(**{**fields, **change})
