@@ -69,43 +69,44 @@ class Cursor {
 
   inline Cursor(const Weights& w, std::size_t tile)
       : next_(w.statistics.data() + tile * w.groups * w.group_bytes),
-        scale_(w.scale),
-        zero_(w.zero),
         step_(w.group_bytes),
-        scale_second_(second(w.scale, tile, w.groups)),
-        zero_second_(second(w.zero, tile, w.groups)),
-        middle_(V::set(static_cast<float>(1 << (w.bits - 1)))) {}
+        scale_(w.scale, tile, w.groups),
+        zero_(w.zero, tile, w.groups),
+        middle_(static_cast<float>(1 << (w.bits - 1))) {}
 
   inline __attribute__((always_inline)) void advance(Float& scale, Float& zero) {
-    scale = read(scale_, next_, scale_second_);
-    zero = zero_.kept == Kept::kMiddle ? middle_ : read(zero_, next_ + zero_.offset, zero_second_);
+    scale = read(scale_, next_);
+    zero = zero_.kept == Kept::kMiddle ? V::set(middle_) : read(zero_, next_ + zero_.offset);
     next_ += step_;
   }
 
  private:
-  static const std::uint16_t* second(const Statistic& s, std::size_t tile, std::size_t groups) {
-    if (s.kept != Kept::kCoded) return nullptr;
-    return s.second.data() + tile * kTile / s.span * groups * 2;
-  }
+  // A copy of what is read for every group: the compiler can keep it in registers.
+  struct Reader {
+    inline Reader(const Statistic& s, std::size_t tile, std::size_t groups)
+        : kept(s.kept), bits(s.bits), offset(s.offset), second(nullptr) {
+      if (kept == Kept::kCoded) second = s.second.data() + tile * kTile / s.span * groups * 2;
+    }
+    Kept kept;
+    int bits;
+    std::size_t offset;
+    const std::uint16_t* second;
+  };
 
-  static inline __attribute__((always_inline)) Float read(const Statistic& s, const std::uint8_t* bytes,
-                                                          const std::uint16_t*& pair) {
+  static inline __attribute__((always_inline)) Float read(Reader& s, const std::uint8_t* bytes) {
     if (s.kept == Kept::kHalf) return V::halves(bytes);
     if (s.kept == Kept::kFloat) return V::floats(bytes);
     const Float code = V::spread(bytes, s.bits);
     if (s.kept == Kept::kWhole) return code;
-    const Float zero = V::half(pair[1]), step = V::half(pair[0]);
-    pair += 2;
+    const Float zero = V::half(s.second[1]), step = V::half(s.second[0]);
+    s.second += 2;
     return V::mul(V::sub(code, zero), step);
   }
 
   const std::uint8_t* next_;
-  const Statistic& scale_;
-  const Statistic& zero_;
   std::size_t step_;
-  const std::uint16_t* scale_second_;
-  const std::uint16_t* zero_second_;
-  Float middle_;
+  Reader scale_, zero_;
+  float middle_;
 };
 
 inline std::int32_t four_codes(const std::int8_t* codes) {
@@ -130,7 +131,11 @@ inline __attribute__((always_inline)) void each_chunk(const Weights& w, std::siz
 }
 
 template <typename V, int kBits, int kBatch>
-void fast_tile(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* total) {
+void fast_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  const Activations a = activations;  // vectors may alias anything, but not a copy
+  typename V::Float total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero;
   typename V::Int acc[kBatch];
@@ -161,10 +166,15 @@ void fast_tile(const Weights& w, const Activations& a, std::size_t tile, typenam
     left = block->chunks;
     if (block->group != group) cursor.advance(scale, zero);
   });
+  for (int b = 0; b < kBatch; ++b) result[b] = total[b];
 }
 
 template <typename V, int kBits, int kBatch>
-void exact_tile(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* total) {
+void exact_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  const Activations a = activations;  // vectors may alias anything, but not a copy
+  typename V::Float total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero, acc[kBatch];
   for (int b = 0; b < kBatch; ++b) acc[b] = V::set(0.0f);
@@ -191,6 +201,7 @@ void exact_tile(const Weights& w, const Activations& a, std::size_t tile, typena
     left = block->chunks;
     if (block->group != group) cursor.advance(scale, zero);
   });
+  for (int b = 0; b < kBatch; ++b) result[b] = total[b];
 }
 
 template <typename V, typename T, int kBatch>
