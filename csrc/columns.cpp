@@ -22,7 +22,7 @@ QUANTINE_INLINE void round_column(const Columns& c, std::size_t j, std::size_t f
   float* __restrict error = c.errors + j * c.rows + first;
   std::uint8_t* __restrict code_out = c.codes + j * c.rows + first;
   for (std::size_t r = 0; r < width; ++r) {
-    const float divisor = std::max(scale[r], kSmallestDivisor);
+    const float divisor = larger(scale[r], kSmallestDivisor);
     const float code = nearest_code(weight[r] / divisor + zero[r], top);
     code_out[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
     error[r] = (weight[r] - (code - zero[r]) * divisor) / diagonal;

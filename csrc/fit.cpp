@@ -32,12 +32,21 @@ struct Tile {
   }
 };
 
-// The scale of a grid with a whole zero point over `low` to `high`, before it is rounded.
-QUANTINE_INLINE float whole_scale(float low, float high, const FitRequest& f) {
+// Ranges for grids with whole zero points hold zero: the scales they need, before rounding.
+QUANTINE_INLINE void whole_scales(const Lanes& low, const Lanes& high, const FitRequest& f,
+                                  Lanes& scale) {
   const float top = static_cast<float>((1 << f.bits) - 1);
-  const float middle = static_cast<float>(1 << (f.bits - 1));
-  const float from = std::min(low, 0.0f), to = std::max(high, 0.0f);
-  return f.symmetric ? std::max(to / (top - middle), -from / middle) : (to - from) / top;
+  const float middle = static_cast<float>(1 << (f.bits - 1)), above = top - middle;
+  if (f.symmetric) {
+    for (std::size_t r = 0; r < kLanes; ++r) {
+      const float upper = larger(high.at[r], 0.0f) / above;
+      const float lower = -smaller(low.at[r], 0.0f) / middle;
+      scale.at[r] = larger(upper, lower);
+    }
+    return;
+  }
+  for (std::size_t r = 0; r < kLanes; ++r)
+    scale.at[r] = (larger(high.at[r], 0.0f) - smaller(low.at[r], 0.0f)) / top;
 }
 
 // Grids over the ranges from `low` to `high`: quantine.core.fit.cover.
@@ -47,21 +56,23 @@ QUANTINE_INLINE void cover(const Lanes& low, const Lanes& high, const FitRequest
     const float farthest =
         static_cast<float>(std::exp2(std::min(f.scale_bits, f.zero_bits) / 2.0));
     for (std::size_t r = 0; r < kLanes; ++r) {
-      const float reach = std::max(std::fabs(low.at[r]), std::fabs(high.at[r]));
+      const float reach = larger(std::fabs(low.at[r]), std::fabs(high.at[r]));
       const bool distant = high.at[r] - low.at[r] <= reach / farthest;
-      const float from = distant ? std::min(low.at[r], 0.0f) : low.at[r];
-      const float to = distant ? std::max(high.at[r], 0.0f) : high.at[r];
-      grid.scale.at[r] = std::max((to - from) / top, kSmallestHalf);
+      const float from = distant ? smaller(low.at[r], 0.0f) : low.at[r];
+      const float to = distant ? larger(high.at[r], 0.0f) : high.at[r];
+      grid.scale.at[r] = larger((to - from) / top, kSmallestHalf);
       grid.zero.at[r] = -from / grid.scale.at[r];
     }
     return;
   }
+  whole_scales(low, high, f, grid.scale);
   const float middle = static_cast<float>(1 << (f.bits - 1));
+  const bool symmetric = f.symmetric;
   for (std::size_t r = 0; r < kLanes; ++r) {
-    const float scale = to_half(std::max(whole_scale(low.at[r], high.at[r], f), kSmallestHalf));
+    const float scale = to_half(larger(grid.scale.at[r], kSmallestHalf));
+    const float zero = nearest_code(-smaller(low.at[r], 0.0f) / scale, top);
     grid.scale.at[r] = scale;
-    grid.zero.at[r] =
-        f.symmetric ? middle : nearest_code(-std::min(low.at[r], 0.0f) / scale, top);
+    grid.zero.at[r] = symmetric ? middle : zero;
   }
 }
 
@@ -72,7 +83,7 @@ QUANTINE_INLINE float rounding_error(float x, float scale, float inverse, float 
 // |error|^2.4, with the fifth root of error^2 from Newton's method.
 QUANTINE_INLINE float power(float error) {
   const float square = error * error;
-  const float radicand = std::max(square, 1e-36f);
+  const float radicand = larger(square, 1e-36f);
   union {
     float value;
     std::uint32_t bits;
@@ -101,7 +112,7 @@ QUANTINE_INLINE void add_costs(const Tile& tile, const Grids& grid, float top, f
     for (std::size_t r = 0; r < kLanes; ++r) {
       const float error =
           rounding_error(x[r], grid.scale.at[r], inverse.at[r], grid.zero.at[r], top);
-      cost.at[r] += kIsPower ? power(error) : std::min(error * error * importance, price);
+      cost.at[r] += kIsPower ? power(error) : smaller(error * error * importance, price);
     }
   }
 }
@@ -133,8 +144,8 @@ QUANTINE_INLINE void find_ends(const Tile& tile, Ends& ends) {
       const float x = tile.weights[j].at[r];
       const bool below = x < ends.low.at[r], above = x >= ends.high.at[r];
       ends.poison.at[r] += x * 0.0f;
-      ends.next_low.at[r] = below ? ends.low.at[r] : std::min(ends.next_low.at[r], x);
-      ends.next_high.at[r] = above ? ends.high.at[r] : std::max(ends.next_high.at[r], x);
+      ends.next_low.at[r] = below ? ends.low.at[r] : smaller(ends.next_low.at[r], x);
+      ends.next_high.at[r] = above ? ends.high.at[r] : larger(ends.next_high.at[r], x);
       ends.low.at[r] = below ? x : ends.low.at[r];
       ends.high.at[r] = above ? x : ends.high.at[r];
       ends.at_low.at[r] = below ? index : ends.at_low.at[r];
@@ -162,12 +173,15 @@ QUANTINE_INLINE void find_savings(Tile& tile, const Ends& ends, const FitRequest
   Lanes whole{}, above{}, below{};
   for (std::size_t j = 0; j < tile.weights.size(); ++j) {
     const float index = static_cast<float>(j), importance = tile.importance[j];
+    const float* weights = tile.weights[j].at;
+    float* losses = tile.losses[j].at;
     for (std::size_t r = 0; r < kLanes; ++r) {
-      const float x = tile.weights[j].at[r];
-      tile.losses[j].at[r] = loss(0, r, x, importance);
-      whole.at[r] += tile.losses[j].at[r];
+      const float x = weights[r];
+      const float with_all = loss(0, r, x, importance);
       const float without_low = loss(1, r, x, importance);
       const float without_high = loss(2, r, x, importance);
+      losses[r] = with_all;
+      whole.at[r] += with_all;
       above.at[r] += ends.at_low.at[r] == index ? 0.0f : without_low;
       below.at[r] += ends.at_high.at[r] == index ? 0.0f : without_high;
     }
@@ -181,6 +195,7 @@ QUANTINE_INLINE void find_savings(Tile& tile, const Ends& ends, const FitRequest
 // Lets the ranges of `ends` leave out likely outliers: quantine.core.fit.without_outliers. A cost
 // that knows no price meets them as the mean of the others.
 QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
+  const float price = f.price;
   Lanes saved_low, saved_high;
   find_savings(tile, ends, f, saved_low, saved_high);
   Lanes low, high, sum{}, rest{};
@@ -188,23 +203,28 @@ QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
   std::fill_n(high.at, kLanes, -kInfinity);
   for (std::size_t j = 0; j < tile.weights.size(); ++j) {
     const float index = static_cast<float>(j);
+    const float* weights = tile.weights[j].at;
+    float* losses = tile.losses[j].at;
     for (std::size_t r = 0; r < kLanes; ++r) {
-      float saved = tile.losses[j].at[r];
-      saved = ends.at_low.at[r] == index ? saved_low.at[r] : saved;
-      saved = ends.at_high.at[r] == index ? saved_high.at[r] : saved;
-      const float x = tile.weights[j].at[r];
-      const bool likely = saved > f.price;
-      tile.losses[j].at[r] = saved;
-      low.at[r] = std::min(low.at[r], likely ? kInfinity : x);
-      high.at[r] = std::max(high.at[r], likely ? -kInfinity : x);
-      sum.at[r] += likely ? 0.0f : x;
-      rest.at[r] += likely ? 0.0f : 1.0f;
+      const float x = weights[r], loss = losses[r];
+      const float if_low = saved_low.at[r], if_high = saved_high.at[r];
+      const float other = ends.at_high.at[r] == index ? if_high : loss;
+      const float saved = ends.at_low.at[r] == index ? if_low : other;
+      const bool likely = saved > price;
+      const float lowest = likely ? kInfinity : x, highest = likely ? -kInfinity : x;
+      const float value = likely ? 0.0f : x, one = likely ? 0.0f : 1.0f;
+      losses[r] = saved;
+      low.at[r] = smaller(low.at[r], lowest);
+      high.at[r] = larger(high.at[r], highest);
+      sum.at[r] += value;
+      rest.at[r] += one;
     }
   }
   for (std::size_t r = 0; r < kLanes; ++r) {
-    ends.low.at[r] = rest.at[r] > 0.0f ? low.at[r] : 0.0f;
-    ends.high.at[r] = rest.at[r] > 0.0f ? high.at[r] : 0.0f;
-    sum.at[r] /= std::max(rest.at[r], 1.0f);
+    const float lowest = low.at[r], highest = high.at[r];
+    ends.low.at[r] = rest.at[r] > 0.0f ? lowest : 0.0f;
+    ends.high.at[r] = rest.at[r] > 0.0f ? highest : 0.0f;
+    sum.at[r] /= larger(rest.at[r], 1.0f);
   }
   if (f.clip != Clip::kPower) return;
   for (std::size_t j = 0; j < tile.weights.size(); ++j)
@@ -221,9 +241,11 @@ QUANTINE_INLINE void replace_outliers(Tile& tile, const FitRequest& f) {
 
 // The largest scale that whole ranges need; not a number if a weight is none.
 QUANTINE_INLINE float widest(const Ends& ends, const FitRequest& f) {
+  Lanes scale{};
+  if (f.zero_bits == 0) whole_scales(ends.low, ends.high, f, scale);
   float found = 0.0f, poison = 0.0f;
   for (std::size_t r = 0; r < kLanes; ++r) {
-    if (f.zero_bits == 0) found = std::max(found, whole_scale(ends.low.at[r], ends.high.at[r], f));
+    found = larger(found, scale.at[r]);
     poison += ends.poison.at[r];
   }
   return found + poison;
@@ -286,13 +308,13 @@ Misfit fit_statistic(Level& level, int bits, std::size_t run, const Statistic& s
     const std::size_t count = std::min(run, level.code.size() - first);
     float low = code[0], high = code[0];
     for (std::size_t r = 1; r < count; ++r) {
-      low = std::min(low, code[r]);
-      high = std::max(high, code[r]);
+      low = smaller(low, code[r]);
+      high = larger(high, code[r]);
     }
-    const float reach = std::max(std::fabs(low), std::fabs(high));
+    const float reach = larger(std::fabs(low), std::fabs(high));
     // Float16 must hold the step, and then the zero point.
-    const float least = std::max(reach * 0x1p-15f, kSmallestHalf);
-    const float wanted = std::max((high - low) / level.top, least);
+    const float least = larger(reach * 0x1p-15f, kSmallestHalf);
+    const float wanted = larger((high - low) / level.top, least);
     if (!(to_half(wanted) <= kLargestHalf)) return {Misfit::kStatistic, wanted};
     if (!(std::fabs(to_half(low)) <= kLargestHalf)) return {Misfit::kStatistic, std::fabs(low)};
     // Too narrow for float16 to tell its ends apart: one value, as the step from a zero at -1.
@@ -314,7 +336,7 @@ Misfit store_scales(Level& level, const FitRequest& f, const Statistic& stored) 
   if (f.scale_bits != 16) return fit_statistic(level, f.scale_bits, f.run, stored);
   for (float& scale : level.code) {
     if (!(scale <= kLargestHalf)) return {Misfit::kScale, scale};
-    scale = to_half(std::max(scale, kSmallestHalf));
+    scale = to_half(larger(scale, kSmallestHalf));
   }
   return {Misfit::kNone, 0.0f};
 }
@@ -355,10 +377,10 @@ void refine(Tile& tile, const FitRequest& f, Level& scale, Level& zero, std::siz
       Grids tried;
       for (std::size_t r = 0; r < kLanes; ++r) {
         const float s = scale_code.at[r] + kShifts[i], z = zero_code.at[r] + kShifts[k];
-        scale_tried.at[r] = i == 0 ? s : std::min(std::max(s, 0.0f), scale.top);
-        zero_tried.at[r] = k == 0 ? z : std::min(std::max(z, 0.0f), zero.top);
+        scale_tried.at[r] = i == 0 ? s : smaller(larger(s, 0.0f), scale.top);
+        zero_tried.at[r] = k == 0 ? z : smaller(larger(z, 0.0f), zero.top);
         const float value = (scale_tried.at[r] - scale_zero.at[r]) * scale_step.at[r];
-        tried.scale.at[r] = std::max(value, kSmallestDivisor);
+        tried.scale.at[r] = larger(value, kSmallestDivisor);
         tried.zero.at[r] = (zero_tried.at[r] - zero_zero.at[r]) * zero_step.at[r];
       }
       find_costs(tile, tried, f, cost);

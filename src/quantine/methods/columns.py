@@ -102,7 +102,8 @@ class ColumnLoop:
             columns = Columns.of(
                 weight, factor, grid.bits, values, order // length, objective.price
             )
-            return self._rounded(columns, length=1).in_order(inverse(order)).result(grid, None)
+            self._round(columns, length=1)
+            return _result(columns, grid, inverse(order), None)
         fitted = Fitted.empty(len(order) // length, len(weight), length, spec)
         columns = Columns.of(
             weight,
@@ -113,39 +114,31 @@ class ColumnLoop:
             objective.price,
             AtReach(fitted, spread, objective),
         )
-        rounded = self._rounded(columns, length)
+        self._round(columns, length)
         if self.groups == "refit":
-            return rounded.result(fitted.grid(), order if self.stores_order else None)
+            return _result(columns, fitted.grid(), None, order if self.stores_order else None)
         places = inverse(order[::length] // length)
-        return rounded.in_order(inverse(order)).result(fitted.grid(places), None)
+        return _result(columns, fitted.grid(places), inverse(order), None)
 
-    def _rounded(self, columns: Columns, length: int) -> _Rounded:
+    def _round(self, columns: Columns, length: int) -> None:
         for start, stop in _blocks(len(columns.weights), length, self.block_size):
             round_block(columns, start, stop)
             columns.weights[stop:].addmm_(
                 columns.upper[start:stop, stop:].T, columns.errors[start:stop], alpha=-1
             )
-        return _Rounded(columns.codes, columns.weights, columns.kept)
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """What the loop leaves: ``[in, out]`` codes, the weights they stand for, what is kept."""
-
-    codes: Tensor
-    columns: Tensor
-    kept: Tensor | None
-
-    def in_order(self, order: Tensor) -> _Rounded:
-        kept = None if self.kept is None else self.kept[order]
-        columns = self.columns if kept is None else self.columns[order]
-        return _Rounded(self.codes[order], columns, kept)
-
-    def result(self, grid: Grid, in_perm: Tensor | None) -> QTensor:
-        outliers = None
-        if self.kept is not None:
-            outliers = Csr.where(self.kept.T, self.columns.T)
-        return QTensor(self.codes.T.contiguous(), grid, in_perm, outliers)
+def _result(columns: Columns, grid: Grid, order: Tensor | None, in_perm: Tensor | None) -> QTensor:
+    """The rounded ``columns``, column ``order[j]`` as number ``j``."""
+    codes = columns.codes if order is None else columns.codes[order]
+    outliers = None
+    if columns.kept is not None:
+        places, rows = columns.kept.nonzero(as_tuple=True)
+        values = columns.weights[places, rows]
+        places = places if order is None else inverse(order)[places]
+        inputs, out_features = columns.kept.shape
+        outliers = Csr.of_entries(rows, places, values, (out_features, inputs))
+    return QTensor(codes.T.contiguous(), grid, in_perm, outliers)
 
 
 def _blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]]:

@@ -183,7 +183,8 @@ def _loss_scale(weight: Tensor, factor: Factor) -> float:
     A column of equal weights, such as that of a single row, counts with its square instead: a
     price of nothing would keep every weight.
     """
-    variance, square = weight.var(0, correction=min(1, len(weight) - 1)), weight.square().mean(0)
+    square, centred = weight.square().mean(0), weight - weight.mean(0)
+    variance = centred.square_().sum(0).div_(max(1, len(weight) - 1))
     variance = torch.where(variance > EQUAL * square, variance, square)[factor.order]
     scale = float((variance / factor.upper.diagonal().square()).mean())
     return max(scale, sys.float_info.min)
