@@ -1,4 +1,4 @@
-"""The solvers' inner loops: the native kernels against the PyTorch references.
+"""The fit of grids and the column loop: the native kernels against the PyTorch references.
 
 Both work on the same matrices, by turns, so that a change of the machine's load meets both. The
 table shows medians; the ratio is the median of the ratios of neighbouring runs.
@@ -19,18 +19,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from quantine.core import fit
+from quantine.core.objective import Objective
+from quantine.core.observe import Factor
+from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
-from quantine.kernels.columns import (
-    cheapest_grids,
-    cheapest_grids_reference,
-    round_columns,
-    round_columns_reference,
-)
+from quantine.kernels.columns import AtReach, Columns, round_block, round_block_reference
+from quantine.kernels.fit import Fitted, fit_groups
 
+INPUTS = 128
 GROUP = 16
-CANDIDATES = 21
-BITS = 3
-PRICE = 0.05
+SPEC = QuantSpec(3, GROUP, scale_bits=3, stat_group_size=64)
+OBJECTIVE = Objective("hessian", 0.01, look_ahead=True)
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     rows = [
         {"kernel": kernel.__name__, "rows": count, **kernel(count, arguments.runs)}
         for count in arguments.rows
-        for kernel in (search, rounding)
+        for kernel in (fitting, rounding)
     ]
     table = Table(
         "kernel", "rows", "native", "reference", "ratio", "range", box=None, pad_edge=False
@@ -63,44 +63,47 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[576, 4096], metavar="R")
-    parser.add_argument("--runs", type=int, default=30, metavar="N", help="default 30")
+    parser.add_argument("--runs", type=int, default=10, metavar="N", help="default 10")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers as JSON")
     return parser.parse_args()
 
 
-def search(rows: int, runs: int) -> dict[str, Any]:
-    """One group of inputs, the cheapest of many grids for each row."""
-    columns, scales, zeros = matrices(rows)
-    request = (columns.unsqueeze(0), torch.rand(1, GROUP), scales, zeros, BITS, PRICE)
-    if not torch.equal(cheapest_grids(*request), cheapest_grids_reference(*request)):
-        raise SystemExit("the search is wrong: times would mean nothing")
-    return compare(
-        lambda: cheapest_grids(*request), lambda: cheapest_grids_reference(*request), runs
-    )
+def fitting(rows: int, runs: int) -> dict[str, Any]:
+    """Groups of inputs, their grids fitted as SpQR does."""
+    columns, spread = weights(rows).T.unflatten(0, (-1, GROUP)), torch.rand(INPUTS // GROUP, GROUP)
+    request = (columns, spread + 0.1, SPEC, OBJECTIVE)
+    differing = fit_groups(*request).scales() != fit.fit_groups(*request).scales()
+    if float(differing.float().mean()) > 0.05:
+        raise SystemExit("the fit is wrong: times would mean nothing")
+    return compare(lambda: fit_groups(*request), lambda: fit.fit_groups(*request), runs)
 
 
 def rounding(rows: int, runs: int) -> dict[str, Any]:
-    """One group of inputs, rounded with feedback and outliers."""
-    columns, scales, zeros = matrices(rows)
-    local = torch.rand(GROUP, GROUP).triu(1) * 0.1 + torch.eye(GROUP)
-    grid = scales[0].expand(GROUP, -1), zeros[0].expand(GROUP, -1)
+    """A block of columns, rounded with feedback and outliers, its groups fitted on the way."""
 
-    def run(kernel: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: kernel(columns.clone(), local, *grid, BITS, PRICE)
+    def run(kernel: Callable[[Columns, int, int], None]) -> Columns:
+        columns = started(rows)
+        kernel(columns, 0, INPUTS)
+        return columns
 
-    codes, _, _ = run(round_columns)()
-    expected, _, _ = run(round_columns_reference)()
-    if float((codes != expected).float().mean()) > 0.01:
+    differing = run(round_block).codes != run(round_block_reference).codes
+    if float(differing.float().mean()) > 0.05:
         raise SystemExit("rounding is wrong: times would mean nothing")
-    return compare(run(round_columns), run(round_columns_reference), runs)
+    return compare(lambda: run(round_block), lambda: run(round_block_reference), runs)
 
 
-def matrices(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    columns = torch.randn(GROUP, rows, generator=generator) * 0.05
-    scales = torch.rand(CANDIDATES, 1, rows, generator=generator) * 0.02 + 0.005
-    zeros = torch.randint(0, 2**BITS, scales.shape, generator=generator).float()
-    return columns, scales, zeros
+def weights(rows: int) -> Tensor:
+    return torch.randn(rows, INPUTS, generator=torch.Generator().manual_seed(0)) * 0.05
+
+
+def started(rows: int) -> Columns:
+    upper = torch.rand(INPUTS, INPUTS, generator=torch.Generator().manual_seed(1)).triu(1) * 0.05
+    factor = Factor(upper + torch.eye(INPUTS), torch.arange(INPUTS), 0.01)
+    fitted = Fitted.empty(INPUTS // GROUP, rows, GROUP, SPEC)
+    at_reach = AtReach(fitted, torch.ones(INPUTS), OBJECTIVE)
+    values = fitted.scale.values, fitted.zero.values
+    groups = torch.arange(INPUTS) // GROUP
+    return Columns.of(weights(rows), factor, SPEC.bits, values, groups, OBJECTIVE.price, at_reach)
 
 
 def compare(fast: Callable[[], Any], slow: Callable[[], Any], runs: int) -> dict[str, Any]:

@@ -2,11 +2,16 @@
 #include "bindings.h"
 
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 
 #include <optional>
+#include <string>
+#include <utility>
 
 #include "bits.h"
 #include "columns.h"
+#include "fit.h"
 
 namespace {
 
@@ -31,46 +36,110 @@ void unpack_bits(Array<const std::uint8_t> packed, Array<std::uint8_t> codes, in
 }
 
 template <typename T>
-using Strided = nb::ndarray<T, nb::ndim<2>, nb::device::cpu>;
+bool is(const Array<T>& matrix, std::size_t rows, std::size_t columns) {
+  return matrix.shape(0) == rows && matrix.shape(1) == columns;
+}
 
-void check_bits(int bits) {
+quantine::FitRequest request(int bits, bool symmetric, int scale_bits, int zero_bits,
+                             std::size_t run, const std::string& clip, float price,
+                             bool look_ahead) {
+  const auto is_width = [](int width) { return width == 16 || (width >= 1 && width <= 8); };
   if (bits < 1 || bits > 8) throw nb::value_error("bits must be 1 to 8");
+  if (!is_width(scale_bits) || (zero_bits != 0 && !is_width(zero_bits)))
+    throw nb::value_error("scale_bits must be 1 to 8 or 16; zero_bits likewise, or 0");
+  if (run == 0) throw nb::value_error("run must be positive");
+  if (clip != "minmax" && clip != "mse" && clip != "hessian")
+    throw nb::value_error("clip must be minmax, mse or hessian");
+  const quantine::Clip cost = clip == "minmax" ? quantine::Clip::kMinMax
+                              : clip == "mse"  ? quantine::Clip::kPower
+                                               : quantine::Clip::kHessian;
+  return {bits, symmetric, scale_bits, zero_bits, run, cost, price, look_ahead};
 }
 
-void cheapest_grids(Strided<const float> columns, Vector<const float> importance,
-                    Array<const float> scales, Array<const float> zeros,
-                    Vector<std::int64_t> best, int bits, float price) {
-  check_bits(bits);
-  const std::size_t n = columns.shape(0), rows = columns.shape(1);
-  if (rows > 1 && columns.stride(1) != 1)
-    throw nb::value_error("rows of columns must be contiguous");
-  if (importance.shape(0) != n || best.shape(0) != rows || scales.shape(1) != rows ||
-      zeros.shape(1) != rows || zeros.shape(0) != scales.shape(0))
-    throw nb::value_error("columns must be [n, rows], importance [n], grids [candidates, rows]");
+// The arrays of a quantine::Statistic of all groups.
+struct Statistics {
+  Array<float> values;
+  Array<std::uint8_t> codes;
+  Array<float> step, zero;
+
+  void check(std::size_t groups, std::size_t rows, std::size_t run) const {
+    const std::size_t runs = (rows + run - 1) / run;
+    if (!is(values, groups, rows) || !is(codes, groups, rows) || !is(step, groups, runs) ||
+        !is(zero, groups, runs))
+      throw nb::value_error("statistics must be [groups, rows], of second grids [groups, runs]");
+  }
+  quantine::Statistic first() const {
+    return {values.data(), codes.data(), step.data(), zero.data()};
+  }
+};
+
+// A quantine::Fitter that keeps its arrays alive.
+struct Fitter {
+  quantine::FitRequest request;
+  Vector<const float> spread;
+  std::size_t length;
+  Statistics scale, zero;
+
+  quantine::Fitter checked(std::size_t inputs, std::size_t rows) const {
+    if (length == 0 || inputs % length != 0 || spread.shape(0) != inputs)
+      throw nb::value_error("spread must be [inputs], and groups must tile the inputs");
+    scale.check(inputs / length, rows, request.run);
+    zero.check(inputs / length, rows, request.run);
+    return {request, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
+  }
+};
+
+using Report = std::optional<std::pair<std::string, float>>;
+
+Report reported(const quantine::Misfit& misfit) {
+  if (misfit.kind == quantine::Misfit::kNone) return std::nullopt;
+  const bool is_scale = misfit.kind == quantine::Misfit::kScale;
+  return std::pair{std::string(is_scale ? "scale" : "statistic"), misfit.value};
+}
+
+Report fit_groups(Array<const float> columns, const Fitter& arrays) {
+  const std::size_t rows = columns.shape(1);
+  const quantine::Fitter fitter = arrays.checked(columns.shape(0), rows);
   nb::gil_scoped_release release;
-  quantine::cheapest_grids(columns.data(), static_cast<std::size_t>(columns.stride(0)),
-                           importance.data(), scales.data(), zeros.data(), best.data(), n, rows,
-                           scales.shape(0), bits, price);
+  quantine::Misfit misfit{};
+  for (std::size_t start = 0; start < columns.shape(0); start += fitter.length) {
+    misfit = quantine::fit_group(fitter, columns.data() + start * rows, rows, start);
+    if (misfit.kind != quantine::Misfit::kNone) break;
+  }
+  return reported(misfit);
 }
 
-void round_columns(Array<float> current, Array<const float> local, Array<const float> scales,
+Report round_block(Array<float> weights, Array<const float> upper,
+                   Vector<const std::int64_t> groups, Array<const float> scales,
                    Array<const float> zeros, Array<std::uint8_t> codes, Array<float> errors,
-                   std::optional<Array<std::uint8_t>> kept, int bits, float price) {
-  check_bits(bits);
-  const std::size_t n = current.shape(0), rows = current.shape(1);
-  const auto is = [&](const auto& matrix) {
-    return matrix.shape(0) == n && matrix.shape(1) == rows;
-  };
-  const bool shared = scales.shape(0) == 1 && n != 1;
-  const bool grids = zeros.shape(0) == scales.shape(0) && zeros.shape(1) == rows &&
-                     scales.shape(1) == rows && (shared || scales.shape(0) == n);
-  if (!is(codes) || !is(errors) || (kept && !is(*kept)) || !grids || local.shape(0) != n ||
-      local.shape(1) != n)
-    throw nb::value_error("local must be [n, n], grids [n or 1, rows], everything else [n, rows]");
+                   std::optional<Array<std::uint8_t>> kept, int bits, float price,
+                   std::size_t start, std::size_t stop, const Fitter* arrays) {
+  const std::size_t inputs = weights.shape(0), rows = weights.shape(1);
+  if (bits < 1 || bits > 8) throw nb::value_error("bits must be 1 to 8");
+  if (!is(upper, inputs, inputs) || groups.shape(0) != inputs || !is(codes, inputs, rows) ||
+      !is(errors, inputs, rows) || (kept && !is(*kept, inputs, rows)) || start > stop ||
+      stop > inputs || scales.shape(1) != rows || !is(zeros, scales.shape(0), rows))
+    throw nb::value_error("upper must be [inputs, inputs], groups [inputs], grids [groups, rows], "
+                          "everything else [inputs, rows]");
+  for (std::size_t j = 0; j < inputs; ++j)
+    if (groups(j) < 0 || static_cast<std::size_t>(groups(j)) >= scales.shape(0))
+      throw nb::value_error("groups must be rows of scales");
+  std::optional<quantine::Fitter> fitter;
+  if (arrays != nullptr) fitter = arrays->checked(inputs, rows);
+  const quantine::Columns columns{weights.data(),
+                                  upper.data(),
+                                  groups.data(),
+                                  scales.data(),
+                                  zeros.data(),
+                                  codes.data(),
+                                  errors.data(),
+                                  kept ? kept->data() : nullptr,
+                                  inputs,
+                                  rows,
+                                  bits,
+                                  price};
   nb::gil_scoped_release release;
-  quantine::round_columns(current.data(), local.data(), scales.data(), zeros.data(),
-                          shared ? 0 : rows, codes.data(), errors.data(),
-                          kept ? kept->data() : nullptr, n, rows, bits, price);
+  return reported(quantine::round_block(columns, start, stop, fitter ? &*fitter : nullptr));
 }
 
 }  // namespace
@@ -79,10 +148,26 @@ NB_MODULE(_native, m) {
   m.doc() = "quantine's native kernels; called through quantine.kernels only.";
   m.def("pack_bits", &pack_bits, nb::arg("codes"), nb::arg("packed"), nb::arg("bits"));
   m.def("unpack_bits", &unpack_bits, nb::arg("packed"), nb::arg("codes"), nb::arg("bits"));
-  m.def("cheapest_grids", &cheapest_grids, nb::arg("columns"), nb::arg("importance"),
-        nb::arg("scales"), nb::arg("zeros"), nb::arg("best"), nb::arg("bits"), nb::arg("price"));
-  m.def("round_columns", &round_columns, nb::arg("current"), nb::arg("local"), nb::arg("scales"),
-        nb::arg("zeros"), nb::arg("codes"), nb::arg("errors"), nb::arg("kept").none(),
-        nb::arg("bits"), nb::arg("price"));
+  nb::class_<Fitter>(m, "Fitter")
+      .def(
+          "__init__",
+          [](Fitter* self, int bits, bool symmetric, int scale_bits, int zero_bits,
+             std::size_t run, const std::string& clip, float price, bool look_ahead,
+             std::size_t length, Vector<const float> spread, Array<float> scales,
+             Array<std::uint8_t> scale_codes, Array<float> scale_step, Array<float> scale_zero,
+             Array<float> zeros, Array<std::uint8_t> zero_codes, Array<float> zero_step,
+             Array<float> zero_zero) {
+            new (self) Fitter{
+                request(bits, symmetric, scale_bits, zero_bits, run, clip, price, look_ahead),
+                spread,
+                length,
+                {scales, scale_codes, scale_step, scale_zero},
+                {zeros, zero_codes, zero_step, zero_zero}};
+          });
+  m.def("fit_groups", &fit_groups, nb::arg("columns"), nb::arg("fitter"));
+  m.def("round_block", &round_block, nb::arg("weights"), nb::arg("upper"), nb::arg("groups"),
+        nb::arg("scales"), nb::arg("zeros"), nb::arg("codes"), nb::arg("errors"),
+        nb::arg("kept").none(), nb::arg("bits"), nb::arg("price"), nb::arg("start"),
+        nb::arg("stop"), nb::arg("fitter").none());
   bind_matrix(m);
 }

@@ -1,128 +1,93 @@
 #include "columns.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 
-// The loops are plain C++; compilers vectorize them over rows, once for each instruction set.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
-#define QUANTINE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define QUANTINE_CLONES
-#endif
+#include "lanes.h"
 
 namespace quantine {
 namespace {
 
-constexpr std::size_t kLanes = 64;    // rows in registers while a grid is tried
-constexpr std::size_t kChunk = 256;   // rows whose columns stay in cache while they are rounded
-constexpr float kLargestHalf = 65504.0f;
+constexpr std::size_t kPart = 16;    // columns whose errors reach the others at once
+constexpr std::size_t kChunk = 256;  // rows whose columns stay in cache while they are rounded
 
-// `x` rounded to float16, to even on ties; exact for what float16 holds, subnormal or not.
-inline float to_half(float x) {
-  // Adding and subtracting a power of two leaves the wanted number of bits.
-  const float magnitude = std::fabs(x);
-  const float exponent = std::max(magnitude, 6.103515625e-05f);
-  union {
-    float value;
-    std::uint32_t bits;
-  } unit{exponent};
-  unit.bits &= 0x7f800000u;                       // the power of two at or below
-  const float shift = unit.value * 8192.0f * 1.5f;  // 2^13: float32 has 13 bits more
-  const float rounded = (magnitude + shift) - shift;
-  return std::copysign(rounded, x);
+// Rounds one column of `width` rows from row `first`.
+QUANTINE_INLINE void round_column(const Columns& c, std::size_t j, std::size_t first,
+                                  std::size_t width) {
+  const float top = static_cast<float>((1 << c.bits) - 1);
+  const float diagonal = c.upper[j * c.inputs + j];
+  const std::size_t grid = static_cast<std::size_t>(c.groups[j]) * c.rows + first;
+  const float* __restrict scale = c.scales + grid;
+  const float* __restrict zero = c.zeros + grid;
+  const float* __restrict weight = c.weights + j * c.rows + first;
+  float* __restrict error = c.errors + j * c.rows + first;
+  std::uint8_t* __restrict code_out = c.codes + j * c.rows + first;
+  for (std::size_t r = 0; r < width; ++r) {
+    const float divisor = larger(scale[r], kSmallestDivisor);
+    const float code = nearest_code(weight[r] / divisor + zero[r], top);
+    code_out[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+    error[r] = (weight[r] - (code - zero[r]) * divisor) / diagonal;
+  }
+  if (c.kept == nullptr) return;
+  std::uint8_t* __restrict kept = c.kept + j * c.rows + first;
+  for (std::size_t r = 0; r < width; ++r) {
+    const float exact = to_half(weight[r]);
+    const float lost = (weight[r] - exact) / diagonal;
+    const bool keep = error[r] * error[r] > c.price && std::fabs(lost) < std::fabs(error[r]) &&
+                      std::fabs(exact) <= kLargestHalf;
+    error[r] = keep ? lost : error[r];
+    kept[r] = keep ? 1 : 0;
+  }
+}
+
+// Takes the errors of columns from `begin` to `end` off `lanes` rows of column `i`.
+QUANTINE_INLINE void feed_lanes(const Columns& c, std::size_t begin, std::size_t end,
+                                std::size_t i, std::size_t first, std::size_t lanes) {
+  float* behind = c.weights + i * c.rows + first;
+  float left[kLanes];
+  for (std::size_t r = 0; r < lanes; ++r) left[r] = behind[r];
+  for (std::size_t j = begin; j < end; ++j) {
+    const float factor = c.upper[j * c.inputs + i];
+    const float* error = c.errors + j * c.rows + first;
+    for (std::size_t r = 0; r < lanes; ++r) left[r] -= factor * error[r];
+  }
+  for (std::size_t r = 0; r < lanes; ++r) behind[r] = left[r];
+}
+
+QUANTINE_INLINE void feed_back(const Columns& c, std::size_t begin, std::size_t end,
+                               std::size_t i, std::size_t first, std::size_t width) {
+  std::size_t r = 0;
+  for (; r + kLanes <= width; r += kLanes)  // a fixed count stays in registers
+    feed_lanes(c, begin, end, i, first + r, kLanes);
+  if (r < width) feed_lanes(c, begin, end, i, first + r, width - r);
 }
 
 QUANTINE_CLONES
-void cheapest_of_lanes(const float* columns, std::size_t stride, const float* importance,
-                       const float* scales, const float* zeros, std::int64_t* best, std::size_t n,
-                       std::size_t rows, std::size_t candidates, float top, float price,
-                       std::size_t lanes) {
-  float least[kLanes];
-  std::int32_t index[kLanes];
-  for (std::size_t r = 0; r < lanes; ++r) {
-    least[r] = std::numeric_limits<float>::infinity();
-    index[r] = 0;
+void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_t stop,
+                std::size_t first, std::size_t width) {
+  for (std::size_t j = begin; j < end; ++j) {
+    feed_back(c, begin, j, j, first, width);
+    round_column(c, j, first, width);
   }
-  for (std::size_t k = 0; k < candidates; ++k) {
-    float cost[kLanes] = {};
-    const float* scale = scales + k * rows;
-    const float* zero = zeros + k * rows;
-    for (std::size_t j = 0; j < n; ++j) {
-      const float* column = columns + j * stride;
-      const float weight = importance[j];
-      for (std::size_t r = 0; r < lanes; ++r) {
-        float code = std::nearbyint(column[r] / scale[r] + zero[r]);
-        code = std::min(std::max(code, 0.0f), top);
-        const float error = (code - zero[r]) * scale[r] - column[r];
-        cost[r] += std::min(error * error * weight, price);
-      }
-    }
-    for (std::size_t r = 0; r < lanes; ++r) {
-      const bool better = cost[r] < least[r];
-      least[r] = better ? cost[r] : least[r];
-      index[r] = better ? static_cast<std::int32_t>(k) : index[r];
-    }
-  }
-  for (std::size_t r = 0; r < lanes; ++r) best[r] = index[r];
-}
-
-QUANTINE_CLONES
-void round_chunk(float* current, const float* local, const float* scales, const float* zeros,
-                 std::size_t grid_stride, std::uint8_t* codes, float* errors, std::uint8_t* kept,
-                 std::size_t n, std::size_t rows, float top, float price, std::size_t width) {
-  for (std::size_t j = 0; j < n; ++j) {
-    float* column = current + j * rows;
-    const float* scale = scales + j * grid_stride;
-    const float* zero = zeros + j * grid_stride;
-    std::uint8_t* code_out = codes + j * rows;
-    float* error_out = errors + j * rows;
-    const float diagonal = local[j * n + j];
-    for (std::size_t r = 0; r < width; ++r) {
-      float code = std::nearbyint(column[r] / scale[r] + zero[r]);
-      code = std::min(std::max(code, 0.0f), top);
-      code_out[r] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
-      error_out[r] = (column[r] - (code - zero[r]) * scale[r]) / diagonal;
-    }
-    if (kept != nullptr) {
-      std::uint8_t* kept_out = kept + j * rows;
-      for (std::size_t r = 0; r < width; ++r) {
-        const float exact = to_half(column[r]);
-        const float lost = (column[r] - exact) / diagonal;
-        const bool keep = error_out[r] * error_out[r] > price &&
-                          std::fabs(lost) < std::fabs(error_out[r]) &&
-                          std::fabs(exact) <= kLargestHalf;
-        error_out[r] = keep ? lost : error_out[r];
-        kept_out[r] = keep ? 1 : 0;
-      }
-    }
-    for (std::size_t i = j + 1; i < n; ++i) {
-      float* behind = current + i * rows;
-      const float factor = local[j * n + i];
-      for (std::size_t r = 0; r < width; ++r) behind[r] -= factor * error_out[r];
-    }
-  }
+  for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
 
 }  // namespace
 
-void cheapest_grids(const float* columns, std::size_t stride, const float* importance,
-                    const float* scales, const float* zeros, std::int64_t* best, std::size_t n,
-                    std::size_t rows, std::size_t candidates, int bits, float price) {
-  const float top = static_cast<float>((1 << bits) - 1);
-  for (std::size_t r = 0; r < rows; r += kLanes)
-    cheapest_of_lanes(columns + r, stride, importance, scales + r, zeros + r, best + r, n, rows,
-                      candidates, top, price, std::min(kLanes, rows - r));
-}
-
-void round_columns(float* current, const float* local, const float* scales, const float* zeros,
-                   std::size_t grid_stride, std::uint8_t* codes, float* errors, std::uint8_t* kept,
-                   std::size_t n, std::size_t rows, int bits, float price) {
-  const float top = static_cast<float>((1 << bits) - 1);
-  for (std::size_t r = 0; r < rows; r += kChunk)
-    round_chunk(current + r, local, scales + r, zeros + r, grid_stride, codes + r, errors + r,
-                kept == nullptr ? nullptr : kept + r, n, rows, top, price,
-                std::min(kChunk, rows - r));
+Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter) {
+  std::size_t end = start;
+  for (std::size_t begin = start; begin < stop; begin = end) {
+    end = std::min(begin + kPart, stop);
+    if (fitter != nullptr) {
+      end = std::min(end, (begin / fitter->length + 1) * fitter->length);
+      if (begin % fitter->length == 0) {
+        const Misfit misfit = fit_group(*fitter, c.weights + begin * c.rows, c.rows, begin);
+        if (misfit.kind != Misfit::kNone) return misfit;
+      }
+    }
+    for (std::size_t first = 0; first < c.rows; first += kChunk)
+      round_part(c, begin, end, stop, first, std::min(kChunk, c.rows - first));
+  }
+  return {Misfit::kNone, 0.0f};
 }
 
 }  // namespace quantine

@@ -1,33 +1,34 @@
-// Loops of the solvers. Matrices are transposed, [inputs, rows]: rows, the outputs, are contiguous
-// and independent of one another.
+// The column loop of the solvers. Matrices are transposed, [inputs, rows]: rows, the outputs, are
+// contiguous and independent of one another.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "fit.h"
+
 namespace quantine {
 
-// For each row the candidate grid with the least sum over n weights of
-// min(error^2 * importance, price). On a tie the first wins.
-//
-//   columns     [n, rows], consecutive inputs `stride` floats apart
-//   importance  [n]
-//   scales, zeros  [candidates, rows]
-//   best        [rows], gets the index of a candidate
-void cheapest_grids(const float* columns, std::size_t stride, const float* importance,
-                    const float* scales, const float* zeros, std::int64_t* best, std::size_t n,
-                    std::size_t rows, std::size_t candidates, int bits, float price);
+// A matrix whose columns are rounded one after another, and the grids it is rounded to.
+struct Columns {
+  float* weights;              // [inputs, rows]; each ends as it was when it was rounded
+  const float* upper;          // [inputs, inputs], the factor of the inverse Hessian
+  const std::int64_t* groups;  // [inputs], each input's row of scales and zeros
+  const float* scales;         // [groups, rows]
+  const float* zeros;          // [groups, rows]
+  std::uint8_t* codes;         // [inputs, rows]
+  float* errors;               // [inputs, rows], divided by the factor's diagonal
+  std::uint8_t* kept;          // [inputs, rows] of 0 and 1, or null: weights whose squared error
+                               // exceeds `price`, and to which float16 is nearer
+  std::size_t inputs, rows;
+  int bits;
+  float price;
+};
 
-// Rounds n columns one after another and takes what each loses off those behind it.
-//
-//   current  [n, rows], in place: the weights as they were when they were rounded
-//   local    [n, n] upper triangular factor
-//   scales, zeros  [n, rows], consecutive inputs `grid_stride` floats apart (0: one for all)
-//   codes    [n, rows]; errors [n, rows], divided by the factor's diagonal
-//   kept     [n, rows] of 0 and 1: weights whose squared error exceeds `price`, and to which
-//            float16 is nearer; may be null
-void round_columns(float* current, const float* local, const float* scales, const float* zeros,
-                   std::size_t grid_stride, std::uint8_t* codes, float* errors, std::uint8_t* kept,
-                   std::size_t n, std::size_t rows, int bits, float price);
+// Rounds columns from `start` to `stop`, taking what each loses off those up to `stop`. A group
+// that is fitted starts at `start`, or is whole between the two. `fitter`, whose groups ascend, is
+// null where grids are known.
+Misfit round_block(const Columns& columns, std::size_t start, std::size_t stop,
+                   const Fitter* fitter);
 
 }  // namespace quantine

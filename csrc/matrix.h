@@ -23,7 +23,7 @@ constexpr std::size_t kChunk = 4;   // inputs of a row that lie together
 constexpr std::size_t kBlock = 64;  // inputs that share a scale of 8 bit activations, at most
 
 // Where the scales, or the zero points, of a tile's groups are.
-struct Statistic {
+struct StatisticLayout {
   Kept kept = Kept::kMiddle;
   int bits = 0;                           // of kCoded and kWhole
   std::size_t offset = 0;                 // in the bytes of a group
@@ -64,7 +64,7 @@ struct Weights {
   std::size_t tile_bytes = 0;    // codes of a tile
   std::size_t group_bytes = 0;   // statistics of a group of a tile
   Bytes codes, statistics;
-  Statistic scale, zero;
+  StatisticLayout scale, zero;
   std::vector<Block> blocks;
   std::vector<std::uint32_t> order;           // stored column j is input order[j]; empty: j
   std::vector<std::uint32_t> outlier_offsets;  // [rows + 1]; empty: no outliers

@@ -83,7 +83,7 @@ class Cursor {
  private:
   // A copy of what is read for every group: the compiler can keep it in registers.
   struct Reader {
-    inline Reader(const Statistic& s, std::size_t tile, std::size_t groups)
+    inline Reader(const StatisticLayout& s, std::size_t tile, std::size_t groups)
         : kept(s.kept), bits(s.bits), offset(s.offset), second(nullptr) {
       if (kept == Kept::kCoded) second = s.second.data() + tile * kTile / s.span * groups * 2;
     }

@@ -51,8 +51,8 @@ float value_of(const StatisticSource& source, std::size_t row, std::size_t group
 }
 
 // How a kernel reads a statistic. A second grid has to be that of a whole tile.
-Statistic plan(const StatisticSource& source, std::size_t rows, std::size_t groups) {
-  Statistic found;
+StatisticLayout plan(const StatisticSource& source, std::size_t rows, std::size_t groups) {
+  StatisticLayout found;
   found.kept = source.kept;
   found.bits = source.bits;
   if (source.kept != Kept::kCoded) return found;
@@ -72,7 +72,7 @@ Statistic plan(const StatisticSource& source, std::size_t rows, std::size_t grou
   return found;
 }
 
-std::size_t bytes_of(const Statistic& statistic) {
+std::size_t bytes_of(const StatisticLayout& statistic) {
   switch (statistic.kept) {
     case Kept::kHalf:
       return kTile * sizeof(std::uint16_t);
@@ -85,7 +85,7 @@ std::size_t bytes_of(const Statistic& statistic) {
   }
 }
 
-void write_statistic(const StatisticSource& source, const Statistic& statistic, std::size_t tile,
+void write_statistic(const StatisticSource& source, const StatisticLayout& statistic, std::size_t tile,
                      std::size_t group, std::size_t rows, std::size_t groups, std::uint8_t* out) {
   const std::size_t lanes = std::min(kTile, rows - tile * kTile);
   for (std::size_t lane = 0; lane < lanes; ++lane) {

@@ -32,3 +32,8 @@ def observed(inputs: Tensor) -> Hessian:
     hessian = Hessian(inputs.shape[-1])
     hessian.update(inputs)
     return hessian
+
+
+def generator(seed: int) -> torch.Generator:
+    """Random numbers of their own."""
+    return torch.Generator().manual_seed(seed)

@@ -40,7 +40,7 @@ FLOORS: Final[dict[str, str]] = {
     "matrix": "core families formats plan errors",
     "allocate": "calibrate core families formats matrix methods plan prepare progress scheme "
     "errors",
-    "estimate": "allocate calibrate families formats methods plan prepare progress errors",
+    "estimate": "allocate calibrate core families formats plan prepare progress errors",
     "publish": "card formats prepare runtime",
     "render": "estimate plan prepare",
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "

@@ -8,9 +8,9 @@ from typing import Final
 
 from quantine.allocate import probe_segments
 from quantine.calibrate.sequential import batch_samples
+from quantine.core.objective import CHUNK
 from quantine.errors import PlanError
 from quantine.families.base import block_list
-from quantine.methods.fit import CHUNK
 from quantine.prepare import Job
 from quantine.progress import peak_memory
 

@@ -20,7 +20,6 @@ from quantine.core.grid import (
     fit_minmax,
     fit_range,
     fit_statistic,
-    join_groups,
 )
 from quantine.errors import SolverError
 from samples import quick, random_weight
@@ -271,18 +270,3 @@ def test_rows_of_a_two_level_grid_decode_alike(chosen: list[int]) -> None:
     codes = torch.arange(40, dtype=torch.uint8).view(5, 8) % 8
     part = grid.rows(rows)
     assert torch.equal(part.decode(codes[rows]), grid.decode(codes)[rows])
-
-
-def test_joined_groups_are_those_of_the_parts() -> None:
-    grids = [two_level_grid(), two_level_grid()]
-    joined = join_groups(grids)
-    assert torch.equal(joined.scales(), torch.cat([grid.scales() for grid in grids], 1))
-    assert torch.equal(joined.zeros(), torch.cat([grid.zeros() for grid in grids], 1))
-    for stored in (joined.scale, joined.zero_point):
-        assert isinstance(stored, Statistic)
-        assert isinstance(stored.grid.scale, torch.Tensor)
-        assert stored.codes.shape == (4, 5)
-        assert stored.grid.scale.dtype == torch.float16
-    symmetric = Grid(grids[0].scale, None, 3, 4)
-    assert join_groups([symmetric, symmetric]).zero_point is None
-    assert join_groups([symmetric]).zeros().unique().tolist() == [4.0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import oracles
+from quantine.core.fit import without_outliers
 from quantine.core.grid import Statistic
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
@@ -24,7 +25,6 @@ from quantine.methods.spqr import (
     FAITHFUL_SPEC,
     SAMPLED_ROWS,
     sampled_rows,
-    without_outliers,
 )
 from samples import correlated_inputs, observed, random_weight
 

@@ -17,7 +17,6 @@ second grid (SpQR, arXiv 2306.03078, section 4.2).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -178,34 +177,6 @@ def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
     zero = zero.masked_fill_(single, -1.0)
     codes = encode(padded, step, zero, bits).to(torch.uint8).flatten(1)[:, :rows]
     return Statistic(codes, Grid(step.half(), zero.half(), bits, group_size))
-
-
-def join_groups(grids: Sequence[Grid]) -> Grid:
-    """One grid over all groups of ``grids``, which have the same rows, in order."""
-    first = grids[0]
-    return Grid(
-        _join([grid.scale for grid in grids]),
-        None if first.zero_point is None else _join([_present(g.zero_point) for g in grids]),
-        first.bits,
-        first.group_size,
-    )
-
-
-def _present(zero_point: Tensor | Statistic | None) -> Tensor | Statistic:
-    assert zero_point is not None
-    return zero_point
-
-
-def _join(stored: Sequence[Tensor | Statistic]) -> Tensor | Statistic:
-    tensors = [one for one in stored if isinstance(one, Tensor)]
-    if tensors:
-        return torch.cat(tensors, 1)
-    statistics = [one for one in stored if isinstance(one, Statistic)]
-    second = [one.grid for one in statistics]
-    scale = torch.cat([one.scales() for one in second]).half()
-    zero = torch.cat([one.zeros() for one in second]).half()
-    grid = Grid(scale, zero, second[0].bits, second[0].group_size)
-    return Statistic(torch.cat([one.codes for one in statistics]), grid)
 
 
 def to_float16(scale: Tensor) -> Tensor:

@@ -30,6 +30,8 @@ class Factor:
 
 PANEL: Final = 256
 """Columns of a symmetric product that are multiplied at once."""
+LEAF: Final = 128
+"""Largest matrix that is factored without halving it."""
 
 
 class Hessian:
@@ -113,7 +115,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> Factor:
     Raises:
         SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not _is_finite(hessian):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
     used = damp
     while True:
@@ -129,7 +131,8 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> Factor:
 
 def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
     """An ordered, damped copy with mean diagonal 1 (before damping): its scale cancels later."""
-    matrix = hessian[order][:, order].div_(hessian.diagonal().mean().item() or 1.0)
+    # Symmetric, so gathering rows twice orders both axes; rows are the faster ones.
+    matrix = hessian[order].T.contiguous()[order].div_(hessian.diagonal().mean().item() or 1.0)
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal.add_(damp)
@@ -137,11 +140,37 @@ def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        return None
-    del matrix  # the three steps need two matrices at a time
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not bool(torch.isfinite(upper).all()) else upper
+    """``U`` with ``inverse(matrix) = U.T @ U``, in place of ``matrix``; ``None`` if there is none.
+
+    With ``matrix = R @ R.T``, ``R`` upper triangular, it is ``inverse(R)``: one factorization from
+    the last row to the first, without the inverse of ``matrix`` and its rounding errors.
+    """
+    found = _invert_upper(matrix)
+    return matrix if found and _is_finite(matrix) else None
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    low, high = matrix.aminmax()  # not a number if one is none
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _invert_upper(matrix: Tensor) -> bool:
+    """Replace ``matrix = R @ R.T`` by ``inverse(R)``, halving it so that products do the work."""
+    size = len(matrix)
+    if size <= LEAF:
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if failed:
+            return False
+        matrix.copy_(torch.linalg.solve_triangular(lower, torch.eye(size), upper=False).flip(0, 1))
+        return True
+    half = size // 2
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not _invert_upper(last):
+        return False
+    beside = corner @ last.T  # of R
+    first.addmm_(beside, beside.T, alpha=-1)
+    if not _invert_upper(first):
+        return False
+    torch.mm(first, (beside @ last).neg_(), out=corner)
+    matrix[half:, :half] = 0.0
+    return True

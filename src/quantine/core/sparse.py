@@ -29,10 +29,24 @@ class Csr:
     @classmethod
     def where(cls, mask: Tensor, values: Tensor) -> Csr:
         """The ``values`` ``[rows, columns]`` float at the places that bool ``mask`` marks."""
-        offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(mask.sum(1), 0, out=offsets[1:])
-        kept = values[mask].half()
-        return cls(offsets, mask.nonzero()[:, 1].contiguous(), kept, (mask.shape[0], mask.shape[1]))
+        rows, columns = mask.nonzero(as_tuple=True)
+        return cls.of_entries(rows, columns, values[mask], (mask.shape[0], mask.shape[1]))
+
+    @classmethod
+    def of_entries(
+        cls, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
+    ) -> Csr:
+        """Entries in any order.
+
+        Args:
+            rows, columns: ``[entries]`` int64, no place twice.
+            values: ``[entries]`` float.
+            shape: of the matrix.
+        """
+        order = (rows * shape[1] + columns).argsort()
+        offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
+        torch.cumsum(rows.bincount(minlength=shape[0]), 0, out=offsets[1:])
+        return cls(offsets, columns[order], values[order].half(), shape)
 
     @property
     def entries(self) -> int:

@@ -1,4 +1,4 @@
-"""Loops of the solvers: the native kernel where it exists, else the PyTorch meaning of it.
+"""The column loop of the solvers: the native kernel, else the PyTorch meaning of it.
 
 Matrices are transposed, ``[inputs, rows]``, so that a column of the weight is contiguous. Native
 and reference differ only in how float32 sums and multiply-subtracts round.
@@ -7,140 +7,153 @@ and reference differ only in how float32 sums and multiply-subtracts round.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from quantine.core import fit
+from quantine.core.objective import Objective, positive
+from quantine.core.observe import Factor
 from quantine.kernels import backend
+from quantine.kernels.fit import Fitted, check
 
 
-def rounding_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """What rounding adds to ``columns`` ``[groups, n, rows]`` float32.
+@dataclass(frozen=True)
+class AtReach:
+    """Groups of consecutive columns, fitted when the loop reaches the first.
 
-    Args:
-        scale, zero: ``[groups, rows]`` float32, scales positive.
+    Attributes:
+        fitted: takes the grids.
+        spread: the diagonal of the factor, ``[inputs]`` float32.
+        objective: of the fit.
     """
-    scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
-    codes = torch.div(columns, scale).add_(zero).round_().clamp_(0, 2**bits - 1)
-    return codes.sub_(zero).mul_(scale).sub_(columns)
+
+    fitted: Fitted
+    spread: Tensor
+    objective: Objective
 
 
-def first_least(costs: Iterable[Tensor]) -> Tensor:
-    """Index of the least of ``costs``, the first of equals; int64 of their shape."""
-    stream = iter(costs)
-    least = next(stream)
-    best = torch.zeros(least.shape, dtype=torch.int64)
-    for index, cost in enumerate(stream, 1):
-        better = cost < least
-        least = torch.where(better, cost, least)
-        best.masked_fill_(better, index)
-    return best
+@dataclass(frozen=True)
+class Columns:
+    """A matrix whose columns are rounded one after another.
 
-
-def cheapest_grids(
-    columns: Tensor,
-    importance: Tensor,
-    scales: Tensor,
-    zeros: Tensor,
-    bits: int,
-    price: float = math.inf,
-) -> Tensor:
-    """The grid with the least sum of ``min(error**2 * importance, price)``, for each row.
-
-    Args:
-        columns: ``[groups, n, rows]`` float32.
-        importance: ``[groups, n]`` float32.
-        scales, zeros: ``[candidates, groups, rows]`` float32, scales positive.
-
-    Returns:
-        Index of a candidate, the first of equals, ``[groups, rows]`` int64.
+    Attributes:
+        weights: ``[inputs, rows]`` float32; each column ends as it was when it was rounded.
+        upper: ``[inputs, inputs]`` float32, the factor of the inverse Hessian.
+        bits: bits of a code.
+        scales, zeros: ``[groups, rows]`` float32.
+        groups: ``[inputs]`` int64, each column's row of ``scales`` and ``zeros``.
+        codes: ``[inputs, rows]`` uint8, filled.
+        errors: ``[inputs, rows]`` float32, filled: errors divided by the factor's diagonal.
+        kept: ``[inputs, rows]`` bool, filled: where weights are kept as outliers; or ``None``.
+        price: squared scaled error above which a weight is kept, if float16 is nearer to it; it
+            then loses only what float16 rounds off.
+        at_reach: how groups are fitted; ``None`` where grids are known.
     """
-    native = backend.native()
-    if native is None:
-        return cheapest_grids_reference(columns, importance, scales, zeros, bits, price)
-    best = torch.empty(scales.shape[1:], dtype=torch.int64)
-    for group, weights in enumerate(columns):
-        native.cheapest_grids(
-            weights if weights.stride(-1) == 1 else weights.contiguous(),
-            importance[group].contiguous(),
-            scales[:, group].contiguous(),
-            zeros[:, group].contiguous(),
-            best[group],
+
+    weights: Tensor
+    upper: Tensor
+    bits: int
+    scales: Tensor
+    zeros: Tensor
+    groups: Tensor
+    codes: Tensor
+    errors: Tensor
+    kept: Tensor | None
+    price: float
+    at_reach: AtReach | None = None
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        factor: Factor,
+        bits: int,
+        values: tuple[Tensor, Tensor],
+        groups: Tensor,
+        price: float,
+        at_reach: AtReach | None = None,
+    ) -> Columns:
+        """Nothing of ``weight`` ``[rows, inputs]`` rounded yet; ``values`` are scales and zeros."""
+        weights = weight.T[factor.order]  # a copy
+        return cls(
+            weights,
+            factor.upper,
             bits,
+            *values,
+            groups,
+            torch.empty(weights.shape, dtype=torch.uint8),
+            torch.empty_like(weights),
+            torch.zeros(weights.shape, dtype=torch.bool) if price < math.inf else None,
             price,
+            at_reach,
         )
-    return best
 
 
-def cheapest_grids_reference(
-    columns: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int, price: float
-) -> Tensor:
-    """The meaning of `cheapest_grids`."""
+def round_block(columns: Columns, start: int, stop: int) -> None:
+    """Round columns one by one, feeding each one's error to those behind it up to ``stop``.
 
-    def cost(scale: Tensor, zero: Tensor) -> Tensor:
-        squares = rounding_errors(columns, scale, zero, bits).square_()
-        return squares.mul_(importance.unsqueeze(-1)).clamp_(max=price).sum(1)
+    A group that is fitted starts at ``start``, or is whole between the two; its columns have
+    received every error before ``start``.
 
-    return first_least(cost(*grid) for grid in zip(scales, zeros, strict=True))
-
-
-def round_columns(
-    current: Tensor, local: Tensor, scales: Tensor, zeros: Tensor, bits: int, price: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round columns one by one, feeding each one's error to those behind it, in place.
-
-    Args:
-        current: ``[n, rows]`` float32, contiguous; each column ends as it was when it was rounded.
-        local: ``[n, n]`` float32, their part of the factor of the inverse Hessian.
-        scales, zeros: ``[n, rows]`` float32, the grid of each column; scales positive.
-        price: squared scaled error above which a weight is kept as an outlier, if float16 is nearer
-            to it; it then loses only what float16 rounds off.
-
-    Returns:
-        Codes ``[n, rows]`` uint8, errors divided by the factor's diagonal ``[n, rows]`` float32,
-        and where weights are kept, ``[n, rows]`` bool, ``None`` if ``price`` is infinite.
+    Raises:
+        SolverError: a scale does not fit into float16.
     """
     native = backend.native()
     if native is None:
-        return round_columns_reference(current, local, scales, zeros, bits, price)
-    codes = torch.empty(current.shape, dtype=torch.uint8)
-    errors = torch.empty_like(current)
-    kept = torch.empty(current.shape, dtype=torch.bool) if price < math.inf else None
-    shared = scales.stride(0) == 0 and zeros.stride(0) == 0
-    native.round_columns(
-        current,
-        local.contiguous(),
-        scales[:1].contiguous() if shared else scales.contiguous(),
-        zeros[:1].contiguous() if shared else zeros.contiguous(),
-        codes,
-        errors,
-        None if kept is None else kept.view(torch.uint8),
-        bits,
-        price,
+        round_block_reference(columns, start, stop)
+        return
+    found = columns.at_reach
+    misfit = native.round_block(
+        columns.weights,
+        columns.upper,
+        columns.groups,
+        columns.scales,
+        columns.zeros,
+        columns.codes,
+        columns.errors,
+        None if columns.kept is None else columns.kept.view(torch.uint8),
+        columns.bits,
+        columns.price,
+        start,
+        stop,
+        found and found.fitted.native(native, found.spread, found.objective),
     )
-    return codes, errors, kept
+    check(misfit)
 
 
-def round_columns_reference(
-    current: Tensor, local: Tensor, scales: Tensor, zeros: Tensor, bits: int, price: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The meaning of `round_columns`."""
-    top = 2**bits - 1
-    codes = torch.empty(current.shape, dtype=torch.uint8)
-    errors = torch.empty_like(current)
-    kept = torch.empty(current.shape, dtype=torch.bool) if price < math.inf else None
-    diagonal = local.diagonal().tolist()
-    for j, (column, scale, zero) in enumerate(zip(current, scales, zeros, strict=True)):
-        code = torch.div(column, scale).add_(zero).round_().clamp_(0, top)
-        codes[j] = code
-        decoded = code.sub_(zero).mul_(scale)
-        torch.sub(column, decoded, out=errors[j]).div_(diagonal[j])
-        if kept is not None:
-            exact = column.half().float()
-            lost = torch.sub(column, exact).div_(diagonal[j])
-            better = lost.abs() < errors[j].abs()  # also false where float16 overflows
-            torch.logical_and(errors[j].square() > price, better, out=kept[j])
-            errors[j] = torch.where(kept[j], lost, errors[j])
-        current[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
-    return codes, errors, kept
+def round_block_reference(columns: Columns, start: int, stop: int) -> None:
+    """The meaning of `round_block`."""
+    for j in range(start, stop):
+        if columns.at_reach is not None:
+            _fit_if_first(columns, columns.at_reach, j)
+        _round_column(columns, j)
+        behind = columns.weights[j + 1 : stop]
+        behind.addr_(columns.upper[j, j + 1 : stop], columns.errors[j], alpha=-1)
+
+
+def _fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
+    """Fit the group whose first column is ``j``, if there is one."""
+    fitted = at_reach.fitted
+    if j % fitted.length == 0:
+        members = slice(j, j + fitted.length)
+        weights, spread = columns.weights[members], at_reach.spread[members]
+        grid = fit.fit_groups(
+            weights.unsqueeze(0), spread.unsqueeze(0), fitted.spec, at_reach.objective
+        )
+        fitted.put(j // fitted.length, grid)
+
+
+def _round_column(columns: Columns, j: int) -> None:
+    group, diagonal = int(columns.groups[j]), float(columns.upper[j, j])
+    column, scale, zero = columns.weights[j], positive(columns.scales[group]), columns.zeros[group]
+    code = torch.div(column, scale).add_(zero).round_().clamp_(0, 2**columns.bits - 1)
+    columns.codes[j] = code
+    decoded = code.sub_(zero).mul_(scale)
+    error = torch.sub(column, decoded, out=columns.errors[j]).div_(diagonal)
+    if columns.kept is not None:
+        lost = (column - column.half().float()).div_(diagonal)
+        better = lost.abs() < error.abs()  # also false where float16 overflows
+        kept = torch.logical_and(error.square() > columns.price, better, out=columns.kept[j])
+        error.copy_(torch.where(kept, lost, error))

@@ -11,23 +11,23 @@ float16 rounds off (SpQR, arXiv 2306.03078, algorithm 1).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from quantine.core.grid import Grid, join_groups
+from quantine.core.grid import Grid
+from quantine.core.objective import Objective
 from quantine.core.observe import Factor, Hessian
 from quantine.core.permute import input_order, inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
-from quantine.kernels.columns import round_columns
-from quantine.methods.fit import positive
+from quantine.kernels.columns import AtReach, Columns, round_block
+from quantine.kernels.fit import Fitted, fit_groups
 
 Groups = Literal["static", "aligned", "refit"]
 GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
@@ -38,9 +38,6 @@ GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
 fitted when the loop reaches it. ``"refit"``: of inputs in solving order, likewise; that order is
 stored with the layer unless it is the inputs' own.
 """
-
-Fit = Callable[[Tensor, Tensor], Grid]
-"""``(columns [groups, n, rows], spread [groups, n])`` to a grid; see `quantine.methods.fit`."""
 
 
 @dataclass(frozen=True)
@@ -84,135 +81,77 @@ class ColumnLoop:
         return hessian.factor(self.damp, input_order(diagonal, self.act_order, length))
 
     def solve(
-        self, weight: Tensor, factor: Factor, spec: QuantSpec, fit: Fit, price: float = math.inf
+        self, weight: Tensor, factor: Factor, spec: QuantSpec, objective: Objective
     ) -> QTensor:
         """Round ``weight`` ``[out, in]`` float32.
 
         Args:
-            fit: called with the current weights of groups about to be rounded, and with ``d`` of
-                their inputs, the diagonal of the factor.
-            price: the loss, ``error**2 / d**2``, above which a weight is kept as an outlier.
+            objective: of grids; its price is the loss, ``error**2 / d**2``, above which a weight
+                is kept as an outlier.
 
         Raises:
             SolverError: a scale does not fit into float16.
         """
         order, length = factor.order, spec.group_length(weight.shape[1])
+        spread = factor.upper.diagonal().contiguous()
         if self.groups == "static":
-            spread = factor.upper.diagonal()[inverse(order)]
             members = weight.T.unflatten(0, (-1, length))
-            grid = fit(members, spread.unflatten(0, (-1, length)))
-            rounded = self._round(weight, factor, _Static(grid, order // length), price)
-        else:
-            source = _AtReach(fit, spec.bits, factor.upper.diagonal(), length)
-            rounded = self._round(weight, factor, source, price)
-            grid = source.joined(order if self.groups == "aligned" else None)
+            in_place = spread[inverse(order)].unflatten(0, (-1, length))
+            grid = fit_groups(members, in_place, spec, objective)
+            values = grid.scales().T.contiguous(), grid.zeros().T.contiguous()
+            columns = Columns.of(
+                weight, factor, grid.bits, values, order // length, objective.price
+            )
+            self._round(columns, length=1)
+            return _result(columns, grid, inverse(order), None)
+        fitted = Fitted.empty(len(order) // length, len(weight), length, spec)
+        columns = Columns.of(
+            weight,
+            factor,
+            spec.bits,
+            (fitted.scale.values, fitted.zero.values),
+            torch.arange(len(order)) // length,
+            objective.price,
+            AtReach(fitted, spread, objective),
+        )
+        self._round(columns, length)
         if self.groups == "refit":
-            return rounded.result(grid, order if self.stores_order else None)
-        return rounded.in_order(inverse(order)).result(grid, None)
+            return _result(columns, fitted.grid(), None, order if self.stores_order else None)
+        places = inverse(order[::length] // length)
+        return _result(columns, fitted.grid(places), inverse(order), None)
 
-    def _round(
-        self, weight: Tensor, factor: Factor, source: _Static | _AtReach, price: float
-    ) -> _Rounded:
-        # Transposed, so that a column of the matrix is contiguous; indexing copies the weight.
-        columns = weight.T[factor.order]
-        codes = torch.empty(columns.shape, dtype=torch.uint8)
-        kept = torch.zeros(columns.shape, dtype=torch.bool) if price < math.inf else None
-        errors = torch.empty_like(columns)
-        upper = factor.upper
-        for block in _blocks(len(columns), source.length, self.block_size):
-            for part in block:
-                scales, zeros = source.grids(part, columns)
-                codes[part], errors[part], outliers = round_columns(
-                    columns[part], upper[part, part], scales, zeros, source.bits, price
-                )
-                if kept is not None and outliers is not None:
-                    kept[part] = outliers
-                rest = slice(part.stop, block[-1].stop)
-                columns[rest].addmm_(upper[part, rest].T, errors[part], alpha=-1)
-            done, behind = slice(block[0].start, block[-1].stop), slice(block[-1].stop, None)
-            columns[behind].addmm_(upper[done, behind].T, errors[done], alpha=-1)
-        return _Rounded(codes, columns, kept)
+    def _round(self, columns: Columns, length: int) -> None:
+        for start, stop in _blocks(len(columns.weights), length, self.block_size):
+            round_block(columns, start, stop)
+            columns.weights[stop:].addmm_(
+                columns.upper[start:stop, stop:].T, columns.errors[start:stop], alpha=-1
+            )
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """What the loop leaves: ``[in, out]`` codes, the weights they stand for, what is kept."""
-
-    codes: Tensor
-    columns: Tensor
-    kept: Tensor | None
-
-    def in_order(self, order: Tensor) -> _Rounded:
-        kept = None if self.kept is None else self.kept[order]
-        columns = self.columns if kept is None else self.columns[order]
-        return _Rounded(self.codes[order], columns, kept)
-
-    def result(self, grid: Grid, in_perm: Tensor | None) -> QTensor:
-        outliers = None
-        if self.kept is not None:
-            outliers = Csr.where(self.kept.T, self.columns.T)
-        return QTensor(self.codes.T.contiguous(), grid, in_perm, outliers)
+def _result(columns: Columns, grid: Grid, order: Tensor | None, in_perm: Tensor | None) -> QTensor:
+    """The rounded ``columns``, column ``order[j]`` as number ``j``."""
+    codes = columns.codes if order is None else columns.codes[order]
+    outliers = None
+    if columns.kept is not None:
+        places, rows = columns.kept.nonzero(as_tuple=True)
+        values = columns.weights[places, rows]
+        places = places if order is None else inverse(order)[places]
+        inputs, out_features = columns.kept.shape
+        outliers = Csr.of_entries(rows, places, values, (out_features, inputs))
+    return QTensor(codes.T.contiguous(), grid, in_perm, outliers)
 
 
-class _Static:
-    """Grids known beforehand, over consecutive inputs; ``group_of`` each position of the loop."""
+def _blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]]:
+    """Cut ``count`` columns into blocks of about ``block_size``: whole groups, or part of one.
 
-    def __init__(self, grid: Grid, group_of: Tensor) -> None:
-        self.bits = grid.bits
-        self.length = len(group_of)  # any cut of the columns will do
-        self._scales = positive(grid.scales()).T.contiguous()
-        self._zeros = grid.zeros().T.contiguous()
-        self._group_of = group_of
-
-    def grids(self, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points ``[part, out]``."""
-        groups = self._group_of[part]
-        return self._scales[groups], self._zeros[groups]
-
-
-class _AtReach:
-    """Grids that are fitted when the loop reaches the first column of a group."""
-
-    def __init__(self, fit: Fit, bits: int, spread: Tensor, length: int) -> None:
-        self.bits = bits
-        self.length = length
-        self._fit = fit
-        self._spread = spread
-        self._fitted: list[Grid] = []
-        self._current: tuple[Tensor, Tensor]
-
-    def grids(self, part: slice, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales and zero points ``[part, out]``; ``columns`` are up to date."""
-        if part.start % self.length == 0:
-            group = slice(part.start, part.start + self.length)
-            grid = self._fit(columns[group].unsqueeze(0), self._spread[group].unsqueeze(0))
-            self._fitted.append(grid)
-            self._current = positive(grid.scales()).T, grid.zeros().T
-        width = part.stop - part.start
-        scale, zero = self._current
-        return scale.expand(width, -1), zero.expand(width, -1)
-
-    def joined(self, order: Tensor | None) -> Grid:
-        """One grid of all groups: as they came, or in the order of their inputs."""
-        if order is None:
-            return join_groups(self._fitted)
-        places = inverse(order[:: self.length] // self.length)
-        return join_groups([self._fitted[place] for place in places.tolist()])
-
-
-def _blocks(count: int, length: int, block_size: int) -> list[list[slice]]:
-    """Cut ``count`` columns into blocks of about ``block_size``, of parts inside one group.
-
-    A group of ``length`` columns always starts a part, when every update before it is applied.
+    A group of ``length`` columns is thus fitted when every update before it is applied.
     """
-    parts = [
-        slice(start, min(start + block_size, group + length, count))
-        for group in range(0, count, length)
-        for start in range(group, min(group + length, count), block_size)
-    ]
-    blocks: list[list[slice]] = []
-    for part in parts:
-        if not blocks or part.stop - blocks[-1][0].start > block_size:
-            blocks.append([])
-        blocks[-1].append(part)
-    return blocks
+    if length <= block_size:
+        width = block_size // length * length
+        yield from ((start, min(start + width, count)) for start in range(0, count, width))
+        return
+    for group in range(0, count, length):
+        end = min(group + length, count)
+        yield from (
+            (start, min(start + block_size, end)) for start in range(group, end, block_size)
+        )

@@ -7,12 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantine.core.grid import Grid
+from quantine.core.objective import CLIPS, Clip, Objective
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.methods.columns import ColumnLoop, Groups
-from quantine.methods.fit import CLIPS, Clip, Objective, fit_groups
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class GPTQ:
         groups: how groups are made, and when their grids are fitted: ``"static"``, ``"aligned"``
             or ``"refit"``, see `quantine.methods.columns.GROUPS`.
         block_size: columns per lazy update; affects speed only, up to float rounding.
-        clip: how a group's range is chosen, see `quantine.methods.fit.Objective`.
+        clip: how a group's range is chosen, see `quantine.core.objective.Objective`.
     """
 
     damp: float = 0.01
@@ -62,8 +61,4 @@ class GPTQ:
             SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
         """
         factor = self.loop.factor(hessian, spec)
-
-        def fit(columns: Tensor, spread: Tensor) -> Grid:
-            return fit_groups(columns, spec, Objective(self.clip, spread))
-
-        return self.loop.solve(weight, factor, spec, fit)
+        return self.loop.solve(weight, factor, spec, Objective(self.clip))

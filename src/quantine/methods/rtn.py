@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from quantine.core.objective import DATA_FREE_CLIPS, Clip, Objective
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.methods.fit import DATA_FREE_CLIPS, Clip, Objective, fit_groups
+from quantine.kernels.fit import fit_groups
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,8 @@ class RTN:
     """Round to nearest.
 
     Attributes:
-        clip: ``"minmax"`` (the textbook baseline) or ``"mse"``, see `quantine.methods.fit`.
+        clip: ``"minmax"`` (the textbook baseline) or ``"mse"``, see
+            `quantine.core.objective.Objective`.
     """
 
     clip: Clip = "minmax"
@@ -41,5 +44,6 @@ class RTN:
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round ``weight`` ``[out, in]`` float32; ``hessian`` is not looked at."""
         groups = weight.T.unflatten(0, (-1, spec.group_length(weight.shape[1])))
-        grid = fit_groups(groups, spec, Objective(self.clip))
+        same = torch.ones(groups.shape[:2])
+        grid = fit_groups(groups, same, spec, Objective(self.clip))
         return QTensor(grid.encode(weight), grid)

@@ -14,13 +14,13 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from quantine.core.grid import Grid
+from quantine.core.objective import CLIPS, Clip, Objective, squared_errors
 from quantine.core.observe import Factor, Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
+from quantine.kernels.fit import fit_groups
 from quantine.methods.columns import ColumnLoop, Groups
-from quantine.methods.fit import CLIPS, Clip, Objective, cover, fit_groups, squared_errors
 
 Detect = Literal["leave-one-out", "simple"]
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
@@ -126,7 +126,7 @@ class SpQR:
         length = spec.group_length(weight.shape[1])
         columns = weight.T[factor.order].unflatten(0, (-1, length))
         spread = factor.upper.diagonal().unflatten(0, (-1, length))
-        grid = self._fit(columns, spread, spec, price)
+        grid = fit_groups(columns, spread, spec, self._objective(price))
         losses = squared_errors(columns, grid.scales().T, grid.zeros().T, spec.bits)
         losses.div_(spread.square().unsqueeze(-1))
         kept = losses > price
@@ -135,16 +135,10 @@ class SpQR:
         return losses.masked_fill_(kept, 0.0).sum((0, 1)) * unit, float(kept.float().mean())
 
     def _solve(self, weight: Tensor, factor: Factor, spec: QuantSpec, price: float) -> QTensor:
-        def fit(columns: Tensor, spread: Tensor) -> Grid:
-            return self._fit(columns, spread, spec, price)
+        return self.loop.solve(weight, factor, spec, self._objective(price))
 
-        return self.loop.solve(weight, factor, spec, fit, price)
-
-    def _fit(self, columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Grid:
-        inliers = columns
-        if price < math.inf and self.detect == "leave-one-out":
-            inliers = without_outliers(columns, spread, spec, price)
-        return fit_groups(columns, spec, Objective(self.clip, spread, price), inliers)
+    def _objective(self, price: float) -> Objective:
+        return Objective(self.clip, price, self.detect == "leave-one-out")
 
     def _price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
         if self.outliers:
@@ -178,44 +172,9 @@ FAITHFUL_SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_si
 """Fractional zero points; scales and zero points of 16 outputs share a second grid each."""
 
 
-def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Tensor:
-    """``columns`` with likely outliers replaced by the mean of their group's other weights.
-
-    A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
-    than ``price`` (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
-    the largest does not move the range: it saves that weight's own loss. So three ranges per group
-    tell about all weights, instead of one for each.
-
-    Args:
-        columns: ``[groups, n, rows]`` float32.
-        spread: ``d`` of their inputs, ``[groups, n]``.
-    """
-    if columns.shape[1] < 2:
-        return columns
-    ranked, places = columns.sort(1)
-    low, high = ranked[:, 0], ranked[:, -1]
-    loss = _losses(columns, low, high, spread, spec)
-    whole = loss.sum(1, keepdim=True)
-    saved = loss
-    for place, ends in ((0, (ranked[:, 1], high)), (-1, (low, ranked[:, -2]))):
-        extreme = places[:, place : place + 1 or None]
-        others = _losses(columns, *ends, spread, spec).scatter_(1, extreme, 0.0)
-        saved = saved.scatter(1, extreme, whole - others.sum(1, keepdim=True))
-    likely = saved > price
-    rest = (~likely).sum(1, keepdim=True).clamp_(min=1)
-    mean = columns.masked_fill(likely, 0.0).sum(1, keepdim=True) / rest
-    return torch.where(likely, mean, columns)
-
-
 def sampled_rows(out_features: int) -> Tensor:
     """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64."""
     return torch.arange(0, out_features, max(1, out_features // SAMPLED_ROWS))
-
-
-def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
-    """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
-    scale, zero = cover(low, high, spec)
-    return squared_errors(columns, scale, zero, spec.bits).div_(spread.square().unsqueeze(-1))
 
 
 def _loss_scale(weight: Tensor, factor: Factor) -> float:
@@ -224,7 +183,8 @@ def _loss_scale(weight: Tensor, factor: Factor) -> float:
     A column of equal weights, such as that of a single row, counts with its square instead: a
     price of nothing would keep every weight.
     """
-    variance, square = weight.var(0, correction=min(1, len(weight) - 1)), weight.square().mean(0)
+    square, centred = weight.square().mean(0), weight - weight.mean(0)
+    variance = centred.square_().sum(0).div_(max(1, len(weight) - 1))
     variance = torch.where(variance > EQUAL * square, variance, square)[factor.order]
     scale = float((variance / factor.upper.diagonal().square()).mean())
     return max(scale, sys.float_info.min)

@@ -1,14 +1,14 @@
 """The grid of a group of weights: its range, and the rounding of its scale and zero point.
 
-Weights come transposed, ``[groups, n, rows]``: ``n`` inputs of a group by output rows, which is
-how the column loop holds them. Every choice that is searched minimizes one `Objective`.
+Weights come transposed, ``[groups, n, rows]``. Every choice that is searched minimizes one
+`Objective`. This is the meaning of the native kernel in `quantine.kernels.fit`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -22,77 +22,11 @@ from quantine.core.grid import (
     fit_statistic,
     to_float16,
 )
+from quantine.core.objective import Objective, squared_errors
 from quantine.core.spec import FLOAT16, QuantSpec
-from quantine.kernels.columns import cheapest_grids, first_least, rounding_errors
-
-Clip = Literal["minmax", "mse", "hessian"]
-CLIPS: Final[tuple[Clip, ...]] = ("minmax", "mse", "hessian")
-DATA_FREE_CLIPS: Final[tuple[Clip, ...]] = ("minmax", "mse")
 
 SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
 """Candidate shares of the min-max range: 1.0 down to 0.5."""
-NORM: Final = 2.4
-"""Exponent of the plain rounding error: above 2, so that a clipped large weight costs more."""
-CHUNK: Final = 2**20
-"""Weights searched at once: bounds the search's temporary memory to about 16 bytes each."""
-SMALLEST_DIVISOR: Final = 1e-9
-"""Stands in for scales that a second grid rounded to zero or below."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What a wrong grid costs.
-
-    Attributes:
-        clip: ``"minmax"`` searches nothing; ``"mse"`` is the sum of ``|error| ** 2.4``;
-            ``"hessian"`` is the sum of ``min(error**2 / d**2, price)``: what error feedback would
-            have to make up for (GPTQ, arXiv 2210.17323, equation 2), or the price of keeping the
-            weight as an outlier.
-        spread: ``d`` of each weight's input, ``[groups, n]`` float32; of ``"hessian"`` only.
-        price: see there; infinite where no outliers can be kept.
-    """
-
-    clip: Clip
-    spread: Tensor | None = None
-    price: float = math.inf
-
-    def cheapest(self, columns: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-        """The candidate grid with the least cost; the first of equals.
-
-        Args:
-            columns: ``[groups, n, rows]`` float32.
-            scales, zeros: ``[candidates, groups, rows]`` float32.
-
-        Returns:
-            Index of a candidate, ``[groups, rows]`` int64.
-        """
-        scales = positive(scales)
-        if self.clip == "hessian" and self.spread is not None:
-            importance = self.spread.square().reciprocal()
-            return cheapest_grids(columns, importance, scales, zeros, bits, self.price)
-        rows = max(1, CHUNK // max(1, columns[..., 0].numel()))
-        parts = zip(
-            columns.split(rows, 2), scales.split(rows, 2), zeros.split(rows, 2), strict=True
-        )
-        return torch.cat([_least_power(*part, bits) for part in parts], 1)
-
-
-def _least_power(columns: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    """The candidate with the least sum of ``|error| ** 2.4``."""
-    costs = (
-        rounding_errors(columns, scale, zero, bits).abs_().pow_(NORM).sum(1)
-        for scale, zero in zip(scales, zeros, strict=True)
-    )
-    return first_least(costs)
-
-
-def squared_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Squared rounding errors of ``columns`` ``[groups, n, rows]``.
-
-    Args:
-        scale, zero: ``[groups, rows]`` float32.
-    """
-    return rounding_errors(columns, positive(scale), zero, bits).square_()
 
 
 @dataclass(frozen=True)
@@ -128,9 +62,7 @@ class _Stat:
         return Statistic(self.codes.to(torch.uint8), self.grid)
 
 
-def fit_groups(
-    columns: Tensor, spec: QuantSpec, objective: Objective, inliers: Tensor | None = None
-) -> Grid:
+def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Grid:
     """The grid of groups of weights.
 
     Without a second level this ends with the range. With one, scales and zero points are first
@@ -139,7 +71,7 @@ def fit_groups(
 
     Args:
         columns: ``[groups, n, rows]`` float32.
-        inliers: ``columns`` with likely outliers replaced: the range covers only these.
+        spread: ``d`` of their inputs, ``[groups, n]`` float32.
 
     Returns:
         A grid of ``rows`` rows.
@@ -147,13 +79,15 @@ def fit_groups(
     Raises:
         SolverError: a scale does not fit into float16.
     """
-    inliers = columns if inliers is None else inliers
+    inliers = columns
+    if objective.look_ahead and objective.price < math.inf:
+        inliers = without_outliers(columns, spread, spec, objective.price)
     if objective.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
-    scales, zeros = _fit_range(columns, inliers, spec, objective)
+    scales, zeros = _fit_range(columns, inliers, spread, spec, objective)
     scale, zero = _scale_stat(scales, spec), _zero_stat(zeros, spec)
     if spec.second_level and objective.clip != "minmax":
-        scale, zero = _refine(columns, scale, zero, spec.bits, objective)
+        scale, zero = _refine(columns, spread, scale, zero, spec.bits, objective)
     stored_zero = (
         None if spec.sym else zero.stored(torch.float16 if spec.zero_bits else torch.uint8)
     )
@@ -161,7 +95,7 @@ def fit_groups(
 
 
 def _fit_range(
-    columns: Tensor, inliers: Tensor, spec: QuantSpec, objective: Objective
+    columns: Tensor, inliers: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point ``[groups, rows]`` of the min-max range, or of the best share of it."""
     low, high = inliers.amin(1), inliers.amax(1)
@@ -170,7 +104,7 @@ def _fit_range(
     middle = (low + high) / 2 if spec.zero_bits else torch.zeros_like(low)
     shares = torch.tensor(SHRINKS).view(-1, 1, 1)
     scales, zeros = cover(middle + (low - middle) * shares, middle + (high - middle) * shares, spec)
-    best = objective.cheapest(columns, scales, zeros, spec.bits).unsqueeze(0)
+    best = objective.cheapest(columns, spread, scales, zeros, spec.bits).unsqueeze(0)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
@@ -207,7 +141,7 @@ def _zero_stat(zero: Tensor, spec: QuantSpec) -> _Stat:
 
 
 def _refine(
-    columns: Tensor, scale: _Stat, zero: _Stat, bits: int, objective: Objective
+    columns: Tensor, spread: Tensor, scale: _Stat, zero: _Stat, bits: int, objective: Objective
 ) -> tuple[_Stat, _Stat]:
     """Per group and row the neighbouring codes of scale and zero point with the least cost."""
     tried = [
@@ -217,12 +151,42 @@ def _refine(
     ]
     scales = torch.stack([one.values() for one, _ in tried])
     zeros = torch.stack([one.values() for _, one in tried])
-    best = objective.cheapest(columns, scales, zeros, bits).unsqueeze(0)
+    best = objective.cheapest(columns, spread, scales, zeros, bits).unsqueeze(0)
     scale_codes = torch.stack([one.codes for one, _ in tried]).gather(0, best)[0]
     zero_codes = torch.stack([one.codes for _, one in tried]).gather(0, best)[0]
     return replace(scale, codes=scale_codes), replace(zero, codes=zero_codes)
 
 
-def positive(scale: Tensor) -> Tensor:
-    """``scale`` fit to divide by: a second grid may round a small one to zero or below."""
-    return scale.clamp(min=SMALLEST_DIVISOR)
+def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Tensor:
+    """``columns`` with likely outliers replaced by the mean of their group's other weights.
+
+    A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
+    than ``price`` (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
+    the largest does not move the range: it saves that weight's own loss. So three ranges per group
+    tell about all weights, instead of one for each.
+
+    Args:
+        columns: ``[groups, n, rows]`` float32.
+        spread: ``d`` of their inputs, ``[groups, n]``.
+    """
+    if columns.shape[1] < 2:
+        return columns
+    ranked, places = columns.sort(1)
+    low, high = ranked[:, 0], ranked[:, -1]
+    loss = _losses(columns, low, high, spread, spec)
+    whole = loss.sum(1, keepdim=True)
+    saved = loss
+    for place, ends in ((0, (ranked[:, 1], high)), (-1, (low, ranked[:, -2]))):
+        extreme = places[:, place : place + 1 or None]
+        others = _losses(columns, *ends, spread, spec).scatter_(1, extreme, 0.0)
+        saved = saved.scatter(1, extreme, whole - others.sum(1, keepdim=True))
+    likely = saved > price
+    rest = (~likely).sum(1, keepdim=True).clamp_(min=1)
+    mean = columns.masked_fill(likely, 0.0).sum(1, keepdim=True) / rest
+    return torch.where(likely, mean, columns)
+
+
+def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
+    """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
+    scale, zero = cover(low, high, spec)
+    return squared_errors(columns, scale, zero, spec.bits).div_(spread.square().unsqueeze(-1))

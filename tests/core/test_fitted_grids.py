@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 import oracles
-from quantine.core.grid import Statistic
+from quantine.core import fit, objective
+from quantine.core.grid import Grid, Statistic
+from quantine.core.objective import DATA_FREE_CLIPS, Clip, Objective
 from quantine.core.spec import QuantSpec
-from quantine.methods import fit
-from quantine.methods.fit import Clip, Objective, fit_groups
+from quantine.kernels import fit as kernel
 from samples import random_weight
+
+FitGroups = Callable[[Tensor, Tensor, QuantSpec, Objective], Grid]
+each = pytest.mark.parametrize("fit_groups", [fit.fit_groups, kernel.fit_groups])
+"""The reference, and what solvers call."""
 
 SHARES = [1 - 0.025 * step for step in range(21)]
 
@@ -25,10 +32,18 @@ def loss(values: list[float], scale: float, zero: int, bits: int) -> float:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("sym", [False, True])
-def test_the_least_error_of_all_candidates_is_found(bits: int, sym: bool) -> None:
+@each
+def test_the_least_error_of_all_candidates_is_found(
+    fit_groups: FitGroups, bits: int, sym: bool
+) -> None:
     weight = random_weight(4, 48)
     weight[0, 3] = 0.4  # one weight far out
-    grid = fit_groups(weight.T.unflatten(0, (-1, 24)), QuantSpec(bits, 24, sym), Objective("mse"))
+    grid = fit_groups(
+        weight.T.unflatten(0, (-1, 24)),
+        torch.ones(2, 24),
+        QuantSpec(bits, 24, sym),
+        Objective("mse"),
+    )
     for group, scale, zero in zip(
         weight.view(8, 24).tolist(), grid.scales().flatten(), grid.zeros().flatten(), strict=True
     ):
@@ -39,12 +54,13 @@ def test_the_least_error_of_all_candidates_is_found(bits: int, sym: bool) -> Non
         assert loss(group, scale.item(), int(zero), bits) == pytest.approx(least, rel=1e-4)
 
 
-def test_a_far_out_weight_is_clipped_and_the_rest_gains() -> None:
+@each
+def test_a_far_out_weight_is_clipped_and_the_rest_gains(fit_groups: FitGroups) -> None:
     row = random_weight(1, 512)
     row[0, 5] = 0.3
     spec, error = QuantSpec(3, 512), {}
-    for choice in fit.DATA_FREE_CLIPS:
-        grid = fit_groups(row.T.unsqueeze(0), spec, Objective(choice))
+    for choice in DATA_FREE_CLIPS:
+        grid = fit_groups(row.T.unsqueeze(0), torch.ones(1, 512), spec, Objective(choice))
         error[choice] = (grid.decode(grid.encode(row)) - row).abs()
     others = torch.arange(512) != 5
     assert error["mse"][..., 5] > error["minmax"][..., 5]
@@ -54,9 +70,10 @@ def test_a_far_out_weight_is_clipped_and_the_rest_gains() -> None:
 @pytest.mark.parametrize("spec", [QuantSpec(4, 16), QuantSpec(3, 16, scale_bits=3)])
 def test_chunks_do_not_change_the_result(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = random_weight(9, 32).T.unflatten(0, (-1, 16))
-    whole = fit_groups(columns, spec, Objective("mse"))
-    monkeypatch.setattr(fit, "CHUNK", 70)  # two rows at a time, and a last single one
-    parts = fit_groups(columns, spec, Objective("mse"))
+    spread = torch.ones(2, 16)
+    whole = fit.fit_groups(columns, spread, spec, Objective("mse"))
+    monkeypatch.setattr(objective, "CHUNK", 70)  # two rows at a time, and a last single one
+    parts = fit.fit_groups(columns, spread, spec, Objective("mse"))
     assert torch.equal(whole.scales(), parts.scales())
     assert torch.equal(whole.zeros(), parts.zeros())
 
@@ -72,8 +89,9 @@ def test_the_hessian_cost_weighs_inputs_and_stops_at_the_price(price: float) -> 
     steps = [0.02, 0.03, 0.05, 0.08]
     scales = torch.tensor(steps).view(4, 1, 1).expand(4, 1, 5)
     zeros = torch.full((4, 1, 5), 3.0)
-    objective = Objective("hessian", spread.unsqueeze(0), price)
-    best = objective.cheapest(weight.T.unsqueeze(0), scales, zeros, 3)
+    best = Objective("hessian", price).cheapest(
+        weight.T.unsqueeze(0), spread.unsqueeze(0), scales, zeros, 3
+    )
     for row, found in zip(weight.double().tolist(), best[0].tolist(), strict=True):
         costs = [
             sum(
@@ -85,12 +103,14 @@ def test_the_hessian_cost_weighs_inputs_and_stops_at_the_price(price: float) -> 
         assert costs[found] == pytest.approx(min(costs), rel=1e-5)
 
 
-def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding() -> None:
+@each
+def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding(fit_groups: FitGroups) -> None:
     weight, spread = random_weight(64, 16), torch.ones(1, 16)
     spread[0, 4] = 0.05  # errors of this input count 400 times
     error = {}
-    for clip, objective in (("mse", Objective("mse")), ("hessian", Objective("hessian", spread))):
-        grid = fit_groups(weight.T.unsqueeze(0), QuantSpec(3, 16), objective)
+    clips: tuple[Clip, ...] = ("mse", "hessian")
+    for clip in clips:
+        grid = fit_groups(weight.T.unsqueeze(0), spread, QuantSpec(3, 16), Objective(clip))
         error[clip] = (grid.decode(grid.encode(weight)) - weight).square().mean(0)
     assert error["hessian"][4] < 0.5 * error["mse"][4]
     assert error["hessian"].sum() > error["mse"].sum()
@@ -105,11 +125,14 @@ def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding() -> None:
         QuantSpec(3, 12, zero_bits=2),
     ],
 )
-def test_no_neighbouring_codes_of_statistics_are_better(spec: QuantSpec) -> None:
+@each
+def test_no_neighbouring_codes_of_statistics_are_better(
+    fit_groups: FitGroups, spec: QuantSpec
+) -> None:
     weight = random_weight(10, 12)
     columns, spread = weight.T.unsqueeze(0), torch.linspace(0.3, 1.0, 12).unsqueeze(0)
-    plain = fit_groups(columns, spec, Objective("minmax"))
-    searched = fit_groups(columns, spec, Objective("hessian", spread))
+    plain = fit_groups(columns, spread, spec, Objective("minmax"))
+    searched = fit_groups(columns, spread, spec, Objective("hessian"))
     # From the codes of the searched range, not of the whole one: never worse than those either.
     losses = {
         name: [
@@ -136,26 +159,28 @@ def test_no_neighbouring_codes_of_statistics_are_better(spec: QuantSpec) -> None
 @pytest.mark.parametrize("scale_bits", [3, 4, 8, 16])
 @pytest.mark.parametrize("zero_bits", [0, 3, 8, 16])
 @pytest.mark.parametrize("offset", [10.0, 1000.0, -1000.0])
+@each
 def test_groups_far_from_zero_lose_no_more_than_their_spread(
-    offset: float, zero_bits: int, scale_bits: int, clip: Clip
+    fit_groups: FitGroups, offset: float, zero_bits: int, scale_bits: int, clip: Clip
 ) -> None:
     # In units of the standard deviation. The published code loses 32 times the spread.
     weight = (random_weight(32, 64) / 0.05 + offset) * 0.01
     columns = weight.T.unflatten(0, (-1, 16))
     spec = QuantSpec(3, 16, scale_bits=scale_bits, zero_bits=zero_bits)
-    grid = fit_groups(columns, spec, Objective(clip, torch.ones(4, 16)))
+    grid = fit_groups(columns, torch.ones(4, 16), spec, Objective(clip))
     error = (grid.decode(grid.encode(weight)) - weight).abs().view(32, 4, 16).amax(2)
     span = (columns.amax(1) - columns.amin(1)).T
     assert bool((error <= span + 2.0**-10 * weight.abs().max()).all())
 
 
 @pytest.mark.parametrize("zero_bits", [0, 3, 16])
-def test_a_tile_may_mix_groups_far_and_near(zero_bits: int) -> None:
+@each
+def test_a_tile_may_mix_groups_far_and_near(fit_groups: FitGroups, zero_bits: int) -> None:
     # Far groups need coarse scales, but what they need must not move near groups far away.
     weight = random_weight(16, 16)
     weight[::2] += 0.5
     spec = QuantSpec(3, 16, scale_bits=3, zero_bits=zero_bits)
-    grid = fit_groups(weight.T.unsqueeze(0), spec, Objective("minmax"))
+    grid = fit_groups(weight.T.unsqueeze(0), torch.ones(1, 16), spec, Objective("minmax"))
     error = (grid.decode(grid.encode(weight)) - weight).abs().amax(1)
     span = weight.amax(1) - weight.amin(1)
     assert bool((error <= span).all())

@@ -1,0 +1,53 @@
+// The grid of a group of weights. Matrices are transposed, [inputs, rows]: rows, the outputs, are
+// contiguous. The meaning is quantine.core.fit in PyTorch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace quantine {
+
+enum class Clip { kMinMax, kPower, kHessian };
+
+// What is asked of a grid: see quantine.core.spec.QuantSpec and quantine.core.objective.Objective.
+struct FitRequest {
+  int bits;
+  bool symmetric;
+  int scale_bits;   // 16, or bits of a code on a second grid
+  int zero_bits;    // 0: whole zero points of `bits` bits; 16; or bits of a code on a second grid
+  std::size_t run;  // rows that share a second grid
+  Clip clip;
+  float price;      // infinite: no weight can be kept apart
+  bool look_ahead;  // the range leaves out likely outliers
+};
+
+// Scales, or zero points, of one group. On a second grid value = (code - zero) * step.
+struct Statistic {
+  float* values;        // [rows]
+  std::uint8_t* codes;  // [rows], of a second grid only
+  float* step;          // [runs], likewise
+  float* zero;          // [runs], likewise
+};
+
+// Why no grid is found: `value` does not fit into float16.
+struct Misfit {
+  enum Kind { kNone, kScale, kStatistic } kind;
+  float value;
+};
+
+// Fits a matrix group by group.
+struct Fitter {
+  FitRequest request;
+  const float* spread;    // [inputs], what an input's errors are divided by; all positive
+  std::size_t length;     // inputs of a group
+  std::size_t runs;       // second grids of a group
+  Statistic scale, zero;  // of the first group; others follow at distances of rows, or of runs
+};
+
+// Fits the grid of each row over the weights of a group.
+//
+//   columns  [length, rows]
+//   start    their first input
+Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows, std::size_t start);
+
+}  // namespace quantine

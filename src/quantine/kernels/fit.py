@@ -1,0 +1,138 @@
+"""The grids of groups of weights: the native kernel, else `quantine.core.fit`, its meaning.
+
+Both find the same but for how float32 sums round, which may decide between candidates that cost
+the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.core import fit
+from quantine.core.grid import Grid, Statistic
+from quantine.core.objective import Objective
+from quantine.core.spec import FLOAT16, QuantSpec
+from quantine.errors import SolverError
+from quantine.kernels import backend
+
+MISFITS: Final = {
+    "scale": "a group needs a scale of {:.4g}, but scales are stored in float16 (at most 65504)",
+    "statistic": "a statistic of {:.4g} does not fit into float16",
+}
+
+
+def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Grid:
+    """See `quantine.core.fit.fit_groups`."""
+    native = backend.native()
+    if native is None:
+        return fit.fit_groups(columns, spread, spec, objective)
+    groups, length, rows = columns.shape
+    fitted = Fitted.empty(groups, rows, length, spec)
+    fitter = fitted.native(native, spread.flatten(), objective)
+    check(native.fit_groups(columns.flatten(0, 1).contiguous(), fitter))
+    return fitted.grid()
+
+
+def check(misfit: tuple[str, float] | None) -> None:
+    """Raise what a native kernel reports.
+
+    Raises:
+        SolverError: a scale or a statistic does not fit into float16.
+    """
+    if misfit is not None:
+        kind, value = misfit
+        raise SolverError(
+            f"{MISFITS[kind].format(value)}: rescale the weights, or leave this layer in 16 bit"
+        )
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Scales, or zero points, of the groups of a matrix, while they are fitted.
+
+    Attributes:
+        values: ``[groups, rows]`` float32.
+        codes: ``[groups, rows]`` uint8: codes of the values on second grids, where there are some.
+        step, zero: ``[groups, runs]`` float32: the second grids.
+    """
+
+    values: Tensor
+    codes: Tensor
+    step: Tensor
+    zero: Tensor
+
+    @classmethod
+    def empty(cls, groups: int, rows: int, run: int) -> _Statistics:
+        values, second = torch.empty(groups, rows), torch.empty(groups, -(-rows // run))
+        return cls(values, torch.empty(groups, rows, dtype=torch.uint8), second, second.clone())
+
+    def put(self, group: int, values: Tensor, stored: Tensor | Statistic | None) -> None:
+        """Take what was fitted to one group: ``values`` ``[rows, 1]``."""
+        self.values[group] = values[:, 0]
+        if isinstance(stored, Statistic):
+            self.codes[group] = stored.codes[0]
+            self.step[group] = stored.grid.scales()[0]
+            self.zero[group] = stored.grid.zeros()[0]
+
+    def stored(self, places: Tensor | slice, bits: int, run: int) -> Tensor | Statistic:
+        """As a `Grid` holds them: whole zero points (``bits`` 0), float16, or codes."""
+        if bits in {0, FLOAT16}:
+            return self.values[places].T.to(torch.float16 if bits else torch.uint8)
+        grid = Grid(self.step[places].half(), self.zero[places].half(), bits, run)
+        return Statistic(self.codes[places], grid)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The grids of a matrix's groups, which are fitted one after another."""
+
+    spec: QuantSpec
+    length: int
+    run: int
+    scale: _Statistics
+    zero: _Statistics
+
+    @classmethod
+    def empty(cls, groups: int, rows: int, length: int, spec: QuantSpec) -> Fitted:
+        """Room for ``groups`` of ``length`` inputs."""
+        run = min(spec.stat_group_length(rows), rows)
+        statistics = (_Statistics.empty(groups, rows, run) for _ in range(2))
+        return cls(spec, length, run, *statistics)
+
+    def put(self, group: int, grid: Grid) -> None:
+        """Take the ``grid`` of one group."""
+        self.scale.put(group, grid.scales(), grid.scale)
+        self.zero.put(group, grid.zeros(), grid.zero_point)
+
+    def native(self, native: ModuleType, spread: Tensor, objective: Objective) -> Any:
+        """The native fitter that fills this; ``spread`` is of the inputs, ``[inputs]`` float32."""
+        spec, arrays = self.spec, []
+        for one in (self.scale, self.zero):
+            arrays += [one.values, one.codes, one.step, one.zero]
+        return native.Fitter(
+            spec.bits,
+            spec.sym,
+            spec.scale_bits,
+            spec.zero_bits,
+            self.run,
+            objective.clip,
+            objective.price,
+            objective.look_ahead and objective.price < float("inf"),
+            self.length,
+            spread.contiguous(),
+            *arrays,
+        )
+
+    def grid(self, places: Tensor | None = None) -> Grid:
+        """The grid of all groups: as they came, or group ``places[i]`` as number ``i``."""
+        chosen = slice(None) if places is None else places
+        spec = self.spec
+        zero = None if spec.sym else self.zero.stored(chosen, spec.zero_bits, self.run)
+        return Grid(
+            self.scale.stored(chosen, spec.scale_bits, self.run), zero, spec.bits, self.length
+        )
