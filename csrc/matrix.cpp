@@ -24,8 +24,8 @@ std::vector<const Level*> found_levels() {
   std::vector<const Level*> found;
 #if defined(QUANTINE_X86)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2");  // whoever has these has F16C
+  // Whoever has AVX2 has F16C.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     found.push_back(&avx512_level());
@@ -140,10 +140,10 @@ void Bytes::Free::operator()(std::uint8_t* data) const { std::free(data); }
 std::size_t Matrix::nbytes() const {
   const Weights& w = weights_;
   return w.codes.size() + w.statistics.size() +
-         sizeof(std::uint16_t) * (w.scale.second.size() + w.zero.second.size() +
-                                  w.outlier_short_columns.size() + w.outlier_halves.size()) +
+         sizeof(std::uint16_t) * (w.outlier_short_columns.size() + w.outlier_halves.size()) +
+         sizeof(float) * (w.scale.second.size() + w.zero.second.size() + w.outlier_floats.size()) +
          sizeof(std::uint32_t) * (w.order.size() + w.outlier_offsets.size() +
-                                  w.outlier_columns.size() + w.outlier_floats.size()) +
+                                  w.outlier_columns.size()) +
          sizeof(Block) * w.blocks.size();
 }
 

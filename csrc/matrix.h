@@ -28,7 +28,7 @@ struct StatisticLayout {
   int bits = 0;                           // of kCoded and kWhole
   std::size_t offset = 0;                 // in the bytes of a group
   std::size_t span = 0;                   // rows that share a second grid; of kCoded
-  std::vector<std::uint16_t> second;      // [spans, groups, 2] float16: step and zero
+  std::vector<float> second;              // [spans, groups, 2]: step and zero
 };
 
 // Consecutive stored columns within one group.

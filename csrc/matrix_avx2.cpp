@@ -58,26 +58,70 @@ struct Avx2 {
   }
 
   QUANTINE_INLINE Float set(float value) { return {_mm256_set1_ps(value), _mm256_set1_ps(value)}; }
-  QUANTINE_INLINE Float half(std::uint16_t value) {
-    return set(_mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(value))));
-  }
-  QUANTINE_INLINE Float halves(const std::uint8_t* bytes) {
-    const auto* parts = reinterpret_cast<const __m128i*>(bytes);
+  QUANTINE_INLINE Float halves(const void* values) {
+    const auto* parts = static_cast<const __m128i*>(values);
     return {_mm256_cvtph_ps(_mm_loadu_si128(parts)), _mm256_cvtph_ps(_mm_loadu_si128(parts + 1))};
   }
-  QUANTINE_INLINE Float floats(const std::uint8_t* bytes) {
-    const auto* values = reinterpret_cast<const float*>(bytes);
-    return {_mm256_loadu_ps(values), _mm256_loadu_ps(values + 8)};
+  QUANTINE_INLINE Float floats(const void* values) {
+    const auto* parts = static_cast<const float*>(values);
+    return {_mm256_loadu_ps(parts), _mm256_loadu_ps(parts + 8)};
   }
-  QUANTINE_INLINE __m256 eight(const std::uint8_t* bytes, std::uint64_t mask) {
-    std::uint64_t word;
-    std::memcpy(&word, bytes, 8);
-    const __m128i codes = _mm_cvtsi64_si128(static_cast<long long>(_pdep_u64(word, mask)));
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes));
+
+  // How 16 codes of some bits without gaps come apart: the two bytes that hold each, and its place
+  // in them.
+  struct Spreader {
+    Int bytes, shifts;
+    __m256i mask;
+  };
+  static inline Spreader spreader(int bits) {
+    alignas(64) std::uint32_t bytes[kTile], shifts[kTile];
+    for (std::uint32_t r = 0; r < kTile; ++r) {
+      const std::uint32_t bit = r * static_cast<std::uint32_t>(bits);
+      bytes[r] = 0x80800000u | (std::min(bit / 8 + 1, 15u) << 8) | std::min(bit / 8, 15u);
+      shifts[r] = bit % 8;
+    }
+    return {load(reinterpret_cast<const std::uint8_t*>(bytes)),
+            load(reinterpret_cast<const std::uint8_t*>(shifts)),
+            _mm256_set1_epi32((1 << std::min(bits, 8)) - 1)};
   }
-  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, int bits) {
-    const std::uint64_t mask = ((1ull << bits) - 1) * 0x0101010101010101ull;
-    return {eight(bytes, mask), eight(bytes + bits, mask)};
+  QUANTINE_INLINE __m256 eight(__m256i all, __m256i bytes, __m256i shifts, __m256i mask) {
+    const __m256i pairs = _mm256_shuffle_epi8(all, bytes);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(pairs, shifts), mask));
+  }
+  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, const Spreader& s) {
+    const __m256i all =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    return {eight(all, s.bytes.low, s.shifts.low, s.mask),
+            eight(all, s.bytes.high, s.shifts.high, s.mask)};
+  }
+  QUANTINE_INLINE Float magnitude(Float a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.low), _mm256_andnot_ps(sign, a.high)};
+  }
+  QUANTINE_INLINE __m256 larger(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
+  }
+  // Of numbers that are not negative, by their bits: NaN is larger than infinity.
+  QUANTINE_INLINE Float larger(Float a, Float b) {
+    return {larger(a.low, b.low), larger(a.high, b.high)};
+  }
+  static inline float largest(Float a) {
+    std::int32_t lanes[kTile], found = 0;
+    store(reinterpret_cast<float*>(lanes), a);
+    for (const std::int32_t lane : lanes) found = found >= lane ? found : lane;
+    return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(found)));
+  }
+  // Whole numbers within 8 bit, to even on ties; returns their sum.
+  static inline std::int32_t round(std::int8_t* out, Float a) {
+    alignas(32) std::int32_t codes[kTile];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvtps_epi32(a.low));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 8), _mm256_cvtps_epi32(a.high));
+    std::int32_t sum = 0;
+    for (std::size_t r = 0; r < kTile; ++r) {
+      out[r] = static_cast<std::int8_t>(codes[r]);
+      sum += codes[r];
+    }
+    return sum;
   }
   QUANTINE_INLINE Float add(Float a, Float b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};

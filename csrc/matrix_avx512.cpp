@@ -34,23 +34,45 @@ struct Avx512 {
   QUANTINE_INLINE Float to_float(Int a) { return _mm512_cvtepi32_ps(a); }
 
   QUANTINE_INLINE Float set(float value) { return _mm512_set1_ps(value); }
-  QUANTINE_INLINE Float half(std::uint16_t value) {
-    return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(value)));
+  QUANTINE_INLINE Float halves(const void* values) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(values)));
   }
-  QUANTINE_INLINE Float halves(const std::uint8_t* bytes) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  QUANTINE_INLINE Float floats(const void* values) { return _mm512_loadu_ps(values); }
+
+  // How 16 codes of some bits without gaps come apart: the two bytes that hold each, and its place
+  // in them.
+  struct Spreader {
+    Int bytes, shifts, mask;
+  };
+  static inline Spreader spreader(int bits) {
+    alignas(64) std::uint32_t bytes[kTile], shifts[kTile];
+    for (std::uint32_t r = 0; r < kTile; ++r) {
+      const std::uint32_t bit = r * static_cast<std::uint32_t>(bits);
+      bytes[r] = 0x80800000u | (std::min(bit / 8 + 1, 15u) << 8) | std::min(bit / 8, 15u);
+      shifts[r] = bit % 8;
+    }
+    return {_mm512_load_si512(bytes), _mm512_load_si512(shifts),
+            _mm512_set1_epi32((1 << std::min(bits, 8)) - 1)};
   }
-  QUANTINE_INLINE Float floats(const std::uint8_t* bytes) {
-    return _mm512_loadu_ps(reinterpret_cast<const float*>(bytes));
+  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, const Spreader& s) {
+    const Int all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const Int pairs = _mm512_shuffle_epi8(all, s.bytes);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(pairs, s.shifts), s.mask));
   }
-  QUANTINE_INLINE Float spread(const std::uint8_t* bytes, int bits) {
-    const std::uint64_t mask = ((1ull << bits) - 1) * 0x0101010101010101ull;
-    std::uint64_t low, high;
-    std::memcpy(&low, bytes, 8);
-    std::memcpy(&high, bytes + bits, 8);
-    const __m128i codes = _mm_set_epi64x(static_cast<long long>(_pdep_u64(high, mask)),
-                                         static_cast<long long>(_pdep_u64(low, mask)));
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+  QUANTINE_INLINE Float magnitude(Float a) { return _mm512_abs_ps(a); }
+  // Of numbers that are not negative, by their bits: NaN is larger than infinity.
+  QUANTINE_INLINE Float larger(Float a, Float b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  QUANTINE_INLINE float largest(Float a) {
+    return _mm_cvtss_f32(_mm_castsi128_ps(
+        _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
+  }
+  // Whole numbers within 8 bit, to even on ties; returns their sum.
+  QUANTINE_INLINE std::int32_t round(std::int8_t* out, Float a) {
+    const Int codes = _mm512_cvtps_epi32(a);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+    return _mm512_reduce_add_epi32(codes);
   }
   QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   QUANTINE_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }

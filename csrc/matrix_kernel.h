@@ -84,21 +84,21 @@ class Cursor {
   // A copy of what is read for every group: the compiler can keep it in registers.
   struct Reader {
     inline Reader(const StatisticLayout& s, std::size_t tile, std::size_t groups)
-        : kept(s.kept), bits(s.bits), offset(s.offset), second(nullptr) {
+        : kept(s.kept), offset(s.offset), second(nullptr), spreader(V::spreader(s.bits)) {
       if (kept == Kept::kCoded) second = s.second.data() + tile * kTile / s.span * groups * 2;
     }
     Kept kept;
-    int bits;
     std::size_t offset;
-    const std::uint16_t* second;
+    const float* second;
+    typename V::Spreader spreader;
   };
 
   static inline __attribute__((always_inline)) Float read(Reader& s, const std::uint8_t* bytes) {
     if (s.kept == Kept::kHalf) return V::halves(bytes);
     if (s.kept == Kept::kFloat) return V::floats(bytes);
-    const Float code = V::spread(bytes, s.bits);
+    const Float code = V::spread(bytes, s.spreader);
     if (s.kept == Kept::kWhole) return code;
-    const Float zero = V::half(s.second[1]), step = V::half(s.second[0]);
+    const Float step = V::set(s.second[0]), zero = V::set(s.second[1]);
     s.second += 2;
     return V::mul(V::sub(code, zero), step);
   }
@@ -212,8 +212,10 @@ void plain_tile(const Weights& w, const Activations& a, std::size_t tile, typena
   for (int b = 0; b < kBatch; ++b)
     for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
   const auto add = [&](std::size_t column, int chain) __attribute__((always_inline)) {
-    const auto* bytes = reinterpret_cast<const std::uint8_t*>(values + column * kTile);
-    const auto weight = sizeof(T) == 2 ? V::halves(bytes) : V::floats(bytes);
+    const T* lanes = values + column * kTile;
+    typename V::Float weight;
+    if constexpr (sizeof(T) == 2) weight = V::halves(lanes);
+    else weight = V::floats(lanes);
     for (int b = 0; b < kBatch; ++b)
       acc[b][chain] =
           V::fma(weight, V::set(a.x[static_cast<std::size_t>(b) * a.columns + column]), acc[b][chain]);
@@ -307,30 +309,28 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
 }
 
 // Activations of a row in 8 bit: codes, scale and sum of codes of every block.
+template <typename V>
 void round_row(const Weights& w, const float* x, std::int8_t* codes, float* scales, float* sums) {
   for (std::size_t index = 0; index < w.blocks.size(); ++index) {
     const Block& block = w.blocks[index];
-    const std::size_t padded = block.chunks * kChunk;
-    float values[kBlock] = {};
+    const std::size_t parts = (block.width + kTile - 1) / kTile;
+    alignas(64) float values[kBlock];
+    for (std::size_t part = 0; part < parts; ++part) V::store(values + part * kTile, V::set(0.0f));
     std::memcpy(values, x + block.first, block.width * sizeof(float));
-    float widest[kTile] = {};
-    bool finite = true;
-    for (std::size_t j = 0; j < kBlock; j += kTile)
-      for (std::size_t lane = 0; lane < kTile; ++lane)
-        widest[lane] = std::max(widest[lane], std::fabs(values[j + lane]));
-    float largest = 0.0f;
-    for (const float one : widest) largest = std::max(largest, one);
-    for (const float one : values) finite &= std::fabs(one) <= 3.4028235e38f;
+    typename V::Float widest = V::set(0.0f);
+    for (std::size_t part = 0; part < parts; ++part)
+      widest = V::larger(widest, V::magnitude(V::floats(values + part * kTile)));
+    const float largest = V::largest(widest);  // NaN where one is
     // Below this the reciprocal of the scale overflows; what is lost is below 1e-35.
-    const bool small = !(largest > 1e-35f);
-    const float inverse = small ? 0.0f : 127.0f / largest;
+    const bool small = largest <= 1e-35f;
+    const bool finite = largest <= 3.4028235e38f;
+    const auto inverse = V::set(small || !finite ? 0.0f : 127.0f / largest);
+    alignas(64) std::int8_t rounded[kBlock];
     std::int32_t sum = 0;
-    for (std::size_t j = 0; j < padded; ++j) {
-      const std::int32_t code = static_cast<std::int32_t>(std::nearbyint(values[j] * inverse));
-      codes[j] = static_cast<std::int8_t>(code);
-      sum += code;
-    }
-    codes += padded;
+    for (std::size_t part = 0; part < parts; ++part)
+      sum += V::round(rounded + part * kTile, V::mul(V::floats(values + part * kTile), inverse));
+    std::memcpy(codes, rounded, block.chunks * kChunk);
+    codes += block.chunks * kChunk;
     scales[index] = finite ? (small ? 0.0f : largest / 127.0f) : NAN;
     sums[index] = static_cast<float>(sum);
   }
@@ -410,7 +410,7 @@ void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride)
 
 template <typename V>
 Level level_of(const char* name) {
-  return {name, multiply_tile<V>, round_row, decode_tile<V, float>, decode_tile<V, std::uint16_t>};
+  return {name, multiply_tile<V>, round_row<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>};
 }
 
 }  // namespace

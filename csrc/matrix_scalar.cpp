@@ -65,19 +65,21 @@ struct Scalar {
   static Float set(float value) {
     return each([&](std::size_t) { return value; });
   }
-  static Float half(std::uint16_t value) { return set(half_to_float(value)); }
-  static Float halves(const std::uint8_t* bytes) {
+  static Float halves(const void* values) {
     return each([&](std::size_t r) {
       std::uint16_t value;
-      std::memcpy(&value, bytes + 2 * r, 2);
+      std::memcpy(&value, static_cast<const std::uint16_t*>(values) + r, 2);
       return half_to_float(value);
     });
   }
-  static Float floats(const std::uint8_t* bytes) {
+  static Float floats(const void* values) {
     Float found;
-    std::memcpy(found.lane, bytes, sizeof found.lane);
+    std::memcpy(found.lane, values, sizeof found.lane);
     return found;
   }
+
+  using Spreader = int;
+  static Spreader spreader(int bits) { return bits; }
   // 16 codes of `bits` without gaps.
   static Float spread(const std::uint8_t* bytes, int bits) {
     return each([&](std::size_t r) {
@@ -86,6 +88,30 @@ struct Scalar {
       std::memcpy(&word, bytes + bit / 8, 2);
       return static_cast<float>((word >> (bit % 8)) & ((1 << bits) - 1));
     });
+  }
+  static Float magnitude(const Float& a) {
+    return each([&](std::size_t r) { return std::fabs(a.lane[r]); });
+  }
+  // Of numbers that are not negative: NaN is larger than infinity.
+  static Float larger(const Float& a, const Float& b) {
+    return each([&](std::size_t r) {
+      return a.lane[r] >= b.lane[r] || a.lane[r] != a.lane[r] ? a.lane[r] : b.lane[r];
+    });
+  }
+  static float largest(const Float& a) {
+    float found = 0.0f;
+    for (const float lane : a.lane) found = found >= lane || found != found ? found : lane;
+    return found;
+  }
+  // Whole numbers within 8 bit, to even on ties; returns their sum.
+  static std::int32_t round(std::int8_t* out, const Float& a) {
+    std::int32_t sum = 0;
+    for (std::size_t r = 0; r < kTile; ++r) {
+      const std::int32_t code = static_cast<std::int32_t>(std::nearbyint(a.lane[r]));
+      out[r] = static_cast<std::int8_t>(code);
+      sum += code;
+    }
+    return sum;
   }
   static Float add(const Float& a, const Float& b) {
     return each([&](std::size_t r) { return a.lane[r] + b.lane[r]; });

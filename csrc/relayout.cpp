@@ -27,9 +27,8 @@ std::vector<Block> cut(std::size_t columns, std::size_t group_size) {
 }
 
 // Chunks that fill whole vectors of every plane: see docs/kernels.md.
-std::size_t chunks_together(int bits) {
-  if (bits == 8) return 1;
-  return bits % 2 ? 8 : bits % 4 ? 4 : 2;
+constexpr int chunks_together(int bits) {
+  return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2;
 }
 
 // Values of a statistic, whatever holds them.
@@ -65,9 +64,9 @@ StatisticLayout plan(const StatisticSource& source, std::size_t rows, std::size_
   found.second.resize(spans * groups * 2);
   for (std::size_t span = 0; span < spans; ++span)
     for (std::size_t group = 0; group < groups; ++group) {
-      std::uint16_t* pair = &found.second[(span * groups + group) * 2];
-      pair[0] = source.steps[group * spans + span];
-      pair[1] = source.zeros[group * spans + span];
+      float* pair = &found.second[(span * groups + group) * 2];
+      pair[0] = half_to_float(source.steps[group * spans + span]);
+      pair[1] = half_to_float(source.zeros[group * spans + span]);
     }
   return found;
 }
@@ -106,42 +105,66 @@ void write_statistic(const StatisticSource& source, const StatisticLayout& stati
   }
 }
 
-// One lane of the vectors of a chunk: its four codes, cut into planes.
-void write_chunk(std::uint32_t word, int bits, std::size_t chunk, std::size_t lane,
-                 std::uint8_t* tile) {
-  const std::size_t together = chunks_together(bits);
-  const std::size_t vectors = static_cast<std::size_t>(bits) * together / 8;
-  std::uint8_t* vector = tile + chunk / together * vectors * 64 + lane * kChunk;
-  const std::size_t place = chunk % together;
-  int low = 0;
-  for (const int width : {8, 4, 2, 1}) {
-    if (width == 8 ? bits != 8 : bits == 8 || !(bits & width)) continue;
-    const std::size_t share = 8 / static_cast<std::size_t>(width);  // chunks in a vector
-    const std::uint32_t mask = ((1u << width) - 1) * 0x01010101u;
-    const std::uint32_t part = ((word >> low) & mask) << (static_cast<int>(place % share) * width);
-    std::uint32_t held;
-    std::memcpy(&held, vector + place / share * 64, 4);
-    held |= part;
-    std::memcpy(vector + place / share * 64, &held, 4);
-    vector += together / share * 64;
-    low += width;
+// The four codes of a chunk of one row, in the vectors of `kBits`: one lane of every plane.
+template <int kBits>
+struct ChunkWriter {
+  static constexpr int kTogether = chunks_together(kBits);
+  static constexpr int kVectors = kBits * kTogether / 8;
+
+  // Adds the codes of chunk `place` of those that lie together.
+  static void add(std::uint32_t word, int place, std::uint32_t* planes) {
+    if constexpr (kBits == 8) {
+      planes[0] = word;
+      return;
+    }
+    constexpr int kFour = kBits & 4 ? kTogether / 2 : 0, kTwo = kBits & 2 ? kTogether / 4 : 0;
+    if constexpr ((kBits & 4) != 0)
+      planes[place / 2] |= (word & 0x0f0f0f0fu) << (4 * (place % 2));
+    if constexpr ((kBits & 2) != 0)
+      planes[kFour + place / 4] |= (word >> (kBits & 4) & 0x03030303u) << (2 * (place % 4));
+    if constexpr ((kBits & 1) != 0)
+      planes[kFour + kTwo] |= (word >> (kBits & 6) & 0x01010101u) << place;
   }
-}
+
+  static void row(const std::uint8_t* codes, const std::vector<Block>& blocks, std::uint8_t* out) {
+    std::uint32_t planes[kVectors] = {};
+    int place = 0;
+    const auto flush = [&] {
+      for (int v = 0; v < kVectors; ++v) std::memcpy(out + 64 * v, &planes[v], 4);
+      std::memset(planes, 0, sizeof planes);
+      out += 64 * kVectors;
+      place = 0;
+    };
+    const auto take = [&](std::uint32_t word) {
+      add(word, place, planes);
+      if (++place == kTogether) flush();
+    };
+    for (const Block& block : blocks) {
+      const std::uint8_t* code = codes + block.first;
+      std::uint32_t word;
+      for (std::uint32_t left = block.width / 4; left > 0; --left, code += 4) {
+        std::memcpy(&word, code, 4);
+        take(word);
+      }
+      if (block.width % 4 == 0) continue;
+      word = 0;
+      std::memcpy(&word, code, block.width % 4);
+      take(word);
+    }
+    if (place != 0) flush();
+  }
+};
 
 void write_codes(const Source& source, const Weights& weights, std::size_t tile,
                  std::uint8_t* out) {
+  using Row = void (*)(const std::uint8_t*, const std::vector<Block>&, std::uint8_t*);
+  constexpr Row kRows[] = {ChunkWriter<2>::row, ChunkWriter<3>::row, ChunkWriter<4>::row,
+                           ChunkWriter<5>::row, ChunkWriter<6>::row, ChunkWriter<7>::row,
+                           ChunkWriter<8>::row};
   const std::size_t lanes = std::min(kTile, weights.rows - tile * kTile);
-  for (std::size_t lane = 0; lane < lanes; ++lane) {
-    const std::uint8_t* row = source.codes + (tile * kTile + lane) * source.columns;
-    std::size_t chunk = 0;
-    for (const Block& block : weights.blocks)
-      for (std::uint32_t part = 0; part < block.chunks; ++part, ++chunk) {
-        std::uint32_t word = 0;
-        const std::uint32_t done = part * static_cast<std::uint32_t>(kChunk);
-        std::memcpy(&word, row + block.first + done, std::min<std::size_t>(kChunk, block.width - done));
-        write_chunk(word, source.bits, chunk, lane, out);
-      }
-  }
+  for (std::size_t lane = 0; lane < lanes; ++lane)
+    kRows[source.bits - 2](source.codes + (tile * kTile + lane) * source.columns, weights.blocks,
+                           out + lane * kChunk);
 }
 
 // An outlier replaces its code. Where the grid has an exact zero, the code is made to mean that;
@@ -207,7 +230,7 @@ Weights relayout(const Source& source, Pool& pool) {
   weights.groups = up(source.columns, source.group_size);
   weights.blocks = cut(source.columns, source.group_size);
   for (const Block& block : weights.blocks) weights.chunks += block.chunks;
-  const std::size_t together = chunks_together(source.bits);
+  const std::size_t together = static_cast<std::size_t>(chunks_together(source.bits));
   weights.tile_bytes =
       up(weights.chunks, together) * together * kChunk * kTile * static_cast<std::size_t>(source.bits) / 8;
   weights.scale = plan(source.scale, source.rows, weights.groups);

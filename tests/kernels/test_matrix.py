@@ -143,7 +143,7 @@ class TestPacked:
         if q.outliers is None or whole:
             assert torch.equal(out, weight)
         else:
-            torch.testing.assert_close(out, weight, rtol=1e-5, atol=1e-5)
+            assert bool(((out - weight).abs() <= 1e-6 * reach(q)).all())
         last = torch.empty(1, weight.shape[1])
         matrix.decode(len(weight) - 1, last)
         assert torch.equal(last, out[-1:])
