@@ -105,12 +105,6 @@ void append(Decoder& self, Vector<const std::int64_t> tokens, Logits logits) {
   self.append(tokens.data(), tokens.shape(0), logits.data());
 }
 
-void step(Decoder& self, std::int64_t token, Logits logits) {
-  if (logits.shape(0) != self.vocabulary()) throw nb::value_error("logits must be [vocabulary]");
-  nb::gil_scoped_release release;
-  self.append(&token, 1, logits.data());
-}
-
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
@@ -129,7 +123,6 @@ void bind_decoder(nb::module_& m) {
            "blocks"_a, "norm"_a, "head"_a, "capacity"_a, "exact"_a,
            "pool"_a)
       .def("append", &append, "tokens"_a, "logits"_a)
-      .def("step", &step, "token"_a, "logits"_a)
       .def("reset", &Decoder::reset)
       .def_prop_ro("position", &Decoder::position)
       .def_prop_ro("capacity", &Decoder::capacity)

@@ -44,8 +44,8 @@ class Decoder:
         """Number of tokens there is room for."""
         return int(self._native.capacity)
 
-    def prefill(self, tokens: Tensor) -> Tensor:
-        """Append ``tokens`` ``[n]`` integers.
+    def append(self, tokens: Tensor) -> Tensor:
+        """Append ``tokens`` ``[n]`` integers, a whole prompt or a single one.
 
         Returns:
             Logits ``[vocabulary]`` float32 after the last of them, good until the next call.
@@ -54,11 +54,6 @@ class Decoder:
             ValueError: there is no room, no token, or one that is not in the vocabulary.
         """
         self._native.append(tokens.to("cpu", torch.int64).contiguous(), self._logits)
-        return self._logits
-
-    def step(self, token: int) -> Tensor:
-        """Append one token; otherwise as `prefill`."""
-        self._native.step(token, self._logits)
         return self._logits
 
     def reset(self) -> None:
@@ -85,6 +80,4 @@ def decoder_for(
         raise BackendUnavailable("the native extension is not there, or turned off")
     arguments = arguments_for(model, native, capacity)
     threads_pool = pool() if threads is None else native.Pool(threads)
-    return Decoder(
-        native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool)
-    )
+    return Decoder(native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool))
