@@ -105,9 +105,14 @@ void append(Decoder& self, Vector<const std::int64_t> tokens, Logits logits) {
   self.append(tokens.data(), tokens.shape(0), logits.data());
 }
 
+void activate(const std::string& name, Vector<float> x) {
+  quantine::activate(activation_named(name), x.data(), x.shape(0));
+}
+
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.def("activate", &activate, "name"_a, "x"_a);
   nb::class_<Linear>(m, "Linear").def("__init__", &make_linear, "matrix"_a, "bias"_a.none());
   nb::class_<Norm>(m, "Norm").def("__init__", &make_norm, "weight"_a, "bias"_a.none(), "eps"_a);
   nb::class_<quantine::Rotary>(m, "Rotary").def("__init__", &make_rotary, "cos"_a, "sin"_a);
