@@ -170,4 +170,5 @@ NB_MODULE(_native, m) {
         nb::arg("kept").none(), nb::arg("bits"), nb::arg("price"), nb::arg("start"),
         nb::arg("stop"), nb::arg("fitter").none());
   bind_matrix(m);
+  bind_decoder(m);
 }

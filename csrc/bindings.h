@@ -11,3 +11,4 @@ template <typename T>
 using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void bind_matrix(nb::module_& m);
+void bind_decoder(nb::module_& m);

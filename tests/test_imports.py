@@ -30,7 +30,7 @@ FLOORS: Final[dict[str, str]] = {
     "presets": "",
     "scheme": "core families formats methods errors",
     "plan": "core families formats methods presets scheme errors",
-    "runtime": "core formats kernels errors",
+    "runtime": "core families formats kernels errors",
     "eval": "calibrate runtime errors",
     "progress": "",
     "card": "",

@@ -9,7 +9,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from quantine.errors import PlanError
+from quantine.errors import BackendUnavailable, PlanError
+from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.load import load_model
 from quantine.runtime.source import locate
 
@@ -60,12 +61,13 @@ def stream(
             f"{longest}: ask for fewer"
         )
     loaded = load_model(source, dtype)
+    decoder = _native_decoder(loaded, ids.shape[1] + tokens, log)
     generator = torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     first = started
     made: list[int] = []
     shown = ""
-    for token in continue_tokens(loaded, ids, tokens, temperature, generator):
+    for token in continue_tokens(loaded, ids, tokens, temperature, generator, decoder):
         if not made:
             first = time.perf_counter()
         made.append(token)
@@ -87,20 +89,54 @@ def continue_tokens(
     tokens: int,
     temperature: float,
     generator: torch.Generator,
+    decoder: Decoder | None = None,
 ) -> Iterator[int]:
-    """At most ``tokens`` token ids that follow ``ids`` ``[1, tokens]``, up to an end token."""
+    """At most ``tokens`` token ids that follow ``ids`` ``[1, tokens]``, up to an end token.
+
+    Args:
+        decoder: a fresh one for ``model``; ``None`` runs the modules of ``model``.
+    """
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
-    cache, step = None, ids
+    append = ModuleDecoder(model).append if decoder is None else decoder.append
+    step = ids[0]
     for _ in range(tokens):
-        with torch.no_grad():
-            output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        token = _choose(output.logits[0, -1].float(), temperature, generator)
+        token = _choose(append(step), temperature, generator)
         if token in ends:
             return
         yield token
-        step = torch.tensor([[token]])
+        step = torch.tensor([token])
+
+
+class ModuleDecoder:
+    """A model and the tokens it has seen, computed by the modules of transformers."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor) -> Tensor:
+        """Logits ``[vocabulary]`` float32 after ``tokens`` ``[n]``."""
+        output = self._model(
+            input_ids=tokens.unsqueeze(0),
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        logits: Tensor = output.logits[0, -1].float()
+        return logits
+
+
+def _native_decoder(model: PreTrainedModel, capacity: int, log: IO[str]) -> Decoder | None:
+    try:
+        if model.dtype != torch.float32:
+            raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
+        return decoder_for(model, capacity)
+    except BackendUnavailable as error:
+        log.write(f"decoding with the modules of transformers: {error}\n")
+        return None
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

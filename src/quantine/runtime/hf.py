@@ -19,6 +19,7 @@ from quantine.errors import FormatError
 from quantine.formats import FORMAT_VERSION, format_named
 from quantine.formats.description import check_description, spec_of
 from quantine.formats.shards import Entry, read_entries
+from quantine.runtime.hf_generate import Generate
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class QuantineQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         # transformers drops the lock when it saves a configuration: see `_save_locked`.
         model.save_pretrained = MethodType(_save_locked, model)  # type: ignore[method-assign]
+        if hasattr(model, "generate"):  # not so a bare model without its head
+            model.generate = Generate(model)  # type: ignore[assignment]
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes packed tensors as they are."""

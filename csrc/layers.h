@@ -1,0 +1,33 @@
+// The small steps between matrix products, on rows of float32. Sums are folded from a fixed number
+// of lanes, so every processor and every number of threads gives the same bits.
+#pragma once
+
+#include <cstddef>
+
+namespace quantine {
+
+enum class Activation { kRelu, kSilu, kGelu, kGeluTanh };
+
+// y = x / sqrt(mean(x^2) + eps) * weight. All are [n]; y may be x.
+void rms_norm(const float* x, const float* weight, float eps, std::size_t n, float* y);
+
+// y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias. All are [n]; y may be x.
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, std::size_t n,
+                float* y);
+
+// x[n] += y[n].
+void add(float* x, const float* y, std::size_t n);
+
+// x[n] *= factor.
+void scale(float* x, float factor, std::size_t n);
+
+// Rotates the pairs (x[i], x[i + half]) by the angles whose cosine and sine are cos[i], sin[i].
+void rotate(float* x, const float* cos, const float* sin, std::size_t half);
+
+// x[n] = activation(x[n]).
+void activate(Activation activation, float* x, std::size_t n);
+
+// x[n] *= y[n].
+void gate(float* x, const float* y, std::size_t n);
+
+}  // namespace quantine

@@ -1,0 +1,167 @@
+"""``model.generate`` of quantized models: the native decoder where it does the same.
+
+transformers prepares everything as always: the settings, and from them the functions that change
+scores and that stop. Through its own door ``custom_generate`` only the loop over tokens is
+another one. What that loop does not cover goes the ordinary way.
+
+The native loop computes in float32, whatever the dtype of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.errors import BackendUnavailable
+from quantine.runtime.decoder import Decoder, decoder_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ELSEWHERE: Final = frozenset(
+    {
+        "assistant_model",
+        "assistant_tokenizer",
+        "custom_generate",
+        "inputs_embeds",
+        "past_key_values",
+        "synced_gpus",
+        "tokenizer",
+    }
+)
+"""Arguments that ask for more than a loop over tokens."""
+
+UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
+"""What transformers hands to the loop and the native decoder needs not be told."""
+
+OUTPUTS: Final = (
+    "return_dict_in_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+)
+
+
+class _Elsewhere(Exception):
+    """The native loop does not cover a call."""
+
+
+class Generate:
+    """Takes the place of ``model.generate``.
+
+    Args:
+        model: a model of transformers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder: Decoder | None = None
+        self._made_for: object = None
+        self._refused: object = None
+
+    def __call__(self, *args: Any, streamer: Any = None, **options: Any) -> Any:
+        """``model.generate``, arguments and results as transformers documents them."""
+        ordinary: Any = type(self._model).generate  # type: ignore[attr-defined]
+        plain = len(args) <= 2 and not any(options.get(name) is not None for name in ELSEWHERE)
+        if plain:
+            # Not given to transformers: a call that turns out to go elsewhere begins again.
+            loop = self._loop(streamer)
+            try:
+                return ordinary(self._model, *args, custom_generate=loop, **options)
+            except _Elsewhere:
+                pass
+        return ordinary(self._model, *args, streamer=streamer, **options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies make a decoder of their own."""
+        return self.__dict__ | {"_decoder": None, "_made_for": None}
+
+    def _loop(self, streamer: Any) -> Any:
+        def loop(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: Any,
+            stopping_criteria: Any,
+            generation_config: Any,
+            **inputs: Any,
+        ) -> Tensor:
+            _check(input_ids, generation_config, inputs)
+            with self._borrowed(generation_config.max_length) as decoder:
+                if streamer is not None:
+                    streamer.put(input_ids.cpu())
+                step = input_ids
+                while True:
+                    logits = decoder.append(step[0]).clone().unsqueeze(0)
+                    step = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
+                    input_ids = torch.cat([input_ids, step], dim=1)
+                    if streamer is not None:
+                        streamer.put(step[0].cpu())
+                    if bool(stopping_criteria(input_ids, None).all()):
+                        break
+                if streamer is not None:
+                    streamer.end()
+                return input_ids
+
+        return loop
+
+    @contextmanager
+    def _borrowed(self, capacity: int) -> Iterator[Decoder]:
+        """An empty decoder; a call from another thread meanwhile gets another one."""
+        state = _state(self._model)
+        decoder, self._decoder = self._decoder, None
+        if decoder is None or decoder.capacity < capacity or self._made_for != state:
+            decoder = None  # frees its memory
+            decoder = self._new(capacity, state)
+        decoder.reset()
+        yield decoder
+        self._decoder, self._made_for = decoder, state
+
+    def _new(self, capacity: int, state: object) -> Decoder:
+        if self._refused == state:
+            raise _Elsewhere
+        try:
+            return decoder_for(self._model, capacity)
+        except BackendUnavailable as error:
+            self._refused = state
+            logging.getLogger("quantine").warning(
+                "generating with the modules of transformers: %s", error
+            )
+            raise _Elsewhere from error
+
+
+def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
+    from transformers.generation.configuration_utils import GenerationMode
+
+    modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    positions = inputs.get("position_ids")
+    count = input_ids.shape[1]
+    odd = (
+        config.get_generation_mode() not in modes
+        or input_ids.shape[0] != 1
+        or count == 0
+        or config.cache_implementation is not None
+        or any(getattr(config, name) for name in OUTPUTS)
+        or any(value is not None for name, value in inputs.items() if name not in UNDERSTOOD)
+        or not inputs.get("use_cache", True)
+        or (positions is not None and not torch.equal(positions[0].cpu(), torch.arange(count)))
+    )
+    if odd:
+        raise _Elsewhere
+
+
+def _choose(scores: Tensor, sample: bool) -> Tensor:
+    if sample:
+        return torch.multinomial(scores.softmax(-1), num_samples=1)
+    return scores.argmax(-1, keepdim=True)
+
+
+def _state(model: PreTrainedModel) -> object:
+    """Changes whenever a tensor of ``model`` is replaced or changed, except through ``.data``."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
