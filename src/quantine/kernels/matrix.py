@@ -159,8 +159,8 @@ def multiply_reference(qtensor: QTensor, x: Tensor, exact: bool) -> Tensor:
     rounded = round_activations(stored, qtensor.grid.group_size)
     if qtensor.outliers is None:
         return rounded @ weight.T
-    # What an outlier adds to its code's weight meets the activations as they are. Where the grid has
-    # an exact zero, the code stands for that.
+    # What an outlier adds to its code's weight meets the activations as they are. Where the grid
+    # has an exact zero, the code stands for that.
     kept = qtensor.outliers
     places = kept.row_indices(), kept.columns
     zero = qtensor.grid.zero_point

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from quantine.errors import BackendUnavailable
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
-from quantine.formats import format_named
-from quantine.kernels.matrix import float_matrix, packed_matrix
-from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+from quantine.kernels.matrix import float_matrix
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,8 +182,10 @@ class _Parts:
         return self.native.Linear(self.matrix(module), None if bias is None else _vector(bias))
 
     def matrix(self, module: nn.Module) -> Any:
-        if isinstance(module, QuantLinear | QuantEmbedding | TiedHead):
-            return self._packed(module._table[0] if isinstance(module, TiedHead) else module)
+        if isinstance(module, TiedHead):
+            return module.table.matrix()
+        if isinstance(module, QuantLinear | QuantEmbedding):
+            return module.matrix()
         plain = type(module) in (nn.Linear, nn.Embedding)
         if not plain and not hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
             _refuse(f"a matrix is in a {type(module).__name__}")
@@ -195,13 +196,6 @@ class _Parts:
         if id(weight) not in self.matrices:
             self.matrices[id(weight)] = float_matrix(weight.detach())
         return self.matrices[id(weight)]
-
-    def _packed(self, module: Packed) -> Any:
-        if id(module) not in self.matrices:
-            tensors, layout = module.packed_tensors(), format_named(module.format_name)
-            qtensor = layout.unpack(tensors, module.spec, module.in_features)
-            self.matrices[id(module)] = packed_matrix(qtensor)
-        return self.matrices[id(module)]
 
     def norm(self, module: Any) -> Any:
         if type(module) is nn.LayerNorm:

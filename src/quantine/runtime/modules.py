@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,10 @@ from torch.nn.functional import embedding, linear
 
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
+from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
+
+FEW_ROWS: Final = 16
+"""Rows of activations up to which products are made straight from codes."""
 
 
 class Packed(nn.Module):
@@ -41,6 +46,7 @@ class Packed(nn.Module):
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+        self._matrix: tuple[object, Any] = (None, None)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
@@ -51,9 +57,45 @@ class Packed(nn.Module):
         layout = format_named(self.format_name)
         return layout.unpack(self.packed_tensors(), self.spec, self.in_features).dequantize()
 
+    def matrix(self) -> Any:
+        """The native matrix, made at first use; ``None`` where there is none.
+
+        It is made again when a packed tensor is replaced or written to.
+        """
+        packed = self.packed_tensors()
+        state = [(tensor.data_ptr(), tensor._version) for tensor in packed.values()]
+        if self._matrix[0] != state:
+            layout = format_named(self.format_name)
+            qtensor = layout.unpack(packed, self.spec, self.in_features)
+            self._matrix = (state, packed_matrix(qtensor))
+        return self._matrix[1]
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` for ``x`` ``[..., in]`` in any float dtype, which the result has as well.
+
+        A few rows are multiplied straight from the codes, with weights decoded in registers and
+        sums in float32. Many are multiplied by PyTorch with weights decoded part by part. Where
+        there is no native matrix, or a gradient is wanted, the whole matrix is decoded.
+        """
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        plain = wanted or x.device.type != "cpu" or torch.compiler.is_compiling()
+        matrix = None if plain else self.matrix()
+        if matrix is None:
+            return linear(x, self.dequantize().to(x.dtype))
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) > FEW_ROWS and x.dtype in {torch.float32, torch.bfloat16}:
+            result = multiply_panels(matrix, rows)
+        else:
+            (result,) = multiply([matrix], rows.float().contiguous(), exact=True)
+        return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
     def extra_repr(self) -> str:
         """Shape and spec."""
         return f"{self.in_features} -> {self.out_features}, {self.format_name}, {self.spec}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which make native matrices of their own."""
+        return {**self.__dict__, "_matrix": (None, None)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         packed = {name: self._buffers.pop(name) for name in self.tensor_names}
@@ -67,10 +109,7 @@ class Packed(nn.Module):
 
 
 class QuantLinear(Packed):
-    """``y = x @ W.T + bias`` with ``W`` packed; ``x`` ``[..., in]`` in any float dtype.
-
-    The weight is decoded to float32, cast to the dtype of ``x``, multiplied and dropped.
-    """
+    """``y = x @ W.T + bias`` with ``W`` packed; see `Packed.product`."""
 
     def __init__(
         self,
@@ -86,8 +125,8 @@ class QuantLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; the result has the dtype of ``x``."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.dequantize().to(x.dtype), bias)
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
 
 
 class QuantEmbedding(Packed):
@@ -133,7 +172,12 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; ``x`` ``[..., in]`` becomes ``[..., rows]`` in the dtype of ``x``."""
-        return linear(x, self._table[0].dequantize().to(x.dtype))
+        return self._table[0].product(x)
+
+    @property
+    def table(self) -> QuantEmbedding:
+        """The table that is shared."""
+        return self._table[0]
 
 
 def packed_modules(model: nn.Module) -> Iterable[tuple[str, Packed]]:
