@@ -49,6 +49,9 @@ struct Avx2 {
     const __m256i odd = _mm256_srai_epi16(all, 8);
     return {dot(acc.low, codes.low, even, odd), dot(acc.high, codes.high, even, odd)};
   }
+  QUANTINE_INLINE Int sum(Int a, Int b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+  }
   template <int k>
   QUANTINE_INLINE Float byte(Int codes) {
     return to_float(field<8 * k, 0xffu>(codes));

@@ -26,6 +26,7 @@ struct Avx512 {
   QUANTINE_INLINE Int dot(Int acc, Int codes, std::int32_t four) {
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
   }
+  QUANTINE_INLINE Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
   template <int k>
   QUANTINE_INLINE Float byte(Int codes) {
     if constexpr (k == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 24));

@@ -169,6 +169,61 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
   for (int b = 0; b < kBatch; ++b) result[b] = total[b];
 }
 
+// The same for one row of activations and blocks of `kChunks` each: without a look for the end of a
+// block, and with two sums that do not wait for each other.
+template <typename V, int kBits, int kChunks>
+void even_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  using P = Planes<V, kBits>;
+  constexpr int kUnit = std::max(P::kTogether, kChunks);
+  const Activations a = activations;
+  typename V::Float total = V::set(0.0f), scale = total, zero = total;
+  Cursor<V> cursor(w, tile);
+  const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
+  const std::int8_t* x = a.codes;
+  const std::size_t each = w.blocks_per_group;
+  std::size_t left = 0;  // blocks of the group
+  for (std::size_t index = 0; index < a.blocks; index += kUnit / kChunks) {
+    typename V::Int sums[2] = {V::nothing(), V::nothing()};
+    unroll<kUnit / P::kTogether>([&](auto part) __attribute__((always_inline)) {
+      const P planes(bytes + part * P::kVectors * 64);
+      unroll<P::kTogether>([&](auto place) __attribute__((always_inline)) {
+        constexpr int chunk = part * P::kTogether + place;
+        sums[chunk % 2] = V::dot(sums[chunk % 2], planes.template codes<place>(),
+                                 four_codes(x + chunk * static_cast<int>(kChunk)));
+        if constexpr (chunk % kChunks == kChunks - 1) {
+          const std::size_t block = index + chunk / kChunks;
+          if (left-- == 0) {
+            cursor.advance(scale, zero);
+            left = each - 1;
+          }
+          const auto sum = V::to_float(V::sum(sums[0], sums[1]));
+          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
+          total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
+          sums[0] = sums[1] = V::nothing();
+        }
+      });
+    });
+    bytes += kUnit / P::kTogether * P::kVectors * 64;
+    x += kUnit * static_cast<int>(kChunk);
+  }
+  *result = total;
+}
+
+template <typename V, int kBits>
+void fast_row(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* result) {
+  switch (w.even_chunks) {
+    case 4:
+      return even_tile<V, kBits, 4>(w, a, tile, result);
+    case 8:
+      return even_tile<V, kBits, 8>(w, a, tile, result);
+    case 16:
+      return even_tile<V, kBits, 16>(w, a, tile, result);
+    default:
+      return fast_tile<V, kBits, 1>(w, a, tile, result);
+  }
+}
+
 template <typename V, int kBits, int kBatch>
 void exact_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
@@ -249,6 +304,7 @@ void packed_tile(const Weights& w, const Activations& a, std::size_t tile,
 #define QUANTINE_BITS(n)                                                  \
   case n:                                                                 \
     if (exact) return exact_tile<V, n, kBatch>(w, a, tile, total);        \
+    if constexpr (kBatch == 1) return fast_row<V, n>(w, a, tile, total);  \
     return fast_tile<V, n, kBatch>(w, a, tile, total);
     QUANTINE_BITS(2)
     QUANTINE_BITS(3)

@@ -54,6 +54,9 @@ struct Scalar {
       return static_cast<std::uint32_t>(sum);
     });
   }
+  static Int sum(const Int& a, const Int& b) {
+    return each_int([&](std::size_t r) { return a.lane[r] + b.lane[r]; });
+  }
   template <int k>
   static Float byte(const Int& codes) {
     return each([&](std::size_t r) { return static_cast<float>((codes.lane[r] >> (8 * k)) & 0xffu); });

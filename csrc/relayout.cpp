@@ -31,6 +31,17 @@ constexpr int chunks_together(int bits) {
   return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2;
 }
 
+// Chunks of every block, if all are alike and whole vectors of chunks do not cut through blocks.
+std::size_t even_chunks(const Weights& weights) {
+  const std::size_t chunks = weights.blocks[0].chunks;
+  for (const Block& block : weights.blocks)
+    if (block.chunks != chunks) return 0;
+  const std::size_t unit = std::max(chunks, static_cast<std::size_t>(chunks_together(weights.bits)));
+  const bool whole = unit % chunks == 0 && weights.chunks % unit == 0 &&
+                     unit % static_cast<std::size_t>(chunks_together(weights.bits)) == 0;
+  return whole && weights.blocks.size() % weights.groups == 0 ? chunks : 0;
+}
+
 // Values of a statistic, whatever holds them.
 float value_of(const StatisticSource& source, std::size_t row, std::size_t group,
                std::size_t rows, std::size_t groups) {
@@ -233,6 +244,8 @@ Weights relayout(const Source& source, Pool& pool) {
   const std::size_t together = static_cast<std::size_t>(chunks_together(source.bits));
   weights.tile_bytes =
       up(weights.chunks, together) * together * kChunk * kTile * static_cast<std::size_t>(source.bits) / 8;
+  weights.even_chunks = even_chunks(weights);
+  weights.blocks_per_group = weights.blocks.size() / weights.groups;
   weights.scale = plan(source.scale, source.rows, weights.groups);
   weights.zero = plan(source.zero, source.rows, weights.groups);
   weights.zero.offset = bytes_of(weights.scale);
