@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "memory.h"
 #include "relayout.h"
 
 namespace {
@@ -180,6 +181,12 @@ void decode_panel_bfloat16(const Matrix& matrix, std::size_t first, Array<std::i
   matrix.decode_panel(first, count, reinterpret_cast<std::uint16_t*>(out.data()), pool);
 }
 
+std::uint64_t read_words(Vector<const std::int64_t> words, Pool& pool) {
+  nb::gil_scoped_release release;
+  return quantine::read_words(reinterpret_cast<const std::uint64_t*>(words.data()), words.shape(0),
+                              pool);
+}
+
 }  // namespace
 
 void bind_matrix(nb::module_& m) {
@@ -222,6 +229,7 @@ void bind_matrix(nb::module_& m) {
            nb::arg("pool"));
   m.def("multiply", &multiply, nb::arg("matrices"), nb::arg("x"), nb::arg("ys"), nb::arg("exact"),
         nb::arg("pool"));
+  m.def("read_words", &read_words, nb::arg("words"), nb::arg("pool"));
   m.def("levels", &quantine::levels);
   m.def("level", &quantine::level);
   m.def("use_level", &quantine::use_level, nb::arg("name"));

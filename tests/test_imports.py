@@ -31,7 +31,7 @@ FLOORS: Final[dict[str, str]] = {
     "scheme": "core families formats methods errors",
     "plan": "core families formats methods presets scheme errors",
     "runtime": "core families formats kernels errors",
-    "eval": "calibrate runtime errors",
+    "eval": "calibrate kernels runtime errors",
     "progress": "",
     "card": "",
     "contents": "formats kernels errors",

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(verbs)
     _add_generate(verbs)
     _add_inspect(verbs)
+    _add_bench(verbs)
     return parser
 
 
@@ -222,6 +223,33 @@ def _add_inspect(verbs: Any) -> None:
     )
 
 
+def _add_bench(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "bench",
+        _bench,
+        "Time a quantized directory on this machine: matrices, prompts and tokens.",
+        "  quantine bench out\n  quantine bench out --against bfloat16 --json speed.json",
+    )
+    parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
+    parser.add_argument(
+        "--against",
+        metavar="float32|bfloat16|MODEL",
+        help="also time its weights as floats under transformers, or another model, by turns",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[128, 2048],
+        metavar="N",
+        help="tokens before those that are decoded; default 128 and 2048",
+    )
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
 def _quantize(arguments: argparse.Namespace) -> None:
     from quantine.pipeline import quantize
     from quantine.progress import Shown
@@ -353,6 +381,24 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _write_json(arguments.json, found)
     if arguments.plot is not None:
         _draw(arguments.directory, arguments.plot)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from quantine.eval.speed import measure
+    from quantine.render import make_console, print_speeds
+
+    console = make_console(arguments.quiet)
+    found = measure(
+        arguments.directory,
+        against=arguments.against,
+        contexts=tuple(arguments.context),
+        runs=arguments.runs,
+        on_step=lambda step: (
+            print(f"timing {step}", file=sys.stderr) if console.is_terminal else None
+        ),
+    )
+    print_speeds(found, console)
+    _write_json(arguments.json, found)
 
 
 def _draw(directory: Path, target: Path) -> None:

@@ -212,3 +212,35 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def print_speeds(found: dict[str, Any], console: Console) -> None:
+    """What `quantine.eval.speed.measure` found."""
+    read = found["read"]
+    console.print(
+        f"{found['threads']} threads, {found['level']}; memory gives {read['median']:.1f} GB/s "
+        f"({read['low']:.1f}-{read['high']:.1f})"
+    )
+    kernels = _table(
+        "first of", "matrices", "shape", "bits", "exact GB/s", "fast GB/s", "of memory"
+    )
+    for kernel in found["kernels"]:
+        exact, fast = kernel["exact"], kernel["fast"]
+        kernels.add_row(
+            kernel["name"],
+            str(kernel["matrices"]),
+            " x ".join(map(str, kernel["shape"])),
+            f"{kernel['bits_per_weight']:.2f}",
+            f"{exact['median']:.1f}",
+            f"{fast['median']:.1f}",
+            f"{exact['share']:.0%} / {fast['share']:.0%}",
+        )
+    console.print(kernels)
+    text = _table("model", "context", "prefill tokens/s", "decode tokens/s")
+    for row in found["text"]:
+        cells = [
+            f"{row[kind]['median']:.1f} ({row[kind]['low']:.1f}-{row[kind]['high']:.1f})"
+            for kind in ("prefill", "decode")
+        ]
+        text.add_row(row["name"], str(row["context"]), *cells)
+    console.print(text)

@@ -127,6 +127,13 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]
     return results
 
 
+def read_words(words: Tensor) -> int:
+    """The sum of ``words`` ``[n]`` int64 modulo 2**64: reads memory as fast as it comes."""
+    native = backend.native()
+    assert native is not None
+    return int(native.read_words(words, pool()))
+
+
 def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
     """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
 

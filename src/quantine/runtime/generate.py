@@ -115,6 +115,10 @@ class ModuleDecoder:
         self._model = model
         self._cache: Any = None
 
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self._cache = None
+
     @torch.no_grad()
     def append(self, tokens: Tensor) -> Tensor:
         """Logits ``[vocabulary]`` float32 after ``tokens`` ``[n]``."""

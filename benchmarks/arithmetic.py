@@ -1,0 +1,68 @@
+"""What 8 bit activations cost in quality: exact against fast products on the same packed model.
+
+Every product of a packed matrix is made straight from the codes, once in each arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+import quantine
+from quantine.eval.perplexity import cut_windows, perplexity_of, score_windows
+from quantine.kernels.matrix import multiply
+from quantine.runtime.modules import QuantLinear, TiedHead, packed_modules
+from quantine.runtime.source import locate
+
+
+class Straight(nn.Module):
+    """A packed linear layer whose products are made from codes, however many rows there are."""
+
+    def __init__(self, packed: QuantLinear | TiedHead, exact: bool) -> None:
+        super().__init__()
+        table = packed.table if isinstance(packed, TiedHead) else packed
+        self._matrix = table.matrix()
+        self._bias = getattr(packed, "bias", None)
+        self._exact = exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        (product,) = multiply([self._matrix], rows, self._exact)
+        product = product.view(*x.shape[:-1], -1)
+        return product if self._bias is None else product + self._bias
+
+
+def straight(directory: str, exact: bool) -> nn.Module:
+    model = quantine.load(directory, torch.float32)[0]
+    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, TiedHead)]
+    linears = [(name, m) for name, m in packed_modules(model) if isinstance(m, QuantLinear)]
+    for name, module in [*heads, *linears]:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Straight(module, exact))
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a quantized directory")
+    parser.add_argument("--text", default="builtin")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--limit", type=int, default=24)
+    arguments = parser.parse_args()
+    source = locate(arguments.model)
+    vocabulary = source.config().vocab_size
+    windows = cut_windows(source, arguments.text, arguments.window, arguments.limit, vocabulary)
+    exact, fast = (straight(arguments.model, kind) for kind in (True, False))
+    scores = list(score_windows(fast, exact, windows))
+    base = list(score_windows(exact, None, windows))
+    tokens = sum(score.tokens for score in scores)
+    found, expected = perplexity_of(scores)[0], perplexity_of(base)[0]
+    print(f"exact {expected:.4f}, fast {found:.4f}: {found / expected - 1:+.3%}")
+    print(f"KL {sum(score.kl for score in scores) / tokens:.6f} nats per token")
+    print(f"top-1 {sum(score.agree for score in scores) / tokens:.2%}")
+
+
+if __name__ == "__main__":
+    main()

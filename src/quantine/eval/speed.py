@@ -1,0 +1,238 @@
+"""How fast a packed model runs: each kind of matrix against the memory, and text against floats.
+
+Everything that is compared runs by turns, so that a change of the machine's load meets all of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from quantine.errors import BackendUnavailable, PlanError
+from quantine.kernels import backend
+from quantine.kernels.matrix import multiply, read_words
+from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.generate import ModuleDecoder
+from quantine.runtime.load import load_model, load_packed
+from quantine.runtime.modules import Packed, QuantLinear, TiedHead, packed_modules
+from quantine.runtime.source import ModelSource, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+READ_BYTES: Final = 2**29
+"""Bytes of the read test, more than caches hold."""
+COLD_BYTES: Final = 2**28
+"""Bytes of matrices that take turns, so that each comes from memory and not from a cache."""
+MATRICES: Final = 64
+"""Matrices of one kind that take turns at most."""
+DECODED: Final = 16
+"""Tokens that are decoded in one measurement."""
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Maker = Callable[[int], Decoder | ModuleDecoder]
+Timed = dict[str, float]
+"""``median``, ``low`` and ``high`` of some measurements."""
+
+
+def measure(
+    directory: str | Path,
+    *,
+    against: str | None = None,
+    contexts: tuple[int, ...] = (128, 2048),
+    runs: int = 5,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure a quantized directory on this machine with PyTorch's number of threads.
+
+    Args:
+        against: what else decodes by turns: ``"float32"`` or ``"bfloat16"``, the modules of
+            transformers with the same weights as floats; or another model, packed or float.
+        contexts: tokens before those that are decoded; longer ones than the model allows are cut.
+        runs: measurements of everything.
+        on_step: called with what is measured next.
+
+    Returns:
+        ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of matrix: ``name``,
+        ``shape``, ``scheme``, ``bits_per_weight``, and for both arithmetics GB/s of packed bytes
+        and their share of ``read``), and ``text`` (by model and context: ``prefill`` and
+        ``decode`` in tokens/s).
+
+    Raises:
+        BackendUnavailable: there is no native extension, and so nothing to measure.
+        PlanError: an argument is out of range.
+        CheckpointError, FormatError: a model cannot be read.
+    """
+    if runs < 1 or not contexts or min(contexts) < 1:
+        raise PlanError(f"runs and contexts must be positive, not {runs} and {contexts}")
+    native = backend.native()
+    if native is None:
+        raise BackendUnavailable("the native extension is turned off or missing: nothing to time")
+    source = locate(directory)
+    model = load_packed(source, torch.float32)
+    rivals = _rivals(source, model, against)
+    kinds = _kinds(model)
+    words = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    read: list[float] = []
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for run in range(runs):
+        on_step(f"matrices, {run + 1} of {runs}")
+        read.append(READ_BYTES / _seconds(lambda: read_words(words)) / 1e9)
+        for name, modules in kinds.items():
+            for arithmetic in ("exact", "fast"):
+                speed = _product_speed(modules, arithmetic == "exact")
+                speeds.setdefault((name, arithmetic), []).append(speed)
+    ceiling = statistics.median(read)
+    return {
+        "model": source.name,
+        "threads": torch.get_num_threads(),
+        "level": native.level(),
+        "read": _timed(read),
+        "kernels": [
+            {**_described(name, modules), **_shares(name, speeds, ceiling)}
+            for name, modules in kinds.items()
+        ],
+        "text": _text(rivals, _fitting(source, contexts), runs, on_step),
+    }
+
+
+def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
+    """Packed modules by what they have in common; each kind under the name of its first."""
+    found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
+    for name, module in packed_modules(model):
+        kind = (module.format_name, module.spec, module.out_features, module.in_features)
+        found.setdefault(kind, []).append((name, module))
+    return {few[0][0]: [module for _, module in few[:MATRICES]] for few in found.values()}
+
+
+def _product_speed(modules: list[Packed], exact: bool) -> float:
+    """GB/s of packed bytes while one row of activations meets each of ``modules``."""
+    matrices = [module.matrix() for module in modules]
+    nbytes = sum(matrix.nbytes for matrix in matrices)
+    rounds = max(1, COLD_BYTES // 8 // nbytes)
+    x = torch.ones(1, modules[0].in_features)
+
+    def multiply_all() -> None:
+        for _ in range(rounds):
+            for matrix in matrices:
+                multiply([matrix], x, exact)
+
+    return float(rounds * nbytes / _seconds(multiply_all) / 1e9)
+
+
+def _described(name: str, modules: list[Packed]) -> dict[str, Any]:
+    first, matrix = modules[0], modules[0].matrix()
+    nbytes = sum(tensor.nbytes for tensor in first.packed_tensors().values())
+    weights = first.out_features * first.in_features
+    return {
+        "name": name,
+        "matrices": len(modules),
+        "shape": [first.out_features, first.in_features],
+        "format": first.format_name,
+        "bits_per_weight": nbytes * 8 / weights,
+        "bits_in_memory": matrix.nbytes * 8 / weights,
+    }
+
+
+def _shares(
+    name: str, speeds: dict[tuple[str, str], list[float]], ceiling: float
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for arithmetic in ("exact", "fast"):
+        timed = _timed(speeds[name, arithmetic])
+        found[arithmetic] = {**timed, "share": timed["median"] / ceiling}
+    return found
+
+
+def _rivals(source: ModelSource, model: PreTrainedModel, against: str | None) -> dict[str, Maker]:
+    """By name, what makes a decoder for a number of tokens."""
+    rivals: dict[str, Maker] = {"modules": lambda room: ModuleDecoder(model)}
+    rivals.update(_native_rivals(model))
+    if against in DTYPES:
+        floats = _as_floats(source, DTYPES[against])
+        rivals[f"transformers {against}"] = lambda room: ModuleDecoder(floats)
+    elif against is not None:
+        other = load_model(locate(against), torch.float32)
+        rivals[f"{against}, modules"] = lambda room: ModuleDecoder(other)
+        rivals.update({f"{against}, {name}": make for name, make in _native_rivals(other).items()})
+    return rivals
+
+
+def _native_rivals(model: PreTrainedModel) -> dict[str, Maker]:
+    """Nothing for models that have no native decoder."""
+    try:
+        decoder_for(model, 1)
+    except BackendUnavailable:
+        return {}
+    return {
+        "native exact": lambda room: decoder_for(model, room, exact=True),
+        "native fast": lambda room: decoder_for(model, room, exact=False),
+    }
+
+
+def _as_floats(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
+    """The packed model of ``source`` with plain float matrices."""
+    model = load_packed(source, torch.float32)
+    for name, module in list(model.named_modules()):
+        plain: torch.nn.Module
+        if isinstance(module, QuantLinear | TiedHead):
+            packed = module.table if isinstance(module, TiedHead) else module
+            plain = torch.nn.Linear(packed.in_features, packed.out_features, bias=False)
+            plain.weight = torch.nn.Parameter(packed.dequantize(), requires_grad=False)
+            plain.register_parameter("bias", getattr(module, "bias", None))
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, plain)
+    floats: Any = model
+    cast: PreTrainedModel = floats.to(dtype)
+    return cast
+
+
+def _fitting(source: ModelSource, contexts: tuple[int, ...]) -> list[int]:
+    longest = getattr(source.config(), "max_position_embeddings", None)
+    room = max(contexts) if longest is None else max(1, longest - DECODED - 1)
+    return sorted({min(context, room) for context in contexts})
+
+
+def _text(
+    rivals: dict[str, Maker],
+    contexts: list[int],
+    runs: int,
+    on_step: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
+    for context in contexts:
+        prompt = torch.arange(context) % 97 + 3
+        decoders = {name: make(context + DECODED) for name, make in rivals.items()}
+        for run in range(runs):
+            for name, decoder in decoders.items():
+                on_step(f"{name} after {context} tokens, {run + 1} of {runs}")
+                decoder.reset()
+                prefill, decode = found.setdefault((name, context), ([], []))
+                prefill.append(context / _seconds(functools.partial(decoder.append, prompt)))
+                decode.append(DECODED / _seconds(functools.partial(_decode, decoder)))
+    return [
+        {"name": name, "context": context, "prefill": _timed(prefill), "decode": _timed(decode)}
+        for (name, context), (prefill, decode) in found.items()
+    ]
+
+
+def _decode(decoder: Decoder | ModuleDecoder) -> None:
+    token = torch.tensor([3])
+    for _ in range(DECODED):
+        token = decoder.append(token).argmax().view(1)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def _timed(values: list[float]) -> Timed:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}

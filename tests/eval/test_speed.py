@@ -1,0 +1,70 @@
+"""What `quantine bench` measures; how large the numbers are is no matter of tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quantine.cli import main
+from quantine.errors import BackendUnavailable, PlanError
+from quantine.eval import speed
+from quantine.kernels import backend
+
+Packed = Callable[[str, str], Path]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "READ_BYTES", 2**20)
+    monkeypatch.setattr(speed, "COLD_BYTES", 2**16)
+
+
+def test_everything_is_measured_and_counted(
+    packed: Packed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, path = packed("llama", "spqr"), tmp_path / "speed.json"
+    arguments = ["bench", str(out), "--against", "bfloat16", "--context", "5", "9999"]
+    assert main([*arguments, "--runs", "2", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    report = json.loads((out / "quantine_report.json").read_text())
+    assert sum(kind["matrices"] for kind in found["kernels"]) == len(report["layers"])
+    by_name = {layer["name"]: layer for layer in report["layers"]}
+    for kind in found["kernels"]:
+        layer = by_name[kind["name"]]
+        assert kind["shape"] == layer["shape"]
+        assert kind["bits_per_weight"] == pytest.approx(layer["bits_per_weight"])
+        for arithmetic in ("exact", "fast"):
+            timed = kind[arithmetic]
+            assert 0 < timed["low"] <= timed["median"] <= timed["high"]
+            assert timed["share"] == pytest.approx(timed["median"] / found["read"]["median"])
+    names = {row["name"] for row in found["text"]}
+    assert names == {"modules", "native exact", "native fast", "transformers bfloat16"}
+    contexts = {row["context"] for row in found["text"]}
+    assert min(contexts) == 5
+    assert max(contexts) < 9999  # cut to what the model allows
+    assert all(row["decode"]["median"] > 0 < row["prefill"]["median"] for row in found["text"])
+    assert "decode tokens/s" in capsys.readouterr().out
+
+
+def test_another_model_takes_turns(packed: Packed, tiny: Callable[[str], Path]) -> None:
+    other = str(tiny("llama"))
+    found = speed.measure(packed("llama", "rtn"), against=other, contexts=(4,), runs=1)
+    assert f"{other}, native exact" in {row["name"] for row in found["text"]}
+
+
+def test_models_without_a_native_decoder_run_as_modules(packed: Packed) -> None:
+    found = speed.measure(packed("gpt2", "rtn"), contexts=(4,), runs=1)
+    assert {row["name"] for row in found["text"]} == {"modules"}
+
+
+def test_refusals(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = packed("llama", "rtn")
+    for arguments in ({"runs": 0}, {"contexts": ()}, {"contexts": (0,)}):
+        with pytest.raises(PlanError, match="must be positive"):
+            speed.measure(out, **arguments)
+    monkeypatch.setattr(backend, "native", lambda: None)
+    with pytest.raises(BackendUnavailable, match="nothing to time"):
+        speed.measure(out)
