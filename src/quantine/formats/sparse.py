@@ -87,7 +87,7 @@ class Sparse:
             FormatError: a tensor is missing, or its shape or dtype is not what ``spec`` implies.
         """
         out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
-        expected = self._layout(spec, out_features, in_features, "in_perm" in tensors)
+        expected = self.layout(spec, out_features, in_features, "in_perm" in tensors)
         outliers = _outlier_tensors(tensors)
         check_layout("sparse", tensors, {**expected, **outliers}, spec)
         kept = None
@@ -111,13 +111,14 @@ class Sparse:
         outlier_share: float = 0.0,
     ) -> int:
         """Bytes of all tensors; exact without outliers."""
-        fixed = nbytes_of(self._layout(spec, out_features, in_features, stores_order))
+        fixed = nbytes_of(self.layout(spec, out_features, in_features, stores_order))
         kept = out_features * in_features * outlier_share
         return fixed + math.ceil(kept * expected_bytes(outlier_share))
 
-    def _layout(
+    def layout(
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
     ) -> Layout:
+        """Shapes and dtypes of all tensors but those of outliers."""
         groups = in_features // spec.group_length(in_features)
         layout: Layout = {
             "codes": ((out_features, packed_bytes(in_features, spec.bits)), torch.uint8),
