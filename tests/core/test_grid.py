@@ -17,7 +17,6 @@ from quantine.core.grid import (
     Grid,
     Statistic,
     fit_fractional,
-    fit_minmax,
     fit_range,
     fit_statistic,
 )
@@ -25,6 +24,11 @@ from quantine.errors import SolverError
 from samples import quick, random_weight
 
 finite = st.floats(-1e4, 1e4, width=32)
+
+
+def fit_minmax(groups: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The grid from the smallest to the largest value of each group ``[..., n]``."""
+    return fit_range(*groups.aminmax(dim=-1), bits, sym)
 
 
 def test_asymmetric_grid_by_hand() -> None:

@@ -132,12 +132,6 @@ def fit_range(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
     return scale, (-low / scale).round_().clamp_(0, top)
 
 
-def fit_minmax(groups: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Grid from the smallest and largest value of each group ``[..., n]``: see `fit_range`."""
-    low, high = groups.aminmax(dim=-1)
-    return fit_range(low, high, bits, sym)
-
-
 def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid from ``low`` to ``high``, as in SpQR's published code.
 
