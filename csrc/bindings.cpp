@@ -145,6 +145,8 @@ Report round_block(Array<float> weights, Array<const float> upper,
 }  // namespace
 
 NB_MODULE(_native, m) {
+  // The pool of threads lives as long as the process: that is no leak.
+  nb::set_leak_warnings(false);
   m.doc() = "quantine's native kernels; called through quantine.kernels only.";
   m.def("pack_bits", &pack_bits, nb::arg("codes"), nb::arg("packed"), nb::arg("bits"));
   m.def("unpack_bits", &unpack_bits, nb::arg("packed"), nb::arg("codes"), nb::arg("bits"));
