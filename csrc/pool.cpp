@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include <system_error>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -20,7 +22,11 @@ inline void pause() {
 }  // namespace
 
 Pool::Pool(std::size_t threads) {
-  for (std::size_t index = 1; index < threads; ++index) workers_.emplace_back([this] { work(); });
+  try {
+    for (std::size_t index = 1; index < threads; ++index) workers_.emplace_back([this] { work(); });
+  } catch (const std::system_error&) {
+    // The system gives no more threads: those that started do all the work.
+  }
 }
 
 Pool::~Pool() {

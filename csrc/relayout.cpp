@@ -34,12 +34,14 @@ constexpr int chunks_together(int bits) {
 // Chunks of every block, if all are alike and whole vectors of chunks do not cut through blocks.
 std::size_t even_chunks(const Weights& weights) {
   const std::size_t chunks = weights.blocks[0].chunks;
-  for (const Block& block : weights.blocks)
-    if (block.chunks != chunks) return 0;
+  const std::size_t per_group = std::max<std::size_t>(1, weights.blocks.size() / weights.groups);
+  for (std::size_t index = 0; index < weights.blocks.size(); ++index)
+    if (weights.blocks[index].chunks != chunks || weights.blocks[index].group != index / per_group)
+      return 0;
   const std::size_t unit = std::max(chunks, static_cast<std::size_t>(chunks_together(weights.bits)));
   const bool whole = unit % chunks == 0 && weights.chunks % unit == 0 &&
                      unit % static_cast<std::size_t>(chunks_together(weights.bits)) == 0;
-  return whole && weights.blocks.size() % weights.groups == 0 ? chunks : 0;
+  return whole ? chunks : 0;
 }
 
 // Values of a statistic, whatever holds them.

@@ -19,7 +19,7 @@ Packed = Callable[[str, str], Path]
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "READ_BYTES", 2**20)
-    monkeypatch.setattr(speed, "COLD_BYTES", 2**16)
+    monkeypatch.setattr(speed, "WORK_BYTES", 2**13)
 
 
 def test_everything_is_measured_and_counted(

@@ -207,6 +207,20 @@ class TestPacked:
             assert torch.equal(y, multiply([packed_matrix(q)], x, exact)[0])
 
 
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(("columns", "group_size"), [(256, 192), (160, 128), (80, 32)])
+def test_a_shorter_last_group(columns: int, group_size: int) -> None:
+    groups = math.ceil(columns / group_size)
+    whole = qtensor_of(1, 20, groups, group_size, 4, "half", "whole", 0.0, False)
+    q = QTensor(whole.codes[:, :columns].contiguous(), whole.grid)
+    x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
+    for rows in (x[:1], x):
+        for exact in (False, True):
+            (found,) = multiply([packed_matrix(q)], rows.contiguous(), exact)
+            expected = multiply_reference(q, rows, exact)
+            assert close(found, expected, rows, reach(whole)[:, :columns])
+
+
 def test_threads_do_not_change_a_bit() -> None:
     q = qtensor_of(0, 500, 8, 64, 3, "coded", "whole", 0.02, True)
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))

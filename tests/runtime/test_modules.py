@@ -121,3 +121,48 @@ def test_a_deep_copy_of_a_tied_pair_stays_tied_to_the_copy() -> None:
     pair["table"].codes.zero_()
     x = torch.randn(2, IN, generator=torch.Generator().manual_seed(4))
     torch.testing.assert_close(pair["head"](x), x @ pair["table"].dequantize().T)
+
+
+class TestNativeMatrix:
+    """When the native matrix is made again, and when it is left alone."""
+
+    def test_replaced_and_written_tensors_count(self) -> None:
+        module, weight = make_linear(QuantSpec(4, 16), bias=False)
+        x = torch.eye(IN)[:8]
+        assert torch.allclose(module(x), x @ weight.T, atol=1e-6)
+        with torch.no_grad():
+            module.scale.mul_(2)
+        assert torch.allclose(module(x), 2 * x @ weight.T, atol=1e-6)
+        for _ in range(3):  # freed addresses come back
+            module.scale = module.scale * 2
+        assert torch.allclose(module(x), 16 * x @ weight.T, atol=1e-5)
+
+    def test_inference_mode(self) -> None:
+        with torch.inference_mode():
+            module, weight = make_linear(QuantSpec(4, 16), bias=False)
+            x = torch.eye(IN)[:8]
+            assert torch.allclose(module(x), x @ weight.T, atol=1e-6)
+
+    @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+    def test_recordings_depend_on_the_input(self) -> None:
+        module, weight = make_linear(QuantSpec(4, 16), bias=False)
+        with torch.no_grad():
+            recorded = torch.jit.trace(module, torch.ones(2, IN), check_trace=False)
+        x = torch.eye(IN)[:2]
+        assert torch.allclose(recorded(x), x @ weight.T, atol=1e-6)
+
+    def test_gradients_reach_the_input(self) -> None:
+        module, weight = make_linear(QuantSpec(4, 16), bias=False)
+        x = torch.ones(1, IN, requires_grad=True)
+        module(x).sum().backward()
+        assert x.grad is not None
+        assert torch.allclose(x.grad[0], weight.sum(0), atol=1e-5)
+
+    @pytest.mark.parametrize("rows", [1, 16, 17, 40])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+    def test_few_and_many_rows(self, rows: int, dtype: torch.dtype) -> None:
+        module, weight = make_linear(QuantSpec(4, 16), bias=False)
+        x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(rows)).to(dtype)
+        tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+        assert module(x).dtype == dtype
+        assert torch.allclose(module(x).double(), x.double() @ weight.double().T, atol=tolerance)

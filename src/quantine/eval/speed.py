@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 READ_BYTES: Final = 2**29
 """Bytes of the read test, more than caches hold."""
-COLD_BYTES: Final = 2**28
-"""Bytes of matrices that take turns, so that each comes from memory and not from a cache."""
-MATRICES: Final = 64
-"""Matrices of one kind that take turns at most."""
+WORK_BYTES: Final = 2**25
+"""Bytes of matrices that are read in one measurement, at least."""
 DECODED: Final = 16
 """Tokens that are decoded in one measurement."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -108,14 +106,17 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
     for name, module in packed_modules(model):
         kind = (module.format_name, module.spec, module.out_features, module.in_features)
         found.setdefault(kind, []).append((name, module))
-    return {few[0][0]: [module for _, module in few[:MATRICES]] for few in found.values()}
+    return {alike[0][0]: [module for _, module in alike] for alike in found.values()}
 
 
 def _product_speed(modules: list[Packed], exact: bool) -> float:
-    """GB/s of packed bytes while one row of activations meets each of ``modules``."""
+    """GB/s of packed bytes while one row of activations meets each of ``modules``, in turns.
+
+    Kinds that are smaller than the caches come from there, as they may while a model decodes.
+    """
     matrices = [module.matrix() for module in modules]
     nbytes = sum(matrix.nbytes for matrix in matrices)
-    rounds = max(1, COLD_BYTES // 8 // nbytes)
+    rounds = max(1, WORK_BYTES // nbytes)
     x = torch.ones(1, modules[0].in_features)
 
     def multiply_all() -> None:

@@ -53,7 +53,7 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     Raises:
         BackendUnavailable: the native decoder would not compute the same; says why.
     """
-    _check_state(model)
+    check_state(model)
     parts = _Parts(native)
     kind = model.config.model_type
     if kind in LLAMA.model_types:
@@ -240,7 +240,7 @@ class _Angles:
         return self.native.Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
 
-def _check_state(model: PreTrainedModel) -> None:
+def check_state(model: PreTrainedModel) -> None:
     """Refuse what a model of any family may be doing besides computing."""
     if model.training:
         _refuse("the model is in training mode")

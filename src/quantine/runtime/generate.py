@@ -12,6 +12,7 @@ from torch import Tensor
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.load import load_model
+from quantine.runtime.modules import packed_modules
 from quantine.runtime.source import locate
 
 COLDEST: Final = 0.01
@@ -134,6 +135,8 @@ class ModuleDecoder:
 
 
 def _native_decoder(model: PreTrainedModel, capacity: int, log: IO[str]) -> Decoder | None:
+    if not any(packed_modules(model)):
+        return None  # a float model would be in memory twice
     try:
         if model.dtype != torch.float32:
             raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")

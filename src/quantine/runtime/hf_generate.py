@@ -10,6 +10,7 @@ The native loop computes in float32, whatever the dtype of the model.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder_model import check_state
+from quantine.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +65,9 @@ class Generate:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._decoder: Decoder | None = None
-        self._made_for: object = None
-        self._refused: object = None
+        self._made_from: Snapshot | None = None
+        self._made_in: object = None
+        self._said = ""
 
     def __call__(self, *args: Any, streamer: Any = None, **options: Any) -> Any:
         """``model.generate``, arguments and results as transformers documents them."""
@@ -80,7 +84,7 @@ class Generate:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make a decoder of their own."""
-        return self.__dict__ | {"_decoder": None, "_made_for": None}
+        return self.__dict__ | {"_decoder": None, "_made_from": None}
 
     def _loop(self, streamer: Any) -> Any:
         def loop(
@@ -113,26 +117,34 @@ class Generate:
     @contextmanager
     def _borrowed(self, capacity: int) -> Iterator[Decoder]:
         """An empty decoder; a call from another thread meanwhile gets another one."""
-        state = _state(self._model)
+        longest = getattr(self._model.config, "max_position_embeddings", None)
+        if longest is not None and capacity > longest:
+            raise _Elsewhere  # transformers may end long before, without room for all of it
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        surroundings = (os.getpid(), torch.get_num_threads())  # threads do not survive a fork
         decoder, self._decoder = self._decoder, None
-        if decoder is None or decoder.capacity < capacity or self._made_for != state:
-            decoder = None  # frees its memory
-            decoder = self._new(capacity, state)
+        kept = self._made_from is not None and self._made_from.holds(tensors)
+        try:
+            check_state(self._model)
+            if (
+                decoder is None
+                or decoder.capacity < capacity
+                or not kept
+                or (self._made_in != surroundings)
+            ):
+                decoder = None  # frees its memory
+                decoder = decoder_for(self._model, capacity)
+        except BackendUnavailable as error:
+            self._say(f"generating with the modules of transformers: {error}")
+            raise _Elsewhere from error
         decoder.reset()
         yield decoder
-        self._decoder, self._made_for = decoder, state
+        self._decoder, self._made_from, self._made_in = decoder, Snapshot(tensors), surroundings
 
-    def _new(self, capacity: int, state: object) -> Decoder:
-        if self._refused == state:
-            raise _Elsewhere
-        try:
-            return decoder_for(self._model, capacity)
-        except BackendUnavailable as error:
-            self._refused = state
-            logging.getLogger("quantine").warning(
-                "generating with the modules of transformers: %s", error
-            )
-            raise _Elsewhere from error
+    def _say(self, message: str) -> None:
+        if message != self._said:
+            logging.getLogger("quantine").warning("%s", message)
+        self._said = message
 
 
 def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
@@ -159,9 +171,3 @@ def _choose(scores: Tensor, sample: bool) -> Tensor:
     if sample:
         return torch.multinomial(scores.softmax(-1), num_samples=1)
     return scores.argmax(-1, keepdim=True)
-
-
-def _state(model: PreTrainedModel) -> object:
-    """Changes whenever a tensor of ``model`` is replaced or changed, except through ``.data``."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]

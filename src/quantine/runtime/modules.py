@@ -12,9 +12,12 @@ from torch.nn.functional import embedding, linear
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
+from quantine.runtime.snapshot import Snapshot
 
 FEW_ROWS: Final = 16
 """Rows of activations up to which products are made straight from codes."""
+COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
+"""Dtypes of activations that native products take."""
 
 
 class Packed(nn.Module):
@@ -46,7 +49,8 @@ class Packed(nn.Module):
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
-        self._matrix: tuple[object, Any] = (None, None)
+        self._made_from: Snapshot | None = None
+        self._matrix: Any = None
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by name."""
@@ -63,28 +67,32 @@ class Packed(nn.Module):
         It is made again when a packed tensor is replaced or written to.
         """
         packed = self.packed_tensors()
-        state = [(tensor.data_ptr(), tensor._version) for tensor in packed.values()]
-        if self._matrix[0] != state:
+        if self._made_from is None or not self._made_from.holds(packed.values()):
             layout = format_named(self.format_name)
             qtensor = layout.unpack(packed, self.spec, self.in_features)
-            self._matrix = (state, packed_matrix(qtensor))
-        return self._matrix[1]
+            self._matrix = packed_matrix(qtensor)
+            self._made_from = Snapshot(packed.values())
+        return self._matrix
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T`` for ``x`` ``[..., in]`` in any float dtype, which the result has as well.
 
         A few rows are multiplied straight from the codes, with weights decoded in registers and
         sums in float32. Many are multiplied by PyTorch with weights decoded part by part. Where
-        there is no native matrix, or a gradient is wanted, the whole matrix is decoded.
+        there is no native matrix, or a gradient or a recording of the computation is wanted, or
+        ``x`` is float64, the whole matrix is decoded.
         """
         wanted = torch.is_grad_enabled() and x.requires_grad
-        plain = wanted or x.device.type != "cpu" or torch.compiler.is_compiling()
-        matrix = None if plain else self.matrix()
+        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        recorded = tracing or torch.compiler.is_compiling()
+        native = x.device.type == "cpu" and x.dtype in COMPUTED
+        matrix = self.matrix() if native and not wanted and not recorded else None
         if matrix is None:
             return linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.in_features)
-        if len(rows) > FEW_ROWS and x.dtype in {torch.float32, torch.bfloat16}:
-            result = multiply_panels(matrix, rows)
+        if len(rows) > FEW_ROWS:
+            half = x.dtype == torch.float16  # in which PyTorch multiplies slowly on a CPU
+            result = multiply_panels(matrix, rows.float() if half else rows)
         else:
             (result,) = multiply([matrix], rows.float().contiguous(), exact=True)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
@@ -95,7 +103,7 @@ class Packed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which make native matrices of their own."""
-        return {**self.__dict__, "_matrix": (None, None)}
+        return {**self.__dict__, "_matrix": None, "_made_from": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         packed = {name: self._buffers.pop(name) for name in self.tensor_names}
