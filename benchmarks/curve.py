@@ -181,7 +181,7 @@ def plot(rows: list[dict[str, Any]], texts: list[str], path: Path) -> None:
     axes.axhline(WITHIN, linestyle="--", color="grey", label="1% above float")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.yaxis.set_minor_formatter("{x:.1f}")
     axes.set_xlabel("bits per weight, counted from the files")
     axes.set_ylabel("perplexity / perplexity of the float model")
     axes.grid(alpha=0.3, which="both")
