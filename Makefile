@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check bench sanitize wheel docs clean
+.PHONY: help install demo demo-model test check bench wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -18,7 +18,6 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make check     formatting, lint, types, and which module may import which"
 	@echo "make bench     time the kernels"
-	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
 	@echo "make clean     remove everything that was made here"
@@ -60,19 +59,6 @@ check: install
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
 	$(BIN)/python benchmarks/bench_columns.py
-
-# The instrumented extension lies beside a copy of the sources, so the installed one stays as it is.
-# detect_leaks: Python itself leaves memory behind when it ends.
-sanitize: install
-	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r src/quantine build/sanitize/quantine
-	cmake -S . -B build/sanitize/cmake -DQUANTINE_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release \
-		-DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
-	cmake --build build/sanitize/cmake
-	cp build/sanitize/cmake/_native*.so build/sanitize/quantine/
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize QUANTINE_BACKEND=native \
-		$(BIN)/python -m pytest tests/kernels tests/runtime/test_decoder.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .
