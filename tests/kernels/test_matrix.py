@@ -148,7 +148,7 @@ class TestPacked:
         matrix.decode(len(weight) - 1, last)
         assert torch.equal(last, out[-1:])
 
-    @given(cases, st.sampled_from([torch.float32, torch.bfloat16]))
+    @given(cases, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     def test_panels_multiply_by_the_rounded_weights(self, q: QTensor, dtype: torch.dtype) -> None:
         x = torch.randn(5, q.codes.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         found = multiply_panels(packed_matrix(q), x)

@@ -138,7 +138,7 @@ def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
     """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
 
     Args:
-        x: ``[batch, in]`` float32 or bfloat16; the weights are rounded to its dtype.
+        x: ``[batch, in]`` float32, bfloat16 or float16; the weights are rounded to its dtype.
 
     Returns:
         ``[batch, out]`` in the dtype of ``x``.
@@ -148,11 +148,14 @@ def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
     width = max(TILE, PANEL_BYTES // row_bytes // TILE * TILE)
     for first in range(0, matrix.rows, width):
         rows = min(width, matrix.rows - first)
-        panel = x.new_empty(matrix.columns, math.ceil(rows / TILE) * TILE)
+        shape = (matrix.columns, math.ceil(rows / TILE) * TILE)
         if x.dtype == torch.bfloat16:
+            panel = torch.empty(shape, dtype=torch.bfloat16)
             matrix.decode_panel_bfloat16(first // TILE, panel.view(torch.int16), pool())
         else:
+            panel = torch.empty(shape)
             matrix.decode_panel(first // TILE, panel, pool())
+            panel = panel.to(x.dtype)
         torch.mm(x, panel[:, :rows], out=result[:, first : first + rows])
     return result
 

@@ -91,8 +91,7 @@ class Packed(nn.Module):
             return linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.in_features)
         if len(rows) > FEW_ROWS:
-            half = x.dtype == torch.float16  # in which PyTorch multiplies slowly on a CPU
-            result = multiply_panels(matrix, rows.float() if half else rows)
+            result = multiply_panels(matrix, rows)
         else:
             (result,) = multiply([matrix], rows.float().contiguous(), exact=True)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
