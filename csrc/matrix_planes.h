@@ -1,0 +1,145 @@
+// How the bytes of a tile of 16 rows come apart, for any vector type `V` of 16 lanes. Like what includes
+// it, part of one file for each instruction set: nothing here may be shared between them.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "matrix.h"
+
+namespace quantine {
+namespace {
+
+template <int N, typename F>
+inline __attribute__((always_inline)) void unroll(F&& f) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(f);
+    f(std::integral_constant<int, N - 1>{});
+  }
+}
+
+constexpr int together_of(int bits) { return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2; }
+
+// Vectors that hold the codes of some chunks, in planes of 8, 4, 2 and 1 bits.
+template <typename V, int kBits>
+struct Planes {
+  static constexpr int kTogether = together_of(kBits);
+  static constexpr int kVectors = kBits * kTogether / 8;
+
+  inline __attribute__((always_inline)) explicit Planes(const std::uint8_t* bytes) {
+    unroll<kVectors>([&](auto v) { held[v] = V::load(bytes + 64 * v); });
+  }
+
+  // Codes of chunk `place`: four bytes in each of 16 lanes.
+  template <int place>
+  inline __attribute__((always_inline)) typename V::Int codes() const {
+    if constexpr (kBits == 8) {
+      return held[0];
+    } else {
+      constexpr int kFour = kBits & 4 ? kTogether / 2 : 0, kTwo = kBits & 2 ? kTogether / 4 : 0;
+      typename V::Int found = V::nothing();
+      if constexpr ((kBits & 4) != 0)
+        found = V::template field<4 * (place % 2), 0x0f0f0f0fu>(held[place / 2]);
+      if constexpr ((kBits & 2) != 0) {
+        constexpr int low = kBits & 4;
+        const auto two = V::template field<2 * (place % 4) - low, 0x03030303u << low>(
+            held[kFour + place / 4]);
+        found = low ? V::join(found, two) : two;
+      }
+      if constexpr ((kBits & 1) != 0) {
+        constexpr int low = kBits & 6;
+        const auto one =
+            V::template field<place - low, 0x01010101u << low>(held[kFour + kTwo]);
+        found = V::join(found, one);
+      }
+      return found;
+    }
+  }
+
+  typename V::Int held[kVectors];
+};
+
+// The statistics of the groups of a tile, one group after another.
+template <typename V>
+class Cursor {
+ public:
+  using Float = typename V::Float;
+
+  inline Cursor(const Weights& w, std::size_t tile)
+      : next_(w.statistics.data() + tile * w.groups * w.group_bytes),
+        step_(w.group_bytes),
+        scale_(w.scale, tile, w.groups),
+        zero_(w.zero, tile, w.groups),
+        middle_(static_cast<float>(1 << (w.bits - 1))) {}
+
+  inline __attribute__((always_inline)) void advance(Float& scale, Float& zero) {
+    scale = read(scale_, next_);
+    zero = zero_.kept == Kept::kMiddle ? V::set(middle_) : read(zero_, next_ + zero_.offset);
+    next_ += step_;
+  }
+
+ private:
+  // A copy of what is read for every group: the compiler can keep it in registers.
+  struct Reader {
+    inline Reader(const StatisticLayout& s, std::size_t tile, std::size_t groups)
+        : kept(s.kept), offset(s.offset), second(nullptr), spreader(V::spreader(s.bits)) {
+      if (kept == Kept::kCoded) second = s.second.data() + tile * kTile / s.span * groups * 2;
+    }
+    Kept kept;
+    std::size_t offset;
+    const float* second;
+    typename V::Spreader spreader;
+  };
+
+  static inline __attribute__((always_inline)) Float read(Reader& s, const std::uint8_t* bytes) {
+    if (s.kept == Kept::kHalf) return V::halves(bytes);
+    if (s.kept == Kept::kFloat) return V::floats(bytes);
+    const Float code = V::spread(bytes, s.spreader);
+    if (s.kept == Kept::kWhole) return code;
+    const Float step = V::set(s.second[0]), zero = V::set(s.second[1]);
+    s.second += 2;
+    return V::mul(V::sub(code, zero), step);
+  }
+
+  const std::uint8_t* next_;
+  std::size_t step_;
+  Reader scale_, zero_;
+  float middle_;
+};
+
+// Calls `chunk(codes)` for every chunk of a tile in order.
+template <typename V, int kBits, typename F>
+inline __attribute__((always_inline)) void each_chunk(const Weights& w, std::size_t tile, F&& chunk) {
+  const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
+  const std::uint8_t* end = bytes + w.tile_bytes;
+  using P = Planes<V, kBits>;
+  for (; bytes != end; bytes += P::kVectors * 64) {
+    const P planes(bytes);
+    // Unrolled, what follows would be copied for every place: code grows faster than speed.
+    typename V::Int codes[P::kTogether];
+    unroll<P::kTogether>([&](auto place) { codes[place] = planes.template codes<place>(); });
+    for (int place = 0; place < P::kTogether; ++place) chunk(codes[place]);
+  }
+}
+
+// Calls `work` with the bits of packed codes as a constant.
+template <typename F>
+inline void with_bits(int bits, F&& work) {
+  switch (bits) {
+#define QUANTINE_BITS(n) \
+  case n:                \
+    return work(std::integral_constant<int, n>{});
+    QUANTINE_BITS(2)
+    QUANTINE_BITS(3)
+    QUANTINE_BITS(4)
+    QUANTINE_BITS(5)
+    QUANTINE_BITS(6)
+    QUANTINE_BITS(7)
+    QUANTINE_BITS(8)
+#undef QUANTINE_BITS
+  }
+}
+
+}  // namespace
+}  // namespace quantine
