@@ -47,12 +47,17 @@ QUANTINE_INLINE void whole_scales(const Lanes& low, const Lanes& high, const Fit
     scale.at[r] = (larger(high.at[r], 0.0f) - smaller(low.at[r], 0.0f)) / top;
 }
 
+// How many of its widths a range may lie from zero: quantine.core.fit._farthest.
+QUANTINE_INLINE float farthest_range(const FitRequest& f) {
+  if (f.clip == Clip::kMinMax) return 64.0f;
+  return static_cast<float>(std::exp2(std::min(f.scale_bits, f.zero_bits) / 2.0));
+}
+
 // Grids over the ranges from `low` to `high`: quantine.core.fit.cover.
 QUANTINE_INLINE void cover(const Lanes& low, const Lanes& high, const FitRequest& f, Grids& grid) {
   const float top = static_cast<float>((1 << f.bits) - 1);
   if (f.zero_bits != 0) {
-    const float farthest =
-        static_cast<float>(std::exp2(std::min(f.scale_bits, f.zero_bits) / 2.0));
+    const float farthest = farthest_range(f);
     for (std::size_t r = 0; r < kLanes; ++r) {
       const float reach = larger(std::fabs(low.at[r]), std::fabs(high.at[r]));
       const bool distant = high.at[r] - low.at[r] <= reach / farthest;

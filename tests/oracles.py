@@ -161,16 +161,14 @@ class SolvedWithOutliers:
     order: list[int]
 
 
-def fit_fractional(
-    values: Sequence[float], bits: int, farthest: float = 2**1.5
-) -> tuple[float, float]:
+def fit_fractional(values: Sequence[float], bits: int) -> tuple[float, float]:
     """Scale and fractional zero point of the grid from the smallest to the largest value.
 
-    Unlike SpQR's published code, a range further than ``farthest`` of its widths from zero reaches
-    to zero, instead of from -1 to 1 if it is empty; the default belongs to 3-bit statistics.
+    Unlike SpQR's published code, a range further than 64 of its widths from zero reaches to zero,
+    instead of from -1 to 1 if it is empty.
     """
     low, high = min(values), max(values)
-    if high - low <= max(abs(low), abs(high)) / farthest:
+    if high - low <= max(abs(low), abs(high)) / 64:
         low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / (2**bits - 1), SMALLEST_HALF)
     return scale, -low / scale

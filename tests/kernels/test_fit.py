@@ -96,7 +96,7 @@ def test_grids_are_fitted_alike(
         assert same.float().mean() >= 0.97
     losing = columns
     if clip == "mse" and look_ahead and price < math.inf:
-        losing = without_outliers(columns, spread, spec, price)
+        losing = without_outliers(columns, spread, spec, objective)
     costs = [cost(losing, spread, grid, objective).sum() for grid in (found, expected)]
     if clip != "minmax":
         assert costs[0] <= costs[1] * 1.05 + 1e-12

@@ -14,6 +14,7 @@ from torch import Tensor
 import oracles
 from quantine.core.fit import without_outliers
 from quantine.core.grid import Statistic
+from quantine.core.objective import Objective
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
@@ -131,7 +132,8 @@ def test_likely_outliers_are_those_of_the_explicit_loop(length: int, price: floa
     weight[1, -1] = weight[1, 0] = weight[1].max()  # the largest weight twice
     spread = torch.linspace(0.2, 1.0, length)
     spec = QuantSpec(3, length, scale_bits=3, zero_bits=3)
-    inliers = without_outliers(weight.T.unsqueeze(0), spread.unsqueeze(0), spec, price)[0].T
+    objective = Objective("minmax", price, look_ahead=True)
+    inliers = without_outliers(weight.T.unsqueeze(0), spread.unsqueeze(0), spec, objective)[0].T
     expected = []
     for row in weight.double().tolist():
         likely = oracles.likely_outliers(row, spread.square().tolist(), 3, price)

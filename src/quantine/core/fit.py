@@ -22,11 +22,13 @@ from quantine.core.grid import (
     fit_statistic,
     to_float16,
 )
-from quantine.core.objective import Objective, squared_errors
+from quantine.core.objective import Clip, Objective, squared_errors
 from quantine.core.spec import FLOAT16, QuantSpec
 
 SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
 """Candidate shares of the min-max range: 1.0 down to 0.5."""
+FARTHEST: Final = 64.0
+"""How many of its widths a min-max range may lie from zero."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     """
     inliers = columns
     if objective.look_ahead and objective.price < math.inf:
-        inliers = without_outliers(columns, spread, spec, objective.price)
+        inliers = without_outliers(columns, spread, spec, objective)
     if objective.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
     scales, zeros = _fit_range(columns, inliers, spread, spec, objective)
@@ -100,26 +102,34 @@ def _fit_range(
     """Scale and zero point ``[groups, rows]`` of the min-max range, or of the best share of it."""
     low, high = inliers.amin(1), inliers.amax(1)
     if objective.clip == "minmax":
-        return cover(low, high, spec)
+        return cover(low, high, spec, "minmax")
     middle = (low + high) / 2 if spec.zero_bits else torch.zeros_like(low)
     shares = torch.tensor(SHRINKS).view(-1, 1, 1)
-    scales, zeros = cover(middle + (low - middle) * shares, middle + (high - middle) * shares, spec)
+    lows, highs = (middle + (end - middle) * shares for end in (low, high))
+    scales, zeros = cover(lows, highs, spec, objective.clip)
     best = objective.cheapest(columns, spread, scales, zeros, spec.bits).unsqueeze(0)
     return scales.gather(0, best)[0], zeros.gather(0, best)[0]
 
 
-def cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape.
-
-    The scale of a range ``k`` widths from zero is ``1 / k`` of one that would reach zero, and its
-    zero point ``k`` times as large. Where one second grid holds both kinds, the error of either
-    statistic is multiplied with the other, so it grows with ``k**2``: up to ``k**2 = 2**bits``,
-    half a step of the second grid costs at most about half a width.
-    """
+def cover(low: Tensor, high: Tensor, spec: QuantSpec, clip: Clip) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape."""
     if spec.zero_bits:
-        farthest = 2.0 ** (min(spec.scale_bits, spec.zero_bits) / 2)
-        return fit_fractional(low, high, spec.bits, farthest)
+        return fit_fractional(low, high, spec.bits, _farthest(spec, clip))
     return fit_range(low, high, spec.bits, spec.sym)
+
+
+def _farthest(spec: QuantSpec, clip: Clip) -> float:
+    """How many of its widths a range may lie from zero.
+
+    Min-max ranges follow SpQR's published code as far as weights really lie. Searched ones lie
+    nearer: the scale of a range ``k`` widths from zero is ``1 / k`` of one that would reach zero,
+    and its zero point ``k`` times as large. Where one second grid holds both kinds, the error of
+    either statistic is multiplied with the other, so it grows with ``k**2``: up to
+    ``k**2 = 2**bits``, half a step of the second grid costs at most about half a width.
+    """
+    if clip == "minmax":
+        return FARTHEST
+    return 2.0 ** (min(spec.scale_bits, spec.zero_bits) / 2)
 
 
 def _scale_stat(scale: Tensor, spec: QuantSpec) -> _Stat:
@@ -157,11 +167,13 @@ def _refine(
     return replace(scale, codes=scale_codes), replace(zero, codes=zero_codes)
 
 
-def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: float) -> Tensor:
+def without_outliers(
+    columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective
+) -> Tensor:
     """``columns`` with likely outliers replaced by the mean of their group's other weights.
 
     A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
-    than ``price`` (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
+    than the objective's price (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
     the largest does not move the range: it saves that weight's own loss. So three ranges per group
     tell about all weights, instead of one for each.
 
@@ -173,20 +185,20 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: fl
         return columns
     ranked, places = columns.sort(1)
     low, high = ranked[:, 0], ranked[:, -1]
-    loss = _losses(columns, low, high, spread, spec)
+
+    def losses(low: Tensor, high: Tensor) -> Tensor:
+        """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
+        errors = squared_errors(columns, *cover(low, high, spec, objective.clip), spec.bits)
+        return errors.div_(spread.square().unsqueeze(-1))
+
+    loss = losses(low, high)
     whole = loss.sum(1, keepdim=True)
     saved = loss
     for place, ends in ((0, (ranked[:, 1], high)), (-1, (low, ranked[:, -2]))):
         extreme = places[:, place : place + 1 or None]
-        others = _losses(columns, *ends, spread, spec).scatter_(1, extreme, 0.0)
+        others = losses(*ends).scatter_(1, extreme, 0.0)
         saved = saved.scatter(1, extreme, whole - others.sum(1, keepdim=True))
-    likely = saved > price
+    likely = saved > objective.price
     rest = (~likely).sum(1, keepdim=True).clamp_(min=1)
     mean = columns.masked_fill(likely, 0.0).sum(1, keepdim=True) / rest
     return torch.where(likely, mean, columns)
-
-
-def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
-    """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
-    scale, zero = cover(low, high, spec)
-    return squared_errors(columns, scale, zero, spec.bits).div_(spread.square().unsqueeze(-1))

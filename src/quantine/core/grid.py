@@ -135,7 +135,7 @@ def fit_range(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
 def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the grid from ``low`` to ``high``, as in SpQR's published code.
 
-    Two ranges differ from it. One whose distance from zero is more than ``farthest`` times its
+    Two ranges differ from it. One whose distance from zero is at least ``farthest`` times its
     width is extended to zero: rounding a large zero point, or the scale it is multiplied with,
     would cost more than the whole width. That includes ranges of one value, which loses nothing.
     And no scale is below the smallest float16.
