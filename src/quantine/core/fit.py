@@ -129,7 +129,7 @@ def _farthest(spec: QuantSpec, clip: Clip) -> float:
     """
     if clip == "minmax":
         return FARTHEST
-    return 2.0 ** (min(spec.scale_bits, spec.zero_bits) / 2)
+    return math.sqrt(2 ** min(spec.scale_bits, spec.zero_bits))
 
 
 def _scale_stat(scale: Tensor, spec: QuantSpec) -> _Stat:
@@ -173,9 +173,9 @@ def without_outliers(
     """``columns`` with likely outliers replaced by the mean of their group's other weights.
 
     A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
-    than the objective's price (arXiv 2306.03078, section 4.1). Leaving out a weight between the smallest and
-    the largest does not move the range: it saves that weight's own loss. So three ranges per group
-    tell about all weights, instead of one for each.
+    than the objective's price (arXiv 2306.03078, section 4.1). Leaving out a weight between the
+    smallest and the largest does not move the range: it saves that weight's own loss. So three
+    ranges per group tell about all weights, instead of one for each.
 
     Args:
         columns: ``[groups, n, rows]`` float32.
