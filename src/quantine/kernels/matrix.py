@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.arithmetic import Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
@@ -110,13 +111,13 @@ def _half_bits(stored: Tensor | Statistic | None) -> Tensor:
     return stored.contiguous().view(torch.int16)
 
 
-def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]:
+def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> list[Tensor]:
     """``x @ W.T`` for each of ``matrices``, whose inputs are the same; one parallel step.
 
     Args:
         matrices: native ones, ``[out, in]``.
         x: ``[batch, in]`` float32, contiguous.
-        exact: the arithmetic, see the module.
+        arithmetic: see the module.
 
     Returns:
         ``[batch, out]`` float32 each.
@@ -124,7 +125,7 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]
     native = backend.native()
     assert native is not None
     results = [x.new_empty(len(x), matrix.rows) for matrix in matrices]
-    native.multiply(list(matrices), x, results, exact, pool())
+    native.multiply(list(matrices), x, results, arithmetic == "exact", pool())
     return results
 
 
@@ -161,9 +162,9 @@ def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
     return result
 
 
-def multiply_reference(qtensor: QTensor, x: Tensor, exact: bool) -> Tensor:
+def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """The meaning of `multiply` for one matrix."""
-    if exact:
+    if arithmetic == "exact":
         return x @ qtensor.dequantize().T
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
     weight = qtensor.grid.decode(qtensor.codes)
