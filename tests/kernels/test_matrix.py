@@ -140,7 +140,7 @@ class TestPacked:
         matrix, weight = packed_matrix(q), q.dequantize()
         assert (matrix.rows, matrix.columns) == weight.shape
         out = torch.empty_like(weight)
-        matrix.decode(0, out)
+        matrix.decode(0, out, pool())
         whole = q.grid.zero_point is None or (
             isinstance(q.grid.zero_point, Tensor) and q.grid.zero_point.dtype == torch.uint8
         )
@@ -149,13 +149,13 @@ class TestPacked:
         else:
             assert bool(((out - weight).abs() <= 1e-6 * reach(q)).all())
         last = torch.empty(1, weight.shape[1])
-        matrix.decode(len(weight) - 1, last)
+        matrix.decode(len(weight) - 1, last, pool())
         assert torch.equal(last, out[-1:])
 
     @given(cases, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     def test_panels_multiply_by_the_rounded_weights(self, q: QTensor, dtype: torch.dtype) -> None:
         x = torch.randn(5, q.codes.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-        found = multiply_panels(packed_matrix(q), x)
+        found = multiply_panels(packed_matrix(q), x, "exact")
         weight = q.dequantize().to(dtype)
         assert found.dtype == dtype
         size = x.float().abs() @ reach(q).T
@@ -196,7 +196,7 @@ class TestPacked:
         (found,) = multiply([matrix], x, "fast")
         assert close(found, x @ weight.T, x, weight)
         out = torch.empty_like(weight)
-        matrix.decode(0, out)
+        matrix.decode(0, out, pool())
         assert torch.equal(out, weight)
         assert matrix.nbytes >= weight.numel() * (2 if half else 4)
 

@@ -96,7 +96,7 @@ class Packed(nn.Module):
             return linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.in_features)
         if len(rows) > FEW_ROWS:
-            result = multiply_panels(matrix, rows)
+            result = multiply_panels(matrix, rows, self.arithmetic)
         else:
             (result,) = multiply([matrix], rows.float().contiguous(), self.arithmetic)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
