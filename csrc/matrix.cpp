@@ -96,11 +96,12 @@ class Arranged {
   }
 
   void arrange_fast(const Level& level, const Weights& w, std::size_t batch) {
-    codes_.assign(batch * view_.padded, 0);
+    const std::size_t bytes = view_.padded / kChunk * kChunkBytes;  // of a row
+    codes_.assign(batch * bytes, 0);
     scales_.resize(batch * view_.blocks);
     sums_.resize(batch * view_.blocks);
     for (std::size_t b = 0; b < batch; ++b)
-      level.round(w, view_.x + b * w.columns, codes_.data() + b * view_.padded,
+      level.round(w, view_.x + b * w.columns, codes_.data() + b * bytes,
                   scales_.data() + b * view_.blocks, sums_.data() + b * view_.blocks);
     view_.codes = codes_.data();
     view_.scales = scales_.data();
@@ -109,7 +110,7 @@ class Arranged {
 
   Activations view_;
   std::vector<float> ordered_, spread_, scales_, sums_;
-  std::vector<std::int8_t> codes_;
+  std::vector<std::uint8_t> codes_;
 };
 
 std::size_t tiles_of(const Weights& w) { return (w.rows + kTile - 1) / kTile; }

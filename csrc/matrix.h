@@ -11,7 +11,7 @@
 namespace quantine {
 
 // How a product is computed. Exact: weights are decoded in registers and summed in float32. Fast:
-// activations are rounded to 8 bit, with a scale for each block of at most 64 inputs.
+// activations are rounded to 16 bit, with a scale for each block of at most 64 inputs.
 enum class Arithmetic { kExact, kFast };
 
 // How the statistics of a group are kept: as float16, as float32, as codes of a second grid, as
@@ -20,7 +20,11 @@ enum class Kept { kHalf, kFloat, kCoded, kWhole, kMiddle };
 
 constexpr std::size_t kTile = 16;   // rows that are worked on at once
 constexpr std::size_t kChunk = 4;   // inputs of a row that lie together
-constexpr std::size_t kBlock = 64;  // inputs that share a scale of 8 bit activations, at most
+constexpr std::size_t kBlock = 64;  // inputs that share a scale of rounded activations, at most
+// Codes of activations: their high and low parts both fit 8 bit with a sign, and no sum of products
+// with 8 bit codes of weights over a block overflows 32 bit.
+constexpr int kLargestCode = 127 * 256 + 127;
+constexpr std::size_t kChunkBytes = kChunk * sizeof(std::int16_t);  // of such codes
 
 // Where the scales, or the zero points, of a tile's groups are.
 struct StatisticLayout {
@@ -81,7 +85,7 @@ struct Activations {
   std::size_t columns = 0, padded = 0, blocks = 0;
   const float* x = nullptr;             // [batch, columns], stored order
   const float* spread = nullptr;        // [batch, padded]; exact
-  const std::int8_t* codes = nullptr;   // [batch, padded]; fast
+  const std::uint8_t* codes = nullptr;  // [batch, padded / 4, 8], in the order of the level; fast
   const float* scales = nullptr;        // [batch, blocks]; fast
   const float* sums = nullptr;          // [batch, blocks], of codes; fast
 };

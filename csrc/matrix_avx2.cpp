@@ -15,6 +15,7 @@ struct Avx2 {
   struct Float {
     __m256 low, high;
   };
+  using Sum = Int;
 #define QUANTINE_INLINE static inline __attribute__((always_inline))
 
   QUANTINE_INLINE Int load(const std::uint8_t* bytes) {
@@ -36,22 +37,24 @@ struct Avx2 {
   QUANTINE_INLINE Int join(Int a, Int b) {
     return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
   }
-  // Even and odd bytes as 16 bit: no sum of two products overflows 32 bit.
+  // Even and odd bytes as 16 bit.
   QUANTINE_INLINE __m256i dot(__m256i acc, __m256i codes, __m256i even, __m256i odd) {
     const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
     const __m256i high = _mm256_srli_epi16(codes, 8);
     acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, even));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(high, odd));
   }
-  QUANTINE_INLINE Int dot(Int acc, Int codes, std::int32_t four) {
-    const __m256i all = _mm256_set1_epi32(four);
-    const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(all, 8), 8);
-    const __m256i odd = _mm256_srai_epi16(all, 8);
+  QUANTINE_INLINE __m256i two(const std::uint8_t* codes) {
+    std::int32_t word;
+    std::memcpy(&word, codes, sizeof word);
+    return _mm256_set1_epi32(word);
+  }
+  QUANTINE_INLINE Sum no_sum() { return nothing(); }
+  QUANTINE_INLINE Sum dot(Sum acc, Int codes, const std::uint8_t* x) {
+    const __m256i even = two(x), odd = two(x + 2 * sizeof(std::int16_t));
     return {dot(acc.low, codes.low, even, odd), dot(acc.high, codes.high, even, odd)};
   }
-  QUANTINE_INLINE Int sum(Int a, Int b) {
-    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
-  }
+  QUANTINE_INLINE Int whole(Sum a) { return a; }
   template <int k>
   QUANTINE_INLINE Float byte(Int codes) {
     return to_float(field<8 * k, 0xffu>(codes));
@@ -114,16 +117,23 @@ struct Avx2 {
     for (const std::int32_t lane : lanes) found = found >= lane ? found : lane;
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(found)));
   }
-  // Whole numbers within 8 bit, to even on ties; returns their sum.
-  static inline std::int32_t round(std::int8_t* out, Float a) {
-    alignas(32) std::int32_t codes[kTile];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_cvtps_epi32(a.low));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes + 8), _mm256_cvtps_epi32(a.high));
+  // Eight codes as 16 bit, chunk by chunk: the even ones, then the odd ones.
+  QUANTINE_INLINE __m128i sixteen_bits(__m256i codes) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,
+                                           0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i halves = _mm256_shuffle_epi8(codes, order);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+  }
+  // Whole numbers within 16 bit, to even on ties; returns their sum.
+  static inline std::int32_t round(std::uint8_t* out, Float a) {
+    const __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);
+    auto* parts = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(parts, sixteen_bits(low));
+    _mm_storeu_si128(parts + 1, sixteen_bits(high));
+    alignas(32) std::int32_t codes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_add_epi32(low, high));
     std::int32_t sum = 0;
-    for (std::size_t r = 0; r < kTile; ++r) {
-      out[r] = static_cast<std::int8_t>(codes[r]);
-      sum += codes[r];
-    }
+    for (const std::int32_t code : codes) sum += code;
     return sum;
   }
   QUANTINE_INLINE Float add(Float a, Float b) {

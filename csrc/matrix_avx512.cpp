@@ -11,6 +11,9 @@ struct Avx512 {
   static constexpr int kBatch = 8;  // rows of activations that share decoded codes
   using Int = __m512i;
   using Float = __m512;
+  struct Sum {
+    Int high, low;  // of products with the two parts of activations
+  };
 #define QUANTINE_INLINE static inline __attribute__((always_inline))
 
   QUANTINE_INLINE Int load(const std::uint8_t* bytes) { return _mm512_load_si512(bytes); }
@@ -23,10 +26,19 @@ struct Avx512 {
     return _mm512_and_si512(a, mask);
   }
   QUANTINE_INLINE Int join(Int a, Int b) { return _mm512_or_si512(a, b); }
-  QUANTINE_INLINE Int dot(Int acc, Int codes, std::int32_t four) {
-    return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
+  QUANTINE_INLINE Int four(const std::uint8_t* codes) {
+    std::int32_t word;
+    std::memcpy(&word, codes, sizeof word);
+    return _mm512_set1_epi32(word);
   }
-  QUANTINE_INLINE Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  QUANTINE_INLINE Sum no_sum() { return {nothing(), nothing()}; }
+  QUANTINE_INLINE Sum dot(Sum acc, Int codes, const std::uint8_t* x) {
+    return {_mm512_dpbusd_epi32(acc.high, codes, four(x)),
+            _mm512_dpbusd_epi32(acc.low, codes, four(x + kChunk))};
+  }
+  QUANTINE_INLINE Int whole(Sum a) {
+    return _mm512_add_epi32(_mm512_slli_epi32(a.high, 8), a.low);
+  }
   template <int k>
   QUANTINE_INLINE Float byte(Int codes) {
     if constexpr (k == 3) return _mm512_cvtepi32_ps(_mm512_srli_epi32(codes, 24));
@@ -69,10 +81,16 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_castsi128_ps(
         _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
   }
-  // Whole numbers within 8 bit, to even on ties; returns their sum.
-  QUANTINE_INLINE std::int32_t round(std::int8_t* out, Float a) {
+  // Whole numbers within 16 bit, to even on ties, chunk by chunk: four high parts, then four low
+  // ones. Returns their sum.
+  QUANTINE_INLINE std::int32_t round(std::uint8_t* out, Float a) {
     const Int codes = _mm512_cvtps_epi32(a);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+    // The low part has a sign, which the high part makes up for.
+    const Int up = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
+    const __m128i high = _mm512_cvtepi32_epi8(up), low = _mm512_cvtepi32_epi8(codes);
+    auto* parts = reinterpret_cast<__m128i*>(out);
+    _mm_storeu_si128(parts, _mm_unpacklo_epi32(high, low));
+    _mm_storeu_si128(parts + 1, _mm_unpackhi_epi32(high, low));
     return _mm512_reduce_add_epi32(codes);
   }
   QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }

@@ -9,12 +9,6 @@
 namespace quantine {
 namespace {
 
-inline std::int32_t four_codes(const std::int8_t* codes) {
-  std::int32_t word;
-  std::memcpy(&word, codes, sizeof word);
-  return word;
-}
-
 template <typename V, int kBits, int kBatch>
 void fast_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
@@ -23,9 +17,10 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
   for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero;
-  typename V::Int acc[kBatch];
-  for (int b = 0; b < kBatch; ++b) acc[b] = V::nothing();
-  const std::int8_t* x = a.codes;
+  typename V::Sum acc[kBatch];
+  for (int b = 0; b < kBatch; ++b) acc[b] = V::no_sum();
+  const std::uint8_t* x = a.codes;
+  const std::size_t row_bytes = a.padded / kChunk * kChunkBytes;
   const Block* block = w.blocks.data();
   const Block* const blocks_end = block + w.blocks.size();
   std::size_t index = 0;
@@ -33,14 +28,14 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
   std::uint32_t left = block->chunks;
   each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
     for (int b = 0; b < kBatch; ++b)
-      acc[b] = V::dot(acc[b], codes, four_codes(x + static_cast<std::size_t>(b) * a.padded));
-    x += kChunk;
+      acc[b] = V::dot(acc[b], codes, x + static_cast<std::size_t>(b) * row_bytes);
+    x += kChunkBytes;
     if (--left != 0) return;
     for (int b = 0; b < kBatch; ++b) {
       const std::size_t place = static_cast<std::size_t>(b) * a.blocks + index;
-      const auto centred = V::fnma(zero, V::set(a.sums[place]), V::to_float(acc[b]));
+      const auto centred = V::fnma(zero, V::set(a.sums[place]), V::to_float(V::whole(acc[b])));
       total[b] = V::fma(centred, V::mul(scale, V::set(a.scales[place])), total[b]);
-      acc[b] = V::nothing();
+      acc[b] = V::no_sum();
     }
     const std::uint32_t group = block->group;
     ++index;
@@ -54,8 +49,8 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
   for (int b = 0; b < kBatch; ++b) result[b] = total[b];
 }
 
-// The same for one row of activations and blocks of `kChunks` each: without a look for the end of a
-// block, and with two sums that do not wait for each other.
+// The same for one row of activations and blocks of `kChunks` each, without a look for the end of a
+// block.
 template <typename V, int kBits, int kChunks>
 void even_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
@@ -65,32 +60,32 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
   typename V::Float total = V::set(0.0f), scale = total, zero = total;
   Cursor<V> cursor(w, tile);
   const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
-  const std::int8_t* x = a.codes;
+  const std::uint8_t* x = a.codes;
   const std::size_t each = w.blocks_per_group;
   std::size_t left = 0;  // blocks of the group
   for (std::size_t index = 0; index < a.blocks; index += kUnit / kChunks) {
-    typename V::Int sums[2] = {V::nothing(), V::nothing()};
+    typename V::Sum acc = V::no_sum();
     unroll<kUnit / P::kTogether>([&](auto part) __attribute__((always_inline)) {
       const P planes(bytes + part * P::kVectors * 64);
       unroll<P::kTogether>([&](auto place) __attribute__((always_inline)) {
         constexpr int chunk = part * P::kTogether + place;
-        sums[chunk % 2] = V::dot(sums[chunk % 2], planes.template codes<place>(),
-                                 four_codes(x + chunk * static_cast<int>(kChunk)));
+        acc = V::dot(acc, planes.template codes<place>(),
+                     x + chunk * static_cast<int>(kChunkBytes));
         if constexpr (chunk % kChunks == kChunks - 1) {
           const std::size_t block = index + chunk / kChunks;
           if (left-- == 0) {
             cursor.advance(scale, zero);
             left = each - 1;
           }
-          const auto sum = V::to_float(V::sum(sums[0], sums[1]));
-          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
+          const auto centred =
+              V::fnma(zero, V::set(a.sums[block]), V::to_float(V::whole(acc)));
           total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
-          sums[0] = sums[1] = V::nothing();
+          acc = V::no_sum();
         }
       });
     });
     bytes += kUnit / P::kTogether * P::kVectors * 64;
-    x += kUnit * static_cast<int>(kChunk);
+    x += kUnit * static_cast<int>(kChunkBytes);
   }
   *result = total;
 }
@@ -214,7 +209,7 @@ inline Activations from_row(const Activations& a, std::size_t row) {
   Activations rest = a;
   rest.x += row * a.columns;
   if (a.spread != nullptr) rest.spread += row * a.padded;
-  if (a.codes != nullptr) rest.codes += row * a.padded;
+  if (a.codes != nullptr) rest.codes += row * (a.padded / kChunk * kChunkBytes);
   if (a.scales != nullptr) rest.scales += row * a.blocks;
   if (a.sums != nullptr) rest.sums += row * a.blocks;
   return rest;
@@ -237,9 +232,9 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
   take(std::integral_constant<int, 1>{});
 }
 
-// Activations of a row in 8 bit: codes, scale and sum of codes of every block.
+// Activations of a row in 16 bit: codes, scale and sum of codes of every block.
 template <typename V>
-void round_row(const Weights& w, const float* x, std::int8_t* codes, float* scales, float* sums) {
+void round_row(const Weights& w, const float* x, std::uint8_t* codes, float* scales, float* sums) {
   for (std::size_t index = 0; index < w.blocks.size(); ++index) {
     const Block& block = w.blocks[index];
     const std::size_t parts = (block.width + kTile - 1) / kTile;
@@ -250,17 +245,20 @@ void round_row(const Weights& w, const float* x, std::int8_t* codes, float* scal
     for (std::size_t part = 0; part < parts; ++part)
       widest = V::larger(widest, V::magnitude(V::floats(values + part * kTile)));
     const float largest = V::largest(widest);  // NaN where one is
-    // Below this the reciprocal of the scale overflows; what is lost is below 1e-35.
-    const bool small = largest <= 1e-35f;
+    // Below this the reciprocal of the scale overflows; what is lost is below 1e-33.
+    const bool small = largest <= 1e-33f;
     const bool finite = largest <= 3.4028235e38f;
-    const auto inverse = V::set(small || !finite ? 0.0f : 127.0f / largest);
-    alignas(64) std::int8_t rounded[kBlock];
+    if (!finite) std::memset(values, 0, sizeof values);  // the scale says it
+    constexpr float kTop = static_cast<float>(kLargestCode);
+    const auto inverse = V::set(small ? 0.0f : kTop / largest);
+    alignas(64) std::uint8_t rounded[kBlock / kChunk * kChunkBytes];
+    constexpr std::size_t kPartBytes = kTile / kChunk * kChunkBytes;
     std::int32_t sum = 0;
     for (std::size_t part = 0; part < parts; ++part)
-      sum += V::round(rounded + part * kTile, V::mul(V::floats(values + part * kTile), inverse));
-    std::memcpy(codes, rounded, block.chunks * kChunk);
-    codes += block.chunks * kChunk;
-    scales[index] = finite ? (small ? 0.0f : largest / 127.0f) : NAN;
+      sum += V::round(rounded + part * kPartBytes, V::mul(V::floats(values + part * kTile), inverse));
+    std::memcpy(codes, rounded, block.chunks * kChunkBytes);
+    codes += block.chunks * kChunkBytes;
+    scales[index] = finite ? (small ? 0.0f : largest / kTop) : NAN;
     sums[index] = static_cast<float>(sum);
   }
 }

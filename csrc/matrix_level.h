@@ -13,7 +13,8 @@ struct Level {
   // Rows `tile * 16` and following of `y` `[batch, rows]`.
   void (*multiply)(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                    float* y, bool exact);
-  void (*round)(const Weights& w, const float* x, std::int8_t* codes, float* scales, float* sums);
+  // Rounds a row of activations to 16 bit; the order of its codes is for `multiply` to know.
+  void (*round)(const Weights& w, const float* x, std::uint8_t* codes, float* scales, float* sums);
   void (*decode)(const Weights& w, std::size_t tile, float* out, std::size_t stride);
   void (*decode_bfloat16)(const Weights& w, std::size_t tile, std::uint16_t* out,
                           std::size_t stride);

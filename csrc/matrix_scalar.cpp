@@ -13,6 +13,7 @@ struct Scalar {
   struct Float {
     float lane[kTile];
   };
+  using Sum = Int;
 
   template <typename F>
   static Float each(F&& f) {
@@ -44,19 +45,19 @@ struct Scalar {
   static Int join(const Int& a, const Int& b) {
     return each_int([&](std::size_t r) { return a.lane[r] | b.lane[r]; });
   }
-  // Adds the sum of products of four unsigned bytes of each lane with four signed ones.
-  static Int dot(const Int& acc, const Int& codes, std::int32_t four) {
+  static Sum no_sum() { return Sum{}; }
+  // Adds the sum of products of four unsigned bytes of each lane with four codes of activations.
+  static Sum dot(const Sum& acc, const Int& codes, const std::uint8_t* x) {
+    std::int16_t four[kChunk];
+    std::memcpy(four, x, sizeof four);
     return each_int([&](std::size_t r) {
       std::int32_t sum = static_cast<std::int32_t>(acc.lane[r]);
-      for (int k = 0; k < 4; ++k)
-        sum += static_cast<std::int32_t>((codes.lane[r] >> (8 * k)) & 0xffu) *
-               static_cast<std::int8_t>(static_cast<std::uint32_t>(four) >> (8 * k));
+      for (std::size_t k = 0; k < kChunk; ++k)
+        sum += static_cast<std::int32_t>((codes.lane[r] >> (8 * k)) & 0xffu) * four[k];
       return static_cast<std::uint32_t>(sum);
     });
   }
-  static Int sum(const Int& a, const Int& b) {
-    return each_int([&](std::size_t r) { return a.lane[r] + b.lane[r]; });
-  }
+  static const Int& whole(const Sum& a) { return a; }
   template <int k>
   static Float byte(const Int& codes) {
     return each([&](std::size_t r) { return static_cast<float>((codes.lane[r] >> (8 * k)) & 0xffu); });
@@ -106,14 +107,15 @@ struct Scalar {
     for (const float lane : a.lane) found = found >= lane || found != found ? found : lane;
     return found;
   }
-  // Whole numbers within 8 bit, to even on ties; returns their sum.
-  static std::int32_t round(std::int8_t* out, const Float& a) {
+  // Whole numbers within 16 bit, to even on ties; returns their sum.
+  static std::int32_t round(std::uint8_t* out, const Float& a) {
+    std::int16_t codes[kTile];
     std::int32_t sum = 0;
     for (std::size_t r = 0; r < kTile; ++r) {
-      const std::int32_t code = static_cast<std::int32_t>(std::nearbyint(a.lane[r]));
-      out[r] = static_cast<std::int8_t>(code);
-      sum += code;
+      codes[r] = static_cast<std::int16_t>(std::nearbyint(a.lane[r]));
+      sum += codes[r];
     }
+    std::memcpy(out, codes, sizeof codes);
     return sum;
   }
   static Float add(const Float& a, const Float& b) {

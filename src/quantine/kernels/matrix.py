@@ -2,7 +2,7 @@
 
 A native `Matrix` holds the tensors of a `QTensor` in the order in which the kernels read them; see
 docs/kernels.md. There are two kinds of arithmetic. ``exact``: weights are decoded in registers, and
-products are summed in float32. ``fast``: activations are rounded to 8 bits first, one scale for
+products are summed in float32. ``fast``: activations are rounded to 16 bits first, one scale for
 each block of at most `BLOCK` inputs, which never crosses a group of weights.
 """
 
@@ -22,13 +22,14 @@ from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
 
 BLOCK: Final = 64
-"""Inputs that share a scale of 8 bit activations, at most."""
+"""Inputs that share a scale of rounded activations, at most."""
 TILE: Final = 16
 """Output rows of a tile."""
 PANEL_BYTES: Final = 2**22
 """Decoded weights that are multiplied at once where there are many rows: they stay in cache."""
-LARGEST_CODE: Final = 127
-SMALLEST: Final = 1e-35
+LARGEST_CODE: Final = 127 * 256 + 127
+"""Of activations: high and low part both fit 8 bits with a sign."""
+SMALLEST: Final = 1e-33
 """Blocks of activations that do not reach this are rounded to zero."""
 
 Matrix = Any
@@ -182,7 +183,7 @@ def multiply_reference(qtensor: QTensor, x: Tensor, exact: bool) -> Tensor:
 
 
 def round_activations(x: Tensor, group_size: int) -> Tensor:
-    """``x`` ``[batch, in]`` float32 after rounding to 8 bits, in stored column order."""
+    """``x`` ``[batch, in]`` float32 after rounding to 16 bits, in stored column order."""
     parts = []
     for group in x.split(group_size, 1):
         for block in group.split(BLOCK, 1):
