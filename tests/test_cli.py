@@ -110,6 +110,21 @@ def test_a_model_goes_through_all_verbs(
     assert "7 prompt tokens" in captured.err
 
 
+def test_heads_have_bits_of_their_own(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    succeed("plan", tiny("llama"), "--bits", 3, "--head-bits", 8, *FAST, "--json", path)
+    layers = json.loads(path.read_text())["layers"]
+    by_name = {layer["name"]: layer["scheme"] for layer in layers}
+    for name in ("model.embed_tokens", "lm_head"):
+        assert (by_name[name]["method"], by_name[name]["bits"]) == ("rtn", 8)
+    assert by_name["model.layers.0.mlp.up_proj"]["bits"] == 3
+    capsys.readouterr()
+    assert cli.main(["plan", "demo", "--plan", str(path), "--head-bits", "8"]) == 2
+    assert "--plan decides everything: leave out --head-bits" in capsys.readouterr().err
+
+
 def test_quiet_prints_nothing(
     tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -54,7 +54,7 @@ def _add_quantize(verbs: Any) -> None:
         "Quantize a model into a directory.",
         "  quantine quantize demo out --method gptq --bits 4 --samples 32\n"
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --calibration my-text.jsonl\n"
-        "  quantine quantize ./Llama-3.2-1B out --bits-per-weight 3.5\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits-per-weight 3.5 --head-bits 8\n"
         "  quantine quantize ./Llama-3.2-1B out --plan plan.yaml\n"
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --resume",
     )
@@ -99,6 +99,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="X",
         help="a budget over the whole model, such as 3.5; sensitive layers get more of it",
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        metavar="B",
+        help="bits of the token table and the output head, 2 to 8; 8 lose next to nothing; "
+        "default 16",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(

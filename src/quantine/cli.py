@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from quantine.arguments import build_parser
 from quantine.errors import PlanError, QuantineError
@@ -87,18 +87,6 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     from quantine.calibrate.data import Calibration
     from quantine.plan import Plan
 
-    flags = {
-        key: getattr(arguments, key)
-        for key in ("method", "bits", "group_size")
-        if getattr(arguments, key) is not None
-    }
-    whole = [
-        key for key in ("plan", "bits_per_weight", "preset") if getattr(arguments, key) is not None
-    ]
-    refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
-    if whole and refused:
-        given = " and ".join(_flag(key) for key in refused)
-        raise PlanError(f"{_flag(whole[0])} decides everything: leave out {given}")
     calibration = Calibration(
         arguments.calibration,
         arguments.samples,
@@ -106,12 +94,32 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         arguments.seed,
         arguments.bfloat16,
     )
+    flags = _scheme_flags(arguments)
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
-        return Plan.budget(arguments.bits_per_weight), calibration
-    name = arguments.preset or flags.pop("method", "spqr")
-    return Plan.preset(name, **flags), calibration
+        plan = Plan.budget(arguments.bits_per_weight)
+    else:
+        plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
+    return plan if arguments.head_bits is None else plan.with_head(arguments.head_bits), calibration
+
+
+def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that were given, once none contradicts what decides everything."""
+
+    def given(*keys: str) -> dict[str, Any]:
+        values = {key: getattr(arguments, key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
+
+    flags = given("method", "bits", "group_size")
+    whole = [*given("plan", "bits_per_weight", "preset")]
+    refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
+    if whole[:1] == ["plan"]:
+        refused += given("head_bits")
+    if whole and refused:
+        listed = " and ".join(_flag(key) for key in refused)
+        raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")
+    return flags
 
 
 def _flag(key: str) -> str:
