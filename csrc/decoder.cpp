@@ -57,7 +57,7 @@ Decoder::Decoder(Model model, std::size_t capacity, Arithmetic arithmetic,
       attention_(model_.heads, capacity, kTokens) {
   check_shapes();
   for (std::size_t block = 0; block < model_.blocks.size(); ++block)
-    caches_.emplace_back(model_.heads, capacity);
+    caches_.emplace_back(model_.heads, capacity, arithmetic_);
   const Heads& heads = model_.heads;
   for (auto* buffer : {&hidden_, &input_, &output_}) buffer->resize(kTokens * width());
   for (auto* buffer : {&q_, &attended_}) buffer->resize(kTokens * heads.heads * heads.dim);

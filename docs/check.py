@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from quantine import Plan, QuantineError
-from quantine.cli import build_parser
+from quantine.arguments import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")

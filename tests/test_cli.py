@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import quantine
 from quantine import cli
+from quantine.arguments import build_parser
 from tiny_models import logits_of, oracle_weights, with_weights
 
 Tiny = Callable[[str], Path]
@@ -46,8 +47,8 @@ def test_help_has_examples_of_real_commands(
     import shlex
 
     for command in commands:
-        arguments = cli.build_parser().parse_args(shlex.split(command)[1:])
-        assert callable(arguments.run)
+        arguments = build_parser().parse_args(shlex.split(command)[1:])
+        assert arguments.verb in cli.VERBS
         assert verb is None or command.split()[1] == verb
 
 
@@ -107,6 +108,21 @@ def test_a_model_goes_through_all_verbs(
     assert captured.out.rstrip("\n") == text.rstrip("\N{REPLACEMENT CHARACTER}\n")
     assert "tokens/s" in captured.err
     assert "7 prompt tokens" in captured.err
+
+
+def test_heads_have_bits_of_their_own(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    succeed("plan", tiny("llama"), "--bits", 3, "--head-bits", 8, *FAST, "--json", path)
+    layers = json.loads(path.read_text())["layers"]
+    by_name = {layer["name"]: layer["scheme"] for layer in layers}
+    for name in ("model.embed_tokens", "lm_head"):
+        assert (by_name[name]["method"], by_name[name]["bits"]) == ("rtn", 8)
+    assert by_name["model.layers.0.mlp.up_proj"]["bits"] == 3
+    capsys.readouterr()
+    assert cli.main(["plan", "demo", "--plan", str(path), "--head-bits", "8"]) == 2
+    assert "--plan decides everything: leave out --head-bits" in capsys.readouterr().err
 
 
 def test_quiet_prints_nothing(

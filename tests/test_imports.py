@@ -45,7 +45,8 @@ FLOORS: Final[dict[str, str]] = {
     "render": "estimate plan prepare",
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
     "publish scheme errors",
-    "cli": "quantine calibrate contents estimate eval pipeline plan plots prepare progress "
+    "arguments": "quantine",
+    "cli": "arguments calibrate contents estimate eval pipeline plan plots prepare progress "
     "render runtime errors",
 }
 
@@ -209,7 +210,7 @@ def test_the_scan_sees_what_it_should() -> None:
     [
         "import quantine",
         "import quantine; dir(quantine); quantine.PlanError",
-        "from quantine.cli import build_parser; build_parser().format_help()",
+        "from quantine.arguments import build_parser; build_parser().format_help()",
     ],
 )
 def test_importing_is_light(statement: str) -> None:

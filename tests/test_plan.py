@@ -90,6 +90,15 @@ class TestMatching:
         found = decided(plan_of({"match": match, **RTN4}))
         assert [i for i, d in enumerate(found.values()) if d.scheme is not None] == indices
 
+    def test_a_head_of_its_own_bits_goes_before_every_rule(self) -> None:
+        kept = plan_of({"match": "lm_head", "method": "keep"}, {"match": "@blocks", **RTN4})
+        plan = kept.with_head(6)
+        found = decided(plan)
+        bits = [d.scheme and (d.scheme.spec.bits, d.scheme.spec.group_size) for d in found.values()]
+        assert bits == [(6, -1), (4, 16), (4, 16), (4, 16), (4, 16), (6, -1)]
+        assert plan.name == f"{kept.name}-head6"
+        assert Plan.from_dict(plan.as_dict()) == plan
+
     def test_patterns_are_case_sensitive_and_match_whole_names(self) -> None:
         for match in ("LM_HEAD", "q_proj", "model.layers"):
             assert f"rule 1 ({match!r})" in refusal({"match": match, **RTN4})
@@ -217,6 +226,11 @@ class TestRefusals:
             Plan.preset("spqr-3bit", bits=5).rules[0].scheme
             == Plan.preset("spqr", bits=5, group_size=16).rules[0].scheme
         )
+
+    @pytest.mark.parametrize("bits", [1, 9])
+    def test_bits_of_a_head(self, bits: int) -> None:
+        with pytest.raises(PlanError, match=r"the head of plan 'rtn-4bit-g64'.*bits"):
+            Plan.preset("rtn").with_head(bits)
 
     def test_every_preset_says_what_it_means(self) -> None:
         for name, named in PRESETS.items():

@@ -18,7 +18,7 @@ from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.formats import format_named
 from quantine.methods import METHODS, SpQR
-from quantine.presets import CHOICES, PRESETS
+from quantine.presets import CHOICES, PRESETS, TABLE
 from quantine.scheme import KEEP, Scheme, is_a, scheme_from
 
 SEARCH: Final = "search"
@@ -176,6 +176,20 @@ class Plan:
             bits_per_weight,
             tuple(choice for choice in choices if choice is not None),
         )
+
+    def with_head(self, bits: int) -> Plan:
+        """The same plan, but with the token table and the output head rounded to ``bits`` bits.
+
+        A table that both share (tied weights) is stored once, and serves both. Every token reads
+        the whole head, which is a large part of a small model.
+
+        Raises:
+            PlanError: ``bits`` is not 2 to 8.
+        """
+        scheme = scheme_from({**TABLE, "bits": bits}, f"the head of plan {self.name!r}")
+        tables = (Rule("@embedding", scheme), Rule("@head", scheme))
+        name = f"{self.name}-head{bits}"
+        return dataclasses.replace(self, rules=(*tables, *self.rules), name=name)
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], name: str = "plan") -> Plan:

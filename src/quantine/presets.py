@@ -50,3 +50,6 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
     for bits, group_size, scale_bits, threshold in _STEPS
 )
 """What a layer may get under a budget of bits."""
+
+TABLE: Final[dict[str, Any]] = {"method": "rtn", "group_size": -1, "clip": "mse"}
+"""The token table and the output head, where they are quantized by a number of bits alone."""
