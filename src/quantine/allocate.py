@@ -29,7 +29,7 @@ from quantine.matrix import read_weight, solve
 from quantine.methods.spqr import SpQR, sampled_rows
 from quantine.plan import Decision
 from quantine.prepare import Job
-from quantine.progress import Progress
+from quantine.progress import Progress, return_freed_memory
 from quantine.scheme import Scheme
 
 PROBE_TOKENS: Final = 4096
@@ -88,6 +88,7 @@ def probe(
         predicted.update(_predict_block(job, checkpoint, sequential, index))
         sequential.advance(index)
         sequential.release(index)
+        return_freed_memory()
     gradients = sequential.hidden
 
     def read(name: str) -> Tensor:
@@ -107,6 +108,7 @@ def probe(
             sensitivity = sums[path] / tokens
             table[name] = [one.option(sensitivity) for one in predicted[name]]
         sequential.release(index)
+        return_freed_memory()
     return table
 
 

@@ -32,7 +32,13 @@ from quantine.formats.store import (
 from quantine.matrix import as_stored, install, read_weight, sensitivity, solve, unpack
 from quantine.plan import Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
-from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
+from quantine.progress import (
+    Progress,
+    Silent,
+    peak_memory,
+    return_freed_memory,
+    reuse_freed_memory,
+)
 from quantine.publish import output_files, report_of
 from quantine.scheme import scheme_from
 
@@ -80,7 +86,7 @@ def quantize(
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     started = time.perf_counter()
-    return_freed_memory()
+    reuse_freed_memory()
     out = Path(out)
     progress = progress or Silent()
     job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration())
@@ -157,6 +163,7 @@ def _quantize_all(
             if sequential is not None:
                 sequential.advance(index)
                 sequential.release(index)
+            return_freed_memory()
             progress.block(index)
     return [*outside, *loose, *blocks]
 

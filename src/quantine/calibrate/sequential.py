@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.activations import Activations
-from quantine.core.observe import Hessian
+from quantine.core.observe import Hessian, is_finite
 from quantine.errors import CalibrationError
 from quantine.families.base import Family, block_list, is_transposed
 
@@ -127,7 +127,7 @@ class Sequential:
         """
         for batch in range(len(self._hidden)):
             output = self.run(index, self._hidden[batch])
-            if not bool(torch.isfinite(output).all()):
+            if not is_finite(output):
                 raise CalibrationError(
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
                     "text: more bits or another calibration text are needed"
@@ -162,7 +162,7 @@ class Sequential:
                 self._blocks[index] = recorder
             for batch, tokens in enumerate(batches):
                 base(input_ids=tokens, use_cache=False)
-                self._hidden[batch] = recorders[0].hidden
+                self._hidden[batch] = recorders[0].hidden.clone()
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
@@ -219,7 +219,7 @@ class StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """Remember and pass on."""
-        self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
         hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden,) if self._returns_tuple else hidden
 
