@@ -61,12 +61,13 @@ class _Prediction:
 
 
 def probe(
-    job: Job, checkpoint: Checkpoint, scratch: Path, progress: Progress
+    job: Job, checkpoint: Checkpoint, scratch: Path, resumes: bool, progress: Progress
 ) -> dict[str, Options]:
     """Bytes and loss of every choice of every searched layer.
 
     Args:
         scratch: directory for the inputs of all blocks.
+        resumes: see `Sequential`.
     """
     assert job.segments is not None
     sequential = Sequential(
@@ -77,6 +78,7 @@ def probe(
         scratch / "states",
         {},
         job.calibration.bfloat16,
+        resumes,
     )
     blocks = range(len(block_list(job.model, job.family)))
     inputs: list[Activations] = []
@@ -216,8 +218,8 @@ def _predict_block(
     predicted = {}
     layers = [decision.layer for decision in _searched(job, index)]
     groups = sorted({layer.group for layer in layers if layer.group is not None})
-    paths = [job.family.groups[group][0] for group in groups]
-    for group, hessian in zip(groups, sequential.observe(index, paths), strict=True):
+    for group in groups:
+        hessian = sequential.observe_next(index, job.family.groups[group][0])
         searched = [d for d in _searched(job, index) if d.layer.group == group]
         weights = {d.layer: _sampled_weight(checkpoint, d.layer) for d in searched}
         found: dict[tuple[Layer, Scheme], _Prediction] = {}
