@@ -61,7 +61,7 @@ def test_a_probe_ranks_more_bits_above_fewer(
         }
     )
     job = prepare(tiny("llama"), plan, short)
-    table = probe(job, job.checkpoint(), tmp_path, Silent())
+    table = probe(job, job.checkpoint(), tmp_path, True, Silent())
     assert set(table) == {d.layer.name for d in job.scheme_layers()}
     for found in table.values():
         sizes, losses = zip(*found, strict=True)

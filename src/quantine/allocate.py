@@ -29,7 +29,7 @@ from quantine.matrix import read_weight, solve
 from quantine.methods.spqr import SpQR, sampled_rows
 from quantine.plan import Decision
 from quantine.prepare import Job
-from quantine.progress import Progress
+from quantine.progress import Progress, return_freed_memory
 from quantine.scheme import Scheme
 
 PROBE_TOKENS: Final = 4096
@@ -61,12 +61,13 @@ class _Prediction:
 
 
 def probe(
-    job: Job, checkpoint: Checkpoint, scratch: Path, progress: Progress
+    job: Job, checkpoint: Checkpoint, scratch: Path, resumes: bool, progress: Progress
 ) -> dict[str, Options]:
     """Bytes and loss of every choice of every searched layer.
 
     Args:
         scratch: directory for the inputs of all blocks.
+        resumes: see `Sequential`.
     """
     assert job.segments is not None
     sequential = Sequential(
@@ -77,6 +78,7 @@ def probe(
         scratch / "states",
         {},
         job.calibration.bfloat16,
+        resumes,
     )
     blocks = range(len(block_list(job.model, job.family)))
     inputs: list[Activations] = []
@@ -88,6 +90,7 @@ def probe(
         predicted.update(_predict_block(job, checkpoint, sequential, index))
         sequential.advance(index)
         sequential.release(index)
+        return_freed_memory()
     gradients = sequential.hidden
 
     def read(name: str) -> Tensor:
@@ -107,6 +110,7 @@ def probe(
             sensitivity = sums[path] / tokens
             table[name] = [one.option(sensitivity) for one in predicted[name]]
         sequential.release(index)
+        return_freed_memory()
     return table
 
 
@@ -214,8 +218,8 @@ def _predict_block(
     predicted = {}
     layers = [decision.layer for decision in _searched(job, index)]
     groups = sorted({layer.group for layer in layers if layer.group is not None})
-    paths = [job.family.groups[group][0] for group in groups]
-    for group, hessian in zip(groups, sequential.observe(index, paths), strict=True):
+    for group in groups:
+        hessian = sequential.observe_next(index, job.family.groups[group][0])
         searched = [d for d in _searched(job, index) if d.layer.group == group]
         weights = {d.layer: _sampled_weight(checkpoint, d.layer) for d in searched}
         found: dict[tuple[Layer, Scheme], _Prediction] = {}

@@ -22,6 +22,8 @@ GGUF_COPIES: Final = 1.5
 """Float32 copies of the model in memory while transformers dequantizes a GGUF (1.3 measured)."""
 LIVE_TENSORS: Final = 4
 """Tensors as wide as the block's widest matrix that live at once in a forward pass."""
+STOPPED_TENSORS: Final = 4
+"""Tensors as wide as hidden states that a block holds beside its widest input when it stops."""
 SOLVED_COPIES: Final = 5
 """Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
 LOGIT_COPIES: Final = 6
@@ -40,6 +42,7 @@ class Estimate:
         weights: number of quantized weights.
         activations: of hidden states between two blocks.
         spills: whether they go to disk.
+        resumes: whether a block that stops to be observed keeps what it computed until then.
         peak_memory: of the process.
         disk_while_running: written at most, the finished output included.
         tokens: calibration tokens.
@@ -50,6 +53,7 @@ class Estimate:
     weights: int
     activations: int
     spills: bool
+    resumes: bool
     peak_memory: int
     disk_while_running: int
     tokens: int
@@ -79,12 +83,12 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
     kept = _kept_bytes(job)
     weights = sum(d.layer.weights for d in job.scheme_layers())
-    activations, tokens = 0, 0
-    if job.segments is not None:
-        tokens = job.segments.numel()
-        activations = tokens * _width(job) * FLOAT
+    tokens = 0 if job.segments is None else job.segments.numel()
+    activations = tokens * _width(job) * FLOAT
+    stopped = tokens * _stopped_width(job) * FLOAT
     limit = _machine_memory() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
     spills = activations > limit
+    resumes = job.plan.true_sequential and activations + stopped <= limit
     scratch = activations if spills else 0
     if job.source.gguf_file is not None:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
@@ -97,7 +101,8 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
         weights,
         activations,
         spills,
-        _peak(job, 0 if spills else activations),
+        resumes,
+        _peak(job, 0 if spills else activations, stopped if resumes else 0),
         2 * (packed + kept) + scratch,
         tokens,
     )
@@ -110,11 +115,11 @@ def _kept_bytes(job: Job) -> int:
     return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
 
 
-def _peak(job: Job, activations: int) -> int:
+def _peak(job: Job, activations: int, stopped: int) -> int:
     """Peak resident memory: this process as it is now, and what the largest step adds to it."""
     table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
     # Reading a tensor holds the mapped file and the copy; then the table feeds the first block.
-    steps = [2 * table, table + activations, _in_block(job) + activations]
+    steps = [2 * table, table + activations, _in_block(job) + activations + stopped]
     outside = [d.layer.weights for d in job.scheme_layers() if d.layer.role != "block"]
     steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
     if job.plan.bits_per_weight is not None:
@@ -147,6 +152,12 @@ def _in_block(job: Job) -> int:
 
 def _width(job: Job) -> int:
     return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
+
+
+def _stopped_width(job: Job) -> int:
+    """Numbers per token that a stopped block holds."""
+    inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
+    return STOPPED_TENSORS * _width(job) + max(inside)
 
 
 def _machine_memory() -> int:

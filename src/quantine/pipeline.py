@@ -32,7 +32,13 @@ from quantine.formats.store import (
 from quantine.matrix import as_stored, install, read_weight, sensitivity, solve, unpack
 from quantine.plan import Plan
 from quantine.prepare import Job, check_headers, check_place, prepare
-from quantine.progress import Progress, Silent, peak_memory, return_freed_memory
+from quantine.progress import (
+    Progress,
+    Silent,
+    peak_memory,
+    return_freed_memory,
+    reuse_freed_memory,
+)
 from quantine.publish import output_files, report_of
 from quantine.scheme import scheme_from
 
@@ -80,7 +86,7 @@ def quantize(
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     started = time.perf_counter()
-    return_freed_memory()
+    reuse_freed_memory()
     out = Path(out)
     progress = progress or Silent()
     job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration())
@@ -113,7 +119,7 @@ def _run(job: Job, store: RunStore, size: Estimate, progress: Progress, started:
     if gguf:
         check_headers(job, checkpoint)
         checkpoint.digest()
-    parts = _quantize_all(job, checkpoint, store, size.spills, progress)
+    parts = _quantize_all(job, checkpoint, store, size, progress)
     report = report_of(job, identity, store.layer_reports(parts))
     report["run"] = {
         "seconds": round(time.perf_counter() - started, 3),
@@ -132,7 +138,7 @@ def _convert(job: Job, directory: Path) -> Path:
 
 
 def _quantize_all(
-    job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool, progress: Progress
+    job: Job, checkpoint: Checkpoint, store: RunStore, size: Estimate, progress: Progress
 ) -> list[str]:
     """Stage every part of the output; the names of the parts, in file order."""
     loose = _stage_loose(job, checkpoint, store)
@@ -142,8 +148,8 @@ def _quantize_all(
     done = sum(store.is_committed(part) for part in blocks)
     progress.start(count, done)
     if done < count:
-        allocation = _allocation(job, checkpoint, store, progress)
-        sequential = _enter(job, checkpoint, store, spills)
+        allocation = _allocation(job, checkpoint, store, size, progress)
+        sequential = _enter(job, checkpoint, store, size)
         for index, part in enumerate(blocks):
             if sequential is not None:
                 sequential.load(index)
@@ -157,6 +163,7 @@ def _quantize_all(
             if sequential is not None:
                 sequential.advance(index)
                 sequential.release(index)
+            return_freed_memory()
             progress.block(index)
     return [*outside, *loose, *blocks]
 
@@ -182,7 +189,7 @@ def _stage_outside(job: Job, checkpoint: Checkpoint, store: RunStore) -> list[st
     return [decision.layer.name for decision in outside]
 
 
-def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> Sequential | None:
+def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, size: Estimate) -> Sequential | None:
     """The calibration segments at the first block, past what is quantized before it."""
     if job.segments is None:
         return None
@@ -191,7 +198,7 @@ def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> S
         if decision.layer.role == "embedding":
             packed = store.tensors(decision.layer.name)
             replaced[f"{decision.layer.name}.weight"] = unpack(decision, packed).dequantize()
-    spill = store.scratch / "activations" if spills else None
+    spill = store.scratch / "activations" if size.spills else None
     return Sequential(
         job.model,
         job.family,
@@ -200,6 +207,7 @@ def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, spills: bool) -> S
         spill,
         replaced,
         job.calibration.bfloat16,
+        size.resumes,
     )
 
 
@@ -208,14 +216,14 @@ def _part(index: int) -> str:
 
 
 def _allocation(
-    job: Job, checkpoint: Checkpoint, store: RunStore, progress: Progress
+    job: Job, checkpoint: Checkpoint, store: RunStore, size: Estimate, progress: Progress
 ) -> Allocation | None:
     """The budget of a plan that has one; what layers may cost is probed once per run."""
     if job.plan.bits_per_weight is None:
         return None
     table = store.recall(PROBE)
     if table is None:
-        table = probe(job, checkpoint, store.scratch / "probe", progress)
+        table = probe(job, checkpoint, store.scratch / "probe", size.resumes, progress)
         store.remember(PROBE, table)
     return Allocation(job, table)
 
@@ -274,7 +282,7 @@ def _observed(
         yield from sequential.observe(index, paths)
         return
     for path in paths:
-        yield from sequential.observe(index, [path])
+        yield sequential.observe_next(index, path)
 
 
 def _kept(job: Job, checkpoint: Checkpoint, names: list[str]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.activations import Activations
-from quantine.core.observe import Hessian
+from quantine.calibrate.recording import Recording
+from quantine.core.observe import Hessian, is_finite
 from quantine.errors import CalibrationError
 from quantine.families.base import Family, block_list, is_transposed
 
@@ -56,6 +57,8 @@ class Sequential:
         replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
         bfloat16: multiply matrices in bfloat16; weights, norms, hidden states and statistics stay
             in float32.
+        resumes: keep what a block had computed when it stopped for `observe_next`; takes a few
+            times the memory of the hidden states.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Sequential:
         spill: Path | None,
         replaced: Mapping[str, Tensor],
         bfloat16: bool = False,
+        resumes: bool = False,
     ) -> None:
         self._model = model
         self._bfloat16 = bfloat16
@@ -75,6 +79,7 @@ class Sequential:
         self._blocks = block_list(model, family)
         size = batch_samples(*segments.shape)
         self._hidden = Activations(len(segments) // size, spill)
+        self._recordings = [Recording() for _ in range(len(self._hidden))] if resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._enter(segments.split(size), replaced)
@@ -108,15 +113,46 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
-                unseen = paths[min(range(len(paths)), key=lambda number: looks[number].seen)]
-                raise CalibrationError(
-                    f"{self._family.blocks}.{index}.{unseen} never ran: family "
-                    f"{self._family.name!r} is described wrongly"
-                )
+                seen = [look.seen for look in looks]
+                raise self._never_ran(index, paths[seen.index(min(seen))])
         finally:
             for handle in handles:
                 handle.remove()
         return [look.hessian for look in looks]
+
+    @torch.no_grad()
+    def observe_next(self, index: int, path: str) -> Hessian:
+        """Statistics of the input of the matrix at ``path`` in block ``index``.
+
+        It must run after the matrices observed like this before, and what ran before those must
+        not have been changed since.
+        """
+        if self._recordings is None:
+            return self.observe(index, [path])[0]
+        module = self._blocks[index].get_submodule(path)
+        hessian = _hessian_of(module)
+        for batch, recording in enumerate(self._recordings):
+
+            def stop(_: nn.Module, args: tuple[Any, ...], recording: Recording = recording) -> None:
+                recording.stop()
+                raise _Reached(args[0])
+
+            handle = module.register_forward_pre_hook(stop)
+            try:
+                with recording:
+                    self.run(index, self._hidden[batch])
+                raise self._never_ran(index, path)
+            except _Reached as reached:
+                hessian.update(reached.x)
+            finally:
+                handle.remove()
+        return hessian
+
+    def _never_ran(self, index: int, path: str) -> CalibrationError:
+        return CalibrationError(
+            f"{self._family.blocks}.{index}.{path} never ran: family {self._family.name!r} is "
+            "described wrongly"
+        )
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -126,13 +162,21 @@ class Sequential:
             CalibrationError: an output is not finite.
         """
         for batch in range(len(self._hidden)):
-            output = self.run(index, self._hidden[batch])
-            if not bool(torch.isfinite(output).all()):
+            output = self._run_on(index, batch)
+            if not is_finite(output):
                 raise CalibrationError(
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
                     "text: more bits or another calibration text are needed"
                 )
             self._hidden[batch] = output
+
+    def _run_on(self, index: int, batch: int) -> Tensor:
+        """Block ``index`` on a batch to its end, from where it stopped."""
+        if self._recordings is None:
+            return self.run(index, self._hidden[batch])
+        recording, self._recordings[batch] = self._recordings[batch], Recording()
+        with recording:
+            return self.run(index, self._hidden[batch])
 
     @property
     def hidden(self) -> Activations:
@@ -162,7 +206,7 @@ class Sequential:
                 self._blocks[index] = recorder
             for batch, tokens in enumerate(batches):
                 base(input_ids=tokens, use_cache=False)
-                self._hidden[batch] = recorders[0].hidden
+                self._hidden[batch] = recorders[0].hidden.clone()
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
@@ -174,12 +218,19 @@ class _Enough(Exception):
     """Raised inside a block when the observed inputs have been seen."""
 
 
+class _Reached(Exception):
+    """Raised inside a block when it reaches the matrix that is observed, whose input is ``x``."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
 class _Look:
     """Statistics of what enters ``module``, and how often it was entered."""
 
     def __init__(self, module: nn.Module) -> None:
-        weight = module.get_parameter("weight")
-        self.hessian = Hessian(weight.shape[0 if is_transposed(module) else 1])
+        self.hessian = _hessian_of(module)
         self.seen = 0
         self._module = module
 
@@ -191,6 +242,12 @@ class _Look:
             after()
 
         return self._module.register_forward_pre_hook(look)
+
+
+def _hessian_of(module: nn.Module) -> Hessian:
+    """Nothing seen yet of the input of ``module``."""
+    weight = module.get_parameter("weight")
+    return Hessian(weight.shape[0 if is_transposed(module) else 1])
 
 
 class StandIn(nn.Module):
@@ -219,7 +276,7 @@ class StandIn(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
         """Remember and pass on."""
-        self.hidden, self.args, self.kwargs = hidden.clone(), args, kwargs
+        self.hidden, self.args, self.kwargs = hidden, args, kwargs
         hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden,) if self._returns_tuple else hidden
 

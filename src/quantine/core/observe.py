@@ -115,7 +115,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> Factor:
     Raises:
         SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
     """
-    if not _is_finite(hessian):
+    if not is_finite(hessian):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
     used = damp
     while True:
@@ -146,10 +146,11 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     the last row to the first, without the inverse of ``matrix`` and its rounding errors.
     """
     found = _invert_upper(matrix)
-    return matrix if found and _is_finite(matrix) else None
+    return matrix if found and is_finite(matrix) else None
 
 
-def _is_finite(matrix: Tensor) -> bool:
+def is_finite(matrix: Tensor) -> bool:
+    """Whether every value of ``matrix`` is finite: one pass, and no other tensor."""
     low, high = matrix.aminmax()  # not a number if one is none
     return math.isfinite(low) and math.isfinite(high)
 

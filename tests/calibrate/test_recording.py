@@ -1,0 +1,111 @@
+"""A forward pass that stops and goes on: the same numbers, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from quantine import Calibration, Plan
+from quantine.calibrate.recording import Recording
+from quantine.calibrate.sequential import Sequential
+from quantine.families.base import block_list
+from quantine.prepare import prepare
+from tiny_models import FAMILIES
+
+
+class Counter(TorchFunctionMode):
+    """Counts the matrix products that are really computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.products += func is torch.matmul
+        return func(*args, **(kwargs or {}))
+
+
+class _Stopped(Exception):
+    pass
+
+
+def run(recording: Recording, x: Tensor, weights: list[Tensor], stop_before: int | None) -> Tensor:
+    with recording:
+        residual, unused = x * 2, x + 1
+        assert unused.shape == x.shape
+        for index, weight in enumerate(weights):
+            if index == stop_before:
+                recording.stop()
+                raise _Stopped
+            first, last = torch.matmul(x, weight).tanh().sin().chunk(2)
+            x = torch.cat([last, first]).add_(residual)
+        return x
+
+
+def test_what_was_computed_is_not_computed_again_and_what_comes_after_sees_new_weights() -> None:
+    x, weights = torch.randn(4, 8), [torch.randn(8, 8) for _ in range(3)]
+    recording = Recording()
+    with Counter() as counter:
+        for stop in (0, 1, 2):
+            with pytest.raises(_Stopped):
+                run(recording, x, weights, stop)
+            weights[stop] = weights[stop] * 3
+        result = run(recording, x, weights, None)
+    assert counter.products == 3
+    assert torch.equal(result, run(Recording(), x, weights, None))
+
+
+def test_only_what_is_still_used_is_kept() -> None:
+    x, weights = torch.randn(4, 8), [torch.randn(8, 8) for _ in range(2)]
+    recording = Recording()
+    for stop in (0, 1):
+        with pytest.raises(_Stopped):
+            run(recording, x, weights, stop)
+    kept = {
+        func.__name__
+        for func, value in recording._calls
+        if isinstance(value, Tensor) and value.numel()
+    }
+    # `matmul` and `tanh` are gone; `sin` is what the two halves are views of.
+    assert kept == {"mul", "add", "sin", "cat", "add_"}
+
+
+def test_a_computation_that_does_not_repeat_itself_is_refused() -> None:
+    recording = Recording()
+    with recording:
+        torch.ones(2).sum()
+        recording.stop()
+    with pytest.raises(RuntimeError, match="when it ran before"), recording:
+        torch.ones(2).mean()
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_blocks_that_go_on_equal_blocks_that_start_again(
+    name: str, bfloat16: bool, tiny: Callable[[str], Path], short: Calibration
+) -> None:
+    """Every matrix is changed after its group's inputs have been observed, as quantizing does."""
+    found = {}
+    for resumes in (False, True):
+        job = prepare(tiny(name), Plan.preset("gptq", bits=4, group_size=8), short)
+        assert job.segments is not None
+        sequential = Sequential(
+            job.model, job.family, job.checkpoint(), job.segments, None, {}, bfloat16, resumes
+        )
+        tensors = []
+        for index in range(len(block_list(job.model, job.family))):
+            block = sequential.load(index)
+            for paths in job.family.groups:
+                tensors.append(sequential.observe_next(index, paths[0]).matrix)
+                for path in paths:
+                    block.get_submodule(path).weight.data.mul_(0.9)
+            sequential.advance(index)
+            sequential.release(index)
+        tensors += [sequential.hidden[batch] for batch in range(len(sequential.hidden))]
+        found[resumes] = tensors
+    assert all(torch.equal(*pair) for pair in zip(found[False], found[True], strict=True))
