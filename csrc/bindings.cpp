@@ -78,14 +78,16 @@ struct Fitter {
   quantine::FitRequest request;
   Vector<const float> spread;
   std::size_t length;
+  bool of_columns;
   Statistics scale, zero;
 
   quantine::Fitter checked(std::size_t inputs, std::size_t rows) const {
-    if (length == 0 || inputs % length != 0 || spread.shape(0) != inputs)
-      throw nb::value_error("spread must be [inputs], and groups must tile the inputs");
+    if (length == 0 || inputs % length != 0 || spread.shape(0) != (of_columns ? rows : inputs))
+      throw nb::value_error("groups must tile the inputs; spread must be [inputs], or [rows] of "
+                            "columns");
     scale.check(inputs / length, rows, request.run);
     zero.check(inputs / length, rows, request.run);
-    return {request, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
+    return {request, of_columns, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
   }
 };
 
@@ -155,7 +157,7 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Fitter* self, int bits, bool symmetric, int scale_bits, int zero_bits,
              std::size_t run, const std::string& clip, float price, bool look_ahead,
-             std::size_t length, Vector<const float> spread, Array<float> scales,
+             std::size_t length, bool of_columns, Vector<const float> spread, Array<float> scales,
              Array<std::uint8_t> scale_codes, Array<float> scale_step, Array<float> scale_zero,
              Array<float> zeros, Array<std::uint8_t> zero_codes, Array<float> zero_step,
              Array<float> zero_zero) {
@@ -163,6 +165,7 @@ NB_MODULE(_native, m) {
                 request(bits, symmetric, scale_bits, zero_bits, run, clip, price, look_ahead),
                 spread,
                 length,
+                of_columns,
                 {scales, scale_codes, scale_step, scale_zero},
                 {zeros, zero_codes, zero_step, zero_zero}};
           });

@@ -137,15 +137,15 @@ Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
   const std::size_t n = fitter.length, group = start / n;
   const Statistic stored_scale = of_group(fitter.scale, group, rows, fitter.runs);
   const Statistic stored_zero = of_group(fitter.zero, group, rows, fitter.runs);
-  Tile tile(n);
-  for (std::size_t j = 0; j < n; ++j) {
-    const float spread = fitter.spread[start + j];
-    tile.importance[j] = 1.0f / (spread * spread);
-  }
+  Tile tile(fitter, start);
+  const auto load = [&](std::size_t first, std::size_t lanes) {
+    tile.load(columns + first, rows, lanes);
+    if (fitter.of_columns) tile.set_prices(fitter.spread + first, f.price, lanes);
+  };
   Level scale(rows), zero(rows);
   for (std::size_t first = 0; first < rows; first += kLanes) {
     const std::size_t lanes = std::min(kLanes, rows - first);
-    tile.load(columns + first, rows, lanes);
+    load(first, lanes);
     const float needed =
         fit_range(tile, f, scale.code.data() + first, zero.code.data() + first, lanes);
     if (!(needed <= kLargestHalf)) return {Misfit::kScale, needed};
@@ -157,7 +157,7 @@ Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
   if ((coded_scale || coded_zero) && f.clip != Clip::kMinMax)
     for (std::size_t first = 0; first < rows; first += kLanes) {
       const std::size_t lanes = std::min(kLanes, rows - first);
-      tile.load(columns + first, rows, lanes);
+      load(first, lanes);
       refine(tile, f, scale, zero, first, lanes);
     }
   put_out(scale, coded_scale, stored_scale);

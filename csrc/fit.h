@@ -38,7 +38,8 @@ struct Misfit {
 // Fits a matrix group by group.
 struct Fitter {
   FitRequest request;
-  const float* spread;    // [inputs], what an input's errors are divided by; all positive
+  bool of_columns;        // a line of a group, here a row, is one input's: groups run along outputs
+  const float* spread;    // [inputs], or [rows] of columns: what errors are divided by; positive
   std::size_t length;     // inputs of a group
   std::size_t runs;       // second grids of a group
   Statistic scale, zero;  // of the first group; others follow at distances of rows, or of runs

@@ -245,6 +245,6 @@ def _predict(layer: Layer, choice: Scheme, weight: Tensor, hessian: Hessian) -> 
     except SolverError as error:
         raise SolverError(f"{layer.name}: {error}") from error
     nbytes = format_named(choice.format).nbytes(
-        choice.spec, layer.out_features, layer.in_features, solver.stores_order, share
+        choice.spec, layer.out_features, layer.in_features, solver.stores_order(choice.spec), share
     )
     return _Prediction(nbytes, losses, sampled_rows(layer.out_features))

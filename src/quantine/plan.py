@@ -275,7 +275,7 @@ class Plan:
 
     def _searched(self, layer: Layer, reason: str, rule: int) -> Decision:
         """A decision among the choices whose groups tile the layer; any, if none does."""
-        fitting = tuple(c for c in self.choices if c.spec.divides(layer.in_features))
+        fitting = tuple(c for c in self.choices if c.tiles(layer))
         return Decision(layer, (fitting or self.choices)[0], reason, rule, fitting)
 
 
@@ -299,23 +299,25 @@ def _choices_from(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
 
 
 def _check_groups(decisions: Sequence[Decision]) -> None:
-    refused: dict[tuple[int, int], list[str]] = {}
+    refused: dict[tuple[int, int, str], list[str]] = {}
     for decision in decisions:
         layer, scheme = decision.layer, decision.scheme
-        if scheme is not None and not scheme.spec.divides(layer.in_features):
-            key = (scheme.spec.group_size, layer.in_features)
+        if scheme is not None and not scheme.tiles(layer):
+            spec = scheme.spec
+            length = spec.lines(layer.out_features, layer.in_features)[1]
+            key = (spec.group_size, length, f"{spec.group_axis}puts")
             refused.setdefault(key, []).append(layer.name)
     if not refused:
         return
     lines = []
-    for (group_size, in_features), names in refused.items():
-        sizes = ", ".join(map(str, nearest_group_sizes(in_features, group_size)))
+    for (group_size, length, kind), names in refused.items():
+        sizes = ", ".join(map(str, nearest_group_sizes(length, group_size)))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(
-            f"  group size {group_size} does not divide {in_features} inputs of {shown}; "
-            f"nearest sizes that do: {sizes}, or -1 for the whole row"
+            f"  group size {group_size} does not divide {length} {kind} of {shown}; "
+            f"nearest sizes that do: {sizes}, or -1 for all of them"
         )
-    raise PlanError("groups must tile the inputs of a layer:\n" + "\n".join(lines))
+    raise PlanError("groups must tile the lines of a layer:\n" + "\n".join(lines))
 
 
 def _check_scheme(decision: Decision) -> None:

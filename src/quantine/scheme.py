@@ -42,13 +42,17 @@ class Scheme:
             "format": self.format,
         }
 
+    def tiles(self, layer: Layer) -> bool:
+        """Whether groups tile the lines of ``layer`` exactly."""
+        return self.spec.divides(self.spec.lines(layer.out_features, layer.in_features)[1])
+
     def nbytes(self, layer: Layer) -> int:
         """Packed bytes of ``layer``; outliers that a threshold decides about come on top."""
         return format_named(self.format).nbytes(
             self.spec,
             layer.out_features,
             layer.in_features,
-            self.solver.stores_order,
+            self.solver.stores_order(self.spec),
             self.solver.outlier_share or 0.0,
         )
 

@@ -1,6 +1,6 @@
 """The grid of a group of weights: its range, and the rounding of its scale and zero point.
 
-Weights come transposed, ``[groups, n, rows]``. Every choice that is searched minimizes one
+Weights come transposed, ``[groups, n, lines]``, see `quantine.core.objective`. Every choice that is searched minimizes one
 `Objective`. This is the meaning of the native kernel in `quantine.kernels.fit`.
 """
 
@@ -22,7 +22,7 @@ from quantine.core.grid import (
     fit_statistic,
     to_float16,
 )
-from quantine.core.objective import Objective, squared_errors
+from quantine.core.objective import Objective, importance_of, squared_errors
 from quantine.core.spec import FLOAT16, QuantSpec
 
 SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
@@ -31,7 +31,7 @@ SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
 
 @dataclass(frozen=True)
 class _Stat:
-    """Scales, or zero points, ``[groups, rows]`` while their codes are chosen.
+    """Scales, or zero points, ``[groups, lines]`` while their codes are chosen.
 
     Attributes:
         codes: float32; what is stored.
@@ -66,15 +66,16 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     """The grid of groups of weights.
 
     Without a second level this ends with the range. With one, scales and zero points are first
-    put on their second grids; then each row takes, among the neighbouring codes of both, those
+    put on their second grids; then each line takes, among the neighbouring codes of both, those
     with the least cost.
 
     Args:
-        columns: ``[groups, n, rows]`` float32.
-        spread: ``d`` of their inputs, ``[groups, n]`` float32.
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
+            ``spec.group_axis`` is ``"out"``.
 
     Returns:
-        A grid of ``rows`` rows.
+        A grid of those lines.
 
     Raises:
         SolverError: a scale does not fit into float16.
@@ -91,13 +92,15 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     stored_zero = (
         None if spec.sym else zero.stored(torch.float16 if spec.zero_bits else torch.uint8)
     )
-    return Grid(scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1])
+    return Grid(
+        scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1], spec.group_axis
+    )
 
 
 def _fit_range(
     columns: Tensor, inliers: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[groups, rows]`` of the min-max range, or of the best share of it."""
+    """Scale and zero point ``[groups, lines]`` of the min-max range, or of the best share of it."""
     low, high = inliers.amin(1), inliers.amax(1)
     if objective.clip == "minmax":
         return cover(low, high, spec)
@@ -143,7 +146,7 @@ def _zero_stat(zero: Tensor, spec: QuantSpec) -> _Stat:
 def _refine(
     columns: Tensor, spread: Tensor, scale: _Stat, zero: _Stat, bits: int, objective: Objective
 ) -> tuple[_Stat, _Stat]:
-    """Per group and row the neighbouring codes of scale and zero point with the least cost."""
+    """Per group and line the neighbouring codes of scale and zero point with the least cost."""
     tried = [
         (scale.shifted(scale_shift), zero.shifted(zero_shift))
         for scale_shift in scale.shifts()
@@ -166,8 +169,8 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: fl
     tell about all weights, instead of one for each.
 
     Args:
-        columns: ``[groups, n, rows]`` float32.
-        spread: ``d`` of their inputs, ``[groups, n]``.
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, as of `fit_groups`.
     """
     if columns.shape[1] < 2:
         return columns
@@ -187,6 +190,6 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, price: fl
 
 
 def _losses(columns: Tensor, low: Tensor, high: Tensor, spread: Tensor, spec: QuantSpec) -> Tensor:
-    """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
+    """Loss of each weight ``[groups, n, lines]`` on the grid from ``low`` to ``high``."""
     scale, zero = cover(low, high, spec)
-    return squared_errors(columns, scale, zero, spec.bits).div_(spread.square().unsqueeze(-1))
+    return squared_errors(columns, scale, zero, spec.bits).mul_(importance_of(spread))

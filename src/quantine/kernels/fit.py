@@ -110,7 +110,7 @@ class Fitted:
         self.zero.put(group, grid.zeros(), grid.zero_point)
 
     def native(self, native: ModuleType, spread: Tensor, objective: Objective) -> Any:
-        """The native fitter that fills this; ``spread`` is of the inputs, ``[inputs]`` float32."""
+        """The native fitter that fills this; ``spread`` ``[inputs]`` or ``[lines]`` float32."""
         spec, arrays = self.spec, []
         for one in (self.scale, self.zero):
             arrays += [one.values, one.codes, one.step, one.zero]
@@ -124,6 +124,7 @@ class Fitted:
             objective.price,
             objective.look_ahead and objective.price < float("inf"),
             self.length,
+            spec.group_axis == "out",
             spread.contiguous(),
             *arrays,
         )
@@ -133,6 +134,5 @@ class Fitted:
         chosen = slice(None) if places is None else places
         spec = self.spec
         zero = None if spec.sym else self.zero.stored(chosen, spec.zero_bits, self.run)
-        return Grid(
-            self.scale.stored(chosen, spec.scale_bits, self.run), zero, spec.bits, self.length
-        )
+        scale = self.scale.stored(chosen, spec.scale_bits, self.run)
+        return Grid(scale, zero, spec.bits, self.length, spec.group_axis)

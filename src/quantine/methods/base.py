@@ -20,9 +20,8 @@ class Solver(Protocol):
     needs_inputs: ClassVar[bool]
     """Whether the solver cannot work without a Hessian."""
 
-    @property
-    def stores_order(self) -> bool:
-        """Whether results carry an input order (`QTensor.in_perm`)."""
+    def stores_order(self, spec: QuantSpec) -> bool:
+        """Whether results for ``spec`` carry an input order (`QTensor.in_perm`)."""
         ...
 
     @property
