@@ -143,7 +143,7 @@ class Allocation:
     def __init__(self, job: Job, table: Mapping[str, Options]) -> None:
         assert job.plan.bits_per_weight is not None
         self._table = dict(table)
-        searched = [d for d in job.decisions if d.choices]
+        searched = [d for d in job.decisions if d.searched]
         weights = sum(decision.layer.weights for decision in searched)
         self._left = int(weights * job.plan.bits_per_weight / 8)
         least = sum(min(nbytes for nbytes, _ in options) for options in table.values())
@@ -198,7 +198,7 @@ def _at_price(table: Mapping[str, Options], price: float) -> dict[str, int]:
 
 
 def _searched(job: Job, index: int) -> list[Decision]:
-    return [decision for decision in job.block_schemes(index) if decision.choices]
+    return [decision for decision in job.block_schemes(index) if decision.searched]
 
 
 def _copied(hidden: Activations, directory: Path) -> Activations:

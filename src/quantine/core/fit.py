@@ -1,7 +1,8 @@
 """The grid of a group of weights: its range, and the rounding of its scale and zero point.
 
-Weights come transposed, ``[groups, n, lines]``, see `quantine.core.objective`. Every choice that is searched minimizes one
-`Objective`. This is the meaning of the native kernel in `quantine.kernels.fit`.
+Weights come transposed, ``[groups, n, lines]``, see `quantine.core.objective`. Every choice that is
+searched minimizes one `Objective`. This is the meaning of the native kernel in
+`quantine.kernels.fit`.
 """
 
 from __future__ import annotations

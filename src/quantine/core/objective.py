@@ -60,7 +60,11 @@ class Objective:
         importance = importance_of(spread).expand_as(columns)
         count = max(1, CHUNK // max(1, columns[..., 0].numel()))
         parts = zip(
-            *(part.split(count, 2) for part in (columns, importance, scales, zeros)), strict=True
+            columns.split(count, 2),
+            importance.split(count, 2),
+            scales.split(count, 2),
+            zeros.split(count, 2),
+            strict=True,
         )
         return torch.cat([self._cheapest_of_lines(*part, bits) for part in parts], 1)
 

@@ -25,8 +25,8 @@ from quantine.kernels.bits import pack, unpack
 class Sparse:
     """Codes of one width; scales and zero points in 16 bit or as codes; outliers.
 
-    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[lines, groups]``, or
-    uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
+    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[lines, groups]``,
+    or uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
     ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``;
     ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16 ``[entries]``;
     ``in_perm`` int16 or int32 ``[in]``.

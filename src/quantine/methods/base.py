@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from quantine.core.objective import Clip
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
@@ -22,6 +23,11 @@ class Solver(Protocol):
 
     def stores_order(self, spec: QuantSpec) -> bool:
         """Whether results for ``spec`` carry an input order (`QTensor.in_perm`)."""
+        ...
+
+    @property
+    def clip(self) -> Clip:
+        """How the range of a group is chosen."""
         ...
 
     @property
