@@ -63,7 +63,18 @@ class _Stat:
         return Statistic(self.codes.to(torch.uint8), self.grid)
 
 
-def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Grid:
+Second = tuple[Grid | None, Grid | None]
+"""Second grids of scales and of zero points over ``[groups, lines]``; ``None`` where there is none.
+"""
+
+
+def fit_groups(
+    columns: Tensor,
+    spread: Tensor,
+    spec: QuantSpec,
+    objective: Objective,
+    second: Second | None = None,
+) -> Grid:
     """The grid of groups of weights.
 
     Without a second level this ends with the range. With one, scales and zero points are first
@@ -74,6 +85,7 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
         columns: ``[groups, n, lines]`` float32.
         spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
             ``spec.group_axis`` is ``"out"``.
+        second: second grids that are known already, so that only codes are found.
 
     Returns:
         A grid of those lines.
@@ -87,7 +99,8 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     if objective.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
     scales, zeros = _fit_range(columns, inliers, spread, spec, objective)
-    scale, zero = _scale_stat(scales, spec), _zero_stat(zeros, spec)
+    of_scales, of_zeros = second or (None, None)
+    scale, zero = _scale_stat(scales, spec, of_scales), _zero_stat(zeros, spec, of_zeros)
     if spec.second_level and objective.clip != "minmax":
         scale, zero = _refine(columns, spread, scale, zero, spec.bits, objective)
     stored_zero = (
@@ -126,22 +139,27 @@ def cover(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return fit_range(low, high, spec.bits, spec.sym)
 
 
-def _scale_stat(scale: Tensor, spec: QuantSpec) -> _Stat:
+def _scale_stat(scale: Tensor, spec: QuantSpec, second: Grid | None) -> _Stat:
     if spec.scale_bits == FLOAT16:
         return _Stat(to_float16(scale))
-    fitted = fit_statistic(scale, spec.scale_bits, spec.stat_group_length(scale.shape[1]))
-    return _Stat(fitted.codes.float(), 2**spec.scale_bits - 1, fitted.grid)
+    return _coded(scale, spec.scale_bits, spec, second)
 
 
-def _zero_stat(zero: Tensor, spec: QuantSpec) -> _Stat:
+def _coded(values: Tensor, bits: int, spec: QuantSpec, second: Grid | None) -> _Stat:
+    if second is None:
+        fitted = fit_statistic(values, bits, spec.stat_group_length(values.shape[1]))
+        return _Stat(fitted.codes.float(), 2**bits - 1, fitted.grid)
+    return _Stat(second.encode(values).float(), 2**bits - 1, second)
+
+
+def _zero_stat(zero: Tensor, spec: QuantSpec, second: Grid | None) -> _Stat:
     if spec.sym:
         return _Stat(zero)
     if not spec.zero_bits:
         return _Stat(zero, 2**spec.bits - 1)
     if spec.zero_bits == FLOAT16:
         return _Stat(finite_half(zero))
-    fitted = fit_statistic(zero, spec.zero_bits, spec.stat_group_length(zero.shape[1]))
-    return _Stat(fitted.codes.float(), 2**spec.zero_bits - 1, fitted.grid)
+    return _coded(zero, spec.zero_bits, spec, second)
 
 
 def _refine(

@@ -13,8 +13,7 @@ def input_order(strength: Tensor, act_order: bool, group_size: int | None = None
         strength: ``[in]`` second moment of each input, the Hessian's diagonal.
         act_order: strongest input first; else the given order.
         group_size: keeps runs of this many consecutive inputs together: runs are ordered by their
-            mean strength, and inputs within each; a shorter last run stays last. ``None`` orders
-            inputs freely.
+            mean strength, and inputs within each. ``None`` orders inputs freely.
 
     Returns:
         ``[in]`` int64: position ``j`` is input ``order[j]``.
@@ -23,13 +22,11 @@ def input_order(strength: Tensor, act_order: bool, group_size: int | None = None
         return torch.arange(len(strength))
     if group_size is None:
         return strength.argsort(descending=True, stable=True)
-    whole = len(strength) // group_size * group_size
-    tail = strength[whole:].argsort(descending=True, stable=True) + whole
-    groups: Tensor = strength[:whole].unflatten(0, (-1, group_size))
+    groups: Tensor = strength.unflatten(0, (-1, group_size))
     first = groups.mean(1).argsort(descending=True, stable=True)
     within = groups.argsort(dim=1, descending=True, stable=True)
     starts = torch.arange(len(groups)).unsqueeze(1) * group_size
-    return torch.cat([(within + starts)[first].flatten(), tail])
+    return (within + starts)[first].flatten()
 
 
 def inverse(order: Tensor) -> Tensor:

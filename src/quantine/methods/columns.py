@@ -25,7 +25,7 @@ from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
 from quantine.kernels.columns import AtReach, Columns, round_block
 from quantine.kernels.fit import Fitted, fit_groups
-from quantine.methods.output_groups import run_length, solve_output_groups
+from quantine.methods.output_groups import solve_output_groups
 from quantine.methods.rounding import blocks, feed_back, result
 
 Groups = Literal["static", "aligned", "refit"]
@@ -83,9 +83,8 @@ class ColumnLoop:
 
     def _together(self, spec: QuantSpec, inputs: int) -> int | None:
         """Consecutive inputs that are rounded one after another; ``None`` where order is free."""
-        if spec.group_axis == "out":
-            return run_length(spec, inputs) if spec.second_level else None
-        return spec.group_length(inputs) if self.groups == "aligned" else None
+        aligned = self.groups == "aligned" and spec.group_axis == "in"
+        return spec.group_length(inputs) if aligned else None
 
     def solve(
         self, weight: Tensor, factor: Factor, spec: QuantSpec, objective: Objective

@@ -29,10 +29,10 @@ def blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]
         )
 
 
-def feed_back(columns: Columns, start: int, stop: int, end: int | None = None) -> None:
-    """Take the errors of the columns from ``start`` to ``stop`` off those behind, up to ``end``."""
-    columns.weights[stop:end].addmm_(
-        columns.upper[start:stop, stop:end].T, columns.errors[start:stop], alpha=-1
+def feed_back(columns: Columns, start: int, stop: int) -> None:
+    """Take the errors of the columns from ``start`` to ``stop`` off those behind."""
+    columns.weights[stop:].addmm_(
+        columns.upper[start:stop, stop:].T, columns.errors[start:stop], alpha=-1
     )
 
 
