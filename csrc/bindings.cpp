@@ -42,7 +42,7 @@ bool is(const Array<T>& matrix, std::size_t rows, std::size_t columns) {
 
 quantine::FitRequest request(int bits, bool symmetric, int scale_bits, int zero_bits,
                              std::size_t run, const std::string& clip, float price,
-                             bool look_ahead) {
+                             bool look_ahead, bool given) {
   const auto is_width = [](int width) { return width == 16 || (width >= 1 && width <= 8); };
   if (bits < 1 || bits > 8) throw nb::value_error("bits must be 1 to 8");
   if (!is_width(scale_bits) || (zero_bits != 0 && !is_width(zero_bits)))
@@ -53,7 +53,7 @@ quantine::FitRequest request(int bits, bool symmetric, int scale_bits, int zero_
   const quantine::Clip cost = clip == "minmax" ? quantine::Clip::kMinMax
                               : clip == "mse"  ? quantine::Clip::kPower
                                                : quantine::Clip::kHessian;
-  return {bits, symmetric, scale_bits, zero_bits, run, cost, price, look_ahead};
+  return {bits, symmetric, scale_bits, zero_bits, run, cost, price, look_ahead, given};
 }
 
 // The arrays of a quantine::Statistic of all groups.
@@ -78,14 +78,26 @@ struct Fitter {
   quantine::FitRequest request;
   Vector<const float> spread;
   std::size_t length;
+  bool of_columns;
   Statistics scale, zero;
 
+  // Of a matrix whose columns are fitted one by one: groups of `length` outputs are the rows.
+  quantine::Fitter checked_columns(std::size_t inputs, std::size_t outputs) const {
+    if (length == 0 || outputs % length != 0 || spread.shape(0) != inputs || request.run != 1)
+      throw nb::value_error("groups must tile the outputs, in runs of one; spread must be [inputs]");
+    const std::size_t rows = outputs / length;
+    scale.check(inputs, rows, 1);
+    zero.check(inputs, rows, 1);
+    return {request, of_columns, spread.data(), length, rows, scale.first(), zero.first()};
+  }
+
   quantine::Fitter checked(std::size_t inputs, std::size_t rows) const {
-    if (length == 0 || inputs % length != 0 || spread.shape(0) != inputs)
-      throw nb::value_error("spread must be [inputs], and groups must tile the inputs");
+    if (length == 0 || inputs % length != 0 || spread.shape(0) != (of_columns ? rows : inputs))
+      throw nb::value_error("groups must tile the inputs; spread must be [inputs], or [rows] of "
+                            "columns");
     scale.check(inputs / length, rows, request.run);
     zero.check(inputs / length, rows, request.run);
-    return {request, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
+    return {request, of_columns, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
   }
 };
 
@@ -125,7 +137,9 @@ Report round_block(Array<float> weights, Array<const float> upper,
     if (groups(j) < 0 || static_cast<std::size_t>(groups(j)) >= scales.shape(0))
       throw nb::value_error("groups must be rows of scales");
   std::optional<quantine::Fitter> fitter;
-  if (arrays != nullptr) fitter = arrays->checked(inputs, rows);
+  if (arrays != nullptr)
+    fitter = arrays->of_columns ? arrays->checked_columns(inputs, rows)
+                                : arrays->checked(inputs, rows);
   const quantine::Columns columns{weights.data(),
                                   upper.data(),
                                   groups.data(),
@@ -155,14 +169,15 @@ NB_MODULE(_native, m) {
           "__init__",
           [](Fitter* self, int bits, bool symmetric, int scale_bits, int zero_bits,
              std::size_t run, const std::string& clip, float price, bool look_ahead,
-             std::size_t length, Vector<const float> spread, Array<float> scales,
+             bool given, std::size_t length, bool of_columns, Vector<const float> spread, Array<float> scales,
              Array<std::uint8_t> scale_codes, Array<float> scale_step, Array<float> scale_zero,
              Array<float> zeros, Array<std::uint8_t> zero_codes, Array<float> zero_step,
              Array<float> zero_zero) {
             new (self) Fitter{
-                request(bits, symmetric, scale_bits, zero_bits, run, clip, price, look_ahead),
+                request(bits, symmetric, scale_bits, zero_bits, run, clip, price, look_ahead, given),
                 spread,
                 length,
+                of_columns,
                 {scales, scale_codes, scale_step, scale_zero},
                 {zeros, zero_codes, zero_step, zero_zero}};
           });

@@ -1,6 +1,7 @@
 #include "columns.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "lanes.h"
 
@@ -71,9 +72,54 @@ void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_
   for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
 
+// Fits the groups of outputs of column `j`, and spreads their grids over the rows of `scales` and
+// `zeros`.
+Misfit fit_column(const Fitter& fitter, const Columns& c, std::size_t j, float* scales,
+                  float* zeros) {
+  const std::size_t n = fitter.length, groups = c.rows / n;
+  const float* column = c.weights + j * c.rows;
+  std::vector<float> lines(c.rows);
+  for (std::size_t k = 0; k < groups; ++k)
+    for (std::size_t i = 0; i < n; ++i) lines[i * groups + k] = column[k * n + i];
+  const std::vector<float> spread(groups, fitter.spread[j]);
+  const Fitter one{fitter.request,
+                   true,
+                   spread.data(),
+                   n,
+                   groups,
+                   of_group(fitter.scale, j, groups, groups),
+                   of_group(fitter.zero, j, groups, groups)};
+  const Misfit misfit = fit_group(one, lines.data(), groups, 0);
+  for (std::size_t k = 0; k < groups; ++k) {
+    std::fill_n(scales + k * n, n, one.scale.values[k]);
+    std::fill_n(zeros + k * n, n, one.zero.values[k]);
+  }
+  return misfit;
+}
+
+// `round_block` where groups run along outputs. Every column is a part of its own, since its grids
+// are fitted to what all columns before it have left.
+Misfit round_columns(const Columns& c, std::size_t start, std::size_t stop,
+                     const Fitter& fitter) {
+  std::vector<float> scales(c.rows), zeros(c.rows);
+  const std::vector<std::int64_t> groups(c.inputs, 0);
+  Columns column = c;
+  column.scales = scales.data();
+  column.zeros = zeros.data();
+  column.groups = groups.data();
+  for (std::size_t j = start; j < stop; ++j) {
+    const Misfit misfit = fit_column(fitter, c, j, scales.data(), zeros.data());
+    if (misfit.kind != Misfit::kNone) return misfit;
+    for (std::size_t first = 0; first < c.rows; first += kChunk)
+      round_part(column, j, j + 1, stop, first, std::min(kChunk, c.rows - first));
+  }
+  return {Misfit::kNone, 0.0f};
+}
+
 }  // namespace
 
 Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter) {
+  if (fitter != nullptr && fitter->of_columns) return round_columns(c, start, stop, *fitter);
   std::size_t end = start;
   for (std::size_t begin = start; begin < stop; begin = end) {
     end = std::min(begin + kPart, stop);

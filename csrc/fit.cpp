@@ -21,6 +21,14 @@ float half_above(float step) {
   return std::ceil(step / kSmallestHalf) * kSmallestHalf;
 }
 
+// Puts level.code, which holds values, on the second grid of one run, from `first`.
+void put_on_grid(Level& level, std::size_t first, std::size_t count, float step, float zero) {
+  float* code = level.code.data() + first;
+  for (std::size_t r = 0; r < count; ++r) code[r] = nearest_code(code[r] / step + zero, level.top);
+  std::fill_n(level.step.begin() + static_cast<std::ptrdiff_t>(first), count, step);
+  std::fill_n(level.zero.begin() + static_cast<std::ptrdiff_t>(first), count, zero);
+}
+
 // Puts level.code, which holds values, on second grids: quantine.core.grid.fit_statistic.
 Misfit fit_statistic(Level& level, int bits, std::size_t run, const Statistic& stored) {
   level.top = static_cast<float>((1 << bits) - 1);
@@ -42,19 +50,30 @@ Misfit fit_statistic(Level& level, int bits, std::size_t run, const Statistic& s
     const bool single = high - low <= 0x1p-10f * reach && reach >= kSmallestHalf;
     const float step = single ? to_half(low) : half_above(wanted);
     const float zero = single ? -1.0f : to_half(-low / step);
-    for (std::size_t r = 0; r < count; ++r)
-      code[r] = nearest_code(code[r] / step + zero, level.top);
-    std::fill_n(level.step.begin() + static_cast<std::ptrdiff_t>(first), count, step);
-    std::fill_n(level.zero.begin() + static_cast<std::ptrdiff_t>(first), count, zero);
+    put_on_grid(level, first, count, step, zero);
     stored.step[first / run] = step;
     stored.zero[first / run] = zero;
   }
   return {Misfit::kNone, 0.0f};
 }
 
+// Likewise, where the second grids are known.
+Misfit put_on_given(Level& level, int bits, std::size_t run, const Statistic& stored) {
+  level.top = static_cast<float>((1 << bits) - 1);
+  for (std::size_t first = 0; first < level.code.size(); first += run)
+    put_on_grid(level, first, std::min(run, level.code.size() - first), stored.step[first / run],
+                stored.zero[first / run]);
+  return {Misfit::kNone, 0.0f};
+}
+
+Misfit put_on_second(Level& level, const FitRequest& f, int bits, const Statistic& stored) {
+  return f.given ? put_on_given(level, bits, f.run, stored)
+                 : fit_statistic(level, bits, f.run, stored);
+}
+
 // How scales, in level.code, are stored.
 Misfit store_scales(Level& level, const FitRequest& f, const Statistic& stored) {
-  if (f.scale_bits != 16) return fit_statistic(level, f.scale_bits, f.run, stored);
+  if (f.scale_bits != 16) return put_on_second(level, f, f.scale_bits, stored);
   for (float& scale : level.code) {
     if (!(scale <= kLargestHalf)) return {Misfit::kScale, scale};
     scale = to_half(larger(scale, kSmallestHalf));
@@ -64,7 +83,7 @@ Misfit store_scales(Level& level, const FitRequest& f, const Statistic& stored) 
 
 Misfit store_zeros(Level& level, const FitRequest& f, const Statistic& stored) {
   if (f.zero_bits != 0 && f.zero_bits != 16)
-    return fit_statistic(level, f.zero_bits, f.run, stored);
+    return put_on_second(level, f, f.zero_bits, stored);
   if (f.zero_bits == 0) {
     level.top = f.symmetric ? 0.0f : static_cast<float>((1 << f.bits) - 1);
     return {Misfit::kNone, 0.0f};
@@ -124,12 +143,12 @@ void put_out(const Level& level, bool on_second_grid, const Statistic& stored) {
     stored.codes[r] = static_cast<std::uint8_t>(level.code[r]);
 }
 
+}  // namespace
+
 Statistic of_group(const Statistic& all, std::size_t group, std::size_t rows, std::size_t runs) {
   return {all.values + group * rows, all.codes + group * rows, all.step + group * runs,
           all.zero + group * runs};
 }
-
-}  // namespace
 
 Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
                  std::size_t start) {
@@ -137,15 +156,15 @@ Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
   const std::size_t n = fitter.length, group = start / n;
   const Statistic stored_scale = of_group(fitter.scale, group, rows, fitter.runs);
   const Statistic stored_zero = of_group(fitter.zero, group, rows, fitter.runs);
-  Tile tile(n);
-  for (std::size_t j = 0; j < n; ++j) {
-    const float spread = fitter.spread[start + j];
-    tile.importance[j] = 1.0f / (spread * spread);
-  }
+  Tile tile(fitter, start);
+  const auto load = [&](std::size_t first, std::size_t lanes) {
+    tile.load(columns + first, rows, lanes);
+    if (fitter.of_columns) tile.set_prices(fitter.spread + first, f.price, lanes);
+  };
   Level scale(rows), zero(rows);
   for (std::size_t first = 0; first < rows; first += kLanes) {
     const std::size_t lanes = std::min(kLanes, rows - first);
-    tile.load(columns + first, rows, lanes);
+    load(first, lanes);
     const float needed =
         fit_range(tile, f, scale.code.data() + first, zero.code.data() + first, lanes);
     if (!(needed <= kLargestHalf)) return {Misfit::kScale, needed};
@@ -157,7 +176,7 @@ Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
   if ((coded_scale || coded_zero) && f.clip != Clip::kMinMax)
     for (std::size_t first = 0; first < rows; first += kLanes) {
       const std::size_t lanes = std::min(kLanes, rows - first);
-      tile.load(columns + first, rows, lanes);
+      load(first, lanes);
       refine(tile, f, scale, zero, first, lanes);
     }
   put_out(scale, coded_scale, stored_scale);

@@ -19,6 +19,7 @@ struct FitRequest {
   Clip clip;
   float price;      // infinite: no weight can be kept apart
   bool look_ahead;  // the range leaves out likely outliers
+  bool given;       // second grids are known, only codes are found
 };
 
 // Scales, or zero points, of one group. On a second grid value = (code - zero) * step.
@@ -38,7 +39,8 @@ struct Misfit {
 // Fits a matrix group by group.
 struct Fitter {
   FitRequest request;
-  const float* spread;    // [inputs], what an input's errors are divided by; all positive
+  bool of_columns;        // groups run along outputs: what is a row here is a line of one input
+  const float* spread;    // [inputs], or [rows] of columns: what errors are divided by; positive
   std::size_t length;     // inputs of a group
   std::size_t runs;       // second grids of a group
   Statistic scale, zero;  // of the first group; others follow at distances of rows, or of runs
@@ -49,5 +51,8 @@ struct Fitter {
 //   columns  [length, rows]
 //   start    their first input
 Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows, std::size_t start);
+
+// The statistics of group `group` of all.
+Statistic of_group(const Statistic& all, std::size_t group, std::size_t rows, std::size_t runs);
 
 }  // namespace quantine

@@ -78,7 +78,6 @@ QUANTINE_INLINE void find_savings(Tile& tile, const Ends& ends, const FitRequest
 // Lets the ranges of `ends` leave out likely outliers: quantine.core.fit.without_outliers. A cost
 // that knows no price meets them as the mean of the others.
 QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
-  const float price = f.price;
   Lanes saved_low, saved_high;
   find_savings(tile, ends, f, saved_low, saved_high);
   Lanes low, high, sum{}, rest{};
@@ -93,7 +92,7 @@ QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
       const float if_low = saved_low.at[r], if_high = saved_high.at[r];
       const float other = ends.at_high.at[r] == index ? if_high : loss;
       const float saved = ends.at_low.at[r] == index ? if_low : other;
-      const bool likely = saved > price;
+      const bool likely = saved > tile.price.at[r];
       const float lowest = likely ? kInfinity : x, highest = likely ? -kInfinity : x;
       const float value = likely ? 0.0f : x, one = likely ? 0.0f : 1.0f;
       losses[r] = saved;
@@ -113,7 +112,7 @@ QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
   for (std::size_t j = 0; j < tile.weights.size(); ++j)
     for (std::size_t r = 0; r < kLanes; ++r)
       tile.weights[j].at[r] =
-          tile.losses[j].at[r] > f.price ? sum.at[r] : tile.weights[j].at[r];
+          tile.losses[j].at[r] > tile.price.at[r] ? sum.at[r] : tile.weights[j].at[r];
 }
 
 // The largest scale that whole ranges need; not a number if a weight is none.

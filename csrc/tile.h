@@ -20,9 +20,23 @@ struct Grids {
 // A tile of a group's weights, copied: [n] inputs by kLanes rows, the last tile filled with zeros.
 struct Tile {
   std::vector<Lanes> weights, losses;
-  std::vector<float> importance;  // 1 / spread^2
+  std::vector<float> importance;  // 1 / spread^2 of each input
+  Lanes price;                    // of each row
 
-  explicit Tile(std::size_t n) : weights(n), losses(n), importance(n) {}
+  // Errors count in units of the spread of inputs [n], or of rows where `of_columns`: what is
+  // equal for all of a row needs no division, but a price in those units.
+  Tile(const Fitter& fitter, std::size_t start)
+      : weights(fitter.length), losses(fitter.length), importance(fitter.length, 1.0f) {
+    std::fill_n(price.at, kLanes, fitter.request.price);
+    if (fitter.of_columns) return;
+    for (std::size_t j = 0; j < importance.size(); ++j) {
+      const float spread = fitter.spread[start + j];
+      importance[j] = 1.0f / (spread * spread);
+    }
+  }
+  void set_prices(const float* spread, float unit, std::size_t lanes) {
+    for (std::size_t r = 0; r < lanes; ++r) price.at[r] = unit * (spread[r] * spread[r]);
+  }
   // Copies `lanes` rows of `columns` [n, rows].
   void load(const float* columns, std::size_t rows, std::size_t lanes) {
     for (std::size_t j = 0; j < weights.size(); ++j)
@@ -102,8 +116,7 @@ QUANTINE_INLINE float power(float error) {
 
 // The objective's cost of a grid for each row, added up over the inputs.
 template <bool kIsPower>
-QUANTINE_INLINE void add_costs(const Tile& tile, const Grids& grid, float top, float price,
-                               Lanes& cost) {
+QUANTINE_INLINE void add_costs(const Tile& tile, const Grids& grid, float top, Lanes& cost) {
   Lanes inverse;
   for (std::size_t r = 0; r < kLanes; ++r) {
     inverse.at[r] = 1.0f / grid.scale.at[r];
@@ -115,7 +128,7 @@ QUANTINE_INLINE void add_costs(const Tile& tile, const Grids& grid, float top, f
     for (std::size_t r = 0; r < kLanes; ++r) {
       const float error =
           rounding_error(x[r], grid.scale.at[r], inverse.at[r], grid.zero.at[r], top);
-      cost.at[r] += kIsPower ? power(error) : smaller(error * error * importance, price);
+      cost.at[r] += kIsPower ? power(error) : smaller(error * error * importance, tile.price.at[r]);
     }
   }
 }
@@ -124,9 +137,9 @@ QUANTINE_INLINE void find_costs(const Tile& tile, const Grids& grid, const FitRe
                                 Lanes& cost) {
   const float top = static_cast<float>((1 << f.bits) - 1);
   if (f.clip == Clip::kPower)
-    add_costs<true>(tile, grid, top, f.price, cost);
+    add_costs<true>(tile, grid, top, cost);
   else
-    add_costs<false>(tile, grid, top, f.price, cost);
+    add_costs<false>(tile, grid, top, cost);
 }
 
 // The grid over the whole range of each row, or over the share of it that costs least, put into

@@ -29,22 +29,24 @@ FLOORS: Final[dict[str, str]] = {
     "calibrate": "core families formats errors",
     "presets": "",
     "scheme": "core families formats methods errors",
-    "plan": "core families formats methods presets scheme errors",
+    "rules": "families scheme errors",
+    "plan": "core families formats methods presets rules scheme errors",
     "runtime": "core families formats kernels errors",
     "eval": "calibrate core kernels runtime errors",
     "progress": "",
     "card": "",
     "contents": "core formats kernels errors",
     "plots": "contents core formats errors",
-    "prepare": "calibrate families formats kernels plan runtime errors",
+    "prepare": "calibrate families formats kernels plan runtime scheme errors",
     "matrix": "core families formats plan errors",
+    "adadim": "calibrate core families formats matrix methods plan prepare scheme errors",
     "allocate": "calibrate core families formats matrix methods plan prepare progress scheme "
     "errors",
     "estimate": "allocate calibrate core families formats plan prepare progress errors",
     "publish": "card formats prepare runtime",
     "render": "estimate plan prepare",
-    "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
-    "publish scheme errors",
+    "pipeline": "adadim allocate calibrate core estimate families formats matrix plan prepare "
+    "progress publish scheme errors",
     "arguments": "quantine",
     "cli": "arguments calibrate contents estimate eval pipeline plan plots prepare progress "
     "render runtime errors",

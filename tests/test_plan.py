@@ -134,7 +134,7 @@ class TestRefusals:
             "group size 32 does not divide 48 inputs of model.layers.0.self_attn.q_proj, model"
             in (lines[1])
         )
-        assert "nearest sizes that do: 16, 24, 48, or -1 for the whole row" in lines[1]
+        assert "nearest sizes that do: 16, 24, 48, or -1 for all of them" in lines[1]
         assert "group size 32 does not divide 80 inputs of model.layers.0.mlp.down_proj" in lines[2]
         assert "nearest sizes that do: 16, 20, 40, or -1" in lines[2]
 

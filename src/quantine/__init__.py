@@ -37,15 +37,17 @@ if TYPE_CHECKING:
     from quantine.methods.rtn import RTN
     from quantine.methods.spqr import SpQR
     from quantine.pipeline import quantize
-    from quantine.plan import Plan, Rule
+    from quantine.plan import Plan
+    from quantine.rules import Rule
     from quantine.runtime.load import load
-    from quantine.scheme import Scheme
+    from quantine.scheme import AdaDim, Scheme
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GPTQ",
     "RTN",
+    "AdaDim",
     "BackendUnavailable",
     "Calibration",
     "CalibrationError",
@@ -69,6 +71,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "AdaDim": "scheme",
     "BackendUnavailable": "errors",
     "Calibration": "calibrate.data",
     "CalibrationError": "errors",
@@ -85,7 +88,7 @@ _HOME = {
     "RTN": "methods.rtn",
     "SpQR": "methods.spqr",
     "ResumeMismatch": "errors",
-    "Rule": "plan",
+    "Rule": "rules",
     "Scheme": "scheme",
     "SolverError": "errors",
     "evaluate": "eval.perplexity",

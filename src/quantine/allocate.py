@@ -26,7 +26,7 @@ from quantine.families.base import Layer, block_list
 from quantine.formats import format_named
 from quantine.formats.checkpoint import Checkpoint
 from quantine.matrix import read_weight, solve
-from quantine.methods.spqr import SpQR, sampled_rows
+from quantine.methods.spqr import SpQR, row_run, sampled_rows
 from quantine.plan import Decision
 from quantine.prepare import Job
 from quantine.progress import Progress, return_freed_memory
@@ -147,7 +147,7 @@ class Allocation:
     def __init__(self, job: Job, table: Mapping[str, Options]) -> None:
         assert job.plan.bits_per_weight is not None
         self._table = dict(table)
-        searched = [d for d in job.decisions if d.choices]
+        searched = [d for d in job.decisions if d.searched]
         weights = sum(decision.layer.weights for decision in searched)
         self._left = int(weights * job.plan.bits_per_weight / 8)
         least = sum(min(nbytes for nbytes, _ in options) for options in table.values())
@@ -202,7 +202,7 @@ def _at_price(table: Mapping[str, Options], price: float) -> dict[str, int]:
 
 
 def _searched(job: Job, index: int) -> list[Decision]:
-    return [decision for decision in job.block_schemes(index) if decision.choices]
+    return [decision for decision in job.block_schemes(index) if decision.searched]
 
 
 def _copied(hidden: Activations, directory: Path) -> Activations:
@@ -221,27 +221,38 @@ def _predict_block(
     for group in groups:
         hessian = sequential.observe_next(index, job.family.groups[group][0])
         searched = [d for d in _searched(job, index) if d.layer.group == group]
-        weights = {d.layer: _sampled_weight(checkpoint, d.layer) for d in searched}
+        rows = {d.layer: _sample(d) for d in searched}
+        weights = {
+            layer: read_weight(checkpoint, layer, f"{layer.name}.weight")[chosen]
+            for layer, chosen in rows.items()
+        }
         found: dict[tuple[Layer, Scheme], _Prediction] = {}
-        # Choices outside, by group size: those of one size share a factor of the Hessian.
+        # Choices outside, by the order in which they solve: it decides the Hessian's factor.
         choices = dict.fromkeys(choice for decision in searched for choice in decision.choices)
-        for choice in sorted(choices, key=lambda choice: choice.spec.group_size):
+        for choice in sorted(choices, key=lambda c: (c.spec.group_axis, c.spec.group_size)):
             for decision in searched:
                 if choice in decision.choices:
                     layer = decision.layer
-                    found[layer, choice] = _predict(layer, choice, weights[layer], hessian)
+                    found[layer, choice] = _predict(
+                        layer, choice, weights[layer], rows[layer], hessian
+                    )
         for decision in searched:
             name = decision.layer.name
             predicted[name] = [found[decision.layer, choice] for choice in decision.choices]
     return predicted
 
 
-def _sampled_weight(checkpoint: Checkpoint, layer: Layer) -> Tensor:
-    weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
-    return weight[sampled_rows(layer.out_features)]
+def _sample(decision: Decision) -> Tensor:
+    """Rows that stand for a layer, the same for all of its choices."""
+    out_features = decision.layer.out_features
+    runs = (row_run(choice.spec, out_features) for choice in decision.choices)
+    return sampled_rows(out_features, math.lcm(*runs))
 
 
-def _predict(layer: Layer, choice: Scheme, weight: Tensor, hessian: Hessian) -> _Prediction:
+def _predict(
+    layer: Layer, choice: Scheme, weight: Tensor, rows: Tensor, hessian: Hessian
+) -> _Prediction:
+    """``weight`` holds the sampled ``rows``."""
     solver = choice.solver
     assert isinstance(solver, SpQR)
     try:
@@ -249,6 +260,6 @@ def _predict(layer: Layer, choice: Scheme, weight: Tensor, hessian: Hessian) -> 
     except SolverError as error:
         raise SolverError(f"{layer.name}: {error}") from error
     nbytes = format_named(choice.format).nbytes(
-        choice.spec, layer.out_features, layer.in_features, solver.stores_order, share
+        choice.spec, layer.out_features, layer.in_features, solver.stores_order(choice.spec), share
     )
-    return _Prediction(nbytes, losses, sampled_rows(layer.out_features))
+    return _Prediction(nbytes, losses, rows)

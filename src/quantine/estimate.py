@@ -138,7 +138,8 @@ def _in_block(job: Job) -> int:
     squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
     largest = FLOAT * max(layer.weights for layer in inside)
     square = max(squares.values())
-    kept = 0 if job.plan.true_sequential else sum(squares.values()) - square
+    one_by_one = job.plan.true_sequential and not job.plan.float_inputs
+    kept = 0 if one_by_one else sum(squares.values()) - square
     solving = SOLVED_COPIES * largest + 2 * square + SEARCH_BYTES
     factoring = 4 * square
     forward = square

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantine.adadim import output_losses, solve_choice
 from quantine.allocate import Allocation, probe
 from quantine.calibrate.data import Calibration
 from quantine.calibrate.sequential import Sequential
@@ -195,7 +196,7 @@ def _enter(job: Job, checkpoint: Checkpoint, store: RunStore, size: Estimate) ->
         return None
     replaced = {}
     for decision in job.scheme_layers():
-        if decision.layer.role == "embedding":
+        if decision.layer.role == "embedding" and not job.plan.float_inputs:
             packed = store.tensors(decision.layer.name)
             replaced[f"{decision.layer.name}.weight"] = unpack(decision, packed).dequantize()
     spill = store.scratch / "activations" if size.spills else None
@@ -229,7 +230,9 @@ def _allocation(
 
 
 def _restore_block(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:
-    """Give a block that an earlier run finished its quantized weights."""
+    """Give a block that an earlier run finished its quantized weights, if they feed the next."""
+    if job.plan.float_inputs:
+        return
     schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
     for decision in job.block_schemes(index):
         decision = replace(decision, scheme=schemes[decision.layer.name])
@@ -251,17 +254,20 @@ def _quantize_block(
     maps: dict[str, Tensor] = {}
     schemes = job.block_schemes(index)
     groups = sorted({d.layer.group for d in schemes if d.layer.group is not None})
+    losses = {} if sequential is None else output_losses(job, checkpoint, sequential, index)
     hessians = _observed(job, sequential, index, groups)
     for group in groups:
         hessian = next(hessians)
         for decision in (d for d in schemes if d.layer.group == group):
             layer = decision.layer
             weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
-            if allocation is not None and decision.choices:
+            if allocation is not None and decision.searched:
                 qtensor, packed, report = allocation.solve(decision, weight, hessian, progress)
+            elif decision.choices:
+                qtensor, packed, report = solve_choice(decision, weight, hessian, losses)
             else:
                 qtensor, packed, report = solve(decision, weight, hessian)
-            if sequential is not None:
+            if sequential is not None and not job.plan.float_inputs:
                 install(job.model, layer, qtensor)
             tensors.update(packed)
             maps.update(sensitivity(decision, weight, hessian, qtensor))
@@ -278,7 +284,7 @@ def _observed(
         yield from [None] * len(groups)
         return
     paths = [job.family.groups[group][0] for group in groups]
-    if not job.plan.true_sequential:
+    if job.plan.float_inputs or not job.plan.true_sequential:
         yield from sequential.observe(index, paths)
         return
     for path in paths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,40 +18,22 @@ from quantine.families.base import Layer
 from quantine.formats import format_named
 from quantine.methods import METHODS, SpQR
 from quantine.presets import CHOICES, PRESETS, TABLE
-from quantine.scheme import KEEP, Scheme, is_a, scheme_from
+from quantine.rules import SEARCH, Rule, rule_from
+from quantine.scheme import (
+    ADADIM,
+    KEEP,
+    SPQR,
+    AdaDim,
+    Objective,
+    Scheme,
+    is_a,
+    scheme_from,
+)
 
-SEARCH: Final = "search"
-"""The method of a rule whose layers each get one of the plan's choices."""
-SPQR: Final = "spqr"
-"""The format whose directories hold nothing else, because other programs read them."""
-SETS: Final = {"@blocks": "block", "@embedding": "embedding", "@head": "head"}
-"""Patterns that stand for every matrix of one role."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Layers whose name matches ``match`` get ``scheme``; ``None`` keeps them in 16 bit.
-
-    Attributes:
-        match: a shell pattern on full layer names, where ``*`` also crosses dots; or
-            ``@blocks`` (every matrix inside a decoder block), ``@head``, ``@embedding``.
-        scheme: what to do with them.
-        searched: give each of them one of the plan's ``choices`` instead.
-    """
-
-    match: str
-    scheme: Scheme | None = None
-    searched: bool = False
-
-    def __post_init__(self) -> None:
-        if self.match.startswith("@") and self.match not in SETS:
-            raise PlanError(f"unknown set {self.match!r} (known: {', '.join(SETS)})")
-
-    def matches(self, layer: Layer) -> bool:
-        """Whether the rule speaks of ``layer``."""
-        if self.match in SETS:
-            return layer.role == SETS[self.match]
-        return fnmatch.fnmatchcase(layer.name, self.match)
+FLAGS: Final = ("true_sequential", "float_inputs")
+"""Fields of a plan that say how inputs are observed."""
+OPTIONS: Final = (*FLAGS, "arithmetic")
+"""Fields of a plan that presets and plan files may leave out."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +43,7 @@ class Decision:
     Attributes:
         rule: the number of the rule that decided.
         choices: schemes one of which replaces ``scheme`` in the run; empty where that is settled.
+        objective: of the choice; ``None`` where a budget decides.
     """
 
     layer: Layer
@@ -69,6 +51,17 @@ class Decision:
     reason: str
     rule: int | None = None
     choices: tuple[Scheme, ...] = ()
+    objective: Objective | None = None
+
+    @property
+    def searched(self) -> bool:
+        """Whether the plan's budget decides among the choices."""
+        return bool(self.choices) and self.objective is None
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the layer cannot be quantized without calibration inputs."""
+        return bool(self.choices) or (self.scheme is not None and self.scheme.solver.needs_inputs)
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,8 @@ class Plan:
         choices: what a searched layer may get.
         true_sequential: observe an input after the matrices before it in the same block are
             quantized; otherwise before any of them is, in one pass, as SpQR's published code does.
+        float_inputs: observe what the float model puts in, in one pass too, instead of what the
+            quantized matrices before put out; as AdaDim's published code does.
         arithmetic: of products with the packed matrices; stored with them.
     """
 
@@ -91,14 +86,15 @@ class Plan:
     bits_per_weight: float | None = None
     choices: tuple[Scheme, ...] = ()
     true_sequential: bool = True
+    float_inputs: bool = False
     arithmetic: Arithmetic = DEFAULT
 
     def __post_init__(self) -> None:
-        if not isinstance(self.true_sequential, bool):
-            raise PlanError(
-                f"plan {self.name!r}: true_sequential must be true or false, not "
-                f"{self.true_sequential!r}"
-            )
+        for key in FLAGS:
+            if not isinstance(getattr(self, key), bool):
+                raise PlanError(
+                    f"plan {self.name!r}: {key} must be true or false, not {getattr(self, key)!r}"
+                )
         if not is_arithmetic(self.arithmetic):
             raise PlanError(
                 f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "
@@ -141,23 +137,16 @@ class Plan:
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
         """
-        if name not in METHODS and name not in PRESETS:
-            known = ", ".join([*METHODS, *PRESETS])
+        methods = (*METHODS, ADADIM)
+        if name not in methods and name not in PRESETS:
+            known = ", ".join([*methods, *PRESETS])
             raise PlanError(f"preset must be one of {known}, not {name!r}")
         fields = {**PRESETS.get(name, {"method": name}), **parameters}
-        true_sequential = fields.pop("true_sequential", True)
-        arithmetic = fields.pop("arithmetic", DEFAULT)
-        scheme = scheme_from(fields, f"preset {name!r}")
-        assert scheme is not None
-        group = "row" if scheme.spec.group_size == -1 else f"g{scheme.spec.group_size}"
-        changed = f"{scheme.method}-{scheme.spec.bits}bit-{group}"
-        title = name if name in PRESETS and not parameters else changed
-        return cls(
-            (Rule("@blocks", scheme),),
-            title,
-            true_sequential=true_sequential,
-            arithmetic=arithmetic,
-        )
+        options = {key: fields.pop(key) for key in OPTIONS if key in fields}
+        rule = rule_from({"match": "@blocks", **fields}, f"preset {name!r}")
+        assert rule.scheme is not None
+        title = name if name in PRESETS and not parameters else _title(rule.scheme)
+        return cls((rule,), title, **options)
 
     @classmethod
     def budget(cls, bits_per_weight: float) -> Plan:
@@ -204,25 +193,16 @@ class Plan:
             raise PlanError(
                 f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
             )
-        rules = []
-        for number, rule in enumerate(value["rules"], 1):
-            where = f"rule {number} of plan {name!r}"
-            if not isinstance(rule, Mapping) or not isinstance(rule.get("match"), str):
-                raise PlanError(f"{where} must be a mapping with a `match` pattern")
-            fields = {k: v for k, v in rule.items() if k != "match"}
-            if fields.get("method") == SEARCH and len(fields) > 1:
-                raise PlanError(f"{where}: method {SEARCH!r} takes no parameters")
-            if fields == {"method": SEARCH}:
-                rules.append(Rule(rule["match"], searched=True))
-            else:
-                rules.append(Rule(rule["match"], scheme_from(fields, where)))
+        rules = [
+            rule_from(rule, f"rule {number} of plan {name!r}")
+            for number, rule in enumerate(value["rules"], 1)
+        ]
         return cls(
             tuple(rules),
             str(value.get("name", name)),
             _budget_from(value, name),
             _choices_from(value, name),
-            value.get("true_sequential", True),
-            value.get("arithmetic", DEFAULT),
+            **{key: value[key] for key in OPTIONS if key in value},
         )
 
     @classmethod
@@ -243,17 +223,10 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, with every default spelled out."""
-        rules = []
-        for rule in self.rules:
-            unsettled = {"method": SEARCH if rule.searched else KEEP}
-            rules.append(
-                {"match": rule.match, **(rule.scheme.as_dict() if rule.scheme else unsettled)}
-            )
         plain: dict[str, Any] = {
             "name": self.name,
-            "rules": rules,
-            "true_sequential": self.true_sequential,
-            "arithmetic": self.arithmetic,
+            "rules": [rule.as_dict() for rule in self.rules],
+            **{key: getattr(self, key) for key in OPTIONS},
         }
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight
@@ -284,7 +257,7 @@ class Plan:
         return decisions
 
     def _check_budget(self, decisions: Sequence[Decision]) -> None:
-        searched = [decision for decision in decisions if decision.choices]
+        searched = [decision for decision in decisions if decision.searched]
         if self.bits_per_weight is None or not searched:
             return
         least = sum(min(c.nbytes(d.layer) for c in d.choices) for d in searched)
@@ -300,14 +273,31 @@ class Plan:
             if rule.matches(layer):
                 reason = f"rule {number}: {rule.match}"
                 if rule.searched:
-                    return self._searched(layer, reason, number)
+                    return _open(layer, self.choices, reason, number)
+                if isinstance(rule.scheme, AdaDim):
+                    return _open(layer, rule.scheme.choices, reason, number, rule.scheme.objective)
                 return Decision(layer, rule.scheme, reason, number)
         return Decision(layer, None, "no rule matches")
 
-    def _searched(self, layer: Layer, reason: str, rule: int) -> Decision:
-        """A decision among the choices whose groups tile the layer; any, if none does."""
-        fitting = tuple(c for c in self.choices if c.spec.divides(layer.in_features))
-        return Decision(layer, (fitting or self.choices)[0], reason, rule, fitting)
+
+def _open(
+    layer: Layer,
+    choices: tuple[Scheme, ...],
+    reason: str,
+    rule: int,
+    objective: Objective | None = None,
+) -> Decision:
+    """A decision among the choices whose groups tile the layer; any, if none does."""
+    fitting = tuple(choice for choice in choices if choice.tiles(layer))
+    return Decision(layer, (fitting or choices)[0], reason, rule, fitting, objective)
+
+
+def _title(scheme: Scheme | AdaDim) -> str:
+    """What a plan of one rule is called."""
+    first = scheme.choices[0] if isinstance(scheme, AdaDim) else scheme
+    group = "row" if first.spec.group_size == -1 else f"g{first.spec.group_size}"
+    ada = "-ada" if isinstance(scheme, AdaDim) else ""
+    return f"{first.method}{ada}-{first.spec.bits}bit-{group}"
 
 
 def _budget_from(value: Mapping[str, Any], name: str) -> float | None:
@@ -330,36 +320,39 @@ def _choices_from(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
 
 
 def _check_groups(decisions: Sequence[Decision]) -> None:
-    refused: dict[tuple[int, int], list[str]] = {}
+    refused: dict[tuple[int, int, str], list[str]] = {}
     for decision in decisions:
         layer, scheme = decision.layer, decision.scheme
-        if scheme is not None and not scheme.spec.divides(layer.in_features):
-            key = (scheme.spec.group_size, layer.in_features)
+        if scheme is not None and not scheme.tiles(layer):
+            spec = scheme.spec
+            length = spec.lines(layer.out_features, layer.in_features)[1]
+            key = (spec.group_size, length, f"{spec.group_axis}puts")
             refused.setdefault(key, []).append(layer.name)
     if not refused:
         return
     lines = []
-    for (group_size, in_features), names in refused.items():
-        sizes = ", ".join(map(str, nearest_group_sizes(in_features, group_size)))
+    for (group_size, length, kind), names in refused.items():
+        sizes = ", ".join(map(str, nearest_group_sizes(length, group_size)))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(
-            f"  group size {group_size} does not divide {in_features} inputs of {shown}; "
-            f"nearest sizes that do: {sizes}, or -1 for the whole row"
+            f"  group size {group_size} does not divide {length} {kind} of {shown}; "
+            f"nearest sizes that do: {sizes}, or -1 for all of them"
         )
-    raise PlanError("groups must tile the inputs of a layer:\n" + "\n".join(lines))
+    raise PlanError("groups must tile the lines of a layer:\n" + "\n".join(lines))
 
 
 def _check_scheme(decision: Decision) -> None:
     layer, scheme = decision.layer, decision.scheme
-    if scheme is not None and layer.role != "block" and scheme.solver.needs_inputs:
+    if scheme is not None and layer.role != "block" and decision.needs_inputs:
+        method = ADADIM if decision.choices else scheme.method
         raise PlanError(
             f"{layer.name} ({layer.role}) can be quantized only by methods that need no inputs, "
-            f"not by {scheme.method}: use method rtn in the rule that matches it "
+            f"not by {method}: use method rtn in the rule that matches it "
             f"({decision.reason})"
         )
-    if scheme is not None:
-        layout = format_named(scheme.format)
-        reason = layout.refusal(scheme.spec, layer.out_features, layer.in_features)
+    for one in decision.choices or ((scheme,) if scheme else ()):
+        layout = format_named(one.format)
+        reason = layout.refusal(one.spec, layer.out_features, layer.in_features)
         if reason is not None:
             raise PlanError(f"{layer.name}: {reason} ({decision.reason})")
 

@@ -26,8 +26,9 @@ from quantine.formats import FORMAT_VERSION
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import check_output, is_finished
 from quantine.kernels import backend
-from quantine.plan import SPQR, Decision, Plan
+from quantine.plan import Decision, Plan
 from quantine.runtime.source import ModelSource, locate
+from quantine.scheme import ADADIM, SPQR
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -118,11 +119,15 @@ class Job:
         return 0 if self.segments is None else self.segments.shape[1]
 
     def packed_bytes(self, decision: Decision) -> int:
-        """Bytes a quantized layer will take; of a searched one its share of the budget."""
+        """Bytes a quantized layer will take; of a searched one its share of the budget.
+
+        Of one that chooses otherwise, the most that it may take.
+        """
         assert decision.scheme is not None
-        if decision.choices and self.plan.bits_per_weight is not None:
+        if decision.searched and self.plan.bits_per_weight is not None:
             return round(decision.layer.weights * self.plan.bits_per_weight / 8)
-        return decision.scheme.nbytes(decision.layer)
+        choices = decision.choices or (decision.scheme,)
+        return max(choice.nbytes(decision.layer) for choice in choices)
 
     def is_tied(self) -> bool:
         """Whether the source shares one table between embedding and head."""
@@ -270,12 +275,13 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
 
 
 def _check_inputs(decisions: list[Decision], calibration: Calibration) -> None:
-    needing = [d for d in decisions if d.scheme is not None and d.scheme.solver.needs_inputs]
+    needing = [decision for decision in decisions if decision.needs_inputs]
     if needing and not calibration.samples:
-        scheme = needing[0].scheme
-        assert scheme is not None
+        first = needing[0]
+        assert first.scheme is not None
+        method = ADADIM if first.choices else first.scheme.method
         raise CalibrationError(
-            f"{needing[0].layer.name} is to be solved by {scheme.method}, which needs calibration "
+            f"{first.layer.name} is to be solved by {method}, which needs calibration "
             "samples: samples must be at least 1"
         )
 

@@ -120,7 +120,9 @@ def _settings(job: Job, report: dict[str, Any]) -> dict[str, Any]:
 
 def _spqr_settings(job: Job, report: dict[str, Any]) -> dict[str, Any]:
     """The ``quantization_config`` that other readers of format ``spqr`` need."""
-    ordered = {d.layer.name: d.scheme.solver.stores_order for d in job.decisions if d.scheme}
+    ordered = {
+        d.layer.name: d.scheme.solver.stores_order(d.scheme.spec) for d in job.decisions if d.scheme
+    }
     packed = {}
     for layer in report["layers"]:
         name, (rows, columns) = layer["name"], layer["shape"]

@@ -6,16 +6,28 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, Literal, get_type_hints
 
-from quantine.core.spec import QuantSpec
+from quantine.core.spec import GROUP_AXES, QuantSpec, check_choice
 from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.formats import FORMATS, format_named
 from quantine.methods import METHODS, Solver
 
+Objective = Literal["output", "hessian"]
+OBJECTIVES: Final[tuple[Objective, ...]] = ("output", "hessian")
+"""What a choice between schemes compares.
+
+``"output"``: rounded to nearest, how much a scheme changes the output of what the matrix is part
+of; see `quantine.adadim`. ``"hessian"``: solved, how much it changes the matrix's own output,
+``tr(D H D.T)``.
+"""
+ADADIM: Final = "adadim"
+"""The method of a rule that lets each layer choose."""
 KEEP: Final = "keep"
 """The method of a rule that leaves its layers in 16 bit."""
+SPQR: Final = "spqr"
+"""The format whose directories hold nothing else, because other programs read them."""
 INFINITE: Final = "inf"
 """How plans write an infinite number."""
 
@@ -42,15 +54,79 @@ class Scheme:
             "format": self.format,
         }
 
+    def tiles(self, layer: Layer) -> bool:
+        """Whether groups tile the lines of ``layer`` exactly."""
+        return self.spec.divides(self.spec.lines(layer.out_features, layer.in_features)[1])
+
     def nbytes(self, layer: Layer) -> int:
         """Packed bytes of ``layer``; outliers that a threshold decides about come on top."""
         return format_named(self.format).nbytes(
             self.spec,
             layer.out_features,
             layer.in_features,
-            self.solver.stores_order,
+            self.solver.stores_order(self.spec),
             self.solver.outlier_share or 0.0,
         )
+
+
+@dataclass(frozen=True)
+class AdaDim:
+    """One of several schemes for each matrix: the one with the least reconstruction loss.
+
+    AdaDim (arXiv 2309.15531, section 3.2) chooses the axis that groups run along. Here choices may
+    differ in anything; where they take different bytes, the largest mostly wins: use a budget.
+
+    Attributes:
+        choices: at least one; of equals the first is taken.
+        objective: what is compared, see `OBJECTIVES`.
+    """
+
+    choices: tuple[Scheme, ...]
+    objective: Objective = "output"
+
+    def __post_init__(self) -> None:
+        check_choice("objective", self.objective, OBJECTIVES)
+        if not self.choices:
+            raise PlanError("choices must not be empty")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; `adadim_from` inverts it."""
+        choices = [choice.as_dict() for choice in self.choices]
+        return {"method": ADADIM, "objective": self.objective, "choices": choices}
+
+
+def adadim_from(value: Mapping[str, Any], where: str) -> AdaDim:
+    """A choice from plain values.
+
+    Args:
+        value: ``inner``, the method of all choices; ``choices``, a list of mappings, by default one
+            for each group axis; ``objective``; and fields that all choices have in common.
+
+    Raises:
+        PlanError: as of `scheme_from`.
+    """
+    own = ("method", "inner", "choices", "objective")
+    common = {key: item for key, item in value.items() if key not in own}
+    if "inner" in value:
+        common["method"] = value["inner"]
+    elif "choices" not in value:
+        raise PlanError(f"{where}: {ADADIM} needs `inner`, one of {', '.join(METHODS)}")
+    listed = value.get("choices", [{"group_axis": axis} for axis in GROUP_AXES])
+    if not isinstance(listed, list) or not all(isinstance(one, Mapping) for one in listed):
+        raise PlanError(f"{where}: choices must be a list of mappings")
+    schemes = [
+        scheme_from({**common, **one}, f"choice {number} of {where}")
+        for number, one in enumerate(listed, 1)
+    ]
+    if any(scheme is None or scheme.format == SPQR for scheme in schemes):
+        raise PlanError(f"{where}: neither method {KEEP!r} nor format {SPQR!r} is a choice")
+    try:
+        return AdaDim(
+            tuple(scheme for scheme in schemes if scheme is not None),
+            value.get("objective", "output"),
+        )
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
 
 
 def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:

@@ -252,7 +252,7 @@ def test_every_method_fits_and_its_size_is_known_beforehand(
     layout = format_named(name)
     tensors = layout.pack(solved)
     assert_same(layout.unpack(tensors, spec, shape[1]), solved, name in ROUNDS_OUTLIERS)
-    assert (solved.in_perm is not None) == solver.stores_order
+    assert (solved.in_perm is not None) == solver.stores_order(spec)
     assert_size(name, tensors, solved, spec)
     file = tmp_path / "layer.safetensors"
     write_tensors(file, tensors)

@@ -74,7 +74,7 @@ def check(solved: QTensor, weight: torch.Tensor, solver: Solver, spec: QuantSpec
         assert grid.zero_point.dtype == torch.uint8
         assert grid.zero_point.shape == grid.scale.shape
         assert int(grid.zero_point.max()) < 2**spec.bits
-    assert (solved.in_perm is not None) == solver.stores_order
+    assert (solved.in_perm is not None) == solver.stores_order(spec)
     if solved.in_perm is not None:
         assert sorted(solved.in_perm.tolist()) == list(range(weight.shape[1]))
     assert (solved.outliers is not None) == (solver.outlier_share != 0)

@@ -13,7 +13,7 @@ from quantine.core.observe import Hessian
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError, SolverError
 from quantine.methods import GPTQ
-from quantine.methods.columns import _blocks
+from quantine.methods.rounding import blocks
 from samples import correlated_inputs, observed, random_weight
 
 ROWS, COLUMNS, TOKENS = 12, 48, 160
@@ -101,9 +101,9 @@ def test_block_size_changes_speed_only(groups: Any, block_size: int) -> None:
 def test_blocks_tile_the_columns_and_cut_no_group_that_fits_into_one(
     count: int, length: int, block_size: int
 ) -> None:
-    blocks = list(_blocks(count, length, block_size))
-    assert [j for start, stop in blocks for j in range(start, stop)] == list(range(count))
-    for start, stop in blocks:
+    found = list(blocks(count, length, block_size))
+    assert [j for start, stop in found for j in range(start, stop)] == list(range(count))
+    for start, stop in found:
         assert stop - start <= block_size
         inside_one = start // length == (stop - 1) // length
         whole = start % length == 0 and (stop % length == 0 or stop == count)
@@ -114,7 +114,7 @@ def test_the_order_is_stored_only_where_groups_follow_it() -> None:
     weight, hessian = random_weight(4, 16), observed(correlated_inputs(16, 40))
     stores = {
         (act_order, groups): (
-            GPTQ(act_order=act_order, groups=groups).stores_order,
+            GPTQ(act_order=act_order, groups=groups).stores_order(QuantSpec(4, 8)),
             GPTQ(act_order=act_order, groups=groups)(weight, hessian, QuantSpec(4, 8)).in_perm
             is not None,
         )

@@ -1,7 +1,8 @@
 """The grid of a group of weights: its range, and the rounding of its scale and zero point.
 
-Weights come transposed, ``[groups, n, rows]``. Every choice that is searched minimizes one
-`Objective`. This is the meaning of the native kernel in `quantine.kernels.fit`.
+Weights come transposed, ``[groups, n, lines]``, see `quantine.core.objective`. Every choice that is
+searched minimizes one `Objective`. This is the meaning of the native kernel in
+`quantine.kernels.fit`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from quantine.core.grid import (
     fit_statistic,
     to_float16,
 )
-from quantine.core.objective import Clip, Objective, squared_errors
+from quantine.core.objective import Clip, Objective, importance_of, squared_errors
 from quantine.core.spec import FLOAT16, QuantSpec
 
 SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
@@ -33,7 +34,7 @@ FARTHEST: Final = 64.0
 
 @dataclass(frozen=True)
 class _Stat:
-    """Scales, or zero points, ``[groups, rows]`` while their codes are chosen.
+    """Scales, or zero points, ``[groups, lines]`` while their codes are chosen.
 
     Attributes:
         codes: float32; what is stored.
@@ -64,19 +65,32 @@ class _Stat:
         return Statistic(self.codes.to(torch.uint8), self.grid)
 
 
-def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Grid:
+Second = tuple[Grid | None, Grid | None]
+"""Second grids of scales and of zero points over ``[groups, lines]``; ``None`` where there is none.
+"""
+
+
+def fit_groups(
+    columns: Tensor,
+    spread: Tensor,
+    spec: QuantSpec,
+    objective: Objective,
+    second: Second | None = None,
+) -> Grid:
     """The grid of groups of weights.
 
     Without a second level this ends with the range. With one, scales and zero points are first
-    put on their second grids; then each row takes, among the neighbouring codes of both, those
+    put on their second grids; then each line takes, among the neighbouring codes of both, those
     with the least cost.
 
     Args:
-        columns: ``[groups, n, rows]`` float32.
-        spread: ``d`` of their inputs, ``[groups, n]`` float32.
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
+            ``spec.group_axis`` is ``"out"``.
+        second: second grids that are known already, so that only codes are found.
 
     Returns:
-        A grid of ``rows`` rows.
+        A grid of those lines.
 
     Raises:
         SolverError: a scale does not fit into float16.
@@ -87,19 +101,22 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     if objective.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
     scales, zeros = _fit_range(columns, inliers, spread, spec, objective)
-    scale, zero = _scale_stat(scales, spec), _zero_stat(zeros, spec)
+    of_scales, of_zeros = second or (None, None)
+    scale, zero = _scale_stat(scales, spec, of_scales), _zero_stat(zeros, spec, of_zeros)
     if spec.second_level and objective.clip != "minmax":
         scale, zero = _refine(columns, spread, scale, zero, spec.bits, objective)
     stored_zero = (
         None if spec.sym else zero.stored(torch.float16 if spec.zero_bits else torch.uint8)
     )
-    return Grid(scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1])
+    return Grid(
+        scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1], spec.group_axis
+    )
 
 
 def _fit_range(
     columns: Tensor, inliers: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[groups, rows]`` of the min-max range, or of the best share of it."""
+    """Scale and zero point ``[groups, lines]`` of the min-max range, or of the best share of it."""
     low, high = inliers.amin(1), inliers.amax(1)
     if objective.clip == "minmax":
         return cover(low, high, spec, "minmax")
@@ -132,28 +149,33 @@ def _farthest(spec: QuantSpec, clip: Clip) -> float:
     return math.sqrt(2 ** min(spec.scale_bits, spec.zero_bits))
 
 
-def _scale_stat(scale: Tensor, spec: QuantSpec) -> _Stat:
+def _scale_stat(scale: Tensor, spec: QuantSpec, second: Grid | None) -> _Stat:
     if spec.scale_bits == FLOAT16:
         return _Stat(to_float16(scale))
-    fitted = fit_statistic(scale, spec.scale_bits, spec.stat_group_length(scale.shape[1]))
-    return _Stat(fitted.codes.float(), 2**spec.scale_bits - 1, fitted.grid)
+    return _coded(scale, spec.scale_bits, spec, second)
 
 
-def _zero_stat(zero: Tensor, spec: QuantSpec) -> _Stat:
+def _coded(values: Tensor, bits: int, spec: QuantSpec, second: Grid | None) -> _Stat:
+    if second is None:
+        fitted = fit_statistic(values, bits, spec.stat_group_length(values.shape[1]))
+        return _Stat(fitted.codes.float(), 2**bits - 1, fitted.grid)
+    return _Stat(second.encode(values).float(), 2**bits - 1, second)
+
+
+def _zero_stat(zero: Tensor, spec: QuantSpec, second: Grid | None) -> _Stat:
     if spec.sym:
         return _Stat(zero)
     if not spec.zero_bits:
         return _Stat(zero, 2**spec.bits - 1)
     if spec.zero_bits == FLOAT16:
         return _Stat(finite_half(zero))
-    fitted = fit_statistic(zero, spec.zero_bits, spec.stat_group_length(zero.shape[1]))
-    return _Stat(fitted.codes.float(), 2**spec.zero_bits - 1, fitted.grid)
+    return _coded(zero, spec.zero_bits, spec, second)
 
 
 def _refine(
     columns: Tensor, spread: Tensor, scale: _Stat, zero: _Stat, bits: int, objective: Objective
 ) -> tuple[_Stat, _Stat]:
-    """Per group and row the neighbouring codes of scale and zero point with the least cost."""
+    """Per group and line the neighbouring codes of scale and zero point with the least cost."""
     tried = [
         (scale.shifted(scale_shift), zero.shifted(zero_shift))
         for scale_shift in scale.shifts()
@@ -178,8 +200,8 @@ def without_outliers(
     ranges per group tell about all weights, instead of one for each.
 
     Args:
-        columns: ``[groups, n, rows]`` float32.
-        spread: ``d`` of their inputs, ``[groups, n]``.
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, as of `fit_groups`.
     """
     if columns.shape[1] < 2:
         return columns
@@ -187,9 +209,9 @@ def without_outliers(
     low, high = ranked[:, 0], ranked[:, -1]
 
     def losses(low: Tensor, high: Tensor) -> Tensor:
-        """Loss of each weight ``[groups, n, rows]`` on the grid from ``low`` to ``high``."""
+        """Loss of each weight ``[groups, n, lines]`` on the grid from ``low`` to ``high``."""
         errors = squared_errors(columns, *cover(low, high, spec, objective.clip), spec.bits)
-        return errors.div_(spread.square().unsqueeze(-1))
+        return errors.mul_(importance_of(spread))
 
     loss = losses(low, high)
     whole = loss.sum(1, keepdim=True)

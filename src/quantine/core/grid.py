@@ -23,6 +23,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.spec import GroupAxis
 from quantine.errors import SolverError
 
 SMALLEST_SCALE: Final = 2.0**-24
@@ -39,62 +40,77 @@ NARROW: Final = 2.0**-10
 
 @dataclass(frozen=True)
 class Grid:
-    """A fitted affine map over groups of ``group_size`` consecutive columns.
+    """A fitted affine map over groups of ``group_size`` consecutive weights of a line.
 
     Attributes:
-        scale: ``[rows, groups]``: float16, positive in a weight's grid; or a `Statistic`.
-        zero_point: ``[rows, groups]``: uint8 in the code range, or float16, or a `Statistic`;
+        scale: ``[lines, groups]``: float16, positive in a weight's grid; or a `Statistic`.
+        zero_point: ``[lines, groups]``: uint8 in the code range, or float16, or a `Statistic`;
             ``None`` for a symmetric grid, whose zero point is ``2**(bits - 1)`` everywhere.
         bits: bits of a code.
-        group_size: columns per group, positive; the last group may be shorter.
+        group_size: weights per group, positive; the last group may be shorter.
+        axis: lines are rows (``"in"``) or columns (``"out"``), see `QuantSpec`.
     """
 
     scale: Tensor | Statistic
     zero_point: Tensor | Statistic | None
     bits: int
     group_size: int
+    axis: GroupAxis = "in"
 
     def scales(self) -> Tensor:
-        """Scales as float32 ``[rows, groups]``."""
+        """Scales as float32 ``[lines, groups]``."""
         return _values(self.scale)
 
     def zeros(self) -> Tensor:
-        """Zero points as float32 ``[rows, groups]``, symmetric grids included."""
+        """Zero points as float32 ``[lines, groups]``, symmetric grids included."""
         if self.zero_point is None:
             return torch.full_like(self.scales(), 2 ** (self.bits - 1))
         return _values(self.zero_point)
 
     def encode(self, x: Tensor) -> Tensor:
         """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""
-        codes = encode(_grouped(x, self.group_size), self.scales(), self.zeros(), self.bits)
-        return codes.to(torch.uint8).flatten(1)[:, : x.shape[1]]
+        lines = self._lines(x)
+        codes = encode(_grouped(lines, self.group_size), self.scales(), self.zeros(), self.bits)
+        return self._lines(codes.to(torch.uint8).flatten(1)[:, : lines.shape[1]])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of ``codes`` ``[rows, columns]`` uint8, as float32 of the same shape."""
-        values = decode(_grouped(codes, self.group_size), self.scales(), self.zeros())
-        return values.flatten(1)[:, : codes.shape[1]]
+        lines = self._lines(codes)
+        values = decode(_grouped(lines, self.group_size), self.scales(), self.zeros())
+        return self._lines(values.flatten(1)[:, : lines.shape[1]])
 
     def rows(self, chosen: Tensor) -> Grid:
-        """The grid of the rows at int64 indices ``chosen``, with float32 statistics."""
-        zero = None if self.zero_point is None else self.zeros()[chosen]
-        return Grid(self.scales()[chosen], zero, self.bits, self.group_size)
+        """The grid of the rows at int64 indices ``chosen``, with float32 statistics.
+
+        Where lines are columns, rows of any order form no groups: each is a group of its own.
+        """
+        if self.axis == "in":
+            zero = None if self.zero_point is None else self.zeros()[chosen]
+            return Grid(self.scales()[chosen], zero, self.bits, self.group_size)
+        groups = chosen // self.group_size
+        zero = None if self.zero_point is None else self.zeros()[:, groups]
+        return Grid(self.scales()[:, groups], zero, self.bits, 1, "out")
+
+    def _lines(self, x: Tensor) -> Tensor:
+        """A matrix as its lines, or lines as their matrix."""
+        return x if self.axis == "in" else x.T
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A matrix ``[rows, groups]`` of scales or zero points, stored as codes of a second grid.
+    """A matrix ``[lines, groups]`` of scales or zero points, stored as codes of a second grid.
 
     Attributes:
-        codes: ``[groups, rows]`` uint8: transposed, for the values of neighbouring rows in one
+        codes: ``[groups, lines]`` uint8: transposed, for the values of neighbouring lines in one
             group are alike.
-        grid: over runs of rows, with float16 zero points.
+        grid: over runs of lines, with float16 zero points.
     """
 
     codes: Tensor
     grid: Grid
 
     def values(self) -> Tensor:
-        """The statistics as float32 ``[rows, groups]``."""
+        """The statistics as float32 ``[lines, groups]``."""
         return self.grid.decode(self.codes).T
 
 
@@ -152,7 +168,7 @@ def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tup
 
 
 def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
-    """``values`` ``[groups, rows]`` float32 on a second grid from min to max.
+    """``values`` ``[groups, lines]`` float32 on a second grid from min to max.
 
     Raises:
         SolverError: a value or its range is not finite in float16.

@@ -1,7 +1,7 @@
 """What a wrong grid costs, and the search among candidate grids.
 
-Weights come transposed, ``[groups, n, rows]``: ``n`` inputs of a group by output rows, which is
-how the column loop holds them.
+Weights come transposed, ``[groups, n, lines]``: ``n`` weights of a group, for each line. Their
+spread is ``[groups, n]`` where lines are rows, and ``[lines]`` where they are columns.
 """
 
 from __future__ import annotations
@@ -49,25 +49,28 @@ class Objective:
         """The candidate grid with the least cost; the first of equals.
 
         Args:
-            columns: ``[groups, n, rows]`` float32.
-            spread: ``d`` of each weight's input, ``[groups, n]`` float32.
-            scales, zeros: ``[candidates, groups, rows]`` float32.
+            columns: ``[groups, n, lines]`` float32.
+            spread: ``d`` of each weight's input, float32.
+            scales, zeros: ``[candidates, groups, lines]`` float32.
 
         Returns:
-            Index of a candidate, ``[groups, rows]`` int64.
+            Index of a candidate, ``[groups, lines]`` int64.
         """
         scales = positive(scales)
-        rows = max(1, CHUNK // max(1, columns[..., 0].numel()))
+        importance = importance_of(spread).expand_as(columns)
+        count = max(1, CHUNK // max(1, columns[..., 0].numel()))
         parts = zip(
-            columns.split(rows, 2), scales.split(rows, 2), zeros.split(rows, 2), strict=True
+            columns.split(count, 2),
+            importance.split(count, 2),
+            scales.split(count, 2),
+            zeros.split(count, 2),
+            strict=True,
         )
-        return torch.cat([self._cheapest_of_rows(spread, *part, bits) for part in parts], 1)
+        return torch.cat([self._cheapest_of_lines(*part, bits) for part in parts], 1)
 
-    def _cheapest_of_rows(
-        self, spread: Tensor, columns: Tensor, scales: Tensor, zeros: Tensor, bits: int
+    def _cheapest_of_lines(
+        self, columns: Tensor, importance: Tensor, scales: Tensor, zeros: Tensor, bits: int
     ) -> Tensor:
-        importance = spread.square().reciprocal().unsqueeze(-1)
-
         def cost(scale: Tensor, zero: Tensor) -> Tensor:
             errors = rounding_errors(columns, scale, zero, bits)
             if self.clip == "hessian":
@@ -77,20 +80,26 @@ class Objective:
         return _first_least(cost(*grid) for grid in zip(scales, zeros, strict=True))
 
 
+def importance_of(spread: Tensor) -> Tensor:
+    """``1 / d**2``, of a shape that goes with ``[groups, n, lines]``."""
+    importance = spread.square().reciprocal()
+    return importance.unsqueeze(-1) if spread.ndim == 2 else importance
+
+
 def squared_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Squared rounding errors of ``columns`` ``[groups, n, rows]``.
+    """Squared rounding errors of ``columns`` ``[groups, n, lines]``.
 
     Args:
-        scale, zero: ``[groups, rows]`` float32.
+        scale, zero: ``[groups, lines]`` float32.
     """
     return rounding_errors(columns, positive(scale), zero, bits).square_()
 
 
 def rounding_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """What rounding adds to ``columns`` ``[groups, n, rows]`` float32.
+    """What rounding adds to ``columns`` ``[groups, n, lines]`` float32.
 
     Args:
-        scale, zero: ``[groups, rows]`` float32, scales positive.
+        scale, zero: ``[groups, lines]`` float32, scales positive.
     """
     scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
     codes = torch.div(columns, scale).add_(zero).round_().clamp_(0, 2**bits - 1)

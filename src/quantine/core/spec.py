@@ -4,34 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from quantine.errors import PlanError
+
+GroupAxis = Literal["in", "out"]
+GROUP_AXES: Final[tuple[GroupAxis, ...]] = ("in", "out")
+"""The axis of a matrix ``[out, in]`` that groups run along."""
 
 MIN_BITS: Final = 2
 MAX_BITS: Final = 8
 FLOAT16: Final = 16
 """Bits of a scale or a zero point that is stored as it is."""
 WHOLE_ROW: Final = -1
-"""A group of all inputs, or of all outputs' statistics."""
+"""A group of a whole line, or a second grid of the statistics of all lines."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """A request for one weight ``[out, in]``.
 
+    Groups lie within the matrix's *lines*: its rows, or its columns where groups run along outputs
+    (per input channel: AdaDim, arXiv 2309.15531). A grid of columns is that of the rows of the
+    transposed matrix.
+
     Attributes:
         bits: bits of one code, 2 to 8.
-        group_size: consecutive inputs of one output row that share a scale and a zero point;
-            -1 means the whole row (per channel).
+        group_size: consecutive weights of one line that share a scale and a zero point; -1 means
+            the whole line (per channel).
         sym: symmetric grid: the zero point is the middle code and is not stored.
         scale_bits: 16 stores scales in float16; 2 to 8 store them as codes of a second grid
             (SpQR, arXiv 2306.03078, section 4.2).
         zero_bits: 0 means whole-number zero points in the code range, of ``bits`` bits. Else zero
             points may be fractions and lie anywhere: 16 stores them in float16, 2 to 8 as codes
             of a second grid.
-        stat_group_size: consecutive outputs whose scales (and whose zero points), within one group
-            of inputs, share a second grid; the last run may be shorter. -1 means all outputs.
+        stat_group_size: consecutive lines whose scales (and whose zero points), for groups at one
+            place in their lines, share a second grid; the last run may be shorter. -1 means all
+            lines.
+        group_axis: ``"in"``: lines are rows, a group holds inputs of one output. ``"out"``: lines
+            are columns, a group holds outputs of one input.
     """
 
     bits: int = 4
@@ -40,6 +51,7 @@ class QuantSpec:
     scale_bits: int = FLOAT16
     zero_bits: int = 0
     stat_group_size: int = 16
+    group_axis: GroupAxis = "in"
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size"):
@@ -50,7 +62,8 @@ class QuantSpec:
             raise PlanError(f"sym must be true or false, not {self.sym!r}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise PlanError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
-        for name, whole in (("group_size", "the whole row"), ("stat_group_size", "all outputs")):
+        check_choice("group_axis", self.group_axis, GROUP_AXES)
+        for name, whole in (("group_size", "the whole line"), ("stat_group_size", "all lines")):
             value = getattr(self, name)
             if value != WHOLE_ROW and value < 1:
                 raise PlanError(f"{name} must be positive, or -1 for {whole}, not {value}")
@@ -70,22 +83,27 @@ class QuantSpec:
         """Whether scales or zero points are stored as codes."""
         return MIN_BITS <= self.scale_bits <= MAX_BITS or MIN_BITS <= self.zero_bits <= MAX_BITS
 
-    def group_length(self, in_features: int) -> int:
-        """Inputs per group of a matrix with ``in_features`` inputs."""
-        return in_features if self.group_size == WHOLE_ROW else self.group_size
+    def lines(self, out_features: int, in_features: int) -> tuple[int, int]:
+        """Number and length of the lines of a matrix of that shape."""
+        along_inputs = self.group_axis == "in"
+        return (out_features, in_features) if along_inputs else (in_features, out_features)
 
-    def stat_group_length(self, out_features: int) -> int:
-        """Outputs per second-level group of a matrix with ``out_features`` outputs."""
-        return out_features if self.stat_group_size == WHOLE_ROW else self.stat_group_size
+    def group_length(self, length: int) -> int:
+        """Weights per group of lines of that ``length``."""
+        return length if self.group_size == WHOLE_ROW else self.group_size
 
-    def divides(self, in_features: int) -> bool:
-        """Whether groups tile ``in_features`` exactly."""
-        return in_features % self.group_length(in_features) == 0
+    def stat_group_length(self, lines: int) -> int:
+        """Lines per second-level group of a matrix with so many ``lines``."""
+        return lines if self.stat_group_size == WHOLE_ROW else self.stat_group_size
+
+    def divides(self, length: int) -> bool:
+        """Whether groups tile a line of that ``length`` exactly."""
+        return length % self.group_length(length) == 0
 
 
-def nearest_group_sizes(in_features: int, group_size: int, count: int = 3) -> list[int]:
-    """The ``count`` divisors of ``in_features`` nearest to ``group_size``, ascending."""
-    divisors = [d for d in range(1, in_features + 1) if in_features % d == 0]
+def nearest_group_sizes(length: int, group_size: int, count: int = 3) -> list[int]:
+    """The ``count`` divisors of ``length`` nearest to ``group_size``, ascending."""
+    divisors = [d for d in range(1, length + 1) if length % d == 0]
     return sorted(sorted(divisors, key=lambda d: abs(d - group_size))[:count])
 
 

@@ -15,7 +15,7 @@ FORMATS: dict[str, Format] = {
 """Every packed layout by name; see docs/adding.md for adding one. A rule of a plan that names none
 gets the first that supports what it asks for."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of docs/format.md that this package writes."""
 
 

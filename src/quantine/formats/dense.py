@@ -20,9 +20,9 @@ from quantine.formats.sparse import Sparse
 
 @dataclass(frozen=True)
 class Dense:
-    """Codes of one width, grids over consecutive stored columns, an optional input order.
+    """Codes of one width, grids over runs of each line, an optional input order.
 
-    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` float16 ``[out, groups]``; ``zero`` uint8
+    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` float16 ``[lines, groups]``; ``zero`` uint8
     ``[bytes]``, only of asymmetric grids; ``in_perm`` int16 or int32 ``[in]``, only where columns
     are stored in another order than the inputs'.
     """

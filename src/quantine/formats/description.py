@@ -55,6 +55,7 @@ def check_description(found: Mapping[str, Any]) -> None:
 def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
     """The weight spec inside a stored scheme."""
     fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
+    fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
     if scheme["format"] != "dense":
         fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
     return QuantSpec(**fields)

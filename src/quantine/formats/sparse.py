@@ -25,8 +25,8 @@ from quantine.kernels.bits import pack, unpack
 class Sparse:
     """Codes of one width; scales and zero points in 16 bit or as codes; outliers.
 
-    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[out, groups]``, or
-    uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
+    Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[lines, groups]``,
+    or uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
     ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``;
     ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16 ``[entries]``;
     ``in_perm`` int16 or int32 ``[in]``.
@@ -119,26 +119,27 @@ class Sparse:
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
     ) -> Layout:
         """Shapes and dtypes of all tensors but those of outliers."""
-        groups = in_features // spec.group_length(in_features)
+        lines, length = spec.lines(out_features, in_features)
+        groups = length // spec.group_length(length)
         layout: Layout = {
             "codes": ((out_features, packed_bytes(in_features, spec.bits)), torch.uint8),
-            **_statistic_layout("scale", spec.scale_bits, spec, out_features, groups),
+            **_statistic_layout("scale", spec.scale_bits, spec, lines, groups),
         }
         if spec.zero_bits:
-            layout.update(_statistic_layout("zero", spec.zero_bits, spec, out_features, groups))
+            layout.update(_statistic_layout("zero", spec.zero_bits, spec, lines, groups))
         elif not spec.sym:
-            layout["zero"] = ((packed_bytes(out_features * groups, spec.bits),), torch.uint8)
+            layout["zero"] = ((packed_bytes(lines * groups, spec.bits),), torch.uint8)
         if stores_order:
             layout["in_perm"] = ((in_features,), index_dtype(in_features))
         return layout
 
 
-def _statistic_layout(name: str, bits: int, spec: QuantSpec, rows: int, groups: int) -> Layout:
+def _statistic_layout(name: str, bits: int, spec: QuantSpec, lines: int, groups: int) -> Layout:
     if bits == FLOAT16:
-        return {name: ((rows, groups), torch.float16)}
-    tiles = -(-rows // spec.stat_group_length(rows))
+        return {name: ((lines, groups), torch.float16)}
+    tiles = -(-lines // spec.stat_group_length(lines))
     return {
-        name: ((groups, packed_bytes(rows, bits)), torch.uint8),
+        name: ((groups, packed_bytes(lines, bits)), torch.uint8),
         f"{name}_step": ((groups, tiles), torch.float16),
         f"{name}_zero": ((groups, tiles), torch.float16),
     }
@@ -160,22 +161,24 @@ def _pack_statistic(name: str, stored: Tensor | Statistic) -> dict[str, Tensor]:
 def _unpack_grid(
     tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
 ) -> Grid:
+    lines, length = spec.lines(out_features, in_features)
+
     def statistic(name: str, bits: int) -> Tensor | Statistic:
         if bits == FLOAT16:
             return tensors[name]
-        tile = spec.stat_group_length(out_features)
+        tile = spec.stat_group_length(lines)
         second = Grid(tensors[f"{name}_step"], tensors[f"{name}_zero"], bits, tile)
-        return Statistic(unpack(tensors[name], bits, out_features), second)
+        return Statistic(unpack(tensors[name], bits, lines), second)
 
     zero: Tensor | Statistic | None = None
     if spec.zero_bits:
         zero = statistic("zero", spec.zero_bits)
     elif not spec.sym:
-        groups = in_features // spec.group_length(in_features)
+        groups = length // spec.group_length(length)
         stream = tensors["zero"].view(1, -1)
-        zero = unpack(stream, spec.bits, out_features * groups).view(out_features, groups)
+        zero = unpack(stream, spec.bits, lines * groups).view(lines, groups)
     scale = statistic("scale", spec.scale_bits)
-    return Grid(scale, zero, spec.bits, spec.group_length(in_features))
+    return Grid(scale, zero, spec.bits, spec.group_length(length), spec.group_axis)
 
 
 def _outlier_tensors(tensors: dict[str, Tensor]) -> Layout:

@@ -21,10 +21,11 @@ from quantine.kernels.fit import Fitted, check
 
 @dataclass(frozen=True)
 class AtReach:
-    """Groups of consecutive columns, fitted when the loop reaches the first.
+    """Groups that are fitted when the loop reaches their first column.
 
     Attributes:
-        fitted: takes the grids.
+        fitted: takes the grids: of groups of consecutive columns; or of columns, each of which
+            holds groups of outputs, where ``group_axis`` of its spec is ``"out"``.
         spread: the diagonal of the factor, ``[inputs]`` float32.
         objective: of the fit.
     """
@@ -42,7 +43,8 @@ class Columns:
         weights: ``[inputs, rows]`` float32; each column ends as it was when it was rounded.
         upper: ``[inputs, inputs]`` float32, the factor of the inverse Hessian.
         bits: bits of a code.
-        scales, zeros: ``[groups, rows]`` float32.
+        scales, zeros: ``[groups, rows]`` float32; of groups of outputs ``[1, rows]``, room for
+            those of the column that is rounded.
         groups: ``[inputs]`` int64, each column's row of ``scales`` and ``zeros``.
         codes: ``[inputs, rows]`` uint8, filled.
         errors: ``[inputs, rows]`` float32, filled: errors divided by the factor's diagonal.
@@ -134,15 +136,32 @@ def round_block_reference(columns: Columns, start: int, stop: int) -> None:
 
 
 def _fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
-    """Fit the group whose first column is ``j``, if there is one."""
+    """Fit the group whose first column is ``j``, if there is one, or the groups of column ``j``."""
     fitted = at_reach.fitted
-    if j % fitted.length == 0:
+    if fitted.spec.group_axis == "out":
+        _fit_column(columns, at_reach, j)
+    elif j % fitted.length == 0:
         members = slice(j, j + fitted.length)
         weights, spread = columns.weights[members], at_reach.spread[members]
         grid = fit.fit_groups(
             weights.unsqueeze(0), spread.unsqueeze(0), fitted.spec, at_reach.objective
         )
         fitted.put(j // fitted.length, grid)
+
+
+def _fit_column(columns: Columns, at_reach: AtReach, j: int) -> None:
+    fitted = at_reach.fitted
+    groups = columns.weights[j].unflatten(0, (-1, fitted.length))
+    grid = fit.fit_groups(
+        groups.T.unsqueeze(0),
+        at_reach.spread[j].expand(len(groups)),
+        fitted.spec,
+        at_reach.objective,
+        fitted.second(j),
+    )
+    fitted.put(j, grid)
+    columns.scales[0] = fitted.scale.values[j].repeat_interleave(fitted.length)
+    columns.zeros[0] = fitted.zero.values[j].repeat_interleave(fitted.length)
 
 
 def _round_column(columns: Columns, j: int) -> None:

@@ -6,7 +6,7 @@ the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantine.core import fit
+from quantine.core.fit import Second
 from quantine.core.grid import Grid, Statistic
 from quantine.core.objective import Objective
 from quantine.core.spec import FLOAT16, QuantSpec
@@ -79,6 +80,11 @@ class _Statistics:
             self.step[group] = stored.grid.scales()[0]
             self.zero[group] = stored.grid.zeros()[0]
 
+    def second(self, group: int, bits: int, run: int) -> Grid:
+        """The second grid of one group."""
+        one = slice(group, group + 1)
+        return Grid(self.step[one], self.zero[one], bits, run)
+
     def stored(self, places: Tensor | slice, bits: int, run: int) -> Tensor | Statistic:
         """As a `Grid` holds them: whole zero points (``bits`` 0), float16, or codes."""
         if bits in {0, FLOAT16}:
@@ -86,23 +92,66 @@ class _Statistics:
         grid = Grid(self.step[places].half(), self.zero[places].half(), bits, run)
         return Statistic(self.codes[places], grid)
 
+    def in_lines(self, places: Tensor, bits: int, second: Grid | None) -> Tensor | Statistic:
+        """Those of groups of outputs, as a `Grid` holds them; input ``places[j]`` as number ``j``.
+
+        Args:
+            second: the second grid of ``[groups, in]``; ``None`` where there is none.
+        """
+        if second is not None:
+            return Statistic(self.codes[places].T.contiguous(), second)
+        return self.values[places].to(torch.float16 if bits else torch.uint8)
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """The grids of a matrix's groups, which are fitted one after another."""
+    """The grids of a matrix's groups, which are fitted one after another.
+
+    Attributes:
+        length: weights of a group.
+        run: rows whose statistics share a second grid.
+        given: second grids are there from the start.
+    """
 
     spec: QuantSpec
     length: int
     run: int
     scale: _Statistics
     zero: _Statistics
+    given: bool = False
 
     @classmethod
     def empty(cls, groups: int, rows: int, length: int, spec: QuantSpec) -> Fitted:
         """Room for ``groups`` of ``length`` inputs."""
         run = min(spec.stat_group_length(rows), rows)
-        statistics = (_Statistics.empty(groups, rows, run) for _ in range(2))
-        return cls(spec, length, run, *statistics)
+        scale, zero = (_Statistics.empty(groups, rows, run) for _ in range(2))
+        return cls(spec, length, run, scale, zero)
+
+    @classmethod
+    def of_columns(cls, inputs: int, outputs: int, spec: QuantSpec, second: Second) -> Fitted:
+        """Room for ``inputs`` columns, whose groups of outputs are lines of one problem each.
+
+        Args:
+            second: grids over ``[inputs, groups]`` of codes, in runs of one.
+        """
+        length = spec.group_length(outputs)
+        fitted = cls.empty(inputs, outputs // length, length, replace(spec, stat_group_size=1))
+        for level, grid in zip((fitted.scale, fitted.zero), second, strict=True):
+            if grid is not None:
+                level.step.copy_(grid.scales())
+                level.zero.copy_(grid.zeros())
+        return replace(fitted, given=True)
+
+    def second(self, group: int) -> Second | None:
+        """The second grids of a group that were given."""
+        if not self.given:
+            return None
+        bits = self.spec.scale_bits, self.spec.zero_bits
+        of_scales, of_zeros = (
+            None if width in {0, FLOAT16} else level.second(group, width, self.run)
+            for level, width in zip((self.scale, self.zero), bits, strict=True)
+        )
+        return of_scales, of_zeros
 
     def put(self, group: int, grid: Grid) -> None:
         """Take the ``grid`` of one group."""
@@ -110,7 +159,7 @@ class Fitted:
         self.zero.put(group, grid.zeros(), grid.zero_point)
 
     def native(self, native: ModuleType, spread: Tensor, objective: Objective) -> Any:
-        """The native fitter that fills this; ``spread`` is of the inputs, ``[inputs]`` float32."""
+        """The native fitter that fills this; ``spread`` ``[inputs]`` or ``[lines]`` float32."""
         spec, arrays = self.spec, []
         for one in (self.scale, self.zero):
             arrays += [one.values, one.codes, one.step, one.zero]
@@ -123,7 +172,9 @@ class Fitted:
             objective.clip,
             objective.price,
             objective.look_ahead and objective.price < float("inf"),
+            self.given,
             self.length,
+            spec.group_axis == "out",
             spread.contiguous(),
             *arrays,
         )
@@ -133,6 +184,5 @@ class Fitted:
         chosen = slice(None) if places is None else places
         spec = self.spec
         zero = None if spec.sym else self.zero.stored(chosen, spec.zero_bits, self.run)
-        return Grid(
-            self.scale.stored(chosen, spec.scale_bits, self.run), zero, spec.bits, self.length
-        )
+        scale = self.scale.stored(chosen, spec.scale_bits, self.run)
+        return Grid(scale, zero, spec.bits, self.length, spec.group_axis)

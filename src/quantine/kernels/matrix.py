@@ -51,9 +51,12 @@ def _pool(threads: int, process: int) -> Any:
 
 
 def packed_matrix(qtensor: QTensor) -> Matrix | None:
-    """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU."""
+    """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU.
+
+    ``None`` also where groups run along outputs: there is no native product for them.
+    """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
-    if native is None:
+    if native is None or qtensor.grid.axis == "out":
         return None
     grid = qtensor.grid
     outliers = None

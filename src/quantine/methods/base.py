@@ -6,6 +6,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from quantine.core.objective import Clip
 from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
@@ -20,9 +21,13 @@ class Solver(Protocol):
     needs_inputs: ClassVar[bool]
     """Whether the solver cannot work without a Hessian."""
 
+    def stores_order(self, spec: QuantSpec) -> bool:
+        """Whether results for ``spec`` carry an input order (`QTensor.in_perm`)."""
+        ...
+
     @property
-    def stores_order(self) -> bool:
-        """Whether results carry an input order (`QTensor.in_perm`)."""
+    def clip(self) -> Clip:
+        """How the range of a group is chosen."""
         ...
 
     @property

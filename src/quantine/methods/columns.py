@@ -11,23 +11,22 @@ float16 rounds off (SpQR, arXiv 2306.03078, algorithm 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from quantine.core.grid import Grid
 from quantine.core.objective import Objective
 from quantine.core.observe import Factor, Hessian
 from quantine.core.permute import input_order, inverse
 from quantine.core.qtensor import QTensor
-from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
 from quantine.kernels.columns import AtReach, Columns, round_block
 from quantine.kernels.fit import Fitted, fit_groups
+from quantine.methods.output_groups import solve_output_groups
+from quantine.methods.rounding import blocks, feed_back, result
 
 Groups = Literal["static", "aligned", "refit"]
 GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
@@ -37,6 +36,9 @@ GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
 ``"aligned"``: of consecutive inputs, rounded one group after another; a grid is
 fitted when the loop reaches it. ``"refit"``: of inputs in solving order, likewise; that order is
 stored with the layer unless it is the inputs' own.
+
+Groups of outputs (`QuantSpec.group_axis`) lie within a column each: whatever this says, they are
+fitted when the loop reaches it, see `quantine.methods.output_groups`.
 """
 
 
@@ -63,10 +65,9 @@ class ColumnLoop:
         if self.block_size < 1:
             raise PlanError(f"block_size must be positive, not {self.block_size!r}")
 
-    @property
-    def stores_order(self) -> bool:
+    def stores_order(self, spec: QuantSpec) -> bool:
         """Whether groups are made of inputs in an order of their own."""
-        return self.act_order and self.groups == "refit"
+        return self.act_order and self.groups == "refit" and spec.group_axis == "in"
 
     def factor(self, hessian: Hessian | None, spec: QuantSpec) -> Factor:
         """The factor of ``hessian`` in the order of the loop.
@@ -77,8 +78,13 @@ class ColumnLoop:
         if hessian is None or hessian.tokens == 0:
             raise SolverError("error feedback needs calibration inputs, but none were observed")
         diagonal = hessian.matrix.diagonal()
-        length = spec.group_length(len(diagonal)) if self.groups == "aligned" else None
-        return hessian.factor(self.damp, input_order(diagonal, self.act_order, length))
+        together = self._together(spec, len(diagonal))
+        return hessian.factor(self.damp, input_order(diagonal, self.act_order, together))
+
+    def _together(self, spec: QuantSpec, inputs: int) -> int | None:
+        """Consecutive inputs that are rounded one after another; ``None`` where order is free."""
+        aligned = self.groups == "aligned" and spec.group_axis == "in"
+        return spec.group_length(inputs) if aligned else None
 
     def solve(
         self, weight: Tensor, factor: Factor, spec: QuantSpec, objective: Objective
@@ -92,6 +98,8 @@ class ColumnLoop:
         Raises:
             SolverError: a scale does not fit into float16.
         """
+        if spec.group_axis == "out":
+            return solve_output_groups(weight, factor, spec, objective, self.block_size)
         order, length = factor.order, spec.group_length(weight.shape[1])
         spread = factor.upper.diagonal().contiguous()
         if self.groups == "static":
@@ -103,7 +111,7 @@ class ColumnLoop:
                 weight, factor, grid.bits, values, order // length, objective.price
             )
             self._round(columns, length=1)
-            return _result(columns, grid, inverse(order), None)
+            return result(columns, grid, inverse(order), None)
         fitted = Fitted.empty(len(order) // length, len(weight), length, spec)
         columns = Columns.of(
             weight,
@@ -116,42 +124,11 @@ class ColumnLoop:
         )
         self._round(columns, length)
         if self.groups == "refit":
-            return _result(columns, fitted.grid(), None, order if self.stores_order else None)
+            return result(columns, fitted.grid(), None, order if self.stores_order(spec) else None)
         places = inverse(order[::length] // length)
-        return _result(columns, fitted.grid(places), inverse(order), None)
+        return result(columns, fitted.grid(places), inverse(order), None)
 
     def _round(self, columns: Columns, length: int) -> None:
-        for start, stop in _blocks(len(columns.weights), length, self.block_size):
+        for start, stop in blocks(len(columns.weights), length, self.block_size):
             round_block(columns, start, stop)
-            columns.weights[stop:].addmm_(
-                columns.upper[start:stop, stop:].T, columns.errors[start:stop], alpha=-1
-            )
-
-
-def _result(columns: Columns, grid: Grid, order: Tensor | None, in_perm: Tensor | None) -> QTensor:
-    """The rounded ``columns``, column ``order[j]`` as number ``j``."""
-    codes = columns.codes if order is None else columns.codes[order]
-    outliers = None
-    if columns.kept is not None:
-        places, rows = columns.kept.nonzero(as_tuple=True)
-        values = columns.weights[places, rows]
-        places = places if order is None else inverse(order)[places]
-        inputs, out_features = columns.kept.shape
-        outliers = Csr.of_entries(rows, places, values, (out_features, inputs))
-    return QTensor(codes.T.contiguous(), grid, in_perm, outliers)
-
-
-def _blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Cut ``count`` columns into blocks of about ``block_size``: whole groups, or part of one.
-
-    A group of ``length`` columns is thus fitted when every update before it is applied.
-    """
-    if length <= block_size:
-        width = block_size // length * length
-        yield from ((start, min(start + width, count)) for start in range(0, count, width))
-        return
-    for group in range(0, count, length):
-        end = min(group + length, count)
-        yield from (
-            (start, min(start + block_size, end)) for start in range(group, end, block_size)
-        )
+            feed_back(columns, start, stop)

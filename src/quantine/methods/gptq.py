@@ -44,10 +44,9 @@ class GPTQ:
         """The column loop with these parameters."""
         return ColumnLoop(self.groups, self.act_order, self.damp, self.block_size)
 
-    @property
-    def stores_order(self) -> bool:
+    def stores_order(self, spec: QuantSpec) -> bool:
         """Where groups are made of inputs in solving order."""
-        return self.loop.stores_order
+        return self.loop.stores_order(spec)
 
     @property
     def outlier_share(self) -> float:

@@ -31,8 +31,7 @@ class RTN:
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, DATA_FREE_CLIPS)
 
-    @property
-    def stores_order(self) -> bool:
+    def stores_order(self, spec: QuantSpec) -> bool:
         """Never."""
         return False
 
@@ -43,7 +42,9 @@ class RTN:
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round ``weight`` ``[out, in]`` float32; ``hessian`` is not looked at."""
-        groups = weight.T.unflatten(0, (-1, spec.group_length(weight.shape[1])))
-        same = torch.ones(groups.shape[:2])
+        lines, length = spec.lines(*weight.shape)
+        columns = weight.T if spec.group_axis == "in" else weight
+        groups = columns.unflatten(0, (-1, spec.group_length(length)))
+        same = torch.ones(groups.shape[:2] if spec.group_axis == "in" else lines)
         grid = fit_groups(groups, same, spec, Objective(self.clip))
         return QTensor(grid.encode(weight), grid)

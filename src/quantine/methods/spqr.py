@@ -14,8 +14,9 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from quantine.core.objective import CLIPS, Clip, Objective, squared_errors
+from quantine.core.objective import CLIPS, Clip, Objective, importance_of, squared_errors
 from quantine.core.observe import Factor, Hessian
+from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
@@ -30,6 +31,8 @@ EQUAL: Final = 2.0**-16
 """Share of a column's mean square below which its variance means that its weights are equal."""
 SAMPLED_ROWS: Final = 64
 """Output rows that stand for a matrix in searches."""
+SAMPLED_RUNS: Final = 4
+"""Runs of them, at least, where groups run along outputs."""
 SEARCH_STEPS: Final = 12
 TOLERANCE: Final = 0.03
 """Relative deviation from the wanted share of outliers that ends the search."""
@@ -78,10 +81,9 @@ class SpQR:
         """The column loop with these parameters."""
         return ColumnLoop(self.groups, self.act_order, self.damp, self.block_size)
 
-    @property
-    def stores_order(self) -> bool:
+    def stores_order(self, spec: QuantSpec) -> bool:
         """Where groups are made of inputs in solving order."""
-        return self.loop.stores_order
+        return self.loop.stores_order(spec)
 
     @property
     def outlier_share(self) -> float | None:
@@ -123,16 +125,23 @@ class SpQR:
         factor = self.loop.factor(hessian, spec)
         assert hessian is not None
         price = self._price(weight, factor, spec)
-        length = spec.group_length(weight.shape[1])
-        columns = weight.T[factor.order].unflatten(0, (-1, length))
-        spread = factor.upper.diagonal().unflatten(0, (-1, length))
+        length = spec.group_length(spec.lines(*weight.shape)[1])
+        spread = factor.upper.diagonal()
+        if spec.group_axis == "in":
+            columns = weight.T[factor.order].unflatten(0, (-1, length))
+            spread = spread.unflatten(0, (-1, length))
+        else:
+            columns = weight.unflatten(0, (-1, length))
+            spread = spread[inverse(factor.order)]
         grid = fit_groups(columns, spread, spec, self._objective(price))
         losses = squared_errors(columns, grid.scales().T, grid.zeros().T, spec.bits)
-        losses.div_(spread.square().unsqueeze(-1))
+        losses.mul_(importance_of(spread))
         kept = losses > price
+        losses.masked_fill_(kept, 0.0)
+        of_outputs = losses.sum((0, 1)) if spec.group_axis == "in" else losses.sum(2).flatten()
         # The factor belongs to the Hessian in units of its mean diagonal, summed over tokens.
         unit = float(hessian.matrix.diagonal().mean()) / hessian.tokens
-        return losses.masked_fill_(kept, 0.0).sum((0, 1)) * unit, float(kept.float().mean())
+        return of_outputs * unit, float(kept.float().mean())
 
     def _solve(self, weight: Tensor, factor: Factor, spec: QuantSpec, price: float) -> QTensor:
         return self.loop.solve(weight, factor, spec, self._objective(price))
@@ -147,7 +156,7 @@ class SpQR:
 
     def _searched_price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
         """The price that keeps the wanted share of a sample of rows, by bisection."""
-        rows = weight[sampled_rows(len(weight))]
+        rows = weight[sampled_rows(len(weight), row_run(spec, len(weight)))]
         low, high = 0.0, math.inf
         price = _loss_scale(weight, factor)
         for _ in range(SEARCH_STEPS):
@@ -172,9 +181,20 @@ FAITHFUL_SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_si
 """Fractional zero points; scales and zero points of 16 outputs share a second grid each."""
 
 
-def sampled_rows(out_features: int) -> Tensor:
-    """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64."""
-    return torch.arange(0, out_features, max(1, out_features // SAMPLED_ROWS))
+def row_run(spec: QuantSpec, out_features: int) -> int:
+    """Consecutive rows that a sample may not separate, because they share groups."""
+    return spec.group_length(out_features) if spec.group_axis == "out" else 1
+
+
+def sampled_rows(out_features: int, run: int) -> Tensor:
+    """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64.
+
+    Args:
+        run: rows that stay together; divides ``out_features``.
+    """
+    runs, wanted = out_features // run, max(SAMPLED_ROWS // run, SAMPLED_RUNS)
+    starts = torch.arange(0, runs, max(1, runs // wanted)) * run
+    return (starts.unsqueeze(1) + torch.arange(run)).flatten()
 
 
 def _loss_scale(weight: Tensor, factor: Factor) -> float:

@@ -183,8 +183,10 @@ class _Parts:
 
     def matrix(self, module: nn.Module) -> Any:
         if isinstance(module, TiedHead):
-            return module.table.matrix()
+            module = module.table
         if isinstance(module, QuantLinear | QuantEmbedding):
+            if module.spec.group_axis == "out":
+                _refuse("groups of a matrix run along its outputs")
             return module.matrix()
         plain = type(module) in (nn.Linear, nn.Embedding)
         if not plain and not hasattr(module, "scalar_embed_scale"):  # Gemma's embedding

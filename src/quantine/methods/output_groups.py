@@ -1,0 +1,83 @@
+"""The column loop where groups run along outputs (AdaDim, arXiv 2309.15531, section 3).
+
+A group lies within one column, so it is fitted to the weights as error feedback has left them when
+the loop reaches it. Columns come in any order, and none has to be stored. The statistics of
+neighbouring inputs may share second grids: these are fitted to the original weights before the
+loop, which then finds codes only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantine.core.fit import Second
+from quantine.core.grid import Grid, Statistic
+from quantine.core.objective import Objective
+from quantine.core.observe import Factor
+from quantine.core.permute import inverse
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+from quantine.kernels.columns import AtReach, Columns, round_block
+from quantine.kernels.fit import Fitted, fit_groups
+from quantine.methods.rounding import blocks, feed_back, result
+
+
+def solve_output_groups(
+    weight: Tensor, factor: Factor, spec: QuantSpec, objective: Objective, block_size: int
+) -> QTensor:
+    """Round ``weight`` ``[out, in]`` float32.
+
+    Args:
+        objective: of grids; its price as of `quantine.methods.columns.ColumnLoop.solve`.
+        block_size: columns per lazy update.
+
+    Raises:
+        SolverError: a scale does not fit into float16.
+    """
+    outputs, inputs = weight.shape
+    spread, places = factor.upper.diagonal().contiguous(), inverse(factor.order)
+    second = _second_grids(weight, spread[places], spec, objective)
+    fitted = Fitted.of_columns(
+        inputs, outputs, spec, (_of_columns(second[0], factor), _of_columns(second[1], factor))
+    )
+    columns = Columns.of(
+        weight,
+        factor,
+        spec.bits,
+        (torch.empty(1, outputs), torch.empty(1, outputs)),
+        torch.zeros(inputs, dtype=torch.int64),
+        objective.price,
+        AtReach(fitted, spread, objective),
+    )
+    for start, stop in blocks(inputs, 1, block_size):
+        round_block(columns, start, stop)
+        feed_back(columns, start, stop)
+    scale = fitted.scale.in_lines(places, spec.scale_bits, second[0])
+    zero = None if spec.sym else fitted.zero.in_lines(places, spec.zero_bits, second[1])
+    return result(columns, Grid(scale, zero, spec.bits, fitted.length, "out"), places, None)
+
+
+def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Second:
+    """Of statistics ``[groups, in]``; ``spread`` ``[in]`` is in input order, as they are."""
+    if not spec.second_level:
+        return None, None
+    length = spec.group_length(len(weight))
+    grid = fit_groups(weight.unflatten(0, (-1, length)), spread, spec, objective)
+    scale, zero = grid.scale, grid.zero_point
+    return (
+        scale.grid if isinstance(scale, Statistic) else None,
+        zero.grid if isinstance(zero, Statistic) else None,
+    )
+
+
+def _of_columns(second: Grid | None, factor: Factor) -> Grid | None:
+    """The second grid of every statistic ``[in, groups]``, inputs in solving order."""
+    if second is None:
+        return None
+    run = second.group_size
+    steps, zeros = (
+        values.repeat_interleave(run, 1).T[factor.order]
+        for values in (second.scales(), second.zeros())
+    )
+    return Grid(steps, zeros, second.bits, 1)
