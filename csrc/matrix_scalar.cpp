@@ -137,12 +137,10 @@ struct Scalar {
   static void store_bfloat16(std::uint16_t* out, const Float& a) {
     for (std::size_t r = 0; r < kTile; ++r) out[r] = float_to_bfloat16(a.lane[r]);
   }
-  static float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
-                      const float* floats, std::size_t count, const float* x) {
-    float sum = 0.0f;
+  static void products(const std::uint16_t* columns, const std::uint16_t* halves,
+                       const float* floats, std::size_t count, const float* x, float* out) {
     for (std::size_t e = 0; e < count; ++e)
-      sum += x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
-    return sum;
+      out[e] = x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
   }
 };
 
