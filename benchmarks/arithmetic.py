@@ -1,4 +1,4 @@
-"""What 8 bit activations cost in quality: exact against fast products on the same packed model.
+"""What rounded activations cost in quality: exact against fast products on the same packed model.
 
 Every product of a packed matrix is made straight from the codes, once in each arithmetic.
 """
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import quantine
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.eval.perplexity import cut_windows, perplexity_of, score_windows
 from quantine.kernels.matrix import multiply
 from quantine.runtime.modules import QuantLinear, TiedHead, packed_modules
@@ -20,27 +21,27 @@ from quantine.runtime.source import locate
 class Straight(nn.Module):
     """A packed linear layer whose products are made from codes, however many rows there are."""
 
-    def __init__(self, packed: QuantLinear | TiedHead, exact: bool) -> None:
+    def __init__(self, packed: QuantLinear | TiedHead, arithmetic: Arithmetic) -> None:
         super().__init__()
         table = packed.table if isinstance(packed, TiedHead) else packed
         self._matrix = table.matrix()
         self._bias = getattr(packed, "bias", None)
-        self._exact = exact
+        self._arithmetic = arithmetic
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        (product,) = multiply([self._matrix], rows, self._exact)
+        (product,) = multiply([self._matrix], rows, self._arithmetic)
         product = product.view(*x.shape[:-1], -1)
         return product if self._bias is None else product + self._bias
 
 
-def straight(directory: str, exact: bool) -> nn.Module:
+def straight(directory: str, arithmetic: Arithmetic) -> nn.Module:
     model = quantine.load(directory, torch.float32)[0]
     heads = [(name, m) for name, m in model.named_modules() if isinstance(m, TiedHead)]
     linears = [(name, m) for name, m in packed_modules(model) if isinstance(m, QuantLinear)]
     for name, module in [*heads, *linears]:
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, Straight(module, exact))
+        setattr(model.get_submodule(parent), leaf, Straight(module, arithmetic))
     return model
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     source = locate(arguments.model)
     vocabulary = source.config().vocab_size
     windows = cut_windows(source, arguments.text, arguments.window, arguments.limit, vocabulary)
-    exact, fast = (straight(arguments.model, kind) for kind in (True, False))
+    exact, fast = (straight(arguments.model, kind) for kind in ARITHMETICS)
     scores = list(score_windows(fast, exact, windows))
     base = list(score_windows(exact, None, windows))
     tokens = sum(score.tokens for score in scores)

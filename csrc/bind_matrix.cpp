@@ -152,33 +152,23 @@ void multiply(const std::vector<const Matrix*>& matrices, Array<const float> x,
                      exact ? Arithmetic::kExact : Arithmetic::kFast, pool);
 }
 
-void decode(const Matrix& matrix, std::size_t first, Array<float> out) {
-  if (out.shape(1) != matrix.columns() || first + out.shape(0) > matrix.rows())
+void check_rows(const Matrix& matrix, std::size_t first, std::size_t count, std::size_t columns) {
+  if (columns != matrix.columns() || first > matrix.rows() || count > matrix.rows() - first)
     throw nb::value_error("out must be [count, columns], within the rows of the matrix");
-  nb::gil_scoped_release release;
-  matrix.decode(first, out.shape(0), out.data());
 }
 
-std::size_t panel_tiles(const Matrix& matrix, std::size_t first, std::size_t columns,
-                        std::size_t width) {
-  const std::size_t tiles = (matrix.rows() + quantine::kTile - 1) / quantine::kTile;
-  const std::size_t count = width / quantine::kTile;
-  if (columns != matrix.columns() || width % quantine::kTile != 0 || first + count > tiles)
-    throw nb::value_error("a panel must be [columns, 16 * tiles]");
-  return count;
+void decode(const Matrix& matrix, std::size_t first, Array<float> out, Pool& pool) {
+  check_rows(matrix, first, out.shape(0), out.shape(1));
+  nb::gil_scoped_release release;
+  matrix.decode(first, out.shape(0), out.data(), pool);
 }
 
-void decode_panel(const Matrix& matrix, std::size_t first, Array<float> out, Pool& pool) {
-  const std::size_t count = panel_tiles(matrix, first, out.shape(0), out.shape(1));
+// Bfloat16 comes as int16, too.
+void decode_bfloat16(const Matrix& matrix, std::size_t first, Array<std::int16_t> out,
+                     Pool& pool) {
+  check_rows(matrix, first, out.shape(0), out.shape(1));
   nb::gil_scoped_release release;
-  matrix.decode_panel(first, count, out.data(), pool);
-}
-
-void decode_panel_bfloat16(const Matrix& matrix, std::size_t first, Array<std::int16_t> out,
-                           Pool& pool) {
-  const std::size_t count = panel_tiles(matrix, first, out.shape(0), out.shape(1));
-  nb::gil_scoped_release release;
-  matrix.decode_panel(first, count, reinterpret_cast<std::uint16_t*>(out.data()), pool);
+  matrix.decode(first, out.shape(0), reinterpret_cast<std::uint16_t*>(out.data()), pool);
 }
 
 std::uint64_t read_words(Vector<const std::int64_t> words, Pool& pool) {
@@ -223,13 +213,12 @@ void bind_matrix(nb::module_& m) {
       .def_prop_ro("rows", &Matrix::rows)
       .def_prop_ro("columns", &Matrix::columns)
       .def_prop_ro("nbytes", &Matrix::nbytes)
-      .def("decode", &decode, nb::arg("first"), nb::arg("out"))
-      .def("decode_panel", &decode_panel, nb::arg("first"), nb::arg("out"), nb::arg("pool"))
-      .def("decode_panel_bfloat16", &decode_panel_bfloat16, nb::arg("first"), nb::arg("out"),
-           nb::arg("pool"));
+      .def("decode", &decode, nb::arg("first"), nb::arg("out"), nb::arg("pool"))
+      .def("decode_bfloat16", &decode_bfloat16, nb::arg("first"), nb::arg("out"), nb::arg("pool"));
   m.def("multiply", &multiply, nb::arg("matrices"), nb::arg("x"), nb::arg("ys"), nb::arg("exact"),
         nb::arg("pool"));
   m.def("read_words", &read_words, nb::arg("words"), nb::arg("pool"));
+  m.def("has_bfloat16", &quantine::has_bfloat16);
   m.def("levels", &quantine::levels);
   m.def("level", &quantine::level);
   m.def("use_level", &quantine::use_level, nb::arg("name"));

@@ -134,11 +134,11 @@ void Decoder::forward(const std::int64_t* tokens, std::size_t count) {
 void Decoder::embed(const std::int64_t* tokens, std::size_t count) {
   for (std::size_t row = 0; row < count; ++row)
     model_.embedding->decode(static_cast<std::size_t>(tokens[row]), 1,
-                             hidden_.data() + row * width());
+                             hidden_.data() + row * width(), *pool_);
   if (model_.embedding_factor != 1.0f)
     scale(hidden_.data(), model_.embedding_factor, count * width());
   if (model_.positions == nullptr) return;
-  model_.positions->decode(model_.position_offset + position_, count, output_.data());
+  model_.positions->decode(model_.position_offset + position_, count, output_.data(), *pool_);
   add(hidden_.data(), output_.data(), count * width());
 }
 

@@ -148,30 +148,34 @@ std::size_t Matrix::nbytes() const {
          sizeof(Block) * w.blocks.size();
 }
 
-void Matrix::decode(std::size_t first, std::size_t count, float* out) const {
-  std::vector<float> tile(weights_.columns * kTile);
-  for (std::size_t row = first; row < first + count;) {
-    const std::size_t lane = row % kTile, rows = std::min(kTile - lane, first + count - row);
-    chosen().load()->decode(weights_, row / kTile, tile.data(), kTile);
-    for (std::size_t r = 0; r < rows; ++r, out += weights_.columns)
-      for (std::size_t j = 0; j < weights_.columns; ++j) out[j] = tile[j * kTile + lane + r];
-    row += rows;
-  }
-}
-
-void Matrix::decode_panel(std::size_t first, std::size_t count, float* out, Pool& pool) const {
-  const Level& level = *chosen().load();
-  pool.run(count, [&](std::size_t tile) {
-    level.decode(weights_, first + tile, out + tile * kTile, count * kTile);
+template <typename T, typename Decode>
+void Matrix::decode_rows(std::size_t first, std::size_t count, T* out, Decode&& decode,
+                         Pool& pool) const {
+  const Weights& w = weights_;
+  const std::size_t begin = first / kTile, end = (first + count + kTile - 1) / kTile;
+  pool.run(end - begin, [&](std::size_t index) {
+    const std::size_t tile = begin + index, row = std::max(first, tile * kTile);
+    const std::size_t rows = std::min(first + count, (tile + 1) * kTile) - row;
+    T* target = out + (row - first) * w.columns;
+    if (rows == kTile && w.order.empty()) return decode(w, tile, target, w.columns);
+    std::vector<T> stored(kTile * w.columns);
+    decode(w, tile, stored.data(), w.columns);
+    const T* from = stored.data() + row % kTile * w.columns;
+    if (w.order.empty()) {
+      std::memcpy(target, from, rows * w.columns * sizeof(T));
+      return;
+    }
+    for (std::size_t r = 0; r < rows; ++r, target += w.columns, from += w.columns)
+      for (std::size_t j = 0; j < w.columns; ++j) target[w.order[j]] = from[j];
   });
 }
 
-void Matrix::decode_panel(std::size_t first, std::size_t count, std::uint16_t* out,
-                          Pool& pool) const {
-  const Level& level = *chosen().load();
-  pool.run(count, [&](std::size_t tile) {
-    level.decode_bfloat16(weights_, first + tile, out + tile * kTile, count * kTile);
-  });
+void Matrix::decode(std::size_t first, std::size_t count, float* out, Pool& pool) const {
+  decode_rows(first, count, out, chosen().load()->decode, pool);
+}
+
+void Matrix::decode(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const {
+  decode_rows(first, count, out, chosen().load()->decode_bfloat16, pool);
 }
 
 void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
@@ -200,6 +204,15 @@ void multiply(const Product* products, std::size_t count, const float* x, std::s
       level.multiply(product.matrix->weights(), arranged[uses[task.product]].view(), batch, tile,
                      product.y, exact);
   });
+}
+
+bool has_bfloat16() {
+#if defined(QUANTINE_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
 }
 
 std::vector<std::string> levels() {

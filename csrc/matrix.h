@@ -98,15 +98,15 @@ class Matrix {
   std::size_t columns() const { return weights_.columns; }
   std::size_t nbytes() const;
 
-  // Rows from `first` as float32 `[count, columns]`, in the order of the inputs.
-  void decode(std::size_t first, std::size_t count, float* out) const;
-
-  // `count` tiles from `first`, transposed: `[columns, 16 * count]` float32 or bfloat16 in the
-  // order of the inputs, for products with many rows.
-  void decode_panel(std::size_t first, std::size_t count, float* out, Pool& pool) const;
-  void decode_panel(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const;
+  // Rows from `first` as float32 or bfloat16 `[count, columns]`, in the order of the inputs.
+  void decode(std::size_t first, std::size_t count, float* out, Pool& pool) const;
+  void decode(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const;
 
  private:
+  template <typename T, typename Decode>
+  void decode_rows(std::size_t first, std::size_t count, T* out, Decode&& decode,
+                   Pool& pool) const;
+
   Weights weights_;
 };
 
@@ -118,6 +118,9 @@ struct Product {
 // Every product reads the same `x` `[batch, columns]`; one parallel step for all of them.
 void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
               Arithmetic arithmetic, Pool& pool);
+
+// Whether this machine has instructions for products of bfloat16.
+bool has_bfloat16();
 
 // Instruction sets this machine has, the best one first, and the one in use.
 std::vector<std::string> levels();

@@ -155,10 +155,9 @@ struct Avx2 {
     _mm256_storeu_ps(out, a.low);
     _mm256_storeu_ps(out + 8, a.high);
   }
-  QUANTINE_INLINE void store_bfloat16(std::uint16_t* out, Float a) {
-    float lanes[kTile];
-    store(lanes, a);
-    for (std::size_t r = 0; r < kTile; ++r) out[r] = float_to_bfloat16(lanes[r]);
+  template <typename T>
+  static void turn(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
+    turn_slowly(strip, count, out, stride);
   }
   // out[e] = x[columns[e]] * value[e].
   static inline void products(const std::uint16_t* columns, const std::uint16_t* halves,

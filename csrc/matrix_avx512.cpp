@@ -99,13 +99,58 @@ struct Avx512 {
   QUANTINE_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   QUANTINE_INLINE Float fnma(Float a, Float b, Float c) { return _mm512_fnmadd_ps(a, b, c); }
   QUANTINE_INLINE void store(float* out, Float a) { _mm512_storeu_ps(out, a); }
-  QUANTINE_INLINE void store_bfloat16(std::uint16_t* out, Float a) {
-    // Ties to even; weights are finite, so NaN needs no care.
-    const Int bits = _mm512_castps_si512(a);
+  // 16 x 16 lanes, in place.
+  static inline void transpose(Int* rows) {
+    Int a[kTile];
+    for (std::size_t i = 0; i < kTile; i += 2) {
+      a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (std::size_t i = 0; i < kTile; i += 4)
+      for (std::size_t j = 0; j < 2; ++j) {
+        rows[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+        rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+      }
+    // Row i + j now holds, in its four parts, parts j, j + 4, j + 8 and j + 12 of columns i to i + 3.
+    for (std::size_t j = 0; j < 4; ++j) {
+      const Int low = _mm512_shuffle_i32x4(rows[j], rows[j + 4], 0x88);
+      const Int high = _mm512_shuffle_i32x4(rows[j + 8], rows[j + 12], 0x88);
+      const Int low_odd = _mm512_shuffle_i32x4(rows[j], rows[j + 4], 0xdd);
+      const Int high_odd = _mm512_shuffle_i32x4(rows[j + 8], rows[j + 12], 0xdd);
+      a[j] = _mm512_shuffle_i32x4(low, high, 0x88);
+      a[j + 8] = _mm512_shuffle_i32x4(low, high, 0xdd);
+      a[j + 4] = _mm512_shuffle_i32x4(low_odd, high_odd, 0x88);
+      a[j + 12] = _mm512_shuffle_i32x4(low_odd, high_odd, 0xdd);
+    }
+    for (std::size_t i = 0; i < kTile; ++i) rows[i] = a[i];
+  }
+  static inline void turn(const Strip& strip, std::size_t count, float* out, std::size_t stride) {
+    if (count != kStrip) return turn_slowly(strip, count, out, stride);
+    for (std::size_t part = 0; part < kStrip; part += kTile) {
+      Int rows[kTile];
+      for (std::size_t c = 0; c < kTile; ++c) rows[c] = _mm512_load_si512(strip.columns[part + c]);
+      transpose(rows);
+      for (std::size_t r = 0; r < kTile; ++r)
+        _mm512_storeu_si512(out + r * stride + part, rows[r]);
+    }
+  }
+  // Rounded to bfloat16, to even on ties, in the high half; weights are finite, so NaN needs no care.
+  QUANTINE_INLINE Int high_half(const float* values) {
+    const Int bits = _mm512_load_si512(values);
     const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const Int up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+  static inline void turn(const Strip& strip, std::size_t count, std::uint16_t* out,
+                          std::size_t stride) {
+    if (count != kStrip) return turn_slowly(strip, count, out, stride);
+    Int rows[kTile];  // pairs of columns
+    for (std::size_t c = 0; c < kTile; ++c) {
+      const Int first = _mm512_srli_epi32(high_half(strip.columns[2 * c]), 16);
+      const Int second = high_half(strip.columns[2 * c + 1]);
+      rows[c] = _mm512_mask_blend_epi16(0xaaaaaaaau, first, second);
+    }
+    transpose(rows);
+    for (std::size_t r = 0; r < kTile; ++r) _mm512_storeu_si512(out + r * stride, rows[r]);
   }
   // out[e] = x[columns[e]] * value[e]; writes whole vectors.
   static inline void products(const std::uint16_t* columns, const std::uint16_t* halves,

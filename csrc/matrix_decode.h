@@ -7,6 +7,24 @@
 namespace quantine {
 namespace {
 
+constexpr std::size_t kStrip = 32;  // columns that are turned into rows at once
+
+// Columns of a tile that wait to be rows: `[kStrip, 16]`.
+struct Strip {
+  alignas(64) float columns[kStrip][kTile];
+};
+
+inline void convert(float value, float* out) { *out = value; }
+inline void convert(float value, std::uint16_t* out) { *out = float_to_bfloat16(value); }
+
+// Row `lane` of the first `count` columns goes to `out + lane * stride`.
+template <typename T>
+inline void turn_slowly(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
+  for (std::size_t lane = 0; lane < kTile; ++lane)
+    for (std::size_t c = 0; c < count; ++c) convert(strip.columns[c][lane], out + lane * stride + c);
+}
+
+// Calls `store(value)` for every stored column in order.
 template <typename V, int kBits, typename Store>
 inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
   Cursor<V> cursor(w, tile);
@@ -20,7 +38,7 @@ inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
     unroll<4>([&](auto k) {
       const std::uint32_t place = chunk * static_cast<std::uint32_t>(kChunk) + k;
       if (place < block->width)
-        store(block->first + place, V::mul(V::sub(V::template byte<k>(codes), zero), scale));
+        store(V::mul(V::sub(V::template byte<k>(codes), zero), scale));
     });
     if (++chunk != block->chunks) return;
     chunk = 0;
@@ -30,14 +48,40 @@ inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
   });
 }
 
-// A tile transposed: element `[column * stride + lane]`.
+template <typename T>
+void decode_outliers(const Weights& w, std::size_t tile, T* out, std::size_t stride) {
+  const std::size_t first = tile * kTile, lanes = std::min(kTile, w.rows - first);
+  for (std::size_t lane = 0; lane < lanes; ++lane)
+    for (std::size_t e = w.outlier_offsets[first + lane]; e < w.outlier_offsets[first + lane + 1]; ++e) {
+      const std::size_t column =
+          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
+      T& target = out[lane * stride + column];
+      if (!w.outlier_halves.empty()) {
+        convert(half_to_float(w.outlier_halves[e]), &target);
+      } else if constexpr (sizeof(T) == 4) {
+        target += w.outlier_floats[e];
+      } else {
+        const std::uint32_t bits = static_cast<std::uint32_t>(target) << 16;
+        float held;
+        std::memcpy(&held, &bits, sizeof held);
+        convert(held + w.outlier_floats[e], &target);
+      }
+    }
+}
+
+// The 16 rows of a tile in stored order, those beyond the last row included: row `lane` is at
+// `out + lane * stride`.
 template <typename V, typename T>
 void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride) {
-  const auto place = [&](std::size_t column) { return w.order.empty() ? column : w.order[column]; };
-  const auto store = [&](std::size_t column, typename V::Float value) __attribute__((always_inline)) {
-    T* target = out + place(column) * stride;
-    if constexpr (sizeof(T) == 4) V::store(target, value);
-    else V::store_bfloat16(target, value);
+  Strip strip;
+  std::size_t waiting = 0;
+  T* next = out;
+  const auto store = [&](typename V::Float value) __attribute__((always_inline)) {
+    V::store(strip.columns[waiting], value);
+    if (++waiting != kStrip) return;
+    V::turn(strip, kStrip, next, stride);
+    next += kStrip;
+    waiting = 0;
   };
   if (w.bits <= 8) {
     with_bits(w.bits, [&](auto bits) { decode_codes<V, bits>(w, tile, store); });
@@ -45,26 +89,10 @@ void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride)
     const std::size_t item = static_cast<std::size_t>(w.bits) / 8;
     const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
     for (std::size_t column = 0; column < w.columns; ++column, bytes += kTile * item)
-      store(column, item == 2 ? V::halves(bytes) : V::floats(bytes));
+      store(item == 2 ? V::halves(bytes) : V::floats(bytes));
   }
-  if (w.outlier_offsets.empty()) return;
-  const std::size_t first = tile * kTile, lanes = std::min(kTile, w.rows - first);
-  for (std::size_t lane = 0; lane < lanes; ++lane)
-    for (std::size_t e = w.outlier_offsets[first + lane]; e < w.outlier_offsets[first + lane + 1]; ++e) {
-      const std::size_t column =
-          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
-      T& target = out[place(column) * stride + lane];
-      if constexpr (sizeof(T) == 4) {
-        target = w.outlier_halves.empty() ? target + w.outlier_floats[e]
-                                          : half_to_float(w.outlier_halves[e]);
-      } else {
-        const std::uint32_t bits = static_cast<std::uint32_t>(target) << 16;
-        float held;
-        std::memcpy(&held, &bits, sizeof held);
-        target = float_to_bfloat16(w.outlier_halves.empty() ? held + w.outlier_floats[e]
-                                                            : half_to_float(w.outlier_halves[e]));
-      }
-    }
+  V::turn(strip, waiting, next, stride);
+  if (!w.outlier_offsets.empty()) decode_outliers(w, tile, out, stride);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ struct Level {
                    float* y, bool exact);
   // Rounds a row of activations to 16 bit; the order of its codes is for `multiply` to know.
   void (*round)(const Weights& w, const float* x, std::uint8_t* codes, float* scales, float* sums);
+  // The 16 rows of a tile in stored order, `stride` apart.
   void (*decode)(const Weights& w, std::size_t tile, float* out, std::size_t stride);
   void (*decode_bfloat16)(const Weights& w, std::size_t tile, std::uint16_t* out,
                           std::size_t stride);

@@ -134,8 +134,9 @@ struct Scalar {
     return each([&](std::size_t r) { return c.lane[r] - a.lane[r] * b.lane[r]; });
   }
   static void store(float* out, const Float& a) { std::memcpy(out, a.lane, sizeof a.lane); }
-  static void store_bfloat16(std::uint16_t* out, const Float& a) {
-    for (std::size_t r = 0; r < kTile; ++r) out[r] = float_to_bfloat16(a.lane[r]);
+  template <typename T>
+  static void turn(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
+    turn_slowly(strip, count, out, stride);
   }
   static void products(const std::uint16_t* columns, const std::uint16_t* halves,
                        const float* floats, std::size_t count, const float* x, float* out) {

@@ -22,6 +22,7 @@ def model_card(report: dict[str, Any]) -> str:
             "source model": report["model"],
             "plan": report["plan"]["name"],
             "bits per quantized weight": f"{totals['bits_per_weight']:.3f} (counted from the file)",
+            "arithmetic": report["plan"]["arithmetic"],
             "quantized weights": f"{totals['quantized_weights']:,}",
             "calibration": f"{calibration['tokens']:,} tokens of {calibration['source']}",
             "written by": f"quantine {report['versions']['quantine']}",

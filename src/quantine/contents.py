@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from quantine.core.arithmetic import UNSTATED
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.checkpoint import weight_files
@@ -20,7 +21,8 @@ def contents(directory: Path) -> dict[str, Any]:
 
     Returns:
         ``layers`` (name, scheme, shape, bytes, bits per weight, output error, kernel), ``kept``
-        (name, dtype, bytes), ``totals`` (``file_bytes`` is the size of the weight files).
+        (name, dtype, bytes), ``arithmetic``, ``kernel`` (what computes with them here),
+        ``totals`` (``file_bytes`` is the size of the weight files).
 
     Raises:
         FormatError: it is not a finished directory of quantine.
@@ -75,6 +77,7 @@ def contents(directory: Path) -> dict[str, Any]:
     return {
         "layers": layers,
         "kept": kept,
+        "arithmetic": config.get("arithmetic", UNSTATED),
         "kernel": kernel(),
         "totals": _totals(layers, kept, sum(file.stat().st_size for file in files)),
     }
@@ -82,14 +85,16 @@ def contents(directory: Path) -> dict[str, Any]:
 
 def kernel() -> dict[str, str]:
     """Which kernel runs packed layers here, and why."""
-    if backend.native() is None:
+    native = backend.native()
+    if native is None:
         return {
             "name": "reference",
             "why": "the native extension is off or missing, so PyTorch unpacks and multiplies",
         }
     return {
-        "name": "unpack (native) + matmul (PyTorch)",
-        "why": "the native extension unpacks codes; weights are decoded to float32 for each call",
+        "name": f"native, {native.level()}",
+        "why": "the native extension multiplies few rows straight from codes, and decodes weights "
+        "part by part for many",
     }
 
 
@@ -108,6 +113,7 @@ def _described_by_report(directory: Path) -> dict[str, Any]:
     layers = report["layers"]
     return {
         "format_version": report["format_version"],
+        "arithmetic": report["plan"].get("arithmetic", UNSTATED),
         "schemes": [layer["scheme"] for layer in layers],
         "layers": {
             layer["name"]: {"scheme": index, "shape": layer["shape"]}

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import yaml
 
+from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16, nearest_group_sizes
 from quantine.errors import PlanError
 from quantine.families.base import Layer
@@ -82,6 +83,7 @@ class Plan:
         choices: what a searched layer may get.
         true_sequential: observe an input after the matrices before it in the same block are
             quantized; otherwise before any of them is, in one pass, as SpQR's published code does.
+        arithmetic: of products with the packed matrices; stored with them.
     """
 
     rules: tuple[Rule, ...]
@@ -89,12 +91,18 @@ class Plan:
     bits_per_weight: float | None = None
     choices: tuple[Scheme, ...] = ()
     true_sequential: bool = True
+    arithmetic: Arithmetic = DEFAULT
 
     def __post_init__(self) -> None:
         if not isinstance(self.true_sequential, bool):
             raise PlanError(
                 f"plan {self.name!r}: true_sequential must be true or false, not "
                 f"{self.true_sequential!r}"
+            )
+        if not is_arithmetic(self.arithmetic):
+            raise PlanError(
+                f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "
+                f"{self.arithmetic!r}"
             )
         if not any(rule.scheme or rule.searched for rule in self.rules):
             raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
@@ -127,7 +135,8 @@ class Plan:
         Args:
             name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
             parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
-                ``sym``, ``damp``, or ``true_sequential``; they go before the preset's.
+                ``sym``, ``damp``, or ``true_sequential`` and ``arithmetic``; they go before the
+                preset's.
 
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
@@ -137,12 +146,18 @@ class Plan:
             raise PlanError(f"preset must be one of {known}, not {name!r}")
         fields = {**PRESETS.get(name, {"method": name}), **parameters}
         true_sequential = fields.pop("true_sequential", True)
+        arithmetic = fields.pop("arithmetic", DEFAULT)
         scheme = scheme_from(fields, f"preset {name!r}")
         assert scheme is not None
         group = "row" if scheme.spec.group_size == -1 else f"g{scheme.spec.group_size}"
         changed = f"{scheme.method}-{scheme.spec.bits}bit-{group}"
         title = name if name in PRESETS and not parameters else changed
-        return cls((Rule("@blocks", scheme),), title, true_sequential=true_sequential)
+        return cls(
+            (Rule("@blocks", scheme),),
+            title,
+            true_sequential=true_sequential,
+            arithmetic=arithmetic,
+        )
 
     @classmethod
     def budget(cls, bits_per_weight: float) -> Plan:
@@ -207,6 +222,7 @@ class Plan:
             _budget_from(value, name),
             _choices_from(value, name),
             value.get("true_sequential", True),
+            value.get("arithmetic", DEFAULT),
         )
 
     @classmethod
@@ -237,6 +253,7 @@ class Plan:
             "name": self.name,
             "rules": rules,
             "true_sequential": self.true_sequential,
+            "arithmetic": self.arithmetic,
         }
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight

@@ -11,7 +11,7 @@ from typing import Any, Final
 from quantine.card import model_card
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.spqr import layout_of
-from quantine.formats.spqr_config import ADDED, MARK, settings_of
+from quantine.formats.spqr_config import ADDED, ARITHMETIC, MARK, settings_of
 from quantine.prepare import NO_LAYER, Job
 
 COPIED: Final = (
@@ -87,6 +87,7 @@ def _config(job: Job, report: dict[str, Any]) -> bytes:
         config.tie_word_embeddings = False
     if job.writes_spqr():  # without a lock, which would keep its other readers out
         setattr(config, MARK, ADDED)
+        setattr(config, ARITHMETIC, job.plan.arithmetic)
         config.dtype = "float16"
         quantization = _spqr_settings(job, report)
     else:
@@ -94,14 +95,14 @@ def _config(job: Job, report: dict[str, Any]) -> bytes:
         if config.dtype is None:
             # Else transformers would take the dtype of the first float it finds: a float16 scale.
             config.dtype = "float32"
-        quantization = _settings(report)
+        quantization = _settings(job, report)
     value = json.loads(config.to_json_string(use_diff=True))
     value.pop("_name_or_path", None)
     value["quantization_config"] = quantization
     return json.dumps(value, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def _settings(report: dict[str, Any]) -> dict[str, Any]:
+def _settings(job: Job, report: dict[str, Any]) -> dict[str, Any]:
     """The ``quantization_config`` of quantine's own."""
     from quantine.runtime.hf import QuantineConfig
 
@@ -112,7 +113,8 @@ def _settings(report: dict[str, Any]) -> dict[str, Any]:
             schemes.append(layer["scheme"])
         scheme = schemes.index(layer["scheme"])
         layers[layer["name"]] = {"scheme": scheme, "shape": layer["shape"]}
-    settings: dict[str, Any] = QuantineConfig(FORMAT_VERSION, schemes, layers).to_dict()
+    config = QuantineConfig(FORMAT_VERSION, schemes, layers, job.plan.arithmetic)
+    settings: dict[str, Any] = config.to_dict()
     return settings
 
 

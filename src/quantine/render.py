@@ -178,6 +178,7 @@ def print_contents(found: dict[str, Any]) -> None:
         f"kept: {len(found['kept'])} tensors = {totals['kept_bytes']:,} bytes",
         f"file headers: {totals['header_bytes']:,} bytes",
         f"weight files: {totals['file_bytes']:,} bytes",
+        f"arithmetic: {found['arithmetic']}",
         f"kernel: {found['kernel']['name']}: {found['kernel']['why']}",
     ):
         console.print(line)
@@ -218,8 +219,8 @@ def print_speeds(found: dict[str, Any], console: Console) -> None:
     """What `quantine.eval.speed.measure` found."""
     read = found["read"]
     console.print(
-        f"{found['threads']} threads, {found['level']}; memory gives {read['median']:.1f} GB/s "
-        f"({read['low']:.1f}-{read['high']:.1f})"
+        f"{found['threads']} threads, {found['level']}, {found['arithmetic']} by plan; "
+        f"memory gives {read['median']:.1f} GB/s ({read['low']:.1f}-{read['high']:.1f})"
     )
     kernels = _table(
         "first of", "matrices", "shape", "bits", "exact GB/s", "fast GB/s", "of memory"

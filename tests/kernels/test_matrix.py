@@ -12,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -26,6 +27,7 @@ from quantine.kernels.matrix import (
 )
 
 STATISTICS = ("half", "coded", "coded across tiles", "coded whole")
+arithmetics = st.sampled_from(ARITHMETICS)
 ZEROS = ("middle", "whole", "half", "coded")
 
 
@@ -123,20 +125,22 @@ cases = st.builds(
 
 @pytest.mark.usefixtures("level")
 class TestPacked:
-    @given(cases, st.sampled_from([1, 2, 3, 8, 17]), st.booleans())
-    @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.01, True), 8, False)
-    @example(qtensor_of(1, 16, 4, 16, 3, "coded", "whole", 0.3, False), 1, False)
-    def test_products_equal_the_reference(self, q: QTensor, batch: int, exact: bool) -> None:
+    @given(cases, st.sampled_from([1, 2, 3, 8, 17]), arithmetics)
+    @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.01, True), 8, "fast")
+    @example(qtensor_of(1, 16, 4, 16, 3, "coded", "whole", 0.3, False), 1, "fast")
+    def test_products_equal_the_reference(
+        self, q: QTensor, batch: int, arithmetic: Arithmetic
+    ) -> None:
         x = torch.randn(batch, q.codes.shape[1], generator=torch.Generator().manual_seed(batch))
-        (found,) = multiply([packed_matrix(q)], x, exact)
-        assert close(found, multiply_reference(q, x, exact), x, reach(q))
+        (found,) = multiply([packed_matrix(q)], x, arithmetic)
+        assert close(found, multiply_reference(q, x, arithmetic), x, reach(q))
 
     @given(cases)
     def test_decoded_rows_are_the_weights(self, q: QTensor) -> None:
         matrix, weight = packed_matrix(q), q.dequantize()
         assert (matrix.rows, matrix.columns) == weight.shape
         out = torch.empty_like(weight)
-        matrix.decode(0, out)
+        matrix.decode(0, out, pool())
         whole = q.grid.zero_point is None or (
             isinstance(q.grid.zero_point, Tensor) and q.grid.zero_point.dtype == torch.uint8
         )
@@ -145,21 +149,21 @@ class TestPacked:
         else:
             assert bool(((out - weight).abs() <= 1e-6 * reach(q)).all())
         last = torch.empty(1, weight.shape[1])
-        matrix.decode(len(weight) - 1, last)
+        matrix.decode(len(weight) - 1, last, pool())
         assert torch.equal(last, out[-1:])
 
     @given(cases, st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     def test_panels_multiply_by_the_rounded_weights(self, q: QTensor, dtype: torch.dtype) -> None:
         x = torch.randn(5, q.codes.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-        found = multiply_panels(packed_matrix(q), x)
+        found = multiply_panels(packed_matrix(q), x, "exact")
         weight = q.dequantize().to(dtype)
         assert found.dtype == dtype
         size = x.float().abs() @ reach(q).T
         error = (found.float() - x.float() @ weight.float().T).abs()
         assert bool((error <= (1e-5 if dtype == torch.float32 else 1e-2) * size + 1e-30).all())
 
-    @given(st.integers(2, 8), st.booleans())
-    def test_extreme_activations(self, bits: int, exact: bool) -> None:
+    @given(st.integers(2, 8), arithmetics)
+    def test_extreme_activations(self, bits: int, arithmetic: Arithmetic) -> None:
         q = qtensor_of(bits, 20, 3, 16, bits, "half", "whole", 0.0, False)
         x = torch.zeros(6, 48)
         x[1] = 1e-42  # subnormal
@@ -167,8 +171,8 @@ class TestPacked:
         x[3, 5] = -1e30  # alone in its block
         x[4] = torch.linspace(-1e-30, 1e-30, 48)
         x[5, ::7] = 1.0
-        (found,) = multiply([packed_matrix(q)], x, exact)
-        assert close(found, multiply_reference(q, x, exact), x, reach(q))
+        (found,) = multiply([packed_matrix(q)], x, arithmetic)
+        assert close(found, multiply_reference(q, x, arithmetic), x, reach(q))
         assert torch.equal(found[0], torch.zeros(20))
 
     def test_what_is_not_finite_stays_so(self) -> None:
@@ -176,8 +180,8 @@ class TestPacked:
         for value in (math.inf, -math.inf, math.nan):
             x = torch.ones(2, 48)
             x[0, 20] = value
-            for exact in (False, True):
-                (found,) = multiply([packed_matrix(q)], x, exact)
+            for arithmetic in ARITHMETICS:
+                (found,) = multiply([packed_matrix(q)], x, arithmetic)
                 weight = q.dequantize()[:, 20]
                 assert not bool(found[0][weight != 0].isfinite().any())
                 assert bool(found[1].isfinite().all())
@@ -189,22 +193,24 @@ class TestPacked:
         weight = weight.half().float() if half else weight
         matrix = float_matrix(weight)
         x = torch.randn(batch, columns, generator=generator)
-        (found,) = multiply([matrix], x, exact=False)
+        (found,) = multiply([matrix], x, "fast")
         assert close(found, x @ weight.T, x, weight)
         out = torch.empty_like(weight)
-        matrix.decode(0, out)
+        matrix.decode(0, out, pool())
         assert torch.equal(out, weight)
         assert matrix.nbytes >= weight.numel() * (2 if half else 4)
 
-    @given(st.lists(cases, min_size=2, max_size=4), st.booleans())
-    def test_one_step_for_several_matrices(self, found: list[QTensor], exact: bool) -> None:
+    @given(st.lists(cases, min_size=2, max_size=4), arithmetics)
+    def test_one_step_for_several_matrices(
+        self, found: list[QTensor], arithmetic: Arithmetic
+    ) -> None:
         width = found[0].codes.shape[1]
         qs = [q for q in found if q.codes.shape[1] == width]
         qs.append(qtensor_of(9, 30, 1, width, 5, "half", "middle", 0.0, False))
         x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
-        together = multiply([packed_matrix(q) for q in qs], x, exact)
+        together = multiply([packed_matrix(q) for q in qs], x, arithmetic)
         for q, y in zip(qs, together, strict=True):
-            assert torch.equal(y, multiply([packed_matrix(q)], x, exact)[0])
+            assert torch.equal(y, multiply([packed_matrix(q)], x, arithmetic)[0])
 
 
 @pytest.mark.usefixtures("level")
@@ -215,9 +221,9 @@ def test_a_shorter_last_group(columns: int, group_size: int) -> None:
     q = QTensor(whole.codes[:, :columns].contiguous(), whole.grid)
     x = torch.randn(2, columns, generator=torch.Generator().manual_seed(0))
     for rows in (x[:1], x):
-        for exact in (False, True):
-            (found,) = multiply([packed_matrix(q)], rows.contiguous(), exact)
-            expected = multiply_reference(q, rows, exact)
+        for arithmetic in ARITHMETICS:
+            (found,) = multiply([packed_matrix(q)], rows.contiguous(), arithmetic)
+            expected = multiply_reference(q, rows, arithmetic)
             assert close(found, expected, rows, reach(whole)[:, :columns])
 
 
@@ -230,7 +236,7 @@ def test_threads_do_not_change_a_bit() -> None:
     for count in (1, 2, 5):
         torch.set_num_threads(count)
         assert pool().threads == count
-        results.append(multiply([matrix], x, exact=False)[0])
+        results.append(multiply([matrix], x, "fast")[0])
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.kernels import backend
 from quantine.kernels.matrix import multiply, read_words
@@ -57,10 +58,10 @@ def measure(
         on_step: called with what is measured next.
 
     Returns:
-        ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of matrix: ``name``,
-        ``shape``, ``scheme``, ``bits_per_weight``, and for both arithmetics GB/s of packed bytes
-        and their share of ``read``), and ``text`` (by model and context: ``prefill`` and
-        ``decode`` in tokens/s).
+        ``arithmetic`` of the plan, ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of
+        matrix: ``name``, ``shape``, ``scheme``, ``bits_per_weight``, and for both arithmetics GB/s
+        of packed bytes and their share of ``read``), and ``text`` (by model and context:
+        ``prefill`` and ``decode`` in tokens/s).
 
     Raises:
         BackendUnavailable: there is no native extension, and so nothing to measure.
@@ -83,12 +84,13 @@ def measure(
         on_step(f"matrices, {run + 1} of {runs}")
         read.append(READ_BYTES / _seconds(lambda: read_words(words)) / 1e9)
         for name, modules in kinds.items():
-            for arithmetic in ("exact", "fast"):
-                speed = _product_speed(modules, arithmetic == "exact")
+            for arithmetic in ARITHMETICS:
+                speed = _product_speed(modules, arithmetic)
                 speeds.setdefault((name, arithmetic), []).append(speed)
     ceiling = statistics.median(read)
     return {
         "model": source.name,
+        "arithmetic": next(module.arithmetic for _, module in packed_modules(model)),
         "threads": torch.get_num_threads(),
         "level": native.level(),
         "read": _timed(read),
@@ -109,7 +111,7 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
     return {alike[0][0]: [module for _, module in alike] for alike in found.values()}
 
 
-def _product_speed(modules: list[Packed], exact: bool) -> float:
+def _product_speed(modules: list[Packed], arithmetic: Arithmetic) -> float:
     """GB/s of packed bytes while one row of activations meets each of ``modules``, in turns.
 
     Kinds that are smaller than the caches come from there, as they may while a model decodes.
@@ -122,7 +124,7 @@ def _product_speed(modules: list[Packed], exact: bool) -> float:
     def multiply_all() -> None:
         for _ in range(rounds):
             for matrix in matrices:
-                multiply([matrix], x, exact)
+                multiply([matrix], x, arithmetic)
 
     return float(rounds * nbytes / _seconds(multiply_all) / 1e9)
 
@@ -145,7 +147,7 @@ def _shares(
     name: str, speeds: dict[tuple[str, str], list[float]], ceiling: float
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for arithmetic in ("exact", "fast"):
+    for arithmetic in ARITHMETICS:
         timed = _timed(speeds[name, arithmetic])
         found[arithmetic] = {**timed, "share": timed["median"] / ceiling}
     return found
@@ -172,8 +174,8 @@ def _native_rivals(model: PreTrainedModel) -> dict[str, Maker]:
     except BackendUnavailable:
         return {}
     return {
-        "native exact": lambda room: decoder_for(model, room, exact=True),
-        "native fast": lambda room: decoder_for(model, room, exact=False),
+        "native exact": lambda room: decoder_for(model, room, arithmetic="exact"),
+        "native fast": lambda room: decoder_for(model, room, arithmetic="fast"),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError
 from quantine.formats import FORMAT_VERSION, format_named
@@ -14,7 +15,7 @@ def check_description(found: Mapping[str, Any]) -> None:
     """Refuse a description that docs/format.md does not allow.
 
     Args:
-        found: with ``format_version``, ``schemes`` and ``layers``.
+        found: with ``format_version``, ``schemes``, ``layers``, and perhaps ``arithmetic``.
 
     Raises:
         FormatError: names the layer or field.
@@ -29,6 +30,12 @@ def check_description(found: Mapping[str, Any]) -> None:
         )
     if not isinstance(schemes, list) or not isinstance(layers, Mapping) or not layers:
         raise FormatError("quantization_config needs a list of schemes and a table of layers")
+    arithmetic = found.get("arithmetic", UNSTATED)
+    if not is_arithmetic(arithmetic):
+        raise FormatError(
+            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}: the "
+            "directory may need a newer quantine"
+        )
     for scheme in schemes:
         try:
             spec_of(scheme)

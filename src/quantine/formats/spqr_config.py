@@ -18,6 +18,8 @@ MARK: Final = "spqr_outliers"
 but drops fields of ``quantization_config`` that it does not know."""
 ADDED: Final = "added"
 """Value of the mark: stored outliers are differences. Without it they replace decoded codes."""
+ARITHMETIC: Final = "quantine_arithmetic"
+"""Another such field: the arithmetic of the plan."""
 SIZES: Final = {"bits": BITS, "beta1": TILE, "beta2": TILE}
 """What every such directory says; ``beta1`` and ``beta2`` are rows and columns of a tile."""
 

@@ -9,7 +9,6 @@ each block of at most `BLOCK` inputs, which never crosses a group of weights.
 from __future__ import annotations
 
 import functools
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,6 +16,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.arithmetic import Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
@@ -25,8 +25,9 @@ BLOCK: Final = 64
 """Inputs that share a scale of rounded activations, at most."""
 TILE: Final = 16
 """Output rows of a tile."""
-PANEL_BYTES: Final = 2**22
-"""Decoded weights that are multiplied at once where there are many rows: they stay in cache."""
+PANEL_BYTES: Final = 2**24
+"""Decoded weights that are multiplied at once where there are many rows. PyTorch rearranges the
+activations each time."""
 LARGEST_CODE: Final = 127 * 256 + 127
 """Of activations: high and low part both fit 8 bits with a sign."""
 SMALLEST: Final = 1e-33
@@ -110,13 +111,13 @@ def _half_bits(stored: Tensor | Statistic | None) -> Tensor:
     return stored.contiguous().view(torch.int16)
 
 
-def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]:
+def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> list[Tensor]:
     """``x @ W.T`` for each of ``matrices``, whose inputs are the same; one parallel step.
 
     Args:
         matrices: native ones, ``[out, in]``.
         x: ``[batch, in]`` float32, contiguous.
-        exact: the arithmetic, see the module.
+        arithmetic: see the module.
 
     Returns:
         ``[batch, out]`` float32 each.
@@ -124,7 +125,7 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, exact: bool) -> list[Tensor]
     native = backend.native()
     assert native is not None
     results = [x.new_empty(len(x), matrix.rows) for matrix in matrices]
-    native.multiply(list(matrices), x, results, exact, pool())
+    native.multiply(list(matrices), x, results, arithmetic == "exact", pool())
     return results
 
 
@@ -135,8 +136,11 @@ def read_words(words: Tensor) -> int:
     return int(native.read_words(words, pool()))
 
 
-def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
+def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
+
+    ``fast`` rounds float32 to bfloat16 where the processor multiplies that: errors of 2**-9 do not
+    add up over as many rows of a prompt, see docs/kernels.md.
 
     Args:
         x: ``[batch, in]`` float32, bfloat16 or float16; the weights are rounded to its dtype.
@@ -144,26 +148,28 @@ def multiply_panels(matrix: Matrix, x: Tensor) -> Tensor:
     Returns:
         ``[batch, out]`` in the dtype of ``x``.
     """
+    native = backend.native()
+    assert native is not None
+    if arithmetic == "fast" and x.dtype == torch.float32 and native.has_bfloat16():
+        return multiply_panels(matrix, x.bfloat16(), arithmetic).float()
     result = x.new_empty(len(x), matrix.rows)
-    row_bytes = matrix.columns * x.element_size()
-    width = max(TILE, PANEL_BYTES // row_bytes // TILE * TILE)
-    for first in range(0, matrix.rows, width):
-        rows = min(width, matrix.rows - first)
-        shape = (matrix.columns, math.ceil(rows / TILE) * TILE)
+    height = max(TILE, PANEL_BYTES // (matrix.columns * x.element_size()) // TILE * TILE)
+    for first in range(0, matrix.rows, height):
+        shape = (min(height, matrix.rows - first), matrix.columns)
         if x.dtype == torch.bfloat16:
             panel = torch.empty(shape, dtype=torch.bfloat16)
-            matrix.decode_panel_bfloat16(first // TILE, panel.view(torch.int16), pool())
+            matrix.decode_bfloat16(first, panel.view(torch.int16), pool())
         else:
             panel = torch.empty(shape)
-            matrix.decode_panel(first // TILE, panel, pool())
+            matrix.decode(first, panel, pool())
             panel = panel.to(x.dtype)
-        torch.mm(x, panel[:, :rows], out=result[:, first : first + rows])
+        torch.mm(x, panel.T, out=result[:, first : first + len(panel)])
     return result
 
 
-def multiply_reference(qtensor: QTensor, x: Tensor, exact: bool) -> Tensor:
+def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """The meaning of `multiply` for one matrix."""
-    if exact:
+    if arithmetic == "exact":
         return x @ qtensor.dequantize().T
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
     weight = qtensor.grid.decode(qtensor.codes)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.kernels.matrix import pool
 from quantine.runtime.decoder_model import arguments_for
+from quantine.runtime.modules import packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,14 +64,18 @@ class Decoder:
 
 
 def decoder_for(
-    model: PreTrainedModel, capacity: int, *, exact: bool = True, threads: int | None = None
+    model: PreTrainedModel,
+    capacity: int,
+    *,
+    arithmetic: Arithmetic | None = None,
+    threads: int | None = None,
 ) -> Decoder:
     """A native decoder that computes what ``model`` does.
 
     Args:
         model: of the llama or opt family, with float or packed matrices.
         capacity: number of tokens there will be room for, prompt included.
-        exact: the arithmetic of products with packed matrices, see `quantine.kernels.matrix`.
+        arithmetic: of products with packed matrices; that of the model's modules if ``None``.
         threads: as many as PyTorch uses if ``None``; results do not depend on it.
 
     Raises:
@@ -80,4 +86,7 @@ def decoder_for(
         raise BackendUnavailable("the native extension is not there, or turned off")
     arguments = arguments_for(model, native, capacity)
     threads_pool = pool() if threads is None else native.Pool(threads)
+    if arithmetic is None:
+        arithmetic = next((module.arithmetic for _, module in packed_modules(model)), UNSTATED)
+    exact = arithmetic == "exact"
     return Decoder(native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import FORMAT_VERSION, format_named
 from quantine.formats.description import check_description, spec_of
@@ -49,6 +50,7 @@ class QuantineConfig(QuantizationConfigMixin):
         schemes: the distinct schemes, as plain values.
         layers: by module name, for every quantized matrix, ``scheme`` (index into ``schemes``) and
             ``shape`` (``[out, in]``).
+        arithmetic: of products with these matrices.
     """
 
     def __init__(
@@ -56,19 +58,28 @@ class QuantineConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         schemes: list[dict[str, Any]] | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
+        arithmetic: Arithmetic = UNSTATED,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # the enum knows no plug-ins
         self.format_version = format_version
         self.schemes = schemes or []
         self.layers = layers or {}
+        self.arithmetic = arithmetic
         unknown.pop("quant_method", None)
         if unknown:
             raise FormatError(
                 f"quantization_config has unknown fields {sorted(unknown)}: "
                 "install a newer quantine"
             )
-        check_description({"format_version": format_version, "schemes": schemes, "layers": layers})
+        check_description(
+            {
+                "format_version": format_version,
+                "schemes": schemes,
+                "layers": layers,
+                "arithmetic": arithmetic,
+            }
+        )
 
 
 class QuantineQuantizer(HfQuantizer):
@@ -94,6 +105,7 @@ class QuantineQuantizer(HfQuantizer):
                 scheme = config.schemes[layer["scheme"]]
                 tensors = _placeholders(scheme["format"], (name, place), entries)
                 module = _packed(model.get_submodule(place), scheme, layer["shape"], tensors)
+                module.arithmetic = config.arithmetic
                 _replace(model, place, module)
         _tie_head(model)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.errors import FormatError, QuantineError
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
+from quantine.errors import FormatError, PlanError, QuantineError
 from quantine.formats.checkpoint import weight_files
+from quantine.runtime.modules import packed_modules
 from quantine.runtime.source import ModelSource, locate
 from quantine.runtime.spqr_hub import translated_config
 
@@ -15,7 +17,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreTrainedModel, Any]:
+def load(
+    directory: str | Path,
+    dtype: torch.dtype | str = "auto",
+    arithmetic: Arithmetic | None = None,
+) -> tuple[PreTrainedModel, Any]:
     """Load an output of `quantine.quantize`, or a checkpoint of SpQR, and its tokenizer.
 
     Weights stay packed; the files are mapped, not copied.
@@ -24,6 +30,8 @@ def load(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreT
         directory: an output directory, or the hub id of an uploaded one; or one whose config.json
             says ``quant_method: spqr``, whoever wrote it.
         dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
+        arithmetic: of products with packed matrices; ``None`` is the plan's, which the directory
+            holds (``exact``, if it holds none).
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
@@ -31,15 +39,22 @@ def load(directory: str | Path, dtype: torch.dtype | str = "auto") -> tuple[PreT
     Raises:
         CheckpointError: there is no such directory.
         FormatError: it is not quantine's, or tensors are missing.
+        PlanError: there is no such arithmetic.
     """
     source = locate(directory)
-    return load_packed(source, dtype), source.tokenizer()
+    return load_packed(source, dtype, arithmetic), source.tokenizer()
 
 
-def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_packed(
+    source: ModelSource,
+    dtype: torch.dtype | str = "auto",
+    arithmetic: Arithmetic | None = None,
+) -> PreTrainedModel:
     """The quantized model of ``source``; see `load`."""
     from transformers import AutoModelForCausalLM
 
+    if arithmetic is not None and not is_arithmetic(arithmetic):
+        raise PlanError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}")
     if not source.is_quantized():
         raise FormatError(
             f"{source.name} was not written by quantine (its config.json says otherwise): quantize "
@@ -61,6 +76,9 @@ def load_packed(source: ModelSource, dtype: torch.dtype | str = "auto") -> PreTr
             raise FormatError(
                 f"{source.directory} is damaged: {kind.replace('_', ' ')} {sorted(info[kind])[:4]}"
             )
+    if arithmetic is not None:
+        for _, module in packed_modules(model):
+            module.arithmetic = arithmetic
     packed: PreTrainedModel = model.eval()
     return packed
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
@@ -31,6 +32,9 @@ class Packed(nn.Module):
         spec: the weight's spec.
         out_features, in_features: shape of the matrix.
         tensors: packed tensors, or tensors of their shapes on the meta device.
+
+    Attributes:
+        arithmetic: of products; may be changed at any time.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Packed(nn.Module):
         self.spec = spec
         self.out_features = out_features
         self.in_features = in_features
+        self.arithmetic: Arithmetic = UNSTATED
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -91,9 +96,9 @@ class Packed(nn.Module):
             return linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.in_features)
         if len(rows) > FEW_ROWS:
-            result = multiply_panels(matrix, rows)
+            result = multiply_panels(matrix, rows, self.arithmetic)
         else:
-            (result,) = multiply([matrix], rows.float().contiguous(), exact=True)
+            (result,) = multiply([matrix], rows.float().contiguous(), self.arithmetic)
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:

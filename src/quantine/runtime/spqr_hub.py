@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from quantine.core.arithmetic import UNSTATED
 from quantine.formats.checkpoint import weight_files
 from quantine.formats.shards import read_entries
-from quantine.formats.spqr_config import ADDED, MARK, describe
+from quantine.formats.spqr_config import ADDED, ARITHMETIC, MARK, describe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,10 +33,11 @@ def translated_config(source: ModelSource) -> PretrainedConfig:
     config = source.config()
     settings = config.__dict__.pop("quantization_config")
     added = config.__dict__.pop(MARK, None) == ADDED
+    arithmetic = config.__dict__.pop(ARITHMETIC, UNSTATED)
     files = weight_files(source.directory)
     entries = {entry.name: entry for file in files for entry in read_entries(file)}
     found = describe(settings, added, entries, _linears(config))
-    config.quantization_config = {"quant_method": "quantine", **found}
+    config.quantization_config = {"quant_method": "quantine", **found, "arithmetic": arithmetic}
     return config
 
 
