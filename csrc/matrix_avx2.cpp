@@ -159,9 +159,9 @@ struct Avx2 {
   static void turn(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
     turn_slowly(strip, count, out, stride);
   }
-  static inline float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
-                             const float* floats, std::size_t count, const float* x) {
-    __m256 sum = _mm256_setzero_ps();
+  // out[e] = x[columns[e]] * value[e].
+  static inline void products(const std::uint16_t* columns, const std::uint16_t* halves,
+                              const float* floats, std::size_t count, const float* x, float* out) {
     std::size_t e = 0;
     for (; e + 8 <= count; e += 8) {
       const __m256i at =
@@ -169,13 +169,9 @@ struct Avx2 {
       const __m256 value =
           halves ? _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + e)))
                  : _mm256_loadu_ps(floats + e);
-      sum = _mm256_fmadd_ps(_mm256_i32gather_ps(x, at, 4), value, sum);
+      _mm256_storeu_ps(out + e, _mm256_mul_ps(_mm256_i32gather_ps(x, at, 4), value));
     }
-    float lanes[8], total = 0.0f;
-    _mm256_storeu_ps(lanes, sum);
-    for (const float lane : lanes) total += lane;
-    for (; e < count; ++e) total += x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
-    return total;
+    for (; e < count; ++e) out[e] = x[columns[e]] * (halves ? _cvtsh_ss(halves[e]) : floats[e]);
   }
 #undef QUANTINE_INLINE
 };

@@ -152,17 +152,17 @@ struct Avx512 {
     transpose(rows);
     for (std::size_t r = 0; r < kTile; ++r) _mm512_storeu_si512(out + r * stride, rows[r]);
   }
-  static inline float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
-                             const float* floats, std::size_t count, const float* x) {
-    Float sum = _mm512_setzero_ps();
+  // out[e] = x[columns[e]] * value[e]; writes whole vectors.
+  static inline void products(const std::uint16_t* columns, const std::uint16_t* halves,
+                              const float* floats, std::size_t count, const float* x, float* out) {
     for (std::size_t e = 0; e < count; e += 16) {
       const __mmask16 some = static_cast<__mmask16>(count - e >= 16 ? 0xffffu : (1u << (count - e)) - 1);
       const Int at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, columns + e));
       const Float value = halves ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, halves + e))
                                  : _mm512_maskz_loadu_ps(some, floats + e);
-      sum = _mm512_fmadd_ps(_mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x, 4), value, sum);
+      const Float met = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x, 4);
+      _mm512_storeu_ps(out + e, _mm512_mul_ps(met, value));
     }
-    return _mm512_reduce_add_ps(sum);
   }
 #undef QUANTINE_INLINE
 };

@@ -107,12 +107,14 @@ void fast_row(const Weights& w, const Activations& a, std::size_t tile, typename
 template <typename V, int kBits, int kBatch>
 void exact_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
+  constexpr int kChains = kBatch == 1 ? 2 : 1;  // sums that do not wait for each other
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
   for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
   Cursor<V> cursor(w, tile);
-  typename V::Float scale, zero, acc[kBatch];
-  for (int b = 0; b < kBatch; ++b) acc[b] = V::set(0.0f);
+  typename V::Float scale, zero, acc[kBatch][kChains];
+  for (int b = 0; b < kBatch; ++b)
+    for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
   const float* x = a.spread;
   const Block* block = w.blocks.data();
   const Block* const blocks_end = block + w.blocks.size();
@@ -123,13 +125,16 @@ void exact_tile(const Weights& w, const Activations& activations, std::size_t ti
     unroll<4>([&](auto k) {
       const auto weight = V::sub(V::template byte<k>(codes), zero);
       for (int b = 0; b < kBatch; ++b)
-        acc[b] = V::fma(weight, V::set(x[static_cast<std::size_t>(b) * a.padded + k]), acc[b]);
+        acc[b][k % kChains] = V::fma(
+            weight, V::set(x[static_cast<std::size_t>(b) * a.padded + k]), acc[b][k % kChains]);
     });
     x += kChunk;
     if (--left != 0) return;
     for (int b = 0; b < kBatch; ++b) {
-      total[b] = V::fma(acc[b], scale, total[b]);
-      acc[b] = V::set(0.0f);
+      auto sum = acc[b][0];
+      if constexpr (kChains == 2) sum = V::add(sum, acc[b][1]);
+      total[b] = V::fma(sum, scale, total[b]);
+      for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
     }
     const std::uint32_t group = block->group;
     if (++block == blocks_end) return;
@@ -163,18 +168,39 @@ void plain_tile(const Weights& w, const Activations& a, std::size_t tile, typena
     total[b] = V::add(V::add(acc[b][0], acc[b][1]), V::add(acc[b][2], acc[b][3]));
 }
 
-// What outliers of `row` add for one row of activations.
+// Products of `count` outliers from `first` with one row of activations.
 template <typename V>
-float outliers(const Weights& w, std::size_t row, const float* x) {
-  const std::size_t first = w.outlier_offsets[row], count = w.outlier_offsets[row + 1] - first;
+inline void outlier_products(const Weights& w, std::size_t first, std::size_t count, const float* x,
+                             float* out) {
   const std::uint16_t* halves = w.outlier_halves.empty() ? nullptr : &w.outlier_halves[first];
   const float* floats = w.outlier_floats.empty() ? nullptr : &w.outlier_floats[first];
   if (!w.outlier_short_columns.empty())
-    return V::sparse(&w.outlier_short_columns[first], halves, floats, count, x);
-  float sum = 0.0f;
+    return V::products(&w.outlier_short_columns[first], halves, floats, count, x, out);
   for (std::size_t e = 0; e < count; ++e)
-    sum += x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
-  return sum;
+    out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
+}
+
+// Adds what outliers of `rows` rows from `first` make of one row of activations. Most rows have one
+// or two, so products are made for many rows at once.
+template <typename V>
+void add_outliers(const Weights& w, std::size_t first, std::size_t rows, const float* x,
+                  float* lane) {
+  constexpr std::size_t kPiece = 256;
+  alignas(64) float products[kPiece];
+  const std::size_t end = w.outlier_offsets[first + rows];
+  std::size_t e = w.outlier_offsets[first], begin = e, ready = e;
+  for (std::size_t r = 0; r < rows; ++r) {
+    float sum = lane[r];
+    for (const std::size_t stop = w.outlier_offsets[first + r + 1]; e < stop; ++e) {
+      if (e == ready) {
+        begin = e;
+        ready = std::min(e + kPiece, end);
+        outlier_products<V>(w, begin, ready - begin, x, products);
+      }
+      sum += products[e - begin];
+    }
+    lane[r] = sum;
+  }
 }
 
 template <typename V, int kBatch>
@@ -189,6 +215,28 @@ void sum_tile(const Weights& w, const Activations& a, std::size_t tile, typename
   });
 }
 
+// Asks memory for what a tile takes besides its codes: short pieces of several arrays, which
+// processors do not foresee.
+inline void fetch(const Weights& w, std::size_t tile) {
+  constexpr std::size_t kLine = 64;
+  const auto ask = [](const void* from, std::size_t bytes) {
+    for (std::size_t at = 0; at < bytes; at += kLine)
+      __builtin_prefetch(static_cast<const std::uint8_t*>(from) + at);
+  };
+  if ((tile + 1) * kTile > w.rows) return;
+  const std::size_t statistics = w.groups * w.group_bytes;
+  ask(w.statistics.data() + tile * statistics, std::min(statistics, 4 * kLine));
+  if (w.outlier_offsets.empty()) return;
+  const std::size_t first = w.outlier_offsets[tile * kTile];
+  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[(tile + 1) * kTile] - first, 128);
+  if (count == 0) return;
+  ask(w.outlier_offsets.data() + (tile + 1) * kTile, kLine);
+  if (!w.outlier_short_columns.empty())
+    ask(&w.outlier_short_columns[first], count * sizeof(std::uint16_t));
+  if (!w.outlier_halves.empty()) ask(&w.outlier_halves[first], count * sizeof(std::uint16_t));
+  else ask(&w.outlier_floats[first], count * sizeof(float));
+}
+
 template <typename V, int kBatch>
 void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y, bool exact) {
   typename V::Float total[kBatch];
@@ -199,8 +247,7 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
     float lane[kTile];
     V::store(lane, total[b]);
     if (!w.outlier_offsets.empty())
-      for (std::size_t r = 0; r < lanes; ++r)
-        lane[r] += outliers<V>(w, first + r, a.x + static_cast<std::size_t>(b) * a.columns);
+      add_outliers<V>(w, first, lanes, a.x + static_cast<std::size_t>(b) * a.columns, lane);
     std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
   }
 }
@@ -218,6 +265,7 @@ inline Activations from_row(const Activations& a, std::size_t row) {
 template <typename V>
 void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                    float* y, bool exact) {
+  fetch(w, tile + 1);
   std::size_t row = 0;
   const auto take = [&](auto rows) {
     while (batch - row >= static_cast<std::size_t>(rows)) {

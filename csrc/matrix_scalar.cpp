@@ -138,12 +138,10 @@ struct Scalar {
   static void turn(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
     turn_slowly(strip, count, out, stride);
   }
-  static float sparse(const std::uint16_t* columns, const std::uint16_t* halves,
-                      const float* floats, std::size_t count, const float* x) {
-    float sum = 0.0f;
+  static void products(const std::uint16_t* columns, const std::uint16_t* halves,
+                       const float* floats, std::size_t count, const float* x, float* out) {
     for (std::size_t e = 0; e < count; ++e)
-      sum += x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
-    return sum;
+      out[e] = x[columns[e]] * (halves ? half_to_float(halves[e]) : floats[e]);
   }
 };
 
