@@ -264,6 +264,8 @@ def _open(
 ) -> Decision:
     """A decision among the choices whose groups tile the layer; any, if none does."""
     fitting = tuple(choice for choice in choices if choice.tiles(layer))
+    if objective is not None and len(fitting) == 1:
+        return Decision(layer, fitting[0], reason, rule)
     return Decision(layer, (fitting or choices)[0], reason, rule, fitting, objective)
 
 
