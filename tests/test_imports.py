@@ -47,7 +47,7 @@ FLOORS: Final[dict[str, str]] = {
     "render": "estimate plan prepare",
     "pipeline": "adadim allocate calibrate core estimate families formats matrix plan prepare "
     "progress publish scheme errors",
-    "cli": "quantine calibrate contents estimate eval pipeline plan plots prepare progress "
+    "cli": "quantine calibrate contents core estimate eval pipeline plan plots prepare progress "
     "render runtime errors",
 }
 

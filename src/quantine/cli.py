@@ -126,13 +126,20 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="spqr-2bit, spqr-3bit, spqr-4bit, or spqr-faithful (the published algorithm)",
+        help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
+        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
     )
     parser.add_argument(
         "--bits-per-weight",
         type=float,
         metavar="X",
         help="a budget over the whole model, such as 3.5; sensitive layers get more of it",
+    )
+    parser.add_argument(
+        "--both-axes",
+        action="store_true",
+        help="with --bits-per-weight: groups may run along outputs, too; better, but such layers "
+        "run slowly as yet",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
@@ -293,6 +300,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     from quantine.calibrate.data import Calibration
+    from quantine.core.spec import GROUP_AXES
     from quantine.plan import Plan
 
     flags = {
@@ -307,6 +315,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if whole and refused:
         given = " and ".join(_flag(key) for key in refused)
         raise PlanError(f"{_flag(whole[0])} decides everything: leave out {given}")
+    if arguments.both_axes and arguments.bits_per_weight is None:
+        raise PlanError("--both-axes says what --bits-per-weight may choose: give both, or neither")
     calibration = Calibration(
         arguments.calibration,
         arguments.samples,
@@ -317,7 +327,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
-        return Plan.budget(arguments.bits_per_weight), calibration
+        axes = GROUP_AXES if arguments.both_axes else GROUP_AXES[:1]
+        return Plan.budget(arguments.bits_per_weight, axes), calibration
     name = arguments.preset or flags.pop("method", "spqr")
     return Plan.preset(name, **flags), calibration
 
