@@ -231,7 +231,7 @@ class TestRefusals:
                 assert [one.spec.group_axis for one in scheme.choices] == ["in", "out"]
             for one in scheme.choices if isinstance(scheme, AdaDim) else (scheme,):
                 assert fields.items() <= one.as_dict().items()
-            assert scheme.format == "sparse"
+                assert one.format == ("sparse" if one.method == "spqr" else "dense")
         faithful = Plan.preset("spqr-faithful").rules[0].scheme
         assert faithful is not None
         assert (faithful.solver, faithful.spec) == (FAITHFUL, FAITHFUL_SPEC)
