@@ -107,8 +107,11 @@ def gptq(
     damp: float,
     act_order: bool,
     groups: str,
+    axis: str = "in",
 ) -> Solved:
     """Round column by column with the error feedback of Optimal Brain Quantization.
+
+    With ``axis`` "out" a group holds outputs of one input, and is fitted when that is reached.
 
     After column ``q`` is rounded, every column still to come moves by
     ``-(w_q - quantized(w_q)) / inv(H)[q, q] * inv(H)[q, :]``, and ``q`` leaves ``inv(H)`` by one
@@ -116,7 +119,8 @@ def gptq(
     """
     rows, columns = weight.shape
     current = weight.astype(np.float64).copy()
-    order = solving_order(np.diagonal(hessian), act_order, group_size if groups == "aligned" else 0)
+    aligned = group_size if groups == "aligned" and axis == "in" else 0
+    order = solving_order(np.diagonal(hessian), act_order, aligned)
     refit = groups != "static"
     inverse = np.linalg.inv(damped(hessian, damp))
     grids: dict[tuple[int, int], tuple[float, int]] = {}
@@ -128,6 +132,12 @@ def gptq(
                 members = [float(current[r, c]) for c in order[step : step + group_size]]
                 grids[r, group] = fit_minmax(members, bits, sym)
         for r in range(rows):
+            if axis == "out":
+                first, group = r // group_size * group_size, -1 - q
+                members = [float(m) for m in current[first : first + group_size, q]]
+                if r == first:
+                    found = fit_minmax(members, bits, sym)
+                grids[r, group] = found
             if (r, group) not in grids:  # static: from the original weights
                 members = weight[r, group * group_size : (group + 1) * group_size]
                 grids[r, group] = fit_minmax([float(m) for m in members], bits, sym)

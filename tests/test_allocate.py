@@ -6,14 +6,17 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantine import Calibration, Plan
+from quantine import Calibration, Plan, quantize
 from quantine.allocate import Options, choose, probe
+from quantine.core.spec import QuantSpec
+from quantine.methods.spqr import SAMPLED_RUNS, SpQR, sampled_rows
 from quantine.prepare import prepare
 from quantine.progress import Silent
-from samples import quick
+from samples import correlated_inputs, observed, quick, random_weight
 
 options = st.lists(st.tuples(st.integers(1, 1000), st.floats(1e-9, 10.0)), min_size=1, max_size=4)
 tables = st.dictionaries(st.sampled_from("abcde"), options, min_size=1)
@@ -68,3 +71,48 @@ def test_a_probe_ranks_more_bits_above_fewer(
         assert list(sizes) == sorted(sizes)
         assert list(losses) == sorted(losses, reverse=True)
         assert losses[-1] > 0
+
+
+def test_a_budget_may_choose_between_axes(
+    tiny: Callable[[str], Path], short: Calibration, tmp_path: Path
+) -> None:
+    both = [
+        {"method": "spqr", "bits": bits, "group_size": 16, "scale_bits": scale, "group_axis": axis}
+        for bits, scale in ((3, 16), (4, 3))
+        for axis in ("in", "out")
+    ]
+    plan = Plan.from_dict(
+        {
+            "bits_per_weight": 6.0,
+            "choices": both,
+            "rules": [{"match": "@blocks", "method": "search"}],
+        }
+    )
+    report = quantize(tiny("llama"), tmp_path / "out", plan, short).report
+    assert report["totals"]["bits_per_weight"] <= 6.0
+    axes = {layer["scheme"]["group_axis"] for layer in report["layers"]}
+    assert axes == {"in", "out"}
+
+
+@pytest.mark.parametrize("scale_bits", [16, 4])
+def test_predictions_along_outputs_are_near_what_solving_gives(scale_bits: int) -> None:
+    weight, hessian = random_weight(64, 96), observed(correlated_inputs(96, 400))
+    spec = QuantSpec(3, 16, scale_bits=scale_bits, group_axis="out")
+    solver = SpQR(threshold=0.5)
+    losses, share = solver.predict(weight, hessian, spec)
+    solved = solver(weight, hessian, spec)
+    assert losses.shape == (64,)
+    error = hessian.error_energy(solved.dequantize() - weight)
+    # Weights that feedback has moved fit their grids better than the original ones.
+    assert error / 2 <= float(losses.sum()) * hessian.tokens <= 2 * error
+    assert solved.outliers is not None
+    assert share == pytest.approx(solved.outliers.entries / weight.numel(), rel=0.35)
+
+
+def test_samples_keep_runs_of_rows_together() -> None:
+    rows = sampled_rows(576, 64).view(-1, 64)
+    assert len(rows) >= SAMPLED_RUNS
+    assert bool((rows[:, 0] % 64 == 0).all())
+    assert bool((rows.diff(dim=1) == 1).all())
+    assert sampled_rows(48, 48).tolist() == list(range(48))
+    assert sampled_rows(640, 1).tolist() == list(range(0, 640, 10))

@@ -48,7 +48,7 @@ FLOORS: Final[dict[str, str]] = {
     "pipeline": "adadim allocate calibrate core estimate families formats matrix plan prepare "
     "progress publish scheme errors",
     "arguments": "quantine",
-    "cli": "arguments calibrate contents estimate eval pipeline plan plots prepare progress "
+    "cli": "arguments calibrate contents core estimate eval pipeline plan plots prepare progress "
     "render runtime errors",
 }
 

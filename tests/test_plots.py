@@ -22,6 +22,7 @@ import quantine
 from quantine import Calibration, Plan, cli
 from quantine.contents import contents
 from quantine.formats.store import MAPS
+from quantine.plots.axes import axis_figure
 from quantine.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
 from quantine.plots.draw import draw
 from quantine.plots.maps import MapFigure
@@ -257,6 +258,53 @@ class TestTrends:
         assert figure.axes[0].get_yscale() == "linear"
 
 
+class TestAxes:
+    """The picture of chosen axes."""
+
+    def test_tiles_and_both_losses(self) -> None:
+        layers = [
+            replace(
+                LAYER,
+                name=f"model.layers.{block}.{kind}",
+                block=block,
+                kind=kind,
+                group_axis="out" if block == 1 else "in",
+                axis_losses={"in": 0.1 + block, "out": 0.5},
+            )
+            for block in range(3)
+            for kind in ("fc1", "fc2")
+        ]
+        figure = axis_figure([*layers, LAYER])
+        assert figure is not None
+        tiles, *losses = figure.axes
+        assert [label.get_text() for label in tiles.get_yticklabels()] == ["fc1", "fc2"]
+        colours = [patch.get_facecolor() for patch in tiles.patches]
+        assert len(colours) == 6
+        assert colours[0] == colours[2] != colours[1]
+        assert len(losses) == 2
+        for axes in losses:
+            along_inputs, along_outputs = axes.get_lines()
+            assert along_inputs.get_ydata() == pytest.approx([0.1, 1.1, 2.1])
+            assert along_outputs.get_ydata() == pytest.approx([0.5] * 3)
+            assert axes.get_yscale() == "log"
+
+    def test_no_choice_no_picture(self) -> None:
+        assert axis_figure([LAYER]) is None
+
+    def test_what_a_directory_records_is_drawn(
+        self, tiny: Tiny, short: Calibration, tmp_path: Path
+    ) -> None:
+        rule = {"match": "*.0.mlp.up_proj", "method": "adadim", "inner": "rtn", "group_size": 16}
+        plan = Plan.from_dict({"rules": [rule]})
+        out = quantine.quantize(tiny("llama"), tmp_path / "out", plan, short).path
+        (layer,) = pictures_of(out)
+        choices = contents(out)["layers"][0]["choice"]["choices"]
+        assert layer.axis_losses == {one["group_axis"]: one["loss"] for one in choices}
+        pictures = draw(out, tmp_path / "pictures")
+        assert tmp_path / "pictures" / "group_axis.png" in pictures.files
+        assert not any("group_axis" in line for line in pictures.left_out)
+
+
 class TestFiles:
     def test_every_picture_is_there_and_whole(self, spqr: Path, tiny: Tiny, tmp_path: Path) -> None:
         seen: list[Path] = []
@@ -276,8 +324,9 @@ class TestFiles:
             else:
                 assert ElementTree.parse(path).getroot().tag.endswith("svg")
         # The embedding was rounded without calibration.
-        (told,) = pictures.left_out
+        told, axes = pictures.left_out
         assert told.startswith("sensitivity of 1 of 15 matrices: ")
+        assert axes == "group_axis: no layer chose between two group axes"
         tree = ElementTree.parse(target / "maps" / "model.layers.0.mlp.up_proj.svg")
         images = [e for e in tree.iter() if e.tag.endswith("}image")]
         assert len(images) == 4  # two maps and their colour bars

@@ -108,8 +108,8 @@ def _described(decision: Decision, losses: Sequence[float]) -> dict[str, Any]:
         {**{key: choice.as_dict()[key] for key in fields}, "loss": loss}
         for choice, loss in zip(decision.choices, losses, strict=True)
     ]
-    least, *others = sorted(losses)
-    margin = others[0] / max(least, 1e-30) - 1 if others else None
+    least, second = sorted(losses)[:2]
+    margin = second / max(least, 1e-30) - 1
     return {"objective": decision.objective, "choices": choices, "margin": margin}
 
 

@@ -92,13 +92,20 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="spqr-2bit, spqr-3bit, spqr-4bit, or spqr-faithful (the published algorithm)",
+        help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
+        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
     )
     parser.add_argument(
         "--bits-per-weight",
         type=float,
         metavar="X",
         help="a budget over the whole model, such as 3.5; sensitive layers get more of it",
+    )
+    parser.add_argument(
+        "--both-axes",
+        action="store_true",
+        help="with --bits-per-weight: groups may run along outputs, too; better, but such layers "
+        "run slowly as yet",
     )
     parser.add_argument(
         "--head-bits",

@@ -85,8 +85,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     from quantine.calibrate.data import Calibration
+    from quantine.core.spec import GROUP_AXES
     from quantine.plan import Plan
 
+    if arguments.both_axes and arguments.bits_per_weight is None:
+        raise PlanError("--both-axes says what --bits-per-weight may choose: give both, or neither")
     calibration = Calibration(
         arguments.calibration,
         arguments.samples,
@@ -98,7 +101,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
-        plan = Plan.budget(arguments.bits_per_weight)
+        axes = GROUP_AXES if arguments.both_axes else GROUP_AXES[:1]
+        plan = Plan.budget(arguments.bits_per_weight, axes)
     else:
         plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
     return plan if arguments.head_bits is None else plan.with_head(arguments.head_bits), calibration

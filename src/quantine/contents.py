@@ -20,8 +20,8 @@ def contents(directory: Path) -> dict[str, Any]:
     """Layers, kept tensors, file headers, and totals; sizes in bytes, from the files.
 
     Returns:
-        ``layers`` (name, scheme, shape, bytes, bits per weight, output error, kernel), ``kept``
-        (name, dtype, bytes), ``arithmetic``, ``kernel`` (what computes with them here),
+        ``layers`` (name, scheme, shape, bytes, bits per weight, output error, choice, kernel),
+        ``kept`` (name, dtype, bytes), ``arithmetic``, ``kernel`` (what computes with them here),
         ``totals`` (``file_bytes`` is the size of the weight files).
 
     Raises:
@@ -37,7 +37,7 @@ def contents(directory: Path) -> dict[str, Any]:
     elif config.get("quant_method") != "quantine":
         raise FormatError(f"{directory} was not written by quantine")
     check_description(config)
-    errors = _output_errors(directory)
+    reports = _layer_reports(directory)
     files = weight_files(directory)
     entries = {entry.name: entry for file in files for entry in read_entries(file)}
     packed_names: set[str] = set()
@@ -66,7 +66,8 @@ def contents(directory: Path) -> dict[str, Any]:
                 "shape": layer["shape"],
                 "bytes": nbytes,
                 "bits_per_weight": nbytes * 8 / math.prod(layer["shape"]),
-                "output_error": errors.get(name),
+                "output_error": reports.get(name, {}).get("output_error"),
+                "choice": reports.get(name, {}).get("choice"),
             }
         )
     kept = [
@@ -122,12 +123,11 @@ def _described_by_report(directory: Path) -> dict[str, Any]:
     }
 
 
-def _output_errors(directory: Path) -> dict[str, float]:
-    """Output errors from the report, which a copied or re-saved directory may lack."""
+def _layer_reports(directory: Path) -> dict[str, dict[str, Any]]:
+    """The report's layers by name; a copied or re-saved directory may lack it."""
     if not (directory / REPORT).is_file():
         return {}
-    layers = read_json(directory / REPORT)["layers"]
-    return {layer["name"]: layer["output_error"] for layer in layers}
+    return {layer["name"]: layer for layer in read_json(directory / REPORT)["layers"]}
 
 
 def _totals(

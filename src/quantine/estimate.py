@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from quantine.allocate import probe_segments
+from quantine.calibrate.outputs import OUTPUT_TOKENS
 from quantine.calibrate.sequential import batch_samples
 from quantine.core.objective import CHUNK
 from quantine.errors import PlanError
@@ -143,10 +144,14 @@ def _in_block(job: Job) -> int:
     solving = SOLVED_COPIES * largest + 2 * square + SEARCH_BYTES
     factoring = 4 * square
     forward = square
+    widest = max(layer.out_features for layer in inside)
     if job.segments is not None:
         rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
-        widest = max(layer.out_features for layer in inside)
         forward += FLOAT * rows * LIVE_TENSORS * (widest + _width(job))
+    if any(decision.objective == "output" for decision in job.decisions):
+        # What enters the parts of a block, and what they put out before and after.
+        widths = {layer.group: layer.in_features for layer in inside}
+        forward += FLOAT * OUTPUT_TOKENS * (sum(widths.values()) + 4 * widest)
     weights = FLOAT * sum(layer.weights for layer in inside)
     return weights + kept + max(solving, factoring, forward)
 

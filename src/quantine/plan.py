@@ -149,16 +149,21 @@ class Plan:
         return cls((rule,), title, **options)
 
     @classmethod
-    def budget(cls, bits_per_weight: float) -> Plan:
+    def budget(cls, bits_per_weight: float, group_axes: Sequence[str] = ("in",)) -> Plan:
         """Every matrix in the decoder blocks under one of `quantine.presets.CHOICES`.
 
         The choice is made in the run: so that the model's predictions change least, and all packed
         matrices together take at most ``bits_per_weight`` on average.
 
+        Args:
+            group_axes: the axes that groups may run along. Along outputs, too, is more exact, but
+                such matrices have no native products yet.
+
         Raises:
             PlanError: a budget that no plan can have.
         """
-        choices = [scheme_from(choice, "a preset choice") for choice in CHOICES]
+        fitting = (choice for choice in CHOICES if choice["group_axis"] in group_axes)
+        choices = [scheme_from(choice, "a preset choice") for choice in fitting]
         return cls(
             (Rule("@blocks", searched=True),),
             f"budget-{bits_per_weight:g}bit",
@@ -289,6 +294,8 @@ def _open(
 ) -> Decision:
     """A decision among the choices whose groups tile the layer; any, if none does."""
     fitting = tuple(choice for choice in choices if choice.tiles(layer))
+    if objective is not None and len(fitting) == 1:
+        return Decision(layer, fitting[0], reason, rule)
     return Decision(layer, (fitting or choices)[0], reason, rule, fitting, objective)
 
 

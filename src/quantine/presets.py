@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+_SPQR_ADA: Final = {"method": "adadim", "inner": "spqr", "objective": "hessian"}
+
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "spqr-2bit": {"method": "spqr", "bits": 2, "threshold": 0.5},
     "spqr-3bit": {"method": "spqr", "bits": 3, "threshold": 0.5},
@@ -21,23 +23,30 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "threshold": 0.2,
         "true_sequential": False,
     },
+    "rtn-ada-3bit": {"method": "adadim", "inner": "rtn", "bits": 3, "clip": "mse"},
+    "rtn-ada-4bit": {"method": "adadim", "inner": "rtn", "bits": 4, "clip": "mse"},
+    "gptq-ada-3bit": {"method": "adadim", "inner": "gptq", "bits": 3},
+    "gptq-ada-4bit": {"method": "adadim", "inner": "gptq", "bits": 4},
+    "spqr-ada-3bit": {**_SPQR_ADA, "bits": 3, "threshold": 0.5},
+    "spqr-ada-4bit": {**_SPQR_ADA, "bits": 4, "threshold": 0.3},
 }
 """One scheme for every matrix in the decoder blocks, and what is not the default in the plan."""
 
-_STEPS = (
-    # bits, group_size, scale_bits, threshold; from the smallest to the most exact
-    (2, 16, 3, "inf"),
-    (2, 16, 3, 0.5),
-    (3, 64, 4, 1.0),
-    (3, 32, 3, 0.5),
-    (3, 16, 3, 0.5),
-    (4, 64, 4, 0.3),
-    (4, 64, 4, 0.1),
-    (4, 16, 3, 0.3),
-    (5, 64, 4, 0.3),
-    (5, 16, 3, 0.3),
-    (6, 64, 4, 0.3),
-    (8, 64, 4, 0.3),
+_BOTH: Final = ("in", "out")
+_STEPS: Final = (
+    # bits, group_size, scale_bits, threshold, group axes; from the smallest to the most exact
+    (2, 16, 3, "inf", _BOTH),
+    (2, 16, 3, 0.5, _BOTH),
+    (3, 64, 4, 1.0, _BOTH),
+    (3, 32, 3, 0.5, _BOTH),
+    (3, 16, 3, 0.5, _BOTH),
+    (4, 64, 4, 0.3, _BOTH),
+    (4, 64, 4, 0.1, ("in",)),
+    (4, 16, 3, 0.3, _BOTH),
+    (5, 64, 4, 0.3, _BOTH),
+    (5, 16, 3, 0.3, ("in",)),
+    (6, 64, 4, 0.3, _BOTH),
+    (8, 64, 4, 0.3, ("in",)),
 )
 CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
     {
@@ -46,8 +55,10 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
         "group_size": group_size,
         "scale_bits": scale_bits,
         "threshold": threshold,
+        "group_axis": axis,
     }
-    for bits, group_size, scale_bits, threshold in _STEPS
+    for bits, group_size, scale_bits, threshold, axes in _STEPS
+    for axis in axes
 )
 """What a layer may get under a budget of bits."""
 

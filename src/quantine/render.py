@@ -159,7 +159,9 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
 def print_contents(found: dict[str, Any]) -> None:
     """What `quantine inspect` shows."""
     console = make_console()
-    table = _table("layer", "shape", "scheme", "bits/weight", "size", "output error")
+    columns = ["layer", "shape", "scheme", "bits/weight", "size", "output error"]
+    chosen = any(layer["choice"] for layer in found["layers"])
+    table = _table(*columns, *(["losses of the choices", "margin"] if chosen else []))
     for layer in found["layers"]:
         error = layer["output_error"]
         table.add_row(
@@ -169,6 +171,7 @@ def print_contents(found: dict[str, Any]) -> None:
             f"{layer['bits_per_weight']:.3f}",
             megabytes(layer["bytes"]),
             "not measured" if error is None else f"{error:.3%}",
+            *(_choice_columns(layer["choice"]) if chosen else []),
         )
     console.print(table)
     totals = found["totals"]
@@ -184,11 +187,30 @@ def print_contents(found: dict[str, Any]) -> None:
         console.print(line)
 
 
+def _choice_columns(choice: dict[str, Any] | None) -> list[str]:
+    """The losses of a layer's choices, and how much more the next best loses."""
+    if choice is None:
+        return ["", ""]
+    several = len({(one["method"], one["bits"]) for one in choice["choices"]}) > 1
+    losses = [
+        (f"{one['method']} {one['bits']} bit " if several else "")
+        + f"{_group(one)} {one['loss']:.3g}"
+        for one in choice["choices"]
+    ]
+    return [", ".join(losses), f"{choice['margin']:.1%}"]
+
+
+def _group(scheme: dict[str, Any]) -> str:
+    along_inputs = scheme.get("group_axis", "in") == "in"
+    if scheme["group_size"] == -1:
+        return "row" if along_inputs else "column"
+    return f"g{scheme['group_size']}" + ("" if along_inputs else " out")
+
+
 def describe(scheme: dict[str, Any]) -> str:
     """A scheme in a few words."""
-    group = "row" if scheme["group_size"] == -1 else f"g{scheme['group_size']}"
     kind = "sym" if scheme["sym"] else "asym"
-    return f"{scheme['method']} {scheme['bits']} bit {group} {kind}, {scheme['format']}"
+    return f"{scheme['method']} {scheme['bits']} bit {_group(scheme)} {kind}, {scheme['format']}"
 
 
 def _rows(decisions: Iterable[Decision], every_layer: bool) -> Iterable[tuple[str, Decision, int]]:

@@ -44,6 +44,15 @@ SPECS = (
     QuantSpec(5, 8, zero_bits=16),
     QuantSpec(3, 8, zero_bits=5),
     FAITHFUL_SPEC,
+    *(
+        QuantSpec(bits, group_size, sym, group_axis="out")
+        for bits in (2, 3, 8)
+        for group_size in (-1, 5)
+        for sym in (False, True)
+    ),
+    QuantSpec(4, 5, scale_bits=4, stat_group_size=64, group_axis="out"),
+    QuantSpec(3, 1, scale_bits=3, zero_bits=8, stat_group_size=3, group_axis="out"),
+    QuantSpec(3, 5, zero_bits=16, group_axis="out"),
 )
 SHAPES = ((5, 40), (16, 48))
 """Tried in turn: some layouts hold whole tiles only."""
@@ -76,6 +85,7 @@ def specs(draw: st.DrawFn) -> QuantSpec:
         scale_bits=draw(widths),
         zero_bits=0 if sym else draw(st.one_of(st.just(0), widths)),
         stat_group_size=draw(st.sampled_from([-1, 1, 2, 4, 64])),
+        group_axis=draw(st.sampled_from(["in", "out"])),
     )
 
 
@@ -83,9 +93,9 @@ def specs(draw: st.DrawFn) -> QuantSpec:
 def qtensors(draw: st.DrawFn) -> tuple[QTensor, QuantSpec]:
     """Any result at all: odd shapes, random codes, statistics and outliers, orders."""
     spec, outliers = draw(specs()), draw(st.sampled_from([None, 0.0, 0.02, 0.3, 1.0]))
-    rows = draw(st.sampled_from([1, 2, 5, 16, 32]))
+    lines = draw(st.sampled_from([1, 2, 5, 16, 32]))
     groups = draw(st.integers(1, 4))
-    columns = groups * spec.group_size
+    rows, columns = spec.lines(lines, groups * spec.group_size)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
 
     def codes(bits: int, *shape: int) -> Tensor:
@@ -93,13 +103,13 @@ def qtensors(draw: st.DrawFn) -> tuple[QTensor, QuantSpec]:
 
     def statistic(bits: int, largest: float) -> Tensor | Statistic:
         if bits == FLOAT16:
-            values = torch.rand(rows, groups, generator=generator) * largest
+            values = torch.rand(lines, groups, generator=generator) * largest
             return values.half().clamp(min=2.0**-24)
-        tile = spec.stat_group_length(rows)
-        shape = (groups, -(-rows // tile))
+        tile = spec.stat_group_length(lines)
+        shape = (groups, -(-lines // tile))
         step = torch.rand(shape, generator=generator).half().clamp(min=2.0**-24)
         return Statistic(
-            codes(bits, groups, rows),
+            codes(bits, groups, lines),
             Grid(step, torch.randn(shape, generator=generator).half(), bits, tile),
         )
 
@@ -107,8 +117,9 @@ def qtensors(draw: st.DrawFn) -> tuple[QTensor, QuantSpec]:
     if spec.zero_bits:
         zero = statistic(spec.zero_bits, 2.0**spec.bits)
     elif not spec.sym:
-        zero = codes(spec.bits, rows, groups)
-    grid = Grid(statistic(spec.scale_bits, 100.0), zero, spec.bits, spec.group_size)
+        zero = codes(spec.bits, lines, groups)
+    scale = statistic(spec.scale_bits, 100.0)
+    grid = Grid(scale, zero, spec.bits, spec.group_size, spec.group_axis)
     order = torch.randperm(columns, generator=generator) if draw(st.booleans()) else None
     kept = None
     if outliers is not None:
@@ -144,6 +155,7 @@ def assert_same(left: QTensor, right: QTensor, rounds_outliers: bool = False) ->
         assert [tensor.dtype for tensor in one] == [tensor.dtype for tensor in other]
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     assert (left.grid.bits, left.grid.group_size) == (right.grid.bits, right.grid.group_size)
+    assert left.grid.axis == right.grid.axis
     if not rounds_outliers:
         assert torch.equal(left.dequantize(), right.dequantize())
         return
@@ -216,13 +228,17 @@ def test_chosen_rows_are_those_of_the_whole(
     assert torch.equal(part.dequantize(), whole.dequantize()[rows])
 
 
+def tiles(spec: QuantSpec, shape: tuple[int, int]) -> bool:
+    return spec.divides(spec.lines(*shape)[1])
+
+
 def fitting(name: str) -> list[tuple[Solver, QuantSpec, tuple[int, int]]]:
     """Every solver and spec that the layout holds, with the first shape that it holds."""
     return [
         (solver, spec, shape)
         for solver in SOLVERS
         for spec in SPECS
-        for shape in [s for s in SHAPES if spec.divides(s[1]) and holds(name, spec, False, s)][:1]
+        for shape in [s for s in SHAPES if tiles(spec, s) and holds(name, spec, False, s)][:1]
         if holds(name, spec, solver.outlier_share != 0, shape)
     ]
 
@@ -298,3 +314,18 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
 def test_unknown_format_hints_at_a_newer_version() -> None:
     with pytest.raises(FormatError, match=r"'sparse9' \(known: .*newer quantine"):
         format_named("sparse9")
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dense", {}), ("sparse", {"scale_bits": 3}), ("sparse", {"scale_bits": 3, "zero_bits": 3})],
+)
+def test_both_axes_take_the_same_bytes(name: str, options: dict[str, int], bits: int) -> None:
+    sizes = {
+        axis: format_named(name).nbytes(
+            QuantSpec(bits, 64, stat_group_size=16, group_axis=axis, **options), 1536, 576, False
+        )
+        for axis in ("in", "out")
+    }
+    assert sizes["out"] == pytest.approx(sizes["in"], rel=0.01)

@@ -45,6 +45,13 @@ SPECS = [
     for bits in range(2, 9)
     for group_size in (-1, 8, 16)
     for sym in (False, True)
+] + [
+    pytest.param(
+        QuantSpec(bits, group_size, sym, group_axis="out"), id=f"{bits}b-out{group_size}-{sym}"
+    )
+    for bits in (2, 3, 8)
+    for group_size in (-1, 1, 4)
+    for sym in (False, True)
 ]
 
 
@@ -62,11 +69,13 @@ def check(solved: QTensor, weight: torch.Tensor, solver: Solver, spec: QuantSpec
     assert solved.codes.dtype == torch.uint8
     assert solved.codes.shape == weight.shape
     assert int(solved.codes.max()) < 2**spec.bits
-    groups = weight.shape[1] // spec.group_length(weight.shape[1])
+    lines, length = spec.lines(*weight.shape)
+    groups = length // spec.group_length(length)
     grid = solved.grid
-    assert (grid.bits, grid.group_size) == (spec.bits, weight.shape[1] // groups)
+    assert (grid.bits, grid.group_size) == (spec.bits, length // groups)
+    assert grid.axis == spec.group_axis
     assert grid.scale.dtype == torch.float16
-    assert grid.scale.shape == (weight.shape[0], groups)
+    assert grid.scale.shape == (lines, groups)
     assert bool((grid.scale > 0).all())
     assert bool(torch.isfinite(grid.scale).all())
     assert (grid.zero_point is None) == spec.sym
@@ -135,7 +144,15 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(2, 16), QuantSpec(4, -1, sym=True), QuantSpec(8, 1)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(2, 16),
+        QuantSpec(4, -1, sym=True),
+        QuantSpec(8, 1),
+        QuantSpec(3, 3, group_axis="out"),
+    ],
+)
 @pytest.mark.parametrize("name", EXTREMES)
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_extreme_weights(solver: Solver, name: str, spec: QuantSpec) -> None:
@@ -156,12 +173,35 @@ def test_rounding_keeps_a_constant_row_to_float16(bits: int, sign: int) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e8])
+@pytest.mark.parametrize("spec", [QuantSpec(8, 16), QuantSpec(8, 3, group_axis="out")])
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_weights_that_no_scale_holds_are_refused(solver: Solver, value: float) -> None:
+def test_weights_that_no_scale_holds_are_refused(
+    solver: Solver, spec: QuantSpec, value: float
+) -> None:
     weight = random_weight(3, COLUMNS)
     weight[1, 5] = value
     with pytest.raises(SolverError, match="float16"):
-        solve(solver, weight, QuantSpec(8, 16))
+        solve(solver, weight, spec)
+
+
+@pytest.mark.parametrize("scale_bits", [16, 4])
+@pytest.mark.parametrize("solver", [p for p in SOLVERS if p.values[0].outlier_share == 0])
+def test_a_loud_input_costs_the_others_nothing_where_groups_run_along_outputs(
+    solver: Solver, scale_bits: int
+) -> None:
+    weight, hessian = random_weight(48, 64), Hessian(64)
+    hessian.matrix, hessian.tokens = torch.eye(64), 1
+    loud = weight.clone()
+    loud[:, 7] *= 40
+    others = torch.arange(64) != 7
+    for axis, harmed in (("in", True), ("out", False)):
+        # Runs of one: inputs do not share second grids.
+        spec = QuantSpec(3, 16, scale_bits=scale_bits, stat_group_size=1, group_axis=axis)
+        before, after = (
+            (solver(one, hessian, spec).dequantize() - one)[:, others].square().sum()
+            for one in (weight, loud)
+        )
+        assert (after > 1.5 * before) == harmed
 
 
 @pytest.mark.parametrize("solver", [p for p in SOLVERS if p.values[0].needs_inputs])

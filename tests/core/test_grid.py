@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -274,3 +275,24 @@ def test_rows_of_a_two_level_grid_decode_alike(chosen: list[int]) -> None:
     codes = torch.arange(40, dtype=torch.uint8).view(5, 8) % 8
     part = grid.rows(rows)
     assert torch.equal(part.decode(codes[rows]), grid.decode(codes)[rows])
+
+
+def test_a_grid_along_outputs_is_that_of_the_transposed_matrix() -> None:
+    weight = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    grid = two_level_grid()
+    rows = replace(grid, group_size=4)
+    columns = replace(rows, axis="out")
+    codes = columns.encode(weight)
+    assert torch.equal(codes, rows.encode(weight.T).T)
+    decoded = columns.decode(codes)
+    assert torch.equal(decoded, rows.decode(codes.T).T)
+    assert codes.is_contiguous()
+    assert decoded.is_contiguous()
+
+
+@pytest.mark.parametrize("chosen", [[], [7], [3, 0, 3, 6]])
+def test_rows_of_a_grid_along_outputs_decode_alike(chosen: list[int]) -> None:
+    grid = replace(two_level_grid(), axis="out")
+    codes = torch.arange(40, dtype=torch.uint8).view(8, 5) % 8
+    rows = torch.tensor(chosen, dtype=torch.int64)
+    assert torch.equal(grid.rows(rows).decode(codes[rows]), grid.decode(codes)[rows])

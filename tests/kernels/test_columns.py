@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core.objective import Objective
+from quantine.core.grid import Grid
+from quantine.core.objective import Clip, Objective
 from quantine.core.observe import Factor
 from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
@@ -118,6 +119,59 @@ def test_groups_are_fitted_when_they_are_reached(
     assert share_differing(native, reference, inputs) <= allowed
     differing = fitted.grid().scales() != expected.grid().scales()
     assert differing.float().mean() <= allowed
+    torch.testing.assert_close(
+        native.errors.square().sum(), reference.errors.square().sum(), rtol=0.05, atol=1e-6
+    )
+
+
+@quick
+@given(
+    inputs=st.integers(1, 40),
+    groups=st.sampled_from([1, 3, 16, 40]),
+    length=st.sampled_from([1, 2, 5, 64]),
+    scale_bits=st.sampled_from([16, 3]),
+    zero_bits=st.sampled_from([0, 4, 16]),
+    clip=st.sampled_from(["minmax", "mse", "hessian"]),
+    price=st.sampled_from([math.inf, 0.01]),
+    seed=st.integers(0, 10**6),
+)
+def test_groups_of_outputs_are_fitted_when_their_column_is_reached(
+    inputs: int,
+    groups: int,
+    length: int,
+    scale_bits: int,
+    zero_bits: int,
+    clip: Clip,
+    price: float,
+    seed: int,
+) -> None:
+    rows = groups * length
+    weight = torch.randn(rows, inputs, generator=generator(seed)) * 0.1
+    spec = QuantSpec(3, length, scale_bits=scale_bits, zero_bits=zero_bits, group_axis="out")
+    found = factor(inputs, seed)
+    second = tuple(
+        Grid(torch.full((inputs, groups), step), torch.full((inputs, groups), -1.0), bits, 1)
+        if bits in {3, 4}
+        else None
+        for bits, step in ((scale_bits, 0.008), (zero_bits, 0.4))
+    )
+
+    def started() -> tuple[Columns, Fitted]:
+        fitted = Fitted.of_columns(inputs, rows, spec, (second[0], second[1]))
+        at_reach = AtReach(fitted, found.upper.diagonal().clone(), Objective(clip, price, True))
+        room = torch.empty(1, rows), torch.empty(1, rows)
+        number = torch.zeros(inputs, dtype=torch.int64)
+        return Columns.of(weight, found, 3, room, number, price, at_reach), fitted
+
+    (native, fitted), (reference, expected) = started(), started()
+    for block in ((0, inputs // 2), (inputs // 2, inputs)):
+        round_block(native, *block)
+        round_block_reference(reference, *block)
+    allowed = 0.03 if groups > 10 else 1.0
+    assert share_differing(native, reference, inputs) <= 2 * allowed
+    for one, other in ((fitted.scale, expected.scale), (fitted.zero, expected.zero)):
+        assert (one.values != other.values).float().mean() <= allowed
+        assert torch.equal(one.step, other.step) or None in second
     torch.testing.assert_close(
         native.errors.square().sum(), reference.errors.square().sum(), rtol=0.05, atol=1e-6
     )

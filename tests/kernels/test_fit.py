@@ -102,6 +102,37 @@ def test_grids_are_fitted_alike(
         assert costs[0] <= costs[1] * 1.05 + 1e-12
 
 
+@quick
+@given(
+    n=st.sampled_from([1, 2, 16, 33]),
+    lines=st.sampled_from([64, 65, 200]),
+    bits=st.integers(2, 8),
+    price=st.sampled_from([math.inf, 0.02, 1e-4]),
+    look_ahead=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_lines_with_a_spread_each_are_fitted_as_one_by_one(
+    n: int, lines: int, bits: int, price: float, look_ahead: bool, seed: int
+) -> None:
+    columns = groups_of((2, n, lines), "outliers", seed)
+    spread = torch.rand(lines, generator=generator(seed)) + 0.05
+    objective = Objective("hessian", price, look_ahead)
+    spec = QuantSpec(bits, n, group_axis="out")
+    for fit_with in (fit_groups, fit.fit_groups):
+        whole = fit_with(columns, spread, spec, objective)
+        assert whole.axis == "out"
+        alone = QuantSpec(bits, n)
+        for line in (0, lines - 1):
+            same = torch.full((2, n), float(spread[line]))
+            one = fit_with(columns[..., line : line + 1], same, alone, objective)
+            found = Grid(whole.scales()[line : line + 1], whole.zeros()[line : line + 1], bits, n)
+            costs = [
+                float(cost(columns[..., line : line + 1], same, grid, objective).sum())
+                for grid in (found, one)
+            ]
+            assert costs[0] == pytest.approx(costs[1], rel=0.02, abs=1e-9)
+
+
 @pytest.mark.parametrize("clip", ["minmax", "mse", "hessian"])
 @pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 16, True), QuantSpec(8, 16)])

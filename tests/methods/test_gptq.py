@@ -57,6 +57,36 @@ def test_equals_the_textbook(
     assert error == pytest.approx(best, rel=3e-3)
 
 
+@pytest.mark.parametrize("sym", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("group_size", [1, 4, -1])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("groups", ["static", "aligned", "refit"])
+def test_groups_along_outputs_equal_the_textbook(
+    groups: Any, act_order: bool, group_size: int, bits: int, sym: bool
+) -> None:
+    weight, hessian = random_weight(ROWS, COLUMNS), observed(correlated_inputs(COLUMNS, TOKENS))
+    solver = GPTQ(0.02, act_order, groups, block_size=20, clip="minmax")
+    spec = QuantSpec(bits, group_size, sym, group_axis="out")
+    solved = solver(weight, hessian, spec)
+    expected = oracles.gptq(
+        weight.numpy(),
+        hessian.matrix.numpy(),
+        bits,
+        ROWS if group_size == -1 else group_size,
+        sym,
+        damp=0.02,
+        act_order=act_order,
+        groups=groups,
+        axis="out",
+    )
+    assert solved.in_perm is None
+    assert differing(solved.codes, expected.codes) <= LARGEST_SHARE_DIFFERING
+    error = oracles.output_error((solved.dequantize() - weight).numpy(), hessian.matrix.numpy())
+    best = oracles.output_error(expected.values - weight.numpy(), hessian.matrix.numpy())
+    assert error == pytest.approx(best, rel=3e-3)
+
+
 @pytest.mark.parametrize("groups", ["static", "refit"])
 def test_dead_inputs_as_in_the_textbook(groups: Any) -> None:
     x = correlated_inputs(COLUMNS, TOKENS)

@@ -49,6 +49,13 @@ def test_a_linear_multiplies_any_batch(bits: int, sym: bool, shape: tuple[int, .
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_groups_along_outputs_multiply_as_the_decoded_matrix(rows: int) -> None:
+    module, weight = make_linear(QuantSpec(3, 4, group_axis="out"), bias=False)
+    x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(module(x), x @ weight.T)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_result_has_the_dtype_of_the_input(dtype: torch.dtype) -> None:
     module, weight = make_linear(QuantSpec(4, 16), bias=False)

@@ -46,6 +46,9 @@ class LayerPicture:
             `quantine.core.sensitivity.sensitivity_map`; ``None`` where there is none.
         outliers: ``[rows, columns]`` int64 number of outliers in each cell, see `outlier_counts`;
             ``None`` where there are none.
+        group_axis: the axis that groups run along, ``"in"`` or ``"out"``.
+        axis_losses: the least loss of all choices with groups along an axis, by axis; ``None``
+            where the layer had no choice between axes.
     """
 
     name: str
@@ -57,6 +60,8 @@ class LayerPicture:
     outlier_share: float | None
     sensitivity: Tensor | None
     outliers: Tensor | None
+    group_axis: str = "in"
+    axis_losses: dict[str, float] | None = None
 
 
 def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[LayerPicture]:
@@ -84,6 +89,8 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
             share,
             maps.get(name),
             counts,
+            spec_of(layer["scheme"]).group_axis,
+            _axis_losses(layer["choice"]),
         )
 
 
@@ -119,6 +126,15 @@ def readable_map(layer: LayerPicture) -> Tensor:
         cells //= 2
     linear = torch.pow(10.0, layer.sensitivity.double())
     return pool_mean(linear, cells=cells).log10().float()
+
+
+def _axis_losses(choice: dict[str, Any] | None) -> dict[str, float] | None:
+    """The least loss along each axis, if there was a choice between axes."""
+    losses: dict[str, float] = {}
+    for one in choice["choices"] if choice else ():
+        axis = one["group_axis"]
+        losses[axis] = min(one["loss"], losses.get(axis, math.inf))
+    return losses if len(losses) > 1 else None
 
 
 def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | None, float | None]:

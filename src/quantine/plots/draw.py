@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from quantine.contents import contents
 from quantine.errors import PlanError, QuantineError
+from quantine.plots.axes import MISSING, STEM, axis_figure
 from quantine.plots.data import LayerPicture, read_layers
 from quantine.plots.maps import MapFigure, has_map
 from quantine.plots.trends import TRENDS, trend_figure
@@ -44,8 +45,9 @@ def draw(
     """Draw what a quantized directory holds.
 
     ``target/maps/LAYER`` shows where a matrix is sensitive and where its outliers are;
-    ``target/outlier_share``, ``output_error`` and ``bits_per_weight`` show all layers. Each is
-    written as ``.png`` and ``.svg``, and replaces files of these names.
+    ``target/outlier_share``, ``output_error`` and ``bits_per_weight`` show all layers;
+    ``target/group_axis`` shows what layers chose that had a choice of axes. Each is written as
+    ``.png`` and ``.svg``, and replaces files of these names.
 
     Args:
         directory: written by `quantine.quantize`.
@@ -76,12 +78,13 @@ def draw(
             f"sensitivity of {unmapped} of {len(layers)} matrices: recorded only where the method "
             "used calibration inputs"
         )
-    for trend in TRENDS:
-        figure = trend_figure(trend, [layer for layer, _ in layers])
+    drawn = [layer for layer, _ in layers]
+    wholes = [(trend.stem, trend.missing, trend_figure(trend, drawn)) for trend in TRENDS]
+    for stem, missing, figure in (*wholes, (STEM, MISSING, axis_figure(drawn))):
         if figure is None:
-            pictures.left_out.append(f"{trend.stem}: {trend.missing}")
+            pictures.left_out.append(f"{stem}: {missing}")
         else:
-            save(figure, target / trend.stem)
+            save(figure, target / stem)
     return pictures
 
 
