@@ -13,7 +13,6 @@ import json
 import shutil
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,26 +23,12 @@ from torch import Tensor, nn
 
 import quantine
 from quantine.eval.perplexity import Score, cut_windows, perplexity_of, score_windows
-from quantine.runtime.load import load_model
+from quantine.eval.predictions import Predictions
 from quantine.runtime.modules import QuantLinear, packed_modules
 from quantine.runtime.source import locate
 
 WITHIN = 1.01
 """Perplexity over the float model's that counts as nearly lossless (SpQR, section 5)."""
-
-
-class Remembered:
-    """A float model whose logits are computed once for each window."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._logits: dict[tuple[int, ...], Tensor] = {}
-
-    def __call__(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
-        key = tuple(input_ids.flatten().tolist())
-        if key not in self._logits:
-            self._logits[key] = self._model(input_ids=input_ids, use_cache=use_cache).logits.half()
-        return SimpleNamespace(logits=self._logits[key])
 
 
 def main() -> None:
@@ -55,7 +40,7 @@ def main() -> None:
         name: cut_windows(source, text, arguments.window, arguments.limit, vocabulary)
         for name, text in texts.items()
     }
-    reference = Remembered(load_model(source, torch.float32))
+    reference = Predictions(source, torch.float32, arguments.work.with_suffix(".predictions"))
     rows = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
     done = {row["point"] for row in rows}
     for point in ["float", *arguments.points]:
@@ -97,11 +82,13 @@ def plan_of(point: str) -> quantine.Plan:
 
 
 def measured(
-    point: str, arguments: argparse.Namespace, windows: dict[str, Tensor], reference: Remembered
+    point: str, arguments: argparse.Namespace, windows: dict[str, Tensor], reference: Predictions
 ) -> dict[str, Any]:
     """Quantize and score; the float model itself for the point ``float``."""
     if point == "float":
-        scores = {name: list(score_windows(reference, None, cut)) for name, cut in windows.items()}
+        scores = {
+            name: list(score_windows(reference.model, None, cut)) for name, cut in windows.items()
+        }
         return {"bits": None, "texts": {name: summary(score) for name, score in scores.items()}}
     shutil.rmtree(arguments.work, ignore_errors=True)
     calibration = quantine.Calibration(

@@ -31,7 +31,7 @@ FLOORS: Final[dict[str, str]] = {
     "scheme": "core families formats methods errors",
     "plan": "core families formats methods presets scheme errors",
     "runtime": "core families formats kernels errors",
-    "eval": "calibrate kernels runtime errors",
+    "eval": "calibrate formats kernels runtime errors",
     "progress": "",
     "card": "",
     "contents": "formats kernels errors",
@@ -45,8 +45,9 @@ FLOORS: Final[dict[str, str]] = {
     "render": "estimate plan prepare",
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
     "publish scheme errors",
-    "cli": "quantine calibrate contents estimate eval pipeline plan plots prepare progress "
-    "render runtime errors",
+    "commands": "eval render errors",
+    "cli": "quantine calibrate commands contents estimate eval pipeline plan plots prepare "
+    "progress render runtime errors",
 }
 
 ONLY_INSIDE_FUNCTIONS: Final = (

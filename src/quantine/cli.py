@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -14,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantine import __version__
+from quantine.commands import evaluation
+from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, dump_json
 from quantine.errors import PlanError, QuantineError
 
 if TYPE_CHECKING:
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 EXIT_REFUSED: Final = 2
 EXIT_INTERRUPTED: Final = 130
-MODEL_HELP: Final = "a Hugging Face directory, a .gguf file, a hub id, or `demo`"
-DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 2 for a refusal, 130 for an interruption."""
+    """Run one command.
+
+    The exit status is 0, 1 for a verdict below its floor, 2 for a refusal, 130 for an interruption.
+    """
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
     try:
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
     except QuantineError as error:
         print(f"quantine: {error}", file=sys.stderr)
         return EXIT_REFUSED
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader (such as `head`) has what it wanted.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+        return 0
+    return status or 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,27 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     _add_quantize(verbs)
     _add_plan(verbs)
-    _add_eval(verbs)
+    evaluation.add(verbs)
     _add_generate(verbs)
     _add_inspect(verbs)
     _add_bench(verbs)
     return parser
 
 
-def _add_verb(verbs: Any, name: str, run: Any, text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
-        name,
-        help=text,
-        description=text,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_quantize(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs,
         "quantize",
         _quantize,
@@ -99,7 +89,7 @@ def _add_quantize(verbs: Any) -> None:
 
 
 def _add_plan(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs,
         "plan",
         _plan,
@@ -158,34 +148,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_eval(verbs: Any) -> None:
-    parser = _add_verb(
-        verbs,
-        "eval",
-        _eval,
-        "Perplexity of a float or quantized model, and its closeness to a reference.",
-        "  quantine eval demo --window 1024 --limit 8\n"
-        "  quantine eval out --text wiki.test.txt --json out.json\n"
-        "  quantine eval out --reference demo",
-    )
-    parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
-    parser.add_argument(
-        "--text",
-        default="builtin",
-        metavar="FILE|NAME",
-        help="builtin (its held-out part), wikitext2, c4, ptb, pile-val, or a .txt (verbatim), "
-        ".jsonl or .parquet file; default builtin",
-    )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens per window; default 2048")
-    parser.add_argument("--limit", type=int, metavar="N", help="windows used at most")
-    parser.add_argument("--reference", metavar="MODEL", help="also KL divergence and top-1 to it")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
-
-
 def _add_generate(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs,
         "generate",
         _generate,
@@ -205,7 +169,7 @@ def _add_generate(verbs: Any) -> None:
 
 
 def _add_inspect(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs,
         "inspect",
         _inspect,
@@ -224,7 +188,7 @@ def _add_inspect(verbs: Any) -> None:
 
 
 def _add_bench(verbs: Any) -> None:
-    parser = _add_verb(
+    parser = add_verb(
         verbs,
         "bench",
         _bench,
@@ -288,7 +252,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     job = prepare(arguments.model, plan, calibration)
     size = estimate(job, arguments.max_ram)
     print_plan(job, size, arguments.layers)
-    _write_json(arguments.json, plan_as_json(job, size))
+    dump_json(arguments.json, plan_as_json(job, size))
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
@@ -326,34 +290,6 @@ def _flag(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-def _eval(arguments: argparse.Namespace) -> None:
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise PlanError(f"{arguments.json} cannot be written: there is no such directory")
-    import torch
-
-    from quantine.eval.perplexity import evaluate
-    from quantine.render import make_console, print_scores, window_line
-
-    console = make_console(arguments.quiet)
-    live = console.is_terminal
-
-    def on_window(done: int, count: int, perplexity: float) -> None:
-        if live or done == count or done % 8 == 0:
-            console.print(window_line(done, count, perplexity), end="\r" if live else "\n")
-
-    scores = evaluate(
-        arguments.model,
-        arguments.text,
-        window=arguments.window,
-        limit=arguments.limit,
-        reference=arguments.reference,
-        dtype=getattr(torch, arguments.dtype),
-        on_window=on_window,
-    )
-    print_scores(scores, console)
-    _write_json(arguments.json, scores)
-
-
 def _generate(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -378,7 +314,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     found = contents(arguments.directory)
     print_contents(found)
-    _write_json(arguments.json, found)
+    dump_json(arguments.json, found)
     if arguments.plot is not None:
         _draw(arguments.directory, arguments.plot)
 
@@ -398,7 +334,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         ),
     )
     print_speeds(found, console)
-    _write_json(arguments.json, found)
+    dump_json(arguments.json, found)
 
 
 def _draw(directory: Path, target: Path) -> None:
@@ -408,24 +344,6 @@ def _draw(directory: Path, target: Path) -> None:
     for line in pictures.left_out:
         print(f"left out: {line}")
     print(f"pictures: {len(pictures.files)} files (.png and .svg) in {target}")
-
-
-def _write_json(path: Path | None, value: object) -> None:
-    if path is not None:
-        try:
-            text = json.dumps(_finite(value), indent=2, allow_nan=False)
-            path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"{path} cannot be written: {error}") from error
-
-
-def _finite(value: object) -> object:
-    """``value`` with null for numbers that JSON does not have, such as an infinite perplexity."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _quiet_libraries() -> None:

@@ -1,0 +1,78 @@
+"""The verb `eval`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, check_target, dump_json, names
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the subparsers ``verbs``."""
+    parser = add_verb(
+        verbs,
+        "eval",
+        _run,
+        "Perplexity of a float or quantized model, and its closeness to a reference.",
+        "  quantine eval demo --window 1024 --limit 8\n"
+        "  quantine eval out --text wiki.test.txt --json out.json\n"
+        "  quantine eval out --reference demo\n"
+        "  quantine eval out --reference ./Llama-3.2-1B --text wikitext2,ptb,c4 --limit 256",
+    )
+    parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
+    add_texts(parser)
+    parser.add_argument("--reference", metavar="MODEL", help="also closeness to this model")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the reference's predictions here, so that it runs once for many models",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is scored."""
+    parser.add_argument(
+        "--text",
+        type=names,
+        default=["builtin"],
+        metavar="NAME|FILE,...",
+        help="builtin (its held-out part), wikitext2, ptb, c4, ptb-validation, pile-val, or .txt "
+        "(verbatim), .jsonl or .parquet files; default builtin",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window; default 2048")
+    parser.add_argument("--limit", type=int, metavar="N", help="windows of each text at most")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_target(arguments.json)
+    import torch
+
+    from quantine.eval.evaluate import evaluate
+    from quantine.render import make_console, print_scores, window_line
+
+    console = make_console(arguments.quiet)
+    live = console.is_terminal
+
+    def on_window(text: str, done: int, count: int, perplexity: float) -> None:
+        if live or done == count or done % 8 == 0:
+            line = window_line(text, done, count, perplexity)
+            console.print(line, end="\r" if live else "\n")
+
+    scores = evaluate(
+        arguments.model,
+        arguments.text,
+        window=arguments.window,
+        limit=arguments.limit,
+        reference=arguments.reference,
+        cache=arguments.cache,
+        dtype=getattr(torch, arguments.dtype),
+        on_window=on_window,
+    )
+    print_scores(scores, console)
+    dump_json(arguments.json, scores)
