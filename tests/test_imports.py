@@ -45,7 +45,8 @@ FLOORS: Final[dict[str, str]] = {
     "render": "estimate plan prepare",
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
     "publish scheme errors",
-    "commands": "eval render errors",
+    "comparison": "calibrate eval formats pipeline plan prepare progress runtime errors",
+    "commands": "calibrate comparison eval plots render errors",
     "cli": "quantine calibrate commands contents estimate eval pipeline plan plots prepare "
     "progress render runtime errors",
 }

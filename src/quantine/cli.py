@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantine import __version__
-from quantine.commands import evaluation
+from quantine.commands import comparison, evaluation
 from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, dump_json
 from quantine.errors import PlanError, QuantineError
 
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_quantize(verbs)
     _add_plan(verbs)
     evaluation.add(verbs)
+    comparison.add(verbs)
     _add_generate(verbs)
     _add_inspect(verbs)
     _add_bench(verbs)
@@ -350,6 +351,7 @@ def _quiet_libraries() -> None:
     """Keep other libraries' progress bars and hints out of this program's output."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

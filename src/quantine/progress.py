@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STATUS: Final = Path("/proc/self/status")
+RESET: Final = Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD: Final = -3
 LARGE_TENSOR: Final = 2**20
 
@@ -160,6 +161,12 @@ def peak_memory() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    if RESET.exists():
+        RESET.write_text("5")
 
 
 def return_freed_memory() -> None:

@@ -66,11 +66,28 @@ def print_scores(scores: dict[str, Any], console: Console) -> None:
             ]
         table.add_row(*cells, f"{text['seconds']:.1f}")
     console.print(table)
+    if scores["tasks"]:
+        console.print(_task_table(scores["tasks"], compared))
     console.print(
         f"{scores['bits_per_weight']:.3f} bits per weight, weight files "
         f"{megabytes(scores['model_bytes'])}"
         + (f"; compared with {scores['reference']}" if compared else "")
     )
+
+
+def _task_table(tasks: dict[str, Any], compared: bool) -> Table:
+    heads = ["task", "asked", "score"]
+    table = _table(*heads, *(["reference", "recovery (95%)"] if compared else []))
+    for name, task in tasks.items():
+        cells = [
+            name,
+            f"{task['questions']:,} questions, {task['fewshot']} examples each",
+            f"{task['metric']} {with_error(task['score'], task['stderr'], '.2%')}",
+        ]
+        if compared:
+            cells += [f"{task['reference_score']:.2%}", with_interval(task)]
+        table.add_row(*cells)
+    return table
 
 
 def with_error(value: float, error: float | None, form: str) -> str:

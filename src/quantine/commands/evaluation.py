@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, check_target, dump_json, names
+
+if TYPE_CHECKING:
+    from quantine.eval.tasks import TaskRequest
 
 
 def add(verbs: Any) -> None:
@@ -15,14 +18,16 @@ def add(verbs: Any) -> None:
         verbs,
         "eval",
         _run,
-        "Perplexity of a float or quantized model, and its closeness to a reference.",
+        "Perplexity and task scores of a model, float or quantized, and its closeness to another.",
         "  quantine eval demo --window 1024 --limit 8\n"
         "  quantine eval out --text wiki.test.txt --json out.json\n"
         "  quantine eval out --reference demo\n"
-        "  quantine eval out --reference ./Llama-3.2-1B --text wikitext2,ptb,c4 --limit 256",
+        "  quantine eval out --reference ./Llama-3.2-1B --text wikitext2,ptb,c4 --limit 256\n"
+        "  quantine eval out --reference demo --tasks piqa,winogrande --task-limit 200",
     )
     parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
     add_texts(parser)
+    add_tasks(parser)
     parser.add_argument("--reference", metavar="MODEL", help="also closeness to this model")
     parser.add_argument(
         "--cache",
@@ -49,6 +54,40 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="windows of each text at most")
 
 
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which questions are asked."""
+    parser.add_argument(
+        "--tasks",
+        type=names,
+        metavar="NAME,...",
+        help="also tasks of lm-eval, such as winogrande,piqa,hellaswag,arc_easy,arc_challenge,"
+        "lambada_openai,openbookqa,boolq,mmlu,gsm8k,humaneval",
+    )
+    parser.add_argument(
+        "--task-limit", type=int, metavar="N", help="questions of each task at most"
+    )
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="further task definitions for lm-eval"
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="allow tasks that run programs which the model wrote, such as humaneval; they have "
+        "limits of time and memory, but no sandbox",
+    )
+
+
+def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
+    """What the options of `add_tasks` ask for."""
+    from quantine.eval.tasks import TaskRequest
+
+    if not arguments.tasks:
+        return None
+    return TaskRequest(
+        tuple(arguments.tasks), arguments.task_limit, arguments.task_path, arguments.run_code
+    )
+
+
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
     import torch
@@ -72,6 +111,7 @@ def _run(arguments: argparse.Namespace) -> None:
         reference=arguments.reference,
         cache=arguments.cache,
         dtype=getattr(torch, arguments.dtype),
+        tasks=tasks_of(arguments),
         on_window=on_window,
     )
     print_scores(scores, console)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from quantine.eval.perplexity import (
     window_length,
 )
 from quantine.eval.predictions import Predictions
+from quantine.eval.tasks import TaskRequest, Tasks, TaskScore, compare_tasks
 from quantine.runtime.load import load_model
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.source import ModelSource, locate
@@ -43,6 +45,7 @@ def evaluate(
     reference: str | Path | None = None,
     cache: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
+    tasks: TaskRequest | None = None,
     on_window: OnWindow = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure a float or quantized model.
@@ -57,10 +60,12 @@ def evaluate(
         cache: directory in which the reference's predictions are kept, so that it runs once for
             many models; see `quantine.eval.predictions`. Without one both are in memory.
         dtype: of the computation.
+        tasks: questions to ask, after the texts.
 
     Returns:
         ``model``, ``dtype``, ``reference``, ``bits_per_weight`` and ``model_bytes`` of the weight
-        files, and ``texts``, by the name of a text (of a file, without its directory):
+        files; ``tasks`` by name, see `quantine.eval.tasks.compare_tasks`; and ``texts`` by the
+        name of a text (of a file, without its directory):
 
         * ``perplexity``, its standard error ``stderr`` (delta method over window means),
           ``tokens`` scored, ``windows``, ``window``, ``digest`` of the scored tokens, ``seconds``;
@@ -73,19 +78,15 @@ def evaluate(
         CalibrationError: a text is too short, given twice, or belongs to another tokenizer.
         CheckpointError, FormatError: a model cannot be read.
         OutputError: predictions cannot be kept.
+        PlanError: a task does not exist, cannot be run, or runs code without leave to do so.
     """
+    asked = None if tasks is None else Tasks(tasks)
     source = locate(model)
-    config = source.config()
-    window = window_length(window, getattr(config, "max_position_embeddings", None))
-    cut = {
-        name: cut_windows(source, text, window, limit, config.vocab_size)
-        for name, text in named_texts(texts).items()
-    }
+    cut = cut_texts(source, texts, window, limit)
     compared = None
     if reference is not None:
         compared = reference_of(source, reference, dtype, cache)
-        for windows in cut.values():
-            compared.reserve(windows, config.vocab_size)
+        compared.reserve(cut.values())
     tested = load_model(source, dtype)
     return {
         "model": source.name,
@@ -93,23 +94,31 @@ def evaluate(
         "reference": None if reference is None else str(reference),
         "bits_per_weight": bits_per_weight(tested, source),
         "model_bytes": source.weight_bytes(),
-        "texts": measure_texts(tested, compared, cut, on_window),
+        "texts": {
+            name: summary(name, score_windows(tested, compared, windows), windows, on_window)
+            for name, windows in cut.items()
+        },
+        "tasks": {} if asked is None else measure_tasks(tested, source, compared, asked),
     }
 
 
-def named_texts(texts: str | Sequence[str]) -> dict[str, str]:
-    """Texts by the names they have in results: their own, or that of the file.
+def cut_texts(
+    source: ModelSource, texts: str | Sequence[str], window: int | None, limit: int | None
+) -> dict[str, Tensor]:
+    """Windows ``[windows, window]`` int64 of each text, by its own name or that of its file.
 
     Raises:
-        CalibrationError: two have one name.
+        CalibrationError: see `evaluate`.
     """
-    named: dict[str, str] = {}
+    config = source.config()
+    window = window_length(window, getattr(config, "max_position_embeddings", None))
+    cut: dict[str, Tensor] = {}
     for text in [texts] if isinstance(texts, str) else texts:
         name = Path(text).name
-        if name in named:
+        if name in cut:
             raise CalibrationError(f"two texts are called {name!r}: leave out or rename one")
-        named[name] = text
-    return named
+        cut[name] = cut_windows(source, text, window, limit, config.vocab_size)
+    return cut
 
 
 def reference_of(
@@ -126,41 +135,63 @@ def reference_of(
     return Predictions(compared, dtype, None if cache is None else Path(cache))
 
 
-def measure_texts(
-    model: PreTrainedModel,
-    reference: Predictions | None,
-    cut: Mapping[str, Tensor],
-    on_window: OnWindow,
+def summary(
+    name: str, scored: Iterable[Score], windows: Tensor, on_window: OnWindow
 ) -> dict[str, Any]:
-    """The ``texts`` of `evaluate` from windows ``[windows, window]`` by name."""
-    found = {}
-    for name, windows in cut.items():
-        started = time.perf_counter()
-        scores = []
-        for score in score_windows(model, reference, windows):
-            scores.append(score)
-            on_window(name, len(scores), len(windows), perplexity_of(scores)[0])
-        perplexity, stderr = perplexity_of(scores)
-        found[name] = {
-            "perplexity": perplexity,
-            "stderr": stderr,
-            "tokens": sum(score.tokens for score in scores),
-            "windows": len(scores),
-            "window": windows.shape[1],
-            "digest": hashlib.blake2b(windows.numpy().tobytes(), digest_size=16).hexdigest(),
-            **_closeness(scores, compared=reference is not None),
-            "seconds": time.perf_counter() - started,
-        }
-    return found
+    """What `evaluate` says of the text ``name``.
+
+    Args:
+        scored: a score for each of ``windows`` ``[windows, window]``.
+    """
+    started = time.perf_counter()
+    scores: list[Score] = []
+    for score in scored:
+        scores.append(score)
+        on_window(name, len(scores), len(windows), perplexity_of(scores)[0])
+    perplexity, stderr = perplexity_of(scores)
+    return {
+        "perplexity": perplexity,
+        "stderr": stderr,
+        "tokens": sum(score.tokens for score in scores),
+        "windows": len(scores),
+        "window": windows.shape[1],
+        "digest": digest_of(windows),
+        **_closeness(scores),
+        "seconds": time.perf_counter() - started,
+    }
 
 
-def _closeness(scores: list[Score], *, compared: bool) -> dict[str, float | None]:
+def digest_of(windows: Tensor) -> str:
+    """Hash of the tokens ``windows``."""
+    return hashlib.blake2b(windows.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def measure_tasks(
+    model: PreTrainedModel, source: ModelSource, reference: Predictions | None, tasks: Tasks
+) -> dict[str, Any]:
+    """The ``tasks`` of `evaluate`."""
+    other = None if reference is None else reference_answers(reference, tasks)
+    return compare_tasks(tasks.run(model, source.tokenizer()), other)
+
+
+def reference_answers(reference: Predictions, tasks: Tasks) -> dict[str, TaskScore]:
+    """The task scores of a reference, which are remembered."""
+    kept = f"tasks-{tasks.request.identity()}"
+    plain = reference.recall(kept)
+    if plain is None:
+        answered = tasks.run(reference.model, reference.source.tokenizer())
+        plain = {name: asdict(score) for name, score in answered.items()}
+        reference.remember(kept, plain)
+    return {name: TaskScore(**values) for name, values in plain.items()}
+
+
+def _closeness(scores: list[Score]) -> dict[str, float | None]:
     """How near the model is to its reference; every value ``None`` without one."""
-    if not compared:
+    other = [s.reference_loss / s.tokens for s in scores if s.reference_loss is not None]
+    if not other:
         names = ("kl", "kl_stderr", "top1", "top1_stderr", "reference_perplexity")
         return dict.fromkeys([*names, "recovery", "recovery_low", "recovery_high"])
     own = [score.loss / score.tokens for score in scores]
-    other = [s.reference_loss / s.tokens for s in scores if s.reference_loss is not None]
     kl, kl_stderr = mean_with_error([score.kl / score.tokens for score in scores])
     top1, top1_stderr = mean_with_error([score.agree / score.tokens for score in scores])
     recovery = perplexity_recovery(own, other)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -82,16 +83,24 @@ class Predictions:
             raise OutputError(f"predictions cannot be kept in {path}: {error}") from error
         return path
 
-    def reserve(self, windows: Tensor, vocabulary: int) -> None:
-        """Check that the predictions of ``windows`` ``[windows, window]`` fit on the disk.
+    def reserve(self, texts: Iterable[Tensor]) -> None:
+        """Check that the predictions of all windows of ``texts`` fit on the disk.
+
+        Args:
+            texts: ``[windows, window]`` int64 each.
 
         Raises:
             OutputError: they do not.
         """
         if self.directory is None:
             return
-        missing = [tokens for tokens in windows if not self._path(tokens).is_file()]
-        needed = len(missing) * (windows.shape[1] - 1) * (2 * vocabulary + 8)
+        vocabulary = self.source.config().vocab_size
+        needed = sum(
+            (len(tokens) - 1) * (2 * vocabulary + 8)
+            for windows in texts
+            for tokens in windows
+            if not self._path(tokens).is_file()
+        )
         free = shutil.disk_usage(self.directory).free
         if needed > free:
             raise OutputError(
