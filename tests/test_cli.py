@@ -18,7 +18,7 @@ from quantine import cli
 from tiny_models import logits_of, oracle_weights, with_weights
 
 Tiny = Callable[[str], Path]
-VERBS = ("quantize", "plan", "eval", "compare", "generate", "inspect")
+VERBS = ("quantize", "plan", "eval", "compare", "report", "generate", "inspect")
 FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
 
 

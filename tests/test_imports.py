@@ -46,7 +46,9 @@ FLOORS: Final[dict[str, str]] = {
     "pipeline": "allocate calibrate core estimate families formats matrix plan prepare progress "
     "publish scheme errors",
     "comparison": "calibrate eval formats pipeline plan prepare progress runtime errors",
-    "commands": "calibrate comparison eval plots render errors",
+    "record": "card formats errors",
+    "report": "card contents eval formats plots record runtime errors",
+    "commands": "calibrate comparison eval plots record render report runtime errors",
     "cli": "quantine calibrate commands contents estimate eval pipeline plan plots prepare "
     "progress render runtime errors",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quantine import __version__
-from quantine.commands import comparison, evaluation
+from quantine.commands import comparison, evaluation, report
 from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, dump_json
 from quantine.errors import PlanError, QuantineError
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(verbs)
     evaluation.add(verbs)
     comparison.add(verbs)
+    report.add(verbs)
     _add_generate(verbs)
     _add_inspect(verbs)
     _add_bench(verbs)

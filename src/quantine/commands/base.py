@@ -54,16 +54,16 @@ def dump_json(path: Path | None, value: object) -> None:
     """
     if path is not None:
         try:
-            text = json.dumps(_finite(value), indent=2, allow_nan=False)
+            text = json.dumps(finite(value), indent=2, allow_nan=False)
             path.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise PlanError(f"{path} cannot be written: {error}") from error
 
 
-def _finite(value: object) -> object:
+def finite(value: Any) -> Any:
     """``value`` with null for numbers that JSON does not have, such as an infinite perplexity."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

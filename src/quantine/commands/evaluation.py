@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.base import DTYPES, MODEL_HELP, add_verb, check_target, dump_json, names
+from quantine.commands.base import (
+    DTYPES,
+    MODEL_HELP,
+    add_verb,
+    check_target,
+    dump_json,
+    finite,
+    names,
+)
 
 if TYPE_CHECKING:
     from quantine.eval.tasks import TaskRequest
@@ -21,7 +29,7 @@ def add(verbs: Any) -> None:
         "Perplexity and task scores of a model, float or quantized, and its closeness to another.",
         "  quantine eval demo --window 1024 --limit 8\n"
         "  quantine eval out --text wiki.test.txt --json out.json\n"
-        "  quantine eval out --reference demo\n"
+        "  quantine eval out --reference demo --record\n"
         "  quantine eval out --reference ./Llama-3.2-1B --text wikitext2,ptb,c4 --limit 256\n"
         "  quantine eval out --reference demo --tasks piqa,winogrande --task-limit 200",
     )
@@ -34,6 +42,11 @@ def add(verbs: Any) -> None:
         type=Path,
         metavar="DIR",
         help="keep the reference's predictions here, so that it runs once for many models",
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the numbers in OUT, for its model card and report, with samples of both models",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
@@ -90,6 +103,10 @@ def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
 
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
+    if arguments.record:
+        from quantine.record import check_recordable
+
+        check_recordable(Path(arguments.model))
     import torch
 
     from quantine.eval.evaluate import evaluate
@@ -116,3 +133,22 @@ def _run(arguments: argparse.Namespace) -> None:
     )
     print_scores(scores, console)
     dump_json(arguments.json, scores)
+    if arguments.record:
+        _record(arguments, scores)
+
+
+def _record(arguments: argparse.Namespace, scores: dict[str, Any]) -> None:
+    import torch
+
+    from quantine.eval.samples import decode_samples
+    from quantine.record import record
+    from quantine.runtime.load import load_model
+    from quantine.runtime.source import locate
+
+    source = locate(arguments.model)
+    samples = []
+    if arguments.reference is not None:
+        model = load_model(source, torch.float32)
+        reference = load_model(locate(arguments.reference), torch.float32)
+        samples = decode_samples(model, reference, source.tokenizer())
+    record(source.directory, finite(scores), samples, source.file_digests())
