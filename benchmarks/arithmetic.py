@@ -6,13 +6,14 @@ Every product of a packed matrix is made straight from the codes, once in each a
 from __future__ import annotations
 
 import argparse
+import functools
 
 import torch
 from torch import Tensor, nn
 
 import quantine
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic
-from quantine.eval.perplexity import cut_windows, perplexity_of, score_windows
+from quantine.eval.perplexity import cut_windows, perplexity_of, predict, score_windows
 from quantine.kernels.matrix import multiply
 from quantine.runtime.modules import QuantLinear, TiedHead, packed_modules
 from quantine.runtime.source import locate
@@ -56,7 +57,7 @@ def main() -> None:
     vocabulary = source.config().vocab_size
     windows = cut_windows(source, arguments.text, arguments.window, arguments.limit, vocabulary)
     exact, fast = (straight(arguments.model, kind) for kind in ARITHMETICS)
-    scores = list(score_windows(fast, exact, windows))
+    scores = list(score_windows(fast, functools.partial(predict, exact), windows))
     base = list(score_windows(exact, None, windows))
     tokens = sum(score.tokens for score in scores)
     found, expected = perplexity_of(scores)[0], perplexity_of(base)[0]

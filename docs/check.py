@@ -5,6 +5,7 @@
 * YAML blocks are plans that quantine accepts.
 * Lines that start with ``quantine`` parse with the real command line; lines that start with
   ``make`` name a target of the Makefile.
+* docs/results.md is what benchmarks/results.py writes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -20,11 +22,13 @@ from pathlib import Path
 import yaml
 
 from quantine import Plan, QuantineError
-from quantine.arguments import build_parser
+from quantine.cli import build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
 RUN = ROOT / "docs" / "format.md"
+RESULTS = ROOT / "docs" / "results.md"
+RESULTS_SCRIPT = ROOT / "benchmarks" / "results.py"
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -43,6 +47,8 @@ def main() -> int:
         for language, code in found:
             checks = _block(page, language, code)
             problems += [f"{page.relative_to(ROOT)}: {problem}" for problem in checks]
+    if RESULTS.read_text(encoding="utf-8") != runpy.run_path(str(RESULTS_SCRIPT))["page"]():
+        problems.append(f"{RESULTS.relative_to(ROOT)} is not what {RESULTS_SCRIPT.name} writes")
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
     sys.stdout.write(f"{len(pages)} pages, {blocks} blocks, {len(problems)} problems\n")

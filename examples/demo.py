@@ -25,8 +25,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = {"window": arguments.window, "limit": arguments.limit}
 
-    before = quantine.evaluate(arguments.model, **sizes)
-    after = quantine.evaluate(arguments.directory, **sizes)
+    before = quantine.evaluate(arguments.model, "builtin", **sizes)
+    after = quantine.evaluate(arguments.directory, "builtin", **sizes)
+    text = after["texts"]["builtin"]
 
     # A float model may come in a file of any format: compare with the same weights in 16 bit.
     report = json.loads((arguments.directory / "quantine_report.json").read_text())
@@ -39,13 +40,14 @@ def main() -> None:
         ("float", before, 16.0, float_bytes),
         (report["plan"]["name"], after, after["bits_per_weight"], after["model_bytes"]),
     ):
-        perplexity = f"{scores['perplexity']:.2f} ± {scores['stderr']:.2f}"
+        found = scores["texts"]["builtin"]
+        perplexity = f"{found['perplexity']:.2f} ± {found['stderr']:.2f}"
         table.add_row(name, perplexity, f"{bits:.3f}", f"{nbytes / 1e6:.1f}")
     console = Console()
     console.print(table)
     console.print(
-        f"{after['tokens']:,} tokens of held-out text, {after['windows']} windows of "
-        f"{after['window']}; float MB: the same tensors stored in 16 bit"
+        f"{text['tokens']:,} tokens of held-out text, {text['windows']} windows of "
+        f"{text['window']}; float MB: the same tensors stored in 16 bit"
     )
 
 

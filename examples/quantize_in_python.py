@@ -28,7 +28,7 @@ def main(model: str, out: str) -> None:
     console.print(f"{result.report['totals']['bits_per_weight']:.3f} bits per quantized weight")
     console.print(f"largest output error: {worst['output_error']:.2%} in {worst['name']}")
 
-    scores = quantine.evaluate(out, window=1024, limit=4)
+    scores = quantine.evaluate(out, "builtin", window=1024, limit=4)["texts"]["builtin"]
     console.print(f"perplexity {scores['perplexity']:.2f} ± {scores['stderr']:.2f}")
 
     # The model is a normal transformers model whose linear layers stay packed.

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 import quantine
 from quantine import cli
-from quantine.arguments import build_parser
+from quantine.cli import build_parser
 from tiny_models import logits_of, oracle_weights, with_weights
 
 Tiny = Callable[[str], Path]
-VERBS = ("quantize", "plan", "eval", "generate", "inspect")
+VERBS = ("quantize", "plan", "eval", "compare", "report", "generate", "inspect")
 FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
 
 
@@ -84,7 +84,7 @@ def test_a_model_goes_through_all_verbs(
 
     window = ["--text", text_file, "--window", 32, "--limit", 4]
     succeed("eval", out, *window, "--reference", model, "--json", tmp_path / "eval.json")
-    scores = json.loads((tmp_path / "eval.json").read_text())
+    scores = json.loads((tmp_path / "eval.json").read_text())["texts"]["text.txt"]
     shown = capsys.readouterr().out
     assert f"{scores['perplexity']:.3f}" in shown
     assert "window 4/4" in shown
@@ -296,7 +296,10 @@ def test_the_float_model_can_be_evaluated_too(tiny: Tiny, text_file: Path, tmp_p
     options = ["--text", text_file, "--window", 32, "--limit", 2, "--quiet"]
     succeed("eval", tiny("llama"), *options, "--json", tmp_path / "a.json")
     succeed("eval", tiny("llama"), *options, "--dtype", "bfloat16", "--json", tmp_path / "b.json")
-    a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    a, b = (
+        json.loads((tmp_path / name).read_text())["texts"]["text.txt"]
+        for name in ("a.json", "b.json")
+    )
     assert a["perplexity"] != b["perplexity"]
     assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.05)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         ResumeMismatch,
         SolverError,
     )
-    from quantine.eval.perplexity import evaluate
+    from quantine.eval.evaluate import evaluate
     from quantine.methods.gptq import GPTQ
     from quantine.methods.rtn import RTN
     from quantine.methods.spqr import SpQR
@@ -91,7 +91,7 @@ _HOME = {
     "Rule": "rules",
     "Scheme": "scheme",
     "SolverError": "errors",
-    "evaluate": "eval.perplexity",
+    "evaluate": "eval.evaluate",
     "load": "runtime.load",
     "quantize": "pipeline",
 }

@@ -12,8 +12,12 @@ SPQR: Final = (
 )
 
 
-def model_card(report: dict[str, Any]) -> str:
-    """README.md with the facts of ``report``; its code block runs as written."""
+def model_card(report: dict[str, Any], scores: dict[str, Any] | None = None) -> str:
+    """README.md with the facts of ``report``; its code block runs as written.
+
+    Args:
+        scores: what was measured, see `quantine.record.record`.
+    """
     totals, calibration = report["totals"], report["calibration"]
     spqr = all(layer["scheme"]["format"] == "spqr" for layer in report["layers"])
     rows = "\n".join(
@@ -57,6 +61,57 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 {SPQR if spqr else AUTO}
-
+{_quality(scores) if scores else ""}
 What was done to each layer, and how well it went, is in `quantine_report.json`.
 """
+
+
+def _quality(scores: dict[str, Any]) -> str:
+    """The section about what was measured."""
+    compared = scores["reference"] is not None
+    heads = ["", "this model", *(["float model", "recovery"] if compared else [])]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    notes = []
+    for name, text in scores["texts"].items():
+        cells = [f"perplexity on {name}", _with_error(text["perplexity"], text["stderr"], ".3f")]
+        if compared:
+            cells += [f"{text['reference_perplexity']:.3f}", recovery_cell(text)]
+        lines.append(_row(cells))
+        notes.append(f"{name}: {text['windows']} windows of {text['window']} tokens")
+    for name, task in scores["tasks"].items():
+        score = _with_error(task["score"], task["stderr"], ".1%")
+        cells = [f"{name} ({task['metric']})", score]
+        if compared:
+            cells += [f"{task['reference_score']:.1%}", recovery_cell(task)]
+        lines.append(_row(cells))
+        notes.append(f"{name}: {task['questions']} questions, {task['fewshot']} examples each")
+    meaning = (
+        "Recovery is the float model's perplexity over this model's, or this model's score over "
+        "the float model's, with its 95% interval. " * compared
+    )
+    return f"""
+## Quality
+
+{chr(10).join(lines)}
+
+{"; ".join(notes)}. ± is one standard error. {meaning}
+"""
+
+
+def recovery_cell(measured: dict[str, Any]) -> str:
+    """A recovery with its interval, where there is one."""
+    low, high = measured["recovery_low"], measured["recovery_high"]
+    if measured["recovery"] is None:
+        return "not defined"
+    bounds = "" if low is None else f" ({low:.1%} to {high:.1%})"
+    return f"{measured['recovery']:.1%}{bounds}"
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    if value is None:
+        return "infinite"
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 STATUS: Final = Path("/proc/self/status")
 M_TRIM_THRESHOLD: Final = -1
+RESET: Final = Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD: Final = -3
 LARGE_TENSOR: Final = 2**25
 """Bytes; the largest limit that glibc takes."""
@@ -164,6 +165,12 @@ def peak_memory() -> int:
             return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak_memory() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    if RESET.exists():
+        RESET.write_text("5")
 
 
 def reuse_freed_memory() -> None:

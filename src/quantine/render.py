@@ -39,28 +39,69 @@ def megabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def window_line(done: int, count: int, perplexity: float) -> str:
+def window_line(text: str, done: int, count: int, perplexity: float) -> str:
     """Progress of an evaluation."""
-    return f"window {done}/{count}  perplexity so far {perplexity:.3f}"
+    return f"{text}: window {done}/{count}  perplexity so far {perplexity:.3f}"
 
 
 def print_scores(scores: dict[str, Any], console: Console) -> None:
-    """The result of `quantine.eval.perplexity.evaluate`."""
-    table = _table("", "")
-    stderr = "" if scores["stderr"] is None else f" ± {scores['stderr']:.3f}"
-    rows = {
-        "perplexity": f"{scores['perplexity']:.3f}{stderr}",
-        "scored": f"{scores['tokens']:,} tokens, {scores['windows']} windows of {scores['window']}",
-        "bits per weight": f"{scores['bits_per_weight']:.3f}",
-        "weight files": megabytes(scores["model_bytes"]),
-    }
-    if scores["kl"] is not None:
-        rows[f"KL to {scores['reference']}"] = f"{scores['kl']:.5f} nats per token"
-        rows["top-1 agreement"] = f"{scores['top1']:.2%}"
-    rows["seconds"] = f"{scores['seconds']:.1f}"
-    for name, value in rows.items():
-        table.add_row(name, value)
+    """The result of `quantine.eval.evaluate.evaluate`."""
+    compared = scores["reference"] is not None
+    heads = ["text", "scored", "perplexity"]
+    if compared:
+        heads += ["reference", "recovery (95%)", "KL, nats per token", "top-1 agreement"]
+    table = _table(*heads, "seconds")
+    for name, text in scores["texts"].items():
+        cells = [
+            name,
+            f"{text['tokens']:,} tokens, {text['windows']} windows of {text['window']}",
+            with_error(text["perplexity"], text["stderr"], ".3f"),
+        ]
+        if compared:
+            cells += [
+                f"{text['reference_perplexity']:.3f}",
+                with_interval(text),
+                with_error(text["kl"], text["kl_stderr"], ".5f"),
+                with_error(text["top1"], text["top1_stderr"], ".2%"),
+            ]
+        table.add_row(*cells, f"{text['seconds']:.1f}")
     console.print(table)
+    if scores["tasks"]:
+        console.print(_task_table(scores["tasks"], compared))
+    console.print(
+        f"{scores['bits_per_weight']:.3f} bits per weight, weight files "
+        f"{megabytes(scores['model_bytes'])}"
+        + (f"; compared with {scores['reference']}" if compared else "")
+    )
+
+
+def _task_table(tasks: dict[str, Any], compared: bool) -> Table:
+    heads = ["task", "asked", "score"]
+    table = _table(*heads, *(["reference", "recovery (95%)"] if compared else []))
+    for name, task in tasks.items():
+        cells = [
+            name,
+            f"{task['questions']:,} questions, {task['fewshot']} examples each",
+            f"{task['metric']} {with_error(task['score'], task['stderr'], '.2%')}",
+        ]
+        if compared:
+            cells += [f"{task['reference_score']:.2%}", with_interval(task)]
+        table.add_row(*cells)
+    return table
+
+
+def with_error(value: float, error: float | None, form: str) -> str:
+    """A number and its standard error."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
+
+
+def with_interval(value: dict[str, Any]) -> str:
+    """The recovery in ``value`` and its confidence interval."""
+    low, high = value["recovery_low"], value["recovery_high"]
+    if value["recovery"] is None:
+        return "-"
+    bounds = "" if low is None else f" ({low:.2%} to {high:.2%})"
+    return f"{value['recovery']:.2%}{bounds}"
 
 
 def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:

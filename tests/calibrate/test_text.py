@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import quantine.calibrate.text as text_module
-from quantine.calibrate.text import HUB_TEXTS, read_text
+from quantine.calibrate.text import HUB_TEXTS, HubPart, read_text
 from quantine.errors import CalibrationError
 
 
@@ -118,6 +118,7 @@ def test_builtin_parts_are_disjoint() -> None:
 @pytest.mark.parametrize("name", HUB_TEXTS)
 def test_hub_texts_are_asked_for_the_right_part(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
+    text = HUB_TEXTS[name]
 
     class Stub:
         """Stands in for the library: remembers the call, delivers three rows."""
@@ -125,19 +126,29 @@ def test_hub_texts_are_asked_for_the_right_part(name: str, monkeypatch: pytest.M
         @staticmethod
         def load_dataset(data_set: str, configuration: Any, **options: Any) -> list[Any]:
             asked.append((data_set, configuration, options))
-            return [{HUB_TEXTS[name][2]: row} for row in ("one", "", "three")]
+            return [{text.column: row} for row in ("one", "", "three")]
 
     monkeypatch.setitem(sys.modules, "datasets", Stub)
-    data_set, configuration, _, splits, limit = HUB_TEXTS[name]
-    for part in ("calibration", "heldout"):
-        assert read_text(name, part) == "one\n\n\n\nthree"  # type: ignore[arg-type]
-        path, _, revision = data_set.partition("@")
+    uses: list[text_module.Split] = ["calibration", "heldout"]
+    for use in uses:
+        part = text.part(use)
+        assert read_text(name, use) == part.separator.join(["one", "", "three"])
         options = {
-            "split": splits[part],  # type: ignore[index]
-            "streaming": limit is not None,
-            "revision": revision or None,
+            "split": part.split,
+            "streaming": part.rows is not None,
+            "revision": text.revision,
         }
-        assert asked.pop() == (path, configuration, options)
+        assert asked.pop() == (text.data_set, text.configuration, options)
+
+
+def test_the_held_out_parts_are_those_of_the_papers() -> None:
+    """`get_ptb_new` and `get_c4_new` of GPTQ's published code, and its `get_wikitext2`."""
+    found = {name: HUB_TEXTS[name].heldout for name in ("wikitext2", "ptb", "c4")}
+    assert found == {
+        "wikitext2": HubPart("test", "\n\n", None),
+        "ptb": HubPart("test", " ", None),
+        "c4": HubPart("validation", " ", 1100),
+    }
 
 
 def test_a_limited_hub_text_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,6 +159,7 @@ def test_a_limited_hub_text_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setitem(sys.modules, "datasets", Stub)
     assert read_text("c4", "calibration").split("\n\n") == [str(n) for n in range(2000)]
+    assert read_text("c4", "heldout").split(" ") == [str(n) for n in range(1100)]
 
 
 def test_hub_errors_give_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,8 +197,6 @@ def test_missing_libraries_give_the_install_line(
                 read_text(source, "calibration")
 
 
-def test_every_hub_text_has_both_parts() -> None:
-    for _, _, column, splits, limit in text_module.HUB_TEXTS.values():
-        assert splits.keys() == {"calibration", "heldout"}
-        assert column
-        assert limit is None or limit > 0
+def test_calibration_never_sees_what_the_papers_hold_out() -> None:
+    for name in ("wikitext2", "ptb", "ptb-validation", "c4"):
+        assert HUB_TEXTS[name].calibration.split == "train" != HUB_TEXTS[name].heldout.split

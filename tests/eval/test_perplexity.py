@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantine
-from quantine import CalibrationError, cli, evaluate
+from quantine import CalibrationError, cli
 from quantine.calibrate.text import BUILTIN, read_text
 from quantine.eval.perplexity import cut_windows
 from quantine.runtime.source import locate
@@ -22,6 +22,12 @@ from tiny_models import BOS, CONTEXT, build, byte_tokenizer, tiny_config
 
 Tiny = Callable[[str], Path]
 WINDOW = 48
+
+
+def measured(model: Path, text: str, **options: Any) -> dict[str, Any]:
+    """What `quantine.evaluate` says of a model and one text, in one dictionary."""
+    found = quantine.evaluate(model, text, **options)
+    return {**found, **found["texts"][Path(text).name]}
 
 
 def expected_losses(model: Path, ids: list[int], window: int, limit: int) -> list[float]:
@@ -42,7 +48,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(
 ) -> None:
     ids = byte_tokenizer()(text_file.read_text())["input_ids"]
     losses = expected_losses(tiny(name), ids, window, 5)
-    scores = evaluate(tiny(name), str(text_file), window=window, limit=5)
+    scores = measured(tiny(name), str(text_file), window=window, limit=5)
     mean = sum(losses) / len(losses)
     assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     # Delta method: the error of exp(m) is exp(m) times the error of m.
@@ -57,13 +63,13 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(
 def test_the_last_incomplete_window_is_dropped(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefghij" * 10)  # 101 tokens with <s>
-    assert evaluate(tiny("llama"), str(text), window=50)["windows"] == 2
-    assert evaluate(tiny("llama"), str(text), window=51)["windows"] == 1
-    assert evaluate(tiny("llama"), str(text), window=101)["windows"] == 1
-    one = evaluate(tiny("llama"), str(text), window=101)
+    assert measured(tiny("llama"), str(text), window=50)["windows"] == 2
+    assert measured(tiny("llama"), str(text), window=51)["windows"] == 1
+    assert measured(tiny("llama"), str(text), window=101)["windows"] == 1
+    one = measured(tiny("llama"), str(text), window=101)
     assert one["stderr"] is None
     with pytest.raises(CalibrationError, match="has 101 tokens, fewer than one window of 102"):
-        evaluate(tiny("llama"), str(text), window=102)
+        measured(tiny("llama"), str(text), window=102)
 
 
 @pytest.mark.parametrize("reference", ["llama", "packed"])
@@ -71,7 +77,7 @@ def test_a_model_agrees_with_itself(
     reference: str, tiny: Tiny, packed: Callable[[str, str], Path], text_file: Path
 ) -> None:
     model = tiny("llama") if reference == "llama" else packed("llama", "mixed")
-    scores = evaluate(model, str(text_file), window=WINDOW, limit=3, reference=model)
+    scores = measured(model, str(text_file), window=WINDOW, limit=3, reference=model)
     assert scores["kl"] == 0
     assert scores["top1"] == 1
 
@@ -80,7 +86,7 @@ def test_divergence_and_agreement_against_plain_formulas(
     tiny: Tiny, packed: Callable[[str, str], Path], text_file: Path
 ) -> None:
     out = packed("llama", "gptq")
-    scores = evaluate(out, str(text_file), window=WINDOW, limit=3, reference=tiny("llama"))
+    scores = measured(out, str(text_file), window=WINDOW, limit=3, reference=tiny("llama"))
     ids = torch.tensor(byte_tokenizer()(text_file.read_text())["input_ids"])
     tested, _ = quantine.load(out)
     reference = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
@@ -160,11 +166,11 @@ def test_windows_out_of_range_are_refused(
     options: dict[str, int], message: str, tiny: Tiny, text_file: Path
 ) -> None:
     with pytest.raises(CalibrationError, match=message):
-        evaluate(tiny("llama"), str(text_file), **options)
+        measured(tiny("llama"), str(text_file), **options)
 
 
 def test_the_window_defaults_to_the_context(tiny: Tiny, text_file: Path) -> None:
-    assert evaluate(tiny("llama"), str(text_file), limit=1)["window"] == CONTEXT
+    assert measured(tiny("llama"), str(text_file), limit=1)["window"] == CONTEXT
 
 
 def test_a_reference_of_another_vocabulary_is_refused(
@@ -172,14 +178,14 @@ def test_a_reference_of_another_vocabulary_is_refused(
 ) -> None:
     other = build(tiny_config("llama", vocab_size=260), tmp_path / "other")
     with pytest.raises(CalibrationError, match="different vocabularies"):
-        evaluate(tiny("llama"), str(text_file), window=WINDOW, limit=1, reference=other)
+        measured(tiny("llama"), str(text_file), window=WINDOW, limit=1, reference=other)
 
 
 def test_sizes_are_those_of_the_files(
     tiny: Tiny, packed: Callable[[str, str], Path], text_file: Path
 ) -> None:
     def scores(model: Path) -> dict[str, Any]:
-        return evaluate(model, str(text_file), window=WINDOW, limit=1)
+        return measured(model, str(text_file), window=WINDOW, limit=1)
 
     out = packed("llama", "rtn")
     report = json.loads((out / "quantine_report.json").read_text())
@@ -207,7 +213,8 @@ def test_the_json_is_strict_even_when_perplexity_overflows(
     def not_json(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    scores = json.loads(path.read_text(), parse_constant=not_json)
+    found = json.loads(path.read_text(), parse_constant=not_json)
+    scores = {**found, **found["texts"][text_file.name]}
     assert scores.keys() >= {
         "perplexity",
         "stderr",

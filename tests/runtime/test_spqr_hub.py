@@ -180,7 +180,7 @@ def test_it_can_be_evaluated_generated_from_and_saved(
     from quantine.cli import main
 
     scores = quantine.evaluate(checkpoint, str(text_file), window=32, limit=2)
-    assert scores["perplexity"] > 1
+    assert scores["texts"][text_file.name]["perplexity"] > 1
     tensors = load_file(checkpoint / "model.safetensors")
     nbytes = sum(t.nbytes for name, t in tensors.items() if name.split(".")[-1] in KEYS)
     weights = 16 * sum(len(t) for name, t in tensors.items() if name.endswith("dense_weights"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,36 +16,83 @@ BUILTIN: Final = "builtin"
 HELDOUT_EVERY: Final = 4
 """One topic of the built-in text in four is held out for evaluation."""
 
-HUB_TEXTS: Final[dict[str, tuple[str, str | None, str, dict[Split, str], int | None]]] = {
-    # name: (data set[@revision], configuration, column, split of each use, documents; None = all)
-    # The hub's own parquet copy of ptb is read: its main branch is a script, which never runs here.
-    "wikitext2": (
+
+@dataclass(frozen=True)
+class HubPart:
+    """Rows of a hub data set that make up one text.
+
+    Attributes:
+        split: name of the split.
+        separator: what goes between two rows.
+        rows: rows taken from the start; ``None`` takes all.
+    """
+
+    split: str
+    separator: str = "\n\n"
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text on the hub, and which part of it calibrates and which is held out.
+
+    Attributes:
+        column: the column that holds the text.
+        configuration: of the data set, where it has several.
+        revision: a branch other than the main one.
+    """
+
+    data_set: str
+    column: str
+    calibration: HubPart
+    heldout: HubPart
+    configuration: str | None = None
+    revision: str | None = None
+
+    def part(self, split: Split) -> HubPart:
+        """The rows for one use."""
+        return self.calibration if split == "calibration" else self.heldout
+
+
+HUB_TEXTS: Final[dict[str, HubText]] = {
+    # The held-out parts are those of the tables in GPTQ's and SpQR's papers: WikiText-2's raw test
+    # set, whose rows keep their newline; Penn Treebank's test set in one line; the first 1100
+    # validation documents of C4, which fill the 256 windows of 2048 tokens that are scored there.
+    "wikitext2": HubText(
         "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
         "text",
-        {"calibration": "train", "heldout": "test"},
-        None,
+        HubPart("train"),
+        HubPart("test"),
+        configuration="wikitext-2-raw-v1",
     ),
-    "ptb": (
-        "ptb-text-only/ptb_text_only@refs/convert/parquet",
-        None,
+    # The hub's own parquet copy of ptb is read: its main branch is a script, which never runs here.
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
         "sentence",
-        {"calibration": "train", "heldout": "test"},
-        None,
+        HubPart("train", " "),
+        HubPart("test", " "),
+        revision="refs/convert/parquet",
     ),
-    "c4": (
+    # What RPTQ's tables call ptb.
+    "ptb-validation": HubText(
+        "ptb-text-only/ptb_text_only",
+        "sentence",
+        HubPart("train"),
+        HubPart("validation"),
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubText(
         "allenai/c4",
-        "en",
         "text",
-        {"calibration": "train", "heldout": "validation"},
-        2000,
+        HubPart("train", rows=2000),
+        HubPart("validation", " ", 1100),
+        configuration="en",
     ),
-    "pile-val": (
+    "pile-val": HubText(
         "mit-han-lab/pile-val-backup",
-        None,
         "text",
-        {"calibration": "validation", "heldout": "validation"},
-        2000,
+        HubPart("validation", rows=2000),
+        HubPart("validation", rows=2000),
     ),
 }
 
@@ -129,21 +177,22 @@ def _from_hub(name: str, split: Split) -> str:
             f"the text {name!r} comes from the hub and needs datasets: "
             "pip install 'quantine[hub]', or give a local file"
         ) from error
-    data_set, configuration, column, splits, limit = HUB_TEXTS[name]
+    text = HUB_TEXTS[name]
+    part = text.part(split)
     try:
-        path, _, revision = data_set.partition("@")
         rows = load_dataset(
-            path,
-            configuration,
-            split=splits[split],
-            streaming=limit is not None,
-            revision=revision or None,
+            text.data_set,
+            text.configuration,
+            split=part.split,
+            streaming=part.rows is not None,
+            revision=text.revision,
         )
-        texts = [row[column] for _, row in zip(range(limit or len(rows)), rows, strict=False)]
+        count = len(rows) if part.rows is None else part.rows
+        return part.separator.join(
+            row[text.column] for _, row in zip(range(count), rows, strict=False)
+        )
     except Exception as error:  # the library raises many types; none of them names a remedy
         raise CalibrationError(
-            f"{data_set} cannot be read from the hub ({error}): check the connection, or give a "
-            "local file"
+            f"{text.data_set} cannot be read from the hub ({error}): check the connection, or give "
+            "a local file"
         ) from error
-    # Rows of wikitext keep their newline and its blank rows are empty: this is how GPTQ joined it.
-    return "\n\n".join(texts)

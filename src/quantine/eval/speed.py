@@ -102,6 +102,28 @@ def measure(
     }
 
 
+def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
+    """Tokens/s of ``model`` after ``context`` tokens, as `quantine.runtime.generate` decodes.
+
+    Fewer tokens where the model's context is shorter.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None:
+        context = min(context, max(1, longest - DECODED - 1))
+    rivals = _native_rivals(model) if any(packed_modules(model)) else {}
+    if "native exact" in rivals:
+        decoder = rivals["native exact"](context + DECODED)
+    else:
+        decoder = ModuleDecoder(model)
+    prompt = torch.arange(context) % 97 + 3
+    speeds = []
+    for _ in range(runs):
+        decoder.reset()
+        decoder.append(prompt)
+        speeds.append(DECODED / _seconds(functools.partial(_decode, decoder)))
+    return _timed(speeds)
+
+
 def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
     """Packed modules by what they have in common; each kind under the name of its first."""
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}

@@ -106,8 +106,14 @@ class ModelSource:
     def gguf_digest(self) -> str:
         """Hash of the GGUF file."""
         assert self.gguf_file is not None
-        with (self.directory / self.gguf_file).open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return _file_digest(self.directory / self.gguf_file)
+
+    def file_digests(self) -> dict[str, str]:
+        """Hashes of the files that decide what the model computes, by name."""
+        if self.gguf_file is not None:
+            return {self.gguf_file: self.gguf_digest()}
+        files = [self.directory / "config.json", *weight_files(self.directory)]
+        return {file.name: _file_digest(file) for file in files}
 
     def is_quantized(self) -> bool:
         """Whether quantine reads this as packed weights: an output, or a checkpoint of SpQR."""
@@ -169,6 +175,11 @@ def locate(model: str | Path) -> ModelSource:
     if name == DEMO:
         return _demo()
     return _from_hub(name)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _demo() -> ModelSource:

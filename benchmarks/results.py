@@ -1,0 +1,82 @@
+"""Write docs/results.md from the comparisons in benchmarks/results.
+
+A table is a run of `quantine compare`: repeat the command above it, copy its comparison.json to
+benchmarks/results/NAME.json, and run this again. Texts are files, as `quantine eval` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantine.comparison.table import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One comparison and what it is held against.
+
+    Attributes:
+        name: of its file in benchmarks/results.
+        title: heading.
+        claim: what the paper says, and how its table is laid out.
+        command: that made it.
+        limits: what the table cannot show.
+    """
+
+    name: str
+    title: str
+    claim: str
+    command: str
+    limits: str
+
+
+TABLES = (
+    Table(
+        "spqr-opt-mini",
+        "SpQR: size against quality, with GPTQ and RTN",
+        """SpQR (tables 1 and 2): at equal size, outliers in 16 bit beside small groups with quantized
+statistics lose less than GPTQ, which loses less than rounding to nearest (RTN); with about 4.6 bits
+less than 1% is lost.""",
+        "quantine compare opt-mini --plans preset:rtn:bits=4,preset:rtn:bits=3,preset:gptq:bits=4,"
+        "preset:gptq:bits=3,preset:spqr-4bit,preset:spqr-3bit,preset:spqr-faithful,3.65 "
+        "--calibration wikitext2_valid.txt --samples 32 --seqlen 256 --bfloat16 "
+        "--text wikitext2_test.txt --window 256 --limit 256 --out spqr",
+        """opt-mini is an OPT of 6 blocks, 256 wide, trained on little text. It has no outliers to
+speak of, so all methods are close at 4 bits, and their order in perplexity is mostly noise; KL
+orders them.""",
+    ),
+)
+
+INTRODUCTION = """# Results
+
+What the papers claim, measured again with quantine on the models at hand. This page is written by
+[benchmarks/results.py](../benchmarks/results.py) from JSON; the command that made a table is above
+it. Perplexities of small models on short texts are not those of the papers: read the order of rows
+and the recovery, not the level.
+
+What the models at hand cannot show: anything about models with billions of weights, whose outliers
+SpQR, AdaDim and RPTQ are made for; and scores of tasks that small models only guess at. The tables of
+AdaDim and RPTQ are to be added with their methods.
+"""
+
+
+def page() -> str:
+    """The page, from all comparisons."""
+    parts = [INTRODUCTION]
+    for table in TABLES:
+        rows = json.loads((DATA / f"{table.name}.json").read_text(encoding="utf-8"))["rows"]
+        parts.append(
+            f"\n## {table.title}\n\n{table.claim}\n\n```sh\n{table.command}\n```\n\n"
+            f"{markdown(rows)}\n{table.limits}\n"
+        )
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,85 @@
+"""The verb `compare`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quantine.commands.base import MODEL_HELP, add_verb, names
+from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the subparsers ``verbs``."""
+    parser = add_verb(
+        verbs,
+        "compare",
+        _run,
+        "Quantize a model under several plans, measure each alike, and make one table. The same "
+        "command continues after an interruption; further plans may be added.",
+        "  quantine compare demo --plans 3,3.65,4.25 --out sizes --window 1024 --limit 24\n"
+        "  quantine compare demo --plans preset:rtn:bits=4,preset:gptq:bits=4,plan.yaml --out c",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--plans",
+        type=names,
+        required=True,
+        metavar="PLAN,...",
+        help="plan files, preset:NAME, preset:NAME:bits=3:group_size=64, or bits per weight",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or continued")
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="NAME|FILE",
+        help="as of quantize; default builtin",
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
+    parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="multiply in bfloat16 while calibrating"
+    )
+    add_texts(parser)
+    add_tasks(parser)
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from quantine.calibrate.data import Calibration
+    from quantine.comparison.points import plans_of
+    from quantine.comparison.run import Measured, compare
+    from quantine.comparison.table import loss_of_quality, markdown, pareto_front, write_tables
+    from quantine.plots.pareto import pareto_figure, save_figure
+    from quantine.render import make_console
+
+    console = make_console(arguments.quiet)
+    rows = compare(
+        arguments.model,
+        plans_of(arguments.plans),
+        arguments.out,
+        Calibration(
+            arguments.calibration,
+            arguments.samples,
+            arguments.seqlen,
+            arguments.seed,
+            arguments.bfloat16,
+        ),
+        Measured(tuple(arguments.text), arguments.window, arguments.limit, tasks_of(arguments)),
+        on_step=lambda name: console.print(f"now: {name}"),
+    )
+    files = write_tables(rows, arguments.out)
+    points = [
+        (row["name"], row["bits_per_weight"], loss)
+        for row in rows
+        if row["plan"] is not None and (loss := loss_of_quality(row)) is not None
+    ]
+    if points and find_spec("matplotlib") is not None:
+        files += save_figure(pareto_figure(points, pareto_front(rows)), arguments.out / "pareto")
+    elif points:
+        console.print("no picture: that needs matplotlib: pip install 'quantine[plot]'")
+    console.print(markdown(rows))
+    console.print(f"written: {', '.join(map(str, files))}")

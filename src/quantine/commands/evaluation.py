@@ -1,0 +1,154 @@
+"""The verb `eval`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantine.commands.base import (
+    DTYPES,
+    MODEL_HELP,
+    add_verb,
+    check_target,
+    dump_json,
+    finite,
+    names,
+)
+
+if TYPE_CHECKING:
+    from quantine.eval.tasks import TaskRequest
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the subparsers ``verbs``."""
+    parser = add_verb(
+        verbs,
+        "eval",
+        _run,
+        "Perplexity and task scores of a model, float or quantized, and its closeness to another.",
+        "  quantine eval demo --window 1024 --limit 8\n"
+        "  quantine eval out --text wiki.test.txt --json out.json\n"
+        "  quantine eval out --reference demo --record\n"
+        "  quantine eval out --reference ./Llama-3.2-1B --text wikitext2,ptb,c4 --limit 256\n"
+        "  quantine eval out --reference demo --tasks piqa,winogrande --task-limit 200",
+    )
+    parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
+    add_texts(parser)
+    add_tasks(parser)
+    parser.add_argument("--reference", metavar="MODEL", help="also closeness to this model")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep the reference's predictions here, so that it runs once for many models",
+    )
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="keep the numbers in OUT, for its model card and report, with samples of both models",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is scored."""
+    parser.add_argument(
+        "--text",
+        type=names,
+        default=["builtin"],
+        metavar="NAME|FILE,...",
+        help="builtin (its held-out part), wikitext2, ptb, c4, ptb-validation, pile-val, or .txt "
+        "(verbatim), .jsonl or .parquet files; default builtin",
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens per window; default 2048")
+    parser.add_argument("--limit", type=int, metavar="N", help="windows of each text at most")
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which questions are asked."""
+    parser.add_argument(
+        "--tasks",
+        type=names,
+        metavar="NAME,...",
+        help="also tasks of lm-eval, such as winogrande,piqa,hellaswag,arc_easy,arc_challenge,"
+        "lambada_openai,openbookqa,boolq,mmlu,gsm8k,humaneval",
+    )
+    parser.add_argument(
+        "--task-limit", type=int, metavar="N", help="questions of each task at most"
+    )
+    parser.add_argument(
+        "--task-path", type=Path, metavar="DIR", help="further task definitions for lm-eval"
+    )
+    parser.add_argument(
+        "--run-code",
+        action="store_true",
+        help="allow tasks that run programs which the model wrote, such as humaneval; they have "
+        "limits of time and memory, but no sandbox",
+    )
+
+
+def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
+    """What the options of `add_tasks` ask for."""
+    from quantine.eval.tasks import TaskRequest
+
+    if not arguments.tasks:
+        return None
+    return TaskRequest(
+        tuple(arguments.tasks), arguments.task_limit, arguments.task_path, arguments.run_code
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_target(arguments.json)
+    if arguments.record:
+        from quantine.record import check_recordable
+
+        check_recordable(Path(arguments.model))
+    import torch
+
+    from quantine.eval.evaluate import evaluate
+    from quantine.render import make_console, print_scores, window_line
+
+    console = make_console(arguments.quiet)
+    live = console.is_terminal
+
+    def on_window(text: str, done: int, count: int, perplexity: float) -> None:
+        if live or done == count or done % 8 == 0:
+            line = window_line(text, done, count, perplexity)
+            console.print(line, end="\r" if live else "\n")
+
+    scores = evaluate(
+        arguments.model,
+        arguments.text,
+        window=arguments.window,
+        limit=arguments.limit,
+        reference=arguments.reference,
+        cache=arguments.cache,
+        dtype=getattr(torch, arguments.dtype),
+        tasks=tasks_of(arguments),
+        on_window=on_window,
+    )
+    print_scores(scores, console)
+    dump_json(arguments.json, scores)
+    if arguments.record:
+        _record(arguments, scores)
+
+
+def _record(arguments: argparse.Namespace, scores: dict[str, Any]) -> None:
+    import torch
+
+    from quantine.eval.samples import decode_samples
+    from quantine.record import record
+    from quantine.runtime.load import load_model
+    from quantine.runtime.source import locate
+
+    source = locate(arguments.model)
+    samples = []
+    if arguments.reference is not None:
+        model = load_model(source, torch.float32)
+        reference = load_model(locate(arguments.reference), torch.float32)
+        samples = decode_samples(model, reference, source.tokenizer())
+    record(source.directory, finite(scores), samples, source.file_digests())

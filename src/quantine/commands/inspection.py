@@ -1,0 +1,51 @@
+"""The verb `inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantine.commands.base import add_verb, check_target, dump_json
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the subparsers ``verbs``."""
+    parser = add_verb(
+        verbs,
+        "inspect",
+        _run,
+        "What a quantized directory holds, counted from its files.",
+        "  quantine inspect out\n  quantine inspect out --json out.json\n"
+        "  quantine inspect out --plot pictures",
+    )
+    parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="draw sensitivity and outliers of every matrix, and errors and sizes by block",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_target(arguments.json)
+    from quantine.contents import contents
+    from quantine.render import print_contents
+
+    found = contents(arguments.directory)
+    print_contents(found)
+    dump_json(arguments.json, found)
+    if arguments.plot is not None:
+        _draw(arguments.directory, arguments.plot)
+
+
+def _draw(directory: Path, target: Path) -> None:
+    from quantine.plots.draw import draw
+
+    pictures = draw(directory, target, lambda path: print(f"drawn: {path}", file=sys.stderr))
+    for line in pictures.left_out:
+        print(f"left out: {line}")
+    print(f"pictures: {len(pictures.files)} files (.png and .svg) in {target}")

@@ -1,0 +1,202 @@
+"""The verbs `quantize` and `plan`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantine.commands.base import MODEL_HELP, add_verb, check_target, dump_json
+from quantine.errors import PlanError
+
+if TYPE_CHECKING:
+    from quantine.calibrate.data import Calibration
+    from quantine.plan import Plan
+
+
+def add(verbs: Any) -> None:
+    """Add the verbs to the subparsers ``verbs``."""
+    _add_quantize(verbs)
+    _add_plan(verbs)
+
+
+def _add_quantize(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "quantize",
+        _quantize,
+        "Quantize a model into a directory.",
+        "  quantine quantize demo out --method gptq --bits 4 --samples 32\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits 3 --calibration my-text.jsonl\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits-per-weight 3.5 --head-bits 8\n"
+        "  quantine quantize ./Llama-3.2-1B out --plan plan.yaml\n"
+        "  quantine quantize ./Llama-3.2-1B out --bits 3 --resume",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("out", metavar="OUT", type=Path, help="output directory, new or empty")
+    _add_request(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the unfinished run in OUT")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "plan",
+        _plan,
+        "Show what quantize would do, and what it would take, without loading weights.",
+        "  quantine plan demo --method gptq --bits 3\n"
+        "  quantine plan ./Llama-3.2-1B --plan plan.yaml --layers\n"
+        "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json",
+    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    _add_request(parser)
+    parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=("rtn", "gptq", "spqr"), help="default spqr")
+    parser.add_argument("--bits", type=int, metavar="B", help="bits per code, 2 to 8; default 4")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="G",
+        help="inputs that share a scale; -1 for the whole row; default 64, for spqr 16",
+    )
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
+        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
+    )
+    parser.add_argument(
+        "--bits-per-weight",
+        type=float,
+        metavar="X",
+        help="a budget over the whole model, such as 3.5; sensitive layers get more of it",
+    )
+    parser.add_argument(
+        "--both-axes",
+        action="store_true",
+        help="with --bits-per-weight: groups may run along outputs, too; better, but such layers "
+        "run slowly as yet",
+    )
+    parser.add_argument(
+        "--head-bits",
+        type=int,
+        metavar="B",
+        help="bits of the token table and the output head, 2 to 8; 8 lose next to nothing; "
+        "default 16",
+    )
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
+    parser.add_argument(
+        "--calibration",
+        default="builtin",
+        metavar="NAME|FILE",
+        help="builtin, wikitext2, c4, ptb, pile-val, or a .txt, .jsonl or .parquet file; "
+        "default builtin",
+    )
+    parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
+    parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="multiply in bfloat16 while calibrating: faster where the processor can",
+    )
+    parser.add_argument(
+        "--max-ram",
+        type=float,
+        metavar="GB",
+        help="activations kept in memory before they go to disk; default a quarter of the memory",
+    )
+
+
+def _quantize(arguments: argparse.Namespace) -> None:
+    from quantine.pipeline import quantize
+    from quantine.progress import Shown
+    from quantine.render import make_console
+
+    plan, calibration = _request(arguments)
+    shown = None if arguments.quiet else Shown(make_console(stderr=True))
+    try:
+        result = quantize(
+            arguments.model,
+            arguments.out,
+            plan,
+            calibration,
+            resume=arguments.resume,
+            max_ram=arguments.max_ram,
+            progress=shown,
+        )
+    finally:
+        if shown is not None:
+            shown.stop()
+    if shown is not None:
+        totals, run = result.report["totals"], result.report["run"]
+        shown.note(
+            f"{result.path}: {totals['quantized_weights']:,} weights at "
+            f"{totals['bits_per_weight']:.3f} bits in {run['seconds']:.0f} s, "
+            f"{run['peak_memory_bytes'] / 1e9:.2f} GB peak"
+        )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    check_target(arguments.json)
+    from quantine.estimate import estimate
+    from quantine.prepare import prepare
+    from quantine.render import plan_as_json, print_plan
+
+    plan, calibration = _request(arguments)
+    job = prepare(arguments.model, plan, calibration)
+    size = estimate(job, arguments.max_ram)
+    print_plan(job, size, arguments.layers)
+    dump_json(arguments.json, plan_as_json(job, size))
+
+
+def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
+    from quantine.calibrate.data import Calibration
+    from quantine.core.spec import GROUP_AXES
+    from quantine.plan import Plan
+
+    if arguments.both_axes and arguments.bits_per_weight is None:
+        raise PlanError("--both-axes says what --bits-per-weight may choose: give both, or neither")
+    calibration = Calibration(
+        arguments.calibration,
+        arguments.samples,
+        arguments.seqlen,
+        arguments.seed,
+        arguments.bfloat16,
+    )
+    flags = _scheme_flags(arguments)
+    if arguments.plan is not None:
+        return Plan.from_file(arguments.plan), calibration
+    if arguments.bits_per_weight is not None:
+        axes = GROUP_AXES if arguments.both_axes else GROUP_AXES[:1]
+        plan = Plan.budget(arguments.bits_per_weight, axes)
+    else:
+        plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
+    return plan if arguments.head_bits is None else plan.with_head(arguments.head_bits), calibration
+
+
+def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parameters that were given, once none contradicts what decides everything."""
+
+    def given(*keys: str) -> dict[str, Any]:
+        values = {key: getattr(arguments, key) for key in keys}
+        return {key: value for key, value in values.items() if value is not None}
+
+    flags = given("method", "bits", "group_size")
+    whole = [*given("plan", "bits_per_weight", "preset")]
+    refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
+    if whole[:1] == ["plan"]:
+        refused += given("head_bits")
+    if whole and refused:
+        listed = " and ".join(_flag(key) for key in refused)
+        raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")
+    return flags
+
+
+def _flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"

@@ -1,0 +1,57 @@
+"""The verb `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantine.commands.base import add_verb, check_target, dump_json
+
+
+def add(verbs: Any) -> None:
+    """Add the verb to the subparsers ``verbs``."""
+    parser = add_verb(
+        verbs,
+        "bench",
+        _run,
+        "Time a quantized directory on this machine: matrices, prompts and tokens.",
+        "  quantine bench out\n  quantine bench out --against bfloat16 --json speed.json",
+    )
+    parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
+    parser.add_argument(
+        "--against",
+        metavar="float32|bfloat16|MODEL",
+        help="also time its weights as floats under transformers, or another model, by turns",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        nargs="+",
+        default=[128, 2048],
+        metavar="N",
+        help="tokens before those that are decoded; default 128 and 2048",
+    )
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="default 5")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    check_target(arguments.json)
+    from quantine.eval.speed import measure
+    from quantine.render import make_console, print_speeds
+
+    console = make_console(arguments.quiet)
+    found = measure(
+        arguments.directory,
+        against=arguments.against,
+        contexts=tuple(arguments.context),
+        runs=arguments.runs,
+        on_step=lambda step: (
+            print(f"timing {step}", file=sys.stderr) if console.is_terminal else None
+        ),
+    )
+    print_speeds(found, console)
+    dump_json(arguments.json, found)

@@ -1,0 +1,1 @@
+"""Many plans for one model, measured alike."""

@@ -1,0 +1,81 @@
+"""What is compared: plans by file, by preset with parameters, or by budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import yaml
+
+from quantine.errors import PlanError
+from quantine.plan import Plan
+
+FLOAT: Final = "float"
+"""Name of the row of the model itself."""
+FILES: Final = (".yaml", ".yml", ".json")
+PRESET: Final = "preset:"
+
+
+def plans_of(points: Sequence[str]) -> dict[str, Plan]:
+    """The plans that ``points`` mean, by names that can be file names.
+
+    Raises:
+        PlanError: a point means nothing, or two have one name.
+    """
+    plans: dict[str, Plan] = {}
+    for point in points:
+        name = name_of(point)
+        if name in plans:
+            raise PlanError(f"two plans are called {name!r}: leave out or rename one")
+        plans[name] = plan_of(point)
+    return plans
+
+
+def plan_of(point: str) -> Plan:
+    """The plan that ``point`` means.
+
+    Args:
+        point: the path of a plan file; ``preset:NAME``, with ``:key=value`` for each parameter,
+            as in ``preset:gptq:bits=3``; or a budget in bits per weight, as in ``3.65``.
+
+    Raises:
+        PlanError: none of these, or the plan is malformed.
+    """
+    if Path(point).suffix in FILES:
+        return Plan.from_file(point)
+    if point.startswith(PRESET):
+        name, *fields = point.removeprefix(PRESET).split(":")
+        try:
+            parameters = dict(_parameter(field) for field in fields)
+        except (ValueError, yaml.YAMLError) as error:
+            raise PlanError(
+                f"{point!r}: parameters look like bits=3, one after each `:`"
+            ) from error
+        return Plan.preset(name, **parameters)
+    try:
+        return Plan.budget(float(point))
+    except ValueError as error:
+        raise PlanError(
+            f"{point!r} is no plan: give a .yaml or .json file, preset:NAME, preset:NAME:bits=3, "
+            "or bits per weight such as 3.65"
+        ) from error
+
+
+def name_of(point: str) -> str:
+    """How ``point`` is called in tables and file names.
+
+    Raises:
+        PlanError: the name is taken by the model itself.
+    """
+    name = Path(point).stem if Path(point).suffix in FILES else point.removeprefix(PRESET)
+    name = re.sub(r"[^\w.=:-]", "_", name).replace(":", ",")
+    if name == FLOAT:
+        raise PlanError(f"a plan cannot be called {FLOAT!r}, as the model itself is: rename it")
+    return name
+
+
+def _parameter(field: str) -> tuple[str, object]:
+    key, value = field.split("=")
+    return key, yaml.safe_load(value)

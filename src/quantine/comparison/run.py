@@ -1,0 +1,226 @@
+"""The loop over plans: quantize, measure, keep the row; whatever stops it, it goes on from there.
+
+``OUT/models/NAME`` are quantized directories, ``OUT/rows/NAME.json`` finished rows, and
+``OUT/predictions`` what the float model says, which is computed once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.data import Calibration
+from quantine.comparison.points import FLOAT
+from quantine.errors import OutputError, ResumeMismatch
+from quantine.eval.evaluate import (
+    OnWindow,
+    bits_per_weight,
+    cut_texts,
+    digest_of,
+    evaluate,
+    reference_answers,
+    summary,
+)
+from quantine.eval.perplexity import Score
+from quantine.eval.predictions import Predictions
+from quantine.eval.speed import decode_speed
+from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
+from quantine.formats.store import read_json, write_json
+from quantine.pipeline import quantize
+from quantine.plan import Plan
+from quantine.prepare import prepare
+from quantine.progress import forget_peak_memory
+from quantine.runtime.load import load_model
+from quantine.runtime.source import ModelSource, locate
+
+SETTINGS: Final = "settings.json"
+ROWS: Final = "rows"
+MODELS: Final = "models"
+PREDICTIONS: Final = "predictions"
+CONTEXT: Final = 128
+"""Tokens before those whose decoding is timed."""
+RUNS: Final = 5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What every row is measured on.
+
+    Attributes:
+        texts, window, limit, tasks: see `quantine.eval.evaluate.evaluate`.
+    """
+
+    texts: tuple[str, ...]
+    window: int | None = None
+    limit: int | None = None
+    tasks: TaskRequest | None = None
+
+
+def compare(
+    model: str | Path,
+    plans: Mapping[str, Plan],
+    out: str | Path,
+    calibration: Calibration,
+    measured: Measured,
+    *,
+    on_step: Callable[[str], None] = lambda _: None,
+    on_window: OnWindow = lambda *_: None,
+) -> list[dict[str, Any]]:
+    """Quantize ``model`` under every plan and measure each result, and the model itself.
+
+    A row that is in ``out`` already is not made again, so the list of plans can grow, and a run
+    that was stopped goes on with the plan, even the decoder block, at which it stopped.
+
+    Args:
+        plans: by name, see `quantine.comparison.points.plans_of`.
+        calibration: for every plan that needs one.
+        on_step: told what is done next.
+
+    Returns:
+        Rows, that of the model first. Each has ``name``, ``plan`` (``None`` for the model),
+        ``bits_per_weight`` and ``model_bytes`` (from the files), ``texts`` and ``tasks`` (see
+        `quantine.eval.evaluate.evaluate`), ``tokens_per_second`` (``median``, ``low``, ``high``
+        after a prompt of `CONTEXT` tokens), ``seconds`` and ``peak_memory_bytes`` of quantizing
+        (after an interruption, of the last part), and ``outlier_share`` of the quantized weights.
+
+    Raises:
+        QuantineError: of the kind that says what is wrong, before work starts where that can be.
+    """
+    out, source = Path(out), locate(model)
+    tasks = None if measured.tasks is None else Tasks(measured.tasks)
+    cut = cut_texts(source, measured.texts, measured.window, measured.limit)
+    for each in plans.values():
+        prepare(model, each, calibration)
+    _open(out, _settings(source, calibration, cut, tasks))
+    reference = Predictions(source, torch.float32, out / PREDICTIONS)
+    reference.reserve(cut.values())
+    rows = []
+    wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
+    for name, plan in wanted.items():
+        path = out / ROWS / f"{name}.json"
+        row = _finished(path, plan)
+        if row is None:
+            on_step(name)
+            if plan is None:
+                row = _float_row(reference, cut, tasks, on_window)
+                reference = Predictions(source, torch.float32, out / PREDICTIONS)  # frees the model
+            else:
+                row = _row(model, plan, out, name, calibration, measured, on_window)
+            write_json(path, row)
+        rows.append(row)
+    return rows
+
+
+def _open(out: Path, settings: dict[str, Any]) -> None:
+    """Make ``out``, or check that it was made for the same comparison."""
+    try:
+        if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+            raise OutputError(f"{out} is not empty and no comparison: choose another directory")
+        (out / ROWS).mkdir(parents=True, exist_ok=True)
+        (out / MODELS).mkdir(exist_ok=True)
+        if not (out / SETTINGS).is_file():
+            write_json(out / SETTINGS, settings)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
+    found = read_json(out / SETTINGS)
+    keys = [key for key in settings if found.get(key) != settings[key]]
+    if keys:
+        raise ResumeMismatch(
+            f"the comparison in {out} was started with another {', '.join(keys)}: its rows could "
+            "not be compared; repeat the first command, or choose another directory"
+        )
+
+
+def _settings(
+    source: ModelSource, calibration: Calibration, cut: dict[str, Tensor], tasks: Tasks | None
+) -> dict[str, Any]:
+    """All that rows have in common, as plain values."""
+    path = Path(calibration.source)
+    data = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return {
+        "model": source.file_digests(),
+        "calibration": {**asdict(calibration), "source": path.name, "digest": data},
+        "texts": {name: digest_of(windows) for name, windows in cut.items()},
+        "tasks": None if tasks is None else tasks.request.identity(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _finished(path: Path, plan: Plan | None) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    row: dict[str, Any] = read_json(path)
+    if row["plan"] != (None if plan is None else plan.as_dict()):
+        raise ResumeMismatch(
+            f"{path} was made with another plan of this name: rename the new one, or delete the "
+            "row and its model"
+        )
+    return row
+
+
+def _float_row(
+    reference: Predictions, cut: dict[str, Tensor], tasks: Tasks | None, on_window: OnWindow
+) -> dict[str, Any]:
+    """The row of the model itself, from predictions that later rows are compared with."""
+    source = reference.source
+
+    def scores(windows: Tensor) -> Iterable[Score]:
+        return (Score(reference(tokens).loss, 0.0, 0, len(tokens) - 1) for tokens in windows)
+
+    texts = {
+        name: summary(name, scores(windows), windows, on_window) for name, windows in cut.items()
+    }
+    answers = None if tasks is None else reference_answers(reference, tasks)
+    return {
+        "name": FLOAT,
+        "plan": None,
+        "bits_per_weight": bits_per_weight(reference.model, source),
+        "model_bytes": source.weight_bytes(),
+        "texts": texts,
+        "tasks": {} if answers is None else compare_tasks(answers, None),
+        "tokens_per_second": decode_speed(reference.model, CONTEXT, RUNS),
+        "seconds": None,
+        "peak_memory_bytes": None,
+        "outlier_share": None,
+    }
+
+
+def _row(
+    model: str | Path,
+    plan: Plan,
+    out: Path,
+    name: str,
+    calibration: Calibration,
+    measured: Measured,
+    on_window: OnWindow,
+) -> dict[str, Any]:
+    directory = out / MODELS / name
+    forget_peak_memory()
+    report = quantize(model, directory, plan, calibration, resume=directory.exists()).report
+    scores = evaluate(
+        directory,
+        measured.texts,
+        window=measured.window,
+        limit=measured.limit,
+        reference=model,
+        cache=out / PREDICTIONS,
+        tasks=measured.tasks,
+        on_window=on_window,
+    )
+    packed = load_model(locate(directory), torch.float32)
+    return {
+        "name": name,
+        "plan": plan.as_dict(),
+        **{key: scores[key] for key in ("bits_per_weight", "model_bytes", "texts", "tasks")},
+        "tokens_per_second": decode_speed(packed, CONTEXT, RUNS),
+        "seconds": report["run"]["seconds"],
+        "peak_memory_bytes": report["run"]["peak_memory_bytes"],
+        "outlier_share": sum(layer["outliers"] for layer in report["layers"])
+        / report["totals"]["quantized_weights"],
+    }

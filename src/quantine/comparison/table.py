@@ -1,0 +1,145 @@
+"""A comparison as Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.formats.shards import write_atomically
+
+Row = dict[str, Any]
+
+STEM: Final = "comparison"
+
+
+def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:
+    """Write ``OUT/comparison.md``, ``.csv`` and ``.json``; the paths."""
+    files = {"md": markdown(rows), "csv": as_csv(rows), "json": as_json(rows)}
+    for suffix, text in files.items():
+        write_atomically(out / f"{STEM}.{suffix}", text.encode())
+    return [out / f"{STEM}.{suffix}" for suffix in files]
+
+
+def pareto_front(rows: Sequence[Row]) -> list[str]:
+    """Names of the quantized rows that no other beats in both size and perplexity.
+
+    Perplexity is the geometric mean over texts of its ratio to the float model's.
+    """
+    points = {
+        row["name"]: (row["bits_per_weight"], ratio)
+        for row in rows
+        if row["plan"] is not None and (ratio := loss_of_quality(row)) is not None
+    }
+    return [
+        name
+        for name, (bits, ratio) in points.items()
+        if not any(b <= bits and r <= ratio and (b, r) != (bits, ratio) for b, r in points.values())
+    ]
+
+
+def loss_of_quality(row: Row) -> float | None:
+    """Perplexity over the float model's, the geometric mean over texts; ``None`` without texts."""
+    recoveries = [text["recovery"] for text in row["texts"].values()]
+    if not recoveries or not all(recoveries):
+        return None
+    return math.exp(-sum(map(math.log, recoveries)) / len(recoveries))
+
+
+def flat(row: Row) -> dict[str, Any]:
+    """One line of the CSV: every number under a name of its own."""
+    found = {key: row[key] for key in ("name", "bits_per_weight", "model_bytes", "outlier_share")}
+    for name, text in row["texts"].items():
+        for key in ("perplexity", "stderr", "recovery", "recovery_low", "recovery_high", "kl"):
+            found[f"{name} {key}"] = text[key]
+        found[f"{name} top1"] = text["top1"]
+    for name, task in row["tasks"].items():
+        for key in ("score", "stderr", "recovery", "recovery_low", "recovery_high"):
+            found[f"{name} {key}"] = task[key]
+    found |= {f"tokens/s {key}": value for key, value in row["tokens_per_second"].items()}
+    return found | {key: row[key] for key in ("seconds", "peak_memory_bytes")}
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Every number, a row each; an empty cell where there is none."""
+    lines = [flat(row) for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """The rows, with null for numbers that JSON does not have."""
+    finite = json.loads(json.dumps(list(rows)), parse_constant=lambda _: None)
+    return json.dumps({"rows": finite, "pareto": pareto_front(rows)}, indent=2) + "\n"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table for people, from small to large."""
+    texts, tasks = list(rows[0]["texts"]), list(rows[0]["tasks"])
+    heads = ["plan", "bits per weight", "MB"]
+    heads += [f"{name} {kind}" for name in texts for kind in ("perplexity", "recovery", "KL")]
+    heads += [f"{name} ({rows[0]['tasks'][name]['metric']})" for name in tasks]
+    heads += ["tokens/s", "seconds", "peak GB"]
+    front = pareto_front(rows)
+    lines = [_line(heads), "|" + "---|" * len(heads)]
+    lines += [
+        _line(_cells(row, row["name"] in front))
+        for row in sorted(rows, key=lambda row: float(row["bits_per_weight"]))
+    ]
+    return "\n".join(lines) + "\n" + _notes(rows[0])
+
+
+def _cells(row: Row, on_front: bool) -> list[str]:
+    cells = [f"**{row['name']}**" if on_front else row["name"]]
+    cells += [f"{row['bits_per_weight']:.3f}", f"{row['model_bytes'] / 1e6:.1f}"]
+    for text in row["texts"].values():
+        error = "" if text["stderr"] is None else f" ± {text['stderr']:.2f}"
+        cells.append(f"{text['perplexity']:.3f}{error}")
+        cells.append(_recovery(text))
+        cells.append("" if text["kl"] is None else f"{text['kl']:.4f}")
+    for task in row["tasks"].values():
+        error = "" if task["stderr"] is None else f" ± {task['stderr']:.1%}"
+        cells.append(f"{task['score']:.1%}{error}")
+    speed = row["tokens_per_second"]
+    cells.append(f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})")
+    cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
+    peak = row["peak_memory_bytes"]
+    return [*cells, "" if peak is None else f"{peak / 1e9:.2f}"]
+
+
+def _recovery(text: dict[str, Any]) -> str:
+    if text["recovery"] is None:
+        return ""
+    low, high = text["recovery_low"], text["recovery_high"]
+    bounds = "" if low is None else f" ({low:.1%}-{high:.1%})"
+    return f"{text['recovery']:.1%}{bounds}"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _notes(row: Row) -> str:
+    """What one needs to know to read the table."""
+    texts = "; ".join(
+        f"{name}: {text['windows']} windows of {text['window']} tokens"
+        for name, text in row["texts"].items()
+    )
+    tasks = "; ".join(
+        f"{name}: {task['questions']} questions, {task['fewshot']} examples each"
+        for name, task in row["tasks"].items()
+    )
+    scored = "; ".join(part for part in (texts, tasks) if part)
+    return (
+        f"\n{scored}. ± is one standard error; recovery is the float model's perplexity over the "
+        "row's, with its 95% interval. Bold: no other row is both smaller and better. Bits are "
+        "counted from the files, over quantized weights; for `float`, over all. Seconds and peak "
+        "memory are those of quantizing.\n"
+    )

@@ -1,0 +1,67 @@
+"""What a model writes, beside what its reference writes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.data import token_stream
+from quantine.calibrate.text import BUILTIN, read_text
+from quantine.errors import BackendUnavailable
+from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.generate import continue_tokens
+from quantine.runtime.modules import packed_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS: Final = (16, 128, 512)
+"""Tokens of the prompts; longer ones than the context allows are left out."""
+WRITTEN: Final = 40
+"""Tokens that are written after each, always the most likely one."""
+
+
+def decode_samples(
+    model: PreTrainedModel, reference: PreTrainedModel, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Continue held-out text of the built-in texts with both models.
+
+    Returns:
+        For each prompt: ``prompt_tokens``, ``prompt``, ``reference`` and ``model`` (what they
+        write), and ``same``, how many tokens they agree on before they first differ.
+    """
+    text = read_text(BUILTIN, "heldout")
+    stream = token_stream(tokenizer, text, model.config.vocab_size, BUILTIN)
+    longest = getattr(model.config, "max_position_embeddings", None) or max(PROMPTS) + WRITTEN
+    samples = []
+    for length in PROMPTS:
+        if length + WRITTEN > longest:
+            continue
+        prompt = stream[:length]
+        own, other = _written(model, prompt), _written(reference, prompt)
+        pairs = zip(own, other, strict=False)
+        same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))
+        samples.append(
+            {
+                "prompt_tokens": length,
+                "prompt": tokenizer.decode(prompt, skip_special_tokens=True),
+                "reference": tokenizer.decode(other, skip_special_tokens=True),
+                "model": tokenizer.decode(own, skip_special_tokens=True),
+                "same": same,
+            }
+        )
+    return samples
+
+
+def _written(model: PreTrainedModel, prompt: Tensor) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    decoder: Decoder | None = None
+    if any(packed_modules(model)):
+        try:
+            decoder = decoder_for(model, len(prompt) + WRITTEN)
+        except BackendUnavailable:
+            decoder = None  # the modules of transformers compute the same
+    ids = prompt.unsqueeze(0)
+    return list(continue_tokens(model, ids, WRITTEN, 0.0, generator, decoder))

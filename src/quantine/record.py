@@ -1,0 +1,60 @@
+"""Scores of a quantized directory, kept in it: for its model card and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.card import model_card
+from quantine.errors import FormatError
+from quantine.formats.shards import write_atomically
+from quantine.formats.store import REPORT, is_finished, read_json, write_json
+
+SCORES: Final = "quantine_scores.json"
+CARD: Final = "README.md"
+
+
+def check_recordable(directory: Path) -> None:
+    """Refuse a directory that cannot keep scores, before they are measured.
+
+    Raises:
+        FormatError: quantine did not write it, or it is unfinished.
+    """
+    if not is_finished(directory):
+        raise FormatError(
+            f"{directory} is no finished directory of quantine: it has no {REPORT} for scores to "
+            "belong to"
+        )
+
+
+def record(
+    directory: Path,
+    scores: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    digests: Mapping[str, str],
+) -> None:
+    """Keep ``scores`` in ``directory`` and write them into its model card.
+
+    Args:
+        scores: of `quantine.eval.evaluate.evaluate`, with numbers that JSON has.
+        samples: of `quantine.eval.samples.decode_samples`.
+        digests: hashes of the files that were measured.
+    """
+    check_recordable(directory)
+    kept = {
+        **scores,
+        "samples": list(samples),
+        "files": dict(digests),
+        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+    }
+    write_json(directory / SCORES, kept)
+    card = model_card(read_json(directory / REPORT), kept)
+    write_atomically(directory / CARD, card.encode())
+
+
+def recorded(directory: Path) -> dict[str, Any] | None:
+    """What `record` kept, or ``None``."""
+    path = directory / SCORES
+    return dict(read_json(path)) if path.is_file() else None

@@ -1,0 +1,1 @@
+"""A quantized directory as one page of HTML."""

@@ -1,0 +1,100 @@
+"""Everything a page says, read from a quantized directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.contents import contents
+from quantine.errors import PlanError
+from quantine.eval.memory import cache_bytes
+from quantine.formats.store import REPORT, read_json
+from quantine.plots.data import LayerPicture, read_layers
+from quantine.record import recorded
+from quantine.report.verdict import Check, checks_of
+from quantine.runtime.source import locate
+
+THUMBNAILS: Final = 6
+"""Matrices whose outliers are shown: those with the largest share."""
+COMPARISON: Final = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the sections of a page draw on.
+
+    Attributes:
+        name: of the directory.
+        report: the content of its ``quantine_report.json``.
+        contents: of `quantine.contents.contents`.
+        scores: of `quantine.record.recorded`; ``None`` if nothing was measured.
+        checks: numbers with floors; empty without floors.
+        layers: every matrix, without maps.
+        thumbnails: those with most outliers, with their maps.
+        comparison: content of a ``comparison.json``; ``None`` without one.
+        cache: bytes of the key-value cache by number of tokens.
+    """
+
+    name: str
+    report: dict[str, Any]
+    contents: dict[str, Any]
+    scores: dict[str, Any] | None
+    checks: list[Check]
+    layers: list[LayerPicture]
+    thumbnails: list[LayerPicture]
+    comparison: dict[str, Any] | None
+    cache: dict[int, int]
+
+
+def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None) -> Facts:
+    """Read everything.
+
+    Args:
+        floors: see `quantine.report.verdict.floors_of`.
+        comparison: directory of `quantine.comparison.run.compare`.
+
+    Raises:
+        FormatError: ``directory`` is not a finished directory of quantine, or damaged.
+        PlanError: there is no comparison, or no number that a floor speaks of.
+    """
+    found = contents(directory)
+    scores = recorded(directory)
+    checks = checks_of(scores or {"texts": {}, "tasks": {}}, floors)
+    layers, thumbnails = _layers(directory, found)
+    config = locate(directory).config()
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    return Facts(
+        directory.absolute().name,
+        read_json(directory / REPORT),
+        found,
+        scores,
+        checks,
+        layers,
+        thumbnails,
+        None if comparison is None else _comparison(comparison),
+        {tokens: cache_bytes(config, tokens) for tokens in sorted({min(2048, longest), longest})},
+    )
+
+
+def _layers(
+    directory: Path, found: dict[str, Any]
+) -> tuple[list[LayerPicture], list[LayerPicture]]:
+    """All matrices, and those with most outliers; maps of no more than these are in memory."""
+    layers: list[LayerPicture] = []
+    top: list[LayerPicture] = []
+    for layer in read_layers(directory, found["layers"]):
+        layers.append(replace(layer, sensitivity=None, outliers=None))
+        if layer.outliers is not None:
+            top.append(replace(layer, sensitivity=None))
+            top.sort(key=lambda one: one.outlier_share or 0.0, reverse=True)
+            del top[THUMBNAILS:]
+    return layers, top
+
+
+def _comparison(directory: Path) -> dict[str, Any]:
+    path = directory / COMPARISON
+    if not path.is_file():
+        raise PlanError(f"{directory} holds no {COMPARISON}: make it with `quantine compare`")
+    return dict(read_json(path))

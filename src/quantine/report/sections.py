@@ -1,0 +1,256 @@
+"""The sections of a page: a table of functions from facts to HTML, in their order."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from typing import Any, Final
+
+from quantine.card import recovery_cell
+from quantine.plots.layers import layers_figure, thumbnails_figure
+from quantine.plots.pareto import pareto_figure
+from quantine.report.facts import Facts
+from quantine.report.svg import embedded
+
+Section = Callable[[Facts], str]
+"""HTML of a section without its heading; empty if there is nothing to say."""
+
+
+def verdict(facts: Facts) -> str:
+    """Good enough or not, and which numbers decide."""
+    if not facts.checks:
+        return ""
+    passed = all(check.passed for check in facts.checks)
+    unsure = [check for check in facts.checks if not check.sure]
+    word = "Good enough" if passed else "Below the floor"
+    rows = [
+        [
+            ("✓ " if check.passed else "✗ ") + check.name,
+            _share(check.value, check.low, check.high),
+            f"at least {check.floor:.1%}",
+        ]
+        for check in facts.checks
+    ]
+    doubt = (
+        f"<p>{len(unsure)} of {len(facts.checks)} could lie on the other side of the floor, as far "
+        "as their intervals tell: measure more text or questions to be sure.</p>"
+        if unsure
+        else ""
+    )
+    kind = "good" if passed else "bad"
+    return f'<p class="verdict {kind}">{word}</p>{_table(["", "measured", "floor"], rows)}{doubt}'
+
+
+def headline(facts: Facts) -> str:
+    """The numbers one asks for first."""
+    totals = facts.contents["totals"]
+    cards = [
+        (f"{totals['bits_per_weight']:.2f}", "bits per quantized weight, from the file"),
+        (f"{totals['file_bytes'] / 1e6:.0f} MB", "weight files"),
+    ]
+    for name, text in (facts.scores or {"texts": {}})["texts"].items():
+        cards.append((_number(text["perplexity"], ".2f"), f"perplexity on {name}"))
+        if text["recovery"] is not None:
+            cards.append((f"{text['recovery']:.1%}", f"of the float model's quality on {name}"))
+            cards.append((f"{text['top1']:.1%}", f"same next token on {name}"))
+    items = "".join(
+        f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in cards
+    )
+    note = (
+        ""
+        if facts.scores
+        else "<p>Quality was not measured: "
+        "<code>quantine eval OUT --reference MODEL --record</code> does it.</p>"
+    )
+    return f'<div class="cards">{items}</div>{note}'
+
+
+def quality(facts: Facts) -> str:
+    """All scores, with what they were measured on."""
+    if facts.scores is None:
+        return ""
+    heads = ["", "this model", "float model", "recovery (95%)", "KL, nats per token"]
+    rows = []
+    for name, text in facts.scores["texts"].items():
+        rows.append(
+            [
+                f"perplexity, {name}: {text['windows']} windows of {text['window']} tokens",
+                _with_error(text["perplexity"], text["stderr"], ".3f"),
+                _number(text["reference_perplexity"], ".3f"),
+                recovery_cell(text) if text["reference_perplexity"] else "",
+                _with_error(text["kl"], text["kl_stderr"], ".4f"),
+            ]
+        )
+    for name, task in facts.scores["tasks"].items():
+        rows.append(
+            [
+                f"{name} ({task['metric']}): {task['questions']} questions, "
+                f"{task['fewshot']} examples each",
+                _with_error(task["score"], task["stderr"], ".1%"),
+                _number(task["reference_score"], ".1%"),
+                recovery_cell(task) if task["reference_score"] is not None else "",
+                "",
+            ]
+        )
+    return _table(heads, rows) + (
+        "<p>± is one standard error. Recovery is the float model's perplexity over this model's, "
+        "or this model's score over the float model's; windows and questions are paired.</p>"
+    )
+
+
+def pareto(facts: Facts) -> str:
+    """Where this plan stands among others."""
+    if facts.comparison is None:
+        return ""
+    rows = [row for row in facts.comparison["rows"] if row["plan"] is not None]
+    points = []
+    for row in rows:
+        recoveries = [text["recovery"] for text in row["texts"].values() if text["recovery"]]
+        if recoveries:
+            loss = math.exp(-sum(map(math.log, recoveries)) / len(recoveries))
+            points.append((row["name"], row["bits_per_weight"], loss))
+    front = facts.comparison["pareto"]
+    own = [row["name"] for row in rows if row["plan"] == facts.report["plan"]]
+    if not points:
+        return ""
+    if not own:
+        said = "This plan is not among those that were compared."
+    elif own[0] in front:
+        said = f"This model ({own[0]}): no other plan is both smaller and better."
+    else:
+        said = f"This model ({own[0]}) is beaten in both size and quality by another plan."
+    return f"<p>{escape(said)}</p>" + embedded(
+        pareto_figure(points, front), "Perplexity against size of every plan"
+    )
+
+
+def layers(facts: Facts) -> str:
+    """Error and bits of each matrix."""
+    figure = layers_figure(facts.layers)
+    worst = sorted(
+        (layer for layer in facts.layers if layer.output_error is not None),
+        key=lambda layer: -(layer.output_error or 0.0),
+    )[:5]
+    rows = [
+        [layer.name, f"{layer.bits_per_weight:.3f}", f"{layer.output_error:.3%}"] for layer in worst
+    ]
+    table = _table(["largest errors", "bits per weight", "output error"], rows) if rows else ""
+    picture = embedded(figure, "Error and bits of every matrix") if figure else ""
+    return (
+        "<p>The output error is the squared error of a matrix's output on calibration text, "
+        f"relative to the float output.</p>{picture}{table}"
+    )
+
+
+def outliers(facts: Facts) -> str:
+    """Where weights are kept in 16 bit."""
+    figure = thumbnails_figure(facts.thumbnails)
+    if figure is None:
+        return ""
+    shares = [layer.outlier_share for layer in facts.layers if layer.outlier_share is not None]
+    return (
+        f"<p>The matrices with most outliers, outputs downwards and inputs to the right; the mean "
+        f"over all matrices is {sum(shares) / len(shares):.3%}.</p>"
+        + embedded(figure, "Maps of outliers")
+    )
+
+
+def memory(facts: Facts) -> str:
+    """Where the bytes are."""
+    totals = facts.contents["totals"]
+    plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
+    rows = [
+        ["quantized matrices", _size(totals["quantized_bytes"])],
+        ["embedding, norms and what else stays as it was", _size(totals["kept_bytes"])],
+        ["weight files in all", _size(totals["file_bytes"])],
+        ["the same tensors with 16 bit matrices", _size(plain)],
+        *(
+            [f"key-value cache of {tokens:,} tokens in 16 bit", _size(nbytes)]
+            for tokens, nbytes in facts.cache.items()
+        ),
+    ]
+    return _table(["", "size"], rows)
+
+
+def samples(facts: Facts) -> str:
+    """What both models write."""
+    found = (facts.scores or {}).get("samples") or []
+    parts = []
+    for sample in found:
+        tail = sample["prompt"][-300:]
+        lead = "…" if len(sample["prompt"]) > len(tail) else ""
+        parts.append(
+            f"<h3>after {sample['prompt_tokens']} tokens: the same for {sample['same']}</h3>"
+            f'<p class="prompt">{lead}{escape(tail)}</p><div class="pair">'
+            f"<div><h4>float</h4><p>{escape(sample['reference'])}</p></div>"
+            f"<div><h4>quantized</h4><p>{escape(sample['model'])}</p></div></div>"
+        )
+    return "".join(parts)
+
+
+def reproduce(facts: Facts) -> str:
+    """Everything that decides the numbers above."""
+    report = facts.report
+    calibration = report["calibration"]
+    rows = [
+        ["source model", report["model"]],
+        *([name, value] for name, value in report["identity"].items()),
+        [
+            "calibration",
+            f"{calibration['samples']} segments of {calibration['seqlen']} tokens of "
+            f"{calibration['source']}, seed {calibration['seed']}",
+        ],
+    ]
+    if facts.scores is not None:
+        rows += [[f"tokens of {n}", t["digest"]] for n, t in facts.scores["texts"].items()]
+        rows += [[f"measured file {n}", digest] for n, digest in facts.scores["files"].items()]
+        rows += [[f"{n} (measuring)", v] for n, v in facts.scores["versions"].items()]
+    plan = escape(json.dumps(report["plan"], indent=2))
+    return (
+        _table(["", "hash or value"], rows)
+        + "<details><summary>the plan, every default spelled out</summary>"
+        f"<pre>{plan}</pre></details>"
+    )
+
+
+SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
+    ("Verdict", verdict),
+    ("In short", headline),
+    ("Quality", quality),
+    ("Among other plans", pareto),
+    ("Matrices", layers),
+    ("Outliers", outliers),
+    ("Memory", memory),
+    ("What it writes", samples),
+    ("Reproduce", reproduce),
+)
+"""Title and content of every section; one that is empty is left out."""
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _with_error(value: float | None, error: float | None, form: str) -> str:
+    return _number(value, form) + ("" if error is None else f" ± {error:{form}}")
+
+
+def _share(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.2%}" + ("" if low is None else f" ({low:.2%} to {high:.2%})")
+
+
+def _size(nbytes: Any) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,0 +1,44 @@
+"""Figures as SVG inside of a page, in the page's colours."""
+
+from __future__ import annotations
+
+import io
+import re
+from html import escape
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK: Final = "#000000"
+"""What matplotlib draws texts and axes in."""
+LINES: Final = "#eeeeee"
+ID: Final = re.compile(r' id="([^"]+)"')
+
+
+def embedded(figure: Figure, label: str) -> str:
+    """``figure`` as an inline picture: black becomes the page's ink, so it is read in the dark.
+
+    Args:
+        label: what it shows, for those who do not see it.
+    """
+    import matplotlib
+
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+    text = io.StringIO()
+    # The salt keeps names inside of one picture from meaning parts of another.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    used = set(re.findall(r"#([\w-]+)[\")]", svg))
+    svg = ID.sub(lambda found: found[0] if found[1] in used else "", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = svg.replace(LINES, "var(--line)").replace(INK, "currentColor")
+    # matplotlib leaves the fill of texts out where it is black.
+    svg = svg.replace(
+        "<svg ", f'<svg role="img" aria-label="{escape(label)}" fill="currentColor" ', 1
+    )
+    return f"<figure>{svg}</figure>"

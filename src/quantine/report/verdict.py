@@ -1,0 +1,98 @@
+"""Whether a quantized model is good enough, by numbers that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quantine.errors import PlanError
+
+RECOVERY: Final = "recovery"
+TOP1: Final = "top1"
+KNOWN: Final = (RECOVERY, TOP1)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One measured number against its floor.
+
+    Attributes:
+        name: what was measured, on which text or task.
+        value: the number.
+        low, high: its 95% interval, where there is one.
+        floor: the least that is good enough.
+    """
+
+    name: str
+    value: float
+    floor: float
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the number reaches the floor."""
+        return self.value >= self.floor
+
+    @property
+    def sure(self) -> bool:
+        """Whether the whole interval is on the same side of the floor."""
+        if self.low is None or self.high is None:
+            return False
+        return self.low >= self.floor or self.high < self.floor
+
+
+def floors_of(texts: Sequence[str]) -> dict[str, float]:
+    """Floors from ``recovery=0.98`` and ``top1=0.9``.
+
+    Raises:
+        PlanError: another name, or no share.
+    """
+    floors = {}
+    for text in texts:
+        name, _, number = text.partition("=")
+        try:
+            floors[name] = float(number)
+        except ValueError as error:
+            raise PlanError(f"a floor looks like recovery=0.98, not {text!r}") from error
+        if name not in KNOWN or not 0 < floors[name] <= 2:
+            raise PlanError(
+                f"a floor is a share of {' or '.join(KNOWN)}, such as recovery=0.98, not {text!r}"
+            )
+    return floors
+
+
+def checks_of(scores: Mapping[str, Any], floors: Mapping[str, float]) -> list[Check]:
+    """Every measured number that has a floor; each text and each task counts on its own.
+
+    Args:
+        scores: of `quantine.eval.evaluate.evaluate`.
+
+    Raises:
+        PlanError: nothing was measured that a floor speaks of.
+    """
+    checks = []
+    for name, floor in floors.items():
+        found = list(_recoveries(scores, floor) if name == RECOVERY else _agreements(scores, floor))
+        if not found:
+            raise PlanError(
+                f"there is no {name} to compare with its floor: measure it with `quantine eval OUT "
+                "--reference MODEL --record`"
+            )
+        checks += found
+    return checks
+
+
+def _recoveries(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
+    for kind in ("texts", "tasks"):
+        for name, found in scores[kind].items():
+            if found["recovery"] is not None:
+                bounds = found["recovery_low"], found["recovery_high"]
+                yield Check(f"recovery on {name}", found["recovery"], floor, *bounds)
+
+
+def _agreements(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
+    for name, found in scores["texts"].items():
+        if found["top1"] is not None:
+            yield Check(f"top-1 agreement on {name}", found["top1"], floor)
