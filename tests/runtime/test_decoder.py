@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantine import Calibration, Plan, load, quantize
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.runtime.decoder import Decoder, decoder_for
@@ -33,8 +34,8 @@ NATIVE: Final = (
 )
 TOLERANCE: Final = 1e-4
 """Of logits, relative to the largest of a row."""
-FAST: Final = 1e-3
-"""Likewise, with keys and values that are rounded to 16 bits: random models amplify that."""
+FAST_TOLERANCE: Final = 1e-3
+"""Likewise, in fast arithmetic, where keys and values are rounded to 16 bits too."""
 LONG: Final = 600
 """Tokens whose attention takes several of its spans of 128."""
 
@@ -71,9 +72,16 @@ def test_prompts_and_steps_are_those_of_the_modules(name: str) -> None:
 @pytest.mark.parametrize("kind", ["rtn", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gemma3", "opt"])
 def test_packed_models_decode_as_they_compute(name: str, kind: str, packed: Packed) -> None:
-    model, _ = load(packed(name, kind), dtype=torch.float32)
+    directory = packed(name, kind)
+    model, _ = load(directory, dtype=torch.float32)
     tokens = some_tokens(24, 1)
-    assert_follows(decoder_for(model, 24), tokens[0], logits_of(model, tokens)[0], 11)
+    wanted = logits_of(model, tokens)[0]
+    assert_follows(decoder_for(model, 24), tokens[0], wanted, 11)
+    named = decoder_for(model, 24, arithmetic="fast")
+    assert_follows(named, tokens[0], wanted, 11, FAST_TOLERANCE)
+    named.reset()
+    found = decoder_for(load(directory, torch.float32, "fast")[0], 24)
+    assert torch.equal(found.append(tokens[0]), named.append(tokens[0]))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])
@@ -84,8 +92,8 @@ def test_fast_arithmetic_stays_close(name: str) -> None:
     model = tiny_model(name, **changes)
     tokens = some_tokens(400, 1)
     wanted = logits_of(model, tokens)[0]
-    decoder = decoder_for(model, 400, exact=False)  # float matrices: only its cache is rounded
-    assert_follows(decoder, tokens[0], wanted, 380, FAST)
+    decoder = decoder_for(model, 400, arithmetic="fast")  # float matrices: only its cache is rounded
+    assert_follows(decoder, tokens[0], wanted, 380, FAST_TOLERANCE)
 
 
 @pytest.mark.parametrize("bits", [8, 5])
@@ -173,14 +181,14 @@ def test_extreme_attention_scores() -> None:
     assert_follows(decoder_for(model, 90), tokens[0], logits_of(model, tokens)[0], 80)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_threads_change_no_bit(name: str, exact: bool) -> None:
+def test_threads_change_no_bit(name: str, arithmetic: Arithmetic) -> None:
     model = tiny_model(name, max_position_embeddings=LONG)
     tokens = some_tokens(LONG, 1)[0]
     found = []
     for threads in (1, 2, 3):
-        decoder = decoder_for(model, LONG, exact=exact, threads=threads)
+        decoder = decoder_for(model, LONG, arithmetic=arithmetic, threads=threads)
         found.append([decoder.append(part).clone() for part in tokens.split([590, 9, 1])])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
