@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
-from quantine.kernels.matrix import pool
+from quantine.kernels.threads import pool
 from quantine.runtime.decoder_model import arguments_for
 
 if TYPE_CHECKING:
