@@ -60,6 +60,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_bits.py
 	$(BIN)/python benchmarks/bench_columns.py
 	$(BIN)/python benchmarks/bench_matrix.py
+	$(BIN)/python benchmarks/bench_gram.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .

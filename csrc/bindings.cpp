@@ -12,6 +12,9 @@
 #include "bits.h"
 #include "columns.h"
 #include "fit.h"
+#if defined(QUANTINE_AMX)
+#include "gram.h"
+#endif
 
 namespace {
 
@@ -156,6 +159,20 @@ Report round_block(Array<float> weights, Array<const float> upper,
   return reported(quantine::round_block(columns, start, stop, fitter ? &*fitter : nullptr));
 }
 
+#if defined(QUANTINE_AMX)
+void add_gram(Array<const std::int16_t> x, Array<float> total, quantine::Pool& pool) {
+  if (!quantine::multiplies_tiles()) throw nb::value_error("this processor multiplies no tiles");
+  if (!is(total, x.shape(1), x.shape(1))) throw nb::value_error("total must be [inputs, inputs]");
+  nb::gil_scoped_release release;
+  quantine::add_gram(reinterpret_cast<const std::uint16_t*>(x.data()), x.shape(0), x.shape(1),
+                     total.data(), pool);
+}
+
+bool multiplies_tiles() { return quantine::multiplies_tiles(); }
+#else
+bool multiplies_tiles() { return false; }
+#endif
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -186,6 +203,10 @@ NB_MODULE(_native, m) {
         nb::arg("scales"), nb::arg("zeros"), nb::arg("codes"), nb::arg("errors"),
         nb::arg("kept").none(), nb::arg("bits"), nb::arg("price"), nb::arg("start"),
         nb::arg("stop"), nb::arg("fitter").none());
+  m.def("multiplies_tiles", &multiplies_tiles);
   bind_matrix(m);
+#if defined(QUANTINE_AMX)
+  m.def("add_gram", &add_gram, nb::arg("x"), nb::arg("total"), nb::arg("pool"));
+#endif
   bind_decoder(m);
 }

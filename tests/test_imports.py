@@ -26,7 +26,7 @@ FLOORS: Final[dict[str, str]] = {
     "methods": "core kernels errors",
     "families": "errors",
     "formats": "core kernels errors",
-    "calibrate": "core families formats errors",
+    "calibrate": "core families formats kernels errors",
     "presets": "",
     "scheme": "core families formats methods errors",
     "rules": "families scheme errors",

@@ -92,7 +92,9 @@ def test_fast_arithmetic_stays_close(name: str) -> None:
     model = tiny_model(name, **changes)
     tokens = some_tokens(400, 1)
     wanted = logits_of(model, tokens)[0]
-    decoder = decoder_for(model, 400, arithmetic="fast")  # float matrices: only its cache is rounded
+    decoder = decoder_for(
+        model, 400, arithmetic="fast"
+    )  # float matrices: only its cache is rounded
     assert_follows(decoder, tokens[0], wanted, 380, FAST_TOLERANCE)
 
 

@@ -14,6 +14,7 @@ from quantine.calibrate.recording import Recording
 from quantine.core.observe import Hessian, is_finite
 from quantine.errors import CalibrationError
 from quantine.families.base import Family, block_list, is_transposed
+from quantine.kernels.gram import add_gram
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,8 +56,8 @@ class Sequential:
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
         spill: directory for hidden states, ``None`` to keep them in memory.
         replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
-        bfloat16: multiply matrices in bfloat16; weights, norms, hidden states and statistics stay
-            in float32.
+        bfloat16: multiply matrices in bfloat16, and take statistics of inputs rounded to it, in
+            float32; weights, norms and hidden states stay in float32.
         resumes: keep what a block had computed when it stopped for `observe_next`; takes a few
             times the memory of the hidden states.
     """
@@ -100,7 +101,8 @@ class Sequential:
 
         The block runs only until all of them have been seen.
         """
-        looks = [_Look(self._blocks[index].get_submodule(path)) for path in paths]
+        modules = [self._blocks[index].get_submodule(path) for path in paths]
+        looks = [_Look(module, self._multiplied) for module in modules]
 
         def enough() -> None:
             if len({look.seen for look in looks}) == 1:
@@ -143,10 +145,14 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 raise self._never_ran(index, path)
             except _Reached as reached:
-                hessian.update(reached.x)
+                hessian.update(self._multiplied(reached.x))
             finally:
                 handle.remove()
         return hessian
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        """Input ``x`` as matrices multiply it."""
+        return x.bfloat16() if self._bfloat16 else x
 
     def _never_ran(self, index: int, path: str) -> CalibrationError:
         return CalibrationError(
@@ -227,9 +233,15 @@ class _Reached(Exception):
 
 
 class _Look:
-    """Statistics of what enters ``module``, and how often it was entered."""
+    """Statistics of what enters ``module``, and how often it was entered.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the matrix.
+        multiplied: what it makes of its input.
+    """
+
+    def __init__(self, module: nn.Module, multiplied: Callable[[Tensor], Tensor]) -> None:
+        self._multiplied = multiplied
         self.hessian = _hessian_of(module)
         self.seen = 0
         self._module = module
@@ -237,7 +249,7 @@ class _Look:
     def register(self, after: Callable[[], None]) -> RemovableHandle:
         def look(_: nn.Module, args: tuple[Any, ...]) -> None:
             with torch.autocast("cpu", enabled=False):
-                self.hessian.update(args[0])
+                self.hessian.update(self._multiplied(args[0]))
             self.seen += 1
             after()
 
@@ -247,7 +259,7 @@ class _Look:
 def _hessian_of(module: nn.Module) -> Hessian:
     """Nothing seen yet of the input of ``module``."""
     weight = module.get_parameter("weight")
-    return Hessian(weight.shape[0 if is_transposed(module) else 1])
+    return Hessian(weight.shape[0 if is_transposed(module) else 1], add_gram)
 
 
 class StandIn(nn.Module):

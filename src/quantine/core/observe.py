@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,9 +40,16 @@ class Hessian:
 
     Every token counts: calibration segments are cut from a stream of text at full length, so no
     padding exists that would have to be masked out.
+
+    Args:
+        in_features: length of ``x``.
+        add: how ``rows.T @ rows`` is added, see `add_gram`.
     """
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(
+        self, in_features: int, add: Callable[[Tensor, Tensor], None] | None = None
+    ) -> None:
+        self._add = add or add_gram
         self.matrix = torch.zeros(in_features, in_features)
         self.tokens = 0
         self._factor: Factor | None = None
@@ -49,13 +57,8 @@ class Hessian:
 
     def update(self, x: Tensor) -> None:
         """Add inputs ``x`` ``[..., in]``."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        # The product is symmetric: only panels on and right of the diagonal are multiplied.
-        for start in range(0, rows.shape[1], PANEL):
-            stop = start + PANEL
-            product = rows[:, start:stop].T @ rows[:, start:]
-            self.matrix[start:stop, start:] += product
-            self.matrix[stop:, start:stop] += product[:, PANEL:].T
+        rows = x.reshape(-1, x.shape[-1])
+        self._add(self.matrix, rows)
         self.tokens += rows.shape[0]
         self._factor = None
 
@@ -98,6 +101,22 @@ class Hessian:
     def error_energy(self, delta: Tensor) -> float:
         """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
         return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))
+
+
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """Add ``x.T @ x`` to ``total``.
+
+    Args:
+        total: ``[in, in]`` float32, symmetric.
+        x: ``[tokens, in]`` float; products are of float32.
+    """
+    rows = x.float()
+    # The product is symmetric: only panels on and right of the diagonal are multiplied.
+    for start in range(0, rows.shape[1], PANEL):
+        stop = start + PANEL
+        product = rows[:, start:stop].T @ rows[:, start:]
+        total[start:stop, start:] += product
+        total[stop:, start:stop] += product[:, PANEL:].T
 
 
 def factorize(hessian: Tensor, damp: float, order: Tensor) -> Factor:

@@ -8,8 +8,6 @@ each block of at most `BLOCK` inputs, which never crosses a group of weights.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -20,6 +18,7 @@ from quantine.core.arithmetic import Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
+from quantine.kernels.threads import pool
 
 BLOCK: Final = 64
 """Inputs that share a scale of rounded activations, at most."""
@@ -35,19 +34,6 @@ SMALLEST: Final = 1e-33
 
 Matrix = Any
 """``quantine._native.Matrix``; the extension has no type stubs."""
-
-
-def pool() -> Any:
-    """Threads for native kernels, as many as PyTorch uses."""
-    return _pool(torch.get_num_threads(), os.getpid())
-
-
-@functools.cache
-def _pool(threads: int, process: int) -> Any:
-    # By process, because threads do not survive a fork.
-    native = backend.native()
-    assert native is not None
-    return native.Pool(threads)
 
 
 def packed_matrix(qtensor: QTensor) -> Matrix | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
-from quantine.kernels.matrix import pool
+from quantine.kernels.threads import pool
 from quantine.runtime.decoder_model import arguments_for
 from quantine.runtime.modules import packed_modules
 
