@@ -57,7 +57,7 @@ def measure(
         on_step: called with what is measured next.
 
     Returns:
-        ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of matrix: ``name``,
+        ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of native matrix: ``name``,
         ``shape``, ``scheme``, ``bits_per_weight``, and for both arithmetics GB/s of packed bytes
         and their share of ``read``), and ``text`` (by model and context: ``prefill`` and
         ``decode`` in tokens/s).
@@ -101,11 +101,15 @@ def measure(
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
-    """Packed modules by what they have in common; each kind under the name of its first."""
+    """Packed modules by what they have in common; each kind under the name of its first.
+
+    Without those that have no native matrix, because their groups run along outputs.
+    """
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
     for name, module in packed_modules(model):
         kind = (module.format_name, module.spec, module.out_features, module.in_features)
-        found.setdefault(kind, []).append((name, module))
+        if module.matrix() is not None:
+            found.setdefault(kind, []).append((name, module))
     return {alike[0][0]: [module for _, module in alike] for alike in found.values()}
 
 
