@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import quantine
 from quantine import AdaDim, Calibration, Plan, PlanError, cli
 from quantine.calibrate.data import calibration_segments
 from quantine.calibrate.outputs import part_of
+from quantine.contents import contents
 from quantine.families.base import Family
 from quantine.families.gpt2 import GPT2
 from quantine.families.llama import LLAMA
@@ -210,6 +212,24 @@ def test_a_resumed_run_makes_the_same_choices(
     quantine.quantize(tiny("llama"), out, TEXTBOOK, short, resume=True)
     for name in ("model.safetensors", "config.json"):
         assert (out / name).read_bytes() == (chosen / name).read_bytes()
+
+
+def test_what_format_version_1_wrote_still_loads(
+    tiny: Tiny, packed: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(packed("llama", "gptq"), tmp_path / "out"))
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"]["format_version"] = 1
+    for scheme in config["quantization_config"]["schemes"]:
+        assert scheme.pop("group_axis") == "in"
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    old, new = quantine.load(out)[0], quantine.load(packed("llama", "gptq"))[0]
+    for name in matrices_of(tiny("llama")):
+        one, other = (model.get_submodule(name).dequantize() for model in (old, new))
+        assert torch.equal(one, other)
+    assert contents(out)["totals"] == contents(packed("llama", "gptq"))["totals"] | {
+        "header_bytes": contents(out)["totals"]["header_bytes"]
+    }
 
 
 def test_a_loud_input_decides_for_groups_along_outputs(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from quantine import Calibration, Plan, quantize
 from quantine.cli import main
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.eval import speed
@@ -57,6 +58,20 @@ def test_another_model_takes_turns(packed: Packed, tiny: Callable[[str], Path]) 
 
 def test_models_without_a_native_decoder_run_as_modules(packed: Packed) -> None:
     found = speed.measure(packed("gpt2", "rtn"), contexts=(4,), runs=1)
+    assert {row["name"] for row in found["text"]} == {"modules"}
+
+
+def test_matrices_without_native_products_are_no_kernels(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rules = [
+        {"match": "*.o_proj", "method": "rtn", "group_size": 16},
+        {"match": "@blocks", "method": "rtn", "group_size": 16, "group_axis": "out"},
+    ]
+    nothing = Calibration(samples=0)
+    out = quantize(tiny("llama"), tmp_path / "out", Plan.from_dict({"rules": rules}), nothing)
+    found = speed.measure(out.path, contexts=(4,), runs=1)
+    assert [kind["name"] for kind in found["kernels"]] == ["model.layers.0.self_attn.o_proj"]
     assert {row["name"] for row in found["text"]} == {"modules"}
 
 

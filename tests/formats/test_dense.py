@@ -132,3 +132,18 @@ def test_damaged_order_is_refused(damage: int) -> None:
     packed["in_perm"][3] = damage
     with pytest.raises(FormatError, match="in_perm"):
         Dense().unpack(packed, spec, 8)
+
+
+def test_golden_bytes_along_outputs() -> None:
+    # Docs/format.md: three outputs in one group, two inputs, two bits.
+    spec = QuantSpec(2, 3, group_axis="out")
+    tensors = {
+        "codes": torch.tensor([[0x1], [0x6], [0xB]], dtype=torch.uint8),
+        "scale": torch.tensor([[0.5], [2.0]], dtype=torch.float16),
+        "zero": torch.tensor([0x06], dtype=torch.uint8),
+    }
+    unpacked = Dense().unpack(tensors, spec, 2)
+    assert unpacked.dequantize().tolist() == [[-0.5, -2.0], [0.0, 0.0], [0.5, 2.0]]
+    packed = Dense().pack(unpacked)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[key], tensors[key]) for key in tensors)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -180,3 +182,19 @@ def test_outliers_cost_at_most_four_bytes_and_about_what_is_predicted(share: flo
     predicted = Sparse().nbytes(spec, rows, columns, False, kept.entries / mask.numel())
     if share >= 0.01:
         assert size == pytest.approx(predicted, rel=0.01)
+
+
+def test_golden_bytes_along_outputs() -> None:
+    # Docs/format.md: four outputs in groups of two, three inputs, whose statistics share grids.
+    tensors = golden_tensors()
+    del tensors["in_perm"]
+    tensors["codes"] = tensor(torch.uint8, (4, 1), "240d1233")
+    tensors["outlier_gap"] = tensor(torch.uint8, (1,), "0b")
+    tensors["outlier_value"] = torch.tensor([9.0], dtype=torch.float16)
+    spec = replace(SPEC, group_axis="out")
+    unpacked = Sparse().unpack(tensors, spec, 3)
+    expected = [[0, -8, 3], [1, 0, -1], [1.5, 0, 0.5], [2.5, 0, 9]]
+    assert unpacked.dequantize().tolist() == expected
+    packed = Sparse().pack(unpacked)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[key], tensors[key]) for key in tensors)

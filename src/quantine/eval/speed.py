@@ -59,9 +59,9 @@ def measure(
 
     Returns:
         ``arithmetic`` of the plan, ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of
-        matrix: ``name``, ``shape``, ``scheme``, ``bits_per_weight``, and for both arithmetics GB/s
-        of packed bytes and their share of ``read``), and ``text`` (by model and context:
-        ``prefill`` and ``decode`` in tokens/s).
+        native matrix: ``name``, ``shape``, ``scheme``, ``bits_per_weight``, and for both
+        arithmetics GB/s of packed bytes and their share of ``read``), and ``text`` (by model and
+        context: ``prefill`` and ``decode`` in tokens/s).
 
     Raises:
         BackendUnavailable: there is no native extension, and so nothing to measure.
@@ -125,11 +125,15 @@ def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
-    """Packed modules by what they have in common; each kind under the name of its first."""
+    """Packed modules by what they have in common; each kind under the name of its first.
+
+    Without those that have no native matrix, because their groups run along outputs.
+    """
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
     for name, module in packed_modules(model):
         kind = (module.format_name, module.spec, module.out_features, module.in_features)
-        found.setdefault(kind, []).append((name, module))
+        if module.matrix() is not None:
+            found.setdefault(kind, []).append((name, module))
     return {alike[0][0]: [module for _, module in alike] for alike in found.values()}
 
 
