@@ -40,9 +40,9 @@ TABLES = (
     Table(
         "spqr-opt-mini",
         "SpQR: size against quality, with GPTQ and RTN",
-        """SpQR (tables 1 and 2): at equal size, outliers in 16 bit beside small groups with quantized
-statistics lose less than GPTQ, which loses less than rounding to nearest (RTN); with about 4.6 bits
-less than 1% is lost.""",
+        """SpQR (tables 1 and 2): at equal size, outliers in 16 bit beside small groups with
+quantized statistics lose less than GPTQ, which loses less than rounding to nearest (RTN); with
+about 4.6 bits less than 1% is lost.""",
         "quantine compare opt-mini --plans preset:rtn:bits=4,preset:rtn:bits=3,preset:gptq:bits=4,"
         "preset:gptq:bits=3,preset:spqr-4bit,preset:spqr-3bit,preset:spqr-faithful,3.65 "
         "--calibration wikitext2_valid.txt --samples 32 --seqlen 256 --bfloat16 "
@@ -61,8 +61,8 @@ it. Perplexities of small models on short texts are not those of the papers: rea
 and the recovery, not the level.
 
 What the models at hand cannot show: anything about models with billions of weights, whose outliers
-SpQR, AdaDim and RPTQ are made for; and scores of tasks that small models only guess at. The tables of
-AdaDim and RPTQ are to be added with their methods.
+SpQR, AdaDim and RPTQ are made for; and scores of tasks that small models only guess at. The tables
+of AdaDim and RPTQ are to be added with their methods.
 """
 
 
