@@ -180,26 +180,18 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
     out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
 }
 
-// Adds what outliers of `rows` rows from `first` make of one row of activations. Most rows have one
-// or two, so products are made for many rows at once.
+// Adds what outliers of a tile make of one row of activations. Most rows have one or two: a loop for
+// each would cost more than the products.
 template <typename V>
-void add_outliers(const Weights& w, std::size_t first, std::size_t rows, const float* x,
-                  float* lane) {
-  constexpr std::size_t kPiece = 256;
+void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
+  constexpr std::size_t kPiece = 128;
   alignas(64) float products[kPiece];
-  const std::size_t end = w.outlier_offsets[first + rows];
-  std::size_t e = w.outlier_offsets[first], begin = e, ready = e;
-  for (std::size_t r = 0; r < rows; ++r) {
-    float sum = lane[r];
-    for (const std::size_t stop = w.outlier_offsets[first + r + 1]; e < stop; ++e) {
-      if (e == ready) {
-        begin = e;
-        ready = std::min(e + kPiece, end);
-        outlier_products<V>(w, begin, ready - begin, x, products);
-      }
-      sum += products[e - begin];
-    }
-    lane[r] = sum;
+  const std::size_t end = w.outlier_offsets[tile + 1];
+  for (std::size_t first = w.outlier_offsets[tile]; first < end; first += kPiece) {
+    const std::size_t count = std::min(kPiece, end - first);
+    outlier_products<V>(w, first, count, x, products);
+    const std::uint8_t* lanes = &w.outlier_lanes[first];
+    for (std::size_t e = 0; e < count; ++e) lane[lanes[e]] += products[e];
   }
 }
 
@@ -227,10 +219,10 @@ inline void fetch(const Weights& w, std::size_t tile) {
   const std::size_t statistics = w.groups * w.group_bytes;
   ask(w.statistics.data() + tile * statistics, std::min(statistics, 4 * kLine));
   if (w.outlier_offsets.empty()) return;
-  const std::size_t first = w.outlier_offsets[tile * kTile];
-  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[(tile + 1) * kTile] - first, 128);
+  const std::size_t first = w.outlier_offsets[tile];
+  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[tile + 1] - first, 128);
   if (count == 0) return;
-  ask(w.outlier_offsets.data() + (tile + 1) * kTile, kLine);
+  ask(&w.outlier_lanes[first], count);
   if (!w.outlier_short_columns.empty())
     ask(&w.outlier_short_columns[first], count * sizeof(std::uint16_t));
   if (!w.outlier_halves.empty()) ask(&w.outlier_halves[first], count * sizeof(std::uint16_t));
@@ -247,7 +239,7 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
     float lane[kTile];
     V::store(lane, total[b]);
     if (!w.outlier_offsets.empty())
-      add_outliers<V>(w, first, lanes, a.x + static_cast<std::size_t>(b) * a.columns, lane);
+      add_outliers<V>(w, tile, a.x + static_cast<std::size_t>(b) * a.columns, lane);
     std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
   }
 }

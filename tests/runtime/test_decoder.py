@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantine import Calibration, Plan, load, quantize
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.runtime.decoder import Decoder, decoder_for
@@ -32,9 +33,8 @@ NATIVE: Final = (
     "opt",
 )
 TOLERANCE: Final = 1e-4
-"""Of logits, relative to the largest of a row."""
-FAST: Final = 1e-3
-"""Likewise, with keys and values that are rounded to 16 bits: random models amplify that."""
+FAST_TOLERANCE: Final = 1e-3
+"""Of logits, relative to the largest of a row, in exact and in fast arithmetic."""
 LONG: Final = 600
 """Tokens whose attention takes several of its spans of 128."""
 
@@ -84,8 +84,10 @@ def test_fast_arithmetic_stays_close(name: str) -> None:
     model = tiny_model(name, **changes)
     tokens = some_tokens(400, 1)
     wanted = logits_of(model, tokens)[0]
-    decoder = decoder_for(model, 400, exact=False)  # float matrices: only its cache is rounded
-    assert_follows(decoder, tokens[0], wanted, 380, FAST)
+    decoder = decoder_for(
+        model, 400, arithmetic="fast"
+    )  # float matrices: only its cache is rounded
+    assert_follows(decoder, tokens[0], wanted, 380, FAST_TOLERANCE)
 
 
 @pytest.mark.parametrize("bits", [8, 5])
@@ -173,14 +175,14 @@ def test_extreme_attention_scores() -> None:
     assert_follows(decoder_for(model, 90), tokens[0], logits_of(model, tokens)[0], 80)
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("name", ["llama", "opt"])
-def test_threads_change_no_bit(name: str, exact: bool) -> None:
+def test_threads_change_no_bit(name: str, arithmetic: Arithmetic) -> None:
     model = tiny_model(name, max_position_embeddings=LONG)
     tokens = some_tokens(LONG, 1)[0]
     found = []
     for threads in (1, 2, 3):
-        decoder = decoder_for(model, LONG, exact=exact, threads=threads)
+        decoder = decoder_for(model, LONG, arithmetic=arithmetic, threads=threads)
         found.append([decoder.append(part).clone() for part in tokens.split([590, 9, 1])])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
