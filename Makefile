@@ -59,6 +59,7 @@ check: install
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
 	$(BIN)/python benchmarks/bench_columns.py
+	$(BIN)/python benchmarks/bench_matrix.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .

@@ -58,9 +58,11 @@ bool alike(const Weights& a, const Weights& b) {
 // Activations arranged for the kernels of one matrix, and the memory they are in.
 class Arranged {
  public:
-  Arranged(const Level& level, const Weights& w, const float* x, std::size_t batch, bool exact) {
+  Arranged(const Level& level, const Weights& w, const float* x, std::size_t batch, bool exact,
+           bool outliers) {
     view_.columns = w.columns;
     view_.x = stored_order(w, x, batch);
+    if (outliers && batch > 1) turn(w, batch);
     if (!is_packed(w)) return;
     view_.blocks = w.blocks.size();
     // Whole vectors of up to 8 chunks are read, so the padding behind the last block is, too.
@@ -81,6 +83,15 @@ class Arranged {
       for (std::size_t j = 0; j < w.columns; ++j)
         ordered_[b * w.columns + j] = x[b * w.columns + w.order[j]];
     return ordered_.data();
+  }
+
+  void turn(const Weights& w, std::size_t batch) {
+    turned_.assign((batch + kTile - 1) / kTile * kTile * w.columns, 0.0f);
+    for (std::size_t b = 0; b < batch; ++b) {
+      float* out = turned_.data() + b / kTile * kTile * w.columns + b % kTile;
+      for (std::size_t j = 0; j < w.columns; ++j) out[j * kTile] = view_.x[b * w.columns + j];
+    }
+    view_.turned = turned_.data();
   }
 
   void arrange_exact(const Weights& w, std::size_t batch) {
@@ -109,7 +120,7 @@ class Arranged {
   }
 
   Activations view_;
-  std::vector<float> ordered_, spread_, scales_, sums_;
+  std::vector<float> ordered_, turned_, spread_, scales_, sums_;
   std::vector<std::uint8_t> codes_;
 };
 
@@ -186,11 +197,14 @@ void multiply(const Product* products, std::size_t count, const float* x, std::s
   arranged.reserve(count);
   std::vector<std::size_t> uses(count);
   std::vector<Task> tasks;
+  const bool outliers = std::any_of(products, products + count, [](const Product& product) {
+    return !product.matrix->weights().outlier_offsets.empty();
+  });
   for (std::size_t p = 0; p < count; ++p) {
     const Weights& w = products[p].matrix->weights();
     std::size_t same = 0;
     while (same < p && !alike(products[same].matrix->weights(), w)) ++same;
-    if (same == p) arranged.emplace_back(level, w, x, batch, exact);
+    if (same == p) arranged.emplace_back(level, w, x, batch, exact, outliers);
     uses[p] = same == p ? arranged.size() - 1 : uses[same];
     const std::size_t tiles = tiles_of(w);
     const std::size_t together = std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));

@@ -85,6 +85,8 @@ struct Weights {
 struct Activations {
   std::size_t columns = 0, padded = 0, blocks = 0;
   const float* x = nullptr;             // [batch, columns], stored order
+  // [batch / 16, columns, 16], rows beyond the last are zero: of several rows, for outliers.
+  const float* turned = nullptr;
   const float* spread = nullptr;        // [batch, padded]; exact
   const std::uint8_t* codes = nullptr;  // [batch, padded / 4, 8], in the order of the level; fast
   const float* scales = nullptr;        // [batch, blocks]; fast

@@ -195,6 +195,32 @@ void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lan
   }
 }
 
+// The same for all rows of activations, added to `y` `[batch, rows]`.
+template <typename V>
+void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
+                  float* y) {
+  const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
+  for (std::size_t start = 0; start < batch; start += kTile) {
+    const float* x = a.turned + start * w.columns;
+    typename V::Float sums[kTile];
+    for (std::size_t r = 0; r < rows; ++r) sums[r] = V::set(0.0f);
+    for (std::size_t e = w.outlier_offsets[tile]; e < w.outlier_offsets[tile + 1]; ++e) {
+      const std::size_t column =
+          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
+      const float value =
+          w.outlier_halves.empty() ? w.outlier_floats[e] : half_to_float(w.outlier_halves[e]);
+      auto& sum = sums[w.outlier_lanes[e]];
+      sum = V::fma(V::floats(x + column * kTile), V::set(value), sum);
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
+      float lanes[kTile];
+      V::store(lanes, sums[r]);
+      for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
+        y[b * w.rows + first + r] += lanes[b - start];
+    }
+  }
+}
+
 template <typename V, int kBatch>
 void sum_tile(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* total,
               bool exact) {
@@ -238,8 +264,8 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
   for (int b = 0; b < kBatch; ++b) {
     float lane[kTile];
     V::store(lane, total[b]);
-    if (!w.outlier_offsets.empty())
-      add_outliers<V>(w, tile, a.x + static_cast<std::size_t>(b) * a.columns, lane);
+    if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
+      add_outliers<V>(w, tile, a.x, lane);
     std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
   }
 }
@@ -268,8 +294,10 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
   if constexpr (V::kBatch > 1) {
     take(std::integral_constant<int, V::kBatch>{});
     take(std::integral_constant<int, V::kBatch / 2>{});
+    if constexpr (V::kBatch > 4) take(std::integral_constant<int, V::kBatch / 4>{});
   }
   take(std::integral_constant<int, 1>{});
+  if (a.turned != nullptr && !w.outlier_offsets.empty()) add_outliers<V>(w, a, batch, tile, y);
 }
 
 // Activations of a row in 16 bit: codes, scale and sum of codes of every block.

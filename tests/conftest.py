@@ -61,18 +61,17 @@ def packed(
     """A quantized tiny model by name and kind, made at first use.
 
     Kinds: ``gptq`` (3 bit), ``rtn`` (4 bit), and ``mixed`` (every matrix another width and grid,
-    some with a stored input order).
+    some with a stored input order). All compute in exact arithmetic.
     """
     root = tmp_path_factory.mktemp("packed")
 
     def plan(name: str, kind: str) -> Plan:
         if kind == "gptq":
-            return Plan.preset("gptq", bits=3, group_size=32)
+            return Plan.preset("gptq", bits=3, group_size=32, arithmetic="exact")
         if kind == "rtn":
-            return Plan.preset("rtn", bits=4, group_size=32)
-        return Plan.from_dict(
-            {"rules": mixed_rules(matrices_of(tiny(name)), groups="refit", clip="minmax")}
-        )
+            return Plan.preset("rtn", bits=4, group_size=32, arithmetic="exact")
+        rules = mixed_rules(matrices_of(tiny(name)), groups="refit", clip="minmax")
+        return Plan.from_dict({"rules": rules, "arithmetic": "exact"})
 
     def directory(name: str, kind: str) -> Path:
         assert name in FAMILIES

@@ -59,7 +59,7 @@ def test_the_packed_model_is_the_float_model_with_the_solved_weights(
     plan = Plan.from_dict({"rules": varied_rules(tiny(name))})
     report = quantine.quantize(tiny(name), tmp_path / "out", plan, short).report
     assert sum(layer["outliers"] for layer in report["layers"]) > 0
-    model, _ = quantine.load(tmp_path / "out", torch.float32)
+    model, _ = quantine.load(tmp_path / "out", torch.float32, "exact")
     weights = {path: module.dequantize() for path, module in packed_modules(model)}
     assert len(weights) == len(report["layers"])
     expected = logits_of(with_weights(tiny(name), weights))

@@ -44,7 +44,7 @@ UNTIED = ("llama", "neox_parallel")
 
 def quantized(model: Path, out: Path, *rules: dict[str, Any]) -> Path:
     """``model`` with its blocks at 4 bit and ``rules`` on top."""
-    plan = quantine.Plan.from_dict({"rules": [BLOCKS, *rules]})
+    plan = quantine.Plan.from_dict({"rules": [BLOCKS, *rules], "arithmetic": "exact"})
     return quantine.quantize(model, out, plan, quantine.Calibration(samples=0)).path
 
 

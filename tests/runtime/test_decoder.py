@@ -71,9 +71,16 @@ def test_prompts_and_steps_are_those_of_the_modules(name: str) -> None:
 @pytest.mark.parametrize("kind", ["rtn", "mixed"])
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen2", "gemma3", "opt"])
 def test_packed_models_decode_as_they_compute(name: str, kind: str, packed: Packed) -> None:
-    model, _ = load(packed(name, kind), dtype=torch.float32)
+    directory = packed(name, kind)
+    model, _ = load(directory, dtype=torch.float32)
     tokens = some_tokens(24, 1)
-    assert_follows(decoder_for(model, 24), tokens[0], logits_of(model, tokens)[0], 11)
+    wanted = logits_of(model, tokens)[0]
+    assert_follows(decoder_for(model, 24), tokens[0], wanted, 11)
+    named = decoder_for(model, 24, arithmetic="fast")
+    assert_follows(named, tokens[0], wanted, 11, FAST_TOLERANCE)
+    named.reset()
+    found = decoder_for(load(directory, torch.float32, "fast")[0], 24)
+    assert torch.equal(found.append(tokens[0]), named.append(tokens[0]))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])

@@ -277,7 +277,7 @@ def test_written_config_is_what_other_readers_need(written: Path) -> None:
 
 
 def test_written_weights_are_those_that_ran(tiny: Tiny, written: Path) -> None:
-    model, _ = quantine.load(written, dtype=torch.float32)
+    model, _ = quantine.load(written, torch.float32, "exact")
     weights = {name: module.dequantize() for name, module in packed_modules(model)}
     layers = json.loads((written / "quantine_report.json").read_text())["layers"]
     source = stored_tensors(tiny("llama"))

@@ -15,7 +15,7 @@ from quantine.formats import format_named
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
 from quantine.runtime.snapshot import Snapshot
 
-FEW_ROWS: Final = 16
+FEW_ROWS: Final = 64
 """Rows of activations up to which products are made straight from codes."""
 COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Dtypes of activations that native products take."""
