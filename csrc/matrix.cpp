@@ -151,7 +151,7 @@ void Bytes::Free::operator()(std::uint8_t* data) const { std::free(data); }
 
 std::size_t Matrix::nbytes() const {
   const Weights& w = weights_;
-  return w.codes.size() + w.statistics.size() +
+  return w.codes.size() + w.statistics.size() + w.outlier_lanes.size() +
          sizeof(std::uint16_t) * (w.outlier_short_columns.size() + w.outlier_halves.size()) +
          sizeof(float) * (w.scale.second.size() + w.zero.second.size() + w.outlier_floats.size()) +
          sizeof(std::uint32_t) * (w.order.size() + w.outlier_offsets.size() +

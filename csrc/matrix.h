@@ -73,7 +73,8 @@ struct Weights {
   std::size_t even_chunks = 0;      // of every block; 0 if they differ or do not fill vectors
   std::size_t blocks_per_group = 0;  // of every group, if blocks are even
   std::vector<std::uint32_t> order;           // stored column j is input order[j]; empty: j
-  std::vector<std::uint32_t> outlier_offsets;  // [rows + 1]; empty: no outliers
+  std::vector<std::uint32_t> outlier_offsets;  // [tiles + 1], of outliers by row; empty: none
+  std::vector<std::uint8_t> outlier_lanes;     // rows in their tile
   std::vector<std::uint32_t> outlier_columns;  // stored ones, if there are more than 2^16
   std::vector<std::uint16_t> outlier_short_columns;
   std::vector<std::uint16_t> outlier_halves;  // values in float16 where the code means zero,

@@ -50,23 +50,21 @@ inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
 
 template <typename T>
 void decode_outliers(const Weights& w, std::size_t tile, T* out, std::size_t stride) {
-  const std::size_t first = tile * kTile, lanes = std::min(kTile, w.rows - first);
-  for (std::size_t lane = 0; lane < lanes; ++lane)
-    for (std::size_t e = w.outlier_offsets[first + lane]; e < w.outlier_offsets[first + lane + 1]; ++e) {
-      const std::size_t column =
-          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
-      T& target = out[lane * stride + column];
-      if (!w.outlier_halves.empty()) {
-        convert(half_to_float(w.outlier_halves[e]), &target);
-      } else if constexpr (sizeof(T) == 4) {
-        target += w.outlier_floats[e];
-      } else {
-        const std::uint32_t bits = static_cast<std::uint32_t>(target) << 16;
-        float held;
-        std::memcpy(&held, &bits, sizeof held);
-        convert(held + w.outlier_floats[e], &target);
-      }
+  for (std::size_t e = w.outlier_offsets[tile]; e < w.outlier_offsets[tile + 1]; ++e) {
+    const std::size_t column =
+        w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
+    T& target = out[w.outlier_lanes[e] * stride + column];
+    if (!w.outlier_halves.empty()) {
+      convert(half_to_float(w.outlier_halves[e]), &target);
+    } else if constexpr (sizeof(T) == 4) {
+      target += w.outlier_floats[e];
+    } else {
+      const std::uint32_t bits = static_cast<std::uint32_t>(target) << 16;
+      float held;
+      std::memcpy(&held, &bits, sizeof held);
+      convert(held + w.outlier_floats[e], &target);
     }
+  }
 }
 
 // The 16 rows of a tile in stored order, those beyond the last row included: row `lane` is at

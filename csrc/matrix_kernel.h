@@ -180,26 +180,18 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
     out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
 }
 
-// Adds what outliers of `rows` rows from `first` make of one row of activations. Most rows have one
-// or two, so products are made for many rows at once.
+// Adds what outliers of a tile make of one row of activations. Most rows have one or two: a loop for
+// each would cost more than the products.
 template <typename V>
-void add_outliers(const Weights& w, std::size_t first, std::size_t rows, const float* x,
-                  float* lane) {
-  constexpr std::size_t kPiece = 256;
+void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
+  constexpr std::size_t kPiece = 128;
   alignas(64) float products[kPiece];
-  const std::size_t end = w.outlier_offsets[first + rows];
-  std::size_t e = w.outlier_offsets[first], begin = e, ready = e;
-  for (std::size_t r = 0; r < rows; ++r) {
-    float sum = lane[r];
-    for (const std::size_t stop = w.outlier_offsets[first + r + 1]; e < stop; ++e) {
-      if (e == ready) {
-        begin = e;
-        ready = std::min(e + kPiece, end);
-        outlier_products<V>(w, begin, ready - begin, x, products);
-      }
-      sum += products[e - begin];
-    }
-    lane[r] = sum;
+  const std::size_t end = w.outlier_offsets[tile + 1];
+  for (std::size_t first = w.outlier_offsets[tile]; first < end; first += kPiece) {
+    const std::size_t count = std::min(kPiece, end - first);
+    outlier_products<V>(w, first, count, x, products);
+    const std::uint8_t* lanes = &w.outlier_lanes[first];
+    for (std::size_t e = 0; e < count; ++e) lane[lanes[e]] += products[e];
   }
 }
 
@@ -207,23 +199,24 @@ void add_outliers(const Weights& w, std::size_t first, std::size_t rows, const f
 template <typename V>
 void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                   float* y) {
-  const std::size_t first = tile * kTile, last = std::min(w.rows, first + kTile);
+  const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
   for (std::size_t start = 0; start < batch; start += kTile) {
     const float* x = a.turned + start * w.columns;
-    for (std::size_t row = first; row < last; ++row) {
-      typename V::Float sum = V::set(0.0f);
-      const std::size_t end = w.outlier_offsets[row + 1];
-      for (std::size_t e = w.outlier_offsets[row]; e < end; ++e) {
-        const std::size_t column =
-            w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
-        const float value =
-            w.outlier_halves.empty() ? w.outlier_floats[e] : half_to_float(w.outlier_halves[e]);
-        sum = V::fma(V::floats(x + column * kTile), V::set(value), sum);
-      }
+    typename V::Float sums[kTile];
+    for (std::size_t r = 0; r < rows; ++r) sums[r] = V::set(0.0f);
+    for (std::size_t e = w.outlier_offsets[tile]; e < w.outlier_offsets[tile + 1]; ++e) {
+      const std::size_t column =
+          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
+      const float value =
+          w.outlier_halves.empty() ? w.outlier_floats[e] : half_to_float(w.outlier_halves[e]);
+      auto& sum = sums[w.outlier_lanes[e]];
+      sum = V::fma(V::floats(x + column * kTile), V::set(value), sum);
+    }
+    for (std::size_t r = 0; r < rows; ++r) {
       float lanes[kTile];
-      V::store(lanes, sum);
+      V::store(lanes, sums[r]);
       for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
-        y[b * w.rows + row] += lanes[b - start];
+        y[b * w.rows + first + r] += lanes[b - start];
     }
   }
 }
@@ -252,10 +245,10 @@ inline void fetch(const Weights& w, std::size_t tile) {
   const std::size_t statistics = w.groups * w.group_bytes;
   ask(w.statistics.data() + tile * statistics, std::min(statistics, 4 * kLine));
   if (w.outlier_offsets.empty()) return;
-  const std::size_t first = w.outlier_offsets[tile * kTile];
-  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[(tile + 1) * kTile] - first, 128);
+  const std::size_t first = w.outlier_offsets[tile];
+  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[tile + 1] - first, 128);
   if (count == 0) return;
-  ask(w.outlier_offsets.data() + (tile + 1) * kTile, kLine);
+  ask(&w.outlier_lanes[first], count);
   if (!w.outlier_short_columns.empty())
     ask(&w.outlier_short_columns[first], count * sizeof(std::uint16_t));
   if (!w.outlier_halves.empty()) ask(&w.outlier_halves[first], count * sizeof(std::uint16_t));
@@ -272,7 +265,7 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
     float lane[kTile];
     V::store(lane, total[b]);
     if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
-      add_outliers<V>(w, first, lanes, a.x, lane);
+      add_outliers<V>(w, tile, a.x, lane);
     std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
   }
 }

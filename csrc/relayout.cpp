@@ -184,7 +184,10 @@ void write_codes(const Source& source, const Weights& weights, std::size_t tile,
 // else what the code means is taken off the value.
 void write_outliers(const Source& source, Weights& weights, std::vector<std::uint8_t>& codes) {
   const std::size_t entries = static_cast<std::size_t>(source.outlier_offsets[source.rows]);
-  weights.outlier_offsets.assign(source.outlier_offsets, source.outlier_offsets + source.rows + 1);
+  weights.outlier_lanes.resize(entries);
+  for (std::size_t row = 0; row < source.rows; row += kTile)
+    weights.outlier_offsets.push_back(static_cast<std::uint32_t>(source.outlier_offsets[row]));
+  weights.outlier_offsets.push_back(static_cast<std::uint32_t>(entries));
   const bool narrow = source.columns <= 65536;
   if (narrow)
     weights.outlier_short_columns.assign(source.outlier_columns, source.outlier_columns + entries);
@@ -197,8 +200,10 @@ void write_outliers(const Source& source, Weights& weights, std::vector<std::uin
   else
     weights.outlier_floats.resize(entries);
   for (std::size_t row = 0; row < source.rows; ++row)
-    for (std::size_t e = weights.outlier_offsets[row]; e < weights.outlier_offsets[row + 1]; ++e) {
+    for (std::int64_t at = source.outlier_offsets[row]; at < source.outlier_offsets[row + 1]; ++at) {
+      const std::size_t e = static_cast<std::size_t>(at);
       const std::size_t column = static_cast<std::size_t>(source.outlier_columns[e]);
+      weights.outlier_lanes[e] = static_cast<std::uint8_t>(row % kTile);
       const std::size_t group = column / source.group_size;
       const float zero = value_of(source.zero, row, group, source.rows, weights.groups);
       std::uint8_t& code = codes[row * source.columns + column];

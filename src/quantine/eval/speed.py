@@ -18,7 +18,7 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.kernels import backend
 from quantine.kernels.matrix import multiply, read_words
-from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.generate import ModuleDecoder
 from quantine.runtime.load import load_model, load_packed
 from quantine.runtime.modules import Packed, QuantLinear, TiedHead, packed_modules
@@ -254,7 +254,7 @@ def _text(
 def _decode(decoder: Decoder | ModuleDecoder) -> None:
     token = torch.tensor([3])
     for _ in range(DECODED):
-        token = decoder.append(token).argmax().view(1)
+        token = torch.tensor([most_likely(decoder.append(token))])
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantine.errors import BackendUnavailable, PlanError
-from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.load import load_model
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.source import locate
@@ -148,7 +148,7 @@ def _native_decoder(model: PreTrainedModel, capacity: int, log: IO[str]) -> Deco
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
-        return int(logits.argmax())
+        return most_likely(logits)
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 

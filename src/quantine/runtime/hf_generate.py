@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quantine.errors import BackendUnavailable
-from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.decoder_model import check_state
 from quantine.runtime.snapshot import Snapshot
 
@@ -170,4 +170,4 @@ def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     if sample:
         return torch.multinomial(scores.softmax(-1), num_samples=1)
-    return scores.argmax(-1, keepdim=True)
+    return torch.tensor([[most_likely(scores[0])]])
