@@ -1,6 +1,7 @@
 #include "columns.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "lanes.h"
 
@@ -8,7 +9,7 @@ namespace quantine {
 namespace {
 
 constexpr std::size_t kPart = 16;    // columns whose errors reach the others at once
-constexpr std::size_t kChunk = 256;  // rows whose columns stay in cache while they are rounded
+constexpr std::size_t kRows = 256;   // at once: a block of their columns stays in cache
 
 // Rounds one column of `width` rows from row `first`.
 QUANTINE_INLINE void round_column(const Columns& c, std::size_t j, std::size_t first,
@@ -71,23 +72,39 @@ void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_
   for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
 
-}  // namespace
-
-Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter) {
+Misfit round_rows(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter,
+                  RowRange range) {
   std::size_t end = start;
   for (std::size_t begin = start; begin < stop; begin = end) {
     end = std::min(begin + kPart, stop);
     if (fitter != nullptr) {
       end = std::min(end, (begin / fitter->length + 1) * fitter->length);
       if (begin % fitter->length == 0) {
-        const Misfit misfit = fit_group(*fitter, c.weights + begin * c.rows, c.rows, begin);
+        const Misfit misfit =
+            fit_group(*fitter, c.weights + begin * c.rows, c.rows, begin, range);
         if (misfit.kind != Misfit::kNone) return misfit;
       }
     }
-    for (std::size_t first = 0; first < c.rows; first += kChunk)
-      round_part(c, begin, end, stop, first, std::min(kChunk, c.rows - first));
+    round_part(c, begin, end, stop, range.first, range.count);
   }
   return {Misfit::kNone, 0.0f};
+}
+
+}  // namespace
+
+Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter,
+                   Pool& pool) {
+  // As many ranges of rows as keep every thread busy to the end.
+  const std::size_t turns = (c.rows + kRows * pool.threads() - 1) / (kRows * pool.threads());
+  const std::size_t ranges = turns * pool.threads();
+  const std::size_t width = rows_at_once(fitter, c.rows / std::max<std::size_t>(ranges, 1) + 1);
+  std::vector<Misfit> misfits((c.rows + width - 1) / width);
+  pool.run(misfits.size(), [&](std::size_t index) {
+    const std::size_t first = index * width;
+    misfits[index] =
+        round_rows(c, start, stop, fitter, {first, std::min(width, c.rows - first)});
+  });
+  return first_misfit(misfits);
 }
 
 }  // namespace quantine

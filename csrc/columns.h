@@ -27,8 +27,9 @@ struct Columns {
 
 // Rounds columns from `start` to `stop`, taking what each loses off those up to `stop`. A group
 // that is fitted starts at `start`, or is whole between the two. `fitter`, whose groups ascend, is
-// null where grids are known.
+// null where grids are known. Rows are independent of one another: results are the same for any
+// number of threads.
 Misfit round_block(const Columns& columns, std::size_t start, std::size_t stop,
-                   const Fitter* fitter);
+                   const Fitter* fitter, Pool& pool);
 
 }  // namespace quantine
