@@ -112,23 +112,19 @@ Report reported(const quantine::Misfit& misfit) {
   return std::pair{std::string(is_scale ? "scale" : "statistic"), misfit.value};
 }
 
-Report fit_groups(Array<const float> columns, const Fitter& arrays) {
-  const std::size_t rows = columns.shape(1);
-  const quantine::Fitter fitter = arrays.checked(columns.shape(0), rows);
+Report fit_groups(Array<const float> columns, const Fitter& arrays, quantine::Pool& pool) {
+  const std::size_t inputs = columns.shape(0), rows = columns.shape(1);
+  const quantine::Fitter fitter = arrays.checked(inputs, rows);
   nb::gil_scoped_release release;
-  quantine::Misfit misfit{};
-  for (std::size_t start = 0; start < columns.shape(0); start += fitter.length) {
-    misfit = quantine::fit_group(fitter, columns.data() + start * rows, rows, start);
-    if (misfit.kind != quantine::Misfit::kNone) break;
-  }
-  return reported(misfit);
+  return reported(quantine::fit_groups(fitter, columns.data(), inputs, rows, pool));
 }
 
 Report round_block(Array<float> weights, Array<const float> upper,
                    Vector<const std::int64_t> groups, Array<const float> scales,
                    Array<const float> zeros, Array<std::uint8_t> codes, Array<float> errors,
                    std::optional<Array<std::uint8_t>> kept, int bits, float price,
-                   std::size_t start, std::size_t stop, const Fitter* arrays) {
+                   std::size_t start, std::size_t stop, const Fitter* arrays,
+                   quantine::Pool& pool) {
   const std::size_t inputs = weights.shape(0), rows = weights.shape(1);
   if (bits < 1 || bits > 8) throw nb::value_error("bits must be 1 to 8");
   if (!is(upper, inputs, inputs) || groups.shape(0) != inputs || !is(codes, inputs, rows) ||
@@ -156,7 +152,7 @@ Report round_block(Array<float> weights, Array<const float> upper,
                                   bits,
                                   price};
   nb::gil_scoped_release release;
-  return reported(quantine::round_block(columns, start, stop, fitter ? &*fitter : nullptr));
+  return reported(quantine::round_block(columns, start, stop, fitter ? &*fitter : nullptr, pool));
 }
 
 #if defined(QUANTINE_AMX)
@@ -198,11 +194,12 @@ NB_MODULE(_native, m) {
                 {scales, scale_codes, scale_step, scale_zero},
                 {zeros, zero_codes, zero_step, zero_zero}};
           });
-  m.def("fit_groups", &fit_groups, nb::arg("columns"), nb::arg("fitter"));
+  m.def("fit_groups", &fit_groups, nb::arg("columns"), nb::arg("fitter"),
+        nb::arg("pool"));
   m.def("round_block", &round_block, nb::arg("weights"), nb::arg("upper"), nb::arg("groups"),
         nb::arg("scales"), nb::arg("zeros"), nb::arg("codes"), nb::arg("errors"),
         nb::arg("kept").none(), nb::arg("bits"), nb::arg("price"), nb::arg("start"),
-        nb::arg("stop"), nb::arg("fitter").none());
+        nb::arg("stop"), nb::arg("fitter").none(), nb::arg("pool"));
   m.def("multiplies_tiles", &multiplies_tiles);
   bind_matrix(m);
 #if defined(QUANTINE_AMX)

@@ -9,7 +9,7 @@ namespace quantine {
 namespace {
 
 constexpr std::size_t kPart = 16;    // columns whose errors reach the others at once
-constexpr std::size_t kChunk = 256;  // rows whose columns stay in cache while they are rounded
+constexpr std::size_t kRows = 256;   // at once: a block of their columns stays in cache
 
 // Rounds one column of `width` rows from row `first`.
 QUANTINE_INLINE void round_column(const Columns& c, std::size_t j, std::size_t first,
@@ -72,13 +72,14 @@ void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_
   for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
 
-// Fits the groups of outputs of column `j`, and spreads their grids over the rows of `scales` and
-// `zeros`.
-Misfit fit_column(const Fitter& fitter, const Columns& c, std::size_t j, float* scales,
-                  float* zeros) {
-  const std::size_t n = fitter.length, groups = c.rows / n;
-  const float* column = c.weights + j * c.rows;
-  std::vector<float> lines(c.rows);
+// Fits the groups of outputs of column `j` in a range of rows, and spreads their grids over the rows
+// of `scales` and `zeros`.
+Misfit fit_column(const Fitter& fitter, const Columns& c, std::size_t j, RowRange range,
+                  float* scales, float* zeros) {
+  const std::size_t n = fitter.length, groups = range.count / n;
+  const std::size_t all = c.rows / n, first = range.first / n;
+  const float* column = c.weights + j * c.rows + range.first;
+  std::vector<float> lines(range.count);
   for (std::size_t k = 0; k < groups; ++k)
     for (std::size_t i = 0; i < n; ++i) lines[i * groups + k] = column[k * n + i];
   const std::vector<float> spread(groups, fitter.spread[j]);
@@ -86,21 +87,21 @@ Misfit fit_column(const Fitter& fitter, const Columns& c, std::size_t j, float* 
                    true,
                    spread.data(),
                    n,
-                   groups,
-                   of_group(fitter.scale, j, groups, groups),
-                   of_group(fitter.zero, j, groups, groups)};
-  const Misfit misfit = fit_group(one, lines.data(), groups, 0);
+                   fitter.runs,
+                   of_group(fitter, fitter.scale, j, all, first),
+                   of_group(fitter, fitter.zero, j, all, first)};
+  const Misfit misfit = fit_group(one, lines.data(), groups, 0, {0, groups});
   for (std::size_t k = 0; k < groups; ++k) {
-    std::fill_n(scales + k * n, n, one.scale.values[k]);
-    std::fill_n(zeros + k * n, n, one.zero.values[k]);
+    std::fill_n(scales + range.first + k * n, n, one.scale.values[k]);
+    std::fill_n(zeros + range.first + k * n, n, one.zero.values[k]);
   }
   return misfit;
 }
 
-// `round_block` where groups run along outputs. Every column is a part of its own, since its grids
+// `round_rows` where groups run along outputs. Every column is a part of its own, since its grids
 // are fitted to what all columns before it have left.
-Misfit round_columns(const Columns& c, std::size_t start, std::size_t stop,
-                     const Fitter& fitter) {
+Misfit round_groups(const Columns& c, std::size_t start, std::size_t stop, const Fitter& fitter,
+                    RowRange range) {
   std::vector<float> scales(c.rows), zeros(c.rows);
   const std::vector<std::int64_t> groups(c.inputs, 0);
   Columns column = c;
@@ -108,32 +109,47 @@ Misfit round_columns(const Columns& c, std::size_t start, std::size_t stop,
   column.zeros = zeros.data();
   column.groups = groups.data();
   for (std::size_t j = start; j < stop; ++j) {
-    const Misfit misfit = fit_column(fitter, c, j, scales.data(), zeros.data());
+    const Misfit misfit = fit_column(fitter, c, j, range, scales.data(), zeros.data());
     if (misfit.kind != Misfit::kNone) return misfit;
-    for (std::size_t first = 0; first < c.rows; first += kChunk)
-      round_part(column, j, j + 1, stop, first, std::min(kChunk, c.rows - first));
+    round_part(column, j, j + 1, stop, range.first, range.count);
   }
   return {Misfit::kNone, 0.0f};
 }
 
-}  // namespace
-
-Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter) {
-  if (fitter != nullptr && fitter->of_columns) return round_columns(c, start, stop, *fitter);
+Misfit round_rows(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter,
+                  RowRange range) {
+  if (fitter != nullptr && fitter->of_columns) return round_groups(c, start, stop, *fitter, range);
   std::size_t end = start;
   for (std::size_t begin = start; begin < stop; begin = end) {
     end = std::min(begin + kPart, stop);
     if (fitter != nullptr) {
       end = std::min(end, (begin / fitter->length + 1) * fitter->length);
       if (begin % fitter->length == 0) {
-        const Misfit misfit = fit_group(*fitter, c.weights + begin * c.rows, c.rows, begin);
+        const Misfit misfit =
+            fit_group(*fitter, c.weights + begin * c.rows, c.rows, begin, range);
         if (misfit.kind != Misfit::kNone) return misfit;
       }
     }
-    for (std::size_t first = 0; first < c.rows; first += kChunk)
-      round_part(c, begin, end, stop, first, std::min(kChunk, c.rows - first));
+    round_part(c, begin, end, stop, range.first, range.count);
   }
   return {Misfit::kNone, 0.0f};
+}
+
+}  // namespace
+
+Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter,
+                   Pool& pool) {
+  // As many ranges of rows as keep every thread busy to the end.
+  const std::size_t turns = (c.rows + kRows * pool.threads() - 1) / (kRows * pool.threads());
+  const std::size_t ranges = turns * pool.threads();
+  const std::size_t width = rows_at_once(fitter, c.rows / std::max<std::size_t>(ranges, 1) + 1);
+  std::vector<Misfit> misfits((c.rows + width - 1) / width);
+  pool.run(misfits.size(), [&](std::size_t index) {
+    const std::size_t first = index * width;
+    misfits[index] =
+        round_rows(c, start, stop, fitter, {first, std::min(width, c.rows - first)});
+  });
+  return first_misfit(misfits);
 }
 
 }  // namespace quantine

@@ -143,27 +143,41 @@ void put_out(const Level& level, bool on_second_grid, const Statistic& stored) {
     stored.codes[r] = static_cast<std::uint8_t>(level.code[r]);
 }
 
+bool on_second_grid(int bits) { return bits != 0 && bits != 16; }
+
 }  // namespace
 
-Statistic of_group(const Statistic& all, std::size_t group, std::size_t rows, std::size_t runs) {
-  return {all.values + group * rows, all.codes + group * rows, all.step + group * runs,
-          all.zero + group * runs};
+Statistic of_group(const Fitter& fitter, const Statistic& all, std::size_t group,
+                   std::size_t rows, std::size_t first) {
+  const std::size_t value = group * rows + first;
+  const std::size_t second = group * fitter.runs + first / fitter.request.run;
+  return {all.values + value, all.codes + value, all.step + second, all.zero + second};
 }
 
-Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
-                 std::size_t start) {
+std::size_t rows_at_once(const Fitter* fitter, std::size_t wanted) {
+  std::size_t unit = kLanes;
+  if (fitter != nullptr) {
+    const FitRequest& f = fitter->request;
+    if (fitter->of_columns) unit = fitter->length;
+    else if (on_second_grid(f.scale_bits) || on_second_grid(f.zero_bits)) unit = f.run;
+  }
+  return (wanted + unit - 1) / unit * unit;
+}
+
+Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows, std::size_t start,
+                 RowRange range) {
   const FitRequest& f = fitter.request;
   const std::size_t n = fitter.length, group = start / n;
-  const Statistic stored_scale = of_group(fitter.scale, group, rows, fitter.runs);
-  const Statistic stored_zero = of_group(fitter.zero, group, rows, fitter.runs);
+  const Statistic stored_scale = of_group(fitter, fitter.scale, group, rows, range.first);
+  const Statistic stored_zero = of_group(fitter, fitter.zero, group, rows, range.first);
   Tile tile(fitter, start);
   const auto load = [&](std::size_t first, std::size_t lanes) {
-    tile.load(columns + first, rows, lanes);
-    if (fitter.of_columns) tile.set_prices(fitter.spread + first, f.price, lanes);
+    tile.load(columns + range.first + first, rows, lanes);
+    if (fitter.of_columns) tile.set_prices(fitter.spread + range.first + first, f.price, lanes);
   };
-  Level scale(rows), zero(rows);
-  for (std::size_t first = 0; first < rows; first += kLanes) {
-    const std::size_t lanes = std::min(kLanes, rows - first);
+  Level scale(range.count), zero(range.count);
+  for (std::size_t first = 0; first < range.count; first += kLanes) {
+    const std::size_t lanes = std::min(kLanes, range.count - first);
     load(first, lanes);
     const float needed =
         fit_range(tile, f, scale.code.data() + first, zero.code.data() + first, lanes);
@@ -172,15 +186,31 @@ Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows,
   Misfit misfit = store_scales(scale, f, stored_scale);
   if (misfit.kind == Misfit::kNone) misfit = store_zeros(zero, f, stored_zero);
   if (misfit.kind != Misfit::kNone) return misfit;
-  const bool coded_scale = f.scale_bits != 16, coded_zero = f.zero_bits != 0 && f.zero_bits != 16;
+  const bool coded_scale = on_second_grid(f.scale_bits), coded_zero = on_second_grid(f.zero_bits);
   if ((coded_scale || coded_zero) && f.clip != Clip::kMinMax)
-    for (std::size_t first = 0; first < rows; first += kLanes) {
-      const std::size_t lanes = std::min(kLanes, rows - first);
+    for (std::size_t first = 0; first < range.count; first += kLanes) {
+      const std::size_t lanes = std::min(kLanes, range.count - first);
       load(first, lanes);
       refine(tile, f, scale, zero, first, lanes);
     }
   put_out(scale, coded_scale, stored_scale);
   put_out(zero, coded_zero, stored_zero);
+  return {Misfit::kNone, 0.0f};
+}
+
+Misfit fit_groups(const Fitter& fitter, const float* columns, std::size_t inputs,
+                  std::size_t rows, Pool& pool) {
+  std::vector<Misfit> misfits(inputs / fitter.length);
+  pool.run(misfits.size(), [&](std::size_t group) {
+    const std::size_t start = group * fitter.length;
+    misfits[group] = fit_group(fitter, columns + start * rows, rows, start, {0, rows});
+  });
+  return first_misfit(misfits);
+}
+
+Misfit first_misfit(const std::vector<Misfit>& misfits) {
+  for (const Misfit& misfit : misfits)
+    if (misfit.kind != Misfit::kNone) return misfit;
   return {Misfit::kNone, 0.0f};
 }
 

@@ -4,6 +4,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
+
+#include "pool.h"
 
 namespace quantine {
 
@@ -36,6 +39,9 @@ struct Misfit {
   float value;
 };
 
+// The first that is one.
+Misfit first_misfit(const std::vector<Misfit>& misfits);
+
 // Fits a matrix group by group.
 struct Fitter {
   FitRequest request;
@@ -46,13 +52,28 @@ struct Fitter {
   Statistic scale, zero;  // of the first group; others follow at distances of rows, or of runs
 };
 
-// Fits the grid of each row over the weights of a group.
+// Rows from `first`, `count` of them. Second grids lie within: `first` is a multiple of the run.
+struct RowRange {
+  std::size_t first, count;
+};
+
+// At least `wanted` rows, positive, which can be cut off and fitted alone: in whole runs of
+// `fitter`, if it is not null. What is found does not depend on where rows are cut.
+std::size_t rows_at_once(const Fitter* fitter, std::size_t wanted);
+
+// Fits the grid of each row of a range over the weights of a group.
 //
 //   columns  [length, rows]
 //   start    their first input
-Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows, std::size_t start);
+Misfit fit_group(const Fitter& fitter, const float* columns, std::size_t rows, std::size_t start,
+                 RowRange range);
 
-// The statistics of group `group` of all.
-Statistic of_group(const Statistic& all, std::size_t group, std::size_t rows, std::size_t runs);
+// Fits every group of a matrix [inputs, rows].
+Misfit fit_groups(const Fitter& fitter, const float* columns, std::size_t inputs,
+                  std::size_t rows, Pool& pool);
+
+// The statistics of row `first` and those that follow, in group `group` of all.
+Statistic of_group(const Fitter& fitter, const Statistic& all, std::size_t group,
+                   std::size_t rows, std::size_t first);
 
 }  // namespace quantine

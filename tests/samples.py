@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from hypothesis import settings
 from torch import Tensor
@@ -37,3 +40,14 @@ def observed(inputs: Tensor) -> Hessian:
 def generator(seed: int) -> torch.Generator:
     """Random numbers of their own."""
     return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch, and native kernels with it, work on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

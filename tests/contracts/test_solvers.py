@@ -14,7 +14,7 @@ from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
 from quantine.methods import GPTQ, METHODS, RTN, Solver, SpQR
 from quantine.methods.spqr import FAITHFUL
-from samples import correlated_inputs, observed, random_weight
+from samples import correlated_inputs, observed, random_weight, threads
 
 ROWS, COLUMNS, TOKENS = 8, 32, 96
 
@@ -111,6 +111,20 @@ def test_result_is_whole_and_repeatable(solver: Solver, spec: QuantSpec) -> None
     assert torch.equal(solved.codes, again.codes)
     assert torch.equal(solved.grid.scale, again.grid.scale)
     assert torch.equal(solved.dequantize(), again.dequantize())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_any_number_of_threads_finds_the_same_bits(solver: Solver) -> None:
+    """Of one and the same Hessian: summing it up in float32 may depend on threads."""
+    weight, hessian = random_weight(300, 288), observed(correlated_inputs(288, 600))
+    found = []
+    for count in (1, 2, 3):
+        again = Hessian(288)
+        again.merge(hessian)
+        with threads(count):
+            found.append(solver(weight, again, QuantSpec(3, 16)).dequantize())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -18,7 +18,7 @@ from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
 from quantine.kernels.columns import AtReach, Columns, round_block, round_block_reference
 from quantine.kernels.fit import Fitted
-from samples import generator, quick
+from samples import generator, quick, threads
 
 LARGEST_SHARE_DIFFERING = 0.002
 """Float32 sums in another order may tip a tie."""
@@ -175,6 +175,38 @@ def test_groups_of_outputs_are_fitted_when_their_column_is_reached(
     torch.testing.assert_close(
         native.errors.square().sum(), reference.errors.square().sum(), rtol=0.05, atol=1e-6
     )
+
+
+@quick
+@given(
+    rows=st.sampled_from([1, 31, 64, 257, 600, 1100]),
+    length=st.sampled_from([4, 16]),
+    scale_bits=st.sampled_from([16, 3]),
+    run=st.sampled_from([-1, 7, 16, 64]),
+    seed=st.integers(0, 10**6),
+)
+def test_any_number_of_threads_finds_the_same_bits(
+    rows: int, length: int, scale_bits: int, run: int, seed: int
+) -> None:
+    inputs = 48
+    weight = torch.randn(rows, inputs, generator=generator(seed)) * 0.1
+    spec = QuantSpec(3, length, scale_bits=scale_bits, stat_group_size=run)
+    upper = factor(inputs, seed)
+    found = []
+    for count in (1, 2, 3, 5):
+        fitted = Fitted.empty(inputs // length, rows, length, spec)
+        at_reach = AtReach(fitted, upper.upper.diagonal().clone(), Objective("hessian", 0.01, True))
+        values = fitted.scale.values, fitted.zero.values
+        columns = Columns.of(
+            weight, upper, 3, values, torch.arange(inputs) // length, 0.01, at_reach
+        )
+        with threads(count):
+            round_block(columns, 0, inputs)
+        grid = fitted.grid()
+        assert columns.kept is not None
+        found.append([columns.codes, columns.errors, columns.weights, columns.kept, grid.scales()])
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other, strict=True))
 
 
 def test_kept_weights_lose_what_float16_loses() -> None:

@@ -17,7 +17,7 @@ from quantine.core.objective import Clip, Objective, positive, rounding_errors
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
 from quantine.kernels.fit import fit_groups
-from samples import generator, quick
+from samples import generator, quick, threads
 
 
 def groups_of(shape: tuple[int, int, int], kind: str, seed: int) -> Tensor:
@@ -146,6 +146,18 @@ def test_without_second_grids_rows_do_not_depend_on_their_place(
     part = fit_groups(columns[..., order], spread, spec, objective)
     assert torch.equal(part.scales(), whole.scales()[order])
     assert torch.equal(part.zeros(), whole.zeros()[order])
+
+
+@pytest.mark.parametrize("spec", [QuantSpec(3, 16), QuantSpec(2, 16, scale_bits=3, zero_bits=3)])
+def test_any_number_of_threads_finds_the_same_bits(spec: QuantSpec) -> None:
+    columns, spread = groups_of((9, 16, 150), "outliers", 3), torch.rand(9, 16) + 0.1
+    found = []
+    for count in (1, 2, 3, 8):
+        with threads(count):
+            found.append(fit_groups(columns, spread, spec, Objective("hessian", 0.01, True)))
+    for grid in found[1:]:
+        assert torch.equal(grid.scales(), found[0].scales())
+        assert torch.equal(grid.zeros(), found[0].zeros())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from quantine.core.objective import Objective, positive
 from quantine.core.observe import Factor
 from quantine.kernels import backend
 from quantine.kernels.fit import Fitted, check
+from quantine.kernels.threads import pool
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         start,
         stop,
         found and found.fitted.native(native, found.spread, found.objective),
+        pool(),
     )
     check(misfit)
 

@@ -20,6 +20,7 @@ from quantine.core.objective import Objective
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import SolverError
 from quantine.kernels import backend
+from quantine.kernels.threads import pool
 
 MISFITS: Final = {
     "scale": "a group needs a scale of {:.4g}, but scales are stored in float16 (at most 65504)",
@@ -35,7 +36,7 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, objective: Obje
     groups, length, rows = columns.shape
     fitted = Fitted.empty(groups, rows, length, spec)
     fitter = fitted.native(native, spread.flatten(), objective)
-    check(native.fit_groups(columns.flatten(0, 1).contiguous(), fitter))
+    check(native.fit_groups(columns.flatten(0, 1).contiguous(), fitter, pool()))
     return fitted.grid()
 
 
