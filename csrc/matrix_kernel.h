@@ -177,7 +177,19 @@ float outliers(const Weights& w, std::size_t row, const float* x) {
   return sum;
 }
 
-// The same for all rows of activations, added to `y` `[batch, rows]`.
+// The `count` outliers from `first` as float32.
+template <typename V>
+void outlier_values(const Weights& w, std::size_t first, std::size_t count, float* out) {
+  if (w.outlier_halves.empty()) {
+    std::memcpy(out, &w.outlier_floats[first], count * sizeof(float));
+  } else if (count == kTile) {
+    V::store(out, V::halves(&w.outlier_halves[first]));
+  } else {
+    for (std::size_t e = 0; e < count; ++e) out[e] = half_to_float(w.outlier_halves[first + e]);
+  }
+}
+
+// What outliers add for all rows of activations, added to `y` `[batch, rows]`.
 template <typename V>
 void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                   float* y) {
@@ -185,17 +197,22 @@ void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std
   for (std::size_t start = 0; start < batch; start += kTile) {
     const float* x = a.turned + start * w.columns;
     for (std::size_t row = first; row < last; ++row) {
-      typename V::Float sum = V::set(0.0f);
+      typename V::Float sums[2] = {V::set(0.0f), V::set(0.0f)};  // they do not wait for each other
       const std::size_t end = w.outlier_offsets[row + 1];
-      for (std::size_t e = w.outlier_offsets[row]; e < end; ++e) {
-        const std::size_t column =
-            w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
-        const float value =
-            w.outlier_halves.empty() ? w.outlier_floats[e] : half_to_float(w.outlier_halves[e]);
-        sum = V::fma(V::floats(x + column * kTile), V::set(value), sum);
+      for (std::size_t e = w.outlier_offsets[row]; e < end; e += kTile) {
+        const std::size_t count = std::min(kTile, end - e);
+        float values[kTile];
+        outlier_values<V>(w, e, count, values);
+        const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
+          sums[i % 2] = V::fma(V::floats(x + column * kTile), V::set(values[i]), sums[i % 2]);
+        };
+        if (w.outlier_short_columns.empty())
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
+        else
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
       }
       float lanes[kTile];
-      V::store(lanes, sum);
+      V::store(lanes, V::add(sums[0], sums[1]));
       for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
         y[b * w.rows + row] += lanes[b - start];
     }
