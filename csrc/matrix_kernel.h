@@ -195,7 +195,19 @@ void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lan
   }
 }
 
-// The same for all rows of activations, added to `y` `[batch, rows]`.
+// The `count` outliers from `first` as float32.
+template <typename V>
+void outlier_values(const Weights& w, std::size_t first, std::size_t count, float* out) {
+  if (w.outlier_halves.empty()) {
+    std::memcpy(out, &w.outlier_floats[first], count * sizeof(float));
+  } else if (count == kTile) {
+    V::store(out, V::halves(&w.outlier_halves[first]));
+  } else {
+    for (std::size_t e = 0; e < count; ++e) out[e] = half_to_float(w.outlier_halves[first + e]);
+  }
+}
+
+// What outliers add for all rows of activations, added to `y` `[batch, rows]`.
 template <typename V>
 void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                   float* y) {
@@ -204,13 +216,19 @@ void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std
     const float* x = a.turned + start * w.columns;
     typename V::Float sums[kTile];
     for (std::size_t r = 0; r < rows; ++r) sums[r] = V::set(0.0f);
-    for (std::size_t e = w.outlier_offsets[tile]; e < w.outlier_offsets[tile + 1]; ++e) {
-      const std::size_t column =
-          w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
-      const float value =
-          w.outlier_halves.empty() ? w.outlier_floats[e] : half_to_float(w.outlier_halves[e]);
-      auto& sum = sums[w.outlier_lanes[e]];
-      sum = V::fma(V::floats(x + column * kTile), V::set(value), sum);
+    const std::size_t end = w.outlier_offsets[tile + 1];
+    for (std::size_t e = w.outlier_offsets[tile]; e < end; e += kTile) {
+      const std::size_t count = std::min(kTile, end - e);
+      float values[kTile];
+      outlier_values<V>(w, e, count, values);
+      const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
+        typename V::Float& sum = sums[w.outlier_lanes[e + i]];
+        sum = V::fma(V::floats(x + column * kTile), V::set(values[i]), sum);
+      };
+      if (w.outlier_short_columns.empty())
+        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
+      else
+        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
     }
     for (std::size_t r = 0; r < rows; ++r) {
       float lanes[kTile];

@@ -17,7 +17,7 @@ from quantine.calibrate.data import calibration_segments
 from tiny_models import FAMILIES, byte_tokenizer, matrices_of, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]
-PLAN = Plan.preset("gptq", bits=3, group_size=32)
+PLAN = Plan.preset("gptq", bits=3, group_size=32, arithmetic="exact")
 
 
 def inputs_of(model: Any, names: list[str], segments: Tensor) -> dict[str, Tensor]:

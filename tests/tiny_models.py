@@ -247,7 +247,7 @@ def with_weights(
     return model
 
 
-def some_tokens(count: int = 24, batch: int = 2, seed: int = 5) -> Tensor:
+def some_tokens(count: int = 40, batch: int = 2, seed: int = 5) -> Tensor:
     """Token ids ``[batch, count]``."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, BOS, (batch, count), generator=generator)
