@@ -22,7 +22,11 @@ from quantine.comparison.run import Measured, compare
 from quantine.comparison.table import loss_of_quality, markdown, pareto_front
 
 Tiny = Callable[[str], Path]
-POINTS = ("preset:rtn:bits=3:group_size=32", "preset:gptq:bits=3:group_size=32", "5")
+POINTS = (
+    "preset:rtn:bits=3:group_size=32",
+    "preset:gptq:bits=3:group_size=32:arithmetic=exact",
+    "5",
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,7 @@ def test_rows_are_what_eval_and_quantize_say(
     assert [row["name"] for row in rows] == [
         "float",
         "rtn,bits=3,group_size=32",
-        "gptq,bits=3,group_size=32",
+        "gptq,bits=3,group_size=32,arithmetic=exact",
         "5",
     ]
     options: dict[str, Any] = {"window": measured.window, "limit": measured.limit}
