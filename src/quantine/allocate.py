@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantine.calibrate.activations import Activations
@@ -36,6 +38,7 @@ PROBE_TOKENS: Final = 4096
 """Calibration tokens that are enough to rank choices."""
 HALVINGS: Final = 100
 
+Array = NDArray[np.float64]
 Options = list[tuple[int, float]]
 """Of one layer: bytes and loss of each of its choices."""
 
@@ -97,7 +100,9 @@ def probe(
         stored = job.stored_name(name)
         return checkpoint.read([stored])[stored]
 
-    tokens = replace_by_gradients(job.model, job.family, read, gradients, job.calibration.seed)
+    tokens = replace_by_gradients(
+        job.model, job.family, read, gradients, job.calibration.seed, job.calibration.bfloat16
+    )
     table: dict[str, Options] = {}
     for index in reversed(blocks):
         block = sequential.load(index)
@@ -120,17 +125,28 @@ def choose(table: Mapping[str, Options], nbytes: int) -> dict[str, int]:
     Finds the price of a byte at which the layers' own best choices fit. Where even the smallest do
     not fit, those are taken.
     """
+    sizes, losses = _padded(table)
+    layers = np.arange(len(table))
     low, high = 0.0, math.inf
     price = 1e-9
-    best = _at_price(table, math.inf)
+    best = sizes.argmin(1)
     for _ in range(HALVINGS):
-        tried = _at_price(table, price)
-        if sum(table[name][index][0] for name, index in tried.items()) <= nbytes:
+        tried = (losses + price * sizes).argmin(1)
+        if sizes[layers, tried].sum() <= nbytes:
             best, high = tried, price
         else:
             low = price
         price = price * 8 if high == math.inf else math.sqrt(max(low, 1e-30) * high)
-    return best
+    return dict(zip(table, best.tolist(), strict=True))
+
+
+def _padded(table: Mapping[str, Options]) -> tuple[Array, Array]:
+    """Bytes and losses ``[layers, most choices]``, infinite where a layer has fewer."""
+    most = max((len(options) for options in table.values()), default=1)
+    padded = np.full((2, len(table), most), math.inf)
+    for layer, options in enumerate(table.values()):
+        padded[:, layer, : len(options)] = np.array(options).T
+    return padded[0], padded[1]
 
 
 class Allocation:
@@ -189,16 +205,6 @@ class Allocation:
         for report in reports:
             if self._table.pop(report["name"], None) is not None:
                 self._left -= report["bytes"]
-
-
-def _at_price(table: Mapping[str, Options], price: float) -> dict[str, int]:
-    def cost(option: tuple[int, float]) -> float:
-        return option[0] if price == math.inf else option[1] + price * option[0]
-
-    return {
-        name: min(range(len(options)), key=lambda index: cost(options[index]))
-        for name, options in table.items()
-    }
 
 
 def _searched(job: Job, index: int) -> list[Decision]:

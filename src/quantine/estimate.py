@@ -8,6 +8,7 @@ from typing import Final
 
 from quantine.allocate import probe_segments
 from quantine.calibrate.outputs import OUTPUT_TOKENS
+from quantine.calibrate.sensitivity import LOGITS
 from quantine.calibrate.sequential import batch_samples
 from quantine.core.objective import CHUNK
 from quantine.errors import PlanError
@@ -28,7 +29,7 @@ STOPPED_TENSORS: Final = 4
 SOLVED_COPIES: Final = 5
 """Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
 LOGIT_COPIES: Final = 6
-"""Tensors as large as a segment's logits that live at once when gradients are taken."""
+"""Tensors as large as the logits that are held at once when gradients are taken."""
 SEARCH_BYTES: Final = 32 * CHUNK
 """Temporary bytes of the clip search."""
 
@@ -124,9 +125,8 @@ def _peak(job: Job, activations: int, stopped: int) -> int:
     outside = [d.layer.weights for d in job.scheme_layers() if d.layer.role != "block"]
     steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
     if job.plan.bits_per_weight is not None:
-        # Gradients start at the head: its weights, and a segment's logits a few times over.
-        logits = job.segment_length() * job.config.vocab_size
-        steps.append(2 * table + LOGIT_COPIES * FLOAT * logits)
+        # Gradients start at the head: its weights, and some logits a few times over.
+        steps.append(2 * table + LOGIT_COPIES * FLOAT * max(LOGITS, job.config.vocab_size))
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from quantine import Calibration, Plan
 from quantine.calibrate.activations import Activations
-from quantine.calibrate.sensitivity import backward, replace_by_gradients
+from quantine.calibrate.sensitivity import backward, draw, replace_by_gradients
 from quantine.calibrate.sequential import Sequential
 from quantine.families.base import block_list
 from quantine.prepare import Job, prepare
@@ -73,7 +73,7 @@ def at_once(model: Any, segments: Tensor, names: list[str]) -> dict[str, Tensor]
         model.get_submodule(name).register_forward_hook(watch(name))
     for segment in segments:
         logits = model(input_ids=segment.unsqueeze(0), use_cache=False).logits[0]
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        drawn = draw(logits.detach().softmax(-1), generator)[:, 0]
         cross_entropy(logits, drawn, reduction="sum").backward()
     return {name: total / segments.numel() for name, total in sums.items()}
 
@@ -89,3 +89,11 @@ def test_block_by_block_is_the_whole_model(
     assert len(found) == len(job.scheme_layers())
     for layer, values in found.items():
         torch.testing.assert_close(values, expected[layer], rtol=2e-3, atol=1e-7)
+
+
+def test_indices_are_drawn_as_often_as_they_are_probable() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.0, 0.3, 0.0]).expand(20_000, -1)
+    drawn = draw(probabilities, torch.Generator().manual_seed(0))
+    counts = drawn.flatten().bincount(minlength=6) / len(drawn)
+    torch.testing.assert_close(counts, probabilities[0], atol=0.02, rtol=0)
+    assert counts[[0, 3, 5]].tolist() == [0.0, 0.0, 0.0]

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from quantine.calibrate.activations import Activations
 from quantine.calibrate.sequential import Sequential, StandIn, drop_weights, set_tensor
@@ -26,6 +25,9 @@ from quantine.families.base import Family, block_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LOGITS: Final = 2**23
+"""Logits that are held at once."""
+
 
 def replace_by_gradients(
     model: PreTrainedModel,
@@ -33,6 +35,7 @@ def replace_by_gradients(
     read: Callable[[str], Tensor],
     hidden: Activations,
     seed: int,
+    bfloat16: bool = False,
 ) -> int:
     """Turn the last block's outputs into gradients of a drawn token's log-likelihood.
 
@@ -41,23 +44,36 @@ def replace_by_gradients(
         read: the float tensor of a name outside of blocks.
         hidden: outputs of the last block, replaced in place.
         seed: of the local generator that draws tokens.
+        bfloat16: multiply matrices in bfloat16.
 
     Returns:
         The number of tokens.
     """
     inside = f"{family.blocks}."
     for name in [name for name in model.state_dict() if not name.startswith(inside)]:
-        set_tensor(model, name, read(name).float())
+        value = read(name)
+        rounds = bfloat16 and value.ndim >= 2
+        set_tensor(model, name, value.bfloat16() if rounds else value.float())
     generator = torch.Generator().manual_seed(seed)
     tokens = 0
     for batch in range(len(hidden)):
-        rows = [
-            _gradient(model, family, segment.unsqueeze(0), generator) for segment in hidden[batch]
-        ]
-        hidden[batch] = torch.cat(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            hidden[batch] = _gradients(model, family, hidden[batch], generator)
         tokens += hidden[batch].shape[0] * hidden[batch].shape[1]
     drop_weights(model)
     return tokens
+
+
+def _gradients(
+    model: PreTrainedModel, family: Family, hidden: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Of every token of ``hidden`` ``[batch, tokens, width]``; some at once, by their logits."""
+    width = max(1, LOGITS // model.config.vocab_size)
+    segments = []
+    for segment in hidden.split(1):
+        parts = [_gradient(model, family, part, generator) for part in segment.split(width, 1)]
+        segments.append(torch.cat(parts, 1))
+    return torch.cat(segments)
 
 
 def _gradient(
@@ -66,11 +82,24 @@ def _gradient(
     leaf = hidden.clone().requires_grad_()
     with _replayed(model, family, leaf), torch.enable_grad():
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)  # only their shape matters
-        logits = model(input_ids=ids, use_cache=False).logits[0].float()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-        cross_entropy(logits, drawn, reduction="sum").backward()
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
+    probabilities = logits.detach().float().softmax(-1)
+    drawn = draw(probabilities, generator)
+    probabilities.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
+    logits.backward(probabilities.to(logits.dtype))
     assert leaf.grad is not None
     return leaf.grad
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index for each row of ``probabilities`` ``[rows, n]`` float32, ``[rows, 1]`` int64.
+
+    One random number a row, where `torch.multinomial` takes one for each probability.
+    """
+    sums = probabilities.cumsum(-1)
+    places = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
+    return torch.searchsorted(sums, places, right=True).clamp_(max=sums.shape[1] - 1)
 
 
 @contextmanager
