@@ -319,3 +319,18 @@ def test_plan_lists_every_matrix_that_stays_in_16_bit(
     succeed("quantize", request[0], tmp_path / "out", *request[1:], "--quiet")
     report = json.loads((tmp_path / "out" / "quantine_report.json").read_text())
     assert names <= {kept["name"] for kept in report["kept"]}
+
+
+def test_a_budget_takes_both_axes_on_request(
+    tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = {}
+    for flags in ((), ("--both-axes",)):
+        path = tmp_path / "plan.json"
+        succeed("plan", tiny("llama"), "--bits-per-weight", "5", *flags, "--json", path)
+        choices = json.loads(path.read_text())["plan"]["choices"]
+        found[flags] = {choice["group_axis"] for choice in choices}
+    assert found == {(): {"in"}, ("--both-axes",): {"in", "out"}}
+    capsys.readouterr()
+    assert cli.main(["plan", str(tiny("llama")), "--both-axes"]) == 2
+    assert "--bits-per-weight" in capsys.readouterr().err

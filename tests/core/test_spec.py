@@ -33,7 +33,7 @@ from samples import quick
         ({"zero_bits": False}, "zero_bits must be a whole number, not False"),
         (
             {"stat_group_size": 0},
-            "stat_group_size must be positive, or -1 for all outputs, not 0",
+            "stat_group_size must be positive, or -1 for all lines, not 0",
         ),
         ({"stat_group_size": 1.5}, "stat_group_size must be a whole number, not 1.5"),
         (
