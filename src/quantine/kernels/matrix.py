@@ -128,8 +128,8 @@ def read_words(words: Tensor) -> int:
 def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
 
-    ``fast`` rounds float32 to bfloat16 where the processor multiplies that: errors of 2**-9 do not
-    add up over as many rows of a prompt, see docs/kernels.md.
+    ``fast`` rounds float32 to bfloat16 where the processor multiplies that; docs/kernels.md says
+    what it costs.
 
     Args:
         x: ``[batch, in]`` float32, bfloat16 or float16; the weights are rounded to its dtype.
