@@ -181,7 +181,7 @@ def samples(facts: Facts) -> str:
         tail = sample["prompt"][-300:]
         lead = "…" if len(sample["prompt"]) > len(tail) else ""
         parts.append(
-            f"<h3>after {sample['prompt_tokens']} tokens: the same for {sample['same']}</h3>"
+            f"<h3>after {sample['prompt_tokens']} tokens: the first {sample['same']} agree</h3>"
             f'<p class="prompt">{lead}{escape(tail)}</p><div class="pair">'
             f"<div><h4>float</h4><p>{escape(sample['reference'])}</p></div>"
             f"<div><h4>quantized</h4><p>{escape(sample['model'])}</p></div></div>"
