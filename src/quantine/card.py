@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from quantine.notation import recovery, with_error
+
 AUTO: Final = (
     "`AutoModelForCausalLM.from_pretrained` opens the directory too, after `import quantine`."
 )
@@ -73,16 +75,16 @@ def _quality(scores: dict[str, Any]) -> str:
     lines = [_row(heads), "|" + "---|" * len(heads)]
     notes = []
     for name, text in scores["texts"].items():
-        cells = [f"perplexity on {name}", _with_error(text["perplexity"], text["stderr"], ".3f")]
+        cells = [f"perplexity on {name}", with_error(text["perplexity"], text["stderr"], ".3f")]
         if compared:
-            cells += [f"{text['reference_perplexity']:.3f}", recovery_cell(text)]
+            cells += [f"{text['reference_perplexity']:.3f}", recovery(text)]
         lines.append(_row(cells))
         notes.append(f"{name}: {text['windows']} windows of {text['window']} tokens")
     for name, task in scores["tasks"].items():
-        score = _with_error(task["score"], task["stderr"], ".1%")
+        score = with_error(task["score"], task["stderr"], ".1%")
         cells = [f"{name} ({task['metric']})", score]
         if compared:
-            cells += [f"{task['reference_score']:.1%}", recovery_cell(task)]
+            cells += [f"{task['reference_score']:.1%}", recovery(task)]
         lines.append(_row(cells))
         notes.append(f"{name}: {task['questions']} questions, {task['fewshot']} examples each")
     meaning = (
@@ -96,21 +98,6 @@ def _quality(scores: dict[str, Any]) -> str:
 
 {"; ".join(notes)}. ± is one standard error. {meaning}
 """
-
-
-def recovery_cell(measured: dict[str, Any]) -> str:
-    """A recovery with its interval, where there is one."""
-    low, high = measured["recovery_low"], measured["recovery_high"]
-    if measured["recovery"] is None:
-        return "not defined"
-    bounds = "" if low is None else f" ({low:.1%} to {high:.1%})"
-    return f"{measured['recovery']:.1%}{bounds}"
-
-
-def _with_error(value: float | None, error: float | None, form: str) -> str:
-    if value is None:
-        return "infinite"
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
 
 def _row(cells: list[str]) -> str:

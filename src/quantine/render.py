@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from rich.table import Table
 
+from quantine.notation import recovery, with_error
 from quantine.prepare import NO_LAYER
 
 PLAIN_WIDTH: Final = 200
@@ -60,7 +61,7 @@ def print_scores(scores: dict[str, Any], console: Console) -> None:
         if compared:
             cells += [
                 f"{text['reference_perplexity']:.3f}",
-                with_interval(text),
+                recovery(text),
                 with_error(text["kl"], text["kl_stderr"], ".5f"),
                 with_error(text["top1"], text["top1_stderr"], ".2%"),
             ]
@@ -85,23 +86,9 @@ def _task_table(tasks: dict[str, Any], compared: bool) -> Table:
             f"{task['metric']} {with_error(task['score'], task['stderr'], '.2%')}",
         ]
         if compared:
-            cells += [f"{task['reference_score']:.2%}", with_interval(task)]
+            cells += [f"{task['reference_score']:.2%}", recovery(task)]
         table.add_row(*cells)
     return table
-
-
-def with_error(value: float, error: float | None, form: str) -> str:
-    """A number and its standard error."""
-    return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
-
-
-def with_interval(value: dict[str, Any]) -> str:
-    """The recovery in ``value`` and its confidence interval."""
-    low, high = value["recovery_low"], value["recovery_high"]
-    if value["recovery"] is None:
-        return "-"
-    bounds = "" if low is None else f" ({low:.2%} to {high:.2%})"
-    return f"{value['recovery']:.2%}{bounds}"
 
 
 def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:

@@ -223,5 +223,5 @@ def test_eval_prints_every_text_and_the_recovery(
     for name, text in scores["texts"].items():
         row = next(line for line in shown.splitlines() if line.startswith(f"{name} "))
         assert f"{text['perplexity']:.3f} ± {text['stderr']:.3f}" in row
-        assert f"{text['recovery']:.2%}" in row
+        assert f"{text['recovery']:.1%}" in row
         assert f"{text['kl']:.5f}" in row

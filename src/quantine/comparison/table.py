@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.formats.shards import write_atomically
+from quantine.notation import number, recovery, with_error
 
 Row = dict[str, Any]
 
@@ -100,26 +101,16 @@ def _cells(row: Row, on_front: bool) -> list[str]:
     cells = [f"**{row['name']}**" if on_front else row["name"]]
     cells += [f"{row['bits_per_weight']:.3f}", f"{row['model_bytes'] / 1e6:.1f}"]
     for text in row["texts"].values():
-        error = "" if text["stderr"] is None else f" ± {text['stderr']:.2f}"
-        cells.append(f"{text['perplexity']:.3f}{error}")
-        cells.append(_recovery(text))
-        cells.append("" if text["kl"] is None else f"{text['kl']:.4f}")
+        cells.append(with_error(text["perplexity"], text["stderr"], ".3f"))
+        cells.append(recovery(text))
+        cells.append(number(text["kl"], ".4f"))
     for task in row["tasks"].values():
-        error = "" if task["stderr"] is None else f" ± {task['stderr']:.1%}"
-        cells.append(f"{task['score']:.1%}{error}")
+        cells.append(with_error(task["score"], task["stderr"], ".1%"))
     speed = row["tokens_per_second"]
     cells.append(f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})")
-    cells.append("" if row["seconds"] is None else f"{row['seconds']:.0f}")
+    cells.append(number(row["seconds"], ".0f"))
     peak = row["peak_memory_bytes"]
     return [*cells, "" if peak is None else f"{peak / 1e9:.2f}"]
-
-
-def _recovery(text: dict[str, Any]) -> str:
-    if text["recovery"] is None:
-        return ""
-    low, high = text["recovery_low"], text["recovery_high"]
-    bounds = "" if low is None else f" ({low:.1%}-{high:.1%})"
-    return f"{text['recovery']:.1%}{bounds}"
 
 
 def _line(cells: Sequence[str]) -> str:

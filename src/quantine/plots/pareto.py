@@ -47,8 +47,8 @@ def pareto_figure(points: Sequence[tuple[str, float, float]], front: Sequence[st
         color=BEHIND,
     )
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:.2f}")
-    axes.yaxis.set_minor_formatter("{x:.2f}")
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("{x:.4g}")
     axes.tick_params(labelsize=8, which="both")
     axes.set_xlabel("bits per weight, counted from the files", fontsize=9)
     axes.set_ylabel("perplexity / the float model's", fontsize=9)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from quantine.comparison.table import STEM
 from quantine.contents import contents
 from quantine.errors import PlanError
 from quantine.eval.memory import cache_bytes
@@ -18,7 +19,7 @@ from quantine.runtime.source import locate
 
 THUMBNAILS: Final = 6
 """Matrices whose outliers are shown: those with the largest share."""
-COMPARISON: Final = "comparison.json"
+COMPARISON: Final = f"{STEM}.json"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ table { border-collapse: collapse; font-size: .9rem; margin: .5rem 0; overflow-w
 th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0;
   border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); }
-td:first-child { min-width: 11rem; }
+td:first-child { min-width: 8.5rem; overflow-wrap: anywhere; }
+td:not(:first-child) { white-space: nowrap; }
+.hashes td:not(:first-child) { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: .8rem 0; }
 svg { width: 100%; max-width: 44rem; height: auto; color: var(--ink); }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr));

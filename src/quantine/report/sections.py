@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, Final
 
-from quantine.card import recovery_cell
+from quantine.comparison.table import loss_of_quality
+from quantine.notation import number, recovery, with_error, with_interval
 from quantine.plots.layers import layers_figure, thumbnails_figure
 from quantine.plots.pareto import pareto_figure
 from quantine.report.facts import Facts
@@ -28,7 +28,7 @@ def verdict(facts: Facts) -> str:
     rows = [
         [
             ("✓ " if check.passed else "✗ ") + check.name,
-            _share(check.value, check.low, check.high),
+            with_interval(check.value, check.low, check.high, ".2%"),
             f"at least {check.floor:.1%}",
         ]
         for check in facts.checks
@@ -51,7 +51,7 @@ def headline(facts: Facts) -> str:
         (f"{totals['file_bytes'] / 1e6:.0f} MB", "weight files"),
     ]
     for name, text in (facts.scores or {"texts": {}})["texts"].items():
-        cards.append((_number(text["perplexity"], ".2f"), f"perplexity on {name}"))
+        cards.append((number(text["perplexity"], ".2f"), f"perplexity on {name}"))
         if text["recovery"] is not None:
             cards.append((f"{text['recovery']:.1%}", f"of the float model's quality on {name}"))
             cards.append((f"{text['top1']:.1%}", f"same next token on {name}"))
@@ -77,10 +77,10 @@ def quality(facts: Facts) -> str:
         rows.append(
             [
                 f"perplexity, {name}: {text['windows']} windows of {text['window']} tokens",
-                _with_error(text["perplexity"], text["stderr"], ".3f"),
-                _number(text["reference_perplexity"], ".3f"),
-                recovery_cell(text) if text["reference_perplexity"] else "",
-                _with_error(text["kl"], text["kl_stderr"], ".4f"),
+                with_error(text["perplexity"], text["stderr"], ".3f"),
+                number(text["reference_perplexity"], ".3f"),
+                recovery(text),
+                with_error(text["kl"], text["kl_stderr"], ".4f"),
             ]
         )
     for name, task in facts.scores["tasks"].items():
@@ -88,9 +88,9 @@ def quality(facts: Facts) -> str:
             [
                 f"{name} ({task['metric']}): {task['questions']} questions, "
                 f"{task['fewshot']} examples each",
-                _with_error(task["score"], task["stderr"], ".1%"),
-                _number(task["reference_score"], ".1%"),
-                recovery_cell(task) if task["reference_score"] is not None else "",
+                with_error(task["score"], task["stderr"], ".1%"),
+                number(task["reference_score"], ".1%"),
+                recovery(task),
                 "",
             ]
         )
@@ -105,12 +105,11 @@ def pareto(facts: Facts) -> str:
     if facts.comparison is None:
         return ""
     rows = [row for row in facts.comparison["rows"] if row["plan"] is not None]
-    points = []
-    for row in rows:
-        recoveries = [text["recovery"] for text in row["texts"].values() if text["recovery"]]
-        if recoveries:
-            loss = math.exp(-sum(map(math.log, recoveries)) / len(recoveries))
-            points.append((row["name"], row["bits_per_weight"], loss))
+    points = [
+        (row["name"], row["bits_per_weight"], loss)
+        for row in rows
+        if (loss := loss_of_quality(row)) is not None
+    ]
     front = facts.comparison["pareto"]
     own = [row["name"] for row in rows if row["plan"] == facts.report["plan"]]
     if not points:
@@ -182,7 +181,7 @@ def samples(facts: Facts) -> str:
         tail = sample["prompt"][-300:]
         lead = "…" if len(sample["prompt"]) > len(tail) else ""
         parts.append(
-            f"<h3>after {sample['prompt_tokens']} tokens: the same for {sample['same']}</h3>"
+            f"<h3>after {sample['prompt_tokens']} tokens: the first {sample['same']} agree</h3>"
             f'<p class="prompt">{lead}{escape(tail)}</p><div class="pair">'
             f"<div><h4>float</h4><p>{escape(sample['reference'])}</p></div>"
             f"<div><h4>quantized</h4><p>{escape(sample['model'])}</p></div></div>"
@@ -209,7 +208,7 @@ def reproduce(facts: Facts) -> str:
         rows += [[f"{n} (measuring)", v] for n, v in facts.scores["versions"].items()]
     plan = escape(json.dumps(report["plan"], indent=2))
     return (
-        _table(["", "hash or value"], rows)
+        _table(["", "hash or value"], rows, "wide hashes")
         + "<details><summary>the plan, every default spelled out</summary>"
         f"<pre>{plan}</pre></details>"
     )
@@ -229,27 +228,15 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
 """Title and content of every section; one that is empty is left out."""
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
     )
     return (
-        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f'<div class="{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else f"{value:{form}}"
-
-
-def _with_error(value: float | None, error: float | None, form: str) -> str:
-    return _number(value, form) + ("" if error is None else f" ± {error:{form}}")
-
-
-def _share(value: float, low: float | None, high: float | None) -> str:
-    return f"{value:.2%}" + ("" if low is None else f" ({low:.2%} to {high:.2%})")
 
 
 def _size(nbytes: Any) -> str:
