@@ -142,7 +142,7 @@ def test_what_is_stored_is_the_textbooks_rounding(chosen: Path, tiny: Tiny) -> N
 
 
 def test_logits_are_those_of_the_decoded_matrices(chosen: Path, tiny: Tiny) -> None:
-    model, _ = quantine.load(chosen)
+    model, _ = quantine.load(chosen, arithmetic="exact")
     along_outputs = [
         layer["name"] for layer in layers_of(chosen) if layer["scheme"]["group_axis"] == "out"
     ]

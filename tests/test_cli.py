@@ -19,7 +19,7 @@ from quantine.cli import build_parser
 from tiny_models import logits_of, oracle_weights, with_weights
 
 Tiny = Callable[[str], Path]
-VERBS = ("quantize", "plan", "eval", "compare", "report", "generate", "inspect")
+VERBS = ("quantize", "plan", "eval", "compare", "report", "generate", "inspect", "bench")
 FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
 
 
@@ -48,7 +48,7 @@ def test_help_has_examples_of_real_commands(
 
     for command in commands:
         arguments = build_parser().parse_args(shlex.split(command)[1:])
-        assert arguments.verb in cli.VERBS
+        assert callable(arguments.run)
         assert verb is None or command.split()[1] == verb
 
 
