@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -157,9 +158,11 @@ def test_a_killed_comparison_goes_on(
     arguments = ["compare", str(tiny("opt")), "--plans", ",".join(POINTS[:2]), "--out", str(out)]
     arguments += ["--calibration", short.source, "--samples", "4", "--seqlen", "32", "--quiet"]
     arguments += ["--text", str(text_file), "--window", "32", "--limit", "6"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: rows depend on it
     killed = 0
     for place in ("predictions/*/*.safetensors", "rows/float.json", "models/*/.quantine/parts/*"):
-        process = subprocess.Popen([sys.executable, "-m", "quantine.cli", *arguments])
+        command = [sys.executable, "-m", "quantine.cli", *arguments]
+        process = subprocess.Popen(command, env=environment)
         while process.poll() is None and not any(out.glob(place)):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
