@@ -131,8 +131,7 @@ class Plan:
         Args:
             name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
             parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
-                ``sym``, ``damp``, or ``true_sequential`` and ``arithmetic``; they go before the
-                preset's.
+                ``sym``, ``damp``, or of the plan, see `OPTIONS`; they go before the preset's.
 
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
