@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <new>
 
@@ -84,7 +85,7 @@ void Attention::run(const Cache& cache, const float* queries, std::size_t tokens
   if (work <= kSmall)
     for (std::size_t index = 0; index < tasks; ++index) task(index);
   else
-    pool.run(tasks, task);
+    pool.run(tasks, std::ref(task));
   for (std::size_t token = 0; token < tokens; ++token)
     for (std::size_t head = 0; head < heads_.heads; ++head)
       merge(token, head, out + (token * heads_.heads + head) * heads_.dim);

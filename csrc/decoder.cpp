@@ -8,7 +8,8 @@
 namespace quantine {
 namespace {
 
-constexpr std::size_t kTokens = 16;  // tokens of a prompt that share one pass over the weights
+constexpr std::size_t kTokens = 64;    // tokens of a prompt that share one pass over the weights
+constexpr std::size_t kAttending = 16;  // of them, those that attend at once: each takes memory
 
 void normalize(const Norm& norm, const float* x, float* y, std::size_t count) {
   const std::size_t n = norm.weight.size();
@@ -54,7 +55,7 @@ Decoder::Decoder(Model model, std::size_t capacity, Arithmetic arithmetic,
       capacity_(capacity),
       arithmetic_(arithmetic),
       pool_(std::move(pool)),
-      attention_(model_.heads, capacity, kTokens) {
+      attention_(model_.heads, capacity, kAttending) {
   check_shapes();
   for (std::size_t block = 0; block < model_.blocks.size(); ++block)
     caches_.emplace_back(model_.heads, capacity, arithmetic_);
@@ -146,7 +147,10 @@ void Decoder::attend(const DecoderBlock& block, Cache& cache, std::size_t count)
   normalize(block.attention_norm, hidden_.data(), input_.data(), count);
   apply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, input_.data(), count);
   place(block, cache, count);
-  attention_.run(cache, q_.data(), count, position_, block.window, attended_.data(), *pool_);
+  const std::size_t width = model_.heads.heads * model_.heads.dim;
+  for (std::size_t first = 0; first < count; first += kAttending)
+    attention_.run(cache, q_.data() + first * width, std::min(kAttending, count - first),
+                   position_ + first, block.window, attended_.data() + first * width, *pool_);
   apply({{block.o, output_.data()}}, attended_.data(), count);
   join(block.after_attention, count);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <new>
 #include <stdexcept>
 
@@ -197,6 +198,7 @@ void multiply(const Product* products, std::size_t count, const float* x, std::s
   arranged.reserve(count);
   std::vector<std::size_t> uses(count);
   std::vector<Task> tasks;
+  tasks.reserve(64);
   const bool outliers = std::any_of(products, products + count, [](const Product& product) {
     return !product.matrix->weights().outlier_offsets.empty();
   });
@@ -211,13 +213,14 @@ void multiply(const Product* products, std::size_t count, const float* x, std::s
     for (std::size_t tile = 0; tile < tiles; tile += together)
       tasks.push_back({p, tile, std::min(together, tiles - tile)});
   }
-  pool.run(tasks.size(), [&](std::size_t index) {
+  const auto run = [&](std::size_t index) {
     const Task& task = tasks[index];
     const Product& product = products[task.product];
     for (std::size_t tile = task.first; tile < task.first + task.count; ++tile)
       level.multiply(product.matrix->weights(), arranged[uses[task.product]].view(), batch, tile,
                      product.y, exact);
-  });
+  };
+  pool.run(tasks.size(), std::ref(run));  // by reference, nothing is allocated
 }
 
 bool has_bfloat16() {

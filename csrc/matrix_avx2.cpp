@@ -54,6 +54,9 @@ struct Avx2 {
     const __m256i even = two(x), odd = two(x + 2 * sizeof(std::int16_t));
     return {dot(acc.low, codes.low, even, odd), dot(acc.high, codes.high, even, odd)};
   }
+  QUANTINE_INLINE Int plus(Int a, Int b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+  }
   QUANTINE_INLINE Int whole(Sum a) { return a; }
   template <int k>
   QUANTINE_INLINE Float byte(Int codes) {

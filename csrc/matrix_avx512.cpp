@@ -36,6 +36,7 @@ struct Avx512 {
     return {_mm512_dpbusd_epi32(acc.high, codes, four(x)),
             _mm512_dpbusd_epi32(acc.low, codes, four(x + kChunk))};
   }
+  QUANTINE_INLINE Int plus(Int a, Int b) { return _mm512_add_epi32(a, b); }
   QUANTINE_INLINE Int whole(Sum a) {
     return _mm512_add_epi32(_mm512_slli_epi32(a.high, 8), a.low);
   }

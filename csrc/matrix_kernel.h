@@ -64,23 +64,23 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
   const std::size_t each = w.blocks_per_group;
   std::size_t left = 0;  // blocks of the group
   for (std::size_t index = 0; index < a.blocks; index += kUnit / kChunks) {
-    typename V::Sum acc = V::no_sum();
+    typename V::Sum acc[2] = {V::no_sum(), V::no_sum()};  // they do not wait for each other
     unroll<kUnit / P::kTogether>([&](auto part) __attribute__((always_inline)) {
       const P planes(bytes + part * P::kVectors * 64);
       unroll<P::kTogether>([&](auto place) __attribute__((always_inline)) {
         constexpr int chunk = part * P::kTogether + place;
-        acc = V::dot(acc, planes.template codes<place>(),
-                     x + chunk * static_cast<int>(kChunkBytes));
+        acc[chunk % 2] = V::dot(acc[chunk % 2], planes.template codes<place>(),
+                                x + chunk * static_cast<int>(kChunkBytes));
         if constexpr (chunk % kChunks == kChunks - 1) {
           const std::size_t block = index + chunk / kChunks;
           if (left-- == 0) {
             cursor.advance(scale, zero);
             left = each - 1;
           }
-          const auto centred =
-              V::fnma(zero, V::set(a.sums[block]), V::to_float(V::whole(acc)));
+          const auto sum = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
+          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
           total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
-          acc = V::no_sum();
+          acc[0] = acc[1] = V::no_sum();
         }
       });
     });
@@ -214,25 +214,25 @@ void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std
   const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
   for (std::size_t start = 0; start < batch; start += kTile) {
     const float* x = a.turned + start * w.columns;
-    typename V::Float sums[kTile];
-    for (std::size_t r = 0; r < rows; ++r) sums[r] = V::set(0.0f);
+    std::size_t e = w.outlier_offsets[tile];
     const std::size_t end = w.outlier_offsets[tile + 1];
-    for (std::size_t e = w.outlier_offsets[tile]; e < end; e += kTile) {
-      const std::size_t count = std::min(kTile, end - e);
-      float values[kTile];
-      outlier_values<V>(w, e, count, values);
-      const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
-        typename V::Float& sum = sums[w.outlier_lanes[e + i]];
-        sum = V::fma(V::floats(x + column * kTile), V::set(values[i]), sum);
-      };
-      if (w.outlier_short_columns.empty())
-        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
-      else
-        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
-    }
     for (std::size_t r = 0; r < rows; ++r) {
+      typename V::Float sums[2] = {V::set(0.0f), V::set(0.0f)};  // they do not wait for each other
+      for (std::size_t count = 0; e < end && w.outlier_lanes[e] == r; e += count) {
+        const std::size_t most = std::min(kTile, end - e);
+        for (count = 1; count < most && w.outlier_lanes[e + count] == r;) ++count;
+        float values[kTile];
+        outlier_values<V>(w, e, count, values);
+        const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
+          sums[i % 2] = V::fma(V::floats(x + column * kTile), V::set(values[i]), sums[i % 2]);
+        };
+        if (w.outlier_short_columns.empty())
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
+        else
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
+      }
       float lanes[kTile];
-      V::store(lanes, sums[r]);
+      V::store(lanes, V::add(sums[0], sums[1]));
       for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
         y[b * w.rows + first + r] += lanes[b - start];
     }

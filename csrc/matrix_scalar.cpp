@@ -57,6 +57,9 @@ struct Scalar {
       return static_cast<std::uint32_t>(sum);
     });
   }
+  static Int plus(const Int& a, const Int& b) {
+    return each_int([&](std::size_t r) { return a.lane[r] + b.lane[r]; });
+  }
   static const Int& whole(const Sum& a) { return a; }
   template <int k>
   static Float byte(const Int& codes) {

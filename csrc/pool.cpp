@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <system_error>
 
 #if defined(__x86_64__)
@@ -21,9 +22,10 @@ inline void pause() {
 
 }  // namespace
 
-Pool::Pool(std::size_t threads) {
+Pool::Pool(std::size_t threads) : parts_(std::max<std::size_t>(threads, 1)) {
   try {
-    for (std::size_t index = 1; index < threads; ++index) workers_.emplace_back([this] { work(); });
+    for (std::size_t index = 1; index < threads; ++index)
+      workers_.emplace_back([this, index] { work(index); });
   } catch (const std::system_error&) {
     // The system gives no more threads: those that started do all the work.
   }
@@ -46,26 +48,31 @@ void Pool::run(std::size_t count, const std::function<void(std::size_t)>& task) 
   }
   const std::lock_guard<std::mutex> turn(callers_);
   task_ = &task;
-  count_ = count;
-  next_ = 0;
+  for (std::size_t part = 0; part < parts_.size(); ++part) {
+    parts_[part].next = count * part / parts_.size();
+    parts_[part].end = count * (part + 1) / parts_.size();
+  }
   busy_ = workers_.size();
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++generation_;
   }
   wake_.notify_all();
-  take_indices();
+  take_indices(0);
   for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpins) pause();
     else std::this_thread::yield();  // the worker may wait for this very processor
   }
 }
 
-void Pool::take_indices() {
-  for (std::size_t index = next_++; index < count_; index = next_++) (*task_)(index);
+void Pool::take_indices(std::size_t thread) {
+  for (std::size_t other = 0; other < parts_.size(); ++other) {
+    Part& part = parts_[(thread + other) % parts_.size()];
+    for (std::size_t index = part.next++; index < part.end; index = part.next++) (*task_)(index);
+  }
 }
 
-void Pool::work() {
+void Pool::work(std::size_t thread) {
   std::size_t seen = 0;
   while (true) {
     int spins = 0;
@@ -76,7 +83,7 @@ void Pool::work() {
     }
     ++seen;
     if (stop_) return;
-    take_indices();
+    take_indices(thread);
     busy_.fetch_sub(1, std::memory_order_release);
   }
 }

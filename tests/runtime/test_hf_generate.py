@@ -151,6 +151,17 @@ def test_a_decoder_is_kept_until_the_model_changes(model: Any, calls: Calls) -> 
     assert torch.equal(native, wanted)
 
 
+def test_a_changed_configuration_is_noticed(
+    model: Any, calls: Calls, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = some_tokens(9, 1)
+    model.generate(tokens, max_new_tokens=3, do_sample=False)
+    model.config.final_logit_softcapping = 5.0  # the native decoder does not cap
+    model.generate(tokens, max_new_tokens=3, do_sample=False)
+    assert calls.made == 2  # the second was refused
+    assert "logits are capped" in caplog.text
+
+
 def test_copies_are_on_their_own(model: Any, calls: Calls) -> None:
     tokens = some_tokens(9, 1)
     before = model.generate(tokens, max_new_tokens=5)

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Decoder:
     """A model and the tokens it has seen; float32 throughout.
 
-    It shares packed weights with the model it was made from, and copies the small ones: make
-    another after changing any.
+    It shares packed weights with the model it was made from, and copies float ones and settings:
+    make another after changing any. ``model.generate`` does, when parameters or ``model.config``
+    change; what modules keep to themselves, such as the ``eps`` of a norm, it does not notice.
 
     Args:
         native: a ``quantine._native.Decoder``.

@@ -121,7 +121,9 @@ class Generate:
         if longest is not None and capacity > longest:
             raise _Elsewhere  # transformers may end long before, without room for all of it
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        surroundings = (os.getpid(), torch.get_num_threads())  # threads do not survive a fork
+        # Threads do not survive a fork; a changed configuration may describe another model.
+        config = self._model.config.to_json_string()
+        surroundings = (os.getpid(), torch.get_num_threads(), config)
         decoder, self._decoder = self._decoder, None
         kept = self._made_from is not None and self._made_from.holds(tensors)
         try:
