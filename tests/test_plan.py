@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError
 from quantine.families.base import Layer
-from quantine.methods import GPTQ, METHODS, RTN
+from quantine.methods import GPTQ, METHODS, RTN, SpQR
 from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
 from quantine.plan import Decision, Plan, Rule
 from quantine.presets import PRESETS
@@ -277,6 +277,52 @@ class TestBudgets:
         found = scheme_from({"method": "spqr", "outliers": "1%", "damp": "1e-3"}, "here")
         assert found is not None
         assert found == scheme_from({"method": "spqr", "outliers": 0.01, "damp": 0.001}, "here")
+
+    @quick
+    @given(
+        st.floats(3.6, 10.0), st.sampled_from([(64, 512), (576, 192), (48, 1024)]), st.booleans()
+    )
+    def test_an_average_is_met_by_as_many_outliers_as_it_has_room_for(
+        self, average: float, shape: tuple[int, int], as_choice: bool
+    ) -> None:
+        fields = {"method": "spqr", "bits": 3, "average_bits": average}
+        layer = Layer("model.layers.0.a", *shape, "block", 0, 0)
+        if as_choice:
+            rule = {"match": "@blocks", "method": "adadim", "choices": [fields, {"method": "rtn"}]}
+        else:
+            rule = {"match": "@blocks", **fields}
+        plan = Plan.from_dict({"rules": [rule]})
+        assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+        [decision] = plan.resolve([layer])
+        settled = decision.choices[0] if as_choice else decision.scheme
+        assert settled is not None
+        assert not settled.average_bits
+        bits = settled.nbytes(layer) * 8 / layer.weights
+        assert average - 40 / layer.weights <= bits <= average  # one outlier takes up to 5 bytes
+        assert isinstance(settled.solver, SpQR)
+        assert 0 < settled.solver.outliers < 0.5
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            (
+                {"average_bits": 3.2},
+                r"layers\.0\.a: average_bits must be from 3\.\d+ \(no outliers",
+            ),
+            ({"average_bits": 15.9}, "average_bits must be from"),
+            ({"average_bits": -1}, "above 0 and at most 16, not -1"),
+            ({"average_bits": "nan"}, "above 0 and at most 16, not nan"),
+            ({"average_bits": 3.5, "outliers": "1%"}, "without `outliers`"),
+            ({"average_bits": 3.5, "method": "gptq"}, "gptq has no parameter 'average_bits'"),
+        ],
+    )
+    def test_averages_that_cannot_be_are_refused(
+        self, fields: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(PlanError, match=message):
+            Plan.from_dict(
+                {"rules": [{"match": "@blocks", "method": "spqr", "bits": 3, **fields}]}
+            ).resolve([Layer("model.layers.0.a", 64, 512, "block", 0, 0)])
 
     def test_a_layer_that_no_choice_fits_is_refused(self) -> None:
         with pytest.raises(PlanError, match=r"does not divide 100 inputs of model\.layers\.0\.a"):

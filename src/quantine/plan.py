@@ -280,7 +280,8 @@ class Plan:
                     return _open(layer, self.choices, reason, number)
                 if isinstance(rule.scheme, AdaDim):
                     return _open(layer, rule.scheme.choices, reason, number, rule.scheme.objective)
-                return Decision(layer, rule.scheme, reason, number)
+                settled = rule.scheme and rule.scheme.settled(layer)
+                return Decision(layer, settled, reason, number)
         return Decision(layer, None, "no rule matches")
 
 
@@ -292,7 +293,7 @@ def _open(
     objective: Objective | None = None,
 ) -> Decision:
     """A decision among the choices whose groups tile the layer; any, if none does."""
-    fitting = tuple(choice for choice in choices if choice.tiles(layer))
+    fitting = tuple(choice.settled(layer) for choice in choices if choice.tiles(layer))
     if objective is not None and len(fitting) == 1:
         return Decision(layer, fitting[0], reason, rule)
     return Decision(layer, (fitting or choices)[0], reason, rule, fitting, objective)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_type_hints
 
-from quantine.core.spec import GROUP_AXES, QuantSpec, check_choice
+from quantine.core.spec import FLOAT16, GROUP_AXES, QuantSpec, check_choice
 from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.formats import FORMATS, format_named
 from quantine.methods import METHODS, Solver
+from quantine.methods.spqr import LARGEST_SHARE, SpQR
 
 Objective = Literal["output", "hessian"]
 OBJECTIVES: Final[tuple[Objective, ...]] = ("output", "hessian")
@@ -30,15 +31,34 @@ SPQR: Final = "spqr"
 """The format whose directories hold nothing else, because other programs read them."""
 INFINITE: Final = "inf"
 """How plans write an infinite number."""
+AVERAGE: Final = "average_bits"
+SHARE_STEPS: Final = 40
+"""Bisections that find a share of outliers to the last outlier of any matrix."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one matrix is quantized: solver, weight request, and packed layout."""
+    """How one matrix is quantized: solver, weight request, and packed layout.
+
+    Attributes:
+        average_bits: of `SpQR`: packed bits per weight up to which outliers are kept. How many
+            that are differs from layer to layer, see `settled`. Zero leaves it to the solver.
+    """
 
     solver: Solver
     spec: QuantSpec
     format: str = "dense"
+    average_bits: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.average_bits:
+            return
+        if not isinstance(self.solver, SpQR) or self.solver.outliers:
+            raise PlanError(f"{AVERAGE} is for method spqr without `outliers`, which would decide")
+        if not 0 < self.average_bits <= FLOAT16:
+            raise PlanError(
+                f"{AVERAGE} must be above 0 and at most {FLOAT16}, not {self.average_bits!r}"
+            )
 
     @property
     def method(self) -> str:
@@ -52,7 +72,39 @@ class Scheme:
             **dataclasses.asdict(self.spec),
             **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
             "format": self.format,
+            **({AVERAGE: self.average_bits} if self.average_bits else {}),
         }
+
+    def settled(self, layer: Layer) -> Scheme:
+        """The scheme for ``layer``: with the share of outliers that ``average_bits`` has room for.
+
+        Raises:
+            PlanError: the layer takes more bits even without outliers, or so few that more than
+                `LARGEST_SHARE` of its weights would be outliers.
+        """
+        if not self.average_bits or not self.tiles(layer):
+            return self
+        room = layer.weights * self.average_bits / 8
+        dense, fullest = (self._keeping(share).nbytes(layer) for share in (0.0, LARGEST_SHARE))
+        if not dense <= room <= fullest:
+            raise PlanError(
+                f"{layer.name}: {AVERAGE} must be from {dense * 8 / layer.weights:.3f} (no "
+                f"outliers) to {fullest * 8 / layer.weights:.3f} with these bits and groups, not "
+                f"{self.average_bits:g}"
+            )
+        low, high = 0.0, LARGEST_SHARE
+        for _ in range(SHARE_STEPS):
+            share = (low + high) / 2
+            low, high = (
+                (share, high) if self._keeping(share).nbytes(layer) <= room else (low, share)
+            )
+        return self._keeping(low)
+
+    def _keeping(self, share: float) -> Scheme:
+        assert isinstance(self.solver, SpQR)
+        threshold = self.solver.threshold if share else math.inf
+        solver = dataclasses.replace(self.solver, outliers=share, threshold=threshold)
+        return dataclasses.replace(self, solver=solver, average_bits=0.0)
 
     def tiles(self, layer: Layer) -> bool:
         """Whether groups tile the lines of ``layer`` exactly."""
@@ -147,20 +199,17 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
         )
     kind = METHODS[method]
     spec_types, solver_types = _field_types(QuantSpec), _field_types(kind)
-    for key, item in fields.items():
-        expected = {**spec_types, **solver_types}.get(key)
-        if expected is None:
-            known = ", ".join([*spec_types, *solver_types])
-            raise PlanError(f"{where}: {method} has no parameter {key!r} (it has {known})")
-        if expected in {int, float, bool} and not is_a(item, expected):
-            raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
+    types = {**spec_types, **solver_types, **({AVERAGE: float} if kind is SpQR else {})}
+    _check_types(fields, types, method, where)
     try:
         asked = {k: v for k, v in fields.items() if k in spec_types}
         spec = dataclasses.replace(kind.default_spec, **asked)
         solver = kind(**{k: _special(v) for k, v in fields.items() if k in solver_types})
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
-    fitting = [n for n, f in FORMATS.items() if f.supports(spec, solver.outlier_share != 0)]
+    average = float(_special(fields.get(AVERAGE, 0.0)))
+    keeps = bool(average) or solver.outlier_share != 0
+    fitting = [name for name, layout in FORMATS.items() if layout.supports(spec, keeps)]
     layout = value.get("format", fitting[0])
     if not isinstance(layout, str) or layout not in FORMATS:
         raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
@@ -168,7 +217,22 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
         raise PlanError(
             f"{where}: format {layout!r} cannot hold what is asked for; {fitting[0]!r} can"
         )
-    return Scheme(solver, spec, layout)
+    try:
+        return Scheme(solver, spec, layout, average)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _check_types(
+    fields: Mapping[str, Any], types: Mapping[str, Any], method: str, where: str
+) -> None:
+    for key, item in fields.items():
+        expected = types.get(key)
+        if expected is None:
+            known = ", ".join(types)
+            raise PlanError(f"{where}: {method} has no parameter {key!r} (it has {known})")
+        if expected in {int, float, bool} and not is_a(item, expected):
+            raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
 
 
 def _plain(item: object) -> object:
@@ -176,7 +240,7 @@ def _plain(item: object) -> object:
     return INFINITE if item == math.inf else item
 
 
-def _special(item: object) -> object:
+def _special(item: Any) -> Any:
     """Invert `_plain`, and read what YAML takes for text: ``1e-3``, ``1%``."""
     number = _number(item) if isinstance(item, str) else None
     return item if number is None else number

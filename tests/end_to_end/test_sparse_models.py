@@ -83,6 +83,17 @@ def test_bytes_are_counted_from_the_file(
         assert layer["outliers"] == (0 if values is None else len(values))
 
 
+def test_an_average_is_what_each_matrix_takes(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = Plan.preset("spqr", bits=3, average_bits=4.5)
+    report = quantine.quantize(tiny("llama"), tmp_path / "out", plan, short).report
+    for layer in report["layers"]:
+        assert layer["outliers"] > 0
+        assert layer["bits_per_weight"] == pytest.approx(4.5, abs=0.25)  # small matrices are lumpy
+    assert report["totals"]["bits_per_weight"] == pytest.approx(4.5, abs=0.1)
+
+
 @every_family
 def test_a_budget_holds_and_more_of_it_is_spent(
     name: str, tiny: Tiny, short: Calibration, tmp_path: Path
