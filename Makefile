@@ -1,11 +1,12 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check bench wheel docs clean
+.PHONY: help install demo demo-model test check sanitize bench wheel docs clean
 
 PYTHON = python3
 TORCH =
 BIN = .venv/bin
 STAMP = .venv/installed
+NATIVE_TESTS = tests/kernels tests/runtime/test_decoder.py
 SOURCES = pyproject.toml constraints.txt CMakeLists.txt README.md csrc src
 
 # Exact versions, for what is installed and for the tools that build the extension.
@@ -17,6 +18,7 @@ help:
 	@echo "make demo      quantize a small model, measure it, let it speak (some minutes)"
 	@echo "make test      the whole test suite"
 	@echo "make check     formatting, lint, types, and which module may import which"
+	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
 	@echo "make bench     time the kernels"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
@@ -55,6 +57,15 @@ check: install
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_exports.py
+
+# Needs GCC, whose run-time libraries are loaded before Python's.
+sanitize: install
+	rm -rf build/sanitized
+	$(PIP) install -q --no-deps --target build/sanitized -C build-dir=build/sanitize \
+		-C cmake.define.QUANTINE_SANITIZE=ON .
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+		$(BIN)/python -m pytest -p no:cacheprovider $(NATIVE_TESTS)
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
