@@ -279,7 +279,7 @@ class TestAxes:
         tiles, *losses = figure.axes
         assert [label.get_text() for label in tiles.get_yticklabels()] == ["fc1", "fc2"]
         colours = [patch.get_facecolor() for patch in tiles.patches]
-        assert len(colours) == 6
+        assert len(colours) == 7
         assert colours[0] == colours[2] != colours[1]
         assert len(losses) == 2
         for axes in losses:
@@ -290,6 +290,13 @@ class TestAxes:
 
     def test_no_choice_no_picture(self) -> None:
         assert axis_figure([LAYER]) is None
+
+    def test_axes_that_differ_are_shown_though_no_layer_compared_their_losses(self) -> None:
+        figure = axis_figure([LAYER, replace(LAYER, block=2, group_axis="out")])
+        assert figure is not None
+        (tiles,) = figure.axes
+        first, second = (patch.get_facecolor() for patch in tiles.patches)
+        assert first != second
 
     def test_what_a_directory_records_is_drawn(
         self, tiny: Tiny, short: Calibration, tmp_path: Path
@@ -326,7 +333,7 @@ class TestFiles:
         # The embedding was rounded without calibration.
         told, axes = pictures.left_out
         assert told.startswith("sensitivity of 1 of 15 matrices: ")
-        assert axes == "group_axis: no layer chose between two group axes"
+        assert axes == "group_axis: all groups run along the same axis, and no layer chose it"
         tree = ElementTree.parse(target / "maps" / "model.layers.0.mlp.up_proj.svg")
         images = [e for e in tree.iter() if e.tag.endswith("}image")]
         assert len(images) == 4  # two maps and their colour bars

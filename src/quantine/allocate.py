@@ -180,7 +180,8 @@ class Allocation:
         """`quantine.matrix.solve` with the choice that the budget has room for.
 
         Sizes are predicted, and the last layers cannot make up for earlier ones: where a choice
-        turns out too large for what is left, the next smaller one is solved instead.
+        turns out too large for what is left, the next smaller one is solved instead. In the end
+        that is the smallest without outliers, whose size is known and was set aside.
         """
         name = decision.layer.name
         options = self._table[name]
@@ -190,13 +191,12 @@ class Allocation:
         least = sum(
             min(size for size, _ in found) for key, found in self._table.items() if key != name
         )
-        for index in tried:
-            settled = replace(decision, scheme=decision.choices[index])
-            solved = solve(settled, weight, hessian)
+        schemes = [decision.choices[index] for index in tried]
+        for scheme in [*schemes, _without_outliers(schemes[-1])]:
+            solved = solve(replace(decision, scheme=scheme), weight, hessian)
             if solved[2]["bytes"] + least <= self._left:
                 break
-        else:
-            progress.note(f"{name}: even the smallest choice exceeds what is left of the budget")
+            progress.note(f"{name}: {scheme.spec.bits} bits exceed what is left of the budget")
         self.spend([solved[2]])
         return solved
 
@@ -205,6 +205,11 @@ class Allocation:
         for report in reports:
             if self._table.pop(report["name"], None) is not None:
                 self._left -= report["bytes"]
+
+
+def _without_outliers(scheme: Scheme) -> Scheme:
+    assert isinstance(scheme.solver, SpQR)
+    return replace(scheme, solver=replace(scheme.solver, threshold=math.inf, outliers=0.0))
 
 
 def _searched(job: Job, index: int) -> list[Decision]:

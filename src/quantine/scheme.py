@@ -41,8 +41,9 @@ class Scheme:
     """How one matrix is quantized: solver, weight request, and packed layout.
 
     Attributes:
-        average_bits: of `SpQR`: packed bits per weight up to which outliers are kept. How many
-            that are differs from layer to layer, see `settled`. Zero leaves it to the solver.
+        average_bits: of `SpQR`: packed bits per weight that outliers fill up. How many that are
+            differs from layer to layer, see `settled`; it is met as closely as the solver meets
+            a share of outliers, within some percent of them. Zero leaves it to the solver.
     """
 
     solver: Solver

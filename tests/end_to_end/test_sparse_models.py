@@ -112,6 +112,19 @@ def test_a_budget_holds_and_more_of_it_is_spent(
     assert taken[0] + 0.5 < taken[1]
 
 
+def test_a_budget_holds_though_more_outliers_are_found_than_predicted(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = {
+        "bits_per_weight": 3.513,  # hardly more than the least that is not refused
+        "choices": [{"method": "spqr", "bits": 3}],
+        "rules": [{"match": "@blocks", "method": "search"}],
+    }
+    result = quantine.quantize(tiny("llama"), tmp_path / "out", Plan.from_dict(plan), short)
+    assert result.report["totals"]["bits_per_weight"] <= 3.513
+    assert any(layer["outliers"] == 0 for layer in result.report["layers"])
+
+
 def test_a_budget_that_outliers_exceed_is_refused_before_anything_is_solved(
     tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:

@@ -98,6 +98,28 @@ def test_equals_the_textbook(act_order: bool, threshold: float, bits: int) -> No
     assert_equals_the_textbook(*layer(), solver, bits)
 
 
+@pytest.mark.parametrize("offset", [10.0, 30.0, 100.0, 300.0])
+def test_groups_far_from_zero_keep_what_differs_in_them(offset: float) -> None:
+    weight, hessian = layer(80, 128)
+    spread = weight / weight.std()
+    solved = SpQR()(spread + offset, hessian, SpQR.default_spec)
+    lost = hessian.error_energy(solved.dequantize() - spread - offset)
+    assert lost < 0.01 * hessian.error_energy(spread)
+
+
+def test_groups_too_far_from_zero_are_refused() -> None:
+    weight, hessian = layer(80, 128)
+    with pytest.raises(SolverError, match="would be outliers"):
+        SpQR()(weight / weight.std() + 1000.0, hessian, SpQR.default_spec)
+
+
+def test_half_of_the_weights_may_be_outliers() -> None:
+    weight, hessian = layer(80, 128)
+    solved = SpQR(outliers=0.5)(weight, hessian, QuantSpec(3, 16, scale_bits=3))
+    assert solved.outliers is not None
+    assert solved.outliers.entries / weight.numel() == pytest.approx(0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("rows", [3, 16, 33])
 @pytest.mark.parametrize("columns", [16, 64])
 def test_equals_the_textbook_whatever_the_shape(rows: int, columns: int) -> None:

@@ -27,7 +27,7 @@ Detect = Literal["leave-one-out", "simple"]
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
 
 LARGEST_SHARE: Final = 0.5
-EQUAL: Final = 2.0**-16
+EQUAL: Final = 2.0**-40
 """Share of a column's mean square below which its variance means that its weights are equal."""
 SAMPLED_ROWS: Final = 64
 """Output rows that stand for a matrix in searches."""
@@ -101,7 +101,7 @@ class SpQR:
         factor = self.loop.factor(hessian, spec)
         solved = self._solve(weight, factor, spec, self._price(weight, factor, spec))
         share = 0.0 if solved.outliers is None else solved.outliers.entries / weight.numel()
-        if share > LARGEST_SHARE:
+        if self.outlier_share is None and share > LARGEST_SHARE:
             raise SolverError(
                 f"{share:.0%} of the weights would be outliers, more than codes save: raise the "
                 "threshold, use more bits, or keep this layer in 16 bit"

@@ -1,4 +1,4 @@
-"""The picture of AdaDim's choices: each matrix's axis, by depth and kind, and both losses."""
+"""The picture of group axes: each matrix's, by depth and kind, and what either would lose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 STEM: Final = "group_axis"
 """Of the file names."""
-MISSING: Final = "no layer chose between two group axes"
+MISSING: Final = "all groups run along the same axis, and no layer chose it"
 """Why there may be no picture."""
 COLOURS: Final = {"in": "#1b3a6b", "out": "#c8553d"}
 """By the axis that groups run along; they differ in grey, too."""
@@ -29,29 +29,41 @@ MARGIN: Final = (0.75, 1.3)
 
 
 def axis_figure(layers: Sequence[LayerPicture]) -> Figure | None:
-    """Tiles of the chosen axes above curves of both losses; ``None`` if no layer had the choice."""
+    """Tiles of the layers' axes, above curves of both losses where layers compared these.
+
+    ``None`` if no layer compared them, and all have the same axis.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     kinds: dict[str, dict[int, LayerPicture]] = {}
     for layer in layers:
-        if layer.axis_losses is not None and layer.block is not None:
+        if layer.block is not None:
             kinds.setdefault(layer.kind, {})[layer.block] = layer
-    if not kinds:
+    compared = {
+        kind: chose
+        for kind, found in kinds.items()
+        if (chose := {block: one for block, one in found.items() if one.axis_losses is not None})
+    }
+    axes = {layer.group_axis for found in kinds.values() for layer in found.values()}
+    if not compared and len(axes) < 2:
         return None
-    down = -(-len(kinds) // ACROSS)
-    across = -(-len(kinds) // down)
+    down = -(-len(compared) // ACROSS)
+    across = -(-len(compared) // max(1, down))
     tiles = STRIP * len(kinds) + 0.4
     size = (PANEL[0] * across + MARGIN[0], tiles + PANEL[1] * down + MARGIN[1])
     figure = Figure(figsize=(max(size[0], 3 * PANEL[0]), size[1]), layout="constrained")
-    figure.suptitle("The axis that groups run along, and what either axis would lose", fontsize=11)
-    grid = figure.add_gridspec(down + 1, across, height_ratios=[tiles, *[PANEL[1]] * down])
+    title = "The axis that groups run along" + (", and what either would lose" if compared else "")
+    figure.suptitle(title, fontsize=11)
+    ratios = [tiles, *[PANEL[1]] * down]
+    grid = figure.add_gridspec(down + 1, max(1, across), height_ratios=ratios)
     _draw_tiles(figure.add_subplot(grid[0, :]), kinds)
-    for place, (kind, found) in enumerate(kinds.items()):
+    for place, (kind, found) in enumerate(compared.items()):
         row, column = divmod(place, across)
         _draw_losses(figure.add_subplot(grid[row + 1, column]), kind, found)
     figure.supxlabel("block", fontsize=9)
-    figure.supylabel("loss", fontsize=9)
+    if compared:
+        figure.supylabel("loss", fontsize=9)
     patches = [Patch(color=COLOURS[axis], label=NAMES[axis]) for axis in COLOURS]
     figure.legend(handles=patches, loc="outside lower center", ncols=2, fontsize=9)
     return figure

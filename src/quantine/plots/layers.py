@@ -85,5 +85,7 @@ def thumbnails_figure(layers: Sequence[LayerPicture]) -> Figure | None:
         axes.imshow(counts, cmap="inferno", vmax=most, aspect="auto", interpolation="nearest")
         title = layer.kind.split(".")[-1]
         place = "" if layer.block is None else f"block {layer.block}, "
-        axes.set_title(f"{place}{title}\n{layer.outlier_share:.2%} of weights", fontsize=7)
+        axes.set_title(
+            f"{place}{title}\n{100 * (layer.outlier_share or 0.0):.3g}% of weights", fontsize=7
+        )
     return figure

@@ -74,7 +74,9 @@ class MapFigure:
         if layer.sensitivity is not None:
             next(panels).show("weight sensitivity", *_sensitivity(layer))
         if layer.outliers is not None:
-            next(panels).show(f"outliers: {layer.outlier_share:.2%} of weights", *_density(layer))
+            next(panels).show(
+                f"outliers: {100 * (layer.outlier_share or 0.0):.3g}% of weights", *_density(layer)
+            )
 
 
 class _Panel:

@@ -128,7 +128,7 @@ def curves_of(trend: Trend, layers: Sequence[LayerPicture]) -> Curves:
 
 
 def _draw(axes: Axes, trend: Trend, curves: Curves, kind: str) -> None:
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for other, (blocks, values) in curves.items():
         if other != kind:
@@ -143,3 +143,5 @@ def _draw(axes: Axes, trend: Trend, curves: Curves, kind: str) -> None:
     if trend.log and all(value > 0 for _, some in curves.values() for value in some):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
+        axes.tick_params(which="minor", labelsize=8)
