@@ -27,6 +27,7 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.core.spec import GroupAxis
 from quantine.kernels import backend
 from quantine.kernels.matrix import (
     Matrix,
@@ -43,7 +44,7 @@ COLD_BYTES: Final = 2**28
 READ_BYTES: Final = 2**29
 OUTLIERS: Final = 0.01
 SPAN: Final = 64
-"""Outputs that share a second grid."""
+"""Lines that share a second grid: outputs, or inputs where groups run along outputs."""
 FLOATS: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -55,16 +56,27 @@ class Kind:
     group_size: int
     scale_bits: int = 16
     outliers: float = 0.0
+    group_axis: GroupAxis = "in"
 
     def __str__(self) -> str:
         layout = "dense" if self.scale_bits == 16 else "sparse"
         name = f"{layout} {self.bits} bit g{self.group_size}"
+        name += " out" if self.group_axis == "out" else ""
         return name + (f" {self.outliers:.0%}" if self.outliers else "")
 
 
 SPARSE: Final = Kind(4, 16, 3)
 FUSED: Final = Kind(4, 16, 3, OUTLIERS)
-KINDS: Final = (Kind(4, 64), SPARSE, FUSED, Kind(3, 64), Kind(3, 16, 3), Kind(8, 64))
+KINDS: Final = (
+    Kind(4, 64),
+    Kind(4, 64, group_axis="out"),
+    SPARSE,
+    Kind(4, 16, 3, group_axis="out"),
+    FUSED,
+    Kind(3, 64),
+    Kind(3, 16, 3),
+    Kind(8, 64),
+)
 
 
 def main() -> None:
@@ -134,19 +146,23 @@ def make_contenders(out_features: int, in_features: int) -> Contenders:
 
 def random_qtensor(out_features: int, in_features: int, kind: Kind) -> QTensor:
     generator = torch.Generator().manual_seed(0)
-    groups = in_features // kind.group_size
+    lines, length = out_features, in_features
+    if kind.group_axis == "out":
+        lines, length = length, lines
+    groups = length // kind.group_size
 
     def codes(bits: int, *shape: int) -> Tensor:
         return torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.uint8)
 
     scale: Tensor | Statistic
     if kind.scale_bits == 16:
-        scale = (torch.rand(out_features, groups, generator=generator) * 0.01 + 1e-3).half()
+        scale = (torch.rand(lines, groups, generator=generator) * 0.01 + 1e-3).half()
     else:
-        step = torch.full((groups, out_features // SPAN), 0.01).half()
+        step = torch.full((groups, lines // SPAN), 0.01).half()
         second = Grid(step, torch.full_like(step, -1.0), kind.scale_bits, SPAN)
-        scale = Statistic(codes(kind.scale_bits, groups, out_features), second)
-    grid = Grid(scale, codes(kind.bits, out_features, groups), kind.bits, kind.group_size)
+        scale = Statistic(codes(kind.scale_bits, groups, lines), second)
+    zero = codes(kind.bits, lines, groups)
+    grid = Grid(scale, zero, kind.bits, kind.group_size, kind.group_axis)
     kept = None
     if kind.outliers:
         chosen = torch.rand(out_features, in_features, generator=generator) < kind.outliers

@@ -35,13 +35,13 @@ struct Statistic {
   std::size_t span;
 };
 
-quantine::StatisticSource source_of(const Statistic& s, std::size_t rows, std::size_t groups) {
+quantine::StatisticSource source_of(const Statistic& s, std::size_t lines, std::size_t groups) {
   quantine::StatisticSource found;
   found.bits = s.bits;
   if (s.bits < 1 || s.bits > 16) throw nb::value_error("bits of a statistic must be 1 to 16");
   if (s.halves) {
-    if (s.halves->shape(0) != rows || s.halves->shape(1) != groups)
-      throw nb::value_error("float16 statistics must be [rows, groups]");
+    if (s.halves->shape(0) != lines || s.halves->shape(1) != groups)
+      throw nb::value_error("float16 statistics must be [lines, groups]");
     found.kept = Kept::kHalf;
     found.halves = half_bits(s.halves->data());
   } else if (s.codes) {
@@ -49,11 +49,11 @@ quantine::StatisticSource source_of(const Statistic& s, std::size_t rows, std::s
     found.codes = s.codes->data();
     found.kept = s.steps ? Kept::kCoded : Kept::kWhole;
     const bool turned = found.kept == Kept::kCoded;
-    if (s.codes->shape(turned ? 1 : 0) != rows || s.codes->shape(turned ? 0 : 1) != groups)
-      throw nb::value_error("coded statistics must be [groups, rows], whole ones [rows, groups]");
+    if (s.codes->shape(turned ? 1 : 0) != lines || s.codes->shape(turned ? 0 : 1) != groups)
+      throw nb::value_error("coded statistics must be [groups, lines], whole ones [lines, groups]");
     if (turned) {
-      if (s.span < 1) throw nb::value_error("a second grid must span a row");
-      const std::size_t spans = (rows + s.span - 1) / s.span;
+      if (s.span < 1) throw nb::value_error("a second grid must span a line");
+      const std::size_t spans = (lines + s.span - 1) / s.span;
       if (!s.zeros || s.steps->shape(0) != groups || s.steps->shape(1) != spans ||
           s.zeros->shape(0) != groups || s.zeros->shape(1) != spans)
         throw nb::value_error("steps and zeros must be [groups, spans]");
@@ -95,21 +95,27 @@ void add_outliers(quantine::Source& source, const Outliers& outliers) {
   if (outliers.floats) source.outlier_floats = outliers.floats->data();
 }
 
-Matrix packed(Codes codes, int bits, std::size_t group_size, const Statistic& scale,
-              const Statistic& zero, std::optional<Vector<const std::int64_t>> order,
+Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
+              const Statistic& scale, const Statistic& zero,
+              std::optional<Vector<const std::int64_t>> order,
               const std::optional<Outliers>& outliers, Pool& pool) {
   quantine::Source source;
   source.rows = codes.shape(0);
   source.columns = codes.shape(1);
   source.group_size = group_size;
+  source.along_outputs = along_outputs;
   source.bits = bits;
   source.codes = codes.data();
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
   if (source.rows == 0 || source.columns == 0 || group_size == 0)
     throw nb::value_error("a matrix needs rows, columns and groups");
-  const std::size_t groups = (source.columns + group_size - 1) / group_size;
-  source.scale = source_of(scale, source.rows, groups);
-  source.zero = source_of(zero, source.rows, groups);
+  const std::size_t lines = along_outputs ? source.columns : source.rows;
+  const std::size_t length = along_outputs ? source.rows : source.columns;
+  if (along_outputs && group_size % quantine::kTile != 0 && group_size < length)
+    throw nb::value_error("groups along outputs must be a multiple of 16 rows, or all of them");
+  const std::size_t groups = (length + group_size - 1) / group_size;
+  source.scale = source_of(scale, lines, groups);
+  source.zero = source_of(zero, lines, groups);
   if (source.scale.kept != Kept::kHalf && source.scale.kept != Kept::kCoded)
     throw nb::value_error("scales are float16, or codes of a second grid");
   if (source.zero.kept == Kept::kMiddle || source.zero.kept == Kept::kWhole)
@@ -206,7 +212,7 @@ void bind_matrix(nb::module_& m) {
            nb::arg("floats").none() = nb::none());
   nb::class_<Matrix>(m, "Matrix")
       .def_static("packed", &packed, nb::arg("codes"), nb::arg("bits"), nb::arg("group_size"),
-                  nb::arg("scale"), nb::arg("zero"), nb::arg("order").none(),
+                  nb::arg("along_outputs"), nb::arg("scale"), nb::arg("zero"), nb::arg("order").none(),
                   nb::arg("outliers").none(), nb::arg("pool"))
       .def_static("from_half", &from_half, nb::arg("values"), nb::arg("pool"))
       .def_static("from_float", &from_float, nb::arg("values"), nb::arg("pool"))

@@ -11,8 +11,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "half.h"
-#include "matrix_level.h"
+#include "arranged.h"
 
 namespace quantine {
 namespace {
@@ -20,6 +19,7 @@ namespace {
 constexpr std::size_t kOverread = 64;       // kernels read whole vectors
 constexpr std::size_t kHuge = 2u << 20;     // bytes of a large page
 constexpr std::size_t kTaskBytes = 16384;   // codes that are worth a thread's attention
+constexpr std::size_t kScaledTiles = 16;    // tiles that share scaled activations, at most
 
 std::vector<const Level*> found_levels() {
   std::vector<const Level*> found;
@@ -46,91 +46,43 @@ std::atomic<const Level*>& chosen() {
   return level;
 }
 
-bool is_packed(const Weights& w) { return w.bits <= 8; }
-
-// Whether both read activations in the same arrangement.
-bool alike(const Weights& a, const Weights& b) {
-  if (is_packed(a) != is_packed(b) || a.columns != b.columns || a.order != b.order) return false;
-  if (!is_packed(a)) return true;
-  return std::equal(a.blocks.begin(), a.blocks.end(), b.blocks.begin(), b.blocks.end(),
-                    [](const Block& p, const Block& q) { return p.first == q.first; });
-}
-
-// Activations arranged for the kernels of one matrix, and the memory they are in.
-class Arranged {
- public:
-  Arranged(const Level& level, const Weights& w, const float* x, std::size_t batch, bool exact,
-           bool outliers) {
-    view_.columns = w.columns;
-    view_.x = stored_order(w, x, batch);
-    if (outliers && batch > 1) turn(w, batch);
-    if (!is_packed(w)) return;
-    view_.blocks = w.blocks.size();
-    // Whole vectors of up to 8 chunks are read, so the padding behind the last block is, too.
-    view_.padded = (w.chunks + 7) / 8 * 8 * kChunk;
-    if (exact) {
-      arrange_exact(w, batch);
-    } else {
-      arrange_fast(level, w, batch);
-    }
-  }
-  const Activations& view() const { return view_; }
-
- private:
-  const float* stored_order(const Weights& w, const float* x, std::size_t batch) {
-    if (w.order.empty()) return x;
-    ordered_.resize(batch * w.columns);
-    for (std::size_t b = 0; b < batch; ++b)
-      for (std::size_t j = 0; j < w.columns; ++j)
-        ordered_[b * w.columns + j] = x[b * w.columns + w.order[j]];
-    return ordered_.data();
-  }
-
-  void turn(const Weights& w, std::size_t batch) {
-    turned_.assign((batch + kTile - 1) / kTile * kTile * w.columns, 0.0f);
-    for (std::size_t b = 0; b < batch; ++b) {
-      float* out = turned_.data() + b / kTile * kTile * w.columns + b % kTile;
-      for (std::size_t j = 0; j < w.columns; ++j) out[j * kTile] = view_.x[b * w.columns + j];
-    }
-    view_.turned = turned_.data();
-  }
-
-  void arrange_exact(const Weights& w, std::size_t batch) {
-    spread_.assign(batch * view_.padded, 0.0f);
-    view_.spread = spread_.data();
-    for (std::size_t b = 0; b < batch; ++b) {
-      float* out = spread_.data() + b * view_.padded;
-      for (const Block& block : w.blocks) {
-        std::memcpy(out, view_.x + b * w.columns + block.first, block.width * sizeof(float));
-        out += block.chunks * kChunk;
-      }
-    }
-  }
-
-  void arrange_fast(const Level& level, const Weights& w, std::size_t batch) {
-    const std::size_t bytes = view_.padded / kChunk * kChunkBytes;  // of a row
-    codes_.assign(batch * bytes, 0);
-    scales_.resize(batch * view_.blocks);
-    sums_.resize(batch * view_.blocks);
-    for (std::size_t b = 0; b < batch; ++b)
-      level.round(w, view_.x + b * w.columns, codes_.data() + b * bytes,
-                  scales_.data() + b * view_.blocks, sums_.data() + b * view_.blocks);
-    view_.codes = codes_.data();
-    view_.scales = scales_.data();
-    view_.sums = sums_.data();
-  }
-
-  Activations view_;
-  std::vector<float> ordered_, turned_, spread_, scales_, sums_;
-  std::vector<std::uint8_t> codes_;
-};
-
 std::size_t tiles_of(const Weights& w) { return (w.rows + kTile - 1) / kTile; }
+
+// Tiles that a thread takes at once. Where groups run along outputs, whole groups if they are small:
+// activations are scaled once for those of a task.
+std::size_t together(const Weights& w) {
+  const std::size_t worth = std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));
+  if (w.group_rows == 0) return worth;
+  const std::size_t group = std::min((std::min(w.group_rows, w.rows) + kTile - 1) / kTile, kScaledTiles);
+  return std::max<std::size_t>(1, worth / group) * group;
+}
 
 // Tiles of one product that a thread takes at once.
 struct Task {
   std::size_t product, first, count;
 };
+
+void multiply_common(const Level& level, const Product& product, const Task& task,
+                     const Activations& a, std::size_t batch, bool exact) {
+  for (std::size_t tile = task.first; tile < task.first + task.count; ++tile)
+    level.multiply(product.matrix->weights(), a, batch, tile, product.y, exact);
+}
+
+// For groups along outputs: activations are scaled for one group after another.
+void multiply_scaled(const Level& level, const Product& product, const Task& task,
+                     const Activations& a, std::size_t batch, bool exact) {
+  const Weights& w = product.matrix->weights();
+  Scaled scaled(level, w, std::min(batch, kTile), exact);
+  for (std::size_t row = 0; row < batch; row += kTile) {
+    const std::size_t rows = std::min(kTile, batch - row);
+    for (std::size_t tile = task.first; tile < task.first + task.count; ++tile) {
+      const std::size_t at = tile * kTile;
+      if (tile == task.first || at % w.group_rows == 0)
+        scaled.take(a, row, rows, at / w.group_rows);
+      level.multiply(w, scaled.view(), rows, tile, product.y + row * w.rows, exact);
+    }
+  }
+}
 
 }  // namespace
 
@@ -208,17 +160,16 @@ void multiply(const Product* products, std::size_t count, const float* x, std::s
     while (same < p && !alike(products[same].matrix->weights(), w)) ++same;
     if (same == p) arranged.emplace_back(level, w, x, batch, exact, outliers);
     uses[p] = same == p ? arranged.size() - 1 : uses[same];
-    const std::size_t tiles = tiles_of(w);
-    const std::size_t together = std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));
-    for (std::size_t tile = 0; tile < tiles; tile += together)
-      tasks.push_back({p, tile, std::min(together, tiles - tile)});
+    const std::size_t tiles = tiles_of(w), count_together = together(w);
+    for (std::size_t tile = 0; tile < tiles; tile += count_together)
+      tasks.push_back({p, tile, std::min(count_together, tiles - tile)});
   }
   const auto run = [&](std::size_t index) {
     const Task& task = tasks[index];
     const Product& product = products[task.product];
-    for (std::size_t tile = task.first; tile < task.first + task.count; ++tile)
-      level.multiply(product.matrix->weights(), arranged[uses[task.product]].view(), batch, tile,
-                     product.y, exact);
+    const auto multiply_tiles =
+        product.matrix->weights().group_rows == 0 ? multiply_common : multiply_scaled;
+    multiply_tiles(level, product, task, arranged[uses[task.product]].view(), batch, exact);
   };
   pool.run(tasks.size(), std::ref(run));  // by reference, nothing is allocated
 }

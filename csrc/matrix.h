@@ -31,8 +31,9 @@ struct StatisticLayout {
   Kept kept = Kept::kMiddle;
   int bits = 0;                           // of kCoded and kWhole
   std::size_t offset = 0;                 // in the bytes of a group
-  std::size_t span = 0;                   // rows that share a second grid; of kCoded
-  std::vector<float> second;              // [spans, groups, 2]: step and zero
+  std::size_t span = 0;                   // lines that share a second grid; of kCoded
+  // [spans, groups, 2], along outputs [groups, spans, 2]: step and zero.
+  std::vector<float> second;
 };
 
 // Consecutive stored columns within one group.
@@ -62,16 +63,19 @@ class Bytes {
 
 // Everything a kernel reads of a matrix; see docs/kernels.md for the order of its bytes.
 struct Weights {
-  std::size_t rows = 0, columns = 0, groups = 0;
+  std::size_t rows = 0, columns = 0;
+  std::size_t groups = 0;        // of a line: a row, or a column where they run along outputs
+  std::size_t group_rows = 0;    // outputs of a group: whole tiles or all; 0: they run along inputs
   int bits = 0;                  // 2 to 8; 16 and 32: plain floats, without groups
   std::size_t chunks = 0;        // of a row, padding included
+  std::size_t padded = 0;        // inputs of a row of activations: whole vectors of chunks are read
   std::size_t tile_bytes = 0;    // codes of a tile
-  std::size_t group_bytes = 0;   // statistics of a group of a tile
+  std::size_t group_bytes = 0;   // statistics of a group of 16 lines
   Bytes codes, statistics;
   StatisticLayout scale, zero;
   std::vector<Block> blocks;
   std::size_t even_chunks = 0;      // of every block; 0 if they differ or do not fill vectors
-  std::size_t blocks_per_group = 0;  // of every group, if blocks are even
+  std::size_t blocks_per_group = 0;  // of every group of a row, if blocks are even
   std::vector<std::uint32_t> order;           // stored column j is input order[j]; empty: j
   std::vector<std::uint32_t> outlier_offsets;  // [tiles + 1], of outliers by row; empty: none
   std::vector<std::uint8_t> outlier_lanes;     // rows in their tile
@@ -90,7 +94,11 @@ struct Activations {
   const float* spread = nullptr;        // [batch, padded]; exact
   const std::uint8_t* codes = nullptr;  // [batch, padded / 4, 8], in the order of the level; fast
   const float* scales = nullptr;        // [batch, blocks]; fast
-  const float* sums = nullptr;          // [batch, blocks], of codes; fast
+  // [batch, blocks], of codes; fast. Scaled for groups along outputs, each code counts times its
+  // zero point, in units of the middle code.
+  const float* sums = nullptr;
+  // [batch], of scaled ones: what zero points take off, beyond the middle code; exact.
+  const float* offsets = nullptr;
 };
 
 class Matrix {

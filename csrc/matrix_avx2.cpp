@@ -127,17 +127,19 @@ struct Avx2 {
     const __m256i halves = _mm256_shuffle_epi8(codes, order);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
   }
-  // Whole numbers within 16 bit, to even on ties; returns their sum.
-  static inline std::int32_t round(std::uint8_t* out, Float a) {
+  static inline float sum(Float a) {
+    const __m256 both = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+  // Whole numbers within 16 bit, to even on ties; returns them.
+  QUANTINE_INLINE Int round(std::uint8_t* out, Float a) {
     const __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);
     auto* parts = reinterpret_cast<__m128i*>(out);
     _mm_storeu_si128(parts, sixteen_bits(low));
     _mm_storeu_si128(parts + 1, sixteen_bits(high));
-    alignas(32) std::int32_t codes[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(codes), _mm256_add_epi32(low, high));
-    std::int32_t sum = 0;
-    for (const std::int32_t code : codes) sum += code;
-    return sum;
+    return {low, high};
   }
   QUANTINE_INLINE Float add(Float a, Float b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};

@@ -82,17 +82,10 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_castsi128_ps(
         _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
   }
-  // Of all lanes; wraps around, as what NaN is converted to does. (GCC's reduction overflows.)
-  QUANTINE_INLINE std::int32_t sum(Int a) {
-    const __m256i half =
-        _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
-    __m128i rest = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    rest = _mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(rest, _mm_shuffle_epi32(rest, 0xb1)));
-  }
+  QUANTINE_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
   // Whole numbers within 16 bit, to even on ties, chunk by chunk: four high parts, then four low
-  // ones. Returns their sum.
-  QUANTINE_INLINE std::int32_t round(std::uint8_t* out, Float a) {
+  // ones. Returns them.
+  QUANTINE_INLINE Int round(std::uint8_t* out, Float a) {
     const Int codes = _mm512_cvtps_epi32(a);
     // The low part has a sign, which the high part makes up for.
     const Int up = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
@@ -100,7 +93,7 @@ struct Avx512 {
     auto* parts = reinterpret_cast<__m128i*>(out);
     _mm_storeu_si128(parts, _mm_unpacklo_epi32(high, low));
     _mm_storeu_si128(parts + 1, _mm_unpackhi_epi32(high, low));
-    return sum(codes);
+    return codes;
   }
   QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   QUANTINE_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }

@@ -48,6 +48,29 @@ inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
   });
 }
 
+// The same where groups run along outputs, and each column has a scale and a zero point.
+template <typename V, int kBits, typename Store>
+inline void decode_columns(const Weights& w, std::size_t tile, Store&& store) {
+  Lines<V> lines(w, tile * kTile / w.group_rows);
+  float scales[kTile], zeros[kTile];
+  std::size_t column = 0;
+  each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
+    if (column >= w.columns) return;  // what follows is padding
+    if (column % kTile == 0) {
+      typename V::Float scale, zero;
+      lines.advance(scale, zero);
+      V::store(scales, scale);
+      V::store(zeros, zero);
+    }
+    unroll<4>([&](auto k) {
+      const std::size_t lane = column % kTile + k;
+      if (column + k < w.columns)
+        store(V::mul(V::sub(V::template byte<k>(codes), V::set(zeros[lane])), V::set(scales[lane])));
+    });
+    column += kChunk;
+  });
+}
+
 template <typename T>
 void decode_outliers(const Weights& w, std::size_t tile, T* out, std::size_t stride) {
   for (std::size_t e = w.outlier_offsets[tile]; e < w.outlier_offsets[tile + 1]; ++e) {
@@ -82,7 +105,10 @@ void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride)
     waiting = 0;
   };
   if (w.bits <= 8) {
-    with_bits(w.bits, [&](auto bits) { decode_codes<V, bits>(w, tile, store); });
+    with_bits(w.bits, [&](auto bits) {
+      if (w.group_rows == 0) decode_codes<V, bits>(w, tile, store);
+      else decode_columns<V, bits>(w, tile, store);
+    });
   } else {
     const std::size_t item = static_cast<std::size_t>(w.bits) / 8;
     const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;

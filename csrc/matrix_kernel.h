@@ -1,10 +1,9 @@
 // Products with a tile, for any vector type `V` of 16 lanes; see matrix_planes.h.
 #pragma once
 
-#include <cmath>
-
 #include "matrix_decode.h"
 #include "matrix_level.h"
+#include "matrix_round.h"
 
 namespace quantine {
 namespace {
@@ -110,7 +109,7 @@ void exact_tile(const Weights& w, const Activations& activations, std::size_t ti
   constexpr int kChains = kBatch == 1 ? 2 : 1;  // sums that do not wait for each other
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
-  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(a.offsets == nullptr ? 0.0f : -a.offsets[b]);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero, acc[kBatch][kChains];
   for (int b = 0; b < kBatch; ++b)
@@ -260,7 +259,7 @@ inline void fetch(const Weights& w, std::size_t tile) {
       __builtin_prefetch(static_cast<const std::uint8_t*>(from) + at);
   };
   if ((tile + 1) * kTile > w.rows) return;
-  const std::size_t statistics = w.groups * w.group_bytes;
+  const std::size_t statistics = w.group_rows == 0 ? w.groups * w.group_bytes : 0;
   ask(w.statistics.data() + tile * statistics, std::min(statistics, 4 * kLine));
   if (w.outlier_offsets.empty()) return;
   const std::size_t first = w.outlier_offsets[tile];
@@ -295,6 +294,7 @@ inline Activations from_row(const Activations& a, std::size_t row) {
   if (a.codes != nullptr) rest.codes += row * (a.padded / kChunk * kChunkBytes);
   if (a.scales != nullptr) rest.scales += row * a.blocks;
   if (a.sums != nullptr) rest.sums += row * a.blocks;
+  if (a.offsets != nullptr) rest.offsets += row;
   return rest;
 }
 
@@ -318,40 +318,10 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
   if (a.turned != nullptr && !w.outlier_offsets.empty()) add_outliers<V>(w, a, batch, tile, y);
 }
 
-// Activations of a row in 16 bit: codes, scale and sum of codes of every block.
-template <typename V>
-void round_row(const Weights& w, const float* x, std::uint8_t* codes, float* scales, float* sums) {
-  for (std::size_t index = 0; index < w.blocks.size(); ++index) {
-    const Block& block = w.blocks[index];
-    const std::size_t parts = (block.width + kTile - 1) / kTile;
-    alignas(64) float values[kBlock];
-    for (std::size_t part = 0; part < parts; ++part) V::store(values + part * kTile, V::set(0.0f));
-    std::memcpy(values, x + block.first, block.width * sizeof(float));
-    typename V::Float widest = V::set(0.0f);
-    for (std::size_t part = 0; part < parts; ++part)
-      widest = V::larger(widest, V::magnitude(V::floats(values + part * kTile)));
-    const float largest = V::largest(widest);  // NaN where one is
-    // Below this the reciprocal of the scale overflows; what is lost is below 1e-33.
-    const bool small = largest <= 1e-33f;
-    const bool finite = largest <= 3.4028235e38f;
-    if (!finite) std::memset(values, 0, sizeof values);  // the scale says it
-    constexpr float kTop = static_cast<float>(kLargestCode);
-    const auto inverse = V::set(small ? 0.0f : kTop / largest);
-    alignas(64) std::uint8_t rounded[kBlock / kChunk * kChunkBytes];
-    constexpr std::size_t kPartBytes = kTile / kChunk * kChunkBytes;
-    std::int32_t sum = 0;
-    for (std::size_t part = 0; part < parts; ++part)
-      sum += V::round(rounded + part * kPartBytes, V::mul(V::floats(values + part * kTile), inverse));
-    std::memcpy(codes, rounded, block.chunks * kChunkBytes);
-    codes += block.chunks * kChunkBytes;
-    scales[index] = finite ? (small ? 0.0f : largest / kTop) : NAN;
-    sums[index] = static_cast<float>(sum);
-  }
-}
-
 template <typename V>
 Level level_of(const char* name) {
-  return {name, multiply_tile<V>, round_row<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>};
+  return {name,          multiply_tile<V>,      round_row<V>,
+          scale_rows<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>};
 }
 
 }  // namespace

@@ -7,6 +7,14 @@
 
 namespace quantine {
 
+// Where activations that were scaled for a group of outputs go: as Activations has them, either codes
+// or floats.
+struct ScaledRows {
+  std::uint8_t* codes = nullptr;
+  float *scales = nullptr, *sums = nullptr;
+  float *spread = nullptr, *offsets = nullptr;
+};
+
 // The kernels of one instruction set.
 struct Level {
   const char* name;
@@ -15,6 +23,9 @@ struct Level {
                    float* y, bool exact);
   // Rounds a row of activations to 16 bit; the order of its codes is for `multiply` to know.
   void (*round)(const Weights& w, const float* x, std::uint8_t* codes, float* scales, float* sums);
+  // Rows of activations `[rows, columns]` times the scales of a group of outputs.
+  void (*scale)(const Weights& w, std::size_t group, const float* x, std::size_t rows,
+                const ScaledRows& out);
   // The 16 rows of a tile in stored order, `stride` apart.
   void (*decode)(const Weights& w, std::size_t tile, float* out, std::size_t stride);
   void (*decode_bfloat16)(const Weights& w, std::size_t tile, std::uint16_t* out,

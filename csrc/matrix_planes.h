@@ -65,7 +65,38 @@ struct Planes {
   typename V::Int held[kVectors];
 };
 
-// The statistics of the groups of a tile, one group after another.
+// Of float16.
+constexpr std::uint16_t kOnes[kTile] = {0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+                                        0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
+                                        0x3c00, 0x3c00, 0x3c00, 0x3c00};
+
+// A copy of how a statistic is read for every group: the compiler can keep it in registers.
+template <typename V>
+struct Reader {
+  // `pair`: the first second grid's place.
+  inline Reader(const StatisticLayout& s, std::size_t pair)
+      : kept(s.kept),
+        second(s.kept == Kept::kCoded ? s.second.data() + pair * 2 : nullptr),
+        step(s.kept == Kept::kCoded ? 2 : 0),
+        spreader(V::spreader(s.bits)) {}
+
+  inline __attribute__((always_inline)) typename V::Float read(const std::uint8_t* bytes) const {
+    if (kept == Kept::kHalf) return V::halves(bytes);
+    if (kept == Kept::kFloat) return V::floats(bytes);
+    const typename V::Float code = V::spread(bytes, spreader);
+    if (kept == Kept::kWhole) return code;
+    return V::mul(V::sub(code, V::set(second[1])), V::set(second[0]));
+  }
+  inline __attribute__((always_inline)) void next() { second += step; }
+
+  Kept kept;
+  const float* second;
+  std::size_t step;
+  typename V::Spreader spreader;
+};
+
+// The statistics of the groups of a tile, one group after another. Where groups run along outputs,
+// activations bring them: scales are 1, and zero points the middle code.
 template <typename V>
 class Cursor {
  public:
@@ -74,42 +105,81 @@ class Cursor {
   inline Cursor(const Weights& w, std::size_t tile)
       : next_(w.statistics.data() + tile * w.groups * w.group_bytes),
         step_(w.group_bytes),
-        scale_(w.scale, tile, w.groups),
-        zero_(w.zero, tile, w.groups),
-        middle_(static_cast<float>(1 << (w.bits - 1))) {}
+        zero_at_(w.zero.offset),
+        scale_(w.scale, pair(w.scale, w, tile)),
+        zero_(w.zero, pair(w.zero, w, tile)),
+        middle_(static_cast<float>(1 << (w.bits - 1))) {
+    if (w.group_rows == 0) return;
+    next_ = reinterpret_cast<const std::uint8_t*>(kOnes);
+    step_ = scale_.step = zero_.step = 0;
+    scale_.kept = Kept::kHalf;
+    zero_.kept = Kept::kMiddle;
+  }
 
   inline __attribute__((always_inline)) void advance(Float& scale, Float& zero) {
-    scale = read(scale_, next_);
-    zero = zero_.kept == Kept::kMiddle ? V::set(middle_) : read(zero_, next_ + zero_.offset);
+    scale = scale_.read(next_);
+    zero = zero_.kept == Kept::kMiddle ? V::set(middle_) : zero_.read(next_ + zero_at_);
+    scale_.next();
+    zero_.next();
     next_ += step_;
   }
 
  private:
-  // A copy of what is read for every group: the compiler can keep it in registers.
-  struct Reader {
-    inline Reader(const StatisticLayout& s, std::size_t tile, std::size_t groups)
-        : kept(s.kept), offset(s.offset), second(nullptr), spreader(V::spreader(s.bits)) {
-      if (kept == Kept::kCoded) second = s.second.data() + tile * kTile / s.span * groups * 2;
-    }
-    Kept kept;
-    std::size_t offset;
-    const float* second;
-    typename V::Spreader spreader;
-  };
-
-  static inline __attribute__((always_inline)) Float read(Reader& s, const std::uint8_t* bytes) {
-    if (s.kept == Kept::kHalf) return V::halves(bytes);
-    if (s.kept == Kept::kFloat) return V::floats(bytes);
-    const Float code = V::spread(bytes, s.spreader);
-    if (s.kept == Kept::kWhole) return code;
-    const Float step = V::set(s.second[0]), zero = V::set(s.second[1]);
-    s.second += 2;
-    return V::mul(V::sub(code, zero), step);
+  static inline std::size_t pair(const StatisticLayout& s, const Weights& w, std::size_t tile) {
+    return s.kept == Kept::kCoded && w.group_rows == 0 ? tile * kTile / s.span * w.groups : 0;
   }
 
   const std::uint8_t* next_;
-  std::size_t step_;
-  Reader scale_, zero_;
+  std::size_t step_, zero_at_;
+  Reader<V> scale_, zero_;
+  float middle_;
+};
+
+// The statistics of a group of outputs, those of 16 columns after another.
+template <typename V>
+class Lines {
+ public:
+  using Float = typename V::Float;
+
+  inline Lines(const Weights& w, std::size_t group)
+      : next_(w.statistics.data() + group * runs(w) * w.group_bytes),
+        step_(w.group_bytes),
+        zero_at_(w.zero.offset),
+        scale_(w.scale, w.columns, group),
+        zero_(w.zero, w.columns, group),
+        middle_(static_cast<float>(1 << (w.bits - 1))) {}
+
+  inline __attribute__((always_inline)) void advance(Float& scale, Float& zero) {
+    __builtin_prefetch(next_ + kAhead, 0, 2);
+    scale = scale_.take(next_);
+    zero = zero_.reader.kept == Kept::kMiddle ? V::set(middle_) : zero_.take(next_ + zero_at_);
+    next_ += step_;
+  }
+
+ private:
+  static inline std::size_t runs(const Weights& w) { return (w.columns + kTile - 1) / kTile; }
+
+  // Some runs of 16 columns share a second grid.
+  struct Spans {
+    inline Spans(const StatisticLayout& s, std::size_t columns, std::size_t group)
+        : reader(s, s.kept == Kept::kCoded ? group * ((columns + s.span - 1) / s.span) : 0),
+          runs(s.kept == Kept::kCoded ? (s.span + kTile - 1) / kTile : ~std::size_t{0}),
+          left(runs) {}
+    inline __attribute__((always_inline)) Float take(const std::uint8_t* bytes) {
+      const Float found = reader.read(bytes);
+      if (--left == 0) {
+        left = runs;
+        reader.next();
+      }
+      return found;
+    }
+    Reader<V> reader;
+    std::size_t runs, left;
+  };
+
+  const std::uint8_t* next_;
+  std::size_t step_, zero_at_;
+  Spans scale_, zero_;
   float middle_;
 };
 

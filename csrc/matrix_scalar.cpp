@@ -110,16 +110,20 @@ struct Scalar {
     for (const float lane : a.lane) found = found >= lane || found != found ? found : lane;
     return found;
   }
-  // Whole numbers within 16 bit, to even on ties; returns their sum.
-  static std::int32_t round(std::uint8_t* out, const Float& a) {
+  static float sum(const Float& a) {
+    float found = 0.0f;
+    for (const float lane : a.lane) found += lane;
+    return found;
+  }
+  // Whole numbers within 16 bit, to even on ties; returns them.
+  static Int round(std::uint8_t* out, const Float& a) {
     std::int16_t codes[kTile];
-    std::int32_t sum = 0;
-    for (std::size_t r = 0; r < kTile; ++r) {
+    for (std::size_t r = 0; r < kTile; ++r)
       codes[r] = static_cast<std::int16_t>(std::nearbyint(a.lane[r]));
-      sum += codes[r];
-    }
     std::memcpy(out, codes, sizeof codes);
-    return sum;
+    return each_int([&](std::size_t r) {
+      return static_cast<std::uint32_t>(static_cast<std::int32_t>(codes[r]));
+    });
   }
   static Float add(const Float& a, const Float& b) {
     return each([&](std::size_t r) { return a.lane[r] + b.lane[r]; });

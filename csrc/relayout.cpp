@@ -26,6 +26,8 @@ std::vector<Block> cut(std::size_t columns, std::size_t group_size) {
   return blocks;
 }
 
+constexpr std::size_t kMostTogether = 8;
+
 // Chunks that fill whole vectors of every plane: see docs/kernels.md.
 constexpr int chunks_together(int bits) {
   return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2;
@@ -34,7 +36,7 @@ constexpr int chunks_together(int bits) {
 // Chunks of every block, if all are alike and whole vectors of chunks do not cut through blocks.
 std::size_t even_chunks(const Weights& weights) {
   const std::size_t chunks = weights.blocks[0].chunks;
-  const std::size_t per_group = std::max<std::size_t>(1, weights.blocks.size() / weights.groups);
+  const std::size_t per_group = std::max<std::size_t>(1, weights.blocks_per_group);
   for (std::size_t index = 0; index < weights.blocks.size(); ++index)
     if (weights.blocks[index].chunks != chunks || weights.blocks[index].group != index / per_group)
       return 0;
@@ -44,17 +46,21 @@ std::size_t even_chunks(const Weights& weights) {
   return whole ? chunks : 0;
 }
 
+std::size_t lines_of(const Source& source) {
+  return source.along_outputs ? source.columns : source.rows;
+}
+
 // Values of a statistic, whatever holds them.
-float value_of(const StatisticSource& source, std::size_t row, std::size_t group,
-               std::size_t rows, std::size_t groups) {
+float value_of(const StatisticSource& source, std::size_t line, std::size_t group,
+               std::size_t lines, std::size_t groups) {
   switch (source.kept) {
     case Kept::kHalf:
-      return half_to_float(source.halves[row * groups + group]);
+      return half_to_float(source.halves[line * groups + group]);
     case Kept::kWhole:
-      return source.codes[row * groups + group];
+      return source.codes[line * groups + group];
     case Kept::kCoded: {
-      const std::size_t place = group * up(rows, source.span) + row / source.span;
-      const float code = source.codes[group * rows + row];
+      const std::size_t place = group * up(lines, source.span) + line / source.span;
+      const float code = source.codes[group * lines + line];
       return (code - half_to_float(source.zeros[place])) * half_to_float(source.steps[place]);
     }
     default:
@@ -62,22 +68,24 @@ float value_of(const StatisticSource& source, std::size_t row, std::size_t group
   }
 }
 
-// How a kernel reads a statistic. A second grid has to be that of a whole tile.
-StatisticLayout plan(const StatisticSource& source, std::size_t rows, std::size_t groups) {
+// How a kernel reads a statistic. A second grid has to be that of 16 whole lines.
+StatisticLayout plan(const StatisticSource& source, std::size_t lines, std::size_t groups,
+                     bool along_outputs) {
   StatisticLayout found;
   found.kept = source.kept;
   found.bits = source.bits;
   if (source.kept != Kept::kCoded) return found;
   found.span = source.span;
-  if (source.span % kTile != 0 && source.span < rows) {
+  if (source.span % kTile != 0 && source.span < lines) {
     found.kept = Kept::kFloat;
     return found;
   }
-  const std::size_t spans = up(rows, source.span);
+  const std::size_t spans = up(lines, source.span);
   found.second.resize(spans * groups * 2);
   for (std::size_t span = 0; span < spans; ++span)
     for (std::size_t group = 0; group < groups; ++group) {
-      float* pair = &found.second[(span * groups + group) * 2];
+      const std::size_t place = along_outputs ? group * spans + span : span * groups + group;
+      float* pair = &found.second[place * 2];
       pair[0] = half_to_float(source.steps[group * spans + span]);
       pair[1] = half_to_float(source.zeros[group * spans + span]);
     }
@@ -97,19 +105,21 @@ std::size_t bytes_of(const StatisticLayout& statistic) {
   }
 }
 
-void write_statistic(const StatisticSource& source, const StatisticLayout& statistic, std::size_t tile,
-                     std::size_t group, std::size_t rows, std::size_t groups, std::uint8_t* out) {
-  const std::size_t lanes = std::min(kTile, rows - tile * kTile);
+// Of 16 lines from `first`.
+void write_statistic(const StatisticSource& source, const StatisticLayout& statistic,
+                     std::size_t first, std::size_t group, std::size_t lines, std::size_t groups,
+                     std::uint8_t* out) {
+  const std::size_t lanes = std::min(kTile, lines - first);
   for (std::size_t lane = 0; lane < lanes; ++lane) {
-    const std::size_t row = tile * kTile + lane;
+    const std::size_t line = first + lane;
     if (statistic.kept == Kept::kHalf) {
-      std::memcpy(out + lane * 2, &source.halves[row * groups + group], 2);
+      std::memcpy(out + lane * 2, &source.halves[line * groups + group], 2);
     } else if (statistic.kept == Kept::kFloat) {
-      const float value = value_of(source, row, group, rows, groups);
+      const float value = value_of(source, line, group, lines, groups);
       std::memcpy(out + lane * 4, &value, 4);
     } else if (statistic.kept != Kept::kMiddle) {
       const bool whole = statistic.kept == Kept::kWhole;
-      const std::uint32_t code = source.codes[whole ? row * groups + group : group * rows + row];
+      const std::uint32_t code = source.codes[whole ? line * groups + group : group * lines + line];
       const std::size_t bit = lane * static_cast<std::size_t>(statistic.bits);
       const std::uint32_t shifted = code << (bit % 8);
       out[bit / 8] |= static_cast<std::uint8_t>(shifted);
@@ -204,19 +214,33 @@ void write_outliers(const Source& source, Weights& weights, std::vector<std::uin
       const std::size_t e = static_cast<std::size_t>(at);
       const std::size_t column = static_cast<std::size_t>(source.outlier_columns[e]);
       weights.outlier_lanes[e] = static_cast<std::uint8_t>(row % kTile);
-      const std::size_t group = column / source.group_size;
-      const float zero = value_of(source.zero, row, group, source.rows, weights.groups);
+      const std::size_t line = source.along_outputs ? column : row;
+      const std::size_t group = (source.along_outputs ? row : column) / source.group_size;
+      const float zero = value_of(source.zero, line, group, lines_of(source), weights.groups);
       std::uint8_t& code = codes[row * source.columns + column];
       if (halves) {
         code = static_cast<std::uint8_t>(zero);
         continue;
       }
-      const float scale = value_of(source.scale, row, group, source.rows, weights.groups);
+      const float scale = value_of(source.scale, line, group, lines_of(source), weights.groups);
       const float value = source.outlier_floats != nullptr
                               ? source.outlier_floats[e]
                               : half_to_float(source.outlier_halves[e]);
       weights.outlier_floats[e] = value - (static_cast<float>(code) - zero) * scale;
     }
+}
+
+// Of 16 lines from `first`, for all groups: one group after another, or one group's lines after
+// another where a kernel reads those of all columns.
+void write_statistics(const Source& source, Weights& weights, std::size_t first) {
+  const std::size_t lines = lines_of(source), runs = up(lines, kTile), run = first / kTile;
+  for (std::size_t group = 0; group < weights.groups; ++group) {
+    const std::size_t place = source.along_outputs ? group * runs + run : run * weights.groups + group;
+    std::uint8_t* out = weights.statistics.data() + place * weights.group_bytes;
+    write_statistic(source.scale, weights.scale, first, group, lines, weights.groups, out);
+    write_statistic(source.zero, weights.zero, first, group, lines, weights.groups,
+                    out + weights.zero.offset);
+  }
 }
 
 template <typename T>
@@ -245,16 +269,20 @@ Weights relayout(const Source& source, Pool& pool) {
   weights.rows = source.rows;
   weights.columns = source.columns;
   weights.bits = source.bits;
-  weights.groups = up(source.columns, source.group_size);
-  weights.blocks = cut(source.columns, source.group_size);
+  const bool outputs = source.along_outputs;
+  const std::size_t lines = lines_of(source);
+  weights.groups = up(outputs ? source.rows : source.columns, source.group_size);
+  weights.group_rows = outputs ? source.group_size : 0;
+  weights.blocks = cut(source.columns, outputs ? source.columns : source.group_size);
   for (const Block& block : weights.blocks) weights.chunks += block.chunks;
   const std::size_t together = static_cast<std::size_t>(chunks_together(source.bits));
   weights.tile_bytes =
       up(weights.chunks, together) * together * kChunk * kTile * static_cast<std::size_t>(source.bits) / 8;
+  weights.padded = up(weights.chunks, kMostTogether) * kMostTogether * kChunk;
+  weights.blocks_per_group = weights.blocks.size() / (outputs ? 1 : weights.groups);
   weights.even_chunks = even_chunks(weights);
-  weights.blocks_per_group = weights.blocks.size() / weights.groups;
-  weights.scale = plan(source.scale, source.rows, weights.groups);
-  weights.zero = plan(source.zero, source.rows, weights.groups);
+  weights.scale = plan(source.scale, lines, weights.groups, outputs);
+  weights.zero = plan(source.zero, lines, weights.groups, outputs);
   weights.zero.offset = bytes_of(weights.scale);
   weights.group_bytes = weights.zero.offset + bytes_of(weights.zero);
   if (source.order != nullptr) weights.order.assign(source.order, source.order + source.columns);
@@ -268,17 +296,12 @@ Weights relayout(const Source& source, Pool& pool) {
   }
   const std::size_t tiles = up(source.rows, kTile);
   weights.codes = Bytes(tiles * weights.tile_bytes);
-  weights.statistics = Bytes(tiles * weights.groups * weights.group_bytes);
   pool.run(tiles, [&](std::size_t tile) {
     write_codes(changed, weights, tile, weights.codes.data() + tile * weights.tile_bytes);
-    for (std::size_t group = 0; group < weights.groups; ++group) {
-      std::uint8_t* out =
-          weights.statistics.data() + (tile * weights.groups + group) * weights.group_bytes;
-      write_statistic(source.scale, weights.scale, tile, group, source.rows, weights.groups, out);
-      write_statistic(source.zero, weights.zero, tile, group, source.rows, weights.groups,
-                      out + weights.zero.offset);
-    }
   });
+  const std::size_t runs = up(lines, kTile);
+  weights.statistics = Bytes(runs * weights.groups * weights.group_bytes);
+  pool.run(runs, [&](std::size_t run) { write_statistics(source, weights, run * kTile); });
   return weights;
 }
 

@@ -7,20 +7,22 @@
 
 namespace quantine {
 
-// Scales or zero points as a QTensor has them; pointers that do not belong to `kept` are null.
+// Scales or zero points as a QTensor has them; pointers that do not belong to `kept` are null. Lines
+// are rows, or columns where groups run along outputs.
 struct StatisticSource {
   Kept kept = Kept::kMiddle;
-  const std::uint16_t* halves = nullptr;  // [rows, groups]; kHalf
-  const std::uint8_t* codes = nullptr;    // [groups, rows]; kCoded. [rows, groups]; kWhole
+  const std::uint16_t* halves = nullptr;  // [lines, groups]; kHalf
+  const std::uint8_t* codes = nullptr;    // [groups, lines]; kCoded. [lines, groups]; kWhole
   int bits = 0;                           // of codes
   const std::uint16_t* steps = nullptr;   // [groups, spans] float16; kCoded
   const std::uint16_t* zeros = nullptr;   // likewise
-  std::size_t span = 0;                   // rows that share a second grid; kCoded
+  std::size_t span = 0;                   // lines that share a second grid; kCoded
 };
 
 // A QTensor: row-major arrays, columns in stored order.
 struct Source {
   std::size_t rows = 0, columns = 0, group_size = 0;
+  bool along_outputs = false;  // groups; they are whole tiles then, or whole columns
   int bits = 0;
   const std::uint8_t* codes = nullptr;  // [rows, columns]
   StatisticSource scale, zero;

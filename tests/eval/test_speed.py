@@ -65,8 +65,8 @@ def test_matrices_without_native_products_are_no_kernels(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:
     rules = [
-        {"match": "*.o_proj", "method": "rtn", "group_size": 16},
-        {"match": "@blocks", "method": "rtn", "group_size": 16, "group_axis": "out"},
+        {"match": "*.o_proj", "method": "rtn", "group_size": 16, "group_axis": "out"},
+        {"match": "@blocks", "method": "rtn", "group_size": 8, "group_axis": "out"},
     ]
     nothing = Calibration(samples=0)
     out = quantize(tiny("llama"), tmp_path / "out", Plan.from_dict({"rules": rules}), nothing)

@@ -16,9 +16,11 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.core.spec import GROUP_AXES, GroupAxis
 from quantine.kernels import backend
 from quantine.kernels.matrix import (
     float_matrix,
+    has_exact_zero,
     multiply,
     multiply_panels,
     multiply_reference,
@@ -26,8 +28,9 @@ from quantine.kernels.matrix import (
     pool,
 )
 
-STATISTICS = ("half", "coded", "coded across tiles", "coded whole")
+STATISTICS = ("half", "coded", "coded by two tiles", "coded across tiles", "coded whole")
 arithmetics = st.sampled_from(ARITHMETICS)
+axes = st.sampled_from(GROUP_AXES)
 ZEROS = ("middle", "whole", "half", "coded")
 
 
@@ -47,14 +50,16 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     native().use_level(before)
 
 
-def statistic(generator: torch.Generator, rows: int, groups: int, kind: str) -> Tensor | Statistic:
+def statistic(generator: torch.Generator, lines: int, groups: int, kind: str) -> Tensor | Statistic:
     if kind == "half":
-        values = torch.rand(rows, groups, generator=generator) * 0.05 + 1e-4
+        values = torch.rand(lines, groups, generator=generator) * 0.05 + 1e-4
         return values.half()
     bits = int(torch.randint(2, 9, (), generator=generator))
-    span = {"coded": 16, "coded across tiles": 10, "coded whole": rows}[kind]
-    codes = torch.randint(0, 2**bits, (groups, rows), generator=generator, dtype=torch.uint8)
-    tiles = math.ceil(rows / span)
+    span = {"coded": 16, "coded by two tiles": 32, "coded across tiles": 10, "coded whole": lines}[
+        kind
+    ]
+    codes = torch.randint(0, 2**bits, (groups, lines), generator=generator, dtype=torch.uint8)
+    tiles = math.ceil(lines / span)
     step = (torch.rand(groups, tiles, generator=generator) * 0.02).half()
     zero = torch.randn(groups, tiles, generator=generator).half()
     return Statistic(codes, Grid(step, zero, bits, span))
@@ -62,7 +67,7 @@ def statistic(generator: torch.Generator, rows: int, groups: int, kind: str) -> 
 
 def qtensor_of(
     seed: int,
-    rows: int,
+    lines: int,
     groups: int,
     group_size: int,
     bits: int,
@@ -70,17 +75,19 @@ def qtensor_of(
     zero: str,
     outliers: float,
     ordered: bool,
+    axis: GroupAxis = "in",
 ) -> QTensor:
     generator = torch.Generator().manual_seed(seed)
-    columns = groups * group_size
+    length = groups * group_size
+    rows, columns = (lines, length) if axis == "in" else (length, lines)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     points: Tensor | Statistic | None = None
     if zero == "whole":
-        points = torch.randint(0, 2**bits, (rows, groups), generator=generator, dtype=torch.uint8)
+        points = torch.randint(0, 2**bits, (lines, groups), generator=generator, dtype=torch.uint8)
     elif zero == "half":
-        points = (torch.rand(rows, groups, generator=generator) * 2**bits).half()
+        points = (torch.rand(lines, groups, generator=generator) * 2**bits).half()
     elif zero == "coded":
-        points = statistic(generator, rows, groups, "coded")
+        points = statistic(generator, lines, groups, "coded")
     kept = None
     if outliers:
         mask = torch.rand(rows, columns, generator=generator) < outliers
@@ -88,7 +95,7 @@ def qtensor_of(
         mask[0] = True  # and a full one
         kept = Csr.where(mask, torch.randn(rows, columns, generator=generator))
     order = torch.randperm(columns, generator=generator) if ordered else None
-    grid = Grid(statistic(generator, rows, groups, scale), points, bits, group_size)
+    grid = Grid(statistic(generator, lines, groups, scale), points, bits, group_size, axis)
     return QTensor(codes, grid, order, kept)
 
 
@@ -96,6 +103,8 @@ def reach(q: QTensor) -> Tensor:
     """How large the parts of each weight are that sums are made of, ``[out, in]``."""
     size = q.grid.group_size
     scale, zero = (s.abs().repeat_interleave(size, 1) for s in (q.grid.scales(), q.grid.zeros()))
+    if q.grid.axis == "out":
+        scale, zero = scale.T, zero.T
     stored = (q.codes + zero) * scale
     if q.outliers is not None:
         places = q.outliers.row_indices(), q.outliers.columns
@@ -109,18 +118,47 @@ def close(found: Tensor, expected: Tensor, x: Tensor, weight: Tensor) -> bool:
     return bool(((found - expected).abs() <= 1e-5 * size + 1e-30).all())
 
 
-cases = st.builds(
+kinds = {
+    "seed": st.integers(0, 2**16),
+    "bits": st.integers(2, 8),
+    "scale": st.sampled_from(STATISTICS),
+    "zero": st.sampled_from(ZEROS),
+    "outliers": st.sampled_from([0.0, 0.01, 0.3]),
+    "ordered": st.booleans(),
+}
+along_inputs = st.builds(
     qtensor_of,
-    seed=st.integers(0, 2**16),
-    rows=st.integers(1, 50),
+    lines=st.integers(1, 50),
     groups=st.integers(1, 5),
     group_size=st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 128, 200])),
-    bits=st.integers(2, 8),
-    scale=st.sampled_from(STATISTICS),
-    zero=st.sampled_from(ZEROS),
-    outliers=st.sampled_from([0.0, 0.01, 0.3]),
-    ordered=st.booleans(),
+    **kinds,
 )
+widths = st.one_of(st.integers(1, 90), st.sampled_from([64, 128, 200, 256]))
+tiled = st.builds(
+    qtensor_of,
+    lines=widths,
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([16, 32, 48]),
+    axis=st.just("out"),
+    **kinds,
+)
+whole_columns = st.builds(
+    qtensor_of,
+    lines=widths,
+    groups=st.just(1),
+    group_size=st.one_of(st.integers(1, 50), st.just(300)),  # the last takes several tasks
+    axis=st.just("out"),
+    **kinds,
+)
+along_outputs = st.one_of(tiled, whole_columns)
+cases = st.one_of(along_inputs, along_outputs)
+
+
+def extreme(bits: int, axis: GroupAxis) -> QTensor:
+    """A matrix with 48 inputs."""
+    if axis == "in":
+        return qtensor_of(bits, 20, 3, 16, bits, "half", "whole", 0.0, False)
+    return qtensor_of(bits, 48, 2, 16, bits, "half", "whole", 0.0, False, "out")
 
 
 @pytest.mark.usefixtures("level")
@@ -128,6 +166,8 @@ class TestPacked:
     @given(cases, st.sampled_from([1, 2, 3, 8, 17]), arithmetics)
     @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.01, True), 8, "fast")
     @example(qtensor_of(1, 16, 4, 16, 3, "coded", "whole", 0.3, False), 1, "fast")
+    @example(qtensor_of(2, 128, 3, 32, 4, "half", "whole", 0.01, False, "out"), 33, "fast")
+    @example(qtensor_of(3, 128, 3, 16, 3, "coded", "coded", 0.3, False, "out"), 1, "exact")
     def test_products_equal_the_reference(
         self, q: QTensor, batch: int, arithmetic: Arithmetic
     ) -> None:
@@ -141,10 +181,7 @@ class TestPacked:
         assert (matrix.rows, matrix.columns) == weight.shape
         out = torch.empty_like(weight)
         matrix.decode(0, out, pool())
-        whole = q.grid.zero_point is None or (
-            isinstance(q.grid.zero_point, Tensor) and q.grid.zero_point.dtype == torch.uint8
-        )
-        if q.outliers is None or whole:
+        if q.outliers is None or has_exact_zero(q.grid):
             assert torch.equal(out, weight)
         else:
             assert bool(((out - weight).abs() <= 1e-6 * reach(q)).all())
@@ -162,9 +199,9 @@ class TestPacked:
         error = (found.float() - x.float() @ weight.float().T).abs()
         assert bool((error <= (1e-5 if dtype == torch.float32 else 1e-2) * size + 1e-30).all())
 
-    @given(st.integers(2, 8), arithmetics)
-    def test_extreme_activations(self, bits: int, arithmetic: Arithmetic) -> None:
-        q = qtensor_of(bits, 20, 3, 16, bits, "half", "whole", 0.0, False)
+    @given(st.integers(2, 8), arithmetics, axes)
+    def test_extreme_activations(self, bits: int, arithmetic: Arithmetic, axis: GroupAxis) -> None:
+        q = extreme(bits, axis)
         x = torch.zeros(6, 48)
         x[1] = 1e-42  # subnormal
         x[2] = 3e30
@@ -173,10 +210,11 @@ class TestPacked:
         x[5, ::7] = 1.0
         (found,) = multiply([packed_matrix(q)], x, arithmetic)
         assert close(found, multiply_reference(q, x, arithmetic), x, reach(q))
-        assert torch.equal(found[0], torch.zeros(20))
+        assert torch.equal(found[0], torch.zeros(len(q.codes)))
 
-    def test_what_is_not_finite_stays_so(self) -> None:
-        q = qtensor_of(3, 20, 3, 16, 4, "half", "whole", 0.0, False)
+    @pytest.mark.parametrize("axis", GROUP_AXES)
+    def test_what_is_not_finite_stays_so(self, axis: GroupAxis) -> None:
+        q = extreme(4, axis)
         for value in (math.inf, -math.inf, math.nan):
             x = torch.ones(2, 48)
             x[0, 20] = value
@@ -207,6 +245,7 @@ class TestPacked:
         width = found[0].codes.shape[1]
         qs = [q for q in found if q.codes.shape[1] == width]
         qs.append(qtensor_of(9, 30, 1, width, 5, "half", "middle", 0.0, False))
+        qs.append(qtensor_of(8, width, 2, 16, 3, "half", "whole", 0.1, False, "out"))
         x = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
         together = multiply([packed_matrix(q) for q in qs], x, arithmetic)
         for q, y in zip(qs, together, strict=True):
@@ -227,8 +266,16 @@ def test_a_shorter_last_group(columns: int, group_size: int) -> None:
             assert close(found, expected, rows, reach(whole)[:, :columns])
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    q = qtensor_of(0, 500, 8, 64, 3, "coded", "whole", 0.02, True)
+@pytest.mark.parametrize(
+    "q",
+    [
+        qtensor_of(0, 500, 8, 64, 3, "coded", "whole", 0.02, True),
+        qtensor_of(0, 512, 8, 64, 3, "coded", "whole", 0.02, False, "out"),
+        qtensor_of(0, 512, 1, 700, 3, "half", "middle", 0.02, False, "out"),
+    ],
+    ids=["along inputs", "along outputs", "whole columns"],
+)
+def test_threads_do_not_change_a_bit(q: QTensor) -> None:
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     matrix = packed_matrix(q)
     threads = torch.get_num_threads()
@@ -244,9 +291,25 @@ def test_threads_do_not_change_a_bit() -> None:
 
 def test_a_matrix_takes_no_more_memory_than_its_layout() -> None:
     for bits in range(2, 9):
-        q = qtensor_of(bits, 512, 8, 64, bits, "half", "whole", 0.0, False)
-        packed = q.codes.numel() * bits / 8 + 512 * 8 * (2 + bits / 8)
-        assert packed_matrix(q).nbytes <= 1.01 * packed + 1024
+        for axis in GROUP_AXES:
+            q = qtensor_of(bits, 512, 8, 64, bits, "half", "whole", 0.0, False, axis)
+            packed = q.codes.numel() * bits / 8 + 512 * 8 * (2 + bits / 8)
+            assert packed_matrix(q).nbytes <= 1.01 * packed + 1024
+
+
+@pytest.mark.usefixtures("level")
+def test_a_shorter_last_group_of_outputs() -> None:
+    whole = qtensor_of(1, 70, 2, 32, 4, "half", "whole", 0.0, False, "out")
+    q = QTensor(whole.codes[:50].contiguous(), whole.grid)
+    x = torch.randn(2, 70, generator=torch.Generator().manual_seed(0))
+    for arithmetic in ARITHMETICS:
+        (found,) = multiply([packed_matrix(q)], x, arithmetic)
+        assert close(found, multiply_reference(q, x, arithmetic), x, reach(whole)[:50])
+
+
+def test_groups_of_outputs_that_tiles_would_cross_have_no_native_matrix() -> None:
+    assert packed_matrix(qtensor_of(1, 20, 2, 24, 4, "half", "whole", 0.0, False, "out")) is None
+    assert packed_matrix(qtensor_of(1, 20, 1, 24, 4, "half", "whole", 0.0, False, "out"))
 
 
 @pytest.mark.parametrize(
@@ -257,6 +320,7 @@ def test_a_matrix_takes_no_more_memory_than_its_layout() -> None:
         {"group_size": 0},
         {"order": torch.tensor([0, 1, 2, 8])},
         {"order": torch.tensor([0, 1])},
+        {"along_outputs": True},  # statistics are those of rows
     ],
 )
 def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
@@ -266,6 +330,7 @@ def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
         "codes": torch.zeros(3, 4, dtype=torch.uint8),
         "bits": 4,
         "group_size": 4,
+        "along_outputs": False,
         "scale": scale,
         "zero": n.Statistic(),
         "order": None,

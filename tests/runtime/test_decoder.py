@@ -18,6 +18,7 @@ from quantine.kernels import backend
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.decoder_model import arguments_for
 from quantine.runtime.generate import continue_tokens
+from quantine.runtime.modules import packed_modules
 from tiny_models import FAMILIES, VOCAB, WIDTH, logits_of, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]
@@ -82,6 +83,50 @@ def test_packed_models_decode_as_they_compute(name: str, kind: str, packed: Pack
     named.reset()
     found = decoder_for(load(directory, torch.float32, "fast")[0], 24)
     assert torch.equal(found.append(tokens[0]), named.append(tokens[0]))
+
+
+def quantized(tiny: Path, out: Path, rules: list[dict[str, Any]]) -> Any:
+    plan = Plan.from_dict({"rules": rules, "arithmetic": "exact"})
+    quantize(tiny, out, plan, Calibration(samples=4, seqlen=32))
+    return load(out, dtype=torch.float32)[0]
+
+
+OUTPUTS: Final[dict[str, Any]] = {"group_axis": "out"}
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [
+            {"match": "@embedding", "method": "rtn", "bits": 8, "group_size": -1, **OUTPUTS},
+            {"match": "*.q_proj", "method": "gptq", "bits": 4, "group_size": 32},
+            {"match": "@blocks", "method": "spqr", "bits": 4, "outliers": 0.02, **OUTPUTS},
+        ],
+        [{"match": "@blocks", "method": "adadim", "inner": "rtn", "group_size": 32}],
+    ],
+    ids=["mixed", "adadim"],
+)
+@pytest.mark.parametrize("name", ["llama_tied", "opt"])
+def test_groups_along_outputs_decode_as_they_compute(
+    name: str, rules: list[dict[str, Any]], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = quantized(tiny(name), tmp_path / "out", rules)
+    axes = {module.spec.group_axis for _, module in packed_modules(model)}
+    assert axes == {"in", "out"}
+    tokens = some_tokens(24, 1)
+    wanted = logits_of(model, tokens)[0]
+    assert_follows(decoder_for(model, 24), tokens[0], wanted, 11)
+    fast = decoder_for(model, 24, arithmetic="fast")
+    assert_follows(fast, tokens[0], wanted, 11, FAST_TOLERANCE)
+
+
+def test_groups_of_outputs_that_tiles_would_cross_are_refused(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rules = [{"match": "@blocks", "method": "rtn", "group_size": 8, **OUTPUTS}]
+    model = quantized(tiny("llama"), tmp_path / "out", rules)
+    with pytest.raises(BackendUnavailable, match=r"groups of 8 outputs .* no multiple of 16"):
+        decoder_for(model, 8)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "opt"])

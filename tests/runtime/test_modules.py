@@ -49,11 +49,15 @@ def test_a_linear_multiplies_any_batch(bits: int, sym: bool, shape: tuple[int, .
     torch.testing.assert_close(module(x), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 17])
-def test_groups_along_outputs_multiply_as_the_decoded_matrix(rows: int) -> None:
-    module, weight = make_linear(QuantSpec(3, 4, group_axis="out"), bias=False)
+@pytest.mark.parametrize("rows", [1, 3, 17, 70])
+@pytest.mark.parametrize(("group_size", "native"), [(-1, True), (OUT, True), (4, False)])
+def test_groups_along_outputs_multiply_as_the_decoded_matrix(
+    rows: int, group_size: int, native: bool
+) -> None:
+    module, weight = make_linear(QuantSpec(3, group_size, group_axis="out"), bias=False)
+    assert (module.matrix() is not None) == native
     x = torch.randn(rows, IN, generator=torch.Generator().manual_seed(4))
-    assert torch.equal(module(x), x @ weight.T)
+    torch.testing.assert_close(module(x), x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

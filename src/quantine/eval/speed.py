@@ -127,7 +127,7 @@ def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
 def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
     """Packed modules by what they have in common; each kind under the name of its first.
 
-    Without those that have no native matrix, because their groups run along outputs.
+    Without those that have no native matrix: see `quantine.kernels.matrix.packed_matrix`.
     """
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
     for name, module in packed_modules(model):

@@ -3,7 +3,8 @@
 A native `Matrix` holds the tensors of a `QTensor` in the order in which the kernels read them; see
 docs/kernels.md. There are two kinds of arithmetic. ``exact``: weights are decoded in registers, and
 products are summed in float32. ``fast``: activations are rounded to 16 bits first, one scale for
-each block of at most `BLOCK` inputs, which never crosses a group of weights.
+each block of at most `BLOCK` inputs, which never crosses a group of weights. Where groups run along
+outputs, what is rounded is each activation times the scale of its input, once for each group.
 """
 
 from __future__ import annotations
@@ -39,12 +40,14 @@ Matrix = Any
 def packed_matrix(qtensor: QTensor) -> Matrix | None:
     """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU.
 
-    ``None`` also where groups run along outputs: there is no native product for them.
+    ``None`` also where groups run along outputs and are neither multiples of `TILE` rows nor all
+    rows: tiles would cross them.
     """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
-    if native is None or qtensor.grid.axis == "out":
+    grid, rows = qtensor.grid, len(qtensor.codes)
+    crossed = grid.axis == "out" and grid.group_size % TILE != 0 and grid.group_size < rows
+    if native is None or crossed:
         return None
-    grid = qtensor.grid
     outliers = None
     if qtensor.outliers is not None:
         values = qtensor.outliers.values
@@ -59,6 +62,7 @@ def packed_matrix(qtensor: QTensor) -> Matrix | None:
         qtensor.codes.contiguous(),
         grid.bits,
         grid.group_size,
+        grid.axis == "out",
         _statistic(native, grid.scale),
         _statistic(native, grid.zero_point),
         None if qtensor.in_perm is None else qtensor.in_perm.long(),
@@ -161,20 +165,50 @@ def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> T
     if arithmetic == "exact":
         return x @ qtensor.dequantize().T
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
-    weight = qtensor.grid.decode(qtensor.codes)
-    rounded = round_activations(stored, qtensor.grid.group_size)
-    if qtensor.outliers is None:
-        return rounded @ weight.T
+    grid, kept = qtensor.grid, qtensor.outliers
+    centred = qtensor.codes - _of_weights(grid.zeros(), grid, qtensor.codes.shape)
+    if kept is None:
+        return _multiply_rounded(centred, grid, stored)
     # What an outlier adds to its code's weight meets the activations as they are. Where the grid
     # has an exact zero, the code stands for that.
-    kept = qtensor.outliers
     places = kept.row_indices(), kept.columns
-    zero = qtensor.grid.zero_point
-    if zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8):
-        weight[places] = 0.0
-    added = torch.zeros_like(weight)
-    added[places] = kept.values.float() - weight[places]
-    return rounded @ weight.T + stored @ added.T
+    if has_exact_zero(grid):
+        centred[places] = 0.0
+    scales = _of_weights(grid.scales(), grid, qtensor.codes.shape)
+    added = torch.zeros_like(centred)
+    added[places] = kept.values.float() - (centred * scales)[places]
+    return _multiply_rounded(centred, grid, stored) + stored @ added.T
+
+
+def has_exact_zero(grid: Grid) -> bool:
+    """Whether zero points are whole numbers, so that a code means zero."""
+    zero = grid.zero_point
+    return zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8)
+
+
+def _of_weights(statistics: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
+    """``statistics`` ``[lines, groups]`` for every weight, ``[out, in]``."""
+    along_inputs = grid.axis == "in"
+    length = shape[1] if along_inputs else shape[0]
+    spread = statistics.repeat_interleave(grid.group_size, 1)[:, :length]
+    return spread if along_inputs else spread.T
+
+
+def _multiply_rounded(centred: Tensor, grid: Grid, stored: Tensor) -> Tensor:
+    """What rounded activations make of the weights ``centred * scale``.
+
+    Args:
+        centred: ``[out, in]`` float32, codes less zero points.
+        stored: ``[batch, in]`` float32.
+    """
+    if grid.axis == "in":
+        weight = centred * _of_weights(grid.scales(), grid, centred.shape)
+        return round_activations(stored, grid.group_size) @ weight.T
+    groups = zip(centred.split(grid.group_size), grid.scales().T, strict=True)
+    products = [
+        round_activations(stored * scale, centred.shape[1]) @ rows.T for rows, scale in groups
+    ]
+    return torch.cat(products, 1)
 
 
 def round_activations(x: Tensor, group_size: int) -> Tensor:

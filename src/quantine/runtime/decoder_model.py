@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from quantine.errors import BackendUnavailable
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
-from quantine.kernels.matrix import float_matrix
+from quantine.kernels.matrix import TILE, float_matrix
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:
@@ -185,9 +185,11 @@ class _Parts:
         if isinstance(module, TiedHead):
             module = module.table
         if isinstance(module, QuantLinear | QuantEmbedding):
-            if module.spec.group_axis == "out":
-                _refuse("groups of a matrix run along its outputs")
-            return module.matrix()
+            matrix = module.matrix()
+            if matrix is None:
+                size = module.spec.group_size
+                _refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
+            return matrix
         plain = type(module) in (nn.Linear, nn.Embedding)
         if not plain and not hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
             _refuse(f"a matrix is in a {type(module).__name__}")
