@@ -101,11 +101,13 @@ def qtensor_of(
 
 def reach(q: QTensor) -> Tensor:
     """How large the parts of each weight are that sums are made of, ``[out, in]``."""
-    size = q.grid.group_size
-    scale, zero = (s.abs().repeat_interleave(size, 1) for s in (q.grid.scales(), q.grid.zeros()))
-    if q.grid.axis == "out":
-        scale, zero = scale.T, zero.T
-    stored = (q.codes + zero) * scale
+    size, codes, middle = q.grid.group_size, q.codes.float(), 2 ** (q.grid.bits - 1)
+    scale, zero = (s.repeat_interleave(size, 1) for s in (q.grid.scales(), q.grid.zeros()))
+    stored = codes + (zero if q.grid.axis == "in" else zero.T).abs()
+    if q.grid.axis == "out":  # exact sums are taken from the middle code, and zero points with them
+        scale = scale.T
+        stored = torch.maximum(stored, (codes - middle).abs() + (zero.T - middle).abs())
+    stored *= scale.abs()
     if q.outliers is not None:
         places = q.outliers.row_indices(), q.outliers.columns
         stored[places] += q.outliers.values.float().abs()
