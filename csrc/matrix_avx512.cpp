@@ -87,12 +87,15 @@ struct Avx512 {
   // ones. Returns them.
   QUANTINE_INLINE Int round(std::uint8_t* out, Float a) {
     const Int codes = _mm512_cvtps_epi32(a);
-    // The low part has a sign, which the high part makes up for.
-    const Int up = _mm512_srai_epi32(_mm512_add_epi32(codes, _mm512_set1_epi32(128)), 8);
-    const __m128i high = _mm512_cvtepi32_epi8(up), low = _mm512_cvtepi32_epi8(codes);
-    auto* parts = reinterpret_cast<__m128i*>(out);
-    _mm_storeu_si128(parts, _mm_unpacklo_epi32(high, low));
-    _mm_storeu_si128(parts + 1, _mm_unpackhi_epi32(high, low));
+    // The low part has a sign, which the high part makes up for: it is the second byte of this.
+    const Int up = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
+    const Int both = _mm512_mask_mov_epi8(up, 0x1111111111111111u, codes);
+    const Int order = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
+    const Int chunks = _mm512_shuffle_epi8(both, order);
+    const Int even = _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                        _mm512_castsi512_si256(_mm512_permutexvar_epi64(even, chunks)));
     return codes;
   }
   QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }

@@ -103,14 +103,14 @@ class Cursor {
   using Float = typename V::Float;
 
   inline Cursor(const Weights& w, std::size_t tile)
-      : next_(w.statistics.data() + tile * w.groups * w.group_bytes),
+      : next_(w.group_rows == 0 ? w.statistics.data() + tile * w.groups * w.group_bytes
+                                : reinterpret_cast<const std::uint8_t*>(kOnes)),
         step_(w.group_bytes),
         zero_at_(w.zero.offset),
         scale_(w.scale, pair(w.scale, w, tile)),
         zero_(w.zero, pair(w.zero, w, tile)),
         middle_(static_cast<float>(1 << (w.bits - 1))) {
     if (w.group_rows == 0) return;
-    next_ = reinterpret_cast<const std::uint8_t*>(kOnes);
     step_ = scale_.step = zero_.step = 0;
     scale_.kept = Kept::kHalf;
     zero_.kept = Kept::kMiddle;

@@ -156,7 +156,7 @@ class Plan:
 
         Args:
             group_axes: the axes that groups may run along. Along outputs, too, is more exact, but
-                such matrices have no native products yet.
+                products with such matrices are slower; see docs/kernels.md.
 
         Raises:
             PlanError: a budget that no plan can have.

@@ -80,7 +80,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--both-axes",
         action="store_true",
         help="with --bits-per-weight: groups may run along outputs, too; better, but such layers "
-        "run slowly as yet",
+        "run more slowly",
     )
     parser.add_argument(
         "--head-bits",
