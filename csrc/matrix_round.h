@@ -92,10 +92,16 @@ void scale_rows(const Weights& w, std::size_t group, const float* x, std::size_t
   const bool exact = out.spread != nullptr;
   const float middle = static_cast<float>(1 << (w.bits - 1));
   const std::size_t blocks = w.blocks.size(), row_bytes = w.padded / kChunk * kChunkBytes;
+  // Memory brings the codes of the first tile meanwhile.
+  constexpr std::size_t kLine = 64;
+  const std::uint8_t* next = w.codes.data() + group * w.group_rows / kTile * w.tile_bytes;
+  const std::size_t ahead = w.tile_bytes / blocks;
   Lines<V> lines(w, group);
   if (exact) std::fill_n(out.offsets, rows, 0.0f);
   for (std::size_t index = 0; index < blocks; ++index) {
     const Block& block = w.blocks[index];
+    for (std::size_t at = 0; at < ahead; at += kLine) __builtin_prefetch(next + at, 0, 2);
+    next += ahead;
     with_parts(block, [&](auto parts) {
       typename V::Float scale[parts], zero[parts], values[parts];
       for (int part = 0; part < parts; ++part) {
