@@ -217,6 +217,8 @@ def round_activations(x: Tensor, group_size: int) -> Tensor:
     for group in x.split(group_size, 1):
         for block in group.split(BLOCK, 1):
             largest = block.abs().amax(1, keepdim=True)
-            inverse = torch.where(largest > SMALLEST, LARGEST_CODE / largest, 0.0)
+            # A number over a tensor would be its reciprocal times the number: another rounding.
+            quotient = torch.full_like(largest, LARGEST_CODE).div_(largest)
+            inverse = torch.where(largest > SMALLEST, quotient, 0.0)
             parts.append((block * inverse).round_() * (largest / LARGEST_CODE))
     return torch.cat(parts, 1)
