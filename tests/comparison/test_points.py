@@ -15,12 +15,18 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
     path.write_text("rules: [{match: '@blocks', method: rtn, bits: 5}]")
     expected = {
         "3.65": Plan.budget(3.65),
+        "3.3,both_axes=true,head_bits=8": Plan.budget(3.3, ("in", "out")).with_head(8),
         "spqr-3bit": Plan.preset("spqr-3bit"),
         "gptq,bits=3,sym=true": Plan.preset("gptq", bits=3, sym=True),
         "spqr,threshold=inf": Plan.preset("spqr", threshold="inf"),
         "mine": Plan.from_file(path),
     }
-    points = ["3.65", "preset:spqr-3bit", "preset:gptq:bits=3:sym=true"]
+    points = [
+        "3.65",
+        "3.3:both_axes=true:head_bits=8",
+        "preset:spqr-3bit",
+        "preset:gptq:bits=3:sym=true",
+    ]
     points += ["preset:spqr:threshold=inf", str(path)]
     assert plans_of(points) == expected
 
@@ -33,6 +39,8 @@ BAD = {
     "unknown parameter": ("preset:gptq:bit=3", "bit"),
     "file": ("missing.yaml", "cannot be read"),
     "budget": ("-1", "above 0"),
+    "budget's parameter": ("3.5:bits=3", "takes both_axes=true and head_bits=8"),
+    "budget's value": ("3.5:both_axes=1", "takes both_axes=true and head_bits=8"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Final
 
 import yaml
 
+from quantine.core.spec import GROUP_AXES
 from quantine.errors import PlanError
 from quantine.plan import Plan
 
@@ -38,29 +39,29 @@ def plan_of(point: str) -> Plan:
 
     Args:
         point: the path of a plan file; ``preset:NAME``, with ``:key=value`` for each parameter,
-            as in ``preset:gptq:bits=3``; or a budget in bits per weight, as in ``3.65``.
+            as in ``preset:gptq:bits=3``; or a budget in bits per weight, as in ``3.65``, with the
+            parameters ``both_axes`` and ``head_bits``, as in ``3.65:both_axes=true``.
 
     Raises:
         PlanError: none of these, or the plan is malformed.
     """
     if Path(point).suffix in FILES:
         return Plan.from_file(point)
+    name, *fields = point.removeprefix(PRESET).split(":")
+    try:
+        parameters = dict(_parameter(field) for field in fields)
+    except (ValueError, yaml.YAMLError) as error:
+        raise PlanError(f"{point!r}: parameters look like bits=3, one after each `:`") from error
     if point.startswith(PRESET):
-        name, *fields = point.removeprefix(PRESET).split(":")
-        try:
-            parameters = dict(_parameter(field) for field in fields)
-        except (ValueError, yaml.YAMLError) as error:
-            raise PlanError(
-                f"{point!r}: parameters look like bits=3, one after each `:`"
-            ) from error
         return Plan.preset(name, **parameters)
     try:
-        return Plan.budget(float(point))
+        bits_per_weight = float(name)
     except ValueError as error:
         raise PlanError(
             f"{point!r} is no plan: give a .yaml or .json file, preset:NAME, preset:NAME:bits=3, "
             "or bits per weight such as 3.65"
         ) from error
+    return _budget(point, bits_per_weight, **parameters)
 
 
 def name_of(point: str) -> str:
@@ -74,6 +75,14 @@ def name_of(point: str) -> str:
     if name == FLOAT:
         raise PlanError(f"a plan cannot be called {FLOAT!r}, as the model itself is: rename it")
     return name
+
+
+def _budget(point: str, bits_per_weight: float, **parameters: object) -> Plan:
+    axes, head = parameters.pop("both_axes", False), parameters.pop("head_bits", None)
+    if parameters or not isinstance(axes, bool) or not isinstance(head, int | None):
+        raise PlanError(f"{point!r}: a budget takes both_axes=true and head_bits=8, nothing else")
+    plan = Plan.budget(bits_per_weight, GROUP_AXES if axes else GROUP_AXES[:1])
+    return plan if head is None else plan.with_head(head)
 
 
 def _parameter(field: str) -> tuple[str, object]:
