@@ -16,7 +16,7 @@ QUANTINE_INLINE float exponential(float x) {
   constexpr float kLowest = -87.33654f, kHighest = 88.3f;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
   const float top = x > kHighest ? kHighest : x;
-  const float bounded = top < kLowest ? kLowest : top;
+  const float bounded = top > kLowest ? top : kLowest;  // NaN, too: it has no whole power
   const float power = (bounded * 1.44269504f + kShift) - kShift;
   // ln 2 in two parts, the first short enough for its product to be exact.
   const float rest = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;
@@ -27,10 +27,11 @@ QUANTINE_INLINE float exponential(float x) {
   series = series * rest + 1.6666665459e-1f;
   series = series * rest + 5.0000001201e-1f;
   const float fraction = series * rest * rest + rest + 1.0f;
-  const std::int32_t bits = (static_cast<std::int32_t>(power) + 127) << 23;
+  const auto exponent = static_cast<std::uint32_t>(static_cast<std::int32_t>(power) + 127);
+  const std::uint32_t bits = exponent << 23;
   float whole;
   std::memcpy(&whole, &bits, sizeof whole);
-  return x < kLowest ? 0.0f : fraction * whole;
+  return x < kLowest ? 0.0f : x != x ? x : fraction * whole;
 }
 
 QUANTINE_INLINE float fold(float (&lanes)[kSumLanes]) {
