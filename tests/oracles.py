@@ -308,3 +308,29 @@ def spqr(
 def output_error(delta: np.ndarray, hessian: np.ndarray) -> float:
     """``tr(delta H delta.T)``: squared change of the layer's output, summed over tokens."""
     return float(sum(row @ hessian.astype(np.float64) @ row for row in delta.astype(np.float64)))
+
+
+def cluster_ranges(
+    x: np.ndarray, labels: Sequence[int], running: bool
+) -> list[tuple[float, float]]:
+    """Ends of each cluster's range over samples ``[samples, tokens, channels]``."""
+    found = []
+    for label in range(max(labels) + 1):
+        own = x[:, :, [channel for channel, of in enumerate(labels) if of == label]]
+        low, high = float(own[0].min()), float(own[0].max())
+        for sample in own[1:]:
+            smallest, largest = float(sample.min()), float(sample.max())
+            if running:
+                low, high = 0.99 * low + 0.01 * smallest, 0.99 * high + 0.01 * largest
+            else:
+                low, high = min(low, smallest), max(high, largest)
+        found.append((low, high))
+    return found
+
+
+def published_activation(value: float, low: float, high: float, bits: int) -> float:
+    """``value`` on RPTQ's signed grid around a range."""
+    step = max((high - low) / 2**bits, 1e-4)
+    zero = round(-(high + low) / (2 * step))
+    code = min(max(round(value / step) + zero, -(2 ** (bits - 1))), 2 ** (bits - 1) - 1)
+    return step * (code - zero)

@@ -22,8 +22,7 @@ from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.errors import SolverError
 from quantine.families.base import Layer, block_list
-from quantine.formats.checkpoint import Checkpoint
-from quantine.matrix import install, read_weight, solve
+from quantine.matrix import install, present_weight, solve
 from quantine.methods import RTN
 from quantine.plan import Decision
 from quantine.prepare import Job
@@ -33,9 +32,7 @@ Solved = tuple[QTensor, dict[str, Tensor], dict[str, Any]]
 """As of `quantine.matrix.solve`."""
 
 
-def output_losses(
-    job: Job, checkpoint: Checkpoint, sequential: Sequential, index: int
-) -> dict[str, list[float]]:
+def output_losses(job: Job, sequential: Sequential, index: int) -> dict[str, list[float]]:
     """The losses of all choices that the objective ``output`` decides between, by layer.
 
     Args:
@@ -60,7 +57,7 @@ def output_losses(
     losses: dict[str, list[float]] = {}
     for decision in decisions:
         layer, part = decision.layer, parts_of[decision.layer]
-        weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
+        weight = present_weight(job.model, layer)
         before = outputs[part]
         found: list[float] = []
         for choice in decision.choices:

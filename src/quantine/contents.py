@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantine.core.arithmetic import UNSTATED
+from quantine.core.spec import FLOAT16
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.checkpoint import weight_files
@@ -139,7 +140,7 @@ def _totals(
     return {
         "quantized_weights": weights,
         "quantized_bytes": packed,
-        "bits_per_weight": packed * 8 / weights,
+        "bits_per_weight": packed * 8 / weights if weights else float(FLOAT16),
         "kept_bytes": floats,
         "header_bytes": file_bytes - packed - floats,
         "file_bytes": file_bytes,

@@ -11,6 +11,7 @@ from quantine.calibrate.outputs import OUTPUT_TOKENS
 from quantine.calibrate.sensitivity import LOGITS
 from quantine.calibrate.sequential import batch_samples
 from quantine.core.objective import CHUNK
+from quantine.core.spec import FLOAT16
 from quantine.errors import PlanError
 from quantine.families.base import block_list
 from quantine.prepare import Job
@@ -63,7 +64,7 @@ class Estimate:
     @property
     def bits_per_weight(self) -> float:
         """Packed bits per quantized weight."""
-        return self.packed * 8 / self.weights
+        return self.packed * 8 / self.weights if self.weights else float(FLOAT16)
 
     @property
     def output(self) -> int:

@@ -26,6 +26,12 @@ def read_weight(checkpoint: Checkpoint, layer: Layer, stored_name: str) -> Tenso
     return weight.T.contiguous() if layer.transposed else weight
 
 
+def present_weight(model: nn.Module, layer: Layer) -> Tensor:
+    """The weight ``[out, in]`` float32 that ``layer`` has in ``model`` now, as a copy."""
+    weight = model.get_submodule(layer.name).get_parameter("weight").detach()
+    return (weight.T if layer.transposed else weight).clone(memory_format=torch.contiguous_format)
+
+
 def solve(
     decision: Decision, weight: Tensor, hessian: Hessian | None
 ) -> tuple[QTensor, dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ from quantine.calibrate.sequential import Sequential
 from quantine.core.observe import Hessian
 from quantine.errors import OutputError
 from quantine.estimate import Estimate, estimate
-from quantine.families.base import block_list
+from quantine.families.base import Layer, block_list
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import (
     REPORT,
@@ -30,8 +30,16 @@ from quantine.formats.store import (
     is_finished,
     read_json,
 )
-from quantine.matrix import as_stored, install, read_weight, sensitivity, solve, unpack
-from quantine.plan import Plan
+from quantine.matrix import (
+    as_stored,
+    install,
+    present_weight,
+    read_weight,
+    sensitivity,
+    solve,
+    unpack,
+)
+from quantine.plan import Decision, Plan, with_clusters
 from quantine.prepare import Job, check_headers, check_place, prepare
 from quantine.progress import (
     Progress,
@@ -41,6 +49,7 @@ from quantine.progress import (
     reuse_freed_memory,
 )
 from quantine.publish import output_files, report_of
+from quantine.rptq import Heads, float_tensors, prepare_block, restore_block
 from quantine.scheme import scheme_from
 
 PROBE: Final = "probe"
@@ -233,6 +242,10 @@ def _restore_block(job: Job, tensors: dict[str, Tensor], index: int, reports: Re
     """Give a block that an earlier run finished its quantized weights, if they feed the next."""
     if job.plan.float_inputs:
         return
+    if job.plan.activations is not None:
+        path = f"{job.family.blocks}.{index}"
+        block = job.model.get_submodule(path)
+        restore_block(job.model, block, path, job.family, job.plan.activations, tensors)
     schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
     for decision in job.block_schemes(index):
         decision = replace(decision, scheme=schemes[decision.layer.name])
@@ -249,18 +262,22 @@ def _quantize_block(
     progress: Progress,
 ) -> None:
     """Quantize the matrices of a block, group after group, and commit them."""
-    tensors = _kept(job, checkpoint, job.block_names(index))
     reports = []
     maps: dict[str, Tensor] = {}
     schemes = job.block_schemes(index)
+    tensors: dict[str, Tensor] = {}
+    if job.plan.activations is None or sequential is None:
+        tensors = _kept(job, checkpoint, job.block_names(index))
+    else:
+        schemes, tensors = _reordered(job, checkpoint, sequential, index)
     groups = sorted({d.layer.group for d in schemes if d.layer.group is not None})
-    losses = {} if sequential is None else output_losses(job, checkpoint, sequential, index)
+    losses = {} if sequential is None else output_losses(job, sequential, index)
     hessians = _observed(job, sequential, index, groups)
     for group in groups:
         hessian = next(hessians)
         for decision in (d for d in schemes if d.layer.group == group):
             layer = decision.layer
-            weight = read_weight(checkpoint, layer, f"{layer.name}.weight")
+            weight = _float_weight(job, checkpoint, layer)
             if allocation is not None and decision.searched:
                 qtensor, packed, report = allocation.solve(decision, weight, hessian, progress)
             elif decision.choices:
@@ -274,6 +291,35 @@ def _quantize_block(
             reports.append(report)
             progress.layer(report)
     store.commit(_part(index), tensors, reports, maps)
+
+
+def _reordered(
+    job: Job, checkpoint: Checkpoint, sequential: Sequential, index: int
+) -> tuple[list[Decision], dict[str, Tensor]]:
+    """Reorder a block and let it round its activations.
+
+    Returns:
+        What is decided about its layers, with their clusters, and the floats that stay.
+    """
+    assert job.plan.activations is not None
+    path = f"{job.family.blocks}.{index}"
+    block = job.model.get_submodule(path)
+    heads = Heads.of(job.config)
+    spec = job.plan.activations
+    reordering = prepare_block(sequential, index, block, job.family, heads, spec)
+    schemes = [
+        with_clusters(d, reordering.input_clusters(d.layer.name.removeprefix(f"{path}.")).sizes)
+        for d in job.block_schemes(index)
+    ]
+    packed = [decision.layer.name for decision in schemes]
+    return schemes, float_tensors(block, path, checkpoint, packed)
+
+
+def _float_weight(job: Job, checkpoint: Checkpoint, layer: Layer) -> Tensor:
+    """The weight of a layer in a block, ``[out, in]`` float32, as it was before quantization."""
+    if job.plan.activations is None:
+        return read_weight(checkpoint, layer, f"{layer.name}.weight")
+    return present_weight(job.model, layer)
 
 
 def _observed(

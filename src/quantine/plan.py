@@ -11,22 +11,22 @@ from typing import Any, Final
 
 import yaml
 
+from quantine.core.activation import ActivationSpec, scheme_named
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16, nearest_group_sizes
 from quantine.errors import PlanError
 from quantine.families.base import Layer
+from quantine.fields import activations_field, budget_field, choices_field, weight_fields
 from quantine.formats import format_named
 from quantine.methods import METHODS, SpQR
 from quantine.presets import CHOICES, PRESETS, TABLE
 from quantine.rules import SEARCH, Rule, rule_from
 from quantine.scheme import (
     ADADIM,
-    KEEP,
     SPQR,
     AdaDim,
     Objective,
     Scheme,
-    is_a,
     scheme_from,
 )
 
@@ -79,6 +79,7 @@ class Plan:
         float_inputs: observe what the float model puts in, in one pass too, instead of what the
             quantized matrices before put out; as AdaDim's published code does.
         arithmetic: of products with the packed matrices; stored with them.
+        activations: what is asked of activations; ``None`` leaves blocks as they are.
     """
 
     rules: tuple[Rule, ...]
@@ -88,6 +89,7 @@ class Plan:
     true_sequential: bool = True
     float_inputs: bool = False
     arithmetic: Arithmetic = DEFAULT
+    activations: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
         for key in FLAGS:
@@ -100,7 +102,7 @@ class Plan:
                 f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "
                 f"{self.arithmetic!r}"
             )
-        if not any(rule.scheme or rule.searched for rule in self.rules):
+        if not self.activations and not any(r.scheme or r.searched for r in self.rules):
             raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
         searched = any(rule.searched for rule in self.rules)
         if searched != (self.bits_per_weight is not None) or searched != bool(self.choices):
@@ -112,6 +114,11 @@ class Plan:
             raise PlanError(
                 f"plan {self.name!r}: bits_per_weight must be above 0 and at most {FLOAT16}, not "
                 f"{self.bits_per_weight}"
+            )
+        if self.activations is not None and (searched or self.float_inputs):
+            raise PlanError(
+                f"plan {self.name!r}: activations go neither with `bits_per_weight` nor with "
+                "`float_inputs`: leave one out"
             )
         for scheme in self.choices:
             if scheme.format == SPQR:
@@ -146,6 +153,23 @@ class Plan:
         assert rule.scheme is not None
         title = name if name in PRESETS and not parameters else _title(rule.scheme)
         return cls((rule,), title, **options)
+
+    @classmethod
+    def scheme(cls, name: str, **parameters: Any) -> Plan:
+        """Every matrix in the decoder blocks, and their activations, by a name like ``W4A4KV``.
+
+        Args:
+            name: see `quantine.core.activation.scheme_named`.
+            parameters: ``method`` (``gptq``), and others as of `preset`.
+
+        Raises:
+            PlanError: no such scheme, or a parameter that does not go with it.
+        """
+        found = scheme_named(name)
+        options = {key: parameters.pop(key) for key in OPTIONS if key in parameters}
+        fields = weight_fields(found, parameters)
+        rule = rule_from({"match": "@blocks", **fields}, f"scheme {name}")
+        return cls((rule,), name, activations=found.activations, **options)
 
     @classmethod
     def budget(cls, bits_per_weight: float, group_axes: Sequence[str] = ("in",)) -> Plan:
@@ -193,7 +217,8 @@ class Plan:
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
-        if unknown := set(value) - {field.name for field in dataclasses.fields(cls)}:
+        known = {field.name for field in dataclasses.fields(cls)} | {"scheme"}
+        if unknown := set(value) - known:
             raise PlanError(
                 f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
             )
@@ -204,9 +229,10 @@ class Plan:
         return cls(
             tuple(rules),
             str(value.get("name", name)),
-            _budget_from(value, name),
-            _choices_from(value, name),
+            budget_field(value, name),
+            choices_field(value, name),
             **{key: value[key] for key in OPTIONS if key in value},
+            activations=activations_field(value, name),
         )
 
     @classmethod
@@ -232,6 +258,8 @@ class Plan:
             "rules": [rule.as_dict() for rule in self.rules],
             **{key: getattr(self, key) for key in OPTIONS},
         }
+        if self.activations is not None:
+            plain["activations"] = self.activations.as_dict()
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight
             plain["choices"] = [scheme.as_dict() for scheme in self.choices]
@@ -256,7 +284,7 @@ class Plan:
             _check_scheme(decision)
         _check_spqr(decisions)
         self._check_budget(decisions)
-        if not any(decision.scheme for decision in decisions):
+        if not self.activations and not any(decision.scheme for decision in decisions):
             raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")
         return decisions
 
@@ -285,6 +313,15 @@ class Plan:
         return Decision(layer, None, "no rule matches")
 
 
+def with_clusters(decision: Decision, sizes: tuple[int, ...]) -> Decision:
+    """The decision with clusters of ``sizes``, if its layer's groups are clusters."""
+    scheme = decision.scheme
+    if scheme is None or not scheme.spec.clustered:
+        return decision
+    spec = dataclasses.replace(scheme.spec, cluster_sizes=sizes)
+    return dataclasses.replace(decision, scheme=dataclasses.replace(scheme, spec=spec))
+
+
 def _open(
     layer: Layer,
     choices: tuple[Scheme, ...],
@@ -305,25 +342,6 @@ def _title(scheme: Scheme | AdaDim) -> str:
     group = "row" if first.spec.group_size == -1 else f"g{first.spec.group_size}"
     ada = "-ada" if isinstance(scheme, AdaDim) else ""
     return f"{first.method}{ada}-{first.spec.bits}bit-{group}"
-
-
-def _budget_from(value: Mapping[str, Any], name: str) -> float | None:
-    bits = value.get("bits_per_weight")
-    if bits is not None and not is_a(bits, float):
-        raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {bits!r}")
-    return None if bits is None else float(bits)
-
-
-def _choices_from(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
-    found = value.get("choices", [])
-    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
-        raise PlanError(f"plan {name!r}: choices must be a list of mappings")
-    schemes = [
-        scheme_from(one, f"choice {number} of plan {name!r}") for number, one in enumerate(found, 1)
-    ]
-    if None in schemes:
-        raise PlanError(f"plan {name!r}: method {KEEP!r} is no choice")
-    return tuple(scheme for scheme in schemes if scheme is not None)
 
 
 def _check_groups(decisions: Sequence[Decision]) -> None:

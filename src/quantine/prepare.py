@@ -17,16 +17,25 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations import attention
 from quantine.calibrate.data import Calibration, calibration_segments
 from quantine.calibrate.sequential import skeleton
-from quantine.errors import CalibrationError, CheckpointError, OutputError, PlanError
+from quantine.core.activation import ActivationSpec
+from quantine.core.spec import CLUSTERS
+from quantine.errors import (
+    CalibrationError,
+    CheckpointError,
+    FamilyError,
+    OutputError,
+    PlanError,
+)
 from quantine.families import family_of
 from quantine.families.base import Family, Layer, find_layers
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.checkpoint import Checkpoint
 from quantine.formats.store import check_output, is_finished
 from quantine.kernels import backend
-from quantine.plan import Decision, Plan
+from quantine.plan import Decision, Plan, with_clusters
 from quantine.runtime.source import ModelSource, locate
 from quantine.scheme import ADADIM, SPQR
 
@@ -177,10 +186,13 @@ def prepare(model: str | Path, plan: Plan, calibration: Calibration) -> Job:
             "give the float model"
         )
     family = family_of(config.model_type)
-    bare = _skeleton(source, config)
+    if plan.activations is not None:
+        _check_links(family, config)
+    bare = _skeleton(source, config, plan.activations is not None)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
-    _check_inputs(decisions, calibration)
+    decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
+    _check_inputs(decisions, calibration, plan)
     _check_biases(decisions, bare)
     tokenizer = source.tokenizer()
     segments = None
@@ -253,9 +265,43 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
         )
 
 
-def _skeleton(source: ModelSource, config: PretrainedConfig) -> PreTrainedModel:
+def _check_links(family: Family, config: PretrainedConfig) -> None:
+    """Refuse activations where reorders would change what a block computes."""
+    if not family.links:
+        raise FamilyError(
+            f"activations of {config.model_type} models cannot be quantized yet: leave out "
+            "`activations` and `scheme`"
+        )
+    for field, value in family.links_need:
+        if getattr(config, field) != value:
+            raise FamilyError(
+                f"activations can be quantized only where {field} is {value}, not "
+                f"{getattr(config, field)}: leave out `activations` and `scheme`"
+            )
+
+
+def _with_expected_clusters(
+    decision: Decision, spec: ActivationSpec | None, family: Family
+) -> Decision:
+    """The decision with as many clusters as its layer's inputs will have, of any sizes."""
+    layer, scheme = decision.layer, decision.scheme
+    if scheme is None or not scheme.spec.clustered:
+        return decision
+    path = layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
+    kinds = [link.kind for link in family.links if path in link.consumers]
+    if spec is None or not kinds:
+        raise PlanError(
+            f"{layer.name} has no clusters of inputs (group_size {CLUSTERS}, {decision.reason}): "
+            "give a group_size, or a scheme such as W4A4 that makes clusters"
+        )
+    count = min(spec.clusters_of(kinds[0]), layer.in_features)
+    sizes = (layer.in_features - count + 1, *[1] * (count - 1))
+    return with_clusters(decision, sizes)
+
+
+def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> PreTrainedModel:
     try:
-        return skeleton(config)
+        return skeleton(config, attention.NAME if rounds else None)
     except Exception as error:  # a damaged value fails wherever the architecture first uses it
         raise CheckpointError(
             f"{source.name}: config.json does not describe a model ({error!r}): download it again"
@@ -274,7 +320,11 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
     return [shared if d is head else d for d in decisions], False
 
 
-def _check_inputs(decisions: list[Decision], calibration: Calibration) -> None:
+def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
+    if plan.activations is not None and not calibration.samples:
+        raise CalibrationError(
+            "grids of activations need calibration samples: samples must be at least 1"
+        )
     needing = [decision for decision in decisions if decision.needs_inputs]
     if needing and not calibration.samples:
         first = needing[0]

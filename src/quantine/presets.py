@@ -64,3 +64,8 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
 
 TABLE: Final[dict[str, Any]] = {"method": "rtn", "group_size": -1, "clip": "mse"}
 """The token table and the output head, where they are quantized by a number of bits alone."""
+
+CLUSTERED: Final = ("gptq", "rtn")
+"""Methods whose groups are clusters of inputs in a scheme like W4A4, unless it says otherwise."""
+FAITHFUL: Final[dict[str, Any]] = {"act_order": False, "damp": 0.01, "clip": "minmax"}
+"""How RPTQ's published code rounds weights: parameters of gptq."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.card import model_card
+from quantine.core.spec import FLOAT16
 from quantine.formats import FORMAT_VERSION
 from quantine.formats.spqr import layout_of
 from quantine.formats.spqr_config import ADDED, ARITHMETIC, MARK, settings_of
@@ -63,7 +64,8 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
         "totals": {
             "quantized_weights": quantized,
             "quantized_bytes": nbytes,
-            "bits_per_weight": nbytes * 8 / quantized,
+            # Matrices that stay are stored in 16 bit.
+            "bits_per_weight": nbytes * 8 / quantized if quantized else float(FLOAT16),
         },
     }
 
@@ -113,7 +115,9 @@ def _settings(job: Job, report: dict[str, Any]) -> dict[str, Any]:
             schemes.append(layer["scheme"])
         scheme = schemes.index(layer["scheme"])
         layers[layer["name"]] = {"scheme": scheme, "shape": layer["shape"]}
-    config = QuantineConfig(FORMAT_VERSION, schemes, layers, job.plan.arithmetic)
+    spec = job.plan.activations
+    activations = None if spec is None else spec.as_dict()
+    config = QuantineConfig(FORMAT_VERSION, schemes, layers, job.plan.arithmetic, activations)
     settings: dict[str, Any] = config.to_dict()
     return settings
 

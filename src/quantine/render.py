@@ -232,6 +232,8 @@ def _group(scheme: dict[str, Any]) -> str:
     along_inputs = scheme.get("group_axis", "in") == "in"
     if scheme["group_size"] == -1:
         return "row" if along_inputs else "column"
+    if scheme["group_size"] == 0:
+        return "clusters"
     return f"g{scheme['group_size']}" + ("" if along_inputs else " out")
 
 

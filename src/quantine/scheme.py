@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, get_type_hints
 
-from quantine.core.spec import FLOAT16, GROUP_AXES, QuantSpec, check_choice
+from quantine.core.spec import CLUSTERS, FLOAT16, GROUP_AXES, QuantSpec, check_choice
 from quantine.errors import PlanError
 from quantine.families.base import Layer
 from quantine.formats import FORMATS, format_named
@@ -68,9 +68,12 @@ class Scheme:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything about the scheme, as plain values; `scheme_from` inverts it."""
+        spec = dataclasses.asdict(self.spec)
+        if not self.spec.cluster_sizes:
+            del spec["cluster_sizes"]
         return {
             "method": self.method,
-            **dataclasses.asdict(self.spec),
+            **spec,
             **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
             "format": self.format,
             **({AVERAGE: self.average_bits} if self.average_bits else {}),
@@ -204,8 +207,15 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
     _check_types(fields, types, method, where)
     try:
         asked = {k: v for k, v in fields.items() if k in spec_types}
+        if "cluster_sizes" in asked:
+            asked["cluster_sizes"] = tuple(asked["cluster_sizes"])
         spec = dataclasses.replace(kind.default_spec, **asked)
         solver = kind(**{k: _special(v) for k, v in fields.items() if k in solver_types})
+        if spec.clustered and not solver.takes_clusters:
+            raise PlanError(
+                f"{method} with these parameters cannot make groups of clusters (group_size "
+                f"{CLUSTERS}): give a group_size, or use gptq or rtn"
+            )
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
     average = float(_special(fields.get(AVERAGE, 0.0)))

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.attention import register
+from quantine.activations.modules import rounded_inputs
 from quantine.calibrate.activations import Activations
 from quantine.calibrate.recording import Recording
-from quantine.core.observe import Hessian, is_finite
+from quantine.core.observe import Hessian, MinMax, is_finite
 from quantine.errors import CalibrationError
 from quantine.families.base import Family, block_list, is_transposed
 from quantine.kernels.gram import add_gram
@@ -27,13 +29,21 @@ if TYPE_CHECKING:
 TOKENS_PER_BATCH: Final = 2048
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """The causal language model of ``config`` without weights: parameters on the meta device."""
+def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
+    """The causal language model of ``config`` without weights: parameters on the meta device.
+
+    Args:
+        attention: name of an attention function; ``None`` lets transformers choose.
+    """
     from transformers import AutoModelForCausalLM
+
+    register()
 
     own = copy.deepcopy(config)  # which the model marks with its dtype
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            own, dtype=torch.float32, attn_implementation=attention
+        )
     model.eval()
     return model
 
@@ -145,10 +155,39 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 raise self._never_ran(index, path)
             except _Reached as reached:
-                hessian.update(self._multiplied(reached.x))
+                hessian.update(self._multiplied(rounded_inputs(module, reached.x)))
             finally:
                 handle.remove()
         return hessian
+
+    @torch.no_grad()
+    def ranges(self, index: int, paths: Sequence[str]) -> dict[str, MinMax]:
+        """Ranges of what enters the modules at ``paths`` in block ``index``, by path."""
+        found: dict[str, MinMax] = {}
+
+        def recorder(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def record(_: nn.Module, args: tuple[Any, ...]) -> None:
+                seen = found.setdefault(path, MinMax(args[0].shape[-1]))
+                seen.update(args[0], samples)
+
+            return record
+
+        block = self._blocks[index]
+        handles = [
+            block.get_submodule(path).register_forward_pre_hook(recorder(path)) for path in paths
+        ]
+        try:
+            for batch in range(len(self._hidden)):
+                hidden = self._hidden[batch]
+                samples = len(hidden)
+                self.run(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [path for path in paths if path not in found]
+        if missing:
+            raise self._never_ran(index, missing[0])
+        return found
 
     def _multiplied(self, x: Tensor) -> Tensor:
         """Input ``x`` as matrices multiply it."""
@@ -249,7 +288,7 @@ class _Look:
     def register(self, after: Callable[[], None]) -> RemovableHandle:
         def look(_: nn.Module, args: tuple[Any, ...]) -> None:
             with torch.autocast("cpu", enabled=False):
-                self.hessian.update(self._multiplied(args[0]))
+                self.hessian.update(self._multiplied(rounded_inputs(self._module, args[0])))
             self.seen += 1
             after()
 

@@ -71,6 +71,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
     )
     parser.add_argument(
+        "--scheme",
+        metavar="NAME",
+        help="weights and activations: W4A16, W4A8, W4A4, W4A4KV (keys and values only), any other "
+        "WxAy[KV]; with -strict norm outputs have y bits, too (else 8 at least), -faithful is RPTQ "
+        "as published, -tensor and -token are for comparison",
+    )
+    parser.add_argument(
         "--bits-per-weight",
         type=float,
         metavar="X",
@@ -175,6 +182,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.bits_per_weight is not None:
         axes = GROUP_AXES if arguments.both_axes else GROUP_AXES[:1]
         plan = Plan.budget(arguments.bits_per_weight, axes)
+    elif arguments.scheme is not None:
+        plan = Plan.scheme(arguments.scheme, **flags)
     else:
         plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
     return plan if arguments.head_bits is None else plan.with_head(arguments.head_bits), calibration
@@ -188,8 +197,9 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
         return {key: value for key, value in values.items() if value is not None}
 
     flags = given("method", "bits", "group_size")
-    whole = [*given("plan", "bits_per_weight", "preset")]
-    refused = [*whole[1:], *(flags if whole[:1] != ["preset"] else flags.keys() & {"method"})]
+    whole = [*given("plan", "bits_per_weight", "preset", "scheme")]
+    decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
+    refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
         refused += given("head_bits")
     if whole and refused:

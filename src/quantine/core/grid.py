@@ -49,6 +49,7 @@ class Grid:
         bits: bits of a code.
         group_size: weights per group, positive; the last group may be shorter.
         axis: lines are rows (``"in"``) or columns (``"out"``), see `QuantSpec`.
+        sizes: weights of each group, where they differ; ``group_size`` then means nothing.
     """
 
     scale: Tensor | Statistic
@@ -56,6 +57,7 @@ class Grid:
     bits: int
     group_size: int
     axis: GroupAxis = "in"
+    sizes: tuple[int, ...] = ()
 
     def scales(self) -> Tensor:
         """Scales as float32 ``[lines, groups]``."""
@@ -69,12 +71,18 @@ class Grid:
 
     def encode(self, x: Tensor) -> Tensor:
         """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""
+        if self.sizes:
+            scale, zero = self._spread(self.scales()), self._spread(self.zeros())
+            return encode(x.unsqueeze(-1), scale, zero, self.bits).squeeze(-1).to(torch.uint8)
         lines = self._lines(x)
         codes = encode(_grouped(lines, self.group_size), self.scales(), self.zeros(), self.bits)
         return self._lines(codes.to(torch.uint8).flatten(1)[:, : lines.shape[1]])
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of ``codes`` ``[rows, columns]`` uint8, as float32 of the same shape."""
+        if self.sizes:
+            scale, zero = self._spread(self.scales()), self._spread(self.zeros())
+            return decode(codes.unsqueeze(-1), scale, zero).squeeze(-1)
         lines = self._lines(codes)
         values = decode(_grouped(lines, self.group_size), self.scales(), self.zeros())
         return self._lines(values.flatten(1)[:, : lines.shape[1]])
@@ -86,10 +94,15 @@ class Grid:
         """
         if self.axis == "in":
             zero = None if self.zero_point is None else self.zeros()[chosen]
-            return Grid(self.scales()[chosen], zero, self.bits, self.group_size)
+            scale = self.scales()[chosen]
+            return Grid(scale, zero, self.bits, self.group_size, sizes=self.sizes)
         groups = chosen // self.group_size
         zero = None if self.zero_point is None else self.zeros()[:, groups]
         return Grid(self.scales()[:, groups], zero, self.bits, 1, "out")
+
+    def _spread(self, statistic: Tensor) -> Tensor:
+        """A statistic ``[lines, groups]`` of each weight ``[lines, columns]``."""
+        return statistic.repeat_interleave(torch.tensor(self.sizes), 1)
 
     def _lines(self, x: Tensor) -> Tensor:
         """A matrix as its lines, or lines as their matrix."""

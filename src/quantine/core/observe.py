@@ -29,6 +29,10 @@ class Factor:
     damp: float
 
 
+NEWEST: Final = 0.01
+"""Weight of the newest sample in running statistics."""
+ROWS_PER_SAMPLE: Final = 16
+"""Tokens of each sample that are kept as they are."""
 PANEL: Final = 256
 """Columns of a symmetric product that are multiplied at once."""
 LEAF: Final = 128
@@ -101,6 +105,70 @@ class Hessian:
     def error_energy(self, delta: Tensor) -> float:
         """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
         return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))
+
+
+class MinMax:
+    """Smallest and largest value of every channel in each sample, and some values as they are.
+
+    Attributes:
+        lows, highs: ``[samples, channels]`` float32.
+        rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` tokens of each sample.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.lows = torch.empty(0, channels)
+        self.highs = torch.empty(0, channels)
+        self.rows = torch.empty(0, channels)
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add ``x`` ``[..., channels]``, the values of ``samples`` samples one after another."""
+        rows = x.detach().float().reshape(samples, -1, x.shape[-1])
+        self.lows = torch.cat([self.lows, rows.amin(1)])
+        self.highs = torch.cat([self.highs, rows.amax(1)])
+        step = max(1, rows.shape[1] // ROWS_PER_SAMPLE)
+        kept = rows[:, step - 1 :: step][:, :ROWS_PER_SAMPLE]
+        self.rows = torch.cat([self.rows, kept.flatten(0, 1)])
+
+    def merge(self, other: MinMax) -> None:
+        """Add the samples that ``other`` has seen, after these."""
+        self.lows = torch.cat([self.lows, other.lows])
+        self.highs = torch.cat([self.highs, other.highs])
+        self.rows = torch.cat([self.rows, other.rows])
+
+    def of_channels(self) -> tuple[Tensor, Tensor]:
+        """Ends of each channel's range over all samples, ``[channels]`` float32 each."""
+        return self.lows.amin(0), self.highs.amax(0)
+
+    def ordered(self, order: Tensor) -> MinMax:
+        """The same of the channels in another order: ``order[j]`` at place ``j``."""
+        result = MinMax(len(order))
+        result.lows, result.highs = self.lows[:, order], self.highs[:, order]
+        result.rows = self.rows[:, order]
+        return result
+
+    def of_clusters(self, labels: Tensor, running: bool) -> tuple[Tensor, Tensor]:
+        """Ends of the range of each cluster of channels, ``[clusters]`` float32 each.
+
+        Args:
+            labels: ``[channels]`` int64.
+            running: average over samples, the newest of which weighs `NEWEST`, as RPTQ's published
+                code does; otherwise everything that was seen.
+        """
+        shape = (len(self.lows), int(labels.max()) + 1)
+        places = labels.expand(len(self.lows), -1)
+        low = torch.empty(shape).scatter_reduce(1, places, self.lows, "amin", include_self=False)
+        high = torch.empty(shape).scatter_reduce(1, places, self.highs, "amax", include_self=False)
+        if not running:
+            return low.amin(0), high.amax(0)
+        return _running(low), _running(high)
+
+
+def _running(samples: Tensor) -> Tensor:
+    """The running average of ``[samples, n]``, from the first on."""
+    average = samples[0].clone()
+    for sample in samples[1:]:
+        average.lerp_(sample, NEWEST)
+    return average
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:

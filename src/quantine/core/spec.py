@@ -18,6 +18,8 @@ FLOAT16: Final = 16
 """Bits of a scale or a zero point that is stored as it is."""
 WHOLE_ROW: Final = -1
 """A group of a whole line, or a second grid of the statistics of all lines."""
+CLUSTERS: Final = 0
+"""Groups are the clusters of the inputs' channels (RPTQ, arXiv 2304.01089)."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class QuantSpec:
     Attributes:
         bits: bits of one code, 2 to 8.
         group_size: consecutive weights of one line that share a scale and a zero point; -1 means
-            the whole line (per channel).
+            the whole line (per channel); 0 the clusters of the matrix's inputs.
         sym: symmetric grid: the zero point is the middle code and is not stored.
         scale_bits: 16 stores scales in float16; 2 to 8 store them as codes of a second grid
             (SpQR, arXiv 2306.03078, section 4.2).
@@ -43,6 +45,8 @@ class QuantSpec:
             lines.
         group_axis: ``"in"``: lines are rows, a group holds inputs of one output. ``"out"``: lines
             are columns, a group holds outputs of one input.
+        cluster_sizes: inputs of each cluster, where groups are clusters; empty until they are
+            known.
     """
 
     bits: int = 4
@@ -52,6 +56,7 @@ class QuantSpec:
     zero_bits: int = 0
     stat_group_size: int = 16
     group_axis: GroupAxis = "in"
+    cluster_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size"):
@@ -65,7 +70,8 @@ class QuantSpec:
         check_choice("group_axis", self.group_axis, GROUP_AXES)
         for name, whole in (("group_size", "the whole line"), ("stat_group_size", "all lines")):
             value = getattr(self, name)
-            if value != WHOLE_ROW and value < 1:
+            clusters = name == "group_size" and value == CLUSTERS
+            if value != WHOLE_ROW and value < 1 and not clusters:
                 raise PlanError(f"{name} must be positive, or -1 for {whole}, not {value}")
         widths = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT16}"
         if not (MIN_BITS <= self.scale_bits <= MAX_BITS or self.scale_bits == FLOAT16):
@@ -77,6 +83,16 @@ class QuantSpec:
                 f"zero_bits {self.zero_bits} and sym exclude each other: a symmetric grid has no "
                 "zero points to store"
             )
+        if self.clustered and (self.group_axis == "out" or self.zero_bits or self.second_level):
+            raise PlanError(
+                f"group_size {CLUSTERS} (clusters of inputs) needs group_axis in, scale_bits "
+                f"{FLOAT16} and zero_bits 0: leave them out"
+            )
+
+    @property
+    def clustered(self) -> bool:
+        """Whether groups are clusters of inputs."""
+        return self.group_size == CLUSTERS
 
     @property
     def second_level(self) -> bool:
@@ -88,8 +104,12 @@ class QuantSpec:
         along_inputs = self.group_axis == "in"
         return (out_features, in_features) if along_inputs else (in_features, out_features)
 
+    def groups(self, length: int) -> int:
+        """Groups in a line of that ``length``."""
+        return len(self.cluster_sizes) or length // self.group_length(length)
+
     def group_length(self, length: int) -> int:
-        """Weights per group of lines of that ``length``."""
+        """Weights per group of lines of that ``length``; 0 where groups are clusters."""
         return length if self.group_size == WHOLE_ROW else self.group_size
 
     def stat_group_length(self, lines: int) -> int:
@@ -98,7 +118,7 @@ class QuantSpec:
 
     def divides(self, length: int) -> bool:
         """Whether groups tile a line of that ``length`` exactly."""
-        return length % self.group_length(length) == 0
+        return self.clustered or length % self.group_length(length) == 0
 
 
 def nearest_group_sizes(length: int, group_size: int, count: int = 3) -> list[int]:

@@ -4,13 +4,14 @@ from quantine.errors import FamilyError
 from quantine.families.base import Family
 from quantine.families.bloom import BLOOM
 from quantine.families.falcon import FALCON
+from quantine.families.gemma import GEMMA
 from quantine.families.gpt2 import GPT2
 from quantine.families.gpt_neox import GPT_NEOX
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.families.phi3 import PHI3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, PHI3, OPT, GPT_NEOX, FALCON, BLOOM, GPT2)
+FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, PHI3, OPT, GPT_NEOX, FALCON, BLOOM, GPT2)
 
 
 def family_of(model_type: str) -> Family:

@@ -13,6 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 Role = Literal["block", "embedding", "head"]
+Fold = Literal["weights", "gather", "attention"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One reorder of channels (RPTQ, arXiv 2304.01089): who writes them, and who reads them.
+
+    Attributes:
+        kind: ``"R1"`` to ``"R5"``, see `quantine.core.activation.KINDS`.
+        fold: how the order gets into the block. ``"weights"``: rows and biases of the producers are
+            permuted. ``"gather"``: the producer is a norm, which writes the new order. Either way
+            the consumers' columns follow. ``"attention"``: nothing moves, clusters are looked up
+            for each channel, as rotary embeddings fix the places of queries and keys.
+        producers, consumers: paths inside a block; consumers may have copies of each head.
+        per_head: channels stay in their heads.
+    """
+
+    kind: str
+    fold: Fold
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...] = ()
+    per_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,10 @@ class Family:
         head: path of the output head.
         returns_tuple: blocks return ``(hidden, ...)`` instead of the hidden states alone.
         renames: ``(old, new)`` prefixes of tensor names in older checkpoints.
+        links: the reorders that leave a block's function as it is; none where activations cannot
+            be quantized.
+        links_need: fields of ``config.json`` and the values without which ``links`` are wrong.
+        attention: path inside a block of the module that transformers hands to attention functions.
     """
 
     name: str
@@ -39,6 +65,9 @@ class Family:
     head: str = "lm_head"
     returns_tuple: bool = False
     renames: tuple[tuple[str, str], ...] = ()
+    links: tuple[Link, ...] = ()
+    links_need: tuple[tuple[str, object], ...] = ()
+    attention: str = "self_attn"
 
 
 @dataclass(frozen=True)

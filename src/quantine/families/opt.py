@@ -1,6 +1,6 @@
 """OPT. The projections around the decoder of opt-350m stay in 16 bit."""
 
-from quantine.families.base import Family
+from quantine.families.base import Family, Link
 
 OPT = Family(
     name="opt",
@@ -13,4 +13,17 @@ OPT = Family(
         ("fc2",),
     ),
     embedding="model.decoder.embed_tokens",
+    links=(
+        Link(
+            "R1",
+            "gather",
+            ("self_attn_layer_norm",),
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ),
+        Link("R2", "weights", ("self_attn.q_proj", "self_attn.k_proj"), per_head=True),
+        Link("R3", "weights", ("self_attn.v_proj",), ("self_attn.out_proj",), per_head=True),
+        Link("R4", "gather", ("final_layer_norm",), ("fc1",)),
+        Link("R5", "weights", ("fc1",), ("fc2",)),
+    ),
+    links_need=(("do_layer_norm_before", True),),
 )

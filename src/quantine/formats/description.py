@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantine.core.activation import activations_from
 from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError
@@ -15,7 +16,8 @@ def check_description(found: Mapping[str, Any]) -> None:
     """Refuse a description that docs/format.md does not allow.
 
     Args:
-        found: with ``format_version``, ``schemes``, ``layers``, and perhaps ``arithmetic``.
+        found: with ``format_version``, ``schemes``, ``layers``, and perhaps ``arithmetic`` and
+            ``activations``.
 
     Raises:
         FormatError: names the layer or field.
@@ -28,8 +30,16 @@ def check_description(found: Mapping[str, Any]) -> None:
             f"written in format version {version}, but this quantine reads {FORMAT_VERSION}: "
             "install a newer one"
         )
-    if not isinstance(schemes, list) or not isinstance(layers, Mapping) or not layers:
+    if not isinstance(schemes, list) or not isinstance(layers, Mapping):
         raise FormatError("quantization_config needs a list of schemes and a table of layers")
+    activations = found.get("activations")
+    if activations is not None:
+        try:
+            activations_from(activations, "quantization_config")
+        except (PlanError, TypeError) as error:
+            raise FormatError(f"damaged activations: {error}") from error
+    elif not layers:
+        raise FormatError("quantization_config lists no layers and no activations")
     arithmetic = found.get("arithmetic", UNSTATED)
     if not is_arithmetic(arithmetic):
         raise FormatError(
@@ -56,6 +66,7 @@ def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
     """The weight spec inside a stored scheme."""
     fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
     fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
+    fields["cluster_sizes"] = tuple(scheme.get("cluster_sizes", ()))
     if scheme["format"] != "dense":
         fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
     return QuantSpec(**fields)

@@ -120,7 +120,7 @@ class Sparse:
     ) -> Layout:
         """Shapes and dtypes of all tensors but those of outliers."""
         lines, length = spec.lines(out_features, in_features)
-        groups = length // spec.group_length(length)
+        groups = spec.groups(length)
         layout: Layout = {
             "codes": ((out_features, packed_bytes(in_features, spec.bits)), torch.uint8),
             **_statistic_layout("scale", spec.scale_bits, spec, lines, groups),
@@ -174,11 +174,12 @@ def _unpack_grid(
     if spec.zero_bits:
         zero = statistic("zero", spec.zero_bits)
     elif not spec.sym:
-        groups = length // spec.group_length(length)
+        groups = spec.groups(length)
         stream = tensors["zero"].view(1, -1)
         zero = unpack(stream, spec.bits, lines * groups).view(lines, groups)
     scale = statistic("scale", spec.scale_bits)
-    return Grid(scale, zero, spec.bits, spec.group_length(length), spec.group_axis)
+    length = spec.group_length(length)
+    return Grid(scale, zero, spec.bits, length, spec.group_axis, spec.cluster_sizes)
 
 
 def _outlier_tensors(tensors: dict[str, Tensor]) -> Layout:

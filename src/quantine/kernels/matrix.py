@@ -40,13 +40,13 @@ Matrix = Any
 def packed_matrix(qtensor: QTensor) -> Matrix | None:
     """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU.
 
-    ``None`` also where groups run along outputs and are neither multiples of `TILE` rows nor all
-    rows: tiles would cross them.
+    ``None`` also where groups differ in size, or run along outputs and are neither multiples of
+    `TILE` rows nor all rows: tiles would cross them.
     """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
     grid, rows = qtensor.grid, len(qtensor.codes)
     crossed = grid.axis == "out" and grid.group_size % TILE != 0 and grid.group_size < rows
-    if native is None or crossed:
+    if native is None or crossed or grid.sizes:
         return None
     outliers = None
     if qtensor.outliers is not None:

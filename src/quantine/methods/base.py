@@ -26,6 +26,11 @@ class Solver(Protocol):
         ...
 
     @property
+    def takes_clusters(self) -> bool:
+        """Whether groups may be clusters of inputs, which differ in size."""
+        ...
+
+    @property
     def clip(self) -> Clip:
         """How the range of a group is chosen."""
         ...

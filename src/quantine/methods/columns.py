@@ -24,9 +24,9 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
 from quantine.kernels.columns import AtReach, Columns, round_block
-from quantine.kernels.fit import Fitted, fit_groups
+from quantine.kernels.fit import Fitted
 from quantine.methods.output_groups import solve_output_groups
-from quantine.methods.rounding import blocks, feed_back, result
+from quantine.methods.rounding import blocks, feed_back, fit_rows, result
 
 Groups = Literal["static", "aligned", "refit"]
 GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
@@ -103,12 +103,10 @@ class ColumnLoop:
         order, length = factor.order, spec.group_length(weight.shape[1])
         spread = factor.upper.diagonal().contiguous()
         if self.groups == "static":
-            members = weight.T.unflatten(0, (-1, length))
-            in_place = spread[inverse(order)].unflatten(0, (-1, length))
-            grid = fit_groups(members, in_place, spec, objective)
+            grid = fit_rows(weight, spread[inverse(order)], spec, objective)
             values = grid.scales().T.contiguous(), grid.zeros().T.contiguous()
             columns = Columns.of(
-                weight, factor, grid.bits, values, order // length, objective.price
+                weight, factor, grid.bits, values, _groups_of(spec, order), objective.price
             )
             self._round(columns, length=1)
             return result(columns, grid, inverse(order), None)
@@ -132,3 +130,12 @@ class ColumnLoop:
         for start, stop in blocks(len(columns.weights), length, self.block_size):
             round_block(columns, start, stop)
             feed_back(columns, start, stop)
+
+
+def _groups_of(spec: QuantSpec, inputs: Tensor) -> Tensor:
+    """The group of each of ``inputs``, int64 both."""
+    if not spec.clustered:
+        return inputs // spec.group_length(len(inputs))
+    return torch.arange(len(spec.cluster_sizes)).repeat_interleave(
+        torch.tensor(spec.cluster_sizes)
+    )[inputs]

@@ -49,6 +49,11 @@ class GPTQ:
         return self.loop.stores_order(spec)
 
     @property
+    def takes_clusters(self) -> bool:
+        """With static groups."""
+        return self.groups == "static"
+
+    @property
     def outlier_share(self) -> float:
         """None are kept."""
         return 0.0

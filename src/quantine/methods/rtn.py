@@ -13,6 +13,7 @@ from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit import fit_groups
+from quantine.methods.rounding import fit_rows
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,21 @@ class RTN:
         return False
 
     @property
+    def takes_clusters(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def outlier_share(self) -> float:
         """None are kept."""
         return 0.0
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round ``weight`` ``[out, in]`` float32; ``hessian`` is not looked at."""
-        lines, length = spec.lines(*weight.shape)
-        columns = weight.T if spec.group_axis == "in" else weight
-        groups = columns.unflatten(0, (-1, spec.group_length(length)))
-        same = torch.ones(groups.shape[:2] if spec.group_axis == "in" else lines)
-        grid = fit_groups(groups, same, spec, Objective(self.clip))
+        same = torch.ones(weight.shape[1])
+        if spec.group_axis == "in":
+            grid = fit_rows(weight, same, spec, Objective(self.clip))
+        else:
+            groups = weight.unflatten(0, (-1, spec.group_length(len(weight))))
+            grid = fit_groups(groups, same, spec, Objective(self.clip))
         return QTensor(grid.encode(weight), grid)

@@ -86,6 +86,11 @@ class SpQR:
         return self.loop.stores_order(spec)
 
     @property
+    def takes_clusters(self) -> bool:
+        """Not yet: second grids of statistics are made for groups of one size."""
+        return False
+
+    @property
     def outlier_share(self) -> float | None:
         """Share of weights kept as outliers; ``None`` where a threshold decides."""
         if self.outliers:

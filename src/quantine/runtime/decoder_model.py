@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.errors import BackendUnavailable
+from quantine.families.gemma import GEMMA
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.kernels.matrix import TILE, float_matrix
@@ -56,7 +57,7 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     check_state(model)
     parts = _Parts(native)
     kind = model.config.model_type
-    if kind in LLAMA.model_types:
+    if kind in (*LLAMA.model_types, *GEMMA.model_types):
         return _llama(model, parts, capacity)
     if kind in OPT.model_types:
         return _opt(model, parts, capacity)

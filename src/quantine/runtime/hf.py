@@ -10,18 +10,21 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantine.activations.attention import NAME as ATTENTION
+from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import FORMAT_VERSION, format_named
 from quantine.formats.description import check_description, spec_of
 from quantine.formats.shards import Entry, read_entries
+from quantine.runtime.activations import rebuild
 from quantine.runtime.hf_generate import Generate
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.placeholder import placeholder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,15 +34,6 @@ LOCK: Final = "weights that need quantine: pip install quantine, and import quan
 """Stands where config.json names the weight file. Without `import quantine`, transformers would
 skip the quantization and load random weights with only a warning; this makes it stop, and its
 error message prints the remedy. The registered quantizer takes the lock off."""
-
-DTYPES: Final = {
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "F32": torch.float32,
-}
 
 
 class QuantineConfig(QuantizationConfigMixin):
@@ -51,6 +45,7 @@ class QuantineConfig(QuantizationConfigMixin):
         layers: by module name, for every quantized matrix, ``scheme`` (index into ``schemes``) and
             ``shape`` (``[out, in]``).
         arithmetic: of products with these matrices.
+        activations: how they are rounded, as plain values; ``None`` where they are not.
     """
 
     def __init__(
@@ -59,6 +54,7 @@ class QuantineConfig(QuantizationConfigMixin):
         schemes: list[dict[str, Any]] | None = None,
         layers: dict[str, dict[str, Any]] | None = None,
         arithmetic: Arithmetic = UNSTATED,
+        activations: dict[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # the enum knows no plug-ins
@@ -66,6 +62,8 @@ class QuantineConfig(QuantizationConfigMixin):
         self.schemes = schemes or []
         self.layers = layers or {}
         self.arithmetic = arithmetic
+        if activations is not None:
+            self.activations = activations
         unknown.pop("quant_method", None)
         if unknown:
             raise FormatError(
@@ -78,6 +76,7 @@ class QuantineConfig(QuantizationConfigMixin):
                 "schemes": schemes,
                 "layers": layers,
                 "arithmetic": arithmetic,
+                "activations": activations,
             }
         )
 
@@ -108,8 +107,13 @@ class QuantineQuantizer(HfQuantizer):
                 module.arithmetic = config.arithmetic
                 _replace(model, place, module)
         _tie_head(model)
+        if hasattr(config, "activations"):
+            rebuild(model, config.activations, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if hasattr(self.quantization_config, "activations"):
+            register_attention()
+            model.set_attn_implementation(ATTENTION)
         # transformers drops the lock when it saves a configuration: see `_save_locked`.
         model.save_pretrained = MethodType(_save_locked, model)  # type: ignore[method-assign]
         if hasattr(model, "generate"):  # not so a bare model without its head
@@ -175,10 +179,7 @@ def _placeholders(
         names = {key: f"{path}.{key}" for key in format_named(layout).tensor_names}
         found = {key: entries[name] for key, name in names.items() if name in entries}
         if found:
-            return {
-                key: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-                for key, entry in found.items()
-            }
+            return {key: placeholder(entry) for key, entry in found.items()}
     raise FormatError(f"config.json lists {paths[0]} as quantized, but no file holds its tensors")
 
 

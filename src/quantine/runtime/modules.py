@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from quantine.activations.modules import rounded_inputs
 from quantine.core.arithmetic import UNSTATED, Arithmetic
+from quantine.core.fixed import FixedDtypes
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
@@ -21,11 +23,10 @@ COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Dtypes of activations that native products take."""
 
 
-class Packed(nn.Module):
+class Packed(FixedDtypes):
     """A packed matrix ``[out, in]`` as buffers, in the layout of ``format_name``.
 
-    Packed buffers keep their dtypes when a model is cast: ``model.to(torch.bfloat16)`` changes
-    activations, biases and norms, never codes or scales.
+    Packed buffers keep their dtypes when a model is cast.
 
     Args:
         format_name: a name in `quantine.formats.FORMATS`.
@@ -51,7 +52,7 @@ class Packed(nn.Module):
         self.out_features = out_features
         self.in_features = in_features
         self.arithmetic: Arithmetic = UNSTATED
-        self.tensor_names = tuple(tensors)
+        self.tensor_names = self.fixed_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self._made_from: Snapshot | None = None
@@ -109,19 +110,13 @@ class Packed(nn.Module):
         """For copies, which make native matrices of their own."""
         return {**self.__dict__, "_matrix": None, "_made_from": None}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        packed = {name: self._buffers.pop(name) for name in self.tensor_names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in packed.items():
-            assert tensor is not None
-            # Casts leave integers alone, moves do not: a float is moved as its bits.
-            bits = fn(tensor.view(torch.int16) if tensor.is_floating_point() else tensor)
-            self._buffers[name] = bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits
-        return self
-
 
 class QuantLinear(Packed):
-    """``y = x @ W.T + bias`` with ``W`` packed; see `Packed.product`."""
+    """``y = x @ W.T + bias`` with ``W`` packed; see `Packed.product`.
+
+    Attributes:
+        inputs: rounds ``x`` first; ``None`` where it is taken as it is.
+    """
 
     def __init__(
         self,
@@ -134,10 +129,11 @@ class QuantLinear(Packed):
     ) -> None:
         super().__init__(format_name, spec, out_features, in_features, tensors)
         self.bias = bias
+        self.inputs: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; the result has the dtype of ``x``."""
-        product = self.product(x)
+        product = self.product(rounded_inputs(self, x))
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
 

@@ -1,0 +1,1 @@
+"""Rounded activations inside of models: grids as modules, reordered norms, attention."""

@@ -1,0 +1,77 @@
+"""Attention with rounded queries, keys, values and probabilities, by transformers' own door.
+
+The meaning, in plain PyTorch. Scores are taken in float32 after rounding, as from codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.activations.grids import round_probabilities
+from quantine.activations.modules import SITES_NAME, AttentionSites
+from quantine.core.activation import UNQUANTIZED
+
+NAME: Final = "quantine"
+"""Of the attention function, in ``config._attn_implementation``."""
+
+
+def register() -> None:
+    """Make `attention` known to transformers, with the mask that it adds to scores."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a module that may hold `AttentionSites`.
+
+    Args:
+        query: ``[batch, heads, tokens, dim]``.
+        key, value: ``[batch, kv_heads, context, dim]``, before rounding.
+        attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``.
+
+    Returns:
+        Outputs ``[batch, tokens, heads, dim]`` and probabilities.
+    """
+    sites = getattr(module, SITES_NAME, None)
+    softmax_bits = UNQUANTIZED
+    if isinstance(sites, AttentionSites):
+        softmax_bits = sites.softmax
+        query = _through(sites.query, query)
+        key, value = _through(sites.key, key), _through(sites.value, value)
+    copies = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask[..., : key.shape[2]]
+    probabilities = scores.softmax(-1, dtype=torch.float32)
+    if softmax_bits != UNQUANTIZED:
+        probabilities = round_probabilities(probabilities, softmax_bits)
+    probabilities = nn.functional.dropout(probabilities.to(query.dtype), dropout, module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _through(site: nn.Module, x: Tensor) -> Tensor:
+    """``x`` ``[batch, heads, tokens, dim]`` through what takes ``[batch, tokens, channels]``."""
+    if isinstance(site, nn.Identity) and not site._forward_pre_hooks:
+        return x
+    flat: Tensor = site(x.transpose(1, 2).flatten(2))
+    heads: Tensor = flat.unflatten(2, (x.shape[1], x.shape[3]))
+    return heads.transpose(1, 2)

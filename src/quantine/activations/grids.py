@@ -1,0 +1,90 @@
+"""Rounding of activations, as modules that give back what their codes stand for."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.core.fixed import FixedDtypes
+from quantine.core.grid import decode, encode
+from quantine.core.ranges import covering
+
+FAITHFUL_STEP: Final = 1e-4
+"""Least scale of RPTQ's published code."""
+LABELS: Final = torch.int32
+
+
+class StaticGrid(FixedDtypes):
+    """Rounds each channel to the grid of its cluster.
+
+    Args:
+        bits: of a code, 2 to 8.
+        scale: ``[clusters]`` float32, positive.
+        zero: ``[clusters]`` float32 whole numbers, of any size: a range need not reach zero.
+        labels: ``[channels]`` int32, each channel's cluster.
+    """
+
+    tensor_names: Final = ("scale", "zero", "labels")
+    fixed_names = tensor_names
+
+    def __init__(self, bits: int, scale: Tensor, zero: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        self.bits = bits
+        for name, tensor in zip(self.tensor_names, (scale, zero, labels), strict=True):
+            self.register_buffer(name, tensor)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Codes of ``x`` ``[..., channels]``, as uint8 of the same shape."""
+        scale, zero = self._of_channels()
+        return encode(x.float().unsqueeze(-1), scale, zero, self.bits).squeeze(-1).byte()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
+        scale, zero = self._of_channels()
+        codes = encode(x.float().unsqueeze(-1), scale, zero, self.bits)
+        return decode(codes, scale, zero).squeeze(-1).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Bits and shape."""
+        scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
+        return f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
+
+    def _of_channels(self) -> tuple[Tensor, Tensor]:
+        labels = self.get_buffer("labels")
+        return self.get_buffer("scale")[labels], self.get_buffer("zero")[labels]
+
+
+class TokenGrid(nn.Module):
+    """Rounds each token to a grid over the range of its own values.
+
+    Args:
+        bits: of a code, 2 to 8.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
+        values = x.float()
+        scale, zero = covering(*values.aminmax(dim=-1), self.bits)
+        return decode(encode(values, scale, zero, self.bits), scale, zero).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Bits."""
+        return f"{self.bits} bit for each token"
+
+
+def faithful(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as RPTQ's published code has them; a step of the range is wasted."""
+    scale = ((high - low) / 2**bits).clamp_(min=FAITHFUL_STEP)
+    return scale, (-(high + low) / (2 * scale)).round_() + 2 ** (bits - 1)
+
+
+def round_probabilities(probabilities: Tensor, bits: int) -> Tensor:
+    """Values in [0, 1] of any shape on the fixed grid of ``2**bits`` steps from 0 to 1."""
+    top = 2**bits - 1
+    return probabilities.mul(top).round_().div_(top)

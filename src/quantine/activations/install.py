@@ -1,0 +1,104 @@
+"""Where in a block activations are rounded, and how the modules for it get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor, nn
+
+from quantine.activations.grids import TokenGrid
+from quantine.activations.modules import INPUTS_NAME, SITES_NAME, AttentionSites, GriddedLinear
+from quantine.activations.reorder import permute_norm
+from quantine.core.activation import UNQUANTIZED, ActivationSpec
+from quantine.families.base import Family, Link
+
+CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
+"""What the consumers of a reorder read, as a site of `ActivationSpec`."""
+ATTENDED: Final = {"query": "R2", "key": "R2", "value": "R3"}
+"""The sites inside of attention, and the reorders whose clusters they have."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module of a block whose input is rounded.
+
+    Attributes:
+        site: as a field of `ActivationSpec`.
+        kind: the reorder whose clusters it has.
+        path: inside the block, of a matrix, or of a child of `AttentionSites`.
+    """
+
+    site: str
+    kind: str
+    path: str
+
+    @property
+    def grid(self) -> str:
+        """Path of the module that rounds."""
+        return self.path if self.site in ATTENDED else f"{self.path}.{INPUTS_NAME}"
+
+
+def places(family: Family) -> list[Place]:
+    """Every place in a block of ``family`` where activations can be rounded."""
+    found = [
+        Place(CONSUMED[link.kind], link.kind, path)
+        for link in family.links
+        for path in link.consumers
+    ]
+    inside = f"{family.attention}.{SITES_NAME}"
+    return found + [Place(site, kind, f"{inside}.{site}") for site, kind in ATTENDED.items()]
+
+
+def link_of(family: Family, kind: str) -> Link:
+    """The reorder ``kind`` of ``family``."""
+    return next(link for link in family.links if link.kind == kind)
+
+
+def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
+    """Give the attention of ``block`` places for rounding; probabilities are rounded at once."""
+    sites = AttentionSites()
+    sites.softmax = spec.softmax
+    setattr(block.get_submodule(family.attention), SITES_NAME, sites)
+
+
+def add_norms(
+    block: nn.Module, family: Family, spec: ActivationSpec, order_of: Callable[[str], Tensor]
+) -> None:
+    """Let the norms of ``block`` write reordered channels.
+
+    Args:
+        order_of: ``[channels]`` integers by the path of a norm.
+    """
+    for link in family.links:
+        if spec.reorders and link.fold == "gather":
+            for path in link.producers:
+                permute_norm(block, path, order_of(path))
+
+
+def add_grids(
+    block: nn.Module, family: Family, spec: ActivationSpec, made: Callable[[Place, int], nn.Module]
+) -> None:
+    """Let ``block``, which has its `AttentionSites`, round activations.
+
+    Args:
+        made: the static grid of a place, given bits.
+    """
+    for place in places(family):
+        bits = getattr(spec, place.site)
+        if bits == UNQUANTIZED:
+            continue
+        token = spec.granularity == "token"
+        _put(block, place, TokenGrid(bits) if token else made(place, bits))
+
+
+def _put(block: nn.Module, place: Place, grid: nn.Module) -> None:
+    path, _, leaf = place.path.rpartition(".")
+    parent, module = block.get_submodule(path), block.get_submodule(place.path)
+    if place.site in ATTENDED:
+        setattr(parent, leaf, grid)
+    elif type(module) is nn.Linear:
+        setattr(parent, leaf, GriddedLinear(module, grid))
+    else:
+        setattr(module, INPUTS_NAME, grid)

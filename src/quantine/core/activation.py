@@ -1,0 +1,177 @@
+"""What is asked of activations, and the schemes of the literature by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from quantine.core.spec import MAX_BITS, MIN_BITS, check_choice
+from quantine.errors import PlanError
+
+Granularity = Literal["cluster", "tensor", "token"]
+GRANULARITIES: Final[tuple[Granularity, ...]] = ("cluster", "tensor", "token")
+"""``"cluster"``: channels are reordered, each cluster of them has a static grid (RPTQ, arXiv
+2304.01089). ``"tensor"``: one static grid. ``"token"``: one grid for each token, found when it
+comes."""
+Range = Literal["search", "running", "minmax"]
+RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
+"""How the range of a static grid is found. ``"minmax"``: everything the calibration text showed.
+``"running"``: the running average over its samples, with the wasted step of RPTQ's published code.
+``"search"``: the share of either that changes the block's output least."""
+
+UNQUANTIZED: Final = 16
+"""Bits of a site whose values stay as they are."""
+SITES: Final = ("norm", "query", "key", "value", "attention", "hidden", "softmax")
+"""Where activations are rounded: see `ActivationSpec`."""
+KINDS: Final = ("R1", "R2", "R3", "R4", "R5")
+"""The reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
+NAME: Final = re.compile(r"W(\d+)A(\d+)(KV)?((?:-[a-z]+)*)")
+KEPT_AT_8: Final = 8
+"""Bits that norm outputs and softmax keep at least, as in RPTQ's published code."""
+
+
+@dataclass(frozen=True)
+class ActivationSpec:
+    """A request for the activations of every decoder block; bits are 2 to 8, or 16 for none.
+
+    Attributes:
+        norm: bits of what norms put out, the inputs of q, k, v and of the first matrices of the
+            MLP.
+        query, key, value: bits of what attention works on.
+        attention: bits of the input of attention's output projection.
+        hidden: bits of the input of the last matrix of the MLP.
+        softmax: bits of attention probabilities, on a fixed grid from 0 to 1.
+        granularity: see `GRANULARITIES`.
+        range: see `RANGES`.
+        clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
+            before the MLP; hidden); those of R2 and R3 count for each head.
+    """
+
+    norm: int = UNQUANTIZED
+    query: int = UNQUANTIZED
+    key: int = UNQUANTIZED
+    value: int = UNQUANTIZED
+    attention: int = UNQUANTIZED
+    hidden: int = UNQUANTIZED
+    softmax: int = UNQUANTIZED
+    granularity: Granularity = "cluster"
+    range: Range = "search"
+    clusters: tuple[int, ...] = (32, 4, 4, 32, 32)
+
+    def __post_init__(self) -> None:
+        for site in SITES:
+            bits = getattr(self, site)
+            if not _is_whole(bits) or not (MIN_BITS <= bits <= MAX_BITS or bits == UNQUANTIZED):
+                raise PlanError(
+                    f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
+                    f"for none, not {bits!r}"
+                )
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("range", self.range, RANGES)
+        if len(self.clusters) != len(KINDS) or not all(
+            _is_whole(n) and n > 0 for n in self.clusters
+        ):
+            raise PlanError(
+                f"activations: clusters must be {len(KINDS)} positive numbers, for "
+                f"{', '.join(KINDS)}, not {self.clusters!r}"
+            )
+
+    @property
+    def reorders(self) -> bool:
+        """Whether channels are put in the order of their clusters."""
+        return self.granularity == "cluster"
+
+    def clusters_of(self, kind: str) -> int:
+        """Clusters of a reorder in `KINDS`; one, where nothing is reordered."""
+        return self.clusters[KINDS.index(kind)] if self.reorders else 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; `activations_from` inverts it."""
+        return {**dataclasses.asdict(self), "clusters": list(self.clusters)}
+
+
+def activations_from(value: Any, where: str) -> ActivationSpec:
+    """A request from plain values.
+
+    Raises:
+        PlanError: says what is wrong and ``where``.
+    """
+    names = [field.name for field in dataclasses.fields(ActivationSpec)]
+    if not isinstance(value, dict) or (set(value) - set(names)):
+        raise PlanError(
+            f"{where}: activations must be a mapping with keys among {', '.join(names)}"
+        )
+    fields = dict(value)
+    if "clusters" in fields:
+        if not isinstance(fields["clusters"], list | tuple):
+            raise PlanError(f"{where}: clusters must be a list, not {fields['clusters']!r}")
+        fields["clusters"] = tuple(fields["clusters"])
+    try:
+        return ActivationSpec(**fields)
+    except PlanError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+@dataclass(frozen=True)
+class NamedScheme:
+    """A scheme by its name, such as ``W4A8`` or ``W4A4KV-faithful``.
+
+    Attributes:
+        weight_bits: 2 to 8, or 16.
+        activations: ``None`` where they stay as they are, ``W4A16``, and nothing is reordered.
+        faithful: weights are to be rounded as RPTQ's published code does, too.
+    """
+
+    weight_bits: int
+    activations: ActivationSpec
+    faithful: bool
+
+
+VARIANTS: Final = ("faithful", "strict", "tensor", "token")
+
+
+def scheme_named(name: str) -> NamedScheme:
+    """The scheme ``W<bits>A<bits>``, with ``KV`` if only keys and values are rounded.
+
+    Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
+    that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds grids as
+    RPTQ's published code does; ``-tensor`` and ``-token`` have one grid for each tensor or token.
+
+    Raises:
+        PlanError: it is no such name, or bits are out of range.
+    """
+    match = NAME.fullmatch(name)
+    suffixes = match[4].split("-")[1:] if match else []
+    if match is None or not set(suffixes) <= set(VARIANTS) or {"tensor", "token"} <= set(suffixes):
+        raise PlanError(
+            f"scheme must be like W4A8, W4A4 or W4A4KV, perhaps with -{', -'.join(VARIANTS)}, not "
+            f"{name!r}"
+        )
+    weight_bits, bits, only_kv = int(match[1]), int(match[2]), bool(match[3])
+    if not (MIN_BITS <= weight_bits <= MAX_BITS or weight_bits == UNQUANTIZED):
+        raise PlanError(f"scheme {name}: weights have {MIN_BITS} to {MAX_BITS} bits, or 16")
+    kept = bits if bits == UNQUANTIZED else max(bits, KEPT_AT_8)
+    others = UNQUANTIZED if only_kv else bits
+    granularity: Granularity = "cluster"
+    if "tensor" in suffixes:
+        granularity = "tensor"
+    if "token" in suffixes:
+        granularity = "token"
+    spec = ActivationSpec(
+        norm=UNQUANTIZED if only_kv else bits if "strict" in suffixes else kept,
+        query=others,
+        key=bits,
+        value=bits,
+        attention=others,
+        hidden=others,
+        softmax=UNQUANTIZED if only_kv else kept,
+        granularity=granularity,
+        range="running" if "faithful" in suffixes else "search",
+    )
+    return NamedScheme(weight_bits, spec, "faithful" in suffixes)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

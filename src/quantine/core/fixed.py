@@ -1,0 +1,31 @@
+"""Buffers that casts of a model leave alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class FixedDtypes(nn.Module):
+    """A module whose `fixed_names` are buffers that keep their dtypes when a model is cast.
+
+    ``model.to(torch.bfloat16)`` changes activations, biases and norms, never codes or scales.
+    """
+
+    fixed_names: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        fixed = {name: self._buffers.pop(name) for name in self.fixed_names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in fixed.items():
+            assert tensor is not None
+            # Casts leave integers alone, moves do not: a float is moved as its bits.
+            word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
+            bits = fn(tensor if word is None else tensor.view(word))
+            self._buffers[name] = bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits
+        return self

@@ -1,0 +1,237 @@
+"""RPTQ (arXiv 2304.01089): a block's channels in clusters of alike ranges, and grids for them.
+
+Everything is found with the block's float weights, on what the quantized blocks before it put out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantine.activations.grids import LABELS, StaticGrid, faithful
+from quantine.activations.install import (
+    ATTENDED,
+    Place,
+    add_grids,
+    add_norms,
+    add_sites,
+    link_of,
+    places,
+)
+from quantine.activations.reorder import reorder
+from quantine.calibrate.sequential import Sequential, set_tensor
+from quantine.core.activation import ActivationSpec
+from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
+from quantine.core.observe import MinMax
+from quantine.core.ranges import covering, search
+from quantine.families.base import Family, Link, is_transposed
+from quantine.formats.checkpoint import Checkpoint
+from quantine.matrix import as_stored
+
+Ranges = Mapping[str, MinMax]
+"""What places showed, by `Place.path`."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of attention.
+
+    Attributes:
+        queries, keys: heads of queries; of keys and values.
+    """
+
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, config: Any) -> Heads:
+        """Those of a model with this configuration of transformers."""
+        queries = int(config.num_attention_heads)
+        return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
+
+    @property
+    def copies(self) -> int:
+        """Heads of queries that share keys and values."""
+        return self.queries // self.keys
+
+
+class Reordering:
+    """The clusters of one block.
+
+    Args:
+        family: of the model.
+        heads: of the model.
+        spec: what is asked of activations.
+        ranges: of all places in the block.
+    """
+
+    def __init__(self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges) -> None:
+        self._family, self._heads, self._spec, self._ranges = family, heads, spec, ranges
+        self._clusters = {link.kind: self._clustered(link) for link in family.links}
+
+    def apply(self, block: nn.Module) -> None:
+        """Rewrite ``block``, which computes the same afterwards."""
+        if self._spec.reorders:
+            for link in self._family.links:
+                heads = self._heads.keys if link.per_head else 1
+                reorder(block, link, self._clusters[link.kind].order, heads)
+
+    def clusters_at(self, place: Place) -> Clusters:
+        """The clusters of a place's channels, as these are now ordered."""
+        link = link_of(self._family, place.kind)
+        own = self._clusters[place.kind]
+        ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
+        wide = place.site in {"query", "attention"}
+        # A tensor's one grid is not copied for each head.
+        copies = self._heads.copies if wide else 1
+        if not self._spec.reorders:
+            return Clusters(own.labels.repeat(copies))
+        return ordered.shared(self._heads.keys, copies) if copies > 1 else ordered
+
+    def input_clusters(self, path: str) -> Clusters:
+        """The clusters of the inputs of the matrix at ``path``."""
+        return self.clusters_at(next(p for p in places(self._family) if p.path == path))
+
+    def grid(self, block: nn.Module, place: Place, bits: int) -> StaticGrid:
+        """The static grid of a place in ``block``, which is reordered."""
+        labels, seen = self.clusters_at(place).labels, self.ranges_at(place)
+        low, high = seen.of_clusters(labels, self._spec.range == "running")
+        if self._spec.range == "running":
+            fitted = faithful(low, high, bits)
+        elif self._spec.range == "minmax":
+            fitted = covering(low, high, bits)
+        else:
+            importance = self._importance(block, place)
+            fitted = search(seen.rows, importance, labels, low, high, bits)
+        return StaticGrid(bits, *fitted, labels.to(LABELS))
+
+    def _importance(self, block: nn.Module, place: Place) -> Tensor:
+        """How much the squared error of each channel at a place costs what reads it.
+
+        ``[channels]`` float32. For the input of matrices, the squares of a column: the expected
+        cost where errors of channels do not depend on each other. A query's channel meets the
+        key's, a value's goes through attention to its column of the output projection.
+        """
+        if place.site in {"query", "key"}:
+            other = "key" if place.site == "query" else "query"
+            path = f"{place.path.rpartition('.')[0]}.{other}"
+            met = next(p for p in places(self._family) if p.path == path)
+            strength = self.ranges_at(met).rows.square().mean(0)
+        else:
+            strength = torch.stack(
+                [
+                    matrix_of(block.get_submodule(path)).square().sum(0)
+                    for path in link_of(self._family, place.kind).consumers
+                ]
+            ).sum(0)
+        return self._for_heads(strength, len(self.ranges_at(place).rows[0]))
+
+    def _for_heads(self, strength: Tensor, channels: int) -> Tensor:
+        """``strength`` of channels, for as many as there are in heads of another number."""
+        if channels == len(strength):
+            return strength
+        if channels < len(strength):
+            return strength.view(self._heads.keys, self._heads.copies, -1).sum(1).flatten()
+        width = len(strength) // self._heads.keys
+        return strength.view(-1, width).repeat_interleave(self._heads.copies, 0).flatten()
+
+    def ranges_at(self, place: Place) -> MinMax:
+        """What a place showed, channels in the order of now."""
+        found = self._ranges[place.path]
+        link = link_of(self._family, place.kind)
+        if link.fold == "attention" or not self._spec.reorders:
+            return found
+        order = self._clusters[place.kind].order
+        heads = self._heads.keys if link.per_head else 1
+        copies = found.lows.shape[1] // len(order)
+        return found.ordered(order_within_heads(order, heads, copies))
+
+    def _clustered(self, link: Link) -> Clusters:
+        count = self._spec.clusters_of(link.kind)
+        points = self._points(link)
+        if not self._spec.reorders:
+            return Clusters(torch.zeros(len(points), dtype=torch.int64))
+        return cluster_channels(points, count, self._heads.keys if link.per_head else 1)
+
+    def _points(self, link: Link) -> Tensor:
+        """Ends of the ranges that a cluster's channels have in common, ``[channels, features]``."""
+        seen = [p for p in places(self._family) if p.kind == link.kind]
+        read = [p for p in seen if p.site not in ATTENDED][:1] or seen
+        features: list[Tensor] = []
+        for place in read:
+            low, high = self._ranges[place.path].of_channels()
+            if place.site in {"query", "attention"}:
+                shape = (self._heads.keys, self._heads.copies, -1)
+                low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
+            features += [high, low]
+        return torch.stack(features, 1)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of ``module`` as ``[out, in]``."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if is_transposed(module) else weight
+
+
+def prepare_block(
+    sequential: Sequential,
+    index: int,
+    block: nn.Module,
+    family: Family,
+    heads: Heads,
+    spec: ActivationSpec,
+) -> Reordering:
+    """Reorder the channels of block ``index``, and let it round its activations."""
+    add_sites(block, family, spec)
+    found = sequential.ranges(index, [place.path for place in places(family)])
+    reordering = Reordering(family, heads, spec, found)
+    reordering.apply(block)
+    add_grids(block, family, spec, partial(reordering.grid, block))
+    return reordering
+
+
+def restore_block(
+    model: nn.Module,
+    block: nn.Module,
+    path: str,
+    family: Family,
+    spec: ActivationSpec,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
+
+    def grid(place: Place, bits: int) -> StaticGrid:
+        stored = [tensors[f"{path}.{place.grid}.{name}"] for name in StaticGrid.tensor_names]
+        return StaticGrid(bits, *stored)
+
+    add_sites(block, family, spec)
+    add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
+    add_grids(block, family, spec, grid)
+    for name in block.state_dict(prefix=f"{path}."):
+        if name in tensors:
+            stored = tensors[name]
+            set_tensor(model, name, stored.float() if stored.is_floating_point() else stored)
+
+
+def float_tensors(
+    block: nn.Module, path: str, checkpoint: Checkpoint, packed: Collection[str]
+) -> dict[str, Tensor]:
+    """What the output holds of a rewritten block besides packed matrices, by full name.
+
+    Args:
+        packed: names of the modules whose weights are packed.
+    """
+    found = {}
+    for name, tensor in block.state_dict(prefix=f"{path}.").items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in packed:
+            continue
+        source = name if name in checkpoint else f"{owner.removesuffix('.norm')}.{leaf}"
+        dtype = checkpoint.dtype(source) if source in checkpoint else tensor.dtype
+        found[name] = as_stored(name, tensor.to(dtype).contiguous())
+    return found

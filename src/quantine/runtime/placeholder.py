@@ -1,0 +1,24 @@
+"""Tensors without values that look like those in a file."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.formats.shards import Entry
+
+DTYPES: Final = {
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "F32": torch.float32,
+}
+
+
+def placeholder(entry: Entry) -> Tensor:
+    """A tensor on the meta device of the shape and dtype of ``entry``."""
+    return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

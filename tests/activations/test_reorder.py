@@ -1,0 +1,108 @@
+"""Reorders change no logit; half a reorder does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantine.activations.attention import NAME, register
+from quantine.activations.install import add_sites
+from quantine.activations.modules import PermutedNorm
+from quantine.activations.reorder import reorder
+from quantine.core.activation import KINDS, ActivationSpec
+from quantine.families import family_of
+from quantine.families.base import Family, Link, block_list
+from quantine.rptq import Heads
+from tiny_models import FAMILIES, VOCAB, random_model, tiny_config
+
+LINKED = [
+    name
+    for name in FAMILIES
+    if all(
+        getattr(tiny_config(name), field) == value
+        for field, value in family_of(tiny_config(name).model_type).links_need
+    )
+    and family_of(tiny_config(name).model_type).links
+]
+CASES = [
+    (name, link.kind) for name in LINKED for link in family_of(tiny_config(name).model_type).links
+]
+TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
+
+
+def order_of(channels: int, heads: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    width = channels // heads
+    local = [torch.randperm(width, generator=generator) + h * width for h in range(heads)]
+    return torch.cat(local)
+
+
+def rewrite(model: Any, family: Family, link: Link, heads: Heads) -> None:
+    for index, block in enumerate(block_list(model, family)):
+        producer = block.get_submodule(link.producers[0])
+        channels = len(producer.weight)
+        count = heads.keys if link.per_head else 1
+        reorder(block, link, order_of(channels, count, index), count)
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_all_reorders_together_change_no_logit(name: str) -> None:
+    model = random_model(tiny_config(name))
+    expected = logits_of(model)
+    family = family_of(model.config.model_type)
+    for link in family.links:
+        rewrite(model, family, link, Heads.of(model.config))
+    assert any(isinstance(module, PermutedNorm) for module in model.modules())
+    assert relative(logits_of(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_half_a_reorder_changes_logits(name: str, kind: str) -> None:
+    model = random_model(tiny_config(name))
+    expected = logits_of(model)
+    family = family_of(model.config.model_type)
+    link = next(one for one in family.links if one.kind == kind)
+    if link.fold == "attention":
+        return  # nothing moves
+    half = (
+        replace(link, consumers=())
+        if link.consumers
+        else replace(link, producers=link.producers[:1])
+    )
+    rewrite(model, family, half, Heads.of(model.config))
+    assert relative(logits_of(model), expected) > 1e-3
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_the_registered_attention_is_the_models_own(name: str) -> None:
+    model = random_model(tiny_config(name))
+    expected = logits_of(model)
+    family = family_of(model.config.model_type)
+    for block in block_list(model, family):
+        add_sites(block, family, ActivationSpec())
+    register()
+    model.set_attn_implementation(NAME)
+    assert relative(logits_of(model), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_families_name_every_reorder_once(name: str) -> None:
+    family = family_of(tiny_config(name).model_type)
+    assert tuple(link.kind for link in family.links) == KINDS
+    assert all(
+        link.consumers for link in family.links if link.fold != "attention" and not link.per_head
+    )

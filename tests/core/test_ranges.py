@@ -1,0 +1,133 @@
+"""Ranges of activations, and the grids over them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from quantine.activations.grids import StaticGrid, TokenGrid, faithful, round_probabilities
+from quantine.core.observe import MinMax
+from quantine.core.ranges import covering, search
+
+
+def samples(count: int, tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-1, 2, channels)
+    return torch.randn(count, tokens, channels, generator=generator) * scales + scales / 3
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_ranges_of_clusters_are_those_of_the_textbook(running: bool) -> None:
+    x, labels = samples(9, 7, 6), torch.tensor([0, 1, 0, 2, 1, 1])
+    seen = MinMax(6)
+    seen.update(x[:4], 4)
+    seen.update(x[4:].flatten(0, 1), 5)  # as the MLP of some models flattens them
+    low, high = seen.of_clusters(labels, running)
+    expected = oracles.cluster_ranges(x.double().numpy(), labels.tolist(), running)
+    assert low.tolist() == pytest.approx([one[0] for one in expected], rel=1e-5)
+    assert high.tolist() == pytest.approx([one[1] for one in expected], rel=1e-5)
+
+
+def test_merged_ranges_are_those_of_all_samples() -> None:
+    x = samples(6, 5, 4)
+    whole, first, second = MinMax(4), MinMax(4), MinMax(4)
+    whole.update(x, 6)
+    first.update(x[:2], 2)
+    second.update(x[2:], 4)
+    first.merge(second)
+    assert torch.equal(first.lows, whole.lows)
+    assert torch.equal(first.highs, whole.highs)
+    assert torch.equal(first.rows, whole.rows)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(whole.ordered(order).of_channels()[0], x.amin((0, 1))[order])
+
+
+@given(st.integers(2, 8), st.floats(-50, 50), st.floats(0, 100))
+def test_covering_grids_reach_both_ends_within_half_a_step(
+    bits: int, low: float, width: float
+) -> None:
+    ends = torch.tensor([low]), torch.tensor([low]) + torch.tensor([width])
+    scale, zero = covering(*ends, bits)
+    grid = StaticGrid(bits, scale, zero, torch.zeros(2, dtype=torch.int32))
+    values = torch.cat(ends).unsqueeze(0)
+    slack = float(scale[0]) * 0.51 + abs(low) * 1e-5 + 1e-6
+    assert float((grid(values) - values).abs().max()) <= slack
+
+
+@given(st.integers(2, 8), st.integers(0, 20))
+def test_faithful_grids_are_those_of_the_published_formula(bits: int, seed: int) -> None:
+    x = samples(1, 20, 5, seed)[0]
+    labels = torch.tensor([0, 0, 1, 2, 2])
+    seen = MinMax(5)
+    seen.update(x, 1)
+    low, high = seen.of_clusters(labels, True)
+    grid = StaticGrid(bits, *faithful(low, high, bits), labels.int())
+    rounded = grid(x)
+    for row, values in zip(x.tolist(), rounded.tolist(), strict=True):
+        for channel, (value, found) in enumerate(zip(row, values, strict=True)):
+            ends = float(low[labels[channel]]), float(high[labels[channel]])
+            expected = oracles.published_activation(value, *ends, bits)
+            step = max((ends[1] - ends[0]) / 2**bits, 1e-4)
+            # A value between two codes may go either way in float32.
+            assert (
+                abs(found - expected) <= step * 1e-3
+                or abs(abs(found - expected) - step) < step * 1e-3
+            )
+
+
+@given(st.integers(2, 5), st.integers(0, 10))
+def test_searched_ranges_never_cost_more_than_the_whole_range(bits: int, seed: int) -> None:
+    rows, labels = samples(1, 64, 6, seed)[0], torch.tensor([0, 1, 1, 0, 2, 2])
+    importance = torch.rand(6, generator=torch.Generator().manual_seed(seed)) + 0.1
+    seen = MinMax(6)
+    seen.update(rows, 1)
+    low, high = seen.of_clusters(labels, False)
+
+    def cost(scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+        rounded = StaticGrid(bits, scale, zero, labels.int())(rows)
+        return torch.zeros(3).index_add_(0, labels, (rounded - rows).square().sum(0) * importance)
+
+    found = cost(*search(rows, importance, labels, low, high, bits))
+    assert bool((found <= cost(*covering(low, high, bits)) * (1 + 1e-5)).all())
+
+
+def test_a_few_loud_values_are_clipped_where_that_is_cheaper() -> None:
+    rows = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
+    rows[0] = 40.0
+    one = torch.zeros(1, dtype=torch.int64)
+    scale, _ = search(rows, torch.ones(1), one, rows.amin(0), rows.amax(0), 4)
+    assert float(scale[0]) * 15 < 30
+
+
+def test_codes_are_in_range_and_mean_what_the_grid_gives_back() -> None:
+    x, labels = samples(3, 8, 4), torch.tensor([0, 1, 1, 0], dtype=torch.int32)
+    grid = StaticGrid(3, *covering(torch.tensor([-1.0, 0.5]), torch.tensor([2.0, 0.75]), 3), labels)
+    codes = grid.codes(x)
+    assert codes.dtype == torch.uint8
+    assert int(codes.max()) <= 7
+    scale, zero = grid.get_buffer("scale")[labels], grid.get_buffer("zero")[labels]
+    assert torch.equal(grid(x), (codes.float() - zero) * scale)
+
+
+def test_each_token_has_its_own_range() -> None:
+    x = torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0, 100.0, 200.0, 300.0]])
+    assert torch.allclose(TokenGrid(2)(x), x)
+
+
+def test_probabilities_reach_zero_and_one() -> None:
+    p = torch.tensor([0.0, 0.0019, 0.5, 1.0])
+    assert round_probabilities(p, 8).mul(255).tolist() == pytest.approx([0, 0, 128, 255])
+
+
+def test_grids_survive_casts() -> None:
+    grid = StaticGrid(4, torch.tensor([1e-3]), torch.tensor([-500.0]), torch.zeros(2).int())
+    before = grid.get_buffer("scale").clone()
+    grid.to(torch.bfloat16)
+    assert torch.equal(grid.get_buffer("scale"), before)
+    x = torch.tensor([[0.5, 0.501]], dtype=torch.bfloat16)
+    assert grid(x).dtype == torch.bfloat16
+    assert np.isfinite(grid(x).float().numpy()).all()

@@ -1,0 +1,216 @@
+"""Rounded activations from a plan to a loaded directory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import quantine
+from quantine import Calibration, Plan, quantize
+from quantine.activations.grids import StaticGrid, TokenGrid
+from quantine.activations.modules import AttentionSites, PermutedNorm
+from quantine.core.cluster import Clusters
+from quantine.errors import CalibrationError, FamilyError, PlanError
+from quantine.eval.evaluate import evaluate
+from quantine.formats.store import RunStore
+from tiny_models import byte_tokenizer, stored_tensors
+
+Tiny = Callable[[str], Path]
+# Like the calibration text: static grids cover nothing else.
+TOKENS = torch.tensor([byte_tokenizer()("Line 33: 22 apples and 10 pears.\nLine 34").input_ids])
+NAMES = ("opt", "llama", "gemma2", "qwen3")
+CLUSTERS = (8, 2, 2, 8, 8)
+
+
+def plan_of(scheme: str, **parameters: Any) -> Plan:
+    plan = Plan.scheme(scheme, arithmetic="exact", **parameters)
+    assert plan.activations is not None
+    return replace(plan, activations=replace(plan.activations, clusters=CLUSTERS))
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> Tensor:
+    logits: Tensor = model(input_ids=TOKENS).logits
+    return logits
+
+
+def distance(model: Any, floats: Any) -> float:
+    found, expected = logits_of(model).log_softmax(-1), logits_of(floats).log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+def float_model(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_bit_activations_are_near_the_float_model(
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny(name), out, plan_of("W8A8"), short)
+    model, _ = quantine.load(out)
+    floats = float_model(tiny(name))
+    assert 0 < distance(model, floats) < 0.15
+    grids = [m for m in model.modules() if isinstance(m, StaticGrid)]
+    blocks = model.config.num_hidden_layers
+    inputs = 6 if name == "opt" else 7
+    assert len(grids) == blocks * (inputs + 3)
+    assert sum(isinstance(m, PermutedNorm) for m in model.modules()) == 2 * blocks
+    assert all(m.softmax == 8 for m in model.modules() if isinstance(m, AttentionSites))
+
+
+@pytest.mark.parametrize(
+    "scheme", ["W16A8", "W4A3KV", "W4A4-token", "W4A4-tensor", "W4A4-faithful"]
+)
+def test_schemes_survive_the_file(
+    scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of(scheme), short)
+    model, _ = quantine.load(out)
+    expected = logits_of(model)
+    code = (
+        "import quantine, torch, sys; model, _ = quantine.load(sys.argv[1]); "
+        "tokens = torch.load(sys.argv[2], weights_only=True); "
+        "torch.save(model(input_ids=tokens).logits.detach(), sys.argv[3])"
+    )
+    torch.save(TOKENS, tmp_path / "tokens")
+    arguments = [str(out), str(tmp_path / "tokens"), str(tmp_path / "logits")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
+    kinds = {"W4A4-token": TokenGrid}
+    assert any(isinstance(m, kinds.get(scheme, StaticGrid)) for m in model.modules())
+    model.save_pretrained(tmp_path / "copy")
+    assert torch.equal(logits_of(float_model(tmp_path / "copy")), expected)
+
+
+def test_what_runs_is_what_was_solved_for(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    # Without the rounding of weights and activations, what is left of a directory is the model.
+    out = tmp_path / "out"
+    quantize(tiny("opt"), out, plan_of("W16A16"), short)
+    model, _ = quantine.load(out)
+    floats = logits_of(float_model(tiny("opt")))
+    assert float((logits_of(model) - floats).abs().max() / floats.abs().max()) < 1e-5
+    tensors = stored_tensors(out)
+    order = tensors["model.decoder.layers.0.self_attn_layer_norm.order"]
+    assert sorted(order.tolist()) == list(range(64))
+    assert order.tolist() != list(range(64))
+
+
+def test_groups_of_weights_are_the_clusters_of_their_inputs(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of("W4A8"), short)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    tensors = stored_tensors(out)
+    for name, layer in config["layers"].items():
+        sizes = tuple(config["schemes"][layer["scheme"]]["cluster_sizes"])
+        assert Clusters(tensors[f"{name}.inputs.labels"].long()).sizes == sizes
+        assert tensors[f"{name}.scale"].shape == (layer["shape"][0], len(sizes))
+
+
+def test_other_methods_keep_their_own_groups(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of("W4A8", method="spqr", group_size=16), short)
+    assert distance(quantine.load(out)[0], float_model(tiny("llama"))) < 0.3
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of("W4A4")
+    quantize(tiny("llama"), tmp_path / "whole", plan, short)
+    commit = RunStore.commit
+
+    def stop_after_first(self: RunStore, part: str, *rest: Any) -> None:
+        if part == "block-00001":
+            raise KeyboardInterrupt
+        commit(self, part, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "commit", stop_after_first)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(tiny("llama"), tmp_path / "cut", plan, short)
+    quantize(tiny("llama"), tmp_path / "cut", plan, short, resume=True)
+    first, second = (stored_tensors(tmp_path / name) for name in ("whole", "cut"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_generation_goes_on_with_the_modules(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("opt"), out, plan_of("W4A8"), short)
+    model, _ = quantine.load(out)
+    tokens = model.generate(TOKENS[:1], max_new_tokens=4, do_sample=False)
+    longer = model(input_ids=tokens[:, :-1]).logits[0, TOKENS.shape[1] - 1 :].argmax(-1)
+    assert tokens[0, TOKENS.shape[1] :].tolist() == longer.tolist()
+
+
+def test_evaluation_counts_weights_that_stay(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = quantize(tiny("opt"), out, plan_of("W16A8"), short)
+    assert result.report["totals"]["bits_per_weight"] == 16
+    found = evaluate(out, [short.source], window=32, limit=2)
+    assert found["texts"][Path(short.source).name]["perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "samples", "error", "message"),
+    [
+        ("opt_projected", Plan.scheme("W4A8"), 4, FamilyError, "do_layer_norm_before is True"),
+        ("bloom", Plan.scheme("W4A8"), 4, FamilyError, "bloom models cannot be quantized yet"),
+        ("llama", Plan.scheme("W16A8"), 0, CalibrationError, "need calibration samples"),
+        (
+            "llama",
+            Plan.preset("rtn", group_size=0),
+            4,
+            PlanError,
+            "has no clusters of inputs",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_refused_first(
+    name: str,
+    plan: Plan,
+    samples: int,
+    error: type[Exception],
+    message: str,
+    tiny: Tiny,
+    short: Calibration,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize(tiny(name), tmp_path / "out", plan, replace(short, samples=samples))
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of("W8A8"), short)
+    model, _ = quantine.load(out, dtype=torch.bfloat16)
+    assert all(
+        m.get_buffer("scale").dtype == torch.float32
+        for m in model.modules()
+        if isinstance(m, StaticGrid)
+    )
+    assert isinstance(model, nn.Module)
+    assert bool(torch.isfinite(logits_of(model).float()).all())
