@@ -116,10 +116,8 @@ class Plan:
                 f"{self.bits_per_weight}"
             )
         if self.activations is not None and (searched or self.float_inputs):
-            raise PlanError(
-                f"plan {self.name!r}: activations go neither with `bits_per_weight` nor with "
-                "`float_inputs`: leave one out"
-            )
+            others = "`bits_per_weight` nor with `float_inputs`"
+            raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
         for scheme in self.choices:
             if scheme.format == SPQR:
                 raise PlanError(
