@@ -173,7 +173,7 @@ class TestRefusals:
             ({"method": "gptq", "damp": True}, "damp must be float, not True"),
             ({"method": "gptq", "act_order": 0}, "act_order must be bool, not 0"),
             ({"method": "rtn", "bits": 1}, "bits must be 2 to 8, not 1"),
-            ({"method": "rtn", "group_size": 0}, "group_size must be positive, or -1"),
+            ({"method": "rtn", "group_size": -2}, "group_size must be positive, or -1"),
             ({"method": "gptq", "damp": 0}, "damp must be above 0 and at most 1, not 0"),
             ({"method": "gptq", "damp": float("nan")}, "damp must be above 0 and at most 1"),
             (
@@ -395,7 +395,7 @@ class TestPlainValues:
             "match",
             "method",
             "format",
-            *vars(QuantSpec()),
+            *(vars(QuantSpec()).keys() - {"cluster_sizes"}),  # known only in a run
             *vars(solver),
         }
 
