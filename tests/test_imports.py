@@ -34,7 +34,7 @@ FLOORS: Final[dict[str, str]] = {
     "fields": "core presets scheme errors",
     "plan": "core families fields formats methods presets rules scheme errors",
     "runtime": "activations core families formats kernels errors",
-    "eval": "calibrate core formats kernels runtime errors",
+    "eval": "calibrate core families formats kernels runtime errors",
     "progress": "",
     "notation": "",
     "card": "notation",

@@ -16,6 +16,7 @@ from quantine.commands import (
     evaluation,
     generation,
     inspection,
+    memory,
     quantization,
     report,
     timing,
@@ -69,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         generation,
         inspection,
+        memory,
         timing,
     ):
         command.add(verbs)

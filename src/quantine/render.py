@@ -297,3 +297,12 @@ def print_speeds(found: dict[str, Any], console: Console) -> None:
         ]
         text.add_row(row["name"], str(row["context"]), *cells)
     console.print(text)
+
+
+def print_footprints(rows: Iterable[dict[str, Any]], console: Console) -> None:
+    """What `quantine.eval.footprint.footprints` found, as plain values."""
+    parts = ("weights", "cache", "temporary", "total")
+    table = _table("scheme", "weights", "keys and values", "temporary", "total")
+    for row in rows:
+        table.add_row(row["scheme"], *(megabytes(row[part]) for part in parts))
+    console.print(table)
