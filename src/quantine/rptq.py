@@ -5,9 +5,8 @@ Everything is found with the block's float weights, on what the quantized blocks
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from quantine.activations.install import (
     places,
 )
 from quantine.activations.reorder import reorder
+from quantine.calibrate.outputs import OUTPUT_TOKENS, relative_change
 from quantine.calibrate.sequential import Sequential, set_tensor
 from quantine.core.activation import ActivationSpec
 from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
@@ -35,6 +35,8 @@ from quantine.matrix import as_stored
 
 Ranges = Mapping[str, MinMax]
 """What places showed, by `Place.path`."""
+Fitted = tuple[Tensor, Tensor]
+"""Scales and zero points ``[clusters]`` float32."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,32 @@ class Reordering:
         """The clusters of the inputs of the matrix at ``path``."""
         return self.clusters_at(next(p for p in places(self._family) if p.path == path))
 
-    def grid(self, block: nn.Module, place: Place, bits: int) -> StaticGrid:
-        """The static grid of a place in ``block``, which is reordered."""
+    def grid(self, place: Place, bits: int) -> StaticGrid:
+        """The static grid of a place, before any search."""
+        labels = self.clusters_at(place).labels
+        running = self._spec.range != "minmax"
+        low, high = self.ranges_at(place).of_clusters(labels, running)
+        fit = faithful if self._spec.range == "running" else covering
+        return StaticGrid(bits, *fit(low, high, bits), labels.to(LABELS))
+
+    def rounded(self, block: nn.Module) -> list[list[Place]]:
+        """The places of ``block`` with static grids; those that read the same share one."""
+        shared: dict[tuple[str, str], list[Place]] = {}
+        modules = dict(block.named_modules())
+        for place in places(self._family):
+            if isinstance(modules.get(place.grid), StaticGrid):
+                shared.setdefault((place.site, place.kind), []).append(place)
+        return list(shared.values())
+
+    def candidates(self, block: nn.Module, place: Place, bits: int) -> list[Fitted]:
+        """Scales and zero points that a search may take instead; ``block`` is reordered."""
         labels, seen = self.clusters_at(place).labels, self.ranges_at(place)
-        low, high = seen.of_clusters(labels, self._spec.range == "running")
-        if self._spec.range == "running":
-            fitted = faithful(low, high, bits)
-        elif self._spec.range == "minmax":
-            fitted = covering(low, high, bits)
-        else:
-            importance = self._importance(block, place)
-            fitted = search(seen.rows, importance, labels, low, high, bits)
-        return StaticGrid(bits, *fitted, labels.to(LABELS))
+        importance = self._importance(block, place)
+        ends = [seen.of_clusters(labels, running) for running in (True, False)]
+        return [
+            covering(*ends[1], bits),
+            *(search(seen.rows, importance, labels, *end, bits) for end in ends),
+        ]
 
     def _importance(self, block: nn.Module, place: Place) -> Tensor:
         """How much the squared error of each channel at a place costs what reads it.
@@ -191,8 +207,51 @@ def prepare_block(
     found = sequential.ranges(index, [place.path for place in places(family)])
     reordering = Reordering(family, heads, spec, found)
     reordering.apply(block)
-    add_grids(block, family, spec, partial(reordering.grid, block))
+    searched = spec.range == "search" and spec.granularity != "token"
+    before = outputs(sequential, index) if searched else []
+    add_grids(block, family, spec, reordering.grid)
+    if searched:
+        _search(sequential, index, block, reordering, before)
     return reordering
+
+
+def outputs(sequential: Sequential, index: int) -> list[Tensor]:
+    """What block ``index`` makes of some calibration tokens, as it is now."""
+    hidden, found, tokens = sequential.hidden, list[Tensor](), 0
+    with torch.no_grad():
+        for batch in range(len(hidden)):
+            if tokens < OUTPUT_TOKENS:
+                found.append(sequential.run(index, hidden[batch]))
+                tokens += hidden[batch].shape[0] * hidden[batch].shape[1]
+    return found
+
+
+def _search(
+    sequential: Sequential,
+    index: int,
+    block: nn.Module,
+    reordering: Reordering,
+    before: Sequence[Tensor],
+) -> None:
+    """Give one site after another the candidates that change the block's output least."""
+    least = relative_change(before, outputs(sequential, index))
+    for shared in reordering.rounded(block):
+        grids = [block.get_submodule(place.grid) for place in shared]
+        first = grids[0]
+        assert isinstance(first, StaticGrid)
+        best = first.fitted()
+        for candidate in reordering.candidates(block, shared[0], first.bits):
+            _refit(grids, candidate)
+            change = relative_change(before, outputs(sequential, index))
+            if change < least:
+                least, best = change, candidate
+        _refit(grids, best)
+
+
+def _refit(grids: Sequence[nn.Module], fitted: Fitted) -> None:
+    for grid in grids:
+        assert isinstance(grid, StaticGrid)
+        grid.refit(*fitted)
 
 
 def restore_block(

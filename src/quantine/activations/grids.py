@@ -35,14 +35,22 @@ class StaticGrid(FixedDtypes):
         for name, tensor in zip(self.tensor_names, (scale, zero, labels), strict=True):
             self.register_buffer(name, tensor)
 
+    def fitted(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each cluster."""
+        return self.get_buffer("scale"), self.get_buffer("zero")
+
+    def refit(self, scale: Tensor, zero: Tensor) -> None:
+        """Take another scale and zero point for each cluster."""
+        self.scale, self.zero = scale, zero
+
     def codes(self, x: Tensor) -> Tensor:
         """Codes of ``x`` ``[..., channels]``, as uint8 of the same shape."""
-        scale, zero = self._of_channels()
+        scale, zero = self.of_channels()
         return encode(x.float().unsqueeze(-1), scale, zero, self.bits).squeeze(-1).byte()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
-        scale, zero = self._of_channels()
+        scale, zero = self.of_channels()
         codes = encode(x.float().unsqueeze(-1), scale, zero, self.bits)
         return decode(codes, scale, zero).squeeze(-1).to(x.dtype)
 
@@ -51,7 +59,8 @@ class StaticGrid(FixedDtypes):
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
         return f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
 
-    def _of_channels(self) -> tuple[Tensor, Tensor]:
+    def of_channels(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each channel, ``[channels]`` float32."""
         labels = self.get_buffer("labels")
         return self.get_buffer("scale")[labels], self.get_buffer("zero")[labels]
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from quantine.activations.attention import NAME as ATTENTION
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.decoder_model import check_state
@@ -41,6 +42,9 @@ ELSEWHERE: Final = frozenset(
 
 UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
 """What transformers hands to the loop and the native decoder needs not be told."""
+
+CACHES: Final = ("past_key_values", "cache_implementation", "generation_config")
+"""Arguments that may say which cache to use."""
 
 OUTPUTS: Final = (
     "return_dict_in_generate",
@@ -80,7 +84,19 @@ class Generate:
                 return ordinary(self._model, *args, custom_generate=loop, **options)
             except _Elsewhere:
                 pass
-        return ordinary(self._model, *args, streamer=streamer, **options)
+        return ordinary(self._model, *args, streamer=streamer, **self._with_cache(options))
+
+    def _with_cache(self, options: dict[str, Any]) -> dict[str, Any]:
+        """``options`` with a packed cache, where the model rounds keys and values anyway."""
+        from quantine.runtime.kv_cache import packed_cache
+
+        if self._model.config._attn_implementation != ATTENTION:
+            return options
+        asked = any(options.get(name) is not None for name in CACHES)
+        if asked or options.get("use_cache") is False:
+            return options
+        cache = packed_cache(self._model)
+        return options if cache is None else {**options, "past_key_values": cache}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies make a decoder of their own."""

@@ -1,0 +1,138 @@
+"""The packed cache against the cache of floats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+import quantine
+from quantine import Calibration, Plan, quantize
+from quantine.activations.grids import StaticGrid
+from quantine.eval.memory import cache_bytes
+from quantine.runtime.kv_cache import PackedLayer, packed_cache, packed_states, unpacked_states
+from tiny_models import byte_tokenizer
+
+TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
+
+
+def grid_of(bits: int, channels: int, seed: int) -> StaticGrid:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(5, (channels,), generator=generator)
+    scale = torch.rand(5, generator=generator) + 0.01
+    zero = torch.randint(-20, 40, (5,), generator=generator).float()
+    return StaticGrid(bits, scale, zero, labels.int())
+
+
+@given(
+    bits=st.integers(2, 8),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    tokens=st.integers(1, 5),
+    dim=st.sampled_from([1, 3, 8, 17, 64]),
+    seed=st.integers(0, 99),
+)
+def test_packed_states_are_what_the_grid_gives_back(
+    bits: int, batch: int, heads: int, tokens: int, dim: int, seed: int
+) -> None:
+    grid = grid_of(bits, heads * dim, seed)
+    states = torch.randn(batch, heads, tokens, dim) * 10
+    packed = packed_states(grid, states)
+    assert packed.shape == (batch, heads, tokens, -(-dim * bits // 8))
+    flat = grid(states.transpose(1, 2).flatten(2))
+    expected = flat.view(batch, tokens, heads, dim).transpose(1, 2)
+    found = unpacked_states(grid, packed, dim)
+    assert torch.equal(found, expected)
+    # Attention rounds once more what the cache gives back: nothing changes.
+    assert torch.equal(grid(flat), flat)
+
+
+@pytest.fixture(scope="module")
+def rounding(
+    tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], Any]:
+    root = tmp_path_factory.mktemp("kv")
+
+    def loaded(name: str, scheme: str) -> Any:
+        out = root / f"{name}-{scheme}"
+        if not out.exists():
+            quantize(tiny(name), out, Plan.scheme(scheme, arithmetic="exact"), short)
+        return quantine.load(out)[0]
+
+    return loaded
+
+
+def tokens_of(*texts: str) -> Tensor:
+    return torch.tensor([byte_tokenizer()(text).input_ids for text in texts])
+
+
+@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("opt", 3), ("gemma2", 8)])
+@torch.no_grad()
+def test_token_by_token_it_is_the_whole_text(
+    name: str, bits: int, rounding: Callable[[str, str], Any]
+) -> None:
+    model = rounding(name, f"W16A{bits}KV")
+    tokens = tokens_of(TEXT, TEXT[::-1])
+    whole = model(input_ids=tokens).logits
+    cache = packed_cache(model)
+    parts = [
+        model(input_ids=part, past_key_values=cache).logits
+        for part in tokens.split([9, 1, 1, 30], 1)
+    ]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-4 * float(whole.abs().max()))
+    assert cache is not None
+    assert cache.get_seq_length() == tokens.shape[1]
+    stored = sum(layer.nbytes for layer in cache.layers)
+    assert stored == cache_bytes(model.config, tokens.numel()) * bits / 16
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
+)
+def test_generation_is_that_of_rounded_floats(
+    options: dict[str, int], rounding: Callable[[str, str], Any]
+) -> None:
+    model = rounding("llama", "W16A4KV")
+    tokens = tokens_of(TEXT[:12], TEXT[3:15])
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
+    mask = torch.ones_like(tokens)
+    packed = model.generate(tokens, attention_mask=mask, **asked)
+    floats = DynamicCache(config=model.config)
+    expected = model.generate(tokens, attention_mask=mask, past_key_values=floats, **asked)
+    assert torch.equal(packed, expected)
+
+
+@torch.no_grad()
+def test_cropping_reordering_and_repeating(rounding: Callable[[str, str], Any]) -> None:
+    model = rounding("llama", "W16A4KV")
+    tokens = tokens_of(TEXT, TEXT[::-1])
+    cache = packed_cache(model)
+    assert cache is not None
+    model(input_ids=tokens, past_key_values=cache)
+    cache.crop(-5)
+    again = model(input_ids=tokens[:, -5:], past_key_values=copy.deepcopy(cache)).logits
+    whole = model(input_ids=tokens).logits[:, -5:]
+    assert torch.allclose(again, whole, atol=1e-4 * float(whole.abs().max()))
+    kept = [layer.keys.clone() for layer in cache.layers]
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert all(torch.equal(a.flip(0), b.keys) for a, b in zip(kept, cache.layers, strict=True))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    assert all(torch.equal(a.flip(0), b.keys) for a, b in zip(kept, cache.layers, strict=True))
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert all(isinstance(layer, PackedLayer) for layer in cache.layers)
+
+
+def test_models_that_keep_floats_have_no_packed_cache(
+    rounding: Callable[[str, str], Any],
+) -> None:
+    assert packed_cache(rounding("llama", "W4A16")) is None
