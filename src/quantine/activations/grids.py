@@ -41,7 +41,7 @@ class StaticGrid(FixedDtypes):
 
     def refit(self, scale: Tensor, zero: Tensor) -> None:
         """Take another scale and zero point for each cluster."""
-        self.scale, self.zero = scale, zero
+        self.scale, self.zero = scale.clone(), zero.clone()
 
     def codes(self, x: Tensor) -> Tensor:
         """Codes of ``x`` ``[..., channels]``, as uint8 of the same shape."""
