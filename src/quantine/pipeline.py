@@ -304,7 +304,7 @@ def _reordered(
     assert job.plan.activations is not None
     path = f"{job.family.blocks}.{index}"
     block = job.model.get_submodule(path)
-    heads = Heads.of(job.config)
+    heads = Heads.of(job.config, job.family)
     spec = job.plan.activations
     reordering = prepare_block(sequential, index, block, job.family, heads, spec)
     schemes = [

@@ -267,7 +267,7 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
 
 def _check_links(family: Family, config: PretrainedConfig) -> None:
     """Refuse activations where reorders would change what a block computes."""
-    if not family.links:
+    if not family.links or not family.attention:
         raise FamilyError(
             f"activations of {config.model_type} models cannot be quantized yet: leave out "
             "`activations` and `scheme`"

@@ -51,9 +51,11 @@ class Heads:
     keys: int
 
     @classmethod
-    def of(cls, config: Any) -> Heads:
+    def of(cls, config: Any, family: Family) -> Heads:
         """Those of a model with this configuration of transformers."""
         queries = int(config.num_attention_heads)
+        if any(link.rows == "interleaved" for link in family.links):
+            return cls(queries, queries)  # one matrix has query, key and value of each head
         return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
 
     @property

@@ -27,7 +27,7 @@ from tiny_models import byte_tokenizer, stored_tensors
 Tiny = Callable[[str], Path]
 # Like the calibration text: static grids cover nothing else.
 TOKENS = torch.tensor([byte_tokenizer()("Line 33: 22 apples and 10 pears.\nLine 34").input_ids])
-NAMES = ("opt", "llama", "gemma2", "qwen3")
+NAMES = ("opt", "llama", "gemma2", "qwen3", "phi3", "neox_parallel")
 CLUSTERS = (8, 2, 2, 8, 8)
 
 
@@ -65,7 +65,7 @@ def test_eight_bit_activations_are_near_the_float_model(
     assert 0 < distance(model, floats) < 0.15
     grids = [m for m in model.modules() if isinstance(m, StaticGrid)]
     blocks = model.config.num_hidden_layers
-    inputs = 6 if name == "opt" else 7
+    inputs = {"opt": 6, "phi3": 4, "neox_parallel": 4}.get(name, 7)
     assert len(grids) == blocks * (inputs + 3)
     assert sum(isinstance(m, PermutedNorm) for m in model.modules()) == 2 * blocks
     assert all(m.softmax == 8 for m in model.modules() if isinstance(m, AttentionSites))

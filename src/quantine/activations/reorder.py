@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantine.activations.modules import PermutedNorm
 from quantine.core.cluster import order_within_heads
-from quantine.families.base import Link, is_transposed
+from quantine.families.base import Link, Rows, is_transposed
 
 
 def reorder(block: nn.Module, link: Link, order: Tensor, heads: int = 1) -> None:
@@ -28,7 +28,7 @@ def reorder(block: nn.Module, link: Link, order: Tensor, heads: int = 1) -> None
         if link.fold == "gather":
             permute_norm(block, path, order)
         else:
-            permute_outputs(block.get_submodule(path), order)
+            permute_outputs(block.get_submodule(path), order, link.rows, heads)
     for path in link.consumers:
         permute_inputs(block.get_submodule(path), order, heads)
 
@@ -40,12 +40,29 @@ def permute_norm(block: nn.Module, path: str, order: Tensor) -> None:
     setattr(block.get_submodule(parent), leaf, norm)
 
 
-def permute_outputs(module: nn.Module, order: Tensor) -> None:
-    """Let a matrix write its outputs in ``order``."""
-    _replace(module, module.get_parameter("weight"), order, axis=1 if is_transposed(module) else 0)
+def permute_outputs(module: nn.Module, order: Tensor, rows: Rows = "parts", heads: int = 1) -> None:
+    """Let a matrix write those outputs that ``rows`` names in ``order``; see `Link.rows`."""
+    axis = 1 if is_transposed(module) else 0
+    weight = module.get_parameter("weight")
+    whole = _order_of_rows(weight.shape[axis], order, rows, heads)
+    _replace(module, weight, whole, axis)
     bias = getattr(module, "bias", None)
     if bias is not None:
-        module.bias = nn.Parameter(bias.detach()[order], requires_grad=False)
+        module.bias = nn.Parameter(bias.detach()[whole], requires_grad=False)
+
+
+def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
+    """An order of all ``count`` rows of a producer."""
+    channels = len(order)
+    whole = torch.arange(count)
+    if rows == "parts":
+        return (order + torch.arange(0, count, channels).unsqueeze(1)).flatten()
+    if rows == "last":
+        whole[-channels:] = order + count - channels
+        return whole
+    places = whole.view(heads, -1)[:, -channels // heads :].flatten()
+    whole[places] = places[order]
+    return whole
 
 
 def permute_inputs(module: nn.Module, order: Tensor, heads: int) -> None:

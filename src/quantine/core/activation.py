@@ -19,7 +19,7 @@ Range = Literal["search", "running", "minmax"]
 RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
 """How the range of a static grid is found. ``"minmax"``: everything the calibration text showed.
 ``"running"``: the running average over its samples, with the wasted step of RPTQ's published code.
-``"search"``: the share of either that changes the block's output least."""
+``"search"``: of several ranges, site by site, the one that changes the block's output least."""
 
 UNQUANTIZED: Final = 16
 """Bits of a site whose values stay as they are."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Role = Literal["block", "embedding", "head"]
 Fold = Literal["weights", "gather", "attention"]
+Rows = Literal["parts", "last", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Link:
             for each channel, as rotary embeddings fix the places of queries and keys.
         producers, consumers: paths inside a block; consumers may have copies of each head.
         per_head: channels stay in their heads.
+        rows: which rows of a producer are meant, where it has more than there are channels.
+            ``"parts"``: as many parts as fit, all of which get the order (gate and up in one
+            matrix). ``"last"``: the last ones (values after all queries and keys).
+            ``"interleaved"``: the last ones of each head (values after that head's query and key).
     """
 
     kind: str
@@ -35,6 +40,7 @@ class Link:
     producers: tuple[str, ...]
     consumers: tuple[str, ...] = ()
     per_head: bool = False
+    rows: Rows = "parts"
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,10 @@ class Family:
         head: path of the output head.
         returns_tuple: blocks return ``(hidden, ...)`` instead of the hidden states alone.
         renames: ``(old, new)`` prefixes of tensor names in older checkpoints.
-        links: the reorders that leave a block's function as it is; none where activations cannot
-            be quantized.
+        links: the reorders that leave a block's function as it is; none where they are not known.
         links_need: fields of ``config.json`` and the values without which ``links`` are wrong.
-        attention: path inside a block of the module that transformers hands to attention functions.
+        attention: path inside a block of the module that transformers hands to attention functions;
+            empty where activations cannot be quantized, because it hands none, or for now.
     """
 
     name: str

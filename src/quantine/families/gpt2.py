@@ -1,6 +1,6 @@
 """GPT-2, whose Conv1D modules store weights as [in, out]."""
 
-from quantine.families.base import Family
+from quantine.families.base import Family, Link
 
 GPT2 = Family(
     name="gpt2",
@@ -8,4 +8,12 @@ GPT2 = Family(
     blocks="transformer.h",
     groups=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
     embedding="transformer.wte",
+    links=(
+        Link("R1", "gather", ("ln_1",), ("attn.c_attn",)),
+        Link("R2", "attention", ("attn.c_attn",), per_head=True),
+        Link("R3", "weights", ("attn.c_attn",), ("attn.c_proj",), per_head=True, rows="last"),
+        Link("R4", "gather", ("ln_2",), ("mlp.c_fc",)),
+        Link("R5", "weights", ("mlp.c_fc",), ("mlp.c_proj",)),
+    ),
+    attention="",
 )

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia. Attention and MLP may run in parallel; the groups hold either way."""
 
-from quantine.families.base import Family
+from quantine.families.base import Family, Link
 
 GPT_NEOX = Family(
     name="gpt_neox",
@@ -13,5 +13,20 @@ GPT_NEOX = Family(
         ("mlp.dense_4h_to_h",),
     ),
     embedding="gpt_neox.embed_in",
+    links=(
+        Link("R1", "gather", ("input_layernorm",), ("attention.query_key_value",)),
+        Link("R2", "attention", ("attention.query_key_value",), per_head=True),
+        Link(
+            "R3",
+            "weights",
+            ("attention.query_key_value",),
+            ("attention.dense",),
+            per_head=True,
+            rows="interleaved",
+        ),
+        Link("R4", "gather", ("post_attention_layernorm",), ("mlp.dense_h_to_4h",)),
+        Link("R5", "weights", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    ),
+    attention="attention",
     renames=(("embed_out.", "lm_head."),),
 )

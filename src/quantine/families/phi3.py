@@ -1,6 +1,6 @@
 """Phi-3: llama with q, k, v in one matrix and gate, up in another."""
 
-from quantine.families.base import Family
+from quantine.families.base import Family, Link
 
 PHI3 = Family(
     name="phi3",
@@ -13,4 +13,18 @@ PHI3 = Family(
         ("mlp.down_proj",),
     ),
     embedding="model.embed_tokens",
+    links=(
+        Link("R1", "gather", ("input_layernorm",), ("self_attn.qkv_proj",)),
+        Link("R2", "attention", ("self_attn.qkv_proj",), per_head=True),
+        Link(
+            "R3",
+            "weights",
+            ("self_attn.qkv_proj",),
+            ("self_attn.o_proj",),
+            per_head=True,
+            rows="last",
+        ),
+        Link("R4", "gather", ("post_attention_layernorm",), ("mlp.gate_up_proj",)),
+        Link("R5", "weights", ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    ),
 )
