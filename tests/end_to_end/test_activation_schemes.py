@@ -18,6 +18,7 @@ import quantine
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
+from quantine.cli import main
 from quantine.core.cluster import Clusters
 from quantine.errors import CalibrationError, FamilyError, PlanError
 from quantine.eval.evaluate import evaluate
@@ -214,3 +215,23 @@ def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_p
     )
     assert isinstance(model, nn.Module)
     assert bool(torch.isfinite(logits_of(model).float()).all())
+
+
+@pytest.mark.parametrize("scheme", ["W4A4", "W16A8-faithful"])
+def test_the_command_line_takes_schemes(
+    scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--scheme", scheme, "--calibration", short.source, "--samples", "4", "--seqlen", "32"]
+    out = str(tmp_path / "out")
+    assert main(["plan", str(tiny("opt")), *asked]) == 0
+    assert main(["quantize", str(tiny("opt")), out, *asked, "--quiet"]) == 0
+    assert main(["inspect", out]) == 0
+    assert main(["eval", out, "--text", short.source, "--window", "32", "--limit", "1"]) == 0
+    assert ("clusters" in capsys.readouterr().out) == (scheme == "W4A4")
+
+
+def test_a_scheme_decides_the_bits_of_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "somewhere", "--scheme", "W4A4", "--bits", "3"]) == 2
+    assert "--scheme decides everything: leave out --bits" in capsys.readouterr().err
+    assert main(["plan", "somewhere", "--scheme", "W4A4", "--preset", "spqr-3bit"]) == 2
+    assert "leave out --scheme" in capsys.readouterr().err
