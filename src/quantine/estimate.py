@@ -29,6 +29,8 @@ STOPPED_TENSORS: Final = 4
 """Tensors as wide as hidden states that a block holds beside its widest input when it stops."""
 SOLVED_COPIES: Final = 5
 """Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
+SCORES: Final = 4
+"""Tensors as large as the attention scores of a batch, where attention rounds activations."""
 LOGIT_COPIES: Final = 6
 """Tensors as large as the logits that are held at once when gradients are taken."""
 SEARCH_BYTES: Final = 32 * CHUNK
@@ -149,6 +151,9 @@ def _in_block(job: Job) -> int:
     if job.segments is not None:
         rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
         forward += FLOAT * rows * LIVE_TENSORS * (widest + _width(job))
+        if job.plan.activations is not None:
+            heads = int(job.config.num_attention_heads)
+            forward += FLOAT * SCORES * heads * rows * job.segment_length()
     if any(decision.objective == "output" for decision in job.decisions):
         # What enters the parts of a block, and what they put out before and after.
         widths = {layer.group: layer.in_features for layer in inside}

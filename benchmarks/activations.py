@@ -1,0 +1,82 @@
+"""What rounding one site of activations alone does to a block's output, by kind of grid.
+
+    python benchmarks/activations.py MODEL TEXT --bits 4 --blocks 0 3
+
+Weights are floats. Each number is the mean over blocks of the squared change of the block's output
+relative to its square.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import replace
+
+import torch
+
+from quantine import Calibration, Plan
+from quantine.calibrate.outputs import relative_change
+from quantine.calibrate.sequential import Sequential
+from quantine.core.activation import SITES, UNQUANTIZED, ActivationSpec
+from quantine.families.base import block_list
+from quantine.prepare import Job, prepare
+from quantine.rptq import Heads, outputs, prepare_block
+
+VARIANTS = {
+    "clusters, as published": {"range": "running"},
+    "clusters, searched": {"range": "search"},
+    "one static grid": {"granularity": "tensor", "range": "minmax"},
+    "a grid for each token": {"granularity": "token"},
+}
+MEASURED = tuple(site for site in SITES if site != "softmax")
+
+
+def changes(job: Job, sequential: Sequential, index: int, bits: int) -> dict[str, list[float]]:
+    """The change of block ``index`` for each site, by variant."""
+    blocks, heads = block_list(job.model, job.family), Heads.of(job.config, job.family)
+    block = sequential.load(index)
+    expected = outputs(sequential, index)
+    found: dict[str, list[float]] = {}
+    for name, fields in VARIANTS.items():
+        spec = replace(ActivationSpec(), **fields)
+        for site in MEASURED:
+            blocks[index] = copy.deepcopy(block)
+            one = replace(spec, **{site: bits})
+            prepare_block(sequential, index, blocks[index], job.family, heads, one)
+            change = relative_change(expected, outputs(sequential, index))
+            found.setdefault(name, []).append(change)
+    blocks[index] = block
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seqlen", type=int, default=256)
+    asked = parser.parse_args()
+    calibration = Calibration(asked.text, asked.samples, asked.seqlen)
+    plan = Plan.scheme(f"W{UNQUANTIZED}A8")
+    job = prepare(asked.model, plan, calibration)
+    assert job.segments is not None
+    sequential = Sequential(job.model, job.family, job.checkpoint(), job.segments, None, {})
+    totals = {name: torch.zeros(len(MEASURED)) for name in VARIANTS}
+    for index in range(max(asked.blocks) + 1):
+        if index in asked.blocks:
+            for name, found in changes(job, sequential, index, asked.bits).items():
+                totals[name] += torch.tensor(found) / len(asked.blocks)
+        else:
+            sequential.load(index)
+        sequential.advance(index)
+        sequential.release(index)
+    print("| | " + " | ".join(MEASURED) + " |")
+    print("|---" * (len(MEASURED) + 1) + "|")
+    for name, total in totals.items():
+        print(f"| {name} | " + " | ".join(f"{value:.2e}" for value in total.tolist()) + " |")
+
+
+if __name__ == "__main__":
+    main()
