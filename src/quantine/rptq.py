@@ -124,6 +124,7 @@ class Reordering:
         importance = self._importance(block, place)
         ends = [seen.of_clusters(labels, running) for running in (True, False)]
         return [
+            faithful(*ends[0], bits),
             covering(*ends[1], bits),
             *(search(seen.rows, importance, labels, *end, bits) for end in ends),
         ]
