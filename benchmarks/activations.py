@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, too")
     asked = parser.parse_args()
     calibration = Calibration(asked.text, asked.samples, asked.seqlen)
     plan = Plan.scheme(f"W{UNQUANTIZED}A8")
@@ -72,10 +75,11 @@ def main() -> None:
             sequential.load(index)
         sequential.advance(index)
         sequential.release(index)
-    print("| | " + " | ".join(MEASURED) + " |")
-    print("|---" * (len(MEASURED) + 1) + "|")
-    for name, total in totals.items():
-        print(f"| {name} | " + " | ".join(f"{value:.2e}" for value in total.tolist()) + " |")
+    found = {"sites": MEASURED, "changes": {name: row.tolist() for name, row in totals.items()}}
+    for name, changed in found["changes"].items():
+        print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in zip(MEASURED, changed)))
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

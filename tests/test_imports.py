@@ -51,7 +51,8 @@ FLOORS: Final[dict[str, str]] = {
     "render": "estimate notation plan prepare",
     "pipeline": "adadim allocate calibrate core estimate families formats matrix plan prepare "
     "progress publish rptq scheme errors",
-    "comparison": "calibrate core eval formats notation pipeline plan prepare progress runtime errors",
+    "comparison": "calibrate core eval formats notation pipeline plan prepare progress runtime "
+    "errors",
     "record": "card formats errors",
     "report": "comparison contents eval formats notation plots record runtime errors",
     "commands": "calibrate comparison contents core estimate eval pipeline plan plots prepare "
