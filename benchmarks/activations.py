@@ -77,7 +77,8 @@ def main() -> None:
         sequential.release(index)
     found = {"sites": MEASURED, "changes": {name: row.tolist() for name, row in totals.items()}}
     for name, changed in found["changes"].items():
-        print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in zip(MEASURED, changed)))
+        sites = zip(MEASURED, changed, strict=True)
+        print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in sites))
     if asked.json is not None:
         asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -74,11 +74,11 @@ ROUNDED = "activations-opt-mini-outlier-all"
 ACTIVATIONS = """
 ## RPTQ: activations in clusters of reordered channels
 
-RPTQ (section 3): channels differ so much in range that one grid for all of them ruins most; clusters of
-channels with similar ranges do not. Here is an OPT of 6 blocks, 256 wide, with channel ranges as large
-OPT models have them: some channels are 3 to 100 times the others. One site at a time is rounded to 4
-bits, everything else is float; the squared change of the block's output relative to its square, mean of
-two blocks:
+RPTQ (section 3): channels differ so much in range that one grid for all of them ruins most;
+clusters of channels with similar ranges do not. Here is an OPT of 6 blocks, 256 wide, with
+channel ranges as large OPT models have them: some channels are 3 to 100 times the others. One
+site at a time is rounded to 4 bits, everything else is float; the squared change of the block's
+output relative to its square, mean of two blocks:
 
 ```sh
 python benchmarks/activations.py MODEL wikitext2_valid.txt --blocks 1 4 --json rounded.json
@@ -86,9 +86,10 @@ python benchmarks/activations.py MODEL wikitext2_valid.txt --blocks 1 4 --json r
 
 """
 UNFINISHED = """
-Perplexity of the same model on 256 windows of 256 tokens of WikiText-2, calibrated on 128 segments of 256
-tokens of its validation text: float 146.72, `--scheme W4A4-faithful` 146.96 ± 3.72. RPTQ's published
-code gives 147.29, and 225.2 with one static grid for each tensor. Other schemes were not measured yet.
+Perplexity of the same model on 256 windows of 256 tokens of WikiText-2, calibrated on 128
+segments of 256 tokens of its validation text: float 146.72, `--scheme W4A4-faithful` 146.96 ±
+3.72. RPTQ's published code gives 147.29, and 225.2 with one static grid for each tensor. Other
+schemes were not measured yet.
 """
 
 INTRODUCTION = """# Results
