@@ -25,6 +25,7 @@ from quantine.families.gpt2 import GPT2
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.rules import Rule
+from quantine.runtime.modules import FEW_ROWS
 from tiny_models import byte_tokenizer, matrices_of, with_weights
 
 Tiny = Callable[[str], Path]
@@ -130,6 +131,40 @@ def test_losses_and_axes_are_the_textbooks(chosen: Path, tiny: Tiny, short: Cali
     assert axes == {"in", "out"}
 
 
+def test_what_was_decided_in_the_same_block_counts_for_neither_choice(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    # OPT has no MLP module: fc1 is judged by the whole block, of which attention is a part.
+    out = quantine.quantize(tiny("opt"), tmp_path / "out", TEXTBOOK, short).path
+    layers = {layer["name"]: layer for layer in layers_of(out)}
+    segments = calibration_segments(short, byte_tokenizer(), 300, None)
+    model = with_weights(tiny("opt"), {})
+    for index, original in enumerate(model.model.decoder.layers):
+        inside = f"model.decoder.layers.{index}."
+        call = recorded(original, lambda: model(input_ids=segments, use_cache=False))
+        block = copy.deepcopy(original)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear = block.self_attn.get_submodule(name)
+            axis = layers[f"{inside}self_attn.{name}"]["scheme"]["group_axis"]
+            linear.weight.data = rounded(linear.weight.data, axis)
+        before, weight = output(block, call), block.fc1.weight.data.clone()
+        for choice in layers[f"{inside}fc1"]["choice"]["choices"]:
+            block.fc1.weight.data = rounded(weight, choice["group_axis"])
+            change = (output(block, call) - before).double().square().sum()
+            expected = float(change / before.double().square().sum())
+            assert choice["loss"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_choices_are_told_apart_by_whatever_differs(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    choices = [{"clip": "minmax"}, {"clip": "mse"}]
+    rule = {"match": "*.0.mlp.up_proj", "method": "adadim", "inner": "rtn", "choices": choices}
+    plan = Plan.from_dict({"rules": [{**rule, "group_size": 16}]})
+    (layer,) = layers_of(quantine.quantize(tiny("llama"), tmp_path / "out", plan, short).path)
+    assert [one["clip"] for one in layer["choice"]["choices"]] == ["minmax", "mse"]
+
+
 def test_what_is_stored_is_the_textbooks_rounding(chosen: Path, tiny: Tiny) -> None:
     model, _ = quantine.load(chosen)
     exact = with_weights(tiny("llama"), {})
@@ -150,11 +185,12 @@ def test_logits_are_those_of_the_decoded_matrices(chosen: Path, tiny: Tiny) -> N
         tiny("llama"),
         {name: model.get_submodule(name).dequantize() for name in matrices_of(tiny("llama"))},
     )
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     for name in along_outputs:
         module, linear = model.get_submodule(name), decoded.get_submodule(name)
-        inputs = x[:, :1].expand(5, linear.in_features).contiguous()
-        assert torch.equal(module(inputs), linear(inputs)), name
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(FEW_ROWS + 1, linear.in_features, generator=generator)
+        assert torch.equal(module(x), linear(x)), name  # weights are decoded
+        torch.testing.assert_close(module(x[:5]), linear(x[:5]))  # from codes
     tokens = torch.arange(24).view(2, 12)
     with torch.no_grad():
         torch.testing.assert_close(

@@ -4,7 +4,7 @@ AdaDim (arXiv 2309.15531, section 3.2) chooses the axis that groups run along. F
 ``output`` matrices are rounded to nearest one after another, in running order, on the inputs that
 the float block makes of what enters it: queries, keys and values are judged by the output of
 attention, gate and up by that of the MLP, the last matrix of each by its own. A matrix stays as its
-winner rounds it while those behind it in the same part are judged.
+winner rounds it while those behind it are judged, which changes outputs only of what it is part of.
 """
 
 from __future__ import annotations
@@ -53,12 +53,13 @@ def output_losses(job: Job, sequential: Sequential, index: int) -> dict[str, lis
     paths = list(dict.fromkeys(parts_of.values()))
     parts = Parts(sequential, index, block, paths, job.calibration.bfloat16)
     original = {layer: _parameter(job, layer) for layer in parts_of}
-    outputs = {path: parts.outputs(path) for path in paths}
+    judged, before = "", list[Tensor]()
     losses: dict[str, list[float]] = {}
     for decision in decisions:
         layer, part = decision.layer, parts_of[decision.layer]
         weight = present_weight(job.model, layer)
-        before = outputs[part]
+        if part != judged or not before:
+            judged, before = part, parts.outputs(part)
         found: list[float] = []
         for choice in decision.choices:
             rounded = _rounded(layer, choice, weight)
@@ -66,9 +67,10 @@ def output_losses(job: Job, sequential: Sequential, index: int) -> dict[str, lis
             after = parts.outputs(part)
             loss = relative_change(before, after)
             if not found or loss < min(found):
-                best, outputs[part] = rounded, after
+                best, of_best = rounded, after
             found.append(loss)
         install(job.model, layer, best)
+        before = of_best
         losses[layer.name] = found
     for layer, parameter in original.items():
         job.model.get_submodule(layer.name).weight = parameter
@@ -100,10 +102,13 @@ def solve_choice(
 
 def _described(decision: Decision, losses: Sequence[float]) -> dict[str, Any]:
     """Choices and losses as the report has them; ``margin`` is what the next best loses more."""
-    fields = ("method", "bits", "group_size", "group_axis")
+    plain = [choice.as_dict() for choice in decision.choices]
+    keys = dict.fromkeys(key for one in plain for key in one)
+    differing = [key for key in keys if any(one.get(key) != plain[0].get(key) for one in plain)]
+    fields = dict.fromkeys(("method", "bits", "group_size", "group_axis", *differing))
     choices = [
-        {**{key: choice.as_dict()[key] for key in fields}, "loss": loss}
-        for choice, loss in zip(decision.choices, losses, strict=True)
+        {**{key: one[key] for key in fields if key in one}, "loss": loss}
+        for one, loss in zip(plain, losses, strict=True)
     ]
     least, second = sorted(losses)[:2]
     margin = second / max(least, 1e-30) - 1
