@@ -179,19 +179,27 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
     out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
 }
 
-// Adds what outliers of a tile make of one row of activations. Most rows have one or two: a loop for
-// each would cost more than the products.
+// Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two of
+// each: a loop for each row would cost more than the products. Where rows have many, sums that wait
+// for each other would.
 template <typename V>
 void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
-  constexpr std::size_t kPiece = 128;
+  constexpr std::size_t kPiece = 128, kChains = 8;
   alignas(64) float products[kPiece];
+  alignas(64) float sums[kChains][kTile] = {};
   const std::size_t end = w.outlier_offsets[tile + 1];
   for (std::size_t first = w.outlier_offsets[tile]; first < end; first += kPiece) {
     const std::size_t count = std::min(kPiece, end - first);
     outlier_products<V>(w, first, count, x, products);
     const std::uint8_t* lanes = &w.outlier_lanes[first];
-    for (std::size_t e = 0; e < count; ++e) lane[lanes[e]] += products[e];
+    std::size_t e = 0;
+    for (; e + kChains <= count; e += kChains)
+      for (std::size_t c = 0; c < kChains; ++c) sums[c][lanes[e + c]] += products[e + c];
+    for (std::size_t c = 0; e < count; ++e, ++c) sums[c][lanes[e]] += products[e];
   }
+  typename V::Float total = V::floats(lane);
+  for (const auto& sum : sums) total = V::add(total, V::floats(sum));
+  V::store(lane, total);
 }
 
 // The `count` outliers from `first` as float32.
