@@ -120,8 +120,8 @@ def test_experts_inside_a_covered_family_are_refused(
 
     original = sequential.skeleton
 
-    def with_experts(config: Any) -> Any:
-        model = original(config)
+    def with_experts(config: Any, attention: str | None) -> Any:
+        model = original(config, attention)
         experts = torch.nn.Module()
         experts.stack = torch.nn.Parameter(torch.empty(4, 8, 8, device="meta"))
         model.model.layers[1].mlp.experts = experts
