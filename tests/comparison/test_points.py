@@ -19,6 +19,7 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
         "spqr-3bit": Plan.preset("spqr-3bit"),
         "gptq,bits=3,sym=true": Plan.preset("gptq", bits=3, sym=True),
         "spqr,threshold=inf": Plan.preset("spqr", threshold="inf"),
+        "W4A4KV-faithful,method=spqr": Plan.scheme("W4A4KV-faithful", method="spqr"),
         "mine": Plan.from_file(path),
     }
     points = [
@@ -27,7 +28,7 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
         "preset:spqr-3bit",
         "preset:gptq:bits=3:sym=true",
     ]
-    points += ["preset:spqr:threshold=inf", str(path)]
+    points += ["preset:spqr:threshold=inf", "scheme:W4A4KV-faithful:method=spqr", str(path)]
     assert plans_of(points) == expected
 
 
@@ -36,6 +37,7 @@ BAD = {
     "preset": ("preset:nonsense", "preset must be one of"),
     "parameter": ("preset:gptq:bits", "parameters look like"),
     "two values": ("preset:gptq:bits=3=4", "parameters look like"),
+    "scheme": ("scheme:W4", "scheme must be like"),
     "unknown parameter": ("preset:gptq:bit=3", "bit"),
     "file": ("missing.yaml", "cannot be read"),
     "budget": ("-1", "above 0"),

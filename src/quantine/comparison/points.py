@@ -1,4 +1,4 @@
-"""What is compared: plans by file, by preset with parameters, or by budget."""
+"""What is compared: plans by file, by preset or scheme with parameters, or by budget."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ FLOAT: Final = "float"
 """Name of the row of the model itself."""
 FILES: Final = (".yaml", ".yml", ".json")
 PRESET: Final = "preset:"
+SCHEME: Final = "scheme:"
 
 
 def plans_of(points: Sequence[str]) -> dict[str, Plan]:
@@ -39,27 +40,31 @@ def plan_of(point: str) -> Plan:
 
     Args:
         point: the path of a plan file; ``preset:NAME``, with ``:key=value`` for each parameter,
-            as in ``preset:gptq:bits=3``; or a budget in bits per weight, as in ``3.65``, with the
-            parameters ``both_axes`` and ``head_bits``, as in ``3.65:both_axes=true``.
+            as in ``preset:gptq:bits=3``; a scheme of weights and activations in the same way, as in
+            ``scheme:W4A8`` or ``scheme:W4A4KV:method=spqr``; or a budget in bits per weight, as in
+            ``3.65``, with the parameters ``both_axes`` and ``head_bits``, as in
+            ``3.65:both_axes=true``.
 
     Raises:
         PlanError: none of these, or the plan is malformed.
     """
     if Path(point).suffix in FILES:
         return Plan.from_file(point)
-    name, *fields = point.removeprefix(PRESET).split(":")
+    name, *fields = _bare(point).split(":")
     try:
         parameters = dict(_parameter(field) for field in fields)
     except (ValueError, yaml.YAMLError) as error:
         raise PlanError(f"{point!r}: parameters look like bits=3, one after each `:`") from error
     if point.startswith(PRESET):
         return Plan.preset(name, **parameters)
+    if point.startswith(SCHEME):
+        return Plan.scheme(name, **parameters)
     try:
         bits_per_weight = float(name)
     except ValueError as error:
         raise PlanError(
             f"{point!r} is no plan: give a .yaml or .json file, preset:NAME, preset:NAME:bits=3, "
-            "or bits per weight such as 3.65"
+            "scheme:W4A8, or bits per weight such as 3.65"
         ) from error
     return _budget(point, bits_per_weight, **parameters)
 
@@ -70,11 +75,15 @@ def name_of(point: str) -> str:
     Raises:
         PlanError: the name is taken by the model itself.
     """
-    name = Path(point).stem if Path(point).suffix in FILES else point.removeprefix(PRESET)
+    name = Path(point).stem if Path(point).suffix in FILES else _bare(point)
     name = re.sub(r"[^\w.=:-]", "_", name).replace(":", ",")
     if name == FLOAT:
         raise PlanError(f"a plan cannot be called {FLOAT!r}, as the model itself is: rename it")
     return name
+
+
+def _bare(point: str) -> str:
+    return point.removeprefix(PRESET).removeprefix(SCHEME)
 
 
 def _budget(point: str, bits_per_weight: float, **parameters: object) -> Plan:

@@ -221,6 +221,12 @@ def _row(
         "tokens_per_second": decode_speed(packed, CONTEXT, RUNS),
         "seconds": report["run"]["seconds"],
         "peak_memory_bytes": report["run"]["peak_memory_bytes"],
-        "outlier_share": sum(layer["outliers"] for layer in report["layers"])
-        / report["totals"]["quantized_weights"],
+        "outlier_share": _outlier_share(report),
     }
+
+
+def _outlier_share(report: dict[str, Any]) -> float | None:
+    """Of the quantized weights; ``None`` where a scheme leaves all in 16 bit."""
+    weights: int = report["totals"]["quantized_weights"]
+    kept: int = sum(layer["outliers"] for layer in report["layers"])
+    return kept / weights if weights else None
