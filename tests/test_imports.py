@@ -54,7 +54,7 @@ FLOORS: Final[dict[str, str]] = {
     "comparison": "calibrate core eval formats notation pipeline plan prepare progress runtime "
     "errors",
     "record": "card formats errors",
-    "report": "comparison contents eval formats notation plots record runtime errors",
+    "report": "comparison contents core eval formats notation plots record runtime errors",
     "commands": "calibrate comparison contents core estimate eval pipeline plan plots prepare "
     "progress record render report runtime errors",
     "cli": "quantine commands errors",

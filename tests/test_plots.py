@@ -23,6 +23,7 @@ from quantine import Calibration, Plan, cli
 from quantine.contents import contents
 from quantine.formats.store import MAPS
 from quantine.plots.axes import axis_figure
+from quantine.plots.clusters import read_clusters
 from quantine.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
 from quantine.plots.draw import draw
 from quantine.plots.maps import MapFigure
@@ -426,3 +427,37 @@ class TestCommand:
         arguments = ["inspect", str(packed("llama", "rtn")), "--plot", str(tmp_path / "file")]
         assert cli.main(arguments) == 2
         assert "cannot be written" in capsys.readouterr().err
+
+
+class TestClusters:
+    """The channels that a scheme of activations reordered."""
+
+    def test_what_is_recorded_is_drawn(
+        self, tiny: Tiny, short: Calibration, tmp_path: Path
+    ) -> None:
+        plan = Plan.scheme("W4A8", method="rtn")
+        out = quantine.quantize(tiny("llama"), tmp_path / "out", plan, short).path
+        blocks = read_clusters(out)
+        assert len(blocks) == 2
+        for kinds in blocks.values():
+            assert set(kinds) == {"R1", "R2", "R3", "R4", "R5"}
+            for kind, found in kinds.items():
+                assert found.shape[1] == (5 if kind == "R2" else 3)
+                labels = found[:, -1].unique()
+                assert torch.equal(labels, torch.arange(len(labels)).float())
+                # KMeans: a channel's range is nearer to its own cluster's mean than to another's.
+                if kind in {"R1", "R4", "R5"}:
+                    own = found[:, -1].long()
+                    means = torch.stack([found[own == n, :-1].mean(0) for n in range(len(labels))])
+                    nearest = torch.cdist(found[:, :-1], means).argmin(1)
+                    assert (nearest == own).float().mean() > 0.95
+        drawn = draw(out, tmp_path / "pictures").files
+        names = [path.name for path in drawn if path.parent.name == "clusters"]
+        assert sorted(names) == [
+            f"model_layers_{n}.{kind}".replace("_layers_", ".layers.")
+            for n in range(2)
+            for kind in ("png", "svg")
+        ]
+
+    def test_without_reorder_there_is_nothing_to_draw(self, single: Path) -> None:
+        assert read_clusters(single) == {}

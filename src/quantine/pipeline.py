@@ -269,7 +269,7 @@ def _quantize_block(
     if job.plan.activations is None or sequential is None:
         tensors = _kept(job, checkpoint, job.block_names(index))
     else:
-        schemes, tensors = _reordered(job, checkpoint, sequential, index)
+        schemes, tensors, maps = _reordered(job, checkpoint, sequential, index)
     groups = sorted({d.layer.group for d in schemes if d.layer.group is not None})
     losses = {} if sequential is None else output_losses(job, sequential, index)
     hessians = _observed(job, sequential, index, groups)
@@ -295,11 +295,12 @@ def _quantize_block(
 
 def _reordered(
     job: Job, checkpoint: Checkpoint, sequential: Sequential, index: int
-) -> tuple[list[Decision], dict[str, Tensor]]:
+) -> tuple[list[Decision], dict[str, Tensor], dict[str, Tensor]]:
     """Reorder a block and let it round its activations.
 
     Returns:
-        What is decided about its layers, with their clusters, and the floats that stay.
+        What is decided about its layers, with their clusters, the floats that stay, and the
+        clusters for pictures.
     """
     assert job.plan.activations is not None
     path = f"{job.family.blocks}.{index}"
@@ -312,7 +313,8 @@ def _reordered(
         for d in job.block_schemes(index)
     ]
     packed = [decision.layer.name for decision in schemes]
-    return schemes, float_tensors(block, path, checkpoint, packed)
+    maps = {f"{path}.{kind}": found for kind, found in reordering.maps().items()}
+    return schemes, float_tensors(block, path, checkpoint, packed), maps
 
 
 def _float_weight(job: Job, checkpoint: Checkpoint, layer: Layer) -> Tensor:

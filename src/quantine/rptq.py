@@ -101,6 +101,18 @@ class Reordering:
         """The clusters of the inputs of the matrix at ``path``."""
         return self.clusters_at(next(p for p in places(self._family) if p.path == path))
 
+    def maps(self) -> dict[str, Tensor]:
+        """What clusters were made of, by reorder, for pictures; empty where nothing is reordered.
+
+        ``[channels, features + 1]`` float32, channels as the model has them: the largest and the
+        smallest value of a channel (of queries, then of keys, for R2), and the cluster.
+        """
+        links = self._family.links if self._spec.reorders else ()
+        return {
+            link.kind: torch.column_stack([self._points(link), self._clusters[link.kind].labels])
+            for link in links
+        }
+
     def grid(self, place: Place, bits: int) -> StaticGrid:
         """The static grid of a place, before any search."""
         labels = self.clusters_at(place).labels

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from browser import browser, shown
 
-from quantine import FormatError, PlanError, cli
+from quantine import Calibration, FormatError, Plan, PlanError, cli, quantize
 from quantine.card import model_card
 from quantine.report.facts import gather
 from quantine.report.page import page
@@ -139,7 +139,7 @@ def test_it_says_what_was_measured_and_how_to_repeat_it(out: Path, html: Path) -
         assert f"after {sample['prompt_tokens']} tokens" in text
     assert [s["prompt_tokens"] for s in scores["samples"]] == [16]  # others exceed the context
     titles = re.findall(r"<h2>(.*?)</h2>", html.read_text())
-    assert titles == [title for title, _ in SECTIONS]
+    assert titles == [title for title, _ in SECTIONS if title != "Clusters of channels"]
 
 
 def test_the_same_directory_gives_the_same_page(out: Path, comparison: Path, html: Path) -> None:
@@ -151,6 +151,17 @@ def test_what_is_not_there_is_left_out(packed: Packed) -> None:
     titles = re.findall(r"<h2>(.*?)</h2>", bare)
     assert titles == ["In short", "Matrices", "Memory", "Reproduce"]
     assert "Quality was not measured" in bare
+
+
+def test_clusters_and_the_small_cache_are_shown(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = Plan.scheme("W4A4KV", method="rtn")
+    out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
+    whole = page(gather(out, {}, None))
+    assert "<h2>Clusters of channels</h2>" in whole
+    assert 'aria-label="Channels in clusters"' in whole
+    assert "the same in 4 bit, as generating keeps it" in whole
 
 
 def test_names_from_files_are_only_text(out: Path) -> None:

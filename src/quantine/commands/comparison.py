@@ -28,8 +28,8 @@ def add(verbs: Any) -> None:
         type=names,
         required=True,
         metavar="PLAN,...",
-        help="plan files, preset:NAME, preset:NAME:bits=3:group_size=64, scheme:W4A8, scheme:W4A8:method=rtn, "
-        "or bits per weight: 3.65, 3.65:both_axes=true, 3.65:head_bits=8",
+        help="plan files, preset:NAME, preset:NAME:bits=3:group_size=64, scheme:W4A8, "
+        "scheme:W4A8:method=rtn, or bits per weight: 3.65, 3.65:both_axes=true, 3.65:head_bits=8",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new, or continued")
     parser.add_argument(

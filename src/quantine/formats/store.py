@@ -26,7 +26,7 @@ REMAINS: Final = ".quantine-finished"
 IDENTITY: Final = "identity.json"
 REPORT: Final = "quantine_report.json"
 MAPS: Final = "quantine_maps.safetensors"
-"""Sensitivity maps, for pictures; not a weight file."""
+"""Sensitivity of weights and clusters of channels, for pictures; not a weight file."""
 SHARD_BYTES: Final = 4_000_000_000
 
 Reports = list[dict[str, Any]]
@@ -94,7 +94,7 @@ class RunStore:
         reports: Reports,
         maps: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make a part durable; ``maps`` are the sensitivity maps of its layers by name."""
+        """Make a part durable; ``maps`` are what pictures show of it, by name."""
         if maps:
             write_tensors(self._maps / f"{part}.safetensors", maps)
         write_tensors(self._parts / f"{part}.safetensors", tensors)

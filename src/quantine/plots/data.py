@@ -74,7 +74,7 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
         FormatError: a file is damaged.
     """
     checkpoint = Checkpoint(directory)
-    maps = _read_maps(directory)
+    maps = read_maps(directory)
     for layer in layers:
         name = layer["name"]
         found = IN_BLOCK.match(name)
@@ -159,8 +159,12 @@ def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | N
     return counts, outliers.entries / (out_features * in_features)
 
 
-def _read_maps(directory: Path) -> dict[str, Tensor]:
-    """The recorded sensitivity maps by layer, which a copied directory may lack."""
+def read_maps(directory: Path) -> dict[str, Tensor]:
+    """What quantizing recorded for pictures, by name, which a copied directory may lack.
+
+    Raises:
+        FormatError: the file is damaged.
+    """
     path = directory / MAPS
     if not path.is_file():
         return {}

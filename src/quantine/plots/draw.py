@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from quantine.contents import contents
 from quantine.errors import PlanError, QuantineError
 from quantine.plots.axes import MISSING, STEM, axis_figure
+from quantine.plots.clusters import clusters_figure, read_clusters
 from quantine.plots.data import LayerPicture, read_layers
 from quantine.plots.maps import MapFigure, has_map
 from quantine.plots.trends import TRENDS, trend_figure
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAPS_DIRECTORY: Final = "maps"
+CLUSTERS_DIRECTORY: Final = "clusters"
 DOTS_PER_INCH: Final = 100
 PNG: Final = {"compress_level": 3}
 """Half of the time to write, a few percent more bytes."""
@@ -46,8 +48,9 @@ def draw(
 
     ``target/maps/LAYER`` shows where a matrix is sensitive and where its outliers are;
     ``target/outlier_share``, ``output_error`` and ``bits_per_weight`` show all layers;
-    ``target/group_axis`` shows what layers chose that had a choice of axes. Each is written as
-    ``.png`` and ``.svg``, and replaces files of these names.
+    ``target/group_axis`` shows what layers chose that had a choice of axes; ``target/clusters``
+    the channels of each block that were reordered. Each is written as ``.png`` and ``.svg``, and
+    replaces files of these names.
 
     Args:
         directory: written by `quantine.quantize`.
@@ -85,6 +88,10 @@ def draw(
             pictures.left_out.append(f"{stem}: {missing}")
         else:
             save(figure, target / stem)
+    for path, kinds in read_clusters(directory).items():
+        _make_directory(target / CLUSTERS_DIRECTORY)
+        figure = clusters_figure(f"{path}: channels in clusters of alike ranges", kinds)
+        save(figure, target / CLUSTERS_DIRECTORY / path.replace("/", "_"))
     return pictures
 
 

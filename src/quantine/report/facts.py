@@ -12,6 +12,7 @@ from quantine.contents import contents
 from quantine.errors import PlanError
 from quantine.eval.memory import cache_bytes
 from quantine.formats.store import REPORT, read_json
+from quantine.plots.clusters import Blocks, read_clusters
 from quantine.plots.data import LayerPicture, read_layers
 from quantine.record import recorded
 from quantine.report.verdict import Check, checks_of
@@ -35,7 +36,8 @@ class Facts:
         layers: every matrix, without maps.
         thumbnails: those with most outliers, with their maps.
         comparison: content of a ``comparison.json``; ``None`` without one.
-        cache: bytes of the key-value cache by number of tokens.
+        cache: bytes of the key-value cache in 16 bit by number of tokens.
+        clusters: see `quantine.plots.clusters.read_clusters`.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Facts:
     thumbnails: list[LayerPicture]
     comparison: dict[str, Any] | None
     cache: dict[int, int]
+    clusters: Blocks
 
 
 def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None) -> Facts:
@@ -76,6 +79,7 @@ def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None
         thumbnails,
         None if comparison is None else _comparison(comparison),
         {tokens: cache_bytes(config, tokens) for tokens in sorted({min(2048, longest), longest})},
+        read_clusters(directory),
     )
 
 

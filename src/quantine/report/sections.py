@@ -8,7 +8,10 @@ from html import escape
 from typing import Any, Final
 
 from quantine.comparison.table import loss_of_quality
+from quantine.core.activation import UNQUANTIZED
 from quantine.notation import number, recovery, with_error, with_interval
+from quantine.plots.clusters import clusters_figure
+from quantine.plots.layers import WIDTH as LAYERS_WIDTH
 from quantine.plots.layers import layers_figure, thumbnails_figure
 from quantine.plots.pareto import pareto_figure
 from quantine.report.facts import Facts
@@ -156,10 +159,26 @@ def outliers(facts: Facts) -> str:
     )
 
 
+def clusters(facts: Facts) -> str:
+    """Channels of alike ranges, in the block in the middle."""
+    if not facts.clusters:
+        return ""
+    path = list(facts.clusters)[len(facts.clusters) // 2]
+    figure = clusters_figure(path, facts.clusters[path], LAYERS_WIDTH)
+    return (
+        "<p>Activations are rounded in clusters of channels with alike ranges; channels of a "
+        "cluster are put side by side. Each point and each line is a channel on calibration text; "
+        "colours tell clusters apart.</p>" + embedded(figure, "Channels in clusters")
+    )
+
+
 def memory(facts: Facts) -> str:
     """Where the bytes are."""
     totals = facts.contents["totals"]
     plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
+    activations = facts.report["plan"].get("activations") or {}
+    kept = activations.get("granularity") != "token"  # whose codes have no grids of their own
+    bits = (activations["key"] + activations["value"]) / 2 if activations and kept else UNQUANTIZED
     rows = [
         ["quantized matrices", _size(totals["quantized_bytes"])],
         ["embedding, norms and what else stays as it was", _size(totals["kept_bytes"])],
@@ -168,6 +187,14 @@ def memory(facts: Facts) -> str:
         *(
             [f"key-value cache of {tokens:,} tokens in 16 bit", _size(nbytes)]
             for tokens, nbytes in facts.cache.items()
+        ),
+        *(
+            [
+                f"the same in {bits:g} bit, as generating keeps it",
+                _size(nbytes * bits / UNQUANTIZED),
+            ]
+            for nbytes in facts.cache.values()
+            if bits < UNQUANTIZED
         ),
     ]
     return _table(["", "size"], rows)
@@ -221,6 +248,7 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
     ("Among other plans", pareto),
     ("Matrices", layers),
     ("Outliers", outliers),
+    ("Clusters of channels", clusters),
     ("Memory", memory),
     ("What it writes", samples),
     ("Reproduce", reproduce),
