@@ -1,8 +1,10 @@
 """What rounding one site of activations alone does to a block's output, by kind of grid.
 
     python benchmarks/activations.py MODEL TEXT --bits 4 --blocks 0 3
+    python benchmarks/activations.py MODEL TEXT --clusters 1 2 4 8 16 32 64 --plot clusters.png
 
-Weights are floats. Each number is the mean over blocks of the squared change of the block's output
+The second compares numbers of clusters, all with grids from smallest to largest value. Weights are
+floats. Each number is the mean over blocks of the squared change of the block's output
 relative to its square.
 """
 
@@ -13,13 +15,14 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from quantine import Calibration, Plan
 from quantine.calibrate.outputs import relative_change
 from quantine.calibrate.sequential import Sequential
-from quantine.core.activation import SITES, UNQUANTIZED, ActivationSpec
+from quantine.core.activation import KINDS, SITES, UNQUANTIZED, ActivationSpec
 from quantine.families.base import block_list
 from quantine.prepare import Job, prepare
 from quantine.rptq import Heads, outputs, prepare_block
@@ -33,13 +36,26 @@ VARIANTS = {
 MEASURED = tuple(site for site in SITES if site != "softmax")
 
 
-def changes(job: Job, sequential: Sequential, index: int, bits: int) -> dict[str, list[float]]:
+def variants_of(counts: list[int] | None) -> dict[str, dict[str, Any]]:
+    """Fields of the activations' spec, by the name of what is compared."""
+    if counts is None:
+        return VARIANTS
+    return {f"{n} clusters": {"range": "minmax", "clusters": (n,) * len(KINDS)} for n in counts}
+
+
+def changes(
+    job: Job,
+    sequential: Sequential,
+    index: int,
+    bits: int,
+    variants: dict[str, dict[str, Any]],
+) -> dict[str, list[float]]:
     """The change of block ``index`` for each site, by variant."""
     blocks, heads = block_list(job.model, job.family), Heads.of(job.config, job.family)
     block = sequential.load(index)
     expected = outputs(sequential, index)
     found: dict[str, list[float]] = {}
-    for name, fields in VARIANTS.items():
+    for name, fields in variants.items():
         spec = replace(ActivationSpec(), **fields)
         for site in MEASURED:
             blocks[index] = copy.deepcopy(block)
@@ -51,6 +67,24 @@ def changes(job: Job, sequential: Sequential, index: int, bits: int) -> dict[str
     return found
 
 
+def plot(counts: list[int], changed: dict[str, list[float]], bits: int, path: Path) -> None:
+    """Change of the output against the number of clusters, a line for each site."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for site, values in zip(MEASURED, zip(*changed.values(), strict=True), strict=True):
+        axes.plot(counts, values, marker="o", markersize=4, label=site)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(counts, map(str, counts))
+    axes.set_yscale("log")
+    axes.set_xlabel("clusters (of queries, keys and values: for each head)")
+    axes.set_ylabel("squared change of the block's output, relative")
+    axes.set_title(f"One site at a time in {bits} bits")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
@@ -59,17 +93,22 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--clusters", type=int, nargs="+", help="numbers of clusters to compare")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --clusters compares")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, too")
     asked = parser.parse_args()
+    if asked.plot is not None and asked.clusters is None:
+        parser.error("--plot draws what --clusters compares")
+    variants = variants_of(asked.clusters)
     calibration = Calibration(asked.text, asked.samples, asked.seqlen)
     plan = Plan.scheme(f"W{UNQUANTIZED}A8")
     job = prepare(asked.model, plan, calibration)
     assert job.segments is not None
     sequential = Sequential(job.model, job.family, job.checkpoint(), job.segments, None, {})
-    totals = {name: torch.zeros(len(MEASURED)) for name in VARIANTS}
+    totals = {name: torch.zeros(len(MEASURED)) for name in variants}
     for index in range(max(asked.blocks) + 1):
         if index in asked.blocks:
-            for name, found in changes(job, sequential, index, asked.bits).items():
+            for name, found in changes(job, sequential, index, asked.bits, variants).items():
                 totals[name] += torch.tensor(found) / len(asked.blocks)
         else:
             sequential.load(index)
@@ -81,6 +120,8 @@ def main() -> None:
         print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in sites))
     if asked.json is not None:
         asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if asked.plot is not None:
+        plot(asked.clusters, found["changes"], asked.bits, asked.plot)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,20 @@ benchmarks/results/NAME.json, and run this again. Texts are files, as `quantine 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantine.comparison.table import markdown
+from quantine.eval.footprint import OPT, footprints
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+GB = 1e9
+AXES_BEFORE = "spqr-opt-mini"
+"""The comparison that the table of axes follows."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,27 @@ not.""",
     ),
 )
 
+AXES = """
+## AdaDim: the axis that groups run along, fixed and chosen
+
+AdaDim (tables 2 and 3): where groups run along outputs, within one input channel ("per-IC"), a loud
+channel spoils only its own groups; where they run along inputs ("per-OC"), all it meets. Choosing
+for each matrix is better than either. Groups of 64; perplexity of the demo model on 24 windows of
+1024 tokens of WikiText-2 (float 21.008); RTN and GPTQ as published, with grids from smallest to
+largest value. `spqr 3.2` are outliers up to 3.2 bits on average, so that all three take the same
+bytes.
+
+```sh
+python benchmarks/axes.py demo wikitext2_valid.txt wikitext2_test.txt --bfloat16 --json axes.json
+```
+
+"""
+AXES_AFTER = """
+GPTQ at 3 bits was calibrated in float32 (without `--bfloat16`): in bfloat16 it gives 38.01, 34.07
+and 30.33. Equal solvers differ by 2 to 3% at 3 bits, by the chance of which errors meet.
+"""
+AXIS_NAMES = {"in": "along inputs", "out": "along outputs", "chosen": "chosen"}
+
 ROUNDED = "activations-opt-mini-outlier-all"
 """Name of the file of `benchmarks/activations.py`."""
 ACTIVATIONS = """
@@ -85,11 +112,44 @@ python benchmarks/activations.py MODEL wikitext2_valid.txt --blocks 1 4 --json r
 ```
 
 """
-UNFINISHED = """
-Perplexity of the same model on 256 windows of 256 tokens of WikiText-2, calibrated on 128
-segments of 256 tokens of its validation text: float 146.72, `--scheme W4A4-faithful` 146.96 ±
-3.72. RPTQ's published code gives 147.29, and 225.2 with one static grid for each tensor. Other
-schemes were not measured yet.
+SCHEMES = """
+### Schemes of weights and activations
+
+RPTQ (table 1): 4 bit weights with 8 bit activations, with 4 bit ones, and with 4 or 3 bit keys and
+values only ("KV"). Norm outputs and softmax keep 8 bits unless a row says strict. Weights by GPTQ,
+a grid for each row and cluster. In brackets, where measured: KL divergence from the float model.
+
+```sh
+python benchmarks/schemes.py MODEL wikitext2_valid.txt --texts wikitext2_test.txt \\
+    --schemes W4A16 W4A8 W4A4 W4A4KV W4A3KV W3A3KV W16A8 W16A4 --variants - faithful \\
+    --json rows.json
+```
+"""
+VARIANTS = {
+    "": "clusters, searched (default)",
+    "faithful": "clusters, as published (`-faithful`)",
+    "strict": "searched, strict (`-strict`)",
+    "strict-faithful": "as published, strict",
+    "tensor": "one static grid, searched (`-tensor`)",
+    "tensor-faithful": "one static grid, as published",
+    "token": "a grid for each token (`-token`)",
+}
+SCHEME_TABLES: tuple[tuple[str, str, str], ...] = ()
+"""File of `benchmarks/schemes.py`, heading, and what is to be said of it."""
+
+MEMORY = """
+### Memory
+
+RPTQ (section 4.3): weights, keys and values, and activations of 64 sequences of 8192 tokens, in GB
+(1e9 bytes), from configurations alone: `quantine memory opt-66b --batch 64 --seqlen 8192`.
+
+"""
+MEMORY_AFTER = """
+OPT-66B takes {saved:.0f} GB less with W4A4 than with W4A16; the paper says more than 900. Of these,
+{cache:.0f} are keys and values (2 x 64 blocks x 64 x 8192 tokens x 9216 channels, at 2 bytes and at
+half a one), the rest temporary activations of one block. Attention scores are taken not to be
+written out: in 16 bit, those of 72 heads would add 618 GB to every scheme. Weights count a 16 bit
+scale and a zero point for each row and cluster.
 """
 
 INTRODUCTION = """# Results
@@ -108,20 +168,93 @@ def page() -> str:
     """The page, from all comparisons."""
     parts = [INTRODUCTION]
     for table in TABLES:
-        rows = json.loads((DATA / f"{table.name}.json").read_text(encoding="utf-8"))["rows"]
+        rows = _read(table.name)["rows"]
         parts.append(
             f"\n## {table.title}\n\n{table.claim}\n\n```sh\n{table.command}\n```\n\n"
             f"{markdown(rows)}\n{table.limits}\n"
         )
-    return "".join([*parts, ACTIVATIONS, rounded(), UNFINISHED])
+        if table.name == AXES_BEFORE:
+            parts += [AXES, axes(), AXES_AFTER]
+    parts += [ACTIVATIONS, rounded(), SCHEMES]
+    for name, heading, remark in SCHEME_TABLES:
+        parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
+    return "".join([*parts, MEMORY, memory()])
+
+
+def axes() -> str:
+    """Perplexities by method and axis."""
+    rows = {row["name"]: row for row in _read("axes-demo")}
+    kinds = dict.fromkeys(name.rpartition(" ")[0] for name in rows)
+    lines = _head(["", "bits per weight", *AXIS_NAMES.values(), "chose outputs"])
+    for kind in kinds:
+        found = [rows[f"{kind} {axis}"] for axis in AXIS_NAMES]
+        bits = " / ".join(dict.fromkeys(f"{row['bits_per_weight']:.3f}" for row in found))
+        values = [f"{row['perplexity']:.3f} ± {row['stderr']:.2f}" for row in found]
+        chosen = f"{found[-1]['along_outputs']} of {found[-1]['matrices']}"
+        lines.append(_line([kind, bits, *values, chosen]))
+    return "\n".join(lines) + "\n"
+
+
+def schemes(name: str) -> str:
+    """Perplexities, and divergences where they were measured, by variant and scheme."""
+    rows = {row["scheme"]: row for row in _read(name)}
+    reference = rows.pop("float")["texts"]
+    split = {scheme: scheme.partition("-")[::2] for scheme in rows}
+    names = list(dict.fromkeys(scheme for scheme, _ in split.values()))
+    lines = []
+    for text, score in reference.items():
+        lines += [f"{text}: float {score['perplexity']:.3f} ± {score['stderr']:.2f}", ""]
+        lines += _head(["", *names])
+        for suffix, label in VARIANTS.items():
+            found = [rows.get(f"{scheme}-{suffix}".removesuffix("-")) for scheme in names]
+            if any(found):
+                lines.append(_line([label, *(_cell(row and row["texts"][text]) for row in found)]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    kl = "" if score["kl"] is None else f" ({score['kl']:.4f})"
+    return f"{score['perplexity']:.3f}{kl}"
+
+
+def memory() -> str:
+    """Bytes of the models in the paper, by scheme."""
+    found = {model: footprints(model, 64, 8192) for model in OPT}
+    lines = _head(["scheme", *(f"{model}: weights + cache + temporary = all" for model in found)])
+    for rows in zip(*found.values(), strict=True):
+        cells = [
+            f"{row.weights / GB:.1f} + {row.cache / GB:.1f} + {row.temporary / GB:.1f} = "
+            f"**{row.total / GB:.0f}**"
+            for row in rows
+        ]
+        lines.append(_line([rows[0].scheme, *cells]))
+    large = {row.scheme: row for row in found["opt-66b"]}
+    before, after = large["W4A16"], large["W4A4"]
+    saved, cache = (before.total - after.total) / GB, (before.cache - after.cache) / GB
+    return "\n".join(lines) + "\n" + MEMORY_AFTER.format(saved=saved, cache=cache)
+
+
+def _read(name: str) -> Any:
+    return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _head(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), "|---" * len(cells) + "|"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def rounded() -> str:
     """What rounding one site of activations does, by kind of grid."""
-    found = json.loads((DATA / f"{ROUNDED}.json").read_text(encoding="utf-8"))
-    lines = ["| | " + " | ".join(found["sites"]) + " |", "|---" * (len(found["sites"]) + 1) + "|"]
+    found = _read(ROUNDED)
+    lines = _head(["", *found["sites"]])
     for name, changes in found["changes"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2e}" for value in changes) + " |")
+        lines.append(_line([name, *(f"{value:.2e}" for value in changes)]))
     return "\n".join(lines) + "\n"
 
 
