@@ -206,4 +206,5 @@ NB_MODULE(_native, m) {
   m.def("add_gram", &add_gram, nb::arg("x"), nb::arg("total"), nb::arg("pool"));
 #endif
   bind_decoder(m);
+  bind_kv_attention(m);
 }

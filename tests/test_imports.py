@@ -25,7 +25,7 @@ FLOORS: Final[dict[str, str]] = {
     "kernels": "core errors",
     "methods": "core kernels errors",
     "families": "errors",
-    "activations": "core families errors",
+    "activations": "core families kernels errors",
     "formats": "core kernels errors",
     "calibrate": "activations core families formats kernels errors",
     "presets": "",

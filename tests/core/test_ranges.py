@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from quantine.activations.grids import StaticGrid, TokenGrid, faithful, round_probabilities
+from quantine.activations.grids import StaticGrid, TokenGrid, faithful
 from quantine.core.observe import MinMax
 from quantine.core.ranges import covering, search
+from quantine.kernels.kv_attention import round_probabilities
 
 
 def samples(count: int, tokens: int, channels: int, seed: int = 0) -> torch.Tensor:

@@ -18,7 +18,8 @@ import quantine
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid
 from quantine.eval.memory import cache_bytes
-from quantine.runtime.kv_cache import PackedLayer, packed_cache, packed_states, unpacked_states
+from quantine.kernels.packed_states import PackedStates
+from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache, packed_states
 from tiny_models import byte_tokenizer
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
@@ -49,7 +50,8 @@ def test_packed_states_are_what_the_grid_gives_back(
     assert packed.shape == (batch, heads, tokens, -(-dim * bits // 8))
     flat = grid(states.transpose(1, 2).flatten(2))
     expected = flat.view(batch, tokens, heads, dim).transpose(1, 2)
-    found = unpacked_states(grid, packed, dim)
+    scale, zero = (value.view(heads, dim) for value in grid.of_channels())
+    found = PackedStates(packed, bits, scale, zero, torch.float32)
     assert torch.equal(found, expected)
     # Attention rounds once more what the cache gives back: nothing changes.
     assert torch.equal(grid(flat), flat)
@@ -91,7 +93,8 @@ def test_token_by_token_it_is_the_whole_text(
     assert cache is not None
     assert cache.get_seq_length() == tokens.shape[1]
     stored = sum(layer.nbytes for layer in cache.layers)
-    assert stored == cache_bytes(model.config, tokens.numel()) * bits / 16
+    held = len(tokens) * -(-tokens.shape[1] // BLOCK) * BLOCK
+    assert stored == cache_bytes(model.config, held) * bits / 16
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import round_probabilities
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.activation import UNQUANTIZED
+from quantine.kernels.kv_attention import attend
+from quantine.kernels.packed_states import PackedStates
 
 NAME: Final = "quantine"
 """Of the attention function, in ``config._attn_implementation``."""
@@ -42,7 +42,7 @@ def attention(
 
     Args:
         query: ``[batch, heads, tokens, dim]``.
-        key, value: ``[batch, kv_heads, context, dim]``, before rounding.
+        key, value: ``[batch, kv_heads, context, dim]``, before rounding, or `PackedStates`.
         attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``.
 
     Returns:
@@ -54,24 +54,24 @@ def attention(
         softmax_bits = sites.softmax
         query = _through(sites.query, query)
         key, value = _through(sites.key, key), _through(sites.value, value)
-    copies = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(copies, 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[2]]
-    probabilities = scores.softmax(-1, dtype=torch.float32)
-    if softmax_bits != UNQUANTIZED:
-        probabilities = round_probabilities(probabilities, softmax_bits)
-    probabilities = nn.functional.dropout(probabilities.to(query.dtype), dropout, module.training)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+    return attend(
+        query,
+        key,
+        value,
+        attention_mask,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap,
+        softmax_bits,
+        dropout if module.training else 0.0,
+    )
 
 
 def _through(site: nn.Module, x: Tensor) -> Tensor:
     """``x`` ``[batch, heads, tokens, dim]`` through what takes ``[batch, tokens, channels]``."""
     if isinstance(site, nn.Identity) and not site._forward_pre_hooks:
         return x
+    if isinstance(x, PackedStates):
+        return x  # its codes are this site's: rounding them again changes nothing
     flat: Tensor = site(x.transpose(1, 2).flatten(2))
     heads: Tensor = flat.unflatten(2, (x.shape[1], x.shape[3]))
     return heads.transpose(1, 2)

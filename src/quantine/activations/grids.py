@@ -91,9 +91,3 @@ def faithful(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point as RPTQ's published code has them; a step of the range is wasted."""
     scale = ((high - low) / 2**bits).clamp_(min=FAITHFUL_STEP)
     return scale, (-(high + low) / (2 * scale)).round_() + 2 ** (bits - 1)
-
-
-def round_probabilities(probabilities: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] of any shape on the fixed grid of ``2**bits`` steps from 0 to 1."""
-    top = 2**bits - 1
-    return probabilities.mul(top).round_().div_(top)

@@ -1,12 +1,13 @@
 """A cache that keeps keys and values as packed codes of their static grids.
 
 It is transformers' own kind of cache: ``generate`` with beams and batches, cropping and reordering
-work as they do with floats. Attention is handed what the codes stand for, one layer at a time.
+work as they do with floats. quantine's attention reads the codes; any other one meets what they
+stand for, one layer at a time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +15,26 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
+from quantine.core.bits import packed_bytes
 from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.base import block_list
-from quantine.kernels.bits import pack, unpack
+from quantine.kernels.bits import pack
+from quantine.kernels.packed_states import PackedStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+BLOCK: Final = 64
+"""Tokens by which room grows: what is held but not used yet is less than this."""
+
+
 class PackedLayer(DynamicLayer):
     """Keys and values of one block, uint8 ``[batch, heads, tokens, bytes]`` each.
+
+    Both are the used part of a larger room. What makes them other tensors (reordering, selecting)
+    leaves the room behind, and the next tokens make a new one.
 
     Args:
         key_grid, value_grid: over the channels of all heads, one head after another.
@@ -32,15 +42,19 @@ class PackedLayer(DynamicLayer):
 
     def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._key_grid, self._value_grid = key_grid, value_grid
-        self._dim = 0
+        self._grids = key_grid, value_grid
+        self._rooms: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn dtype and width of a head from the first states."""
+        """Learn dtype, device and batch from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._dim = key_states.shape[-1]
-        self.keys = torch.empty(0, dtype=torch.uint8, device=self.device)
-        self.values = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._dim = key_states.shape[3]
+        nothing = (*key_states.shape[:2], 0)
+        self.keys, self.values = (
+            torch.empty(*nothing, packed_bytes(self._dim, grid.bits), dtype=torch.uint8)
+            for grid in self._grids
+        )
+        self._rooms = [self.keys, self.values]
         self.is_initialized = True
 
     def update(
@@ -49,23 +63,43 @@ class PackedLayer(DynamicLayer):
         """Add states ``[batch, heads, tokens, dim]``.
 
         Returns:
-            What the codes of all tokens stand for, in the dtype of the states.
+            All tokens as `PackedStates`. They share memory with the cache: cropping it and adding
+            other tokens changes them.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys = torch.cat([self.keys, packed_states(self._key_grid, key_states)], -2)
-        self.values = torch.cat([self.values, packed_states(self._value_grid, value_states)], -2)
-        return (
-            unpacked_states(self._key_grid, self.keys, self._dim).to(self.dtype),
-            unpacked_states(self._value_grid, self.values, self._dim).to(self.dtype),
-        )
+        self.keys = self._added(0, self.keys, key_states)
+        self.values = self._added(1, self.values, value_states)
+        return self._seen(0, self.keys), self._seen(1, self.values)
+
+    def _added(self, which: int, used: Tensor, states: Tensor) -> Tensor:
+        before = used.shape[2]
+        after = before + states.shape[2]
+        room = self._rooms[which]
+        if room.data_ptr() != used.data_ptr() or room.shape[2] < after or len(room) != len(used):
+            shape = (*used.shape[:2], -(-after // BLOCK) * BLOCK, used.shape[3])
+            room = self._rooms[which] = used.new_empty(shape)
+            room[:, :, :before] = used
+        room[:, :, before:after] = packed_states(self._grids[which], states)
+        return room[:, :, :after]
+
+    def _seen(self, which: int, used: Tensor) -> PackedStates:
+        grid = self._grids[which]
+        scale, zero = (value.view(-1, self._dim) for value in grid.of_channels())
+        return PackedStates(used, grid.bits, scale, zero, self.dtype)
+
+    def reset(self) -> None:
+        """Forget all tokens and give back their memory."""
+        super().reset()
+        self._rooms = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(0 if kept is None else kept.nbytes for kept in (self.keys, self.values))
+        """Bytes that keys and values hold, room for the next tokens included."""
+        held = () if self.keys is None or self.values is None else (self.keys, self.values)
+        return sum(states.untyped_storage().nbytes() for states in held)
 
 
 def packed_states(grid: StaticGrid, states: Tensor) -> Tensor:
@@ -74,15 +108,6 @@ def packed_states(grid: StaticGrid, states: Tensor) -> Tensor:
     codes = grid.codes(states.transpose(1, 2).flatten(2))
     rows = codes.view(batch, tokens, heads, dim).transpose(1, 2).reshape(-1, dim)
     return pack(rows, grid.bits).view(batch, heads, tokens, -1)
-
-
-def unpacked_states(grid: StaticGrid, packed: Tensor, dim: int) -> Tensor:
-    """What `packed_states` stored, float32 ``[batch, heads, tokens, dim]``."""
-    batch, heads, tokens, _ = packed.shape
-    codes = unpack(packed.reshape(batch * heads * tokens, -1), grid.bits, dim)
-    scale, zero = (value.view(heads, 1, dim) for value in grid.of_channels())
-    states: Tensor = codes.view(batch, heads, tokens, dim).float() - zero
-    return states.mul_(scale)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:

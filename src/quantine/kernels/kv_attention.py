@@ -1,0 +1,123 @@
+"""Attention over packed keys and values: the native kernel, and the PyTorch meaning of it.
+
+The meaning is attention over the decoded floats. The kernel multiplies codes: scores are
+``(q * s_k) . c_k - q . (s_k z_k)`` and outputs ``s_v * (p . c_v - z_v * sum p)``, so that scales
+and zero points are met once for each query.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+from quantine.core.activation import UNQUANTIZED
+from quantine.kernels import backend
+from quantine.kernels.packed_states import PackedStates
+from quantine.kernels.threads import pool
+
+MOST_ROWS: Final = 32
+"""Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
+multiplies decoded floats."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    softmax_bits: int = UNQUANTIZED,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query`` ``[batch, heads, tokens, dim]``; see `attend_reference`.
+
+    Where keys and values are `PackedStates` of the CPU, a few queries meet their codes.
+    """
+    native = backend.native()
+    if (
+        native is None
+        or not isinstance(key, PackedStates)
+        or not isinstance(value, PackedStates)
+        or not _few(query, key, value)
+        or dropout > 0
+    ):
+        return attend_reference(query, key, value, mask, scaling, softcap, softmax_bits, dropout)
+    batch, heads, tokens, dim = query.shape
+    context = key.shape[2]
+    if mask is not None:
+        mask = mask[..., :context].float().contiguous()
+        mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
+        mask = mask.expand(-1, -1, -1, context).contiguous()
+    probabilities = torch.empty(batch, heads, tokens, context)
+    out = torch.empty(batch, tokens, heads, dim)
+    native.attend_packed(
+        query.detach().float().contiguous(),
+        *(key.packed, key.bits, key.scale, key.zero),
+        *(value.packed, value.bits, value.scale, value.zero),
+        mask,
+        scaling,
+        0.0 if softcap is None else softcap,
+        softmax_bits,
+        probabilities,
+        out,
+        pool(),
+    )
+    return out.to(query.dtype), probabilities.to(query.dtype)
+
+
+def attend_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    softmax_bits: int = UNQUANTIZED,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query`` ``[batch, heads, tokens, dim]``.
+
+    Args:
+        key, value: ``[batch, kv_heads, context, dim]``.
+        mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; may be longer.
+        scaling: of scores.
+        softcap: scores are bounded by it, smoothly.
+        softmax_bits: probabilities are rounded to these; 16 for none.
+        dropout: share of probabilities to drop.
+
+    Returns:
+        Outputs ``[batch, tokens, heads, dim]`` and probabilities ``[batch, heads, tokens,
+        context]``.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, context = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, tokens, context) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores + mask[..., :context]
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if softmax_bits != UNQUANTIZED:
+        probabilities = round_probabilities(probabilities, softmax_bits)
+    probabilities = drop(probabilities.to(query.dtype), dropout)
+    mixed = probabilities.view(batch, kv_heads, -1, context) @ value
+    return mixed.view(batch, heads, tokens, dim).transpose(1, 2).contiguous(), probabilities
+
+
+def round_probabilities(probabilities: Tensor, bits: int) -> Tensor:
+    """Values in [0, 1] of any shape on the fixed grid of ``2**bits`` steps from 0 to 1."""
+    top = 2**bits - 1
+    return probabilities.mul(top).round_().div_(top)
+
+
+def _few(query: Tensor, key: PackedStates, value: PackedStates) -> bool:
+    """Whether there are codes to be read by a kernel that has no gradient."""
+    on_cpu = all(states.device.type == "cpu" for states in (query, key, value))
+    learning = torch.is_grad_enabled() and query.requires_grad
+    shared = query.shape[1] // key.shape[1] * query.shape[2]
+    return on_cpu and not learning and 0 < shared <= MOST_ROWS and query.shape[0] > 0
