@@ -36,7 +36,7 @@ class PackedStates(Tensor):
     ) -> PackedStates:
         """An empty tensor; `__init__` says what it stands for."""
         shape = (*packed.shape[:3], scale.shape[1])
-        made: PackedStates = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: PackedStates = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device
         )
         return made
