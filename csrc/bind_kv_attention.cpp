@@ -17,7 +17,7 @@ using Channels = Array<const float>;
 quantine::PackedStates states(const Codes4& codes, int bits, const Channels& scale,
                               const Channels& zero, std::size_t dim) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
-  if (codes.shape(3) != quantine::packed_bytes(dim, bits) || codes.stride(3) != 1)
+  if (codes.shape(3) != quantine::packed_bytes(dim, bits) || (codes.shape(3) > 1 && codes.stride(3) != 1))
     throw nb::value_error("rows of codes must be bit streams of as many codes as queries have");
   for (std::size_t axis = 0; axis < 3; ++axis)
     if (codes.stride(axis) < 0) throw nb::value_error("codes must not run backwards");
@@ -28,6 +28,32 @@ quantine::PackedStates states(const Codes4& codes, int bits, const Channels& sca
   std::size_t extent = codes.shape(3);
   for (std::size_t axis = 0; axis < 3; ++axis) extent += (codes.shape(axis) - 1) * stride(axis);
   return {codes.data(), stride(0), stride(1), stride(2), extent, bits, scale.data(), zero.data()};
+}
+
+void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
+                 Channels zero, int bits,
+                 nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed) {
+  if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
+  const std::size_t heads = states.shape(1), dim = states.shape(3);
+  for (std::size_t axis = 0; axis < 4; ++axis)
+    if (states.stride(axis) < 0 || packed.stride(axis) < 0)
+      throw nb::value_error("nothing may run backwards");
+  if (packed.shape(0) != states.shape(0) || packed.shape(1) != heads ||
+      packed.shape(2) != states.shape(2) || packed.shape(3) != quantine::packed_bytes(dim, bits) ||
+      (packed.shape(3) > 1 && packed.stride(3) != 1) || (dim > 1 && states.stride(3) != 1))
+    throw nb::value_error("packed must be [batch, heads, tokens, packed_bytes(dim, bits)]");
+  if (scale.shape(0) != heads || scale.shape(1) != dim || zero.shape(0) != heads ||
+      zero.shape(1) != dim)
+    throw nb::value_error("scale and zero must be [heads, dim]");
+  const auto stride = [](const auto& array, std::size_t axis) {
+    return static_cast<std::size_t>(array.stride(axis));
+  };
+  const quantine::FloatStates floats{states.data(),     states.shape(0),   heads,
+                                     states.shape(2),   dim,               stride(states, 0),
+                                     stride(states, 1), stride(states, 2)};
+  nb::gil_scoped_release release;
+  quantine::pack_states(floats, scale.data(), zero.data(), bits, packed.data(), stride(packed, 0),
+                        stride(packed, 1), stride(packed, 2));
 }
 
 // A mask whose first three axes are those of the call, or 1.
@@ -83,6 +109,8 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
 }  // namespace
 
 void bind_kv_attention(nb::module_& m) {
+  m.def("pack_states", &pack_states, nb::arg("states"), nb::arg("scale"), nb::arg("zero"),
+        nb::arg("bits"), nb::arg("packed"));
   m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
         nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
         nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "bits.h"
 #include "kv_attention_level.h"
 #include "lanes.h"
 #include "matrix.h"
@@ -60,6 +61,15 @@ float normalize(float* scores, std::size_t n, int bits) {
       scores[j] = ((scores[j] * last + kWhole) - kWhole) / last;
   }
   return sum_of(n, [scores](std::size_t j) { return scores[j]; });
+}
+
+// The nearest codes: x / scale + zero, which rounds twice, as quantine.core.grid.encode does.
+QUANTINE_CLONES
+void encode(const float* x, const float* scale, const float* zero, std::size_t n, float top,
+            std::uint8_t* codes) {
+  for (std::size_t d = 0; d < n; ++d)
+    codes[d] = static_cast<std::uint8_t>(
+        static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
 }
 
 class Run {
@@ -177,6 +187,24 @@ class Run {
 };
 
 }  // namespace
+
+void pack_states(const FloatStates& states, const float* scale, const float* zero, int bits,
+                 std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
+                 std::size_t token_stride) {
+  std::vector<std::uint8_t> codes(states.dim);
+  const auto top = static_cast<float>((1 << bits) - 1);
+  for (std::size_t batch = 0; batch < states.batch; ++batch)
+    for (std::size_t head = 0; head < states.heads; ++head)
+      for (std::size_t token = 0; token < states.tokens; ++token) {
+        const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
+                         token * states.token_stride;
+        encode(x, scale + head * states.dim, zero + head * states.dim, states.dim, top,
+               codes.data());
+        pack_bits(codes.data(),
+                  packed + batch * batch_stride + head * head_stride + token * token_stride, 1,
+                  states.dim, bits);
+      }
+}
 
 void attend_packed(const PackedAttention& call, const float* queries, float* probabilities,
                    float* out, Pool& pool) {

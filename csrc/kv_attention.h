@@ -18,6 +18,19 @@ struct PackedStates {
   const float *scale, *zero;                            // [kv_heads, dim]
 };
 
+// Floats [batch, heads, tokens, dim] that become codes; strides in floats.
+struct FloatStates {
+  const float* values;
+  std::size_t batch, heads, tokens, dim;
+  std::size_t batch_stride, head_stride, token_stride;
+};
+
+// Writes what `states` are on a grid, scale and zero [heads, dim], as rows of bit streams of `bits`
+// bits into `packed`, whose strides are bytes.
+void pack_states(const FloatStates& states, const float* scale, const float* zero, int bits,
+                 std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
+                 std::size_t token_stride);
+
 // Added to scores; a stride of 0 repeats.
 struct ScoreMask {
   const float* values;  // null: nothing is added

@@ -28,8 +28,11 @@ struct Avx2 {
     __m256i bytes, shifts, mask;
   };
 
-  template <bool>
+  template <Width kKind>
   QUANTINE_INLINE Float spread(const std::uint8_t* bytes, const Spreader& s) {
+    if constexpr (kKind == Width::kWhole)
+      return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
     long long word;
     std::memcpy(&word, bytes, sizeof word);
     const __m256i pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(word), s.bytes);

@@ -33,12 +33,14 @@ struct Avx512 {
     Float table;
   };
 
-  template <bool kSmall>
+  template <Width kKind>
   QUANTINE_INLINE Float spread(const std::uint8_t* bytes, const Spreader& s) {
-    const __m512i all =
-        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const __m128i loaded = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    if constexpr (kKind == Width::kWhole)
+      return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(loaded));
+    const __m512i all = _mm512_broadcast_i32x4(loaded);
     const __m512i places = _mm512_srlv_epi32(_mm512_shuffle_epi8(all, s.bytes), s.shifts);
-    if constexpr (kSmall) return _mm512_permutexvar_ps(places, s.table);
+    if constexpr (kKind == Width::kSmall) return _mm512_permutexvar_ps(places, s.table);
     else return _mm512_cvtepi32_ps(_mm512_and_si512(places, s.mask));
   }
   QUANTINE_INLINE Float set(float value) { return _mm512_set1_ps(value); }

@@ -8,8 +8,10 @@
 namespace quantine {
 namespace {
 
-// kSmall: codes of at most 4 bits.
-template <typename V, bool kSmall, int kCount>
+// What makes codes easier to take apart.
+enum class Width { kSmall, kAny, kWhole };  // at most 4 bits, others, 8 bits
+
+template <typename V, Width kKind, int kCount>
 void score_some(const StateRows& rows, const float* queries, const float* offsets, float* scores,
                 std::size_t stride) {
   using Float = typename V::Float;
@@ -24,7 +26,7 @@ void score_some(const StateRows& rows, const float* queries, const float* offset
       Float acc[kCount];
       for (int q = 0; q < kCount; ++q) acc[q] = V::set(0.0f);
       for (std::size_t d = 0; d < rows.width; d += kLanes, codes += step) {
-        const Float decoded = V::template spread<kSmall>(codes, spreader);
+        const Float decoded = V::template spread<kKind>(codes, spreader);
         for (int q = 0; q < kCount; ++q)
           acc[q] = V::fma(decoded, V::load(queries + static_cast<std::size_t>(q) * rows.width + d),
                           acc[q]);
@@ -42,7 +44,7 @@ void score_some(const StateRows& rows, const float* queries, const float* offset
 }
 
 // kParts vectors from channel `first` on.
-template <typename V, bool kSmall, int kCount, int kParts>
+template <typename V, Width kKind, int kCount, int kParts>
 void mix_part(const StateRows& rows, const float* weights, std::size_t stride, std::size_t first,
               float* sums) {
   using Float = typename V::Float;
@@ -56,7 +58,7 @@ void mix_part(const StateRows& rows, const float* weights, std::size_t stride, s
   for (std::size_t token = 0; token < rows.tokens; ++token, codes += rows.stride) {
     Float decoded[kParts];
     for (int part = 0; part < kParts; ++part)
-      decoded[part] = V::template spread<kSmall>(
+      decoded[part] = V::template spread<kKind>(
           codes + static_cast<std::size_t>(part) * kLanes * bits / 8, spreader);
     for (int q = 0; q < kCount; ++q) {
       const Float weight = V::set(weights[static_cast<std::size_t>(q) * stride + token]);
@@ -71,25 +73,29 @@ void mix_part(const StateRows& rows, const float* weights, std::size_t stride, s
                acc[q][part]);
 }
 
-template <typename V, bool kSmall, int kCount>
+template <typename V, Width kKind, int kCount>
 void mix_some(const StateRows& rows, const float* weights, std::size_t stride, float* sums) {
   constexpr std::size_t kWhole = V::kParts * V::kLanes;
   std::size_t first = 0;
   for (; first + kWhole <= rows.width; first += kWhole)
-    mix_part<V, kSmall, kCount, V::kParts>(rows, weights, stride, first, sums);
+    mix_part<V, kKind, kCount, V::kParts>(rows, weights, stride, first, sums);
   for (; first < rows.width; first += V::kLanes)
-    mix_part<V, kSmall, kCount, 1>(rows, weights, stride, first, sums);
+    mix_part<V, kKind, kCount, 1>(rows, weights, stride, first, sums);
 }
 
 template <typename V, int kCount>
 struct Several {
   static void score(const StateRows& rows, const float* queries, const float* offsets,
                     float* scores, std::size_t stride) {
-    const auto loop = rows.bits <= 4 ? score_some<V, true, kCount> : score_some<V, false, kCount>;
+    const auto loop = rows.bits <= 4   ? score_some<V, Width::kSmall, kCount>
+                      : rows.bits == 8 ? score_some<V, Width::kWhole, kCount>
+                                       : score_some<V, Width::kAny, kCount>;
     loop(rows, queries, offsets, scores, stride);
   }
   static void mix(const StateRows& rows, const float* weights, std::size_t stride, float* sums) {
-    const auto loop = rows.bits <= 4 ? mix_some<V, true, kCount> : mix_some<V, false, kCount>;
+    const auto loop = rows.bits <= 4   ? mix_some<V, Width::kSmall, kCount>
+                      : rows.bits == 8 ? mix_some<V, Width::kWhole, kCount>
+                                       : mix_some<V, Width::kAny, kCount>;
     loop(rows, weights, stride, sums);
   }
 };

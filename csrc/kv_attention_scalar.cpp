@@ -15,7 +15,7 @@ struct Scalar {
     int bits;
   };
 
-  template <bool>
+  template <Width>
   static Float spread(const std::uint8_t* bytes, const Spreader& s) {
     std::uint64_t word = 0;  // eight codes are at most eight bytes
     for (int k = 0; k < s.bits; ++k) word |= static_cast<std::uint64_t>(bytes[k]) << (8 * k);

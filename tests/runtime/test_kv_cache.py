@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 import quantine
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid
+from quantine.core.bits import packed_bytes
 from quantine.eval.memory import cache_bytes
-from quantine.kernels.packed_states import PackedStates
-from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache, packed_states
+from quantine.kernels.packed_states import PackedStates, pack_states, pack_states_reference
+from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache
 from tiny_models import byte_tokenizer
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
@@ -46,15 +48,99 @@ def test_packed_states_are_what_the_grid_gives_back(
 ) -> None:
     grid = grid_of(bits, heads * dim, seed)
     states = torch.randn(batch, heads, tokens, dim) * 10
-    packed = packed_states(grid, states)
-    assert packed.shape == (batch, heads, tokens, -(-dim * bits // 8))
     flat = grid(states.transpose(1, 2).flatten(2))
     expected = flat.view(batch, tokens, heads, dim).transpose(1, 2)
     scale, zero = (value.view(heads, dim) for value in grid.of_channels())
-    found = PackedStates(packed, bits, scale, zero, torch.float32)
-    assert torch.equal(found, expected)
+    room = torch.zeros(batch, heads, tokens + 2, packed_bytes(dim, bits), dtype=torch.uint8)
+    packed = room[:, :, 1:-1]
+    pack_states(states, bits, scale, zero, packed)
+    assert torch.equal(packed, pack_states_reference(states, bits, scale, zero))
+    assert not room[:, :, 0].any()
+    assert not room[:, :, -1].any()
+    assert torch.equal(PackedStates(packed, bits, scale, zero, torch.float32), expected)
     # Attention rounds once more what the cache gives back: nothing changes.
     assert torch.equal(grid(flat), flat)
+
+
+def layer_of(bits: int, heads: int, dim: int) -> PackedLayer:
+    return PackedLayer(grid_of(bits, heads * dim, 0), grid_of(bits, heads * dim, 1))
+
+
+@given(
+    bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 100)),
+            st.tuples(st.just("crop"), st.integers(1, 70)),
+            st.tuples(st.just("reorder"), st.integers(0, 9)),
+            st.tuples(st.just("repeat"), st.integers(1, 2)),
+            st.tuples(st.just("select"), st.integers(0, 2)),
+            st.tuples(st.just("copy"), st.just(0)),
+        ),
+        max_size=8,
+    ),
+)
+@torch.no_grad()
+def test_it_holds_what_a_cache_of_floats_holds(
+    bits: tuple[int, int], steps: list[tuple[str, int]]
+) -> None:
+    heads, dim = 2, 5
+    grids = grid_of(bits[0], heads * dim, 0), grid_of(bits[1], heads * dim, 1)
+    packed, floats = PackedLayer(*grids), DynamicLayer()
+    batch = 2
+    for what, n in [("add", 1), *steps, ("add", 1)]:
+        if what == "add":
+            states = [torch.randn(batch, heads, n, dim) * 10 for _ in grids]
+            found = packed.update(*states)
+            rounded = [
+                grid(x.transpose(1, 2).flatten(2)).view(batch, n, heads, dim).transpose(1, 2)
+                for grid, x in zip(grids, states, strict=True)
+            ]
+            expected = floats.update(*rounded)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        elif what == "copy":
+            before = packed
+            packed = copy.deepcopy(packed)
+            before.update(*(torch.full((batch, heads, 1, dim), 99.0) for _ in grids))
+        else:
+            for layer in (packed, floats):
+                if what == "crop":
+                    layer.crop(-min(n, layer.get_seq_length() - 1))
+                elif what == "reorder":
+                    order = torch.randperm(batch, generator=torch.Generator().manual_seed(n))
+                    layer.reorder_cache(order)
+                elif what == "repeat":
+                    layer.batch_repeat_interleave(n)
+                else:
+                    layer.batch_select_indices(torch.arange(batch)[: n + 1])
+            batch = len(floats.keys)
+        assert packed.get_seq_length() == floats.get_seq_length()
+
+
+@pytest.mark.parametrize("tokens", [4096, 4097])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_bytes_at_a_long_context_are_those_of_the_codes(bits: int, tokens: int) -> None:
+    layer = layer_of(bits, 3, 64)
+    states = torch.randn(1, 3, tokens, 64)
+    for part in states.split(1000, 2):
+        layer.update(part, part)
+    half = 2 * states.numel() * 2
+    assert layer.nbytes == pytest.approx(half * bits / 16, rel=0.02)
+    assert layer.nbytes == layer.keys.untyped_storage().nbytes() * 2
+
+
+def test_a_token_needs_no_new_memory_until_a_block_is_full() -> None:
+    layer = layer_of(4, 2, 16)
+    token = torch.randn(3, 2, 1, 16)
+    places = []
+    for _ in range(2 * BLOCK):
+        layer.update(token, token)
+        places.append((layer.keys.data_ptr(), layer.values.data_ptr()))
+    assert places.count(places[0]) == BLOCK
+    assert places.count(places[-1]) == BLOCK
+    layer.reset()
+    assert layer.nbytes == 0
+    assert layer.get_seq_length() == 0
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +225,20 @@ def test_models_that_keep_floats_have_no_packed_cache(
     rounding: Callable[[str, str], Any],
 ) -> None:
     assert packed_cache(rounding("llama", "W4A16")) is None
+
+
+@torch.no_grad()
+def test_attention_of_transformers_meets_floats(rounding: Callable[[str, str], Any]) -> None:
+    model = rounding("llama", "W16A4KV")
+    tokens = tokens_of(TEXT, TEXT[::-1])
+    own = model.config._attn_implementation
+    found = {}
+    for name in (own, "eager", "sdpa"):
+        model.set_attn_implementation(name)
+        cache = packed_cache(model)
+        model(input_ids=tokens[:, :-1], past_key_values=cache)
+        found[name] = model(input_ids=tokens[:, -1:], past_key_values=cache).logits
+    model.set_attn_implementation(own)
+    largest = float(found[own].abs().max())
+    for name in ("eager", "sdpa"):
+        assert torch.allclose(found[name], found[own], atol=1e-4 * largest)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from quantine.core.bits import pack_reference
+from quantine.core.grid import encode
+from quantine.kernels import backend
 from quantine.kernels.bits import unpack
 
 
@@ -68,3 +71,28 @@ class PackedStates(Tensor):
         """``func`` of decoded floats."""
         args, kwargs = tree_map_only(cls, cls.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
+
+
+def pack_states(states: Tensor, bits: int, scale: Tensor, zero: Tensor, packed: Tensor) -> None:
+    """Write the codes of ``states`` ``[batch, heads, tokens, dim]``, of any float dtype.
+
+    Args:
+        bits, scale, zero: as `PackedStates` takes them.
+        packed: ``[batch, heads, tokens, packed_bytes]`` uint8, which is written.
+    """
+    native = backend.native() if states.device.type == "cpu" else None
+    if native is None:
+        packed.copy_(pack_states_reference(states, bits, scale, zero))
+        return
+    floats = states.detach().float()
+    native.pack_states(
+        floats if floats.stride(3) == 1 else floats.contiguous(), scale, zero, bits, packed
+    )
+
+
+def pack_states_reference(states: Tensor, bits: int, scale: Tensor, zero: Tensor) -> Tensor:
+    """What `pack_states` writes."""
+    scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
+    codes = encode(states.detach().float().unsqueeze(-1), scale, zero, bits).byte()
+    rows = codes.reshape(-1, states.shape[3])
+    return pack_reference(rows, bits).view(*states.shape[:3], -1)

@@ -19,8 +19,7 @@ from quantine.core.bits import packed_bytes
 from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.base import block_list
-from quantine.kernels.bits import pack
-from quantine.kernels.packed_states import PackedStates
+from quantine.kernels.packed_states import PackedStates, pack_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,17 +43,20 @@ class PackedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._grids = key_grid, value_grid
         self._rooms: list[Tensor] = []
+        self._channels: list[tuple[Tensor, Tensor]] = []  # scale and zero, [heads, dim]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Learn dtype, device and batch from the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._dim = key_states.shape[3]
-        nothing = (*key_states.shape[:2], 0)
-        self.keys, self.values = (
-            torch.empty(*nothing, packed_bytes(self._dim, grid.bits), dtype=torch.uint8)
-            for grid in self._grids
-        )
-        self._rooms = [self.keys, self.values]
+        batch, heads, _, dim = key_states.shape
+        self._channels = []
+        self._rooms = []
+        for grid in self._grids:
+            scale, zero = grid.of_channels()
+            self._channels.append((scale.view(heads, dim), zero.view(heads, dim)))
+            nothing = (batch, heads, 0, packed_bytes(dim, grid.bits))
+            self._rooms.append(torch.empty(nothing, dtype=torch.uint8, device=self.device))
+        self.keys, self.values = self._rooms
         self.is_initialized = True
 
     def update(
@@ -82,13 +84,13 @@ class PackedLayer(DynamicLayer):
             shape = (*used.shape[:2], -(-after // BLOCK) * BLOCK, used.shape[3])
             room = self._rooms[which] = used.new_empty(shape)
             room[:, :, :before] = used
-        room[:, :, before:after] = packed_states(self._grids[which], states)
+        bits, (scale, zero) = self._grids[which].bits, self._channels[which]
+        pack_states(states, bits, scale, zero, room[:, :, before:after])
         return room[:, :, :after]
 
     def _seen(self, which: int, used: Tensor) -> PackedStates:
-        grid = self._grids[which]
-        scale, zero = (value.view(-1, self._dim) for value in grid.of_channels())
-        return PackedStates(used, grid.bits, scale, zero, self.dtype)
+        bits, (scale, zero) = self._grids[which].bits, self._channels[which]
+        return PackedStates(used, bits, scale, zero, self.dtype)
 
     def reset(self) -> None:
         """Forget all tokens and give back their memory."""
@@ -100,14 +102,6 @@ class PackedLayer(DynamicLayer):
         """Bytes that keys and values hold, room for the next tokens included."""
         held = () if self.keys is None or self.values is None else (self.keys, self.values)
         return sum(states.untyped_storage().nbytes() for states in held)
-
-
-def packed_states(grid: StaticGrid, states: Tensor) -> Tensor:
-    """``states`` ``[batch, heads, tokens, dim]`` as codes, packed ``[batch, heads, tokens, n]``."""
-    batch, heads, tokens, dim = states.shape
-    codes = grid.codes(states.transpose(1, 2).flatten(2))
-    rows = codes.view(batch, tokens, heads, dim).transpose(1, 2).reshape(-1, dim)
-    return pack(rows, grid.bits).view(batch, heads, tokens, -1)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
