@@ -72,6 +72,11 @@ void encode(const float* x, const float* scale, const float* zero, std::size_t n
         static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
 }
 
+// Whole vectors in memory, so that none crosses a line of the processor's cache.
+struct alignas(kStateLanes * sizeof(float)) Lanes {
+  float lane[kStateLanes];
+};
+
 class Run {
  public:
   Run(const PackedAttention& call, float* probabilities)
@@ -81,7 +86,7 @@ class Run {
         width_((call.dim + kStateLanes - 1) / kStateLanes * kStateLanes),
         group_(call.heads / call.kv_heads * call.rows),
         spans_((call.context + kSpanTokens - 1) / kSpanTokens),
-        queries_(count() * width_),
+        queries_(count() * width_ / kStateLanes),
         offsets_(count()),
         totals_(count()),
         partials_(spans_ * count() * width_) {}
@@ -95,7 +100,7 @@ class Run {
       const std::size_t head = index / group_ % call_.kv_heads;
       const float* x = queries + index * call_.dim;
       const float *scale = call_.keys.scale + head * call_.dim, *zero = call_.keys.zero + head * call_.dim;
-      float* scaled = queries_.data() + index * width_;
+      float* scaled = query(index);
       for (std::size_t d = 0; d < call_.dim; ++d) scaled[d] = x[d] * call_.scaling * scale[d];
       offsets_[index] = sum_of(call_.dim, [=](std::size_t d) { return scaled[d] * zero[d]; });
     }
@@ -106,7 +111,7 @@ class Run {
     const StateRows rows = rows_of(call_.keys, task, copy);
     const std::size_t from = first_query(task);
     for (std::size_t q = from; q < from + group_; q += kStateQueries)
-      level_.score(rows, queries_.data() + q * width_, offsets_.data() + q,
+      level_.score(rows, query(q), offsets_.data() + q,
                    std::min(kStateQueries, from + group_ - q),
                    probabilities_ + q * call_.context + first_token(task), call_.context);
   }
@@ -156,6 +161,7 @@ class Run {
  private:
   std::size_t first_token(std::size_t task) const { return task % spans_ * kSpanTokens; }
   std::size_t first_query(std::size_t task) const { return task / spans_ * group_; }
+  float* query(std::size_t index) { return queries_[index * width_ / kStateLanes].lane; }
   float* partial(std::size_t span, std::size_t query) {
     return partials_.data() + (span * count() + query) * width_;
   }
@@ -183,7 +189,8 @@ class Run {
   const StateLevel& level_;
   float* probabilities_;
   std::size_t width_, group_, spans_;  // group_: queries that share a head of keys and values
-  std::vector<float> queries_, offsets_, totals_, partials_;
+  std::vector<Lanes> queries_;
+  std::vector<float> offsets_, totals_, partials_;
 };
 
 }  // namespace

@@ -18,7 +18,7 @@ from quantine.kernels import backend
 from quantine.kernels.packed_states import PackedStates
 from quantine.kernels.threads import pool
 
-MOST_ROWS: Final = 32
+MOST_ROWS: Final = 64
 """Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
 multiplies decoded floats."""
 
