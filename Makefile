@@ -72,6 +72,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_columns.py
 	$(BIN)/python benchmarks/bench_matrix.py
 	$(BIN)/python benchmarks/bench_gram.py
+	$(BIN)/python benchmarks/bench_kv.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .
