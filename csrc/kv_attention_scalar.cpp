@@ -18,11 +18,12 @@ struct Scalar {
   template <Width>
   static Float spread(const std::uint8_t* bytes, const Spreader& s) {
     std::uint64_t word = 0;  // eight codes are at most eight bytes
-    for (int k = 0; k < s.bits; ++k) word |= static_cast<std::uint64_t>(bytes[k]) << (8 * k);
+    for (int k = 0; k < 8; ++k) word |= static_cast<std::uint64_t>(bytes[k]) << (8 * k);
     const std::uint64_t mask = (1u << s.bits) - 1;
     Float codes;
-    for (std::size_t r = 0; r < kLanes; ++r, word >>= s.bits)
-      codes.lane[r] = static_cast<float>(word & mask);
+    for (std::size_t r = 0; r < kLanes; ++r)
+      codes.lane[r] = static_cast<float>(
+          static_cast<std::int32_t>(word >> (static_cast<int>(r) * s.bits) & mask));
     return codes;
   }
   static Float set(float value) {
