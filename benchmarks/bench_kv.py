@@ -76,10 +76,13 @@ def held(cache: DynamicCache) -> int:
     return sum(states.untyped_storage().nbytes() for states in tensors)
 
 
-def statistics_of(sites: list[AttentionSites]) -> int:
-    """Bytes of the grids of keys and values."""
+def statistics_of(cache: DynamicCache, sites: list[AttentionSites]) -> int:
+    """Bytes of the grids of keys and values, and of what a cache makes of them."""
     grids = [grid for site in sites for grid in (site.key, site.value)]
-    return sum(buffer.nbytes for grid in grids for buffer in grid.buffers())
+    kept = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
+    return sum(buffer.nbytes for grid in grids for buffer in grid.buffers()) + sum(
+        layer.statistics_nbytes for layer in kept
+    )
 
 
 def milliseconds(function: Callable[[], Any]) -> float:
@@ -148,7 +151,7 @@ def decoding(asked: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
         put_grids(sites, bits, config)
         caches[bits] = packed_cache(model) or DynamicCache(config=config)
         fill(caches[bits], config, asked.context)
-        sizes[bits] = (held(caches[bits]), statistics_of(sites))
+        sizes[bits] = (held(caches[bits]), statistics_of(caches[bits], sites))
     token = torch.tensor([[7]])
 
     def step(bits: int) -> Callable[[], Any]:

@@ -127,6 +127,7 @@ def test_bytes_at_a_long_context_are_those_of_the_codes(bits: int, tokens: int) 
     half = 2 * states.numel() * 2
     assert layer.nbytes == pytest.approx(half * bits / 16, rel=0.02)
     assert layer.nbytes == layer.keys.untyped_storage().nbytes() * 2
+    assert layer.statistics_nbytes == 2 * 2 * 3 * 64 * 4
 
 
 def test_a_token_needs_no_new_memory_until_a_block_is_full() -> None:

@@ -100,8 +100,14 @@ class PackedLayer(DynamicLayer):
     @property
     def nbytes(self) -> int:
         """Bytes that keys and values hold, room for the next tokens included."""
-        held = () if self.keys is None or self.values is None else (self.keys, self.values)
-        return sum(states.untyped_storage().nbytes() for states in held)
+        held = [states for states in (self.keys, self.values, *self._rooms) if states is not None]
+        storages = {states.data_ptr(): states.untyped_storage() for states in held}
+        return sum(storage.nbytes() for storage in storages.values())
+
+    @property
+    def statistics_nbytes(self) -> int:
+        """Bytes of a scale and a zero point for each channel, which do not grow with tokens."""
+        return sum(values.nbytes for pair in self._channels for values in pair)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
