@@ -95,10 +95,23 @@ void add_outliers(quantine::Source& source, const Outliers& outliers) {
   if (outliers.floats) source.outlier_floats = outliers.floats->data();
 }
 
+void add_sizes(quantine::Source& source, const Vector<const std::int64_t>& sizes) {
+  std::size_t end = 0;
+  for (std::size_t group = 0; group < sizes.shape(0); ++group) {
+    const std::int64_t size = sizes.data()[group];
+    if (size < 1 || static_cast<std::size_t>(size) > source.columns - end)
+      throw nb::value_error("sizes of groups must be positive and sum to the columns");
+    source.ends.push_back(end += static_cast<std::size_t>(size));
+  }
+  if (end != source.columns || source.along_outputs)
+    throw nb::value_error("sizes of groups must sum to the columns, along which they run");
+}
+
 Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
               const Statistic& scale, const Statistic& zero,
               std::optional<Vector<const std::int64_t>> order,
-              const std::optional<Outliers>& outliers, Pool& pool) {
+              const std::optional<Outliers>& outliers, Pool& pool,
+              std::optional<Vector<const std::int64_t>> sizes) {
   quantine::Source source;
   source.rows = codes.shape(0);
   source.columns = codes.shape(1);
@@ -113,7 +126,8 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
   const std::size_t length = along_outputs ? source.rows : source.columns;
   if (along_outputs && group_size % quantine::kTile != 0 && group_size < length)
     throw nb::value_error("groups along outputs must be a multiple of 16 rows, or all of them");
-  const std::size_t groups = (length + group_size - 1) / group_size;
+  if (sizes) add_sizes(source, *sizes);
+  const std::size_t groups = sizes ? source.ends.size() : (length + group_size - 1) / group_size;
   source.scale = source_of(scale, lines, groups);
   source.zero = source_of(zero, lines, groups);
   if (source.scale.kept != Kept::kHalf && source.scale.kept != Kept::kCoded)
@@ -213,7 +227,7 @@ void bind_matrix(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def_static("packed", &packed, nb::arg("codes"), nb::arg("bits"), nb::arg("group_size"),
                   nb::arg("along_outputs"), nb::arg("scale"), nb::arg("zero"), nb::arg("order").none(),
-                  nb::arg("outliers").none(), nb::arg("pool"))
+                  nb::arg("outliers").none(), nb::arg("pool"), nb::arg("sizes").none() = nb::none())
       .def_static("from_half", &from_half, nb::arg("values"), nb::arg("pool"))
       .def_static("from_float", &from_float, nb::arg("values"), nb::arg("pool"))
       .def_prop_ro("rows", &Matrix::rows)

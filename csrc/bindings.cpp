@@ -202,6 +202,7 @@ NB_MODULE(_native, m) {
         nb::arg("stop"), nb::arg("fitter").none(), nb::arg("pool"));
   m.def("multiplies_tiles", &multiplies_tiles);
   bind_matrix(m);
+  bind_integer(m);
 #if defined(QUANTINE_AMX)
   m.def("add_gram", &add_gram, nb::arg("x"), nb::arg("total"), nb::arg("pool"));
 #endif

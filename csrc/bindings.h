@@ -13,3 +13,4 @@ using Vector = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 void bind_matrix(nb::module_& m);
 void bind_decoder(nb::module_& m);
 void bind_kv_attention(nb::module_& m);
+void bind_integer(nb::module_& m);

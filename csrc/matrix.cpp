@@ -86,6 +86,8 @@ void multiply_scaled(const Level& level, const Product& product, const Task& tas
 
 }  // namespace
 
+const Level& current_level() { return *chosen().load(); }
+
 Bytes::Bytes(std::size_t size) : size_(size) {
   // Large pages save the processor most of the work of finding memory.
   const bool huge = size >= kHuge;
@@ -135,16 +137,16 @@ void Matrix::decode_rows(std::size_t first, std::size_t count, T* out, Decode&& 
 }
 
 void Matrix::decode(std::size_t first, std::size_t count, float* out, Pool& pool) const {
-  decode_rows(first, count, out, chosen().load()->decode, pool);
+  decode_rows(first, count, out, current_level().decode, pool);
 }
 
 void Matrix::decode(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const {
-  decode_rows(first, count, out, chosen().load()->decode_bfloat16, pool);
+  decode_rows(first, count, out, current_level().decode_bfloat16, pool);
 }
 
 void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
               Arithmetic arithmetic, Pool& pool) {
-  const Level& level = *chosen().load();
+  const Level& level = current_level();
   const bool exact = arithmetic == Arithmetic::kExact;
   std::vector<Arranged> arranged;
   arranged.reserve(count);
@@ -189,7 +191,7 @@ std::vector<std::string> levels() {
   return names;
 }
 
-std::string level() { return chosen().load()->name; }
+std::string level() { return current_level().name; }
 
 void use_level(const std::string& name) {
   for (const Level* level : all_levels())

@@ -24,6 +24,27 @@ inline void turn_slowly(const Strip& strip, std::size_t count, T* out, std::size
     for (std::size_t c = 0; c < count; ++c) convert(strip.columns[c][lane], out + lane * stride + c);
 }
 
+// The codes of a tile, one byte each, chunk by chunk, with room for whole vectors of chunks; and its
+// statistics `[groups, 16]`. Groups run along inputs.
+template <typename V>
+void unpack_tile(const Weights& w, std::size_t tile, std::uint8_t* codes, float* scales,
+                 float* zeros) {
+  static_assert(sizeof(typename V::Int) == kTile * kChunk);
+  with_bits(w.bits, [&](auto bits) {
+    each_chunk<V, bits>(w, tile, [&](typename V::Int chunk) __attribute__((always_inline)) {
+      std::memcpy(codes, &chunk, sizeof chunk);
+      codes += sizeof chunk;
+    });
+  });
+  Cursor<V> cursor(w, tile);
+  typename V::Float scale, zero;
+  for (std::size_t group = 0; group < w.groups; ++group) {
+    cursor.advance(scale, zero);
+    V::store(scales + group * kTile, scale);
+    V::store(zeros + group * kTile, zero);
+  }
+}
+
 // Calls `store(value)` for every stored column in order.
 template <typename V, int kBits, typename Store>
 inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {

@@ -329,7 +329,8 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
 template <typename V>
 Level level_of(const char* name) {
   return {name,          multiply_tile<V>,      round_row<V>,
-          scale_rows<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>};
+          scale_rows<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>,
+          unpack_tile<V>};
 }
 
 }  // namespace

@@ -30,7 +30,12 @@ struct Level {
   void (*decode)(const Weights& w, std::size_t tile, float* out, std::size_t stride);
   void (*decode_bfloat16)(const Weights& w, std::size_t tile, std::uint16_t* out,
                           std::size_t stride);
+  // The codes of a tile, one byte each, `[padded / 4, 16, 4]`, and its statistics `[groups, 16]`.
+  void (*unpack)(const Weights& w, std::size_t tile, std::uint8_t* codes, float* scales,
+                 float* zeros);
 };
+
+const Level& current_level();
 
 const Level& scalar_level();
 #if defined(QUANTINE_X86)

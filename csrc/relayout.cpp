@@ -11,14 +11,22 @@ namespace {
 
 std::size_t up(std::size_t count, std::size_t unit) { return (count + unit - 1) / unit; }
 
-// Columns cut into blocks that do not cross groups.
-std::vector<Block> cut(std::size_t columns, std::size_t group_size) {
+// Ends of groups of `group_size` columns, the last of which may be shorter.
+std::vector<std::size_t> even_ends(std::size_t columns, std::size_t group_size) {
+  std::vector<std::size_t> ends;
+  for (std::size_t start = 0; start < columns; start += group_size)
+    ends.push_back(std::min(columns, start + group_size));
+  return ends;
+}
+
+// Columns cut into blocks that do not cross groups, which end at `ends`.
+std::vector<Block> cut(const std::vector<std::size_t>& ends) {
   std::vector<Block> blocks;
-  for (std::size_t start = 0; start < columns; start += group_size) {
-    const std::size_t end = std::min(columns, start + group_size);
-    for (std::size_t first = start; first < end; first += kBlock) {
+  for (std::size_t group = 0; group < ends.size(); ++group) {
+    const std::size_t end = ends[group];
+    for (std::size_t first = group == 0 ? 0 : ends[group - 1]; first < end; first += kBlock) {
       const std::size_t width = std::min(kBlock, end - first);
-      blocks.push_back({static_cast<std::uint32_t>(start / group_size),
+      blocks.push_back({static_cast<std::uint32_t>(group),
                         static_cast<std::uint32_t>(first), static_cast<std::uint32_t>(width),
                         static_cast<std::uint32_t>(up(width, kChunk))});
     }
@@ -192,7 +200,8 @@ void write_codes(const Source& source, const Weights& weights, std::size_t tile,
 
 // An outlier replaces its code. Where the grid has an exact zero, the code is made to mean that;
 // else what the code means is taken off the value.
-void write_outliers(const Source& source, Weights& weights, std::vector<std::uint8_t>& codes) {
+void write_outliers(const Source& source, Weights& weights, const std::vector<std::size_t>& ends,
+                    std::vector<std::uint8_t>& codes) {
   const std::size_t entries = static_cast<std::size_t>(source.outlier_offsets[source.rows]);
   weights.outlier_lanes.resize(entries);
   for (std::size_t row = 0; row < source.rows; row += kTile)
@@ -215,7 +224,10 @@ void write_outliers(const Source& source, Weights& weights, std::vector<std::uin
       const std::size_t column = static_cast<std::size_t>(source.outlier_columns[e]);
       weights.outlier_lanes[e] = static_cast<std::uint8_t>(row % kTile);
       const std::size_t line = source.along_outputs ? column : row;
-      const std::size_t group = (source.along_outputs ? row : column) / source.group_size;
+      const std::size_t group =
+          source.along_outputs
+              ? row / source.group_size
+              : static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), column) - ends.begin());
       const float zero = value_of(source.zero, line, group, lines_of(source), weights.groups);
       std::uint8_t& code = codes[row * source.columns + column];
       if (halves) {
@@ -250,7 +262,7 @@ Weights plain(const T* values, std::size_t rows, std::size_t columns, Pool& pool
   weights.columns = columns;
   weights.bits = static_cast<int>(8 * sizeof(T));
   weights.tile_bytes = columns * kTile * sizeof(T);
-  weights.blocks = cut(columns, columns);
+  weights.blocks = cut({columns});
   const std::size_t tiles = up(rows, kTile);
   weights.codes = Bytes(tiles * weights.tile_bytes);
   pool.run(tiles, [&](std::size_t tile) {
@@ -271,9 +283,13 @@ Weights relayout(const Source& source, Pool& pool) {
   weights.bits = source.bits;
   const bool outputs = source.along_outputs;
   const std::size_t lines = lines_of(source);
-  weights.groups = up(outputs ? source.rows : source.columns, source.group_size);
+  const std::vector<std::size_t> ends =
+      outputs               ? std::vector<std::size_t>{source.columns}
+      : source.ends.empty() ? even_ends(source.columns, source.group_size)
+                            : source.ends;
+  weights.groups = outputs ? up(source.rows, source.group_size) : ends.size();
   weights.group_rows = outputs ? source.group_size : 0;
-  weights.blocks = cut(source.columns, outputs ? source.columns : source.group_size);
+  weights.blocks = cut(ends);
   for (const Block& block : weights.blocks) weights.chunks += block.chunks;
   const std::size_t together = static_cast<std::size_t>(chunks_together(source.bits));
   weights.tile_bytes =
@@ -291,7 +307,7 @@ Weights relayout(const Source& source, Pool& pool) {
   std::vector<std::uint8_t> codes;
   if (source.outlier_offsets != nullptr) {
     codes.assign(source.codes, source.codes + source.rows * source.columns);
-    write_outliers(source, weights, codes);
+    write_outliers(source, weights, ends, codes);
     changed.codes = codes.data();
   }
   const std::size_t tiles = up(source.rows, kTile);

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "matrix.h"
 
@@ -22,6 +23,7 @@ struct StatisticSource {
 // A QTensor: row-major arrays, columns in stored order.
 struct Source {
   std::size_t rows = 0, columns = 0, group_size = 0;
+  std::vector<std::size_t> ends;  // of groups of columns that differ in size; else empty
   bool along_outputs = false;  // groups; they are whole tiles then, or whole columns
   int bits = 0;
   const std::uint8_t* codes = nullptr;  // [rows, columns]

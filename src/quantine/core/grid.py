@@ -69,6 +69,11 @@ class Grid:
             return torch.full_like(self.scales(), 2 ** (self.bits - 1))
         return _values(self.zero_point)
 
+    def lengths(self, length: int) -> tuple[int, ...]:
+        """Weights of each group of a line of ``length``."""
+        starts = range(0, length, self.group_size)
+        return self.sizes or tuple(min(self.group_size, length - start) for start in starts)
+
     def encode(self, x: Tensor) -> Tensor:
         """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""
         if self.sizes:

@@ -40,13 +40,13 @@ Matrix = Any
 def packed_matrix(qtensor: QTensor) -> Matrix | None:
     """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU.
 
-    ``None`` also where groups differ in size, or run along outputs and are neither multiples of
-    `TILE` rows nor all rows: tiles would cross them.
+    ``None`` also where groups run along outputs and are neither multiples of `TILE` rows nor all
+    rows: tiles would cross them.
     """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
     grid, rows = qtensor.grid, len(qtensor.codes)
     crossed = grid.axis == "out" and grid.group_size % TILE != 0 and grid.group_size < rows
-    if native is None or crossed or grid.sizes:
+    if native is None or crossed:
         return None
     outliers = None
     if qtensor.outliers is not None:
@@ -68,6 +68,7 @@ def packed_matrix(qtensor: QTensor) -> Matrix | None:
         None if qtensor.in_perm is None else qtensor.in_perm.long(),
         outliers,
         pool(),
+        torch.tensor(grid.sizes) if grid.sizes else None,
     )
 
 
@@ -189,8 +190,8 @@ def has_exact_zero(grid: Grid) -> bool:
 def _of_weights(statistics: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
     """``statistics`` ``[lines, groups]`` for every weight, ``[out, in]``."""
     along_inputs = grid.axis == "in"
-    length = shape[1] if along_inputs else shape[0]
-    spread = statistics.repeat_interleave(grid.group_size, 1)[:, :length]
+    lengths = torch.tensor(grid.lengths(shape[1] if along_inputs else shape[0]))
+    spread = statistics.repeat_interleave(lengths, 1)
     return spread if along_inputs else spread.T
 
 
@@ -203,18 +204,22 @@ def _multiply_rounded(centred: Tensor, grid: Grid, stored: Tensor) -> Tensor:
     """
     if grid.axis == "in":
         weight = centred * _of_weights(grid.scales(), grid, centred.shape)
-        return round_activations(stored, grid.group_size) @ weight.T
+        return round_activations(stored, grid.lengths(stored.shape[1])) @ weight.T
     groups = zip(centred.split(grid.group_size), grid.scales().T, strict=True)
     products = [
-        round_activations(stored * scale, centred.shape[1]) @ rows.T for rows, scale in groups
+        round_activations(stored * scale, (centred.shape[1],)) @ rows.T for rows, scale in groups
     ]
     return torch.cat(products, 1)
 
 
-def round_activations(x: Tensor, group_size: int) -> Tensor:
-    """``x`` ``[batch, in]`` float32 after rounding to 16 bits, in stored column order."""
+def round_activations(x: Tensor, groups: Sequence[int]) -> Tensor:
+    """``x`` ``[batch, in]`` float32 after rounding to 16 bits, in stored column order.
+
+    Args:
+        groups: sizes of the groups of columns.
+    """
     parts = []
-    for group in x.split(group_size, 1):
+    for group in x.split(list(groups), 1):
         for block in group.split(BLOCK, 1):
             largest = block.abs().amax(1, keepdim=True)
             # A number over a tensor would be its reciprocal times the number: another rounding.

@@ -1,0 +1,159 @@
+#include "integer_codes.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "lanes.h"
+
+namespace quantine {
+namespace {
+
+constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
+constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
+constexpr float kSmallestStep = 1e-8f;    // quantine.core.ranges.SMALLEST_STEP
+
+// Codes of a row in stored order, and their sum in each group if `sums`. Returns whether one is NaN.
+QUANTINE_CLONES
+bool round_row(const float* x, const Span* spans, std::size_t groups, const float* scales,
+               const float* zeros, bool shared, float top, std::uint8_t* codes,
+               std::int32_t* sums) {
+  int lost = 0;
+  for (std::size_t group = 0; group < groups; ++group) {
+    const Span span = spans[group];
+    const float scale = scales[shared ? 0 : group], zero = zeros[shared ? 0 : group];
+    const float* values = x + span.column;
+    std::uint8_t* out = codes + span.start;
+    std::int32_t sum = 0;
+    for (std::size_t i = 0; i < span.width; ++i) {
+      const int code = static_cast<int>(nearest_code(values[i] / scale + zero, top));
+      lost |= values[i] != values[i];
+      sum += code;
+      out[i] = static_cast<std::uint8_t>(code);
+    }
+    if (sums != nullptr) sums[group] = sum;
+  }
+  return lost != 0;
+}
+
+struct Ends {
+  float low, high;
+};
+
+// The least and the largest of a row.
+QUANTINE_CLONES
+Ends ends_of(const float* x, std::size_t count) {
+  constexpr std::size_t kWide = 16;
+  float low[kWide], high[kWide];
+  for (std::size_t lane = 0; lane < kWide; ++lane) low[lane] = high[lane] = x[0];
+  std::size_t at = 0;
+  for (; at + kWide <= count; at += kWide)
+    for (std::size_t lane = 0; lane < kWide; ++lane) {
+      low[lane] = smaller(low[lane], x[at + lane]);
+      high[lane] = larger(high[lane], x[at + lane]);
+    }
+  for (; at < count; ++at) {
+    low[0] = smaller(low[0], x[at]);
+    high[0] = larger(high[0], x[at]);
+  }
+  return {*std::min_element(low, low + kWide), *std::max_element(high, high + kWide)};
+}
+
+std::size_t stride_of(const std::vector<Span>& spans) {
+  return spans.back().start + spans.back().padded;
+}
+
+}  // namespace
+
+std::vector<Span> spans_of(const Weights& w, std::size_t step) {
+  std::vector<Span> spans(w.groups, Span{0, 0, 0, 0});
+  for (const Block& block : w.blocks) {
+    Span& span = spans[block.group];
+    if (span.width == 0) span.column = block.first;
+    span.width += block.width;
+  }
+  std::size_t start = 0;
+  for (Span& span : spans) {
+    span.start = start;
+    span.padded = (span.width + step - 1) / step * step;
+    start += span.padded;
+  }
+  return spans;
+}
+
+RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, std::size_t step, const float* x,
+                         std::size_t rows, bool sums, Pool& pool)
+    : grid_(grid),
+      spans_(spans_of(w, step)),
+      lost_(rows),
+      codes_{spans_.data(), spans_.size(), stride_of(spans_), nullptr, nullptr},
+      memory_((rows + kWhole) / kWhole * kWhole * codes_.stride) {
+  codes_.codes = memory_.data();
+  if (sums) {
+    sums_.resize(rows * w.groups);
+    codes_.sums = sums_.data();
+  }
+  const float top = static_cast<float>((1 << grid.bits) - 1);
+  if (grid.scale.empty()) {
+    own_scale_.resize(rows);
+    own_zero_.resize(rows);
+    middles_.assign(w.groups, 1 << (grid.bits - 1));
+    rests_.assign(w.groups, 0.0f);
+  } else {
+    for (const float zero : grid.zero) {
+      middles_.push_back(static_cast<int>(nearest_code(zero, top)));
+      rests_.push_back(zero - static_cast<float>(middles_.back()));
+    }
+  }
+  pool.run((rows + kTogether - 1) / kTogether, [&](std::size_t index) {
+    std::vector<float> ordered;
+    for (std::size_t row = index * kTogether; row < std::min(rows, (index + 1) * kTogether); ++row)
+      round(w, x + row * w.columns, row, ordered);
+  });
+}
+
+void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
+                        std::vector<float>& ordered) {
+  if (!w.order.empty()) {
+    ordered.resize(w.columns);
+    for (std::size_t j = 0; j < w.columns; ++j) ordered[j] = x[w.order[j]];
+    x = ordered.data();
+  }
+  const float top = static_cast<float>((1 << grid_.bits) - 1);
+  const float *scales = grid_.scale.data(), *zeros = grid_.zero.data();
+  float own_zero = 0.0f;
+  if (own_grids()) {
+    const Ends ends = ends_of(x, w.columns);
+    own_scale_[row] = larger((ends.high - ends.low) / top, kSmallestStep);
+    own_zero = std::nearbyint(-ends.low / own_scale_[row]);
+    own_zero_[row] = own_zero - static_cast<float>(middles_[0]);
+    scales = &own_scale_[row];
+    zeros = &own_zero;
+    lost_[row] = !std::isfinite(own_scale_[row]);
+    if (lost_[row]) own_scale_[row] = 1.0f;
+  }
+  std::vector<std::int32_t> sums(codes_.sums == nullptr ? 0 : w.groups);
+  if (round_row(x, spans_.data(), spans_.size(), scales, zeros, own_grids(), top,
+                memory_.data() + row * codes_.stride, sums.empty() ? nullptr : sums.data()))
+    lost_[row] = 1;
+  for (std::size_t group = 0; group < sums.size(); ++group) {
+    const int middles = middles_[group] * static_cast<int>(spans_[group].width);
+    sums_[row * w.groups + group] = static_cast<float>(sums[group] - middles);
+  }
+}
+
+void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {
+  for (std::size_t group = 0; group < spans_.size(); ++group) {
+    const Span& span = spans_[group];
+    for (std::size_t r = 0; r < count; ++r) {
+      const std::uint8_t* codes = codes_.codes + (row + r) * codes_.stride + span.start;
+      const float middle = static_cast<float>(middles_[group]);
+      const float scale = own_grids() ? own_scale_[row + r] : grid_.scale[group];
+      const float rest = own_grids() ? own_zero_[row + r] : rests_[group];
+      for (std::size_t i = 0; i < span.width; ++i)
+        out[(span.column + i) * count + r] =
+            (static_cast<float>(codes[i]) - middle - rest) * scale;
+    }
+  }
+}
+
+}  // namespace quantine

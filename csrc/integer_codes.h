@@ -1,0 +1,64 @@
+// Activations on their grids, as integer.cpp multiplies them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "integer.h"
+#include "integer_level.h"
+
+namespace quantine {
+
+struct alignas(64) Line {
+  std::uint8_t at[64];
+};
+
+// Memory that is not set to anything, in whole lines.
+template <typename T>
+class Lines64 {
+ public:
+  explicit Lines64(std::size_t count) : lines_(new Line[count * sizeof(T) / sizeof(Line) + 1]) {}
+  T* data() { return reinterpret_cast<T*>(lines_.get()); }
+  const T* data() const { return reinterpret_cast<const T*>(lines_.get()); }
+
+ private:
+  std::unique_ptr<Line[]> lines_;
+};
+
+// The groups of `w`, padded to `step` inputs.
+std::vector<Span> spans_of(const Weights& w, std::size_t step);
+
+// Rows of activations, rounded.
+class RoundedRows {
+ public:
+  // `sums`: whether the sums of codes are wanted.
+  RoundedRows(const Weights& w, const InputGrid& grid, std::size_t step, const float* x,
+              std::size_t rows, bool sums, Pool& pool);
+
+  const Codes& codes() const { return codes_; }
+  bool own_grids() const { return !own_scale_.empty(); }
+  // Of rows with grids of their own; zero points less the middle code.
+  float scale(std::size_t row) const { return own_scale_[row]; }
+  float zero(std::size_t row) const { return own_zero_[row]; }
+  // Rows that become NaN.
+  bool is_lost(std::size_t row) const { return lost_[row] != 0; }
+  // The whole part of zero points that sums of codes are less of, and what is left of them.
+  int middle(std::size_t group) const { return middles_[group]; }
+  float rest(std::size_t group) const { return rests_[group]; }
+  // What the codes of `count` rows from `row` stand for, [columns, count].
+  void values(std::size_t row, std::size_t count, float* out) const;
+
+ private:
+  void round(const Weights& w, const float* x, std::size_t row, std::vector<float>& ordered);
+
+  const InputGrid& grid_;
+  std::vector<Span> spans_;
+  std::vector<int> middles_;
+  std::vector<float> rests_, own_scale_, own_zero_;
+  std::vector<std::uint8_t> lost_;
+  Codes codes_;
+  Lines64<std::uint8_t> memory_;
+  std::vector<float> sums_;
+};
+
+}  // namespace quantine
