@@ -8,7 +8,6 @@
 #include <algorithm>
 
 #include "integer_avx512.h"
-#include "integer_level.h"
 
 namespace quantine {
 namespace {
@@ -17,6 +16,7 @@ constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
 constexpr long kTileData = 18;               // the state component of tiles
 constexpr unsigned kTiles = 1u << 24, kIntegers = 1u << 25;  // of CPUID leaf 7, EDX
 constexpr std::size_t kLanes = 16, kStep = 64, kVector = 64;
+constexpr std::size_t kFewRows = 8;  // that tiles would hardly be filled with
 constexpr std::size_t kStrip = 32;  // rows of activations, and outputs, of four tiles of sums
 
 struct alignas(64) Configuration {
@@ -114,6 +114,7 @@ void multiply_strip(const Panel& panel, std::size_t tile, const Codes& a, std::s
 
 void multiply(const Panel& panel, std::size_t tile, bool two, const Codes& a, std::size_t row,
               std::size_t rows, float* results) {
+  if (rows <= kFewRows) return multiply_avx512(panel, tile, two, a, row, rows, results);
   const Configuration configuration;
   _tile_loadconfig(&configuration);
   for (std::size_t done = 0; done < rows; done += kStrip) {

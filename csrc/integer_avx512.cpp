@@ -3,7 +3,6 @@
 
 #include <cstring>
 
-#include "integer_level.h"
 #include "integer_avx512.h"
 
 namespace quantine {
@@ -73,13 +72,13 @@ void multiply_tiles(const Panel& panel, std::size_t tile, const Codes& a, std::s
     multiply_rows<1, kTiles>(panel, tile, a, row, results);
 }
 
-void multiply(const Panel& panel, std::size_t tile, bool two, const Codes& a, std::size_t row,
-              std::size_t rows, float* results) {
+}  // namespace
+
+void multiply_avx512(const Panel& panel, std::size_t tile, bool two, const Codes& a,
+                     std::size_t row, std::size_t rows, float* results) {
   if (two) multiply_tiles<2>(panel, tile, a, row, rows, results);
   else multiply_tiles<1>(panel, tile, a, row, rows, results);
 }
-
-}  // namespace
 
 void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* offsets,
                    std::int8_t* out, std::int32_t* sums) {
@@ -96,7 +95,7 @@ void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uin
 }
 
 const IntegerLevel& integer_avx512() {
-  static const IntegerLevel level = {"avx512", kQuad, centre_avx512, multiply};
+  static const IntegerLevel level = {"avx512", kQuad, centre_avx512, multiply_avx512};
   return level;
 }
 

@@ -1,13 +1,14 @@
 // What the kernels for AMX share with those for AVX-512.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "integer_level.h"
 
 namespace quantine {
 
 // See IntegerLevel.
 void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* offsets,
                    std::int8_t* out, std::int32_t* sums);
+void multiply_avx512(const Panel& panel, std::size_t tile, bool two, const Codes& a,
+                     std::size_t row, std::size_t rows, float* results);
 
 }  // namespace quantine

@@ -89,7 +89,7 @@ RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, std::size_t st
       memory_((rows + kWhole) / kWhole * kWhole * codes_.stride) {
   codes_.codes = memory_.data();
   if (sums) {
-    sums_.resize(rows * w.groups);
+    sums_.resize((rows + kWhole) / kWhole * kWhole * w.groups);
     codes_.sums = sums_.data();
   }
   const float top = static_cast<float>((1 << grid.bits) - 1);

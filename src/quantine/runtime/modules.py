@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import rounded_inputs
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.fixed import FixedDtypes
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
+from quantine.kernels import integer
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
 from quantine.runtime.snapshot import Snapshot
 
@@ -88,11 +90,7 @@ class Packed(FixedDtypes):
         there is no native matrix, or a gradient or a recording of the computation is wanted, or
         ``x`` is float64, the whole matrix is decoded.
         """
-        wanted = torch.is_grad_enabled() and x.requires_grad
-        tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        recorded = tracing or torch.compiler.is_compiling()
-        native = x.device.type == "cpu" and x.dtype in COMPUTED
-        matrix = self.matrix() if native and not wanted and not recorded else None
+        matrix = self.matrix() if _takes_native(x) else None
         if matrix is None:
             return linear(x, self.dequantize().to(x.dtype))
         rows = x.reshape(-1, self.in_features)
@@ -112,7 +110,11 @@ class Packed(FixedDtypes):
 
 
 class QuantLinear(Packed):
-    """``y = x @ W.T + bias`` with ``W`` packed; see `Packed.product`.
+    """``y = x @ W.T + bias`` with ``W`` packed.
+
+    Where `inputs` is a grid within which the groups of weights lie, codes of activations and of
+    weights are multiplied as integers, see `quantine.kernels.integer`. Else ``x`` is rounded in
+    floats, and `Packed.product` multiplies.
 
     Attributes:
         inputs: rounds ``x`` first; ``None`` where it is taken as it is.
@@ -130,11 +132,61 @@ class QuantLinear(Packed):
         super().__init__(format_name, spec, out_features, in_features, tensors)
         self.bias = bias
         self.inputs: nn.Module | None = None
+        self._gridded_from: Snapshot | None = None
+        self._grid: Any = None
+
+    def input_grid(self) -> Any:
+        """The native grid of the inputs, made at first use; ``None`` where floats are multiplied.
+
+        It is made again when a tensor of the grid or of the matrix is replaced or written to.
+        """
+        if not isinstance(self.inputs, StaticGrid | TokenGrid):
+            return None
+        found = [*self.inputs.buffers(), *self.packed_tensors().values()]
+        if self._gridded_from is None or not self._gridded_from.holds(found):
+            self._grid = self._made_grid(self.inputs)
+            self._gridded_from = Snapshot(found)
+        return self._grid
+
+    def _made_grid(self, inputs: StaticGrid | TokenGrid) -> Any:
+        layout = format_named(self.format_name)
+        qtensor = layout.unpack(self.packed_tensors(), self.spec, self.in_features)
+        if not integer.multiplies_integers(qtensor):
+            return None
+        grid: integer.InputGrid | None = integer.InputGrid(inputs.bits)
+        if isinstance(inputs, StaticGrid):
+            grid = integer.InputGrid.of_channels(inputs.bits, *inputs.of_channels(), qtensor)
+        return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; the result has the dtype of ``x``."""
-        product = self.product(rounded_inputs(self, x))
+        grid = self.input_grid() if _takes_native(x) else None
+        if grid is None:
+            product = self.product(rounded_inputs(self, x))
+        else:
+            rows = x.reshape(-1, self.in_features).float().contiguous()
+            product = integer.multiply(self.matrix(), grid, rows).to(x.dtype)
+            product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, spec, and how rounded inputs are multiplied on this machine."""
+        shown = super().extra_repr()
+        if self.inputs is None:
+            return shown
+        return f"{shown}, {'floats' if self.input_grid() is None else 'integers'}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which make native grids of their own."""
+        return {**super().__getstate__(), "_grid": None, "_gridded_from": None}
+
+
+def _takes_native(x: Tensor) -> bool:
+    """Whether native products may have ``x``: no gradient, nor a recording of them, is wanted."""
+    wanted = torch.is_grad_enabled() and x.requires_grad
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    recorded = tracing or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype in COMPUTED and not wanted and not recorded
 
 
 class QuantEmbedding(Packed):
