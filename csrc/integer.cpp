@@ -50,6 +50,41 @@ bool has_rests(const Weights& w) {
   return w.zero.kept == Kept::kWhole ? w.bits == 8 : w.zero.kept != Kept::kMiddle;
 }
 
+// Whole numbers that codes become less by, so that a byte with a sign holds them; and what is left of
+// the zero points. All are [groups, 16].
+QUANTINE_CLONES
+void offset(const float* zeros, std::size_t groups, int bits, std::uint8_t* offsets, float* lefts) {
+  const float least = static_cast<float>(std::max(0, (1 << bits) - 128));
+  for (std::size_t at = 0; at < groups * kTile; ++at) {
+    const float whole = larger(least, nearest_code(zeros[at], 128.0f));
+    offsets[at] = static_cast<std::uint8_t>(static_cast<int>(whole));
+    lefts[at] = zeros[at] - whole;
+  }
+}
+
+// From the sums of codes `totals` of a tile, [groups, 16]: what sums and results begin with, with
+// `scales` of weights made those of products; or the sums of weights, for rows with grids of their own.
+QUANTINE_CLONES
+void begin(const RoundedRows& rows, const InputGrid& grid, const std::int32_t* totals,
+           const float* lefts, float* scales, std::int32_t* first, float* begin, float* sums) {
+  std::fill_n(begin, kTile, 0.0f);
+  std::fill_n(sums, kTile, 0.0f);
+  const Codes& codes = rows.codes();
+  for (std::size_t group = 0; group < codes.groups; ++group) {
+    const std::size_t at = group * kTile;
+    const float width = static_cast<float>(codes.spans[group].width), rest = rows.rest(group);
+    const float scale = rows.own_grids() ? 1.0f : grid.scale[group];
+    const int middle = rows.middle(group);
+    for (std::size_t lane = 0; lane < kTile; ++lane) {
+      first[at + lane] = -middle * totals[at + lane];
+      const float weights = static_cast<float>(totals[at + lane]) - width * lefts[at + lane];
+      scales[at + lane] *= scale;
+      sums[lane] += scales[at + lane] * weights;
+      begin[lane] -= scales[at + lane] * (rest * weights);
+    }
+  }
+}
+
 // Tiles of weights as `IntegerLevel` takes them.
 class Unpacked {
  public:
@@ -61,6 +96,9 @@ class Unpacked {
         grid_(grid),
         plain_(w.padded * kTile),
         zeros_(w.groups * kTile),
+        lefts_(w.groups * kTile),
+        offsets_(w.groups * kTile),
+        totals_(w.groups * kTile),
         codes_(tiles * rows.codes().stride * kTile),
         scales_(tiles * w.groups * kTile),
         first_(tiles * w.groups * kTile),
@@ -70,32 +108,15 @@ class Unpacked {
 
   // Tile `tile` of the matrix becomes number `place`.
   void take(std::size_t tile, std::size_t place) {
-    float* scales = scales_.data() + place * w_.groups * kTile;
+    const std::size_t groups = w_.groups, first = place * groups * kTile;
+    float* scales = scales_.data() + first;
     current_level().unpack(w_, tile, plain_.data(), scales, zeros_.data());
-    float* begin = begin_.data() + place * kTile;
-    float* sums = sums_.data() + place * kTile;
-    std::fill_n(begin, kTile, 0.0f);
-    std::fill_n(sums, kTile, 0.0f);
+    offset(zeros_.data(), groups, w_.bits, offsets_.data(), lefts_.data());
     const std::uint8_t* codes = plain_.data();
-    for (std::size_t group = 0; group < w_.groups; ++group) {
-      const std::size_t at = (place * w_.groups + group) * kTile;
-      float rests[kTile];
-      std::int32_t totals[kTile] = {};
-      codes = centre(codes, group, place, rests, totals);
-      if (has_rests(w_)) std::copy_n(rests, kTile, rests_.data() + at);
-      const float width = static_cast<float>(rows_.codes().spans[group].width);
-      for (std::size_t lane = 0; lane < kTile; ++lane) {
-        first_[at + lane] = -rows_.middle(group) * totals[lane];
-        const float weights = static_cast<float>(totals[lane]) - width * rests[lane];
-        if (rows_.own_grids()) {
-          sums[lane] += scales[group * kTile + lane] * weights;
-        } else {
-          scales[group * kTile + lane] *= grid_.scale[group];
-          if (rows_.rest(group) != 0.0f)
-            begin[lane] -= scales[group * kTile + lane] * (rows_.rest(group) * weights);
-        }
-      }
-    }
+    for (std::size_t group = 0; group < groups; ++group) codes = centre(codes, group, place);
+    if (has_rests(w_)) std::copy_n(lefts_.data(), groups * kTile, rests_.data() + first);
+    begin(rows_, grid_, totals_.data(), lefts_.data(), scales, first_.data() + first,
+          begin_.data() + place * kTile, sums_.data() + place * kTile);
   }
 
   Panel panel() const {
@@ -107,18 +128,12 @@ class Unpacked {
 
  private:
   // Codes of a group with a sign; padding is zero. Returns where the next group's begin.
-  const std::uint8_t* centre(const std::uint8_t* codes, std::size_t group, std::size_t place,
-                             float* rests, std::int32_t* totals) {
+  const std::uint8_t* centre(const std::uint8_t* codes, std::size_t group, std::size_t place) {
     const Span& span = rows_.codes().spans[group];
     const std::size_t chunks = (span.width + kChunk - 1) / kChunk, missing = chunks * kChunk - span.width;
-    const float least = static_cast<float>(std::max(0, (1 << w_.bits) - 128));
-    std::uint8_t offsets[kTile];
-    for (std::size_t lane = 0; lane < kTile; ++lane) {
-      const float zero = zeros_[group * kTile + lane];
-      const float offset = larger(least, nearest_code(zero, 128.0f));
-      offsets[lane] = static_cast<std::uint8_t>(offset);
-      rests[lane] = zero - offset;
-    }
+    const std::uint8_t* offsets = offsets_.data() + group * kTile;
+    std::int32_t* totals = totals_.data() + group * kTile;
+    std::fill_n(totals, kTile, 0);
     std::int8_t* out = codes_.data() + (place * rows_.codes().stride + span.start) * kTile;
     level_.centre(codes, chunks, offsets, out, totals);
     std::int8_t* end = out + chunks * kTile * kChunk;
@@ -135,7 +150,9 @@ class Unpacked {
   const RoundedRows& rows_;
   const InputGrid& grid_;
   Lines64<std::uint8_t> plain_;
-  std::vector<float> zeros_;
+  std::vector<float> zeros_, lefts_;
+  std::vector<std::uint8_t> offsets_;
+  std::vector<std::int32_t> totals_;
   Lines64<std::int8_t> codes_;
   std::vector<float> scales_;
   std::vector<std::int32_t> first_;
@@ -248,14 +265,14 @@ void multiply_integer(const Matrix& matrix, const InputGrid& grid, const float* 
                       std::size_t batch, float* y, const std::string& name, Pool& pool) {
   const Weights& w = matrix.weights();
   const IntegerLevel& level = level_named(name);
-  const RoundedRows rows(w, grid, level.step, x, batch, has_rests(w), pool);
+  const RoundedRows rows(w, grid, level, x, batch, has_rests(w), pool);
   const Work work(w, grid, level, rows, batch, y, pool);
   pool.run(work.tasks(), [&](std::size_t task) { work.run(task); });
 }
 
 void integer_codes(const Matrix& matrix, const InputGrid& grid, const float* x, std::size_t batch,
                    std::uint8_t* codes, Pool& pool) {
-  const RoundedRows rows(matrix.weights(), grid, kChunk, x, batch, false, pool);
+  const RoundedRows rows(matrix.weights(), grid, *all_levels().front(), x, batch, false, pool);
   const Codes& found = rows.codes();
   for (std::size_t row = 0; row < batch; ++row)
     for (std::size_t group = 0; group < found.groups; ++group) {

@@ -12,29 +12,6 @@ constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
 constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
 constexpr float kSmallestStep = 1e-8f;    // quantine.core.ranges.SMALLEST_STEP
 
-// Codes of a row in stored order, and their sum in each group if `sums`. Returns whether one is NaN.
-QUANTINE_CLONES
-bool round_row(const float* x, const Span* spans, std::size_t groups, const float* scales,
-               const float* zeros, bool shared, float top, std::uint8_t* codes,
-               std::int32_t* sums) {
-  int lost = 0;
-  for (std::size_t group = 0; group < groups; ++group) {
-    const Span span = spans[group];
-    const float scale = scales[shared ? 0 : group], zero = zeros[shared ? 0 : group];
-    const float* values = x + span.column;
-    std::uint8_t* out = codes + span.start;
-    std::int32_t sum = 0;
-    for (std::size_t i = 0; i < span.width; ++i) {
-      const int code = static_cast<int>(nearest_code(values[i] / scale + zero, top));
-      lost |= values[i] != values[i];
-      sum += code;
-      out[i] = static_cast<std::uint8_t>(code);
-    }
-    if (sums != nullptr) sums[group] = sum;
-  }
-  return lost != 0;
-}
-
 struct Ends {
   float low, high;
 };
@@ -58,8 +35,10 @@ Ends ends_of(const float* x, std::size_t count) {
   return {*std::min_element(low, low + kWide), *std::max_element(high, high + kWide)};
 }
 
+// An odd number of cache lines: rows at a power of two would displace each other.
 std::size_t stride_of(const std::vector<Span>& spans) {
-  return spans.back().start + spans.back().padded;
+  const std::size_t used = spans.back().start + spans.back().padded;
+  return ((used + sizeof(Line) - 1) / sizeof(Line) | 1) * sizeof(Line);
 }
 
 }  // namespace
@@ -80,10 +59,11 @@ std::vector<Span> spans_of(const Weights& w, std::size_t step) {
   return spans;
 }
 
-RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, std::size_t step, const float* x,
-                         std::size_t rows, bool sums, Pool& pool)
+RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, const IntegerLevel& level,
+                         const float* x, std::size_t rows, bool sums, Pool& pool)
     : grid_(grid),
-      spans_(spans_of(w, step)),
+      level_(level),
+      spans_(spans_of(w, level.step)),
       lost_(rows),
       codes_{spans_.data(), spans_.size(), stride_of(spans_), nullptr, nullptr},
       memory_((rows + kWhole) / kWhole * kWhole * codes_.stride) {
@@ -132,8 +112,8 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
     if (lost_[row]) own_scale_[row] = 1.0f;
   }
   std::vector<std::int32_t> sums(codes_.sums == nullptr ? 0 : w.groups);
-  if (round_row(x, spans_.data(), spans_.size(), scales, zeros, own_grids(), top,
-                memory_.data() + row * codes_.stride, sums.empty() ? nullptr : sums.data()))
+  if (level_.round(x, codes_, scales, zeros, own_grids(), top, memory_.data() + row * codes_.stride,
+                   sums.empty() ? nullptr : sums.data()))
     lost_[row] = 1;
   for (std::size_t group = 0; group < sums.size(); ++group) {
     const int middles = middles_[group] * static_cast<int>(spans_[group].width);

@@ -32,7 +32,7 @@ std::vector<Span> spans_of(const Weights& w, std::size_t step);
 class RoundedRows {
  public:
   // `sums`: whether the sums of codes are wanted.
-  RoundedRows(const Weights& w, const InputGrid& grid, std::size_t step, const float* x,
+  RoundedRows(const Weights& w, const InputGrid& grid, const IntegerLevel& level, const float* x,
               std::size_t rows, bool sums, Pool& pool);
 
   const Codes& codes() const { return codes_; }
@@ -52,6 +52,7 @@ class RoundedRows {
   void round(const Weights& w, const float* x, std::size_t row, std::vector<float>& ordered);
 
   const InputGrid& grid_;
+  const IntegerLevel& level_;
   std::vector<Span> spans_;
   std::vector<int> middles_;
   std::vector<float> rests_, own_scale_, own_zero_;

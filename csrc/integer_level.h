@@ -38,6 +38,10 @@ struct Panel {
 struct IntegerLevel {
   const char* name;
   std::size_t step;  // inputs that groups are padded to: a multiple of 4
+  // Codes of a row in stored order, and their sum in each group unless `sums` is null. Groups have
+  // scales and zeros, or the row has one of each. Returns whether a value is NaN.
+  bool (*round)(const float* x, const Codes& a, const float* scales, const float* zeros, bool one,
+                float top, std::uint8_t* codes, std::int32_t* sums);
   // `chunks` of 64 codes less the offset of each output; adds their sums for each output.
   void (*centre)(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* offsets,
                  std::int8_t* out, std::int32_t* sums);
