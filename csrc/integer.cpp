@@ -62,26 +62,30 @@ void offset(const float* zeros, std::size_t groups, int bits, std::uint8_t* offs
   }
 }
 
-// From the sums of codes `totals` of a tile, [groups, 16]: what sums and results begin with, with
-// `scales` of weights made those of products; or the sums of weights, for rows with grids of their own.
+// From the sums of codes `totals` of a tile, [groups, 16]: what results begin with, for the zero points
+// of inputs, with `scales` of weights made those of products; or the sums of weights, for rows with
+// grids of their own.
 QUANTINE_CLONES
-void begin(const RoundedRows& rows, const InputGrid& grid, const std::int32_t* totals,
-           const float* lefts, float* scales, std::int32_t* first, float* begin, float* sums) {
-  std::fill_n(begin, kTile, 0.0f);
-  std::fill_n(sums, kTile, 0.0f);
-  const Codes& codes = rows.codes();
+void begin(const Codes& codes, const InputGrid& grid, const std::int32_t* totals,
+           const float* lefts, float* scales, float* begin, float* sums) {
+  double starts[kTile] = {}, weights[kTile] = {};
   for (std::size_t group = 0; group < codes.groups; ++group) {
     const std::size_t at = group * kTile;
-    const float width = static_cast<float>(codes.spans[group].width), rest = rows.rest(group);
-    const float scale = rows.own_grids() ? 1.0f : grid.scale[group];
-    const int middle = rows.middle(group);
+    const bool shared = grid.scale.empty();
+    const double width = static_cast<double>(codes.spans[group].width);
+    const double zero = shared ? 0.0f : grid.zero[group];
+    const float scale = shared ? 1.0f : grid.scale[group];
     for (std::size_t lane = 0; lane < kTile; ++lane) {
-      first[at + lane] = -middle * totals[at + lane];
-      const float weights = static_cast<float>(totals[at + lane]) - width * lefts[at + lane];
       scales[at + lane] *= scale;
-      sums[lane] += scales[at + lane] * weights;
-      begin[lane] -= scales[at + lane] * (rest * weights);
+      const double weight = static_cast<double>(scales[at + lane]) *
+                            (totals[at + lane] - width * static_cast<double>(lefts[at + lane]));
+      weights[lane] += weight;
+      starts[lane] -= zero * weight;
     }
+  }
+  for (std::size_t lane = 0; lane < kTile; ++lane) {
+    begin[lane] = static_cast<float>(starts[lane]);
+    sums[lane] = static_cast<float>(weights[lane]);
   }
 }
 
@@ -101,7 +105,6 @@ class Unpacked {
         totals_(w.groups * kTile),
         codes_(tiles * rows.codes().stride * kTile),
         scales_(tiles * w.groups * kTile),
-        first_(tiles * w.groups * kTile),
         rests_(has_rests(w) ? tiles * w.groups * kTile : 0),
         begin_(tiles * kTile),
         sums_(tiles * kTile) {}
@@ -115,13 +118,12 @@ class Unpacked {
     const std::uint8_t* codes = plain_.data();
     for (std::size_t group = 0; group < groups; ++group) codes = centre(codes, group, place);
     if (has_rests(w_)) std::copy_n(lefts_.data(), groups * kTile, rests_.data() + first);
-    begin(rows_, grid_, totals_.data(), lefts_.data(), scales, first_.data() + first,
+    begin(rows_.codes(), grid_, totals_.data(), lefts_.data(), scales,
           begin_.data() + place * kTile, sums_.data() + place * kTile);
   }
 
   Panel panel() const {
-    return {codes_.data(), scales_.data(), first_.data(), has_rests(w_) ? rests_.data() : nullptr,
-            begin_.data()};
+    return {codes_.data(), scales_.data(), has_rests(w_) ? rests_.data() : nullptr, begin_.data()};
   }
   // Sums of weights, [tiles, 16], of rows with grids of their own.
   const float* sums() const { return sums_.data(); }
@@ -155,7 +157,6 @@ class Unpacked {
   std::vector<std::int32_t> totals_;
   Lines64<std::int8_t> codes_;
   std::vector<float> scales_;
-  std::vector<std::int32_t> first_;
   std::vector<float> rests_, begin_, sums_;
 };
 
@@ -217,9 +218,14 @@ class Work {
             std::size_t row) const {
     alignas(64) float results[kRowBlock * kPair];
     const std::size_t rows = std::min(kRowBlock, batch_ - row);
-    level_.multiply(unpacked.panel(), place, tiles == 2, rows_.codes(), row, rows, results);
     const std::size_t column = (first + place) * kTile;
     const std::size_t columns = std::min(tiles * kTile, w_.rows - column);
+    for (std::size_t r = 0; r < rows; ++r) {
+      const float* out = y_ + (row + r) * w_.rows + column;
+      __builtin_prefetch(out, 1);
+      __builtin_prefetch(out + columns - 1, 1);
+    }
+    level_.multiply(unpacked.panel(), place, tiles == 2, rows_.codes(), row, rows, results);
     if (rows_.own_grids()) scale(unpacked.sums() + place * kTile, row, rows, columns, results);
     if (!w_.outlier_offsets.empty())
       for (std::size_t t = 0; t < tiles; ++t)
@@ -228,6 +234,7 @@ class Work {
     for (std::size_t r = 0; r < rows; ++r) {
       float* out = y_ + (row + r) * w_.rows + column;
       if (rows_.is_lost(row + r)) std::fill_n(out, columns, std::numeric_limits<float>::quiet_NaN());
+      else if (columns == kPair) std::memcpy(out, results + r * kPair, kPair * sizeof(float));
       else std::memcpy(out, results + r * kPair, columns * sizeof(float));
     }
   }

@@ -15,6 +15,7 @@ constexpr long kTileData = 18;               // the state component of tiles
 constexpr unsigned kHasTiles = 1u << 24, kHasIntegers = 1u << 25;  // of CPUID leaf 7, EDX
 constexpr std::size_t kLanes = 16, kStep = 64, kVector = 64;
 constexpr std::size_t kFewRows = 8;  // that tiles would hardly be filled with
+constexpr std::size_t kFewSteps = 2;  // sums of groups that are stored while others are made
 constexpr std::size_t kStrip = 32;  // rows of activations, and outputs, of four tiles of sums
 
 struct alignas(64) Configuration {
@@ -44,7 +45,7 @@ class Strip {
     Sums sums[2];
     for (std::size_t group = 0; group < a_.groups; ++group) {
       Sums& before = sums[(group + 1) % 2];
-      if (a_.spans[group].padded == kStep) single(group, sums[group % 2], before);
+      if (a_.spans[group].padded <= kFewSteps * kStep) few(group, sums[group % 2], before);
       else several(group, sums[group % 2], before);
     }
     Sums& last = sums[(a_.groups + 1) % 2];
@@ -62,18 +63,26 @@ class Strip {
   const std::int8_t* weights(std::size_t group) const {
     return panel_.codes + (tile_ * a_.stride + a_.spans[group].start) * kLanes;
   }
-  std::size_t next_tile() const { return a_.stride * kLanes; }
 
-  // A stride of zero repeats what sums begin with in every row.
-  void begin_upper(std::size_t group) const {
-    const std::int32_t* first = panel_.first + (tile_ * a_.groups + group) * kLanes;
-    _tile_loadd(0, first, 0);
-    if constexpr (kTwo) _tile_loadd(1, first + a_.groups * kLanes, 0);
+  static void begin_upper() {
+    _tile_zero(0);
+    if constexpr (kTwo) _tile_zero(1);
   }
-  void begin_lower(std::size_t group) const {
-    const std::int32_t* first = panel_.first + (tile_ * a_.groups + group) * kLanes;
-    _tile_loadd(2, first, 0);
-    if constexpr (kTwo) _tile_loadd(3, first + a_.groups * kLanes, 0);
+  static void begin_lower() {
+    _tile_zero(2);
+    if constexpr (kTwo) _tile_zero(3);
+  }
+  void load_weights(const std::int8_t* w) const {
+    _tile_loadd(6, w, kVector);
+    if constexpr (kTwo) _tile_loadd(7, w + a_.stride * kLanes, kVector);
+  }
+  static void sum_upper() {
+    _tile_dpbusd(0, 4, 6);
+    if constexpr (kTwo) _tile_dpbusd(1, 4, 7);
+  }
+  static void sum_lower() {
+    _tile_dpbusd(2, 5, 6);
+    if constexpr (kTwo) _tile_dpbusd(3, 5, 7);
   }
   static void store_upper(Sums& sums) {
     _tile_stored(0, sums.at[0], kVector);
@@ -84,24 +93,33 @@ class Strip {
     if constexpr (kTwo) _tile_stored(3, sums.at[3], kVector);
   }
 
-  // A group of one step.
-  void single(std::size_t group, Sums& sums, Sums& before) {
+  // A group of one or two steps.
+  void few(std::size_t group, Sums& sums, Sums& before) {
     const std::uint8_t* x = inputs(group);
+    const std::uint8_t* lower = x + 16 * a_.stride;
     const std::int8_t* w = weights(group);
-    _tile_loadd(6, w, kVector);
-    if constexpr (kTwo) _tile_loadd(7, w + next_tile(), kVector);
-    begin_upper(group);
+    const bool more = a_.spans[group].padded > kStep;
+    load_weights(w);
+    begin_upper();
     _tile_loadd(4, x, a_.stride);
-    _tile_dpbusd(0, 4, 6);
-    if constexpr (kTwo) _tile_dpbusd(1, 4, 7);
+    sum_upper();
+    if (more) {
+      load_weights(w + kStep * kLanes);
+      _tile_loadd(4, x + kStep, a_.stride);
+      sum_upper();
+    }
     if (group > 0) {
       store_lower(before);
       add(group, before, 0);
     }
-    begin_lower(group);
-    _tile_loadd(5, x + 16 * a_.stride, a_.stride);
-    _tile_dpbusd(2, 5, 6);
-    if constexpr (kTwo) _tile_dpbusd(3, 5, 7);
+    begin_lower();
+    if (more) {
+      _tile_loadd(5, lower + kStep, a_.stride);
+      sum_lower();
+      load_weights(w);
+    }
+    _tile_loadd(5, lower, a_.stride);
+    sum_lower();
     store_upper(sums);
     if (group > 0) add(group, before, 1);
   }
@@ -110,19 +128,14 @@ class Strip {
     const std::uint8_t* x = inputs(group);
     const std::int8_t* w = weights(group);
     if (group > 0) store_lower(before);
-    begin_upper(group);
-    begin_lower(group);
+    begin_upper();
+    begin_lower();
     for (std::size_t i = 0; i < a_.spans[group].padded; i += kStep) {
-      _tile_loadd(6, w + i * kLanes, kVector);
+      load_weights(w + i * kLanes);
       _tile_loadd(4, x + i, a_.stride);
       _tile_loadd(5, x + i + 16 * a_.stride, a_.stride);
-      _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(2, 5, 6);
-      if constexpr (kTwo) {
-        _tile_loadd(7, w + i * kLanes + next_tile(), kVector);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(3, 5, 7);
-      }
+      sum_upper();
+      sum_lower();
     }
     store_upper(sums);
     if (group > 0) {

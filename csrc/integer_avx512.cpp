@@ -31,10 +31,8 @@ void multiply_rows(const Panel& panel, std::size_t tile, const Codes& a, std::si
     const std::uint8_t* x = a.codes + row * stride + span.start;
     const std::int8_t* w = panel.codes + (tile * stride + span.start) * kLanes;
     __m512i sum[kRows][kTiles];
-    for (int t = 0; t < kTiles; ++t) {
-      const __m512i first = _mm512_loadu_si512(panel.first + ((tile + t) * a.groups + group) * kLanes);
-      for (int r = 0; r < kRows; ++r) sum[r][t] = first;
-    }
+    for (int r = 0; r < kRows; ++r)
+      for (int t = 0; t < kTiles; ++t) sum[r][t] = _mm512_setzero_si512();
     for (std::size_t i = 0; i < span.padded; i += kQuad, w += kVector) {
       __m512i weights[kTiles];
       for (int t = 0; t < kTiles; ++t)

@@ -72,17 +72,9 @@ RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, const IntegerL
     sums_.resize((rows + kWhole) / kWhole * kWhole * w.groups);
     codes_.sums = sums_.data();
   }
-  const float top = static_cast<float>((1 << grid.bits) - 1);
   if (grid.scale.empty()) {
     own_scale_.resize(rows);
     own_zero_.resize(rows);
-    middles_.assign(w.groups, 1 << (grid.bits - 1));
-    rests_.assign(w.groups, 0.0f);
-  } else {
-    for (const float zero : grid.zero) {
-      middles_.push_back(static_cast<int>(nearest_code(zero, top)));
-      rests_.push_back(zero - static_cast<float>(middles_.back()));
-    }
   }
   pool.run((rows + kTogether - 1) / kTogether, [&](std::size_t index) {
     std::vector<float> ordered;
@@ -100,25 +92,19 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
   }
   const float top = static_cast<float>((1 << grid_.bits) - 1);
   const float *scales = grid_.scale.data(), *zeros = grid_.zero.data();
-  float own_zero = 0.0f;
   if (own_grids()) {
     const Ends ends = ends_of(x, w.columns);
     own_scale_[row] = larger((ends.high - ends.low) / top, kSmallestStep);
-    own_zero = std::nearbyint(-ends.low / own_scale_[row]);
-    own_zero_[row] = own_zero - static_cast<float>(middles_[0]);
+    own_zero_[row] = std::nearbyint(-ends.low / own_scale_[row]);
     scales = &own_scale_[row];
-    zeros = &own_zero;
+    zeros = &own_zero_[row];
     lost_[row] = !std::isfinite(own_scale_[row]);
-    if (lost_[row]) own_scale_[row] = 1.0f;
   }
   std::vector<std::int32_t> sums(codes_.sums == nullptr ? 0 : w.groups);
   if (level_.round(x, codes_, scales, zeros, own_grids(), top, memory_.data() + row * codes_.stride,
                    sums.empty() ? nullptr : sums.data()))
     lost_[row] = 1;
-  for (std::size_t group = 0; group < sums.size(); ++group) {
-    const int middles = middles_[group] * static_cast<int>(spans_[group].width);
-    sums_[row * w.groups + group] = static_cast<float>(sums[group] - middles);
-  }
+  std::copy(sums.begin(), sums.end(), sums_.begin() + static_cast<std::ptrdiff_t>(row * w.groups));
 }
 
 void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {
@@ -126,12 +112,11 @@ void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {
     const Span& span = spans_[group];
     for (std::size_t r = 0; r < count; ++r) {
       const std::uint8_t* codes = codes_.codes + (row + r) * codes_.stride + span.start;
-      const float middle = static_cast<float>(middles_[group]);
       const float scale = own_grids() ? own_scale_[row + r] : grid_.scale[group];
-      const float rest = own_grids() ? own_zero_[row + r] : rests_[group];
+      const float zero = own_grids() ? own_zero_[row + r] : grid_.zero[group];
       for (std::size_t i = 0; i < span.width; ++i)
         out[(span.column + i) * count + r] =
-            (static_cast<float>(codes[i]) - middle - rest) * scale;
+            (static_cast<float>(codes[i]) - zero) * scale;
     }
   }
 }

@@ -37,14 +37,11 @@ class RoundedRows {
 
   const Codes& codes() const { return codes_; }
   bool own_grids() const { return !own_scale_.empty(); }
-  // Of rows with grids of their own; zero points less the middle code.
+  // Of rows with grids of their own.
   float scale(std::size_t row) const { return own_scale_[row]; }
   float zero(std::size_t row) const { return own_zero_[row]; }
   // Rows that become NaN.
   bool is_lost(std::size_t row) const { return lost_[row] != 0; }
-  // The whole part of zero points that sums of codes are less of, and what is left of them.
-  int middle(std::size_t group) const { return middles_[group]; }
-  float rest(std::size_t group) const { return rests_[group]; }
   // What the codes of `count` rows from `row` stand for, [columns, count].
   void values(std::size_t row, std::size_t count, float* out) const;
 
@@ -54,8 +51,7 @@ class RoundedRows {
   const InputGrid& grid_;
   const IntegerLevel& level_;
   std::vector<Span> spans_;
-  std::vector<int> middles_;
-  std::vector<float> rests_, own_scale_, own_zero_;
+  std::vector<float> own_scale_, own_zero_;
   std::vector<std::uint8_t> lost_;
   Codes codes_;
   Lines64<std::uint8_t> memory_;

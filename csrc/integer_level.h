@@ -21,16 +21,15 @@ struct Codes {
   std::size_t groups;
   std::size_t stride;         // padded inputs of a row
   const std::uint8_t* codes;  // [rows, stride]
-  const float* sums;          // [rows, groups], less the middles; null where no panel has rests
+  const float* sums;          // [rows, groups], of codes; null where no panel has rests
 };
 
 // Tiles of 16 outputs as codes with a sign, less a whole offset for each output and group.
 struct Panel {
-  const std::int8_t* codes;   // [tiles, stride / 4, 16, 4]
-  const float* scales;        // [tiles, groups, 16]
-  const std::int32_t* first;  // [tiles, groups, 16]: what sums begin with
-  const float* rests;         // [tiles, groups, 16]: zero points less offsets; null: there are none
-  const float* begin;         // [tiles, 16]: what results begin with
+  const std::int8_t* codes;  // [tiles, stride / 4, 16, 4]
+  const float* scales;       // [tiles, groups, 16]
+  const float* rests;        // [tiles, groups, 16]: zero points less offsets; null: there are none
+  const float* begin;        // [tiles, 16]: what results begin with
 };
 
 // One instruction set. For each group in order, with sums in 32 bits and fused multiply-adds,

@@ -50,7 +50,7 @@ void multiply_row(const Panel& panel, std::size_t tile, const Codes& a, std::siz
     const std::int8_t* w = weights + span.start * kOutputs;
     const std::size_t place = (tile * a.groups + group) * kOutputs;
     for (std::size_t lane = 0; lane < kOutputs; ++lane) {
-      std::int32_t sum = panel.first[place + lane];
+      std::int32_t sum = 0;
       for (std::size_t i = 0; i < span.padded; ++i)
         sum += x[i] * w[i / kQuad * kQuad * kOutputs + lane * kQuad + i % kQuad];
       float whole = static_cast<float>(sum);
