@@ -73,6 +73,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_matrix.py
 	$(BIN)/python benchmarks/bench_gram.py
 	$(BIN)/python benchmarks/bench_kv.py
+	$(BIN)/python benchmarks/bench_integer.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .

@@ -120,7 +120,7 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
   source.bits = bits;
   source.codes = codes.data();
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
-  if (source.rows == 0 || source.columns == 0 || group_size == 0)
+  if (source.rows == 0 || source.columns == 0 || (group_size == 0 && !sizes))
     throw nb::value_error("a matrix needs rows, columns and groups");
   const std::size_t lines = along_outputs ? source.columns : source.rows;
   const std::size_t length = along_outputs ? source.rows : source.columns;

@@ -23,6 +23,7 @@ from quantine.core.cluster import Clusters
 from quantine.errors import CalibrationError, FamilyError, PlanError
 from quantine.eval.evaluate import evaluate
 from quantine.formats.store import RunStore
+from quantine.runtime.modules import QuantLinear
 from tiny_models import byte_tokenizer, stored_tensors
 
 Tiny = Callable[[str], Path]
@@ -84,7 +85,7 @@ def test_schemes_survive_the_file(
     expected = logits_of(model)
     code = (
         "import quantine, torch, sys; model, _ = quantine.load(sys.argv[1]); "
-        "tokens = torch.load(sys.argv[2], weights_only=True); "
+        "tokens = torch.load(sys.argv[2], weights_only=True); torch.set_grad_enabled(False); "
         "torch.save(model(input_ids=tokens).logits.detach(), sys.argv[3])"
     )
     torch.save(TOKENS, tmp_path / "tokens")
@@ -95,6 +96,25 @@ def test_schemes_survive_the_file(
     assert any(isinstance(m, kinds.get(scheme, StaticGrid)) for m in model.modules())
     model.save_pretrained(tmp_path / "copy")
     assert torch.equal(logits_of(float_model(tmp_path / "copy")), expected)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("scheme", ["W4A8", "W8A8-token"])
+def test_integers_predict_what_the_simulation_does(
+    name: str, scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny(name), out, plan_of(scheme), short)
+    model, _ = quantine.load(out)
+    matrices = [m for m in model.modules() if isinstance(m, QuantLinear) and m.inputs is not None]
+    assert matrices
+    assert all(m.input_grid() is not None for m in matrices)
+    found = logits_of(model)
+    # Products that a gradient is wanted of are simulated.
+    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    expected = model(inputs_embeds=inputs).logits.detach()
+    assert float((found - expected).abs().max() / expected.abs().max()) < 2e-3
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 
 def test_what_runs_is_what_was_solved_for(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from quantine.core.arithmetic import ARITHMETICS
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.core.spec import CLUSTERS
 from quantine.kernels import backend
 from quantine.kernels.integer import (
     InputGrid,
@@ -75,7 +76,7 @@ def qtensor_of(
         kept = Csr.where(mask, torch.randn(rows, columns, generator=g))
     order = torch.randperm(columns, generator=g) if ordered else None
     scale = (torch.rand(rows, groups, generator=g) * 0.05 + 1e-4).half()
-    grid = Grid(scale, points, bits, 1, sizes=tuple(sizes))
+    grid = Grid(scale, points, bits, CLUSTERS, sizes=tuple(sizes))
     return QTensor(codes, grid, order, kept)
 
 
@@ -313,7 +314,7 @@ def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
         native.multiply_integer(matrix, grid, x, y, level, native.Pool(1))
 
     product(**fields)
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"x must|y must|level|inputs|scales"):
         product(**{**fields, **change})
 
 
@@ -322,4 +323,4 @@ def test_sizes_of_groups_sum_to_the_columns() -> None:
     for wrong in ((4, 5), (4, 7), (4, 6, 0)):
         scale = torch.ones(5, len(wrong)).half()
         with pytest.raises(ValueError, match="sizes"):
-            packed_matrix(QTensor(q.codes, Grid(scale, None, 4, 1, sizes=wrong)))
+            packed_matrix(QTensor(q.codes, Grid(scale, None, 4, CLUSTERS, sizes=wrong)))

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.qtensor import QTensor
-from quantine.core.spec import QuantSpec
+from quantine.core.spec import CLUSTERS, QuantSpec
 from quantine.formats import format_named
 from quantine.methods.rtn import RTN
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
@@ -177,3 +178,71 @@ class TestNativeMatrix:
         tolerance = 1e-2 if dtype == torch.float16 else 1e-5
         assert module(x).dtype == dtype
         assert torch.allclose(module(x).double(), x.double() @ weight.double().T, atol=tolerance)
+
+
+class TestRoundedInputs:
+    """Matrices whose inputs are rounded multiply integers where they can."""
+
+    SIZES = (5, 20, 23)
+
+    def gridded(self, kind: str, bits: int = 8) -> QuantLinear:
+        spec = QuantSpec(4, CLUSTERS, cluster_sizes=self.SIZES)
+        module, _ = make_linear(spec)
+        labels = torch.arange(3).repeat_interleave(torch.tensor(self.SIZES)).int()
+        scale, zero = torch.tensor([0.02, 0.03, 0.01]), torch.tensor([128.0, 30.0, 300.0])
+        static = StaticGrid(bits, scale, zero, labels)
+        module.inputs = TokenGrid(bits) if kind == "token" else static
+        return module
+
+    def simulated(self, module: QuantLinear, x: Tensor) -> Tensor:
+        assert module.inputs is not None
+        assert module.bias is not None
+        return module.inputs(x) @ module.dequantize().to(x.dtype).T + module.bias.to(x.dtype)
+
+    @pytest.mark.parametrize("kind", ["static", "token"])
+    @pytest.mark.parametrize("shape", [(IN,), (1, IN), (2, 70, IN), (0, IN)])
+    def test_the_product_is_the_simulated_one(self, kind: str, shape: tuple[int, ...]) -> None:
+        module = self.gridded(kind)
+        assert module.input_grid() is not None
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(module(x), self.simulated(module, x), atol=2e-5, rtol=2e-5)
+        assert "integers" in repr(module)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_other_dtypes_are_rounded_at_the_end_only(self, dtype: torch.dtype) -> None:
+        module = self.gridded("static")
+        x = torch.randn(9, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found = module(x)
+        assert found.dtype == dtype
+        expected = self.simulated(module, x.float())
+        tolerance = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+        assert float((found.float() - expected).abs().max()) <= tolerance
+
+    def test_gradients_and_float64_are_simulated(self) -> None:
+        module = self.gridded("static")
+        x = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+        wanted = module(x.clone().requires_grad_())
+        assert wanted.requires_grad
+        torch.testing.assert_close(module(x), wanted.detach(), atol=2e-5, rtol=2e-5)
+        assert module(x.double()).dtype == torch.float64
+
+    def test_grids_that_groups_of_weights_cross_are_simulated(self) -> None:
+        module = self.gridded("static")
+        assert isinstance(module.inputs, StaticGrid)
+        module.inputs.labels[4] = 1
+        assert module.input_grid() is None
+        assert "floats" in repr(module)
+        x = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(module(x), self.simulated(module, x), atol=1e-5, rtol=1e-5)
+
+    def test_another_grid_and_other_weights_count(self) -> None:
+        module = self.gridded("static")
+        x = torch.randn(3, IN, generator=torch.Generator().manual_seed(1))
+        module(x)
+        assert isinstance(module.inputs, StaticGrid)
+        module.inputs.refit(torch.full((3,), 0.05), torch.full((3,), 100.0))
+        torch.testing.assert_close(module(x), self.simulated(module, x), atol=2e-5, rtol=2e-5)
+        with torch.no_grad():
+            module.scale.mul_(2)
+        twin = copy.deepcopy(module)
+        torch.testing.assert_close(twin(x), self.simulated(module, x), atol=5e-5, rtol=5e-5)

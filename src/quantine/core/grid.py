@@ -71,8 +71,10 @@ class Grid:
 
     def lengths(self, length: int) -> tuple[int, ...]:
         """Weights of each group of a line of ``length``."""
+        if self.sizes:
+            return self.sizes
         starts = range(0, length, self.group_size)
-        return self.sizes or tuple(min(self.group_size, length - start) for start in starts)
+        return tuple(min(self.group_size, length - start) for start in starts)
 
     def encode(self, x: Tensor) -> Tensor:
         """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""

@@ -1,13 +1,14 @@
 """Products in integers of packed weights with rounded activations (RPTQ, arXiv 2304.01089).
 
-A weight is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and group of inputs.
-A rounded activation is ``s_x * (c_x - z_x)``, with a scale and a zero point for each cluster of
-inputs or for each token. Where every group of weights lies within one cluster, a group adds
+A weight is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and group of
+inputs. A rounded activation is ``s_x * (c_x - z_x)``, with a scale and a zero point for each cluster
+of inputs or for each token. Where every group of weights lies within one cluster, a group adds
 
     s_w * s_x * (sum(c_w * c_x) - z_w * sum(c_x) - z_x * sum(c_w) + n * z_w * z_x)
 
-to an output, with whole sums over its ``n`` inputs. `multiply_reference` is that formula; the native
-kernels differ from it only in how floats are rounded after the sums.
+to an output, with whole sums over its ``n`` inputs. `multiply_reference` is that formula. The native
+kernels sum ``(c_w - o_w) * c_x``, where ``o_w`` is the whole number next to ``z_w`` that leaves a
+byte with a sign; the sums are as exact, and what floats then round differs.
 """
 
 from __future__ import annotations
@@ -76,8 +77,9 @@ class InputGrid:
 
 
 def multiplies_integers(qtensor: QTensor) -> bool:
-    """Whether the native kernels take ``qtensor``: groups run along inputs, and none is so long
-    that 32 bits could not hold its sums.
+    """Whether the native kernels take ``qtensor``.
+
+    Its groups must run along inputs, and be short enough for 32 bits to hold their sums.
     """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
     if native is None or qtensor.grid.axis != "in":
