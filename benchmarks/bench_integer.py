@@ -1,10 +1,10 @@
 """Products in integers against PyTorch's Linear in bfloat16 and float32.
 
 Weights are 4 bit in as many groups as there are clusters of inputs, of uneven sizes; activations
-have 8 or 4 bits, and rounding them counts. All work by turns in one process, so that a change of the
-machine's load meets all. The table shows the least and the median time of integers, and how many
-times as long PyTorch takes: by the least times, and by the median of the ratios of neighbouring
-runs. PyTorch gets activations in its dtype, integers float32.
+have 8 or 4 bits, and rounding them counts. All work by turns in one process, so that a change of
+the machine's load meets all. The table shows the least and the median time of integers, and how
+many times as long PyTorch takes: by the least times, and by the median of the ratios of
+neighbouring runs. PyTorch gets activations in its dtype, integers float32.
 """
 
 from __future__ import annotations

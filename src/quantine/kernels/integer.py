@@ -1,14 +1,15 @@
 """Products in integers of packed weights with rounded activations (RPTQ, arXiv 2304.01089).
 
 A weight is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and group of
-inputs. A rounded activation is ``s_x * (c_x - z_x)``, with a scale and a zero point for each cluster
-of inputs or for each token. Where every group of weights lies within one cluster, a group adds
+inputs. A rounded activation is ``s_x * (c_x - z_x)``, with a scale and a zero point for each
+cluster of inputs or for each token. Where every group of weights lies within one cluster, a group
+adds
 
     s_w * s_x * (sum(c_w * c_x) - z_w * sum(c_x) - z_x * sum(c_w) + n * z_w * z_x)
 
-to an output, with whole sums over its ``n`` inputs. `multiply_reference` is that formula. The native
-kernels sum ``(c_w - o_w) * c_x``, where ``o_w`` is the whole number next to ``z_w`` that leaves a
-byte with a sign; the sums are as exact, and what floats then round differs.
+to an output, with whole sums over its ``n`` inputs. `multiply_reference` is that formula. The
+native kernels sum ``(c_w - o_w) * c_x``, where ``o_w`` is the whole number next to ``z_w`` that
+leaves a byte with a sign; the sums are as exact, and what floats then round differs.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ class InputGrid:
     def of_inputs(self, x: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each value of ``x``, in its shape."""
         if self.scale is None or self.zero is None:
-            scale, zero = (s.unsqueeze(1) for s in covering(*x.aminmax(dim=1), self.bits))
+            low, high = x.aminmax(dim=1, keepdim=True)
+            scale, zero = covering(low, high, self.bits)
         else:
             spread = torch.tensor(lengths)
-            scale, zero = (
-                s.repeat_interleave(spread).unsqueeze(0) for s in (self.scale, self.zero)
-            )
+            scale = self.scale.repeat_interleave(spread).unsqueeze(0)
+            zero = self.zero.repeat_interleave(spread).unsqueeze(0)
         return scale.expand_as(x), zero.expand_as(x)
 
 
