@@ -169,7 +169,7 @@ void add_outliers(const Weights& w, std::size_t tile, const float* x, std::size_
   const std::size_t end = w.outlier_offsets[tile + 1];
   while (e < end) {
     const std::size_t lane = w.outlier_lanes[e];
-    float sums[kRowBlock] = {};
+    float sums[kMostRows] = {};
     for (; e < end && w.outlier_lanes[e] == lane; ++e) {
       const std::size_t column =
           w.outlier_short_columns.empty() ? w.outlier_columns[e] : w.outlier_short_columns[e];
@@ -195,9 +195,9 @@ class Work {
     together_ = std::max<std::size_t>(2, most / 2 * 2);
     if (w.outlier_offsets.empty()) return;
     values_.resize(w.columns * batch);
-    pool.run((batch + kRowBlock - 1) / kRowBlock, [&](std::size_t index) {
-      const std::size_t row = index * kRowBlock;
-      rows_.values(row, std::min(kRowBlock, batch - row), values_.data() + row * w.columns);
+    pool.run((batch + level.rows - 1) / level.rows, [&](std::size_t index) {
+      const std::size_t row = index * level_.rows;
+      rows_.values(row, std::min(level_.rows, batch - row), values_.data() + row * w.columns);
     });
   }
 
@@ -207,17 +207,17 @@ class Work {
     const std::size_t first = task * together_, count = std::min(together_, tiles_ - first);
     Unpacked unpacked(w_, level_, rows_, grid_, count);
     for (std::size_t place = 0; place < count; ++place) unpacked.take(first + place, place);
-    for (std::size_t row = 0; row < batch_; row += kRowBlock)
+    for (std::size_t row = 0; row < batch_; row += level_.rows)
       for (std::size_t place = 0; place < count; place += 2)
         pair(unpacked, first, place, std::min<std::size_t>(2, count - place), row);
   }
 
  private:
-  // One or two tiles and up to kRowBlock rows from `row`.
+  // One or two tiles and the rows from `row` that meet them at once.
   void pair(const Unpacked& unpacked, std::size_t first, std::size_t place, std::size_t tiles,
             std::size_t row) const {
-    alignas(64) float results[kRowBlock * kPair];
-    const std::size_t rows = std::min(kRowBlock, batch_ - row);
+    alignas(64) float results[kMostRows * kPair];
+    const std::size_t rows = std::min(level_.rows, batch_ - row);
     const std::size_t column = (first + place) * kTile;
     const std::size_t columns = std::min(tiles * kTile, w_.rows - column);
     for (std::size_t r = 0; r < rows; ++r) {
@@ -257,7 +257,7 @@ class Work {
   const RoundedRows& rows_;
   std::size_t batch_, tiles_, together_;
   float* y_;
-  std::vector<float> values_;  // of each kRowBlock rows, [columns, rows]; for outliers
+  std::vector<float> values_;  // of rows that meet tiles at once, [columns, rows]; for outliers
 };
 
 }  // namespace

@@ -203,7 +203,7 @@ bool allow_integer_tiles() {
 }
 
 const IntegerLevel& integer_amx() {
-  static const IntegerLevel level = {"amx", kStep, round_avx512, centre_avx512, multiply};
+  static const IntegerLevel level = {"amx", kStep, kStrip, round_avx512, centre_avx512, multiply};
   return level;
 }
 

@@ -127,7 +127,7 @@ void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uin
 }
 
 const IntegerLevel& integer_avx512() {
-  static const IntegerLevel level = {"avx512", kQuad, round_avx512, centre_avx512, multiply_avx512};
+  static const IntegerLevel level = {"avx512", kQuad, kMostRows, round_avx512, centre_avx512, multiply_avx512};
   return level;
 }
 

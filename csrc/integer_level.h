@@ -7,7 +7,7 @@
 
 namespace quantine {
 
-constexpr std::size_t kRowBlock = 96;  // rows of activations that meet a pair of tiles at once
+constexpr std::size_t kMostRows = 96;  // of activations that meet a pair of tiles at once
 
 // A group of inputs in rows of codes, which are padded to whole steps of a level.
 struct Span {
@@ -37,6 +37,7 @@ struct Panel {
 struct IntegerLevel {
   const char* name;
   std::size_t step;  // inputs that groups are padded to: a multiple of 4
+  std::size_t rows;  // of activations that best meet a pair of tiles at once, up to kMostRows
   // Codes of a row in stored order, and their sum in each group unless `sums` is null. Groups have
   // scales and zeros, or the row has one of each. Returns whether a value is NaN.
   bool (*round)(const float* x, const Codes& a, const float* scales, const float* zeros, bool one,
@@ -44,7 +45,7 @@ struct IntegerLevel {
   // `chunks` of 64 codes less the offset of each output; adds their sums for each output.
   void (*centre)(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* offsets,
                  std::int8_t* out, std::int32_t* sums);
-  // Results of one or two tiles for `rows` up to kRowBlock: [rows, 32].
+  // Results of one or two tiles for up to kMostRows `rows`: [rows, 32].
   void (*multiply)(const Panel& panel, std::size_t tile, bool two, const Codes& a, std::size_t row,
                    std::size_t rows, float* results);
 };

@@ -71,7 +71,7 @@ void multiply(const Panel& panel, std::size_t tile, bool two, const Codes& a, st
 }  // namespace
 
 const IntegerLevel& integer_scalar() {
-  static const IntegerLevel level = {"scalar", kQuad, round, centre, multiply};
+  static const IntegerLevel level = {"scalar", kQuad, kMostRows, round, centre, multiply};
   return level;
 }
 
