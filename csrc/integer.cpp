@@ -139,9 +139,15 @@ class Unpacked {
     std::int8_t* out = codes_.data() + (place * rows_.codes().stride + span.start) * kTile;
     level_.centre(codes, chunks, offsets, out, totals);
     std::int8_t* end = out + chunks * kTile * kChunk;
-    for (std::size_t lane = 0; missing != 0 && lane < kTile; ++lane) {
-      std::memset(end - (kTile - lane) * kChunk + kChunk - missing, 0, missing);
-      totals[lane] += static_cast<std::int32_t>(missing) * offsets[lane];
+    if (missing != 0) {
+      // Bytes of the last chunk that are no inputs became less by the offset, too.
+      std::uint32_t words[kTile];
+      std::memcpy(words, end - sizeof words, sizeof words);
+      for (std::size_t lane = 0; lane < kTile; ++lane) {
+        words[lane] &= 0xffffffffu >> (8 * missing);
+        totals[lane] += static_cast<std::int32_t>(missing) * offsets[lane];
+      }
+      std::memcpy(end - sizeof words, words, sizeof words);
     }
     std::memset(end, 0, (span.padded - chunks * kChunk) * kTile);
     return codes + chunks * kTile * kChunk;
