@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from quantine.activations.install import (
     places,
 )
 from quantine.activations.reorder import reorder
-from quantine.calibrate.outputs import OUTPUT_TOKENS, relative_change
+from quantine.calibrate.outputs import relative_change
 from quantine.calibrate.sequential import Sequential, set_tensor
 from quantine.core.activation import ActivationSpec
 from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
@@ -32,6 +32,9 @@ from quantine.core.ranges import covering, search
 from quantine.families.base import Family, Link, is_transposed
 from quantine.formats.checkpoint import Checkpoint
 from quantine.matrix import as_stored
+
+SEARCH_TOKENS: Final = 2048
+"""Calibration tokens that rank grids: each is tried on the whole block, which takes the time."""
 
 Ranges = Mapping[str, MinMax]
 """What places showed, by `Place.path`."""
@@ -235,7 +238,7 @@ def outputs(sequential: Sequential, index: int) -> list[Tensor]:
     hidden, found, tokens = sequential.hidden, list[Tensor](), 0
     with torch.no_grad():
         for batch in range(len(hidden)):
-            if tokens < OUTPUT_TOKENS:
+            if tokens < SEARCH_TOKENS:
                 found.append(sequential.run(index, hidden[batch]))
                 tokens += hidden[batch].shape[0] * hidden[batch].shape[1]
     return found

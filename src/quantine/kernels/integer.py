@@ -15,7 +15,7 @@ leaves a byte with a sign; the sums are as exact, and what floats then round dif
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from quantine.core.ranges import covering
 from quantine.kernels import backend
 from quantine.kernels.matrix import Matrix, has_exact_zero
 from quantine.kernels.threads import pool
+
+SCALAR: Final = "scalar"
+"""The level in `levels` that every processor has."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,11 @@ class InputGrid:
 def multiplies_integers(qtensor: QTensor) -> bool:
     """Whether the native kernels take ``qtensor``.
 
-    Its groups must run along inputs, and be short enough for 32 bits to hold their sums.
+    Its groups must run along inputs, and be short enough for 32 bits to hold their sums. Without
+    instructions for integers, floats are faster.
     """
     native = backend.native() if qtensor.codes.device.type == "cpu" else None
-    if native is None or qtensor.grid.axis != "in":
+    if native is None or qtensor.grid.axis != "in" or levels() == [SCALAR]:
         return False
     return max(qtensor.grid.lengths(qtensor.codes.shape[1])) <= int(native.LONGEST_GROUP)
 

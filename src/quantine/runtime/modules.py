@@ -21,6 +21,9 @@ from quantine.runtime.snapshot import Snapshot
 
 FEW_ROWS: Final = 64
 """Rows of activations up to which products are made straight from codes."""
+INTEGER_ROWS: Final = 12
+"""Rows of rounded activations from which products in integers are faster than in floats: fewer do
+not make up for unpacking weights to bytes."""
 COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Dtypes of activations that native products take."""
 
@@ -112,8 +115,9 @@ class Packed(FixedDtypes):
 class QuantLinear(Packed):
     """``y = x @ W.T + bias`` with ``W`` packed.
 
-    Where `inputs` is a grid within which the groups of weights lie, codes of activations and of
-    weights are multiplied as integers, see `quantine.kernels.integer`. Else ``x`` is rounded in
+    Where `inputs` is a grid within which the groups of weights lie, and there are `INTEGER_ROWS`
+    rows or more, codes of activations and of weights are multiplied as integers, see
+    `quantine.kernels.integer`. Else ``x`` is rounded in
     floats, and `Packed.product` multiplies.
 
     Attributes:
@@ -160,11 +164,13 @@ class QuantLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply; the result has the dtype of ``x``."""
-        grid = self.input_grid() if _takes_native(x) else None
+        rows = x.reshape(-1, self.in_features)
+        many = len(rows) >= INTEGER_ROWS and _takes_native(x)
+        grid = self.input_grid() if many else None
         if grid is None:
             product = self.product(rounded_inputs(self, x))
         else:
-            rows = x.reshape(-1, self.in_features).float().contiguous()
+            rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(), grid, rows).to(x.dtype)
             product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(x.dtype)
