@@ -23,21 +23,39 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 THRESHOLDS = {3: 1.0, 4: 0.3}
 """Of outliers, by bits, unless bits on average are given."""
-AXES = ("in", "out", "chosen")
+AXES = ("in", "out")
+LOOSE = 8.0
+"""Bits per weight that leave nothing but the axis to choose."""
 
 
-def plan_of(method: str, bits: int, axis: str, average_bits: float | None) -> Plan:
-    """All matrices of blocks alike; RTN and GPTQ as AdaDim's published code has them."""
-    fields = {"match": "@blocks", **FIELDS[method], "bits": bits}
+def plan_of(method: str, bits: int, axis: str, average_bits: float | None = None) -> Plan:
+    """All matrices of blocks alike; RTN and GPTQ as AdaDim's published code has them.
+
+    Args:
+        axis: in `AXES`, or how each matrix chooses: ``"chosen"`` by outputs, ``"predicted"`` by the
+            model's predictions.
+    """
+    fields = {**FIELDS[method], "bits": bits}
     if method == "spqr" and average_bits is None:
         fields["threshold"] = THRESHOLDS[bits]
     elif method == "spqr":
         fields["average_bits"] = average_bits
+    if axis == "predicted":
+        choices = [{**fields, "method": method, "group_axis": each} for each in AXES]
+        rule = {"match": "@blocks", "method": "search"}
+        return Plan.from_dict({"rules": [rule], "choices": choices, "bits_per_weight": LOOSE})
     if axis == "chosen":
         fields |= {"method": "adadim", "inner": method}
     else:
         fields |= {"method": method, "group_axis": axis}
-    return Plan.from_dict({"rules": [fields], "float_inputs": method != "spqr"})
+    rule = {"match": "@blocks", **fields}
+    return Plan.from_dict({"rules": [rule], "float_inputs": method != "spqr"})
+
+
+def axes_of(method: str, average_bits: float | None) -> tuple[str, ...]:
+    """What is compared; the search over predictions knows SpQR, and no average."""
+    searched = method == "spqr" and average_bits is None
+    return (*AXES, "chosen", "predicted") if searched else (*AXES, "chosen")
 
 
 def measured(asked: argparse.Namespace, plan: Plan, out: str) -> dict[str, Any]:
@@ -77,7 +95,7 @@ def main() -> None:
     for method in asked.methods:
         for bits in asked.bits:
             average = asked.average_bits if method == "spqr" else None
-            for axis in AXES:
+            for axis in axes_of(method, average):
                 name = f"{method} {average or bits} {axis}"
                 if name in done:
                     continue
