@@ -179,7 +179,7 @@ W4A3KV 147.54, W3A3KV 147.90, W16A8 146.74, W16A4 146.98.""",
     (
         "schemes-demo",
         "#### The demo model: llama type, grouped heads, rotary positions",
-        """SmolLM2-135M, with `--samples 32 --seqlen 512 --window 1024 --limit 24 --bfloat16 --kl`. Its
+        """SmolLM2-135M, `--samples 32 --seqlen 512 --window 1024 --limit 24 --bfloat16 --kl`. Its
 weights lie on a 4 bit grid of 32 inputs, so 4 bit weights in other groups cost it more than most
 models.""",
     ),
