@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import quantine
 from quantine import Calibration, Plan, quantize
@@ -198,6 +198,33 @@ def test_generation_is_that_of_rounded_floats(
     floats = DynamicCache(config=model.config)
     expected = model.generate(tokens, attention_mask=mask, past_key_values=floats, **asked)
     assert torch.equal(packed, expected)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "kind"),
+    [
+        ({}, PackedLayer),
+        ({"cache_implementation": "hybrid"}, PackedLayer),  # in the files of Gemma 2
+        ({"cache_implementation": "dynamic"}, DynamicLayer),
+        ({"cache_implementation": "static"}, StaticLayer),
+        ({"use_cache": False}, None),
+    ],
+)
+def test_a_generation_config_may_say_which_cache(
+    given: bool,
+    settings: dict[str, Any],
+    kind: type | None,
+    rounding: Callable[[str, str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = rounding("llama", "W16A4KV")
+    config = GenerationConfig(max_new_tokens=3, return_dict_in_generate=True, **settings)
+    if not given:
+        monkeypatch.setattr(model, "generation_config", config)
+    found = model.generate(tokens_of(TEXT[:12]), **({"generation_config": config} if given else {}))
+    cache = found.past_key_values
+    assert cache is None if kind is None else type(cache.layers[0]) is kind
 
 
 @torch.no_grad()

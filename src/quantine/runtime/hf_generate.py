@@ -43,8 +43,10 @@ ELSEWHERE: Final = frozenset(
 UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
 """What transformers hands to the loop and the native decoder needs not be told."""
 
-CACHES: Final = ("past_key_values", "cache_implementation", "generation_config")
-"""Arguments that may say which cache to use."""
+CACHES: Final = ("past_key_values", "cache_implementation")
+"""Arguments that say which cache to use."""
+UNSPECIFIC: Final = (None, "hybrid")
+"""A configuration's ``cache_implementation`` that leaves the cache to transformers."""
 
 OUTPUTS: Final = (
     "return_dict_in_generate",
@@ -93,7 +95,11 @@ class Generate:
         if self._model.config._attn_implementation != ATTENTION:
             return options
         asked = any(options.get(name) is not None for name in CACHES)
-        if asked or options.get("use_cache") is False:
+        configs = (self._model.generation_config, options.get("generation_config"))
+        for config in configs:
+            asked |= getattr(config, "cache_implementation", None) not in UNSPECIFIC
+        uses = [getattr(config, "use_cache", None) for config in configs]
+        if asked or False in (options.get("use_cache"), *uses):
             return options
         cache = packed_cache(self._model)
         return options if cache is None else {**options, "past_key_values": cache}
