@@ -21,6 +21,7 @@ from quantine.activations import attention
 from quantine.calibrate.data import Calibration, calibration_segments
 from quantine.calibrate.sequential import skeleton
 from quantine.core.activation import ActivationSpec
+from quantine.core.cluster import check_installed
 from quantine.core.spec import CLUSTERS
 from quantine.errors import (
     CalibrationError,
@@ -188,6 +189,8 @@ def prepare(model: str | Path, plan: Plan, calibration: Calibration) -> Job:
     family = family_of(config.model_type)
     if plan.activations is not None:
         _check_links(family, config)
+        if plan.activations.reorders:
+            check_installed()
     bare = _skeleton(source, config, plan.activations is not None)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))

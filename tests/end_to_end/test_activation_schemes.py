@@ -229,6 +229,15 @@ def test_what_cannot_be_done_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_scikit_learn_is_said_first(
+    tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(PlanError, match="clusters of channels need scikit-learn"):
+        quantize(tiny("llama"), tmp_path / "out", plan_of("W4A8"), short)
+    assert not (tmp_path / "out").exists()
+
+
 def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(tiny("llama"), out, plan_of("W8A8"), short)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from browser import browser, shown
 
 from quantine import Calibration, FormatError, Plan, PlanError, cli, quantize
 from quantine.card import model_card
+from quantine.core.activation import ActivationSpec
 from quantine.report.facts import gather
 from quantine.report.page import page
 from quantine.report.sections import SECTIONS
@@ -162,6 +164,14 @@ def test_clusters_and_the_small_cache_are_shown(
     assert "<h2>Clusters of channels</h2>" in whole
     assert 'aria-label="Channels in clusters"' in whole
     assert "the same in 4 bit, as generating keeps it" in whole
+
+
+def test_a_cache_that_stays_float_has_no_smaller_size(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = replace(Plan.preset("rtn", group_size=32), activations=ActivationSpec(key=4))
+    out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
+    assert "as generating keeps it" not in page(gather(out, {}, None))
 
 
 def test_names_from_files_are_only_text(out: Path) -> None:

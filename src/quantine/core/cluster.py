@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Final
 
 import torch
@@ -54,6 +55,18 @@ class Clusters:
         return Clusters((copied - starts + counts.cumsum(0) - counts).flatten())
 
 
+def check_installed() -> None:
+    """Refuse clusters where nothing can make them.
+
+    Raises:
+        PlanError: scikit-learn is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise PlanError(
+            "clusters of channels need scikit-learn: pip install 'quantine[activations]'"
+        )
+
+
 def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
     """Partition channels by KMeans.
 
@@ -98,12 +111,9 @@ def _kmeans(points: Tensor, count: int) -> Tensor:
     if len(distinct) <= count:
         known: Tensor = same
         return known
-    try:
-        from sklearn.cluster import KMeans
-    except ImportError as error:
-        raise PlanError(
-            "clusters of channels need scikit-learn: pip install 'quantine[activations]'"
-        ) from error
+    check_installed()
+    from sklearn.cluster import KMeans
+
     solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.numpy())
     labels = torch.from_numpy(solved.labels_).long()
     used: Tensor = torch.unique(labels, return_inverse=True)[1]

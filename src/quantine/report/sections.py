@@ -177,8 +177,10 @@ def memory(facts: Facts) -> str:
     totals = facts.contents["totals"]
     plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
     activations = facts.report["plan"].get("activations") or {}
-    kept = activations.get("granularity") != "token"  # whose codes have no grids of their own
-    bits = (activations["key"] + activations["value"]) / 2 if activations and kept else UNQUANTIZED
+    each = [activations.get(site, UNQUANTIZED) for site in ("key", "value")]
+    # Generating keeps codes of both or of none; those of tokens have grids of their own.
+    packed = max(each) < UNQUANTIZED and activations["granularity"] != "token"
+    bits = sum(each) / 2 if packed else UNQUANTIZED
     rows = [
         ["quantized matrices", _size(totals["quantized_bytes"])],
         ["embedding, norms and what else stays as it was", _size(totals["kept_bytes"])],
