@@ -91,7 +91,7 @@ def _block(page: Path, language: str, code: str) -> Iterator[str]:
 
 def _commands(code: str) -> Iterator[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for line in code.splitlines():
+    for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["quantine"] and not _parses(words[1:]):
             yield f"not a command of quantine: {line}"
