@@ -26,6 +26,10 @@ Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]
 
 
+TITLES = [title for title, _ in SECTIONS if title != "Clusters of channels"]
+"""Of a page about weights alone."""
+
+
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """`main` sets variables for other libraries; tests leave none behind."""
@@ -141,7 +145,7 @@ def test_it_says_what_was_measured_and_how_to_repeat_it(out: Path, html: Path) -
         assert f"after {sample['prompt_tokens']} tokens" in text
     assert [s["prompt_tokens"] for s in scores["samples"]] == [16]  # others exceed the context
     titles = re.findall(r"<h2>(.*?)</h2>", html.read_text())
-    assert titles == [title for title, _ in SECTIONS if title != "Clusters of channels"]
+    assert titles == TITLES
 
 
 def test_the_same_directory_gives_the_same_page(out: Path, comparison: Path, html: Path) -> None:
@@ -164,6 +168,11 @@ def test_clusters_and_the_small_cache_are_shown(
     assert "<h2>Clusters of channels</h2>" in whole
     assert 'aria-label="Channels in clusters"' in whole
     assert "the same in 4 bit, as generating keeps it" in whole
+    if browser() is not None:
+        (tmp_path / "page.html").write_text(whole)
+        found = shown(tmp_path / "page.html", 390, tmp_path / "shown")
+        assert found["overflow"] <= 0
+        assert found["problems"] == found["console"] == []
 
 
 def test_a_cache_that_stays_float_has_no_smaller_size(
@@ -253,7 +262,7 @@ def test_a_browser_shows_it_whole(width: int, html: Path, tmp_path: Path) -> Non
     assert found["width"] == width
     assert found["overflow"] <= 0
     assert found["problems"] == found["console"] == found["resources"] == []
-    assert found["headings"] == [title for title, _ in SECTIONS]
+    assert found["headings"] == TITLES
     assert "Good enough" in found["text"]
     assert len(found["pictures"]) == 3
     assert all(200 < picture <= width for picture in found["pictures"])
