@@ -93,7 +93,7 @@ python benchmarks/axes.py demo wikitext2_valid.txt wikitext2_test.txt --bfloat16
 """
 AXES_AFTER = """
 GPTQ at 3 bits with a fixed axis was calibrated in float32 (without `--bfloat16`): in bfloat16 it
-gives 38.01 and 34.07. Equal solvers differ by 2 to 3% at 3 bits, by the chance of which errors meet.
+gives 38.01 and 34.07. Equal solvers differ by 2 to 3% at 3 bits, by chance.
 """
 AXIS_NAMES = {
     "in": "along inputs",
