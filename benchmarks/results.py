@@ -176,6 +176,12 @@ W16A4, 161.88. Differences below 0.3 are chance.""",
 W4A3KV 147.55, W3A3KV 147.96, W16A8 146.75, W16A4 147.00.""",
     ),
     (
+        "schemes-opt-mini",
+        "#### The same function without loud channels",
+        """RPTQ's published code: W4A16 146.83, W4A8 146.97, W4A4 147.26, W4A4KV 147.16,
+W4A3KV 147.54, W3A3KV 147.90, W16A8 146.74, W16A4 146.98.""",
+    ),
+    (
         "schemes-demo",
         "#### The demo model: llama type, grouped heads, rotary positions",
         """SmolLM2-135M, `--samples 32 --seqlen 512 --window 1024 --limit 24 --bfloat16 --kl`. Its
