@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from extension import native
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -190,7 +191,7 @@ def test_the_float_simulation_agrees(q: QTensor, kind: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 7])
 def test_the_largest_sums_are_exact(level: str, bits: int) -> None:
     columns = 65_000
-    assert columns <= backend.native().LONGEST_GROUP  # type: ignore[union-attr]
+    assert columns <= native().LONGEST_GROUP
     for code in (0, 2**bits - 1):
         for zero in (0, 2**bits - 1):
             codes = torch.full((3, columns), code, dtype=torch.uint8)
@@ -204,7 +205,7 @@ def test_the_largest_sums_are_exact(level: str, bits: int) -> None:
 
 
 def test_groups_whose_sums_could_overflow_are_not_taken() -> None:
-    longest = int(backend.native().LONGEST_GROUP)  # type: ignore[union-attr]
+    longest = int(native().LONGEST_GROUP)
     assert 128 * 255 * longest < 2**31
     for length, taken in ((longest, True), (longest + 1, False)):
         codes = torch.zeros(1, length, dtype=torch.uint8)

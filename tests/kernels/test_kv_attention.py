@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,28 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantine.core.activation import UNQUANTIZED
-from quantine.kernels import backend
 from quantine.kernels.bits import pack
 from quantine.kernels.kv_attention import MOST_ROWS, attend, attend_reference
 from quantine.kernels.packed_states import PackedStates
 
 widths = st.integers(2, 8)
-
-
-def native() -> Any:
-    found = backend.native()
-    assert found is not None, "the native extension is off or missing: nothing to test"
-    return found
-
-
-@pytest.fixture(scope="module", params=["avx512", "avx2", "scalar"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native().levels():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native().level()
-    native().use_level(request.param)
-    yield request.param
-    native().use_level(before)
 
 
 def states(

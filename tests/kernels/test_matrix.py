@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from extension import native
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,6 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import GROUP_AXES, GroupAxis
-from quantine.kernels import backend
 from quantine.kernels.matrix import (
     float_matrix,
     has_exact_zero,
@@ -32,22 +31,6 @@ STATISTICS = ("half", "coded", "coded by two tiles", "coded across tiles", "code
 arithmetics = st.sampled_from(ARITHMETICS)
 axes = st.sampled_from(GROUP_AXES)
 ZEROS = ("middle", "whole", "half", "coded")
-
-
-def native() -> Any:
-    found = backend.native()
-    assert found is not None, "the native extension is off or missing: nothing to test"
-    return found
-
-
-@pytest.fixture(params=["avx512", "avx2", "scalar"])
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native().levels():
-        pytest.skip(f"this processor has no {request.param}")
-    before = native().level()
-    native().use_level(request.param)
-    yield request.param
-    native().use_level(before)
 
 
 def statistic(generator: torch.Generator, lines: int, groups: int, kind: str) -> Tensor | Statistic:
