@@ -11,6 +11,7 @@ namespace {
 
 using Floats4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using ConstFloats4 = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using ConstFloats3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Codes4 = nb::ndarray<const std::uint8_t, nb::ndim<4>, nb::device::cpu>;
 using Channels = Array<const float>;
 
@@ -31,7 +32,7 @@ quantine::PackedStates states(const Codes4& codes, int bits, const Channels& sca
 }
 
 void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
-                 Channels zero, int bits,
+                 Channels zero, std::optional<ConstFloats3> feedback, int bits,
                  nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
   const std::size_t heads = states.shape(1), dim = states.shape(3);
@@ -45,6 +46,8 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   if (scale.shape(0) != heads || scale.shape(1) != dim || zero.shape(0) != heads ||
       zero.shape(1) != dim)
     throw nb::value_error("scale and zero must be [heads, dim]");
+  if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim || feedback->shape(2) != dim))
+    throw nb::value_error("feedback must be [heads, dim, dim]");
   const auto stride = [](const auto& array, std::size_t axis) {
     return static_cast<std::size_t>(array.stride(axis));
   };
@@ -52,8 +55,9 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
                                      states.shape(2),   dim,               stride(states, 0),
                                      stride(states, 1), stride(states, 2)};
   nb::gil_scoped_release release;
-  quantine::pack_states(floats, scale.data(), zero.data(), bits, packed.data(), stride(packed, 0),
-                        stride(packed, 1), stride(packed, 2));
+  quantine::pack_states(floats, scale.data(), zero.data(), feedback ? feedback->data() : nullptr,
+                        bits, packed.data(), stride(packed, 0), stride(packed, 1),
+                        stride(packed, 2));
 }
 
 // A mask whose first three axes are those of the call, or 1.
@@ -74,8 +78,8 @@ quantine::ScoreMask mask_of(const std::optional<ConstFloats4>& mask, std::size_t
 void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key_scale,
                    Channels key_zero, Codes4 values, int value_bits, Channels value_scale,
                    Channels value_zero, std::optional<ConstFloats4> mask, float scaling,
-                   float softcap, int softmax_bits, Floats4 probabilities, Floats4 out,
-                   quantine::Pool& pool) {
+                   float softcap, int softmax_bits, bool relative, Floats4 probabilities,
+                   Floats4 out, quantine::Pool& pool) {
   const std::size_t batch = queries.shape(0), heads = queries.shape(1), rows = queries.shape(2);
   const std::size_t dim = queries.shape(3), kv_heads = keys.shape(1), context = keys.shape(2);
   if (queries.size() == 0 || keys.size() == 0) throw nb::value_error("nothing may be empty");
@@ -101,7 +105,8 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
                                        mask_of(mask, batch, heads, rows, context),
                                        scaling,
                                        softcap,
-                                       softmax_bits};
+                                       softmax_bits,
+                                       relative};
   nb::gil_scoped_release release;
   quantine::attend_packed(call, queries.data(), probabilities.data(), out.data(), pool);
 }
@@ -110,10 +115,10 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
 
 void bind_kv_attention(nb::module_& m) {
   m.def("pack_states", &pack_states, nb::arg("states"), nb::arg("scale"), nb::arg("zero"),
-        nb::arg("bits"), nb::arg("packed"));
+        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"));
   m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
         nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
         nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),
-        nb::arg("softcap"), nb::arg("softmax_bits"), nb::arg("probabilities"), nb::arg("out"),
-        nb::arg("pool"));
+        nb::arg("softcap"), nb::arg("softmax_bits"), nb::arg("relative"), nb::arg("probabilities"),
+        nb::arg("out"), nb::arg("pool"));
 }

@@ -47,18 +47,28 @@ void cap(float* scores, std::size_t n, float bound) {
     scores[j] = (1.0f - 2.0f / (exponential(2.0f * (scores[j] / bound)) + 1.0f)) * bound;
 }
 
-// Scores become probabilities on [0, 1], rounded to `bits` unless 16; returns their sum.
+// Values in [0, 1] become whole numbers up to `last`.
 QUANTINE_CLONES
-float normalize(float* scores, std::size_t n, int bits) {
-  const float top = largest(scores, n);
+void round_to_steps(float* x, std::size_t n, float last) {
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: float32 has no fractions there
+  for (std::size_t j = 0; j < n; ++j) x[j] = (x[j] * last + kWhole) - kWhole;
+}
+
+QUANTINE_CLONES
+void divide(float* x, std::size_t n, float by) {
+  for (std::size_t j = 0; j < n; ++j) x[j] = x[j] / by;
+}
+
+// Scores become probabilities, rounded unless `bits` are 16; returns their sum.
+QUANTINE_CLONES
+float normalize(float* scores, std::size_t n, int bits, bool relative) {
+  const float top = largest(scores, n), last = static_cast<float>((1 << bits) - 1);
   for (std::size_t j = 0; j < n; ++j) scores[j] = exponential(scores[j] - top);
-  const float total = sum_of(n, [scores](std::size_t j) { return scores[j]; });
-  for (std::size_t j = 0; j < n; ++j) scores[j] = scores[j] / total;
-  if (bits < 16) {
-    const auto last = static_cast<float>((1 << bits) - 1);
-    constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: float32 has no fractions there
-    for (std::size_t j = 0; j < n; ++j)
-      scores[j] = ((scores[j] * last + kWhole) - kWhole) / last;
+  if (bits < 16 && relative) round_to_steps(scores, n, last);
+  divide(scores, n, sum_of(n, [scores](std::size_t j) { return scores[j]; }));
+  if (bits < 16 && !relative) {
+    round_to_steps(scores, n, last);
+    divide(scores, n, last);
   }
   return sum_of(n, [scores](std::size_t j) { return scores[j]; });
 }
@@ -70,6 +80,19 @@ void encode(const float* x, const float* scale, const float* zero, std::size_t n
   for (std::size_t d = 0; d < n; ++d)
     codes[d] = static_cast<std::uint8_t>(
         static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
+}
+
+// The same one channel after another; `rest` are the values, of which errors are taken off.
+QUANTINE_CLONES
+void encode_fed(float* rest, const float* scale, const float* zero, const float* feedback,
+                std::size_t n, float top, std::uint8_t* codes) {
+  for (std::size_t d = 0; d < n; ++d) {
+    const float code = nearest_code(rest[d] / scale[d] + zero[d], top);
+    const float error = rest[d] - (code - zero[d]) * scale[d];
+    codes[d] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+    const float* row = feedback + d * n;
+    for (std::size_t k = d + 1; k < n; ++k) rest[k] = rest[k] - error * row[k];
+  }
 }
 
 // Whole vectors in memory, so that none crosses a line of the processor's cache.
@@ -127,7 +150,7 @@ class Run {
                           head * call_.mask.head_stride + row * call_.mask.row_stride;
       for (std::size_t j = 0; j < n; ++j) scores[j] += mask[j];
     }
-    totals_[index] = normalize(scores, n, call_.softmax_bits);
+    totals_[index] = normalize(scores, n, call_.softmax_bits, call_.relative);
   }
 
   void mix(std::size_t task) {
@@ -195,18 +218,25 @@ class Run {
 
 }  // namespace
 
-void pack_states(const FloatStates& states, const float* scale, const float* zero, int bits,
-                 std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
-                 std::size_t token_stride) {
+void pack_states(const FloatStates& states, const float* scale, const float* zero,
+                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride,
+                 std::size_t head_stride, std::size_t token_stride) {
   std::vector<std::uint8_t> codes(states.dim);
+  std::vector<float> rest(states.dim);
   const auto top = static_cast<float>((1 << bits) - 1);
   for (std::size_t batch = 0; batch < states.batch; ++batch)
     for (std::size_t head = 0; head < states.heads; ++head)
       for (std::size_t token = 0; token < states.tokens; ++token) {
         const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
                          token * states.token_stride;
-        encode(x, scale + head * states.dim, zero + head * states.dim, states.dim, top,
-               codes.data());
+        const float *own_scale = scale + head * states.dim, *own_zero = zero + head * states.dim;
+        if (feedback == nullptr) {
+          encode(x, own_scale, own_zero, states.dim, top, codes.data());
+        } else {
+          std::copy(x, x + states.dim, rest.begin());
+          encode_fed(rest.data(), own_scale, own_zero, feedback + head * states.dim * states.dim,
+                     states.dim, top, codes.data());
+        }
         pack_bits(codes.data(),
                   packed + batch * batch_stride + head * head_stride + token * token_stride, 1,
                   states.dim, bits);

@@ -26,9 +26,10 @@ struct FloatStates {
 };
 
 // Writes what `states` are on a grid, scale and zero [heads, dim], as rows of bit streams of `bits`
-// bits into `packed`, whose strides are bytes.
-void pack_states(const FloatStates& states, const float* scale, const float* zero, int bits,
-                 std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
+// bits into `packed`, whose strides are bytes. The error of a channel c is taken off those after it,
+// times row c of its head's `feedback` [heads, dim, dim], unless that is null.
+void pack_states(const FloatStates& states, const float* scale, const float* zero,
+                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
                  std::size_t token_stride);
 
 // Added to scores; a stride of 0 repeats.
@@ -45,6 +46,7 @@ struct PackedAttention {
   float scaling;     // of scores
   float softcap;     // bounds scores; 0: none
   int softmax_bits;  // probabilities are rounded to this many bits on [0, 1]; 16: not
+  bool relative;     // what is rounded is their ratio to the largest of a row
 };
 
 // queries [batch, heads, rows, dim] -> probabilities [batch, heads, rows, context] and

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import LABELS, StaticGrid, faithful
+from quantine.activations.grids import FEEDBACK, LABELS, StaticGrid, faithful
 from quantine.activations.install import (
     ATTENDED,
     Place,
@@ -23,10 +23,11 @@ from quantine.activations.install import (
     places,
 )
 from quantine.activations.reorder import reorder
-from quantine.calibrate.outputs import relative_change
+from quantine.calibrate.outputs import token_change
 from quantine.calibrate.sequential import Sequential, set_tensor
-from quantine.core.activation import ActivationSpec
+from quantine.core.activation import KEPT_AT_8, ActivationSpec
 from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
+from quantine.core.feedback import feedback_of
 from quantine.core.observe import MinMax
 from quantine.core.ranges import covering, search
 from quantine.families.base import Family, Link, is_transposed
@@ -38,8 +39,8 @@ SEARCH_TOKENS: Final = 2048
 
 Ranges = Mapping[str, MinMax]
 """What places showed, by `Place.path`."""
-Fitted = tuple[Tensor, Tensor]
-"""Scales and zero points ``[clusters]`` float32."""
+Fitted = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+"""Scales and zero points ``[clusters]`` float32, and perhaps the feedback of `StaticGrid`."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,15 @@ class Reordering:
         heads: of the model.
         spec: what is asked of activations.
         ranges: of all places in the block.
+        held_out: first samples that a search compares grids on: clusters and candidates do not
+            know them, so that what is beyond their ranges counts.
     """
 
-    def __init__(self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges) -> None:
+    def __init__(
+        self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges, held_out: int = 0
+    ) -> None:
         self._family, self._heads, self._spec, self._ranges = family, heads, spec, ranges
+        self._held_out = held_out
         self._clusters = {link.kind: self._clustered(link) for link in family.links}
 
     def apply(self, block: nn.Module) -> None:
@@ -119,10 +125,10 @@ class Reordering:
     def grid(self, place: Place, bits: int) -> StaticGrid:
         """The static grid of a place, before any search."""
         labels = self.clusters_at(place).labels
-        running = self._spec.range != "minmax"
-        low, high = self.ranges_at(place).of_clusters(labels, running)
-        fit = faithful if self._spec.range == "running" else covering
-        return StaticGrid(bits, *fit(low, high, bits), labels.to(LABELS))
+        running = self._spec.range == "running"
+        ends = self.ranges_at(place).of_clusters(labels, running)
+        fit = faithful if running else covering
+        return StaticGrid(bits, *fit(*ends, bits), labels.to(LABELS))
 
     def rounded(self, block: nn.Module) -> list[list[Place]]:
         """The places of ``block`` with static grids; those that read the same share one."""
@@ -133,16 +139,47 @@ class Reordering:
                 shared.setdefault((place.site, place.kind), []).append(place)
         return list(shared.values())
 
-    def candidates(self, block: nn.Module, place: Place, bits: int) -> list[Fitted]:
-        """Scales and zero points that a search may take instead; ``block`` is reordered."""
+    def candidates(self, block: nn.Module, place: Place, bits: int, final: bool) -> list[Fitted]:
+        """Scales and zero points that a search chooses from; ``block`` is reordered.
+
+        Args:
+            final: know all samples.
+        """
         labels, seen = self.clusters_at(place).labels, self.ranges_at(place)
-        importance = self._importance(block, place)
-        ends = [seen.of_clusters(labels, running) for running in (True, False)]
-        return [
-            faithful(*ends[0], bits),
-            covering(*ends[1], bits),
-            *(search(seen.rows, importance, labels, *end, bits) for end in ends),
+        seen = seen if final else seen.after(self._held_out)
+        found: list[Fitted] = [
+            covering(*seen.of_clusters(labels, running=False), bits),
+            faithful(*seen.of_clusters(labels, running=True), bits),
+            search(seen, self._importance(block, place), labels, bits),
         ]
+        if place.site in ATTENDED and bits < KEPT_AT_8:
+            feedback = feedback_of(self._moments(block, place))
+            found += [(scale, zero, feedback) for scale, zero, *_ in found]
+        return found
+
+    def _moments(self, block: nn.Module, place: Place) -> Tensor:
+        """Second moments of what a head's channels are multiplied by in attention.
+
+        Returns:
+            ``[heads, dim, dim]`` float32, by heads of the place.
+        """
+        keys, copies = self._heads.keys, self._heads.copies
+        if place.site == "value":
+            (path,) = link_of(self._family, place.kind).consumers
+            rows = matrix_of(block.get_submodule(path))
+        else:
+            rows = self.ranges_at(self._met(place)).rows
+        of_queries = place.site != "query"  # or of columns that stand for a query's head
+        shape = (len(rows), keys, copies if of_queries else 1, -1)
+        states = rows.reshape(shape).permute(1, 2, 0, 3).flatten(1, 2)
+        moments = states.transpose(1, 2) @ states
+        return moments if of_queries else moments.repeat_interleave(copies, 0)
+
+    def _met(self, place: Place) -> Place:
+        """The keys that queries meet, or the other way round."""
+        other = "key" if place.site == "query" else "query"
+        path = f"{place.path.rpartition('.')[0]}.{other}"
+        return next(found for found in places(self._family) if found.path == path)
 
     def _importance(self, block: nn.Module, place: Place) -> Tensor:
         """How much the squared error of each channel at a place costs what reads it.
@@ -152,10 +189,7 @@ class Reordering:
         key's, a value's goes through attention to its column of the output projection.
         """
         if place.site in {"query", "key"}:
-            other = "key" if place.site == "query" else "query"
-            path = f"{place.path.rpartition('.')[0]}.{other}"
-            met = next(p for p in places(self._family) if p.path == path)
-            strength = self.ranges_at(met).rows.square().mean(0)
+            strength = self.ranges_at(self._met(place)).rows.square().mean(0)
         else:
             strength = torch.stack(
                 [
@@ -198,7 +232,7 @@ class Reordering:
         read = [p for p in seen if p.site not in ATTENDED][:1] or seen
         features: list[Tensor] = []
         for place in read:
-            low, high = self._ranges[place.path].of_channels()
+            low, high = self._ranges[place.path].after(self._held_out).of_channels()
             if place.site in {"query", "attention"}:
                 shape = (self._heads.keys, self._heads.copies, -1)
                 low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
@@ -223,9 +257,10 @@ def prepare_block(
     """Reorder the channels of block ``index``, and let it round its activations."""
     add_sites(block, family, spec)
     found = sequential.ranges(index, [place.path for place in places(family)])
-    reordering = Reordering(family, heads, spec, found)
-    reordering.apply(block)
     searched = spec.range == "search" and spec.granularity != "token"
+    held_out = ranking_samples(sequential) if searched else 0
+    reordering = Reordering(family, heads, spec, found, held_out)
+    reordering.apply(block)
     before = outputs(sequential, index) if searched else []
     add_grids(block, family, spec, reordering.grid)
     if searched:
@@ -233,15 +268,25 @@ def prepare_block(
     return reordering
 
 
+def ranking_batches(sequential: Sequential) -> int:
+    """How many batches, the first ones, rank grids."""
+    tokens = sequential.hidden[0].shape[:2].numel()
+    return min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden))
+
+
+def ranking_samples(sequential: Sequential) -> int:
+    """The samples of `ranking_batches` that can be held out: none, where there are no others."""
+    batches = ranking_batches(sequential)
+    return batches * len(sequential.hidden[0]) if batches < len(sequential.hidden) else 0
+
+
 def outputs(sequential: Sequential, index: int) -> list[Tensor]:
     """What block ``index`` makes of some calibration tokens, as it is now."""
-    hidden, found, tokens = sequential.hidden, list[Tensor](), 0
     with torch.no_grad():
-        for batch in range(len(hidden)):
-            if tokens < SEARCH_TOKENS:
-                found.append(sequential.run(index, hidden[batch]))
-                tokens += hidden[batch].shape[0] * hidden[batch].shape[1]
-    return found
+        return [
+            sequential.run(index, sequential.hidden[batch])
+            for batch in range(ranking_batches(sequential))
+        ]
 
 
 def _search(
@@ -251,19 +296,17 @@ def _search(
     reordering: Reordering,
     before: Sequence[Tensor],
 ) -> None:
-    """Give one site after another the candidates that change the block's output least."""
-    least = relative_change(before, outputs(sequential, index))
+    """Give one site after another the grid that changes the block's output least."""
     for shared in reordering.rounded(block):
         grids = [block.get_submodule(place.grid) for place in shared]
         first = grids[0]
         assert isinstance(first, StaticGrid)
-        best = first.fitted()
-        for candidate in reordering.candidates(block, shared[0], first.bits):
+        changes = []
+        for candidate in reordering.candidates(block, shared[0], first.bits, final=False):
             _refit(grids, candidate)
-            change = relative_change(before, outputs(sequential, index))
-            if change < least:
-                least, best = change, candidate
-        _refit(grids, best)
+            changes.append(token_change(before, outputs(sequential, index)))
+        best = changes.index(min(changes))
+        _refit(grids, reordering.candidates(block, shared[0], first.bits, final=True)[best])
 
 
 def _refit(grids: Sequence[nn.Module], fitted: Fitted) -> None:
@@ -283,16 +326,16 @@ def restore_block(
     """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
 
     def grid(place: Place, bits: int) -> StaticGrid:
-        stored = [tensors[f"{path}.{place.grid}.{name}"] for name in StaticGrid.tensor_names]
-        return StaticGrid(bits, *stored)
+        own = f"{path}.{place.grid}"
+        scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
+        return StaticGrid(bits, scale, zero, labels, tensors.get(f"{own}.{FEEDBACK}"))
 
     add_sites(block, family, spec)
     add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
     add_grids(block, family, spec, grid)
-    for name in block.state_dict(prefix=f"{path}."):
+    for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
-            stored = tensors[name]
-            set_tensor(model, name, stored.float() if stored.is_floating_point() else stored)
+            set_tensor(model, name, tensors[name].to(present.dtype))
 
 
 def float_tensors(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.arithmetic import ARITHMETICS
-from quantine.core.grid import Grid, Statistic
+from quantine.core.grid import Grid, Statistic, encode
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import CLUSTERS
@@ -158,7 +158,8 @@ def test_codes_are_those_of_the_grids(q: QTensor, bits: int, batch: int, spread:
     x[:, ::3] = (x[:, ::3] / grid.scale[0]).round() * grid.scale[0] * 1.5  # ties
     stored = x if q.in_perm is None else x[:, q.in_perm]
     labels = torch.arange(len(lengths)).repeat_interleave(lengths).int()
-    expected = StaticGrid(bits, grid.scale, grid.zero, labels).codes(stored)
+    step = StaticGrid(bits, grid.scale, grid.zero, labels)
+    expected = encode(stored.float().unsqueeze(-1), *step.of_channels(), bits).squeeze(-1).byte()
     assert torch.equal(input_codes(packed_matrix(q), native_grid(grid), x), expected)
 
 

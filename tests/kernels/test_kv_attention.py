@@ -12,7 +12,12 @@ from torch import Tensor
 
 from quantine.core.activation import UNQUANTIZED
 from quantine.kernels.bits import pack
-from quantine.kernels.kv_attention import MOST_ROWS, attend, attend_reference
+from quantine.kernels.kv_attention import (
+    MOST_ROWS,
+    attend,
+    attend_reference,
+    round_probabilities,
+)
 from quantine.kernels.packed_states import PackedStates
 
 widths = st.integers(2, 8)
@@ -93,7 +98,7 @@ def test_probabilities_are_rounded_to_their_grid(
 ) -> None:
     key, value = (states(seed, bits, (1, 2, context, 16)) for _ in range(2))
     query = torch.randn(1, 4, 1, 16)
-    args = (None, 0.25, None, softmax)
+    args = (None, 0.25, None, softmax, False)
     out, found = attend(query, key, value, *args)
     _, expected = exact(query, key, value, *args)
     top = 2**softmax - 1
@@ -104,6 +109,30 @@ def test_probabilities_are_rounded_to_their_grid(
     assert ((found - expected).abs() > 1e-6).sum() <= 2
     mixed = found.view(1, 2, 2, context) @ value
     assert torch.allclose(out, mixed.view(1, 4, 1, 16).transpose(1, 2), atol=1e-3)
+
+
+@given(bits=widths, softmax=st.integers(2, 8), context=st.integers(1, 300), seed=st.integers(0, 9))
+def test_ratios_to_the_largest_probability_are_rounded(
+    level: str, bits: int, softmax: int, context: int, seed: int
+) -> None:
+    key, value = (states(seed, bits, (1, 2, context, 16)) for _ in range(2))
+    query = torch.randn(1, 4, 1, 16)
+    out, found = attend(query, key, value, None, 0.25, None, softmax, True)
+    _, exactly = exact(query, key, value, None, 0.25)
+    assert torch.allclose(found.sum(-1), torch.ones(1, 4, 1), atol=1e-5)
+    steps = found / found.amax(-1, keepdim=True) * (2**softmax - 1)
+    assert torch.allclose(steps, steps.round(), atol=1e-2)
+    ratios = exactly / exactly.amax(-1, keepdim=True) * (2**softmax - 1)
+    assert ((steps - ratios).abs() < 0.51).all()
+    mixed = found.view(1, 2, 2, context) @ value
+    assert torch.allclose(out, mixed.view(1, 4, 1, 16).transpose(1, 2), atol=1e-3)
+
+
+def test_many_alike_tokens_are_not_lost_in_eight_bits() -> None:
+    scores = torch.zeros(1000)
+    probabilities = scores.softmax(-1)
+    assert round_probabilities(probabilities, 8, relative=False).sum() == 0
+    assert torch.allclose(round_probabilities(probabilities, 8, relative=True), probabilities)
 
 
 def test_all_numbers_of_threads_find_the_same(level: str) -> None:

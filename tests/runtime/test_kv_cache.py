@@ -19,6 +19,7 @@ import quantine
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid
 from quantine.core.bits import packed_bytes
+from quantine.core.feedback import feedback_of
 from quantine.eval.memory import cache_bytes
 from quantine.kernels.packed_states import PackedStates, pack_states, pack_states_reference
 from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache
@@ -27,12 +28,17 @@ from tiny_models import byte_tokenizer
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
 
 
-def grid_of(bits: int, channels: int, seed: int) -> StaticGrid:
+def grid_of(bits: int, channels: int, seed: int, heads: int = 0) -> StaticGrid:
+    """With feedback inside ``heads``, if there are any."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(5, (channels,), generator=generator)
     scale = torch.rand(5, generator=generator) + 0.01
     zero = torch.randint(-20, 40, (5,), generator=generator).float()
-    return StaticGrid(bits, scale, zero, labels.int())
+    if not heads:
+        return StaticGrid(bits, scale, zero, labels.int())
+    rows = torch.randn(heads, 50, channels // heads, generator=generator)
+    feedback = feedback_of(rows.transpose(1, 2) @ rows)
+    return StaticGrid(bits, scale, zero, labels.int(), feedback)
 
 
 @given(
@@ -41,20 +47,22 @@ def grid_of(bits: int, channels: int, seed: int) -> StaticGrid:
     heads=st.integers(1, 4),
     tokens=st.integers(1, 5),
     dim=st.sampled_from([1, 3, 8, 17, 64]),
+    fed=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_packed_states_are_what_the_grid_gives_back(
-    bits: int, batch: int, heads: int, tokens: int, dim: int, seed: int
+    bits: int, batch: int, heads: int, tokens: int, dim: int, fed: bool, seed: int
 ) -> None:
-    grid = grid_of(bits, heads * dim, seed)
+    grid = grid_of(bits, heads * dim, seed, heads if fed else 0)
     states = torch.randn(batch, heads, tokens, dim) * 10
     flat = grid(states.transpose(1, 2).flatten(2))
     expected = flat.view(batch, tokens, heads, dim).transpose(1, 2)
     scale, zero = (value.view(heads, dim) for value in grid.of_channels())
     room = torch.zeros(batch, heads, tokens + 2, packed_bytes(dim, bits), dtype=torch.uint8)
     packed = room[:, :, 1:-1]
-    pack_states(states, bits, scale, zero, packed)
-    assert torch.equal(packed, pack_states_reference(states, bits, scale, zero))
+    pack_states(states, bits, scale, zero, packed, grid.fed())
+    expected_codes = pack_states_reference(states, bits, scale, zero, grid.fed())
+    assert torch.equal(packed, expected_codes)
     assert not room[:, :, 0].any()
     assert not room[:, :, -1].any()
     assert torch.equal(PackedStates(packed, bits, scale, zero, torch.float32), expected)
@@ -63,7 +71,7 @@ def test_packed_states_are_what_the_grid_gives_back(
 
 
 def layer_of(bits: int, heads: int, dim: int) -> PackedLayer:
-    return PackedLayer(grid_of(bits, heads * dim, 0), grid_of(bits, heads * dim, 1))
+    return PackedLayer(grid_of(bits, heads * dim, 0, heads), grid_of(bits, heads * dim, 1))
 
 
 @given(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from quantine.activations.modules import SITES_NAME, AttentionSites
@@ -43,15 +44,19 @@ def attention(
     Args:
         query: ``[batch, heads, tokens, dim]``.
         key, value: ``[batch, kv_heads, context, dim]``, before rounding, or `PackedStates`.
-        attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``.
+        attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; or
+            booleans, false where a token is not seen.
 
     Returns:
         Outputs ``[batch, tokens, heads, dim]`` and probabilities.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        hidden = torch.finfo(torch.float32).min
+        attention_mask = torch.where(attention_mask, 0.0, hidden)
     sites = getattr(module, SITES_NAME, None)
-    softmax_bits = UNQUANTIZED
+    softmax_bits, relative = UNQUANTIZED, True
     if isinstance(sites, AttentionSites):
-        softmax_bits = sites.softmax
+        softmax_bits, relative = sites.softmax, sites.relative
         query = _through(sites.query, query)
         key, value = _through(sites.key, key), _through(sites.value, value)
     return attend(
@@ -62,6 +67,7 @@ def attention(
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap,
         softmax_bits,
+        relative,
         dropout if module.training else 0.0,
     )
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from quantine.core.fixed import FixedDtypes
 from quantine.core.grid import decode, encode
 from quantine.core.ranges import covering
+from quantine.kernels.packed_states import round_states
 
+FEEDBACK: Final = "feedback"
+"""Name of a tensor that only some static grids have."""
 FAITHFUL_STEP: Final = 1e-4
 """Least scale of RPTQ's published code."""
 LABELS: Final = torch.int32
@@ -24,33 +27,46 @@ class StaticGrid(FixedDtypes):
         scale: ``[clusters]`` float32, positive.
         zero: ``[clusters]`` float32 whole numbers, of any size: a range need not reach zero.
         labels: ``[channels]`` int32, each channel's cluster.
+        feedback: ``[heads, dim, dim]`` float16, see `quantine.core.feedback`: channels, of one
+            head after another, are then rounded in turn.
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
-    fixed_names = tensor_names
+    fixed_names = (*tensor_names, FEEDBACK)
 
-    def __init__(self, bits: int, scale: Tensor, zero: Tensor, labels: Tensor) -> None:
+    def __init__(
+        self,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        labels: Tensor,
+        feedback: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.bits = bits
-        for name, tensor in zip(self.tensor_names, (scale, zero, labels), strict=True):
+        tensors = (scale, zero, labels, feedback)
+        for name, tensor in zip(self.fixed_names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
-    def fitted(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each cluster."""
-        return self.get_buffer("scale"), self.get_buffer("zero")
-
-    def refit(self, scale: Tensor, zero: Tensor) -> None:
-        """Take another scale and zero point for each cluster."""
+    def refit(self, scale: Tensor, zero: Tensor, feedback: Tensor | None = None) -> None:
+        """Take another scale and zero point for each cluster, and another feedback."""
         self.scale, self.zero = scale.clone(), zero.clone()
+        self.feedback = feedback
 
-    def codes(self, x: Tensor) -> Tensor:
-        """Codes of ``x`` ``[..., channels]``, as uint8 of the same shape."""
-        scale, zero = self.of_channels()
-        return encode(x.float().unsqueeze(-1), scale, zero, self.bits).squeeze(-1).byte()
+    def fed(self) -> Tensor | None:
+        """Feedback ``[heads, dim, dim]`` in float32, if there is any."""
+        feedback = self._buffers[FEEDBACK]
+        return None if feedback is None else feedback.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
         scale, zero = self.of_channels()
+        feedback = self.fed()
+        if feedback is not None:
+            shape = feedback.shape[:2]  # heads and their channels
+            states = x.reshape(1, -1, *shape).transpose(1, 2)
+            rounded = round_states(states, self.bits, scale.view(shape), zero.view(shape), feedback)
+            return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
         codes = encode(x.float().unsqueeze(-1), scale, zero, self.bits)
         return decode(codes, scale, zero).squeeze(-1).to(x.dtype)
 

@@ -59,6 +59,7 @@ class AttentionSites(nn.Module):
     Attributes:
         query, key, value: modules that round; the identity where nothing is.
         softmax: bits of probabilities; 16 for none.
+        relative: see `quantine.kernels.kv_attention.round_probabilities`.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class AttentionSites(nn.Module):
         self.key: nn.Module = nn.Identity()
         self.value: nn.Module = nn.Identity()
         self.softmax = UNQUANTIZED
+        self.relative = True
 
 
 def rounded_inputs(module: nn.Module, x: Tensor) -> Tensor:

@@ -87,3 +87,16 @@ def relative_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     change = sum(float((a.float() - b.float()).square().sum(dtype=torch.float64)) for b, a in pairs)
     total = sum(float(b.float().square().sum(dtype=torch.float64)) for b in before)
     return change / max(total, 1e-30)
+
+
+def token_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Mean over tokens of the squared difference of outputs relative to a token's square before.
+
+    Unlike `relative_change` it is not about the one token that is a thousand times louder than
+    the others, as the first one is in many models: the norm that comes next makes all alike.
+    """
+    changes = [
+        (a.float() - b.float()).square().sum(-1) / b.float().square().sum(-1).clamp(min=1e-30)
+        for b, a in zip(before, after, strict=True)
+    ]
+    return float(torch.cat([change.flatten() for change in changes]).mean(dtype=torch.float64))

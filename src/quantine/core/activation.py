@@ -18,7 +18,8 @@ comes."""
 Range = Literal["search", "running", "minmax"]
 RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
 """How the range of a static grid is found. ``"minmax"``: everything the calibration text showed.
-``"running"``: the running average over its samples, with the wasted step of RPTQ's published code.
+``"running"``: the running average over its samples, with the wasted step of RPTQ's published code;
+attention probabilities are rounded as there, too.
 ``"search"``: of several ranges, site by site, the one that changes the block's output least."""
 
 UNQUANTIZED: Final = 16
@@ -28,6 +29,11 @@ SITES: Final = ("norm", "query", "key", "value", "attention", "hidden", "softmax
 KINDS: Final = ("R1", "R2", "R3", "R4", "R5")
 """The reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
 NAME: Final = re.compile(r"W(\d+)A(\d+)(KV)?((?:-[a-z]+)*)")
+PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
+"""Of R1 to R5, as in RPTQ's experiments."""
+CLUSTERS: Final = (32, 64, 4, 32, 32)
+"""Those of schemes that are not faithful: queries and keys meet channel by channel, no matrix
+reads them, so that more clusters cost nothing but their scales."""
 KEPT_AT_8: Final = 8
 """Bits that norm outputs and softmax keep at least, as in RPTQ's published code."""
 
@@ -42,7 +48,8 @@ class ActivationSpec:
         query, key, value: bits of what attention works on.
         attention: bits of the input of attention's output projection.
         hidden: bits of the input of the last matrix of the MLP.
-        softmax: bits of attention probabilities, on a fixed grid from 0 to 1.
+        softmax: bits of attention probabilities, on a fixed grid from 0 to 1: of their ratios to
+            the largest of a query; of themselves where ``range`` is ``"running"``.
         granularity: see `GRANULARITIES`.
         range: see `RANGES`.
         clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
@@ -58,7 +65,7 @@ class ActivationSpec:
     softmax: int = UNQUANTIZED
     granularity: Granularity = "cluster"
     range: Range = "search"
-    clusters: tuple[int, ...] = (32, 4, 4, 32, 32)
+    clusters: tuple[int, ...] = CLUSTERS
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -169,6 +176,7 @@ def scheme_named(name: str) -> NamedScheme:
         softmax=UNQUANTIZED if only_kv else kept,
         granularity=granularity,
         range="running" if "faithful" in suffixes else "search",
+        clusters=PUBLISHED_CLUSTERS if "faithful" in suffixes else CLUSTERS,
     )
     return NamedScheme(weight_bits, spec, "faithful" in suffixes)
 

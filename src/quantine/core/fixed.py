@@ -23,7 +23,9 @@ class FixedDtypes(nn.Module):
         fixed = {name: self._buffers.pop(name) for name in self.fixed_names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in fixed.items():
-            assert tensor is not None
+            if tensor is None:
+                self._buffers[name] = None
+                continue
             # Casts leave integers alone, moves do not: a float is moved as its bits.
             word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
             bits = fn(tensor if word is None else tensor.view(word))

@@ -113,12 +113,14 @@ class MinMax:
     Attributes:
         lows, highs: ``[samples, channels]`` float32.
         rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` tokens of each sample.
+        tokens: seen in all samples.
     """
 
     def __init__(self, channels: int) -> None:
         self.lows = torch.empty(0, channels)
         self.highs = torch.empty(0, channels)
         self.rows = torch.empty(0, channels)
+        self.tokens = 0
 
     def update(self, x: Tensor, samples: int) -> None:
         """Add ``x`` ``[..., channels]``, the values of ``samples`` samples one after another."""
@@ -128,22 +130,32 @@ class MinMax:
         step = max(1, rows.shape[1] // ROWS_PER_SAMPLE)
         kept = rows[:, step - 1 :: step][:, :ROWS_PER_SAMPLE]
         self.rows = torch.cat([self.rows, kept.flatten(0, 1)])
+        self.tokens += rows.shape[0] * rows.shape[1]
 
     def merge(self, other: MinMax) -> None:
         """Add the samples that ``other`` has seen, after these."""
         self.lows = torch.cat([self.lows, other.lows])
         self.highs = torch.cat([self.highs, other.highs])
         self.rows = torch.cat([self.rows, other.rows])
+        self.tokens += other.tokens
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Ends of each channel's range over all samples, ``[channels]`` float32 each."""
         return self.lows.amin(0), self.highs.amax(0)
 
+    def after(self, samples: int) -> MinMax:
+        """What the samples after the first ``samples`` showed."""
+        result, share = MinMax(self.lows.shape[1]), samples / len(self.lows)
+        result.lows, result.highs = self.lows[samples:], self.highs[samples:]
+        result.rows = self.rows[round(len(self.rows) * share) :]
+        result.tokens = self.tokens - round(self.tokens * share)
+        return result
+
     def ordered(self, order: Tensor) -> MinMax:
         """The same of the channels in another order: ``order[j]`` at place ``j``."""
         result = MinMax(len(order))
         result.lows, result.highs = self.lows[:, order], self.highs[:, order]
-        result.rows = self.rows[:, order]
+        result.rows, result.tokens = self.rows[:, order], self.tokens
         return result
 
     def of_clusters(self, labels: Tensor, running: bool) -> tuple[Tensor, Tensor]:
@@ -161,6 +173,25 @@ class MinMax:
         if not running:
             return low.amin(0), high.amax(0)
         return _running(low), _running(high)
+
+    def surprises(self) -> tuple[Tensor, Tensor]:
+        """How far each sample goes below and above all others, channel by channel.
+
+        They tell how far a range that calibration found will be exceeded by other text.
+
+        Returns:
+            ``[samples, channels]`` float32 each, not negative; zeros for a single sample.
+        """
+        return _lead(-self.lows), _lead(self.highs)
+
+
+def _lead(samples: Tensor) -> Tensor:
+    """By how much each of ``[samples, n]`` is larger than all others; zero where it is not."""
+    lead = torch.zeros_like(samples)
+    if len(samples) > 1:
+        (first, second), (where, _) = samples.topk(2, dim=0)
+        lead.scatter_(0, where.unsqueeze(0), (first - second).unsqueeze(0))
+    return lead
 
 
 def _running(samples: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from quantine.core.grid import decode, encode
+from quantine.core.observe import MinMax
 
-SHARES: Final = tuple(1.0 - 0.05 * step for step in range(15))
-"""Candidate shares of an end's distance from zero, or from the other end: 1.0 down to 0.3."""
+SHARES: Final = (2.0, 1.75, 1.5, 1.25, 1.1, *(0.95 - 0.05 * step for step in range(14)))
+"""Candidates for an end's distance from zero, or from the other end, besides what was seen: text
+that comes later goes beyond it now and then."""
 SMALLEST_STEP: Final = 1e-8
 """Least scale: a channel of one value still has a grid."""
 
@@ -21,39 +23,43 @@ def covering(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round_()
 
 
-def search(
-    rows: Tensor, importance: Tensor, labels: Tensor, low: Tensor, high: Tensor, bits: int
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the share of each cluster's range with the least error.
+def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the range of each cluster with the least expected error.
 
-    Both ends are drawn in together, then each alone.
+    Ranges are shares of what was seen, both ends moved together, then each alone. To the error of
+    the tokens that were kept comes what is lost beyond the range. That is estimated as if each
+    sample were new: ends are then nearer by what only this sample had shown of a channel.
 
     Args:
-        rows: ``[n, channels]`` float32, values to be rounded.
+        seen: values to be rounded.
         importance: ``[channels]`` float32: cost of a channel's squared error.
         labels: ``[channels]`` int64, the cluster of each channel.
-        low, high: ``[clusters]`` float32, ends of the ranges.
         bits: of a code.
 
     Returns:
         ``[clusters]`` float32 each.
     """
+    low, high = seen.of_clusters(labels, running=False)
     centre = torch.zeros_like(low).clamp(low, high)
+    below, above = seen.surprises()
+    lower, upper = low[labels] + below, high[labels] - above
+    weight = seen.tokens / len(seen.rows)
     shares = torch.ones(2, len(low))  # of the lower and the upper end
 
-    def ends(of: Tensor) -> tuple[Tensor, Tensor]:
-        return centre + (low - centre) * of[0], centre + (high - centre) * of[1]
-
     def cost(of: Tensor) -> Tensor:
-        scale, zero = (value[labels] for value in covering(*ends(of), bits))
-        codes = encode(rows.unsqueeze(-1), scale, zero, bits)
-        errors = decode(codes, scale, zero).squeeze(-1).sub_(rows).square_().sum(0)
+        fitted = covering(_towards(centre, low, of[0]), _towards(centre, high, of[1]), bits)
+        scale, zero = (value[labels] for value in fitted)
+        codes = encode(seen.rows.unsqueeze(-1), scale, zero, bits)
+        errors = decode(codes, scale, zero).squeeze(-1).sub_(seen.rows).square_().sum(0) * weight
+        below = (_towards(centre[labels], lower, of[0][labels]) - seen.lows).clamp_(min=0)
+        above = (seen.highs - _towards(centre[labels], upper, of[1][labels])).clamp_(min=0)
+        errors += below.square_().sum(0) + above.square_().sum(0)
         return torch.zeros_like(low).index_add_(0, labels, errors * importance)
 
     least = cost(shares)
     for moved in ((0, 1), (0,), (1,)):
         start = shares.clone()
-        for share in SHARES[1:]:
+        for share in SHARES:
             tried = start.clone()
             for end in moved:
                 tried[end] = start[end] * share
@@ -61,4 +67,9 @@ def search(
             better = found < least
             least = torch.where(better, found, least)
             shares = torch.where(better, tried, shares)
-    return covering(*ends(shares), bits)
+    return covering(_towards(centre, low, shares[0]), _towards(centre, high, shares[1]), bits)
+
+
+def _towards(centre: Tensor, end: Tensor, share: Tensor) -> Tensor:
+    """The point at ``share`` of the way from ``centre`` to ``end``."""
+    return centre + (end - centre) * share

@@ -31,6 +31,7 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     softmax_bits: int = UNQUANTIZED,
+    relative: bool = True,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query`` ``[batch, heads, tokens, dim]``; see `attend_reference`.
@@ -45,7 +46,8 @@ def attend(
         or not _few(query, key, value)
         or dropout > 0
     ):
-        return attend_reference(query, key, value, mask, scaling, softcap, softmax_bits, dropout)
+        rest = (mask, scaling, softcap, softmax_bits, relative, dropout)
+        return attend_reference(query, key, value, *rest)
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]
     if mask is not None:
@@ -62,6 +64,7 @@ def attend(
         scaling,
         0.0 if softcap is None else softcap,
         softmax_bits,
+        relative,
         probabilities,
         out,
         pool(),
@@ -77,6 +80,7 @@ def attend_reference(
     scaling: float,
     softcap: float | None = None,
     softmax_bits: int = UNQUANTIZED,
+    relative: bool = True,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention of ``query`` ``[batch, heads, tokens, dim]``.
@@ -87,6 +91,7 @@ def attend_reference(
         scaling: of scores.
         softcap: scores are bounded by it, smoothly.
         softmax_bits: probabilities are rounded to these; 16 for none.
+        relative: see `round_probabilities`.
         dropout: share of probabilities to drop.
 
     Returns:
@@ -103,16 +108,25 @@ def attend_reference(
         scores = scores + mask[..., :context]
     probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if softmax_bits != UNQUANTIZED:
-        probabilities = round_probabilities(probabilities, softmax_bits)
+        probabilities = round_probabilities(probabilities, softmax_bits, relative)
     probabilities = drop(probabilities.to(query.dtype), dropout)
     mixed = probabilities.view(batch, kv_heads, -1, context) @ value
     return mixed.view(batch, heads, tokens, dim).transpose(1, 2).contiguous(), probabilities
 
 
-def round_probabilities(probabilities: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] of any shape on the fixed grid of ``2**bits`` steps from 0 to 1."""
+def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Tensor:
+    """Probabilities ``[..., context]`` on a fixed grid of ``2**bits`` values from 0 to 1.
+
+    Args:
+        relative: the ratio of each to the largest of its row is rounded, and their sum is one
+            again. Otherwise they themselves are, as RPTQ's published code does: in a long context
+            most are less than half a step, and are lost.
+    """
     top = 2**bits - 1
-    return probabilities.mul(top).round_().div_(top)
+    if not relative:
+        return probabilities.mul(top).round_().div_(top)
+    steps = (probabilities / probabilities.amax(-1, keepdim=True)).mul_(top).round_()
+    return steps / steps.sum(-1, keepdim=True)
 
 
 def _few(query: Tensor, key: PackedStates, value: PackedStates) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from quantine.core.bits import pack_reference
+from quantine.core.bits import pack_reference, packed_bytes
+from quantine.core.feedback import encode_fed
 from quantine.core.grid import encode
 from quantine.kernels import backend
 from quantine.kernels.bits import unpack
@@ -73,26 +74,52 @@ class PackedStates(Tensor):
         return func(*args, **kwargs)
 
 
-def pack_states(states: Tensor, bits: int, scale: Tensor, zero: Tensor, packed: Tensor) -> None:
+def pack_states(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None = None,
+) -> None:
     """Write the codes of ``states`` ``[batch, heads, tokens, dim]``, of any float dtype.
 
     Args:
         bits, scale, zero: as `PackedStates` takes them.
         packed: ``[batch, heads, tokens, packed_bytes]`` uint8, which is written.
+        feedback: ``[heads, dim, dim]`` float32, see `quantine.core.feedback`.
     """
     native = backend.native() if states.device.type == "cpu" else None
     if native is None:
-        packed.copy_(pack_states_reference(states, bits, scale, zero))
+        packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
         return
     floats = states.detach().float()
-    native.pack_states(
-        floats if floats.stride(3) == 1 else floats.contiguous(), scale, zero, bits, packed
-    )
+    floats = floats if floats.stride(3) == 1 else floats.contiguous()
+    native.pack_states(floats, scale, zero, feedback, bits, packed)
 
 
-def pack_states_reference(states: Tensor, bits: int, scale: Tensor, zero: Tensor) -> Tensor:
+def pack_states_reference(
+    states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor | None = None
+) -> Tensor:
     """What `pack_states` writes."""
-    scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
-    codes = encode(states.detach().float().unsqueeze(-1), scale, zero, bits).byte()
-    rows = codes.reshape(-1, states.shape[3])
+    floats = states.detach().float()
+    if feedback is None:
+        codes = encode(floats.unsqueeze(-1), scale.unsqueeze(1), zero.unsqueeze(1), bits)
+        codes = codes.squeeze(-1)
+    else:
+        codes = encode_fed(floats.transpose(1, 2), scale, zero, feedback, bits).transpose(1, 2)
+    rows = codes.byte().reshape(-1, states.shape[3])
     return pack_reference(rows, bits).view(*states.shape[:3], -1)
+
+
+def round_states(
+    states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor
+) -> Tensor:
+    """What the codes of ``states`` ``[batch, heads, tokens, dim]`` stand for, as float32.
+
+    Arguments are those of `pack_states`.
+    """
+    shape = (*states.shape[:3], packed_bytes(states.shape[3], bits))
+    packed = torch.empty(shape, dtype=torch.uint8, device=states.device)
+    pack_states(states, bits, scale, zero, packed, feedback)
+    return PackedStates(packed, bits, scale, zero, torch.float32).decoded()

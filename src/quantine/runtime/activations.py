@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import StaticGrid
+from quantine.activations.grids import FEEDBACK, StaticGrid
 from quantine.activations.install import Place, add_grids, add_norms, add_sites
 from quantine.core.activation import ActivationSpec, activations_from
 from quantine.errors import FormatError
@@ -58,16 +58,25 @@ class _Stored:
         add_grids(block, self._family, self._spec, self._grid)
 
     def _grid(self, place: Place, bits: int) -> StaticGrid:
-        tensors = [self._tensor(f"{place.grid}.{name}") for name in StaticGrid.tensor_names]
-        return StaticGrid(bits, *tensors)
+        scale, zero, labels = (
+            self._tensor(f"{place.grid}.{name}") for name in StaticGrid.tensor_names
+        )
+        return StaticGrid(bits, scale, zero, labels, self._found(f"{place.grid}.{FEEDBACK}"))
 
     def _tensor(self, name: str) -> Tensor:
+        found = self._found(name)
+        if found is None:
+            raise FormatError(
+                "config.json says that activations are rounded, but no file holds "
+                f"{self._path}.{name}"
+            )
+        return found
+
+    def _found(self, name: str) -> Tensor | None:
         # Files that save_pretrained wrote for a bare model lack the prefix of the whole one.
         full = f"{self._path}.{name}"
         bare = full.removeprefix(f"{self._family.blocks.partition('.')[0]}.")
         for candidate in (full, bare, f"{self._family.blocks.partition('.')[0]}.{full}"):
             if candidate in self._entries:
                 return placeholder(self._entries[candidate])
-        raise FormatError(
-            f"config.json says that activations are rounded, but no file holds {full}"
-        )
+        return None

@@ -85,7 +85,8 @@ class PackedLayer(DynamicLayer):
             room = self._rooms[which] = used.new_empty(shape)
             room[:, :, :before] = used
         bits, (scale, zero) = self._grids[which].bits, self._channels[which]
-        pack_states(states, bits, scale, zero, room[:, :, before:after])
+        added = room[:, :, before:after]
+        pack_states(states, bits, scale, zero, added, self._grids[which].fed())
         return room[:, :, :after]
 
     def _seen(self, which: int, used: Tensor) -> PackedStates:
