@@ -22,13 +22,19 @@ import torch
 from quantine import Calibration, Plan
 from quantine.calibrate.outputs import relative_change
 from quantine.calibrate.sequential import Sequential
-from quantine.core.activation import KINDS, SITES, UNQUANTIZED, ActivationSpec
+from quantine.core.activation import (
+    KINDS,
+    PUBLISHED_CLUSTERS,
+    SITES,
+    UNQUANTIZED,
+    ActivationSpec,
+)
 from quantine.families.base import block_list
 from quantine.prepare import Job, prepare
 from quantine.rptq import Heads, outputs, prepare_block
 
 VARIANTS = {
-    "clusters, as published": {"range": "running"},
+    "clusters, as published": {"range": "running", "clusters": PUBLISHED_CLUSTERS},
     "clusters, searched": {"range": "search"},
     "one static grid": {"granularity": "tensor", "range": "minmax"},
     "a grid for each token": {"granularity": "token"},

@@ -46,7 +46,8 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   if (scale.shape(0) != heads || scale.shape(1) != dim || zero.shape(0) != heads ||
       zero.shape(1) != dim)
     throw nb::value_error("scale and zero must be [heads, dim]");
-  if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim || feedback->shape(2) != dim))
+  if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim ||
+                   feedback->shape(2) != dim))
     throw nb::value_error("feedback must be [heads, dim, dim]");
   const auto stride = [](const auto& array, std::size_t axis) {
     return static_cast<std::size_t>(array.stride(axis));

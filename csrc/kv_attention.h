@@ -26,11 +26,11 @@ struct FloatStates {
 };
 
 // Writes what `states` are on a grid, scale and zero [heads, dim], as rows of bit streams of `bits`
-// bits into `packed`, whose strides are bytes. The error of a channel c is taken off those after it,
-// times row c of its head's `feedback` [heads, dim, dim], unless that is null.
+// bits into `packed`, whose strides are bytes. The error of a channel, times its row of its head's
+// `feedback` [heads, dim, dim], is taken off the channels after it, unless that is null.
 void pack_states(const FloatStates& states, const float* scale, const float* zero,
-                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride, std::size_t head_stride,
-                 std::size_t token_stride);
+                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride,
+                 std::size_t head_stride, std::size_t token_stride);
 
 // Added to scores; a stride of 0 repeats.
 struct ScoreMask {

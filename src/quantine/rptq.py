@@ -25,7 +25,7 @@ from quantine.activations.install import (
 from quantine.activations.reorder import reorder
 from quantine.calibrate.outputs import token_change
 from quantine.calibrate.sequential import Sequential, set_tensor
-from quantine.core.activation import KEPT_AT_8, ActivationSpec
+from quantine.core.activation import ActivationSpec
 from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
 from quantine.core.feedback import feedback_of
 from quantine.core.observe import MinMax
@@ -36,6 +36,8 @@ from quantine.matrix import as_stored
 
 SEARCH_TOKENS: Final = 2048
 """Calibration tokens that rank grids: each is tried on the whole block, which takes the time."""
+FED_BELOW: Final = 8
+"""Bits from which on rounding channels in turn is not worth its time."""
 
 Ranges = Mapping[str, MinMax]
 """What places showed, by `Place.path`."""
@@ -114,7 +116,8 @@ class Reordering:
         """What clusters were made of, by reorder, for pictures; empty where nothing is reordered.
 
         ``[channels, features + 1]`` float32, channels as the model has them: the largest and the
-        smallest value of a channel (of queries, then of keys, for R2), and the cluster.
+        smallest value of a channel in what was not held out (of queries, then of keys, for R2), and
+        the cluster.
         """
         links = self._family.links if self._spec.reorders else ()
         return {
@@ -145,19 +148,23 @@ class Reordering:
         Args:
             final: know all samples.
         """
-        labels, seen = self.clusters_at(place).labels, self.ranges_at(place)
-        seen = seen if final else seen.after(self._held_out)
+        labels, seen = self.clusters_at(place).labels, self._shown(place, final)
+        importance = self._importance(block, place, final)
         found: list[Fitted] = [
             covering(*seen.of_clusters(labels, running=False), bits),
             faithful(*seen.of_clusters(labels, running=True), bits),
-            search(seen, self._importance(block, place), labels, bits),
+            search(seen, importance, labels, bits),
         ]
-        if place.site in ATTENDED and bits < KEPT_AT_8:
-            feedback = feedback_of(self._moments(block, place))
+        if place.site in ATTENDED and bits < FED_BELOW:
+            feedback = feedback_of(self._moments(block, place, final))
             found += [(scale, zero, feedback) for scale, zero, *_ in found]
         return found
 
-    def _moments(self, block: nn.Module, place: Place) -> Tensor:
+    def _shown(self, place: Place, final: bool) -> MinMax:
+        seen = self.ranges_at(place)
+        return seen if final else seen.after(self._held_out)
+
+    def _moments(self, block: nn.Module, place: Place, final: bool) -> Tensor:
         """Second moments of what a head's channels are multiplied by in attention.
 
         Returns:
@@ -168,7 +175,7 @@ class Reordering:
             (path,) = link_of(self._family, place.kind).consumers
             rows = matrix_of(block.get_submodule(path))
         else:
-            rows = self.ranges_at(self._met(place)).rows
+            rows = self._shown(self._met(place), final).rows
         of_queries = place.site != "query"  # or of columns that stand for a query's head
         shape = (len(rows), keys, copies if of_queries else 1, -1)
         states = rows.reshape(shape).permute(1, 2, 0, 3).flatten(1, 2)
@@ -181,7 +188,7 @@ class Reordering:
         path = f"{place.path.rpartition('.')[0]}.{other}"
         return next(found for found in places(self._family) if found.path == path)
 
-    def _importance(self, block: nn.Module, place: Place) -> Tensor:
+    def _importance(self, block: nn.Module, place: Place, final: bool) -> Tensor:
         """How much the squared error of each channel at a place costs what reads it.
 
         ``[channels]`` float32. For the input of matrices, the squares of a column: the expected
@@ -189,7 +196,7 @@ class Reordering:
         key's, a value's goes through attention to its column of the output projection.
         """
         if place.site in {"query", "key"}:
-            strength = self.ranges_at(self._met(place)).rows.square().mean(0)
+            strength = self._shown(self._met(place), final).rows.square().mean(0)
         else:
             strength = torch.stack(
                 [
@@ -269,9 +276,9 @@ def prepare_block(
 
 
 def ranking_batches(sequential: Sequential) -> int:
-    """How many batches, the first ones, rank grids."""
+    """How many batches, the first ones, rank grids: half of them at most, but one."""
     tokens = sequential.hidden[0].shape[:2].numel()
-    return min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden))
+    return max(1, min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden) // 2))
 
 
 def ranking_samples(sequential: Sequential) -> int:

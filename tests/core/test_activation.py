@@ -38,7 +38,10 @@ def test_suffixes_choose_grids() -> None:
     assert scheme_named("W4A4-faithful").activations.range == "running"
     assert scheme_named("W4A4-token").activations.granularity == "token"
     assert scheme_named("W4A4-tensor").activations.clusters_of("R1") == 1
-    assert scheme_named("W4A4").activations.clusters_of("R2") == 4
+    assert scheme_named("W4A4").activations.clusters == (32, 64, 4, 32, 32)
+    assert scheme_named("W4A4-faithful").activations.clusters == (32, 4, 4, 32, 32)
+    assert scheme_named("W4A4").activations.relative
+    assert not scheme_named("W4A4-faithful").activations.relative
 
 
 @pytest.mark.parametrize(

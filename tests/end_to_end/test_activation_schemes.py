@@ -238,15 +238,53 @@ def test_missing_scikit_learn_is_said_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+def fed_grids(model: Any) -> list[StaticGrid]:
+    """The grids whose channels are rounded in turn."""
+    grids = [m for m in model.modules() if isinstance(m, StaticGrid)]
+    return [grid for grid in grids if grid.fed() is not None]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "neox_parallel"])
+def test_feedback_is_chosen_by_text_that_was_held_out(
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    text = replace(short, samples=96, seqlen=64)  # three batches, of which one ranks grids
+    quantize(tiny(name), out, plan_of("W16A3KV"), text)
+    model, _ = quantine.load(out)
+    assert fed_grids(model)
+    for grid in fed_grids(model):
+        feedback = grid.fed()
+        assert feedback is not None
+        assert feedback.shape[0] * feedback.shape[1] == len(grid.get_buffer("labels"))
+    found = distance(model, float_model(tiny(name)))
+    for grid in fed_grids(model):
+        grid.refit(grid.get_buffer("scale"), grid.get_buffer("zero"))
+    assert found < distance(model, float_model(tiny(name)))
+
+
+def test_older_directories_round_probabilities_themselves(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     quantize(tiny("llama"), out, plan_of("W8A8"), short)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["activations"].pop("relative")
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    older, _ = quantine.load(out)
+    assert not any(m.relative for m in older.modules() if isinstance(m, AttentionSites))
+
+
+def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of("W8A3"), short)
     model, _ = quantine.load(out, dtype=torch.bfloat16)
     assert all(
         m.get_buffer("scale").dtype == torch.float32
         for m in model.modules()
         if isinstance(m, StaticGrid)
     )
+    assert all(grid.get_buffer("feedback").dtype == torch.float16 for grid in fed_grids(model))
     assert isinstance(model, nn.Module)
     assert bool(torch.isfinite(logits_of(model).float()).all())
 

@@ -64,8 +64,10 @@ class StaticGrid(FixedDtypes):
         feedback = self.fed()
         if feedback is not None:
             shape = feedback.shape[:2]  # heads and their channels
-            states = x.reshape(1, -1, *shape).transpose(1, 2)
-            rounded = round_states(states, self.bits, scale.view(shape), zero.view(shape), feedback)
+            states = x.detach().reshape(1, -1, *shape).transpose(1, 2)
+            rounded: Tensor = round_states(
+                states, self.bits, scale.view(shape), zero.view(shape), feedback
+            )
             return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
         codes = encode(x.float().unsqueeze(-1), scale, zero, self.bits)
         return decode(codes, scale, zero).squeeze(-1).to(x.dtype)

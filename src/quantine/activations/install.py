@@ -59,7 +59,7 @@ def link_of(family: Family, kind: str) -> Link:
 def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
     """Give the attention of ``block`` places for rounding; probabilities are rounded at once."""
     sites = AttentionSites()
-    sites.softmax, sites.relative = spec.softmax, spec.range != "running"
+    sites.softmax, sites.relative = spec.softmax, spec.relative
     setattr(block.get_submodule(family.attention), SITES_NAME, sites)
 
 

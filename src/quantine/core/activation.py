@@ -18,8 +18,7 @@ comes."""
 Range = Literal["search", "running", "minmax"]
 RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
 """How the range of a static grid is found. ``"minmax"``: everything the calibration text showed.
-``"running"``: the running average over its samples, with the wasted step of RPTQ's published code;
-attention probabilities are rounded as there, too.
+``"running"``: the running average over its samples, with the wasted step of RPTQ's published code.
 ``"search"``: of several ranges, site by site, the one that changes the block's output least."""
 
 UNQUANTIZED: Final = 16
@@ -48,8 +47,9 @@ class ActivationSpec:
         query, key, value: bits of what attention works on.
         attention: bits of the input of attention's output projection.
         hidden: bits of the input of the last matrix of the MLP.
-        softmax: bits of attention probabilities, on a fixed grid from 0 to 1: of their ratios to
-            the largest of a query; of themselves where ``range`` is ``"running"``.
+        softmax: bits of attention probabilities, on a fixed grid from 0 to 1.
+        relative: what is rounded of probabilities is their ratio to the largest of a query;
+            otherwise they themselves are, as in RPTQ's published code.
         granularity: see `GRANULARITIES`.
         range: see `RANGES`.
         clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
@@ -63,6 +63,7 @@ class ActivationSpec:
     attention: int = UNQUANTIZED
     hidden: int = UNQUANTIZED
     softmax: int = UNQUANTIZED
+    relative: bool = True
     granularity: Granularity = "cluster"
     range: Range = "search"
     clusters: tuple[int, ...] = CLUSTERS
@@ -75,6 +76,8 @@ class ActivationSpec:
                     f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
                     f"for none, not {bits!r}"
                 )
+        if not isinstance(self.relative, bool):
+            raise PlanError(f"activations: relative must be true or false, not {self.relative!r}")
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("range", self.range, RANGES)
         if len(self.clusters) != len(KINDS) or not all(
@@ -143,8 +146,9 @@ def scheme_named(name: str) -> NamedScheme:
     """The scheme ``W<bits>A<bits>``, with ``KV`` if only keys and values are rounded.
 
     Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
-    that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds grids as
-    RPTQ's published code does; ``-tensor`` and ``-token`` have one grid for each tensor or token.
+    that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds clusters
+    and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and ``-token`` have
+    one grid for each tensor or token.
 
     Raises:
         PlanError: it is no such name, or bits are out of range.
@@ -174,6 +178,7 @@ def scheme_named(name: str) -> NamedScheme:
         attention=others,
         hidden=others,
         softmax=UNQUANTIZED if only_kv else kept,
+        relative="faithful" not in suffixes,
         granularity=granularity,
         range="running" if "faithful" in suffixes else "search",
         clusters=PUBLISHED_CLUSTERS if "faithful" in suffixes else CLUSTERS,

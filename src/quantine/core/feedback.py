@@ -32,7 +32,7 @@ def feedback_of(moments: Tensor) -> Tensor:
     damped = moments / mean[:, None, None] + DAMP * unit
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     ratios = upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    found: Tensor = ratios.triu(1).half()
+    found: Tensor = ratios.triu(1).half().contiguous()
     return found
 
 

@@ -42,18 +42,18 @@ def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple
     low, high = seen.of_clusters(labels, running=False)
     centre = torch.zeros_like(low).clamp(low, high)
     below, above = seen.surprises()
-    lower, upper = low[labels] + below, high[labels] - above
     weight = seen.tokens / len(seen.rows)
     shares = torch.ones(2, len(low))  # of the lower and the upper end
 
     def cost(of: Tensor) -> Tensor:
-        fitted = covering(_towards(centre, low, of[0]), _towards(centre, high, of[1]), bits)
-        scale, zero = (value[labels] for value in fitted)
+        ends = _towards(centre, low, of[0]), _towards(centre, high, of[1])
+        scale, zero = (value[labels] for value in covering(*ends, bits))
         codes = encode(seen.rows.unsqueeze(-1), scale, zero, bits)
         errors = decode(codes, scale, zero).squeeze(-1).sub_(seen.rows).square_().sum(0) * weight
-        below = (_towards(centre[labels], lower, of[0][labels]) - seen.lows).clamp_(min=0)
-        above = (seen.highs - _towards(centre[labels], upper, of[1][labels])).clamp_(min=0)
-        errors += below.square_().sum(0) + above.square_().sum(0)
+        wider = of.clamp(min=1)[:, labels]
+        lost = (ends[0][labels] + below * wider[0] - seen.lows).clamp_(min=0).square_()
+        lost += (seen.highs - ends[1][labels] + above * wider[1]).clamp_(min=0).square_()
+        errors += lost.sum(0)
         return torch.zeros_like(low).index_add_(0, labels, errors * importance)
 
     least = cost(shares)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from quantine.calibrate.sequential import skeleton
-from quantine.core.activation import UNQUANTIZED, NamedScheme, scheme_named
+from quantine.core.activation import KINDS, UNQUANTIZED, NamedScheme, scheme_named
 from quantine.errors import PlanError
 from quantine.eval.memory import ELEMENT_BYTES, cache_bytes
 from quantine.families import family_of
@@ -145,7 +145,8 @@ class _Sizes:
     def weight_bytes(self, scheme: NamedScheme) -> int:
         bits = sum(rows * columns for rows, columns in self.matrices) * scheme.weight_bits
         if scheme.weight_bits != UNQUANTIZED:
-            clusters = max(scheme.activations.clusters)
+            read = [kind for kind in KINDS if kind != "R2"]  # no matrix reads queries and keys
+            clusters = max(scheme.activations.clusters_of(kind) for kind in read)
             bits += sum(rows for rows, _ in self.matrices) * clusters * (16 + scheme.weight_bits)
         return bits // 8 + self.others * ELEMENT_BYTES
 

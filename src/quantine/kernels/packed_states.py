@@ -53,7 +53,7 @@ class PackedStates(Tensor):
     def decoded(self) -> Tensor:
         """``[batch, heads, tokens, dim]`` floats."""
         batch, heads, tokens, dim = self.shape
-        rows = self.packed.reshape(batch * heads * tokens, -1)
+        rows = self.packed.reshape(batch * heads * tokens, self.packed.shape[3])
         codes = unpack(rows, self.bits, dim).view(batch, heads, tokens, dim)
         states: Tensor = codes.float().sub_(self.zero.unsqueeze(1)).mul_(self.scale.unsqueeze(1))
         return states.to(self.dtype)
@@ -109,9 +109,10 @@ def pack_states_reference(
     else:
         codes = encode_fed(floats.transpose(1, 2), scale, zero, feedback, bits).transpose(1, 2)
     rows = codes.byte().reshape(-1, states.shape[3])
-    return pack_reference(rows, bits).view(*states.shape[:3], -1)
+    return pack_reference(rows, bits).view(*states.shape[:3], packed_bytes(states.shape[3], bits))
 
 
+@torch.library.custom_op("quantine::round_states", mutates_args=())
 def round_states(
     states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor
 ) -> Tensor:
@@ -123,3 +124,8 @@ def round_states(
     packed = torch.empty(shape, dtype=torch.uint8, device=states.device)
     pack_states(states, bits, scale, zero, packed, feedback)
     return PackedStates(packed, bits, scale, zero, torch.float32).decoded()
+
+
+@round_states.register_fake
+def _(states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor) -> Tensor:
+    return states.new_empty(states.shape, dtype=torch.float32)

@@ -31,7 +31,8 @@ def rebuild(
     Raises:
         FormatError: a tensor is missing.
     """
-    spec = activations_from(dict(activations), "quantization_config")
+    # Directories that do not say it were made when nothing else existed.
+    spec = activations_from({"relative": False, **activations}, "quantization_config")
     family = family_of(model.config.model_type)
     for path in (family.blocks, family.blocks.removeprefix(f"{model.base_model_prefix}.")):
         blocks = dict(model.named_modules()).get(path)
