@@ -147,8 +147,8 @@ def scheme_named(name: str) -> NamedScheme:
 
     Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
     that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds clusters
-    and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and ``-token`` have
-    one grid for each tensor or token.
+    and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and ``-token``
+    have one grid for each tensor or token.
 
     Raises:
         PlanError: it is no such name, or bits are out of range.
