@@ -189,7 +189,8 @@ W4A3KV 147.54, W3A3KV 147.90, W16A8 146.74, W16A4 146.98.""",
 weights lie on a 4 bit grid of 32 inputs, so 4 bit weights in other groups cost it more than most
 models. Of the default, W4A4KV and W16A4 were made by an earlier search, without feedback, that
 ranked grids on text they knew; there and in the grid for each token of W16A4, probabilities
-themselves were rounded, not their ratios. W16A4KV was calibrated with `--samples 16 --seqlen 1024`.""",
+themselves were rounded, not their ratios. W16A4KV was calibrated with `--samples 16
+--seqlen 1024`.""",
     ),
 )
 """File of `benchmarks/schemes.py`, heading, and what is to be said of it."""
