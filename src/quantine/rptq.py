@@ -276,7 +276,7 @@ def prepare_block(
 
 
 def ranking_batches(sequential: Sequential) -> int:
-    """How many batches, the first ones, rank grids: half of them at most, but one."""
+    """How many batches, the first ones, rank grids: half of them, but one at least."""
     tokens = sequential.hidden[0].shape[:2].numel()
     return max(1, min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden) // 2))
 

@@ -21,6 +21,9 @@ from quantine.kernels.kv_attention import (
 from quantine.kernels.packed_states import PackedStates
 
 widths = st.integers(2, 8)
+rounding = given(
+    bits=widths, softmax=st.integers(2, 8), context=st.integers(1, 300), seed=st.integers(0, 9)
+)
 
 
 def states(
@@ -92,7 +95,7 @@ def test_it_is_attention_over_decoded_floats(
     assert torch.allclose(out.double(), expected, atol=2 * error * reach, rtol=0)
 
 
-@given(bits=widths, softmax=st.integers(2, 8), context=st.integers(1, 300), seed=st.integers(0, 9))
+@rounding
 def test_probabilities_are_rounded_to_their_grid(
     level: str, bits: int, softmax: int, context: int, seed: int
 ) -> None:
@@ -111,7 +114,7 @@ def test_probabilities_are_rounded_to_their_grid(
     assert torch.allclose(out, mixed.view(1, 4, 1, 16).transpose(1, 2), atol=1e-3)
 
 
-@given(bits=widths, softmax=st.integers(2, 8), context=st.integers(1, 300), seed=st.integers(0, 9))
+@rounding
 def test_ratios_to_the_largest_probability_are_rounded(
     level: str, bits: int, softmax: int, context: int, seed: int
 ) -> None:

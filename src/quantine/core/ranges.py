@@ -45,14 +45,17 @@ def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple
     weight = seen.tokens / len(seen.rows)
     shares = torch.ones(2, len(low))  # of the lower and the upper end
 
+    def ends(of: Tensor) -> tuple[Tensor, Tensor]:
+        return centre + (low - centre) * of[0], centre + (high - centre) * of[1]
+
     def cost(of: Tensor) -> Tensor:
-        ends = _towards(centre, low, of[0]), _towards(centre, high, of[1])
-        scale, zero = (value[labels] for value in covering(*ends, bits))
+        least, most = ends(of)
+        scale, zero = (value[labels] for value in covering(least, most, bits))
         codes = encode(seen.rows.unsqueeze(-1), scale, zero, bits)
         errors = decode(codes, scale, zero).squeeze(-1).sub_(seen.rows).square_().sum(0) * weight
         wider = of.clamp(min=1)[:, labels]
-        lost = (ends[0][labels] + below * wider[0] - seen.lows).clamp_(min=0).square_()
-        lost += (seen.highs - ends[1][labels] + above * wider[1]).clamp_(min=0).square_()
+        lost = (least[labels] + below * wider[0] - seen.lows).clamp_(min=0).square_()
+        lost += (seen.highs - most[labels] + above * wider[1]).clamp_(min=0).square_()
         errors += lost.sum(0)
         return torch.zeros_like(low).index_add_(0, labels, errors * importance)
 
@@ -67,9 +70,4 @@ def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple
             better = found < least
             least = torch.where(better, found, least)
             shares = torch.where(better, tried, shares)
-    return covering(_towards(centre, low, shares[0]), _towards(centre, high, shares[1]), bits)
-
-
-def _towards(centre: Tensor, end: Tensor, share: Tensor) -> Tensor:
-    """The point at ``share`` of the way from ``centre`` to ``end``."""
-    return centre + (end - centre) * share
+    return covering(*ends(shares), bits)
