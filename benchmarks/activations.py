@@ -31,7 +31,9 @@ from quantine.core.activation import (
 )
 from quantine.families.base import block_list
 from quantine.prepare import Job, prepare
-from quantine.rptq import Heads, outputs, prepare_block
+from quantine.rptq.blocks import prepare_block
+from quantine.rptq.clusters import Heads
+from quantine.rptq.search import outputs
 
 VARIANTS = {
     "clusters, as published": {"range": "running", "clusters": PUBLISHED_CLUSTERS},

@@ -310,17 +310,18 @@ def output_error(delta: np.ndarray, hessian: np.ndarray) -> float:
     return float(sum(row @ hessian.astype(np.float64) @ row for row in delta.astype(np.float64)))
 
 
-def cluster_ranges(
-    x: np.ndarray, labels: Sequence[int], running: bool
-) -> list[tuple[float, float]]:
+def cluster_ranges(x: np.ndarray, labels: Sequence[int], over: str) -> list[tuple[float, float]]:
     """Ends of each cluster's range over samples ``[samples, tokens, channels]``."""
     found = []
     for label in range(max(labels) + 1):
         own = x[:, :, [channel for channel, of in enumerate(labels) if of == label]]
         low, high = float(own[0].min()), float(own[0].max())
-        for sample in own[1:]:
+        for number, sample in enumerate(own[1:], 1):
             smallest, largest = float(sample.min()), float(sample.max())
-            if running:
+            if over == "mean":
+                low += (smallest - low) / (number + 1)
+                high += (largest - high) / (number + 1)
+            elif over == "running":
                 low, high = 0.99 * low + 0.01 * smallest, 0.99 * high + 0.01 * largest
             else:
                 low, high = min(low, smallest), max(high, largest)

@@ -49,7 +49,8 @@ from quantine.progress import (
     reuse_freed_memory,
 )
 from quantine.publish import output_files, report_of
-from quantine.rptq import Heads, float_tensors, prepare_block, restore_block
+from quantine.rptq.blocks import float_tensors, prepare_block, restore_block
+from quantine.rptq.clusters import Heads
 from quantine.scheme import scheme_from
 
 PROBE: Final = "probe"

@@ -16,7 +16,7 @@ from quantine.activations.reorder import reorder
 from quantine.core.activation import KINDS, ActivationSpec
 from quantine.families import family_of
 from quantine.families.base import Family, Link, block_list, is_transposed
-from quantine.rptq import Heads
+from quantine.rptq.clusters import Heads
 from tiny_models import FAMILIES, VOCAB, random_model, tiny_config
 
 LINKED = [

@@ -38,7 +38,9 @@ def test_suffixes_choose_grids() -> None:
     assert scheme_named("W4A4-faithful").activations.range == "running"
     assert scheme_named("W4A4-token").activations.granularity == "token"
     assert scheme_named("W4A4-tensor").activations.clusters_of("R1") == 1
-    assert scheme_named("W4A4").activations.clusters == (32, 64, 4, 32, 32)
+    assert scheme_named("W4A4").activations.clusters == (32, 256, 4, 32, 32)
+    assert scheme_named("W4A4").activations.value_clusters == 256
+    assert scheme_named("W4A4-faithful").activations.value_clusters is None
     assert scheme_named("W4A4-faithful").activations.clusters == (32, 4, 4, 32, 32)
     assert scheme_named("W4A4").activations.relative
     assert not scheme_named("W4A4-faithful").activations.relative
@@ -69,6 +71,7 @@ def test_bits_out_of_range_are_refused(name: str) -> None:
         ({"range": "best"}, "range"),
         ({"outputs": 4}, "keys among"),
         ({"clusters": 4}, "must be a list"),
+        ({"value_clusters": 0}, "value_clusters must be a positive number"),
     ],
 )
 def test_bad_fields_are_refused(fields: dict[str, Any], message: str) -> None:

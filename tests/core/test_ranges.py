@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,8 @@ from hypothesis import strategies as st
 
 import oracles
 from quantine.activations.grids import StaticGrid, TokenGrid, faithful
-from quantine.core.observe import MinMax
-from quantine.core.ranges import covering, search
+from quantine.core.observe import MinMax, Over
+from quantine.core.ranges import covering, search, through, widened
 from quantine.kernels.kv_attention import round_probabilities
 
 
@@ -21,30 +23,57 @@ def samples(count: int, tokens: int, channels: int, seed: int = 0) -> torch.Tens
     return torch.randn(count, tokens, channels, generator=generator) * scales + scales / 3
 
 
-@pytest.mark.parametrize("running", [True, False])
-def test_ranges_of_clusters_are_those_of_the_textbook(running: bool) -> None:
+@pytest.mark.parametrize("over", get_args(Over))
+def test_ranges_of_clusters_are_those_of_the_textbook(over: Over) -> None:
     x, labels = samples(9, 7, 6), torch.tensor([0, 1, 0, 2, 1, 1])
     seen = MinMax(6)
     seen.update(x[:4], 4)
     seen.update(x[4:].flatten(0, 1), 5)  # as the MLP of some models flattens them
-    low, high = seen.of_clusters(labels, running)
-    expected = oracles.cluster_ranges(x.double().numpy(), labels.tolist(), running)
+    low, high = seen.of_clusters(labels, over)
+    expected = oracles.cluster_ranges(x.double().numpy(), labels.tolist(), over)
     assert low.tolist() == pytest.approx([one[0] for one in expected], rel=1e-5)
     assert high.tolist() == pytest.approx([one[1] for one in expected], rel=1e-5)
 
 
-def test_merged_ranges_are_those_of_all_samples() -> None:
-    x = samples(6, 5, 4)
-    whole, first, second = MinMax(4), MinMax(4), MinMax(4)
-    whole.update(x, 6)
-    first.update(x[:2], 2)
-    second.update(x[2:], 4)
-    first.merge(second)
-    assert torch.equal(first.lows, whole.lows)
-    assert torch.equal(first.highs, whole.highs)
-    assert torch.equal(first.rows, whole.rows)
-    order = torch.tensor([2, 0, 3, 1])
-    assert torch.equal(whole.ordered(order).of_channels()[0], x.amin((0, 1))[order])
+def test_what_was_seen_can_be_put_in_another_order() -> None:
+    x, order = samples(6, 5, 4), torch.tensor([2, 0, 3, 1])
+    ordered, expected = shown(x).ordered(order), shown(x[:, :, order])
+    for name in ("lows", "highs", "firsts", "rows"):
+        assert torch.equal(getattr(ordered, name), getattr(expected, name)), name
+
+
+@given(st.floats(-50, 50), st.floats(0, 100))
+def test_a_margin_lies_beyond_both_ends_unless_one_is_zero(low: float, width: float) -> None:
+    ends = torch.tensor([low]), torch.tensor([low]) + torch.tensor([width])
+    wide = widened(*ends)
+    assert bool((wide[0] <= ends[0]).all())
+    assert bool((wide[1] >= ends[1]).all())
+    slack = (abs(low) + width) * 1e-5 + 1e-30
+    if low <= 0 <= float(ends[1]):
+        assert wide[0].item() == pytest.approx(1.25 * low, abs=slack)
+        assert wide[1].item() == pytest.approx(1.25 * ends[1].item(), abs=slack)
+    else:
+        assert (wide[1] - wide[0]).item() == pytest.approx(1.25 * width, abs=slack)
+
+
+@given(st.integers(2, 8), st.integers(0, 50))
+def test_grids_through_values_have_them_without_error(bits: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.randn(5, generator=generator) * 10
+    high = low + torch.rand(5, generator=generator) * 20 + 0.1
+    values = low + (high - low) * torch.rand(5, generator=generator)
+    scale, whole = covering(low, high, bits)
+    own = torch.arange(5)
+    zero = through(values, scale, whole, own)
+    assert bool(((zero - whole).abs() <= 0.5001).all())
+    inside = ((values / scale + zero).round() - (2**bits - 1) / 2).abs() <= (2**bits - 1) / 2
+    errors = (StaticGrid(bits, scale, zero, own.int())(values) - values).abs()
+    slack = 1e-5 * (values.abs() + scale * zero.abs()) + 1e-6
+    assert bool((errors <= slack)[inside].all())
+    assert bool((errors <= scale)[~inside].all())
+    shared = through(values, scale[:1], whole[:1], torch.zeros_like(own))
+    steps = values.mean() / scale[0] + shared[0]
+    assert steps.item() == pytest.approx(round(steps.item()), abs=1e-3)
 
 
 @given(st.integers(2, 8), st.floats(-50, 50), st.floats(0, 100))
@@ -65,7 +94,7 @@ def test_faithful_grids_are_those_of_the_published_formula(bits: int, seed: int)
     labels = torch.tensor([0, 0, 1, 2, 2])
     seen = MinMax(5)
     seen.update(x, 1)
-    low, high = seen.of_clusters(labels, True)
+    low, high = seen.of_clusters(labels, "running")
     grid = StaticGrid(bits, *faithful(low, high, bits), labels.int())
     rounded = grid(x)
     for row, values in zip(x.tolist(), rounded.tolist(), strict=True):
@@ -104,6 +133,7 @@ def test_samples_can_be_left_out_afterwards() -> None:
     left, expected = shown(x).after(2), shown(x[2:])
     assert torch.equal(left.lows, expected.lows)
     assert torch.equal(left.highs, expected.highs)
+    assert torch.equal(left.firsts, expected.firsts)
     assert torch.equal(left.rows, expected.rows)
     assert left.tokens == expected.tokens == 160
 
@@ -119,7 +149,7 @@ def test_searched_ranges_never_cost_more_than_the_whole_range(bits: int, seed: i
         return torch.zeros(3).index_add_(0, labels, (rounded - x[0]).square().sum(0) * importance)
 
     found = cost(*search(seen, importance, labels, bits))
-    assert bool((found <= cost(*covering(*seen.of_clusters(labels, False), bits)) * 1.00001).all())
+    assert bool((found <= cost(*covering(*seen.of_clusters(labels), bits)) * 1.00001).all())
 
 
 def test_a_few_loud_values_are_clipped_where_that_is_cheaper() -> None:
@@ -144,7 +174,7 @@ def test_ranges_go_beyond_what_was_seen_where_samples_differ_and_steps_are_small
     x = heavy.sample(torch.Size([16, 200, 64]))
     own = torch.arange(64)
     seen = shown(x)
-    whole = covering(*seen.of_clusters(own, running=False), 8)
+    whole = covering(*seen.of_clusters(own), 8)
     searched = search(seen, torch.ones(64), own, 8)
     assert float((searched[0] / whole[0]).mean()) > 1.1
     new = heavy.sample(torch.Size([16, 200, 64])).flatten(0, 1)

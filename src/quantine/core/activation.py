@@ -30,7 +30,11 @@ KINDS: Final = ("R1", "R2", "R3", "R4", "R5")
 NAME: Final = re.compile(r"W(\d+)A(\d+)(KV)?((?:-[a-z]+)*)")
 PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
 """Of R1 to R5, as in RPTQ's experiments."""
-CLUSTERS: Final = (32, 64, 4, 32, 32)
+FINE: Final = 8
+"""Bits from which on steps are so small that a search finds nothing: ranges get a margin."""
+FOR_EACH: Final = 256
+"""As many clusters as a head has channels, or more."""
+CLUSTERS: Final = (32, FOR_EACH, 4, 32, 32)
 """Those of schemes that are not faithful: queries and keys meet channel by channel, no matrix
 reads them, so that more clusters cost nothing but their scales."""
 KEPT_AT_8: Final = 8
@@ -54,6 +58,7 @@ class ActivationSpec:
         range: see `RANGES`.
         clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
             before the MLP; hidden); those of R2 and R3 count for each head.
+        value_clusters: grids of values for each head; ``None`` for those of R3.
     """
 
     norm: int = UNQUANTIZED
@@ -67,6 +72,7 @@ class ActivationSpec:
     granularity: Granularity = "cluster"
     range: Range = "search"
     clusters: tuple[int, ...] = CLUSTERS
+    value_clusters: int | None = FOR_EACH
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -87,11 +93,23 @@ class ActivationSpec:
                 f"activations: clusters must be {len(KINDS)} positive numbers, for "
                 f"{', '.join(KINDS)}, not {self.clusters!r}"
             )
+        count = self.value_clusters
+        if count is not None and not (_is_whole(count) and count > 0):
+            raise PlanError(
+                f"activations: value_clusters must be a positive number, or none, not {count!r}"
+            )
 
     @property
     def reorders(self) -> bool:
         """Whether channels are put in the order of their clusters."""
         return self.granularity == "cluster"
+
+    @property
+    def searches(self) -> bool:
+        """Whether grids are searched for at some site."""
+        static = self.range == "search" and self.granularity != "token"
+        sites = [site for site in SITES if site != "softmax"]
+        return static and any(getattr(self, site) < FINE for site in sites)
 
     def clusters_of(self, kind: str) -> int:
         """Clusters of a reorder in `KINDS`; one, where nothing is reordered."""
@@ -182,6 +200,7 @@ def scheme_named(name: str) -> NamedScheme:
         granularity=granularity,
         range="running" if "faithful" in suffixes else "search",
         clusters=PUBLISHED_CLUSTERS if "faithful" in suffixes else CLUSTERS,
+        value_clusters=None if "faithful" in suffixes else FOR_EACH,
     )
     return NamedScheme(weight_bits, spec, "faithful" in suffixes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class Factor:
     damp: float
 
 
+Over = Literal["all", "mean", "running"]
+"""See `MinMax.of_clusters`."""
 NEWEST: Final = 0.01
 """Weight of the newest sample in running statistics."""
 ROWS_PER_SAMPLE: Final = 16
@@ -112,6 +114,7 @@ class MinMax:
 
     Attributes:
         lows, highs: ``[samples, channels]`` float32.
+        firsts: ``[samples, channels]`` float32, the first token of each sample.
         rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` tokens of each sample.
         tokens: seen in all samples.
     """
@@ -119,6 +122,7 @@ class MinMax:
     def __init__(self, channels: int) -> None:
         self.lows = torch.empty(0, channels)
         self.highs = torch.empty(0, channels)
+        self.firsts = torch.empty(0, channels)
         self.rows = torch.empty(0, channels)
         self.tokens = 0
 
@@ -127,17 +131,11 @@ class MinMax:
         rows = x.detach().float().reshape(samples, -1, x.shape[-1])
         self.lows = torch.cat([self.lows, rows.amin(1)])
         self.highs = torch.cat([self.highs, rows.amax(1)])
+        self.firsts = torch.cat([self.firsts, rows[:, 0]])
         step = max(1, rows.shape[1] // ROWS_PER_SAMPLE)
         kept = rows[:, step - 1 :: step][:, :ROWS_PER_SAMPLE]
         self.rows = torch.cat([self.rows, kept.flatten(0, 1)])
         self.tokens += rows.shape[0] * rows.shape[1]
-
-    def merge(self, other: MinMax) -> None:
-        """Add the samples that ``other`` has seen, after these."""
-        self.lows = torch.cat([self.lows, other.lows])
-        self.highs = torch.cat([self.highs, other.highs])
-        self.rows = torch.cat([self.rows, other.rows])
-        self.tokens += other.tokens
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Ends of each channel's range over all samples, ``[channels]`` float32 each."""
@@ -147,6 +145,7 @@ class MinMax:
         """What the samples after the first ``samples`` showed."""
         result, share = MinMax(self.lows.shape[1]), samples / len(self.lows)
         result.lows, result.highs = self.lows[samples:], self.highs[samples:]
+        result.firsts = self.firsts[samples:]
         result.rows = self.rows[round(len(self.rows) * share) :]
         result.tokens = self.tokens - round(self.tokens * share)
         return result
@@ -155,23 +154,27 @@ class MinMax:
         """The same of the channels in another order: ``order[j]`` at place ``j``."""
         result = MinMax(len(order))
         result.lows, result.highs = self.lows[:, order], self.highs[:, order]
+        result.firsts = self.firsts[:, order]
         result.rows, result.tokens = self.rows[:, order], self.tokens
         return result
 
-    def of_clusters(self, labels: Tensor, running: bool) -> tuple[Tensor, Tensor]:
+    def of_clusters(self, labels: Tensor, over: Over = "all") -> tuple[Tensor, Tensor]:
         """Ends of the range of each cluster of channels, ``[clusters]`` float32 each.
 
         Args:
             labels: ``[channels]`` int64.
-            running: average over samples, the newest of which weighs `NEWEST`, as RPTQ's published
-                code does; otherwise everything that was seen.
+            over: how samples become one range. ``"all"``: everything that was seen. ``"mean"``:
+                the mean of their ends. ``"running"``: an average in which each new sample weighs
+                `NEWEST`, as in RPTQ's published code.
         """
         shape = (len(self.lows), int(labels.max()) + 1)
         places = labels.expand(len(self.lows), -1)
         low = torch.empty(shape).scatter_reduce(1, places, self.lows, "amin", include_self=False)
         high = torch.empty(shape).scatter_reduce(1, places, self.highs, "amax", include_self=False)
-        if not running:
+        if over == "all":
             return low.amin(0), high.amax(0)
+        if over == "mean":
+            return low.mean(0), high.mean(0)
         return _running(low), _running(high)
 
     def surprises(self) -> tuple[Tensor, Tensor]:

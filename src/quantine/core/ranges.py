@@ -13,6 +13,8 @@ from quantine.core.observe import MinMax
 SHARES: Final = (2.0, 1.75, 1.5, 1.25, 1.1, *(0.95 - 0.05 * step for step in range(14)))
 """Candidates for an end's distance from zero, or from the other end, besides what was seen: text
 that comes later goes beyond it now and then."""
+MARGIN: Final = 0.25
+"""Share by which ends are moved out where steps are small and what lies beyond an end is dear."""
 SMALLEST_STEP: Final = 1e-8
 """Least scale: a channel of one value still has a grid."""
 
@@ -21,6 +23,34 @@ def covering(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and whole zero point of the grid from ``low`` to ``high``, float32 of one shape."""
     scale = ((high - low) / (2**bits - 1)).clamp_(min=SMALLEST_STEP)
     return scale, (-low / scale).round_()
+
+
+def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends farther from zero by `MARGIN`, or from the middle of a range that does not reach zero.
+
+    An end at zero stays there: values that were never negative will not be.
+    """
+    within = (low <= 0) & (high >= 0)
+    centre = torch.where(within, 0.0, (low + high) / 2)
+    return low + (low - centre) * MARGIN, high + (high - centre) * MARGIN
+
+
+def through(values: Tensor, scale: Tensor, zero: Tensor, labels: Tensor) -> Tensor:
+    """Zero points with which ``values`` are on steps of their grids.
+
+    They are no whole numbers then. The values of channels of one cluster are averaged.
+
+    Args:
+        values: ``[channels]`` float32.
+        scale, zero: ``[clusters]`` float32.
+        labels: ``[channels]`` int64.
+
+    Returns:
+        ``[clusters]`` float32, within half a step of ``zero``.
+    """
+    means = torch.zeros_like(scale).index_add_(0, labels, values) / labels.bincount()
+    steps = means / scale
+    return (steps + zero).round_() - steps
 
 
 def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +69,7 @@ def search(seen: MinMax, importance: Tensor, labels: Tensor, bits: int) -> tuple
     Returns:
         ``[clusters]`` float32 each.
     """
-    low, high = seen.of_clusters(labels, running=False)
+    low, high = seen.of_clusters(labels)
     centre = torch.zeros_like(low).clamp(low, high)
     below, above = seen.surprises()
     weight = seen.tokens / len(seen.rows)

@@ -39,7 +39,7 @@ SIDE: Final = 3
 """Of the mark of a channel, in points squared."""
 
 Blocks = dict[str, dict[str, Tensor]]
-"""By a block's path and reorder: see `quantine.rptq.Reordering.maps`."""
+"""By a block's path and reorder: see `quantine.rptq.clusters.Reordering.maps`."""
 
 
 def read_clusters(directory: Path) -> Blocks:
@@ -61,7 +61,7 @@ def clusters_figure(title: str, kinds: Mapping[str, Tensor], width: float = WIDT
 
     Args:
         title: of the figure.
-        kinds: by reorder, see `quantine.rptq.Reordering.maps`.
+        kinds: by reorder, see `quantine.rptq.clusters.Reordering.maps`.
         width: in inches.
     """
     from matplotlib.figure import Figure

@@ -32,7 +32,8 @@ def rebuild(
         FormatError: a tensor is missing.
     """
     # Directories that do not say it were made when nothing else existed.
-    spec = activations_from({"relative": False, **activations}, "quantization_config")
+    before = {"relative": False, "value_clusters": None}
+    spec = activations_from({**before, **activations}, "quantization_config")
     family = family_of(model.config.model_type)
     for path in (family.blocks, family.blocks.removeprefix(f"{model.base_model_prefix}.")):
         blocks = dict(model.named_modules()).get(path)

@@ -1,0 +1,80 @@
+"""A block whose channels are reordered and whose activations are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, nn
+
+from quantine.activations.grids import FEEDBACK, StaticGrid
+from quantine.activations.install import Place, add_grids, add_norms, add_sites, places
+from quantine.calibrate.sequential import Sequential, set_tensor
+from quantine.core.activation import ActivationSpec
+from quantine.families.base import Family
+from quantine.formats.checkpoint import Checkpoint
+from quantine.matrix import as_stored
+from quantine.rptq.clusters import Heads, Reordering
+from quantine.rptq.search import choose_grids, outputs, ranking_samples
+
+
+def prepare_block(
+    sequential: Sequential,
+    index: int,
+    block: nn.Module,
+    family: Family,
+    heads: Heads,
+    spec: ActivationSpec,
+) -> Reordering:
+    """Reorder the channels of block ``index``, and let it round its activations."""
+    add_sites(block, family, spec)
+    found = sequential.ranges(index, [place.path for place in places(family)])
+    held_out = ranking_samples(sequential) if spec.searches else 0
+    reordering = Reordering(family, heads, spec, found, held_out)
+    reordering.apply(block)
+    before = outputs(sequential, index) if spec.searches else []
+    add_grids(block, family, spec, reordering.grid)
+    if spec.searches:
+        choose_grids(sequential, index, block, reordering, before)
+    return reordering
+
+
+def restore_block(
+    model: nn.Module,
+    block: nn.Module,
+    path: str,
+    family: Family,
+    spec: ActivationSpec,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
+
+    def grid(place: Place, bits: int) -> StaticGrid:
+        own = f"{path}.{place.grid}"
+        scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
+        return StaticGrid(bits, scale, zero, labels, tensors.get(f"{own}.{FEEDBACK}"))
+
+    add_sites(block, family, spec)
+    add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
+    add_grids(block, family, spec, grid)
+    for name, present in block.state_dict(prefix=f"{path}.").items():
+        if name in tensors:
+            set_tensor(model, name, tensors[name].to(present.dtype))
+
+
+def float_tensors(
+    block: nn.Module, path: str, checkpoint: Checkpoint, packed: Collection[str]
+) -> dict[str, Tensor]:
+    """What the output holds of a rewritten block besides packed matrices, by full name.
+
+    Args:
+        packed: names of the modules whose weights are packed.
+    """
+    found = {}
+    for name, tensor in block.state_dict(prefix=f"{path}.").items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "weight" and owner in packed:
+            continue
+        source = name if name in checkpoint else f"{owner.removesuffix('.norm')}.{leaf}"
+        dtype = checkpoint.dtype(source) if source in checkpoint else tensor.dtype
+        found[name] = as_stored(name, tensor.to(dtype).contiguous())
+    return found
