@@ -11,7 +11,7 @@ namespace {
 
 using Floats4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using ConstFloats4 = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
-using ConstFloats3 = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using ConstHalves3 = nb::ndarray<const std::int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Codes4 = nb::ndarray<const std::uint8_t, nb::ndim<4>, nb::device::cpu>;
 using Channels = Array<const float>;
 
@@ -32,8 +32,9 @@ quantine::PackedStates states(const Codes4& codes, int bits, const Channels& sca
 }
 
 void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
-                 Channels zero, std::optional<ConstFloats3> feedback, int bits,
-                 nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed) {
+                 Channels zero, std::optional<ConstHalves3> feedback, int bits,
+                 nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed,
+                 quantine::Pool& pool) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
   const std::size_t heads = states.shape(1), dim = states.shape(3);
   for (std::size_t axis = 0; axis < 4; ++axis)
@@ -55,10 +56,11 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   const quantine::FloatStates floats{states.data(),     states.shape(0),   heads,
                                      states.shape(2),   dim,               stride(states, 0),
                                      stride(states, 1), stride(states, 2)};
+  const auto* halves =
+      feedback ? reinterpret_cast<const std::uint16_t*>(feedback->data()) : nullptr;
   nb::gil_scoped_release release;
-  quantine::pack_states(floats, scale.data(), zero.data(), feedback ? feedback->data() : nullptr,
-                        bits, packed.data(), stride(packed, 0), stride(packed, 1),
-                        stride(packed, 2));
+  quantine::pack_states(floats, scale.data(), zero.data(), halves, bits, packed.data(),
+                        stride(packed, 0), stride(packed, 1), stride(packed, 2), pool);
 }
 
 // A mask whose first three axes are those of the call, or 1.
@@ -116,7 +118,7 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
 
 void bind_kv_attention(nb::module_& m) {
   m.def("pack_states", &pack_states, nb::arg("states"), nb::arg("scale"), nb::arg("zero"),
-        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"));
+        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"), nb::arg("pool"));
   m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
         nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
         nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),

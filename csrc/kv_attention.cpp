@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::size_t kSpanTokens = 256;  // of one task
 constexpr std::size_t kSmall = 65536;     // multiplications that are done before a thread wakes up
+constexpr std::size_t kRunTokens = 64;    // of a head that a thread packs at once
 
 const StateLevel& chosen_level() {
 #if defined(QUANTINE_X86)
@@ -80,6 +81,18 @@ void encode(const float* x, const float* scale, const float* zero, std::size_t n
   for (std::size_t d = 0; d < n; ++d)
     codes[d] = static_cast<std::uint8_t>(
         static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
+}
+
+// Floats from finite float16.
+QUANTINE_CLONES
+void widen(const std::uint16_t* halves, std::size_t n, float* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(halves[i] & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;  // from the one bias of exponents to the other
+    out[i] = (halves[i] & 0x8000u) != 0 ? -value : value;
+  }
 }
 
 // The same one channel after another; `rest` are the values, of which errors are taken off.
@@ -219,28 +232,37 @@ class Run {
 }  // namespace
 
 void pack_states(const FloatStates& states, const float* scale, const float* zero,
-                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride,
-                 std::size_t head_stride, std::size_t token_stride) {
-  std::vector<std::uint8_t> codes(states.dim);
-  std::vector<float> rest(states.dim);
+                 const std::uint16_t* feedback, int bits, std::uint8_t* packed,
+                 std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
+                 Pool& pool) {
+  const std::size_t dim = states.dim, runs = (states.tokens + kRunTokens - 1) / kRunTokens;
   const auto top = static_cast<float>((1 << bits) - 1);
-  for (std::size_t batch = 0; batch < states.batch; ++batch)
-    for (std::size_t head = 0; head < states.heads; ++head)
-      for (std::size_t token = 0; token < states.tokens; ++token) {
+  const auto pack = [&](std::size_t index) {
+    const std::size_t head = index % states.heads, first = index / states.heads * kRunTokens;
+    const std::size_t end = std::min(states.tokens, first + kRunTokens);
+    const float *own_scale = scale + head * dim, *own_zero = zero + head * dim;
+    std::vector<std::uint8_t> codes(dim);
+    std::vector<float> rest(dim), own_feedback(feedback == nullptr ? 0 : dim * dim);
+    if (feedback != nullptr) widen(feedback + head * dim * dim, dim * dim, own_feedback.data());
+    for (std::size_t batch = 0; batch < states.batch; ++batch)
+      for (std::size_t token = first; token < end; ++token) {
         const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
                          token * states.token_stride;
-        const float *own_scale = scale + head * states.dim, *own_zero = zero + head * states.dim;
         if (feedback == nullptr) {
-          encode(x, own_scale, own_zero, states.dim, top, codes.data());
+          encode(x, own_scale, own_zero, dim, top, codes.data());
         } else {
-          std::copy(x, x + states.dim, rest.begin());
-          encode_fed(rest.data(), own_scale, own_zero, feedback + head * states.dim * states.dim,
-                     states.dim, top, codes.data());
+          std::copy(x, x + dim, rest.begin());
+          encode_fed(rest.data(), own_scale, own_zero, own_feedback.data(), dim, top, codes.data());
         }
         pack_bits(codes.data(),
-                  packed + batch * batch_stride + head * head_stride + token * token_stride, 1,
-                  states.dim, bits);
+                  packed + batch * batch_stride + head * head_stride + token * token_stride, 1, dim,
+                  bits);
       }
+  };
+  const std::size_t work = states.batch * states.tokens * states.heads * dim;
+  if (work * (feedback == nullptr ? 1 : dim) > kSmall)
+    return pool.run(states.heads * runs, pack);
+  for (std::size_t index = 0; index < states.heads * runs; ++index) pack(index);
 }
 
 void attend_packed(const PackedAttention& call, const float* queries, float* probabilities,

@@ -27,10 +27,12 @@ struct FloatStates {
 
 // Writes what `states` are on a grid, scale and zero [heads, dim], as rows of bit streams of `bits`
 // bits into `packed`, whose strides are bytes. The error of a channel, times its row of its head's
-// `feedback` [heads, dim, dim], is taken off the channels after it, unless that is null.
+// `feedback` [heads, dim, dim], finite float16, is taken off the channels after it, unless that is
+// null. The number of threads does not change codes.
 void pack_states(const FloatStates& states, const float* scale, const float* zero,
-                 const float* feedback, int bits, std::uint8_t* packed, std::size_t batch_stride,
-                 std::size_t head_stride, std::size_t token_stride);
+                 const std::uint16_t* feedback, int bits, std::uint8_t* packed,
+                 std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
+                 Pool& pool);
 
 // Added to scores; a stride of 0 repeats.
 struct ScoreMask {

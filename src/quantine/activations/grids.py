@@ -54,9 +54,8 @@ class StaticGrid(FixedDtypes):
         self.feedback = feedback
 
     def fed(self) -> Tensor | None:
-        """Feedback ``[heads, dim, dim]`` in float32, if there is any."""
-        feedback = self._buffers[FEEDBACK]
-        return None if feedback is None else feedback.float()
+        """Feedback ``[heads, dim, dim]`` float16, if there is any."""
+        return self._buffers[FEEDBACK]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""

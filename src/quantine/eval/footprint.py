@@ -12,9 +12,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from quantine.calibrate.sequential import skeleton
-from quantine.core.activation import KINDS, UNQUANTIZED, NamedScheme, scheme_named
+from quantine.core.activation import (
+    FINE,
+    KINDS,
+    UNQUANTIZED,
+    ActivationSpec,
+    NamedScheme,
+    scheme_named,
+)
 from quantine.errors import PlanError
-from quantine.eval.memory import ELEMENT_BYTES, cache_bytes
+from quantine.eval.memory import ELEMENT_BYTES, cache_bytes, head_dim
 from quantine.families import family_of
 from quantine.families.base import find_layers
 from quantine.runtime.source import locate
@@ -40,7 +47,8 @@ class Footprint:
     Attributes:
         scheme: its name.
         weights: all weights; matrices in blocks at the scheme's bits, with a 16 bit scale and a
-            zero point for each row and cluster of inputs, the rest in 16 bit.
+            zero point for each row and cluster of inputs, the rest in 16 bit; and what rounding in
+            turn needs, as if every head of every block did.
         cache: keys and values of all tokens.
         temporary: the most that is alive at once inside of a block.
     """
@@ -80,7 +88,7 @@ def footprints(
     return [
         Footprint(
             name,
-            sizes.weight_bytes(scheme),
+            sizes.weight_bytes(scheme) + _feedback_bytes(config, scheme.activations),
             _cache(config, batch * seqlen, scheme),
             sizes.temporary_bytes(scheme, batch * seqlen),
         )
@@ -105,6 +113,18 @@ def opt_config(name: str) -> PretrainedConfig:
 def _cache(config: PretrainedConfig, tokens: int, scheme: NamedScheme) -> int:
     spec = scheme.activations
     return cache_bytes(config, tokens) * (spec.key + spec.value) // (2 * UNQUANTIZED)
+
+
+def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:
+    """Bytes of `quantine.core.feedback`, for every head whose channels may be rounded in turn."""
+    if not spec.searches:
+        return 0
+    dim = head_dim(config)
+    blocks = config.num_hidden_layers
+    keyed = cache_bytes(config, 1) // (2 * blocks * ELEMENT_BYTES)  # channels of keys
+    channels = {"query": config.num_attention_heads * dim, "key": keyed, "value": keyed}
+    rounded = sum(count for site, count in channels.items() if getattr(spec, site) < FINE)
+    return int(blocks * rounded * dim * ELEMENT_BYTES)
 
 
 @dataclass(frozen=True)

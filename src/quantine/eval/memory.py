@@ -21,5 +21,12 @@ def cache_bytes(config: PretrainedConfig, tokens: int) -> int:
     if config.model_type == "falcon":
         first = config.multi_query and not config.new_decoder_architecture
         keyed = 1 if first else heads  # transformers repeats the shared ones in its cache
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = head_dim(config)
     return int(2 * config.num_hidden_layers * keyed * width * tokens * ELEMENT_BYTES)
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels of a head."""
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )

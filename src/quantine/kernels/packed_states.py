@@ -14,6 +14,7 @@ from quantine.core.feedback import encode_fed
 from quantine.core.grid import encode
 from quantine.kernels import backend
 from quantine.kernels.bits import unpack
+from quantine.kernels.threads import pool
 
 
 class PackedStates(Tensor):
@@ -87,7 +88,7 @@ def pack_states(
     Args:
         bits, scale, zero: as `PackedStates` takes them.
         packed: ``[batch, heads, tokens, packed_bytes]`` uint8, which is written.
-        feedback: ``[heads, dim, dim]`` float32, see `quantine.core.feedback`.
+        feedback: ``[heads, dim, dim]`` float16, see `quantine.core.feedback`.
     """
     native = backend.native() if states.device.type == "cpu" else None
     if native is None:
@@ -95,7 +96,8 @@ def pack_states(
         return
     floats = states.detach().float()
     floats = floats if floats.stride(3) == 1 else floats.contiguous()
-    native.pack_states(floats, scale, zero, feedback, bits, packed)
+    halves = None if feedback is None else feedback.contiguous().view(torch.int16)
+    native.pack_states(floats, scale, zero, halves, bits, packed, pool())
 
 
 def pack_states_reference(
@@ -107,7 +109,8 @@ def pack_states_reference(
         codes = encode(floats.unsqueeze(-1), scale.unsqueeze(1), zero.unsqueeze(1), bits)
         codes = codes.squeeze(-1)
     else:
-        codes = encode_fed(floats.transpose(1, 2), scale, zero, feedback, bits).transpose(1, 2)
+        tokens_first = floats.transpose(1, 2)
+        codes = encode_fed(tokens_first, scale, zero, feedback.float(), bits).transpose(1, 2)
     rows = codes.byte().reshape(-1, states.shape[3])
     return pack_reference(rows, bits).view(*states.shape[:3], packed_bytes(states.shape[3], bits))
 
