@@ -207,8 +207,8 @@ OPT-66B takes {saved:.0f} GB less with W4A4 than with W4A16; the paper says more
 {cache:.0f} are keys and values (2 x 64 blocks x 64 x 8192 tokens x 9216 channels, at 2 bytes and at
 half a one), the rest temporary activations of one block. Attention scores are taken not to be
 written out: in 16 bit, those of 72 heads would add 618 GB to every scheme. Weights count a 16 bit
-scale and a zero point for each row and cluster, and, for queries, keys and values of less than 8 bits,
-what rounding their channels in turn needs.
+scale and a zero point for each row and cluster, and what queries, keys and values of less than
+8 bits need to be rounded channel by channel.
 """
 
 INTRODUCTION = """# Results
