@@ -28,6 +28,7 @@ window.addEventListener("load", () => {
     pictures: [...document.querySelectorAll("svg")].map(s => s.getBoundingClientRect().width),
     background: getComputedStyle(document.body).backgroundColor,
     ink: getComputedStyle(document.body).color,
+    strokes: [...document.querySelectorAll("svg path")].map(p => getComputedStyle(p).stroke),
   };
   const out = document.createElement("script");
   out.type = "application/json";

@@ -265,7 +265,8 @@ def test_a_browser_shows_it_whole(width: int, html: Path, tmp_path: Path) -> Non
     assert found["headings"] == TITLES
     assert "Good enough" in found["text"]
     assert len(found["pictures"]) == 3
-    assert all(200 < picture <= width for picture in found["pictures"])
+    # On a phone pictures are moved under the finger: their texts would be too small otherwise.
+    assert all(500 < picture <= max(width, 600) for picture in found["pictures"])
 
 
 @pytest.mark.skipif(browser() is None, reason="there is no Chromium")
@@ -275,3 +276,5 @@ def test_dark_and_light_differ(html: Path, tmp_path: Path) -> None:
     assert light["background"] == "rgb(255, 255, 255)"
     assert dark["background"] != light["background"]
     assert dark["ink"] != light["ink"]
+    assert "rgb(27, 58, 107)" in light["strokes"]  # the line that joins the best plans
+    assert "rgb(27, 58, 107)" not in dark["strokes"]

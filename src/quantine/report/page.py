@@ -14,9 +14,11 @@ from quantine.report.sections import SECTIONS
 
 STYLE: Final = """
 :root { color-scheme: light dark; --ink: #1c2126; --soft: #5c6670; --back: #ffffff;
-  --card: #f3f5f7; --line: #dde1e5; --good: #1a7f4b; --bad: #b3261e; }
+  --card: #f3f5f7; --line: #dde1e5; --good: #1a7f4b; --bad: #b3261e;
+  --strong: #1b3a6b; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #a0aab4; --back: #14181c;
-  --card: #1f252b; --line: #353d45; --good: #58c48b; --bad: #ff8a80; } }
+  --card: #1f252b; --line: #353d45; --good: #58c48b; --bad: #ff8a80;
+  --strong: #8ab4f8; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem; max-width: 60rem; background: var(--back);
   color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -43,6 +45,7 @@ td:not(:first-child) { white-space: nowrap; }
 .hashes td:not(:first-child) { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: .8rem 0; }
 svg { width: 100%; max-width: 44rem; height: auto; color: var(--ink); }
+@media (max-width: 40rem) { figure { overflow-x: auto; } svg { min-width: 36rem; } }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr));
   gap: .7rem; }
 .pair div { background: var(--card); border-radius: .5rem; padding: .6rem .9rem; }

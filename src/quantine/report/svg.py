@@ -12,12 +12,13 @@ if TYPE_CHECKING:
 
 INK: Final = "#000000"
 """What matplotlib draws texts and axes in."""
-LINES: Final = "#eeeeee"
+COLOURS: Final = {INK: "currentColor", "#eeeeee": "var(--line)", "#1b3a6b": "var(--strong)"}
+"""What pictures are drawn in, and what it is on the page: read on white and in the dark."""
 ID: Final = re.compile(r' id="([^"]+)"')
 
 
 def embedded(figure: Figure, label: str) -> str:
-    """``figure`` as an inline picture: black becomes the page's ink, so it is read in the dark.
+    """``figure`` as an inline picture, whose colours are the page's.
 
     Args:
         label: what it shows, for those who do not see it.
@@ -36,7 +37,8 @@ def embedded(figure: Figure, label: str) -> str:
     used = set(re.findall(r"#([\w-]+)[\")]", svg))
     svg = ID.sub(lambda found: found[0] if found[1] in used else "", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = svg.replace(LINES, "var(--line)").replace(INK, "currentColor")
+    for drawn, shown in COLOURS.items():
+        svg = svg.replace(drawn, shown)
     # matplotlib leaves the fill of texts out where it is black.
     svg = svg.replace(
         "<svg ", f'<svg role="img" aria-label="{escape(label)}" fill="currentColor" ', 1
