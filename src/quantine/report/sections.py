@@ -210,12 +210,18 @@ def samples(facts: Facts) -> str:
         tail = sample["prompt"][-300:]
         lead = "…" if len(sample["prompt"]) > len(tail) else ""
         parts.append(
-            f"<h3>after {sample['prompt_tokens']} tokens: the first {sample['same']} agree</h3>"
+            f"<h3>after {sample['prompt_tokens']} tokens: {_agreement(sample['same'])}</h3>"
             f'<p class="prompt">{lead}{escape(tail)}</p><div class="pair">'
             f"<div><h4>float</h4><p>{escape(sample['reference'])}</p></div>"
             f"<div><h4>quantized</h4><p>{escape(sample['model'])}</p></div></div>"
         )
     return "".join(parts)
+
+
+def _agreement(same: int) -> str:
+    if same == 0:
+        return "they differ at once"
+    return f"the first {same} agree" if same > 1 else "the first one agrees"
 
 
 def reproduce(facts: Facts) -> str:
