@@ -23,7 +23,7 @@ from quantine import Calibration, Plan, cli
 from quantine.contents import contents
 from quantine.formats.store import MAPS
 from quantine.plots.axes import axis_figure
-from quantine.plots.clusters import read_clusters
+from quantine.plots.clusters import clusters_figure, read_clusters
 from quantine.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
 from quantine.plots.draw import draw
 from quantine.plots.maps import MapFigure
@@ -461,3 +461,17 @@ class TestClusters:
 
     def test_without_reorder_there_is_nothing_to_draw(self, single: Path) -> None:
         assert read_clusters(single) == {}
+
+
+@pytest.mark.parametrize("loudest", [0.9, 9.0, 60.0, 3e4])
+def test_ticks_of_channels_are_short_numbers_whatever_the_ranges(loudest: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    high = torch.rand(64, generator=generator) * 0.1 + 0.05
+    high[3] = loudest
+    points = torch.stack([high, -high, torch.arange(64) // 2], 1)
+    figure = clusters_figure("block", {"R1": points, "R5": points})
+    figure.draw_without_rendering()  # ticks are found when there is a size
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            texts = [tick.label1.get_text() for tick in axis.get_major_ticks()]
+            assert all(len(text) <= 6 for text in texts), texts

@@ -100,11 +100,18 @@ def _draw(panels: Any, high: Any, low: Any, labels: Any) -> None:
         axes.tick_params(labelsize=7)
     usual = float(np.median(high - low))
     if usual > 0 and max(high.max(), -low.min()) > LOUD * usual:
-        # Channels of very different ranges are to be seen in one panel; ticks are powers of ten.
-        linear = 10.0 ** np.ceil(np.log10(usual))
-        for axes in panels:
-            axes.set_yscale("symlog", linthresh=linear)
-        points.set_xscale("symlog", linthresh=linear)
+        # Channels of very different ranges are to be seen in one panel; ticks are powers of ten,
+        # of which there must be one.
+        linear, ends = 10.0 ** np.ceil(np.log10(usual)), np.concatenate([high, low])
+        for scale, axis, values in (
+            (points.set_xscale, points.xaxis, high),
+            (points.set_yscale, points.yaxis, low),
+            (ranges.set_yscale, ranges.yaxis, ends),
+            (ordered.set_yscale, ordered.yaxis, ends),
+        ):
+            if np.abs(values).max() > linear:
+                scale("symlog", linthresh=linear)
+                axis.set_major_formatter("{x:g}")
 
 
 def _draw_ranges(axes: Axes, high: Any, low: Any, shades: Any) -> None:
