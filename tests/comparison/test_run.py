@@ -106,6 +106,18 @@ def refuse(*_: Any, **__: Any) -> Any:
     raise AssertionError("a finished row is made again")
 
 
+def test_a_column_is_one_text_whatever_the_order_in_a_row(rows: list[dict[str, Any]]) -> None:
+    (text,) = rows[0]["texts"].values()
+    loud = {**text, "perplexity": 98765.4321}
+    first = {**rows[0], "texts": {"quiet": text, "loud": loud}}
+    later = {**rows[1], "texts": {"loud": loud, "quiet": text}}
+    lines = [line for line in markdown([first, later]).splitlines() if line.startswith("|")]
+    heads, _, *found = (line.split(" | ") for line in lines)
+    column = heads.index("loud perplexity")
+    assert len(found) == 2
+    assert all(cells[column].startswith("98765.432") for cells in found)
+
+
 def test_finished_rows_stay_and_the_list_may_grow(
     tiny: Tiny,
     short: Calibration,

@@ -36,6 +36,13 @@ def test_recovery_of_perplexity_is_the_ratio_of_perplexities(
         assert found.low <= found.value <= found.high
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_model_that_predicts_nothing_recovers_nothing(loss: float) -> None:
+    found = perplexity_recovery([3.0, loss, 3.0, 3.0, 3.0], [3.0] * 5)
+    assert found.value == 0
+    assert found.low is None
+
+
 @given(pairs=ANSWERS)
 def test_recovery_of_a_score_is_the_ratio_of_scores(pairs: list[tuple[bool, bool]]) -> None:
     own, other = ([float(value) for value in side] for side in zip(*pairs, strict=True))

@@ -91,20 +91,21 @@ def markdown(rows: Sequence[Row]) -> str:
     front = pareto_front(rows)
     lines = [_line(heads), "|" + "---|" * len(heads)]
     lines += [
-        _line(_cells(row, row["name"] in front))
+        _line(_cells(row, row["name"] in front, texts, tasks))
         for row in sorted(rows, key=lambda row: float(row["bits_per_weight"]))
     ]
     return "\n".join(lines) + "\n" + _notes(rows[0])
 
 
-def _cells(row: Row, on_front: bool) -> list[str]:
+def _cells(row: Row, on_front: bool, texts: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    # Rows that were made earlier may have texts in another order.
     cells = [f"**{row['name']}**" if on_front else row["name"]]
     cells += [f"{row['bits_per_weight']:.3f}", f"{row['model_bytes'] / 1e6:.1f}"]
-    for text in row["texts"].values():
+    for text in (row["texts"][name] for name in texts):
         cells.append(with_error(text["perplexity"], text["stderr"], ".3f"))
         cells.append(recovery(text))
         cells.append(number(text["kl"], ".4f"))
-    for task in row["tasks"].values():
+    for task in (row["tasks"][name] for name in tasks):
         cells.append(with_error(task["score"], task["stderr"], ".1%"))
     speed = row["tokens_per_second"]
     cells.append(f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})")

@@ -96,7 +96,7 @@ class ActivationSpec:
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
-                f"activations: value_clusters must be a positive number, or none, not {count!r}"
+                f"activations: value_clusters must be a positive number, or null, not {count!r}"
             )
 
     @property

@@ -36,8 +36,11 @@ def perplexity_recovery(losses: Sequence[float], reference: Sequence[float]) -> 
 
     Args:
         losses, reference: mean loss in nats of each window, of the model and of the reference on
-            the same windows. Pairing removes what makes windows hard for both.
+            the same windows. Pairing removes what makes windows hard for both. Losses of the
+            model that are no numbers are infinite ones: it recovers nothing.
     """
+    if any(map(math.isnan, losses)):
+        return Interval(0.0)
     differences = [own - other for own, other in zip(losses, reference, strict=True)]
     mean, error = mean_with_error(differences)
     if error is None or len(differences) < FEWEST or not math.isfinite(mean):
