@@ -26,8 +26,8 @@ Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]
 
 
-TITLES = [title for title, _ in SECTIONS if title != "Clusters of channels"]
-"""Of a page about weights alone."""
+TITLES = [title for title, _ in SECTIONS if title not in {"Axes of groups", "Clusters of channels"}]
+"""Of a page about weights alone, whose groups all run along inputs."""
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +175,24 @@ def test_clusters_and_the_small_cache_are_shown(
         assert found["problems"] == found["console"] == []
 
 
+def test_axes_are_shown_where_matrices_chose_them(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = Plan.preset("rtn-ada-3bit", group_size=32)
+    out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
+    facts = gather(out, {}, None)
+    whole = page(facts)
+    assert "<h2>Axes of groups</h2>" in whole
+    assert 'aria-label="Axes of groups"' in whole
+    along = sum(layer.group_axis == "out" for layer in facts.layers)
+    assert f"outputs in {along} of {len(facts.layers)} matrices" in whole
+    if browser() is not None:
+        (tmp_path / "page.html").write_text(whole)
+        found = shown(tmp_path / "page.html", 390, tmp_path / "shown")
+        assert found["overflow"] <= 0
+        assert found["problems"] == found["console"] == []
+
+
 def test_a_cache_that_stays_float_has_no_smaller_size(
     tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
@@ -225,6 +243,16 @@ def test_a_check_is_sure_when_its_whole_interval_is() -> None:
     scores: dict[str, Any] = {"texts": {}, "tasks": {"t": {"recovery": None}}}
     with pytest.raises(PlanError, match="no recovery"):
         checks_of(scores, {"recovery": 0.9})
+
+
+def test_agreement_has_an_interval_where_there_are_enough_windows() -> None:
+    text = {"top1": 0.95, "top1_stderr": 0.01, "windows": 24}
+    scores: dict[str, Any] = {"texts": {"a": text, "b": {**text, "windows": 2}}, "tasks": {}}
+    sure, unsure = checks_of(scores, {"top1": 0.9})
+    assert sure.low == pytest.approx(0.95 - 2.0687 * 0.01, abs=1e-4)
+    assert sure.high == pytest.approx(0.95 + 2.0687 * 0.01, abs=1e-4)
+    assert sure.sure
+    assert not unsure.sure
 
 
 def test_only_directories_of_ours_keep_scores(

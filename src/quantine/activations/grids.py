@@ -25,7 +25,8 @@ class StaticGrid(FixedDtypes):
     Args:
         bits: of a code, 2 to 8.
         scale: ``[clusters]`` float32, positive.
-        zero: ``[clusters]`` float32 whole numbers, of any size: a range need not reach zero.
+        zero: ``[clusters]`` float32, of any size, as a range need not reach zero; whole numbers
+            but for keys and values, see `quantine.core.ranges.through`.
         labels: ``[channels]`` int32, each channel's cluster.
         feedback: ``[heads, dim, dim]`` float16, see `quantine.core.feedback`: channels, of one
             head after another, are then rounded in turn.

@@ -19,7 +19,7 @@ COLOURS: Final = {"in": "#1b3a6b", "out": "#c8553d"}
 """By the axis that groups run along; they differ in grey, too."""
 NAMES: Final = {"in": "along inputs", "out": "along outputs"}
 ACROSS: Final = 4
-"""Most panels in a row."""
+"""Most panels in a row, where there is room."""
 PANEL: Final = (2.5, 2.2)
 """Size of a panel in inches."""
 STRIP: Final = 0.3
@@ -28,10 +28,14 @@ MARGIN: Final = (0.75, 1.3)
 """Inches for labels at the left, and for title and labels above and below."""
 
 
-def axis_figure(layers: Sequence[LayerPicture]) -> Figure | None:
+def axis_figure(layers: Sequence[LayerPicture], most: int = ACROSS) -> Figure | None:
     """Tiles of the layers' axes, above curves of both losses where layers compared these.
 
-    ``None`` if no layer compared them, and all have the same axis.
+    Args:
+        most: panels in a row.
+
+    Returns:
+        ``None`` if no layer compared them, and all have the same axis.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -48,11 +52,11 @@ def axis_figure(layers: Sequence[LayerPicture]) -> Figure | None:
     axes = {layer.group_axis for found in kinds.values() for layer in found.values()}
     if not compared and len(axes) < 2:
         return None
-    down = -(-len(compared) // ACROSS)
+    down = -(-len(compared) // most)
     across = -(-len(compared) // max(1, down))
     tiles = STRIP * len(kinds) + 0.4
     size = (PANEL[0] * across + MARGIN[0], tiles + PANEL[1] * down + MARGIN[1])
-    figure = Figure(figsize=(max(size[0], 3 * PANEL[0]), size[1]), layout="constrained")
+    figure = Figure(figsize=(max(size[0], min(3, most) * PANEL[0]), size[1]), layout="constrained")
     title = "The axis that groups run along" + (", and what either would lose" if compared else "")
     figure.suptitle(title, fontsize=11)
     ratios = [tiles, *[PANEL[1]] * down]

@@ -10,6 +10,7 @@ from typing import Any, Final
 from quantine.comparison.table import loss_of_quality
 from quantine.core.activation import UNQUANTIZED
 from quantine.notation import number, recovery, with_error, with_interval
+from quantine.plots.axes import axis_figure
 from quantine.plots.clusters import clusters_figure
 from quantine.plots.layers import WIDTH as LAYERS_WIDTH
 from quantine.plots.layers import layers_figure, thumbnails_figure
@@ -17,6 +18,8 @@ from quantine.plots.pareto import pareto_figure
 from quantine.report.facts import Facts
 from quantine.report.svg import embedded
 
+PANELS: Final = 2
+"""Of a picture, side by side: more are illegible on a phone."""
 Section = Callable[[Facts], str]
 """HTML of a section without its heading; empty if there is nothing to say."""
 
@@ -159,6 +162,19 @@ def outliers(facts: Facts) -> str:
     )
 
 
+def group_axes(facts: Facts) -> str:
+    """Which way groups run, where that differs or was chosen."""
+    figure = axis_figure(facts.layers, PANELS)
+    if figure is None:
+        return ""
+    along = sum(layer.group_axis == "out" for layer in facts.layers)
+    return (
+        f"<p>Groups run along outputs in {along} of {len(facts.layers)} matrices. Where both axes "
+        "were compared, the curves show what either would lose.</p>"
+        + embedded(figure, "Axes of groups")
+    )
+
+
 def clusters(facts: Facts) -> str:
     """Channels of alike ranges, in the block in the middle."""
     if not facts.clusters:
@@ -256,6 +272,7 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
     ("Among other plans", pareto),
     ("Matrices", layers),
     ("Outliers", outliers),
+    ("Axes of groups", group_axes),
     ("Clusters of channels", clusters),
     ("Memory", memory),
     ("What it writes", samples),

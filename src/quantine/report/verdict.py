@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from quantine.errors import PlanError
+from quantine.eval.interval import FEWEST, t_quantile
 
 RECOVERY: Final = "recovery"
 TOP1: Final = "top1"
@@ -95,4 +96,9 @@ def _recoveries(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
 def _agreements(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
     for name, found in scores["texts"].items():
         if found["top1"] is not None:
-            yield Check(f"top-1 agreement on {name}", found["top1"], floor)
+            value, error = found["top1"], found["top1_stderr"]
+            check = Check(f"top-1 agreement on {name}", value, floor)
+            if error is not None and found["windows"] >= FEWEST:
+                reach = t_quantile(found["windows"] - 1) * error
+                check = replace(check, low=value - reach, high=value + reach)
+            yield check
