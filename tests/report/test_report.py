@@ -224,7 +224,7 @@ def test_the_status_is_the_verdict(
 
 
 def test_floors_that_mean_nothing_are_refused(
-    out: Path, packed: Packed, capsys: pytest.CaptureFixture[str]
+    out: Path, packed: Packed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for floor in ("recovery", "recovery=x", "beauty=0.5", "recovery=98"):
         with pytest.raises(PlanError, match=r"floor"):
@@ -233,6 +233,9 @@ def test_floors_that_mean_nothing_are_refused(
     assert "--record" in capsys.readouterr().err
     assert cli.main(["report", str(out), "--comparison", str(out)]) == 2
     assert "quantine compare" in capsys.readouterr().err
+    (tmp_path / "comparison.json").write_text('{"rows": []}')
+    assert cli.main(["report", str(out), "--comparison", str(tmp_path)]) == 2
+    assert "is no comparison" in capsys.readouterr().err
 
 
 def test_a_check_is_sure_when_its_whole_interval_is() -> None:

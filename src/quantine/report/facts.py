@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from quantine.comparison.table import STEM
 from quantine.contents import contents
-from quantine.errors import PlanError
+from quantine.errors import FormatError, PlanError
 from quantine.eval.memory import cache_bytes
 from quantine.formats.store import REPORT, read_json
 from quantine.plots.clusters import Blocks, read_clusters
@@ -60,7 +60,8 @@ def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None
         comparison: directory of `quantine.comparison.run.compare`.
 
     Raises:
-        FormatError: ``directory`` is not a finished directory of quantine, or damaged.
+        FormatError: ``directory`` is not a finished directory of quantine, or damaged; a file is no
+            comparison.
         PlanError: there is no comparison, or no number that a floor speaks of.
     """
     found = contents(directory)
@@ -102,4 +103,7 @@ def _comparison(directory: Path) -> dict[str, Any]:
     path = directory / COMPARISON
     if not path.is_file():
         raise PlanError(f"{directory} holds no {COMPARISON}: make it with `quantine compare`")
-    return dict(read_json(path))
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"rows", "pareto"} <= found.keys():
+        raise FormatError(f"{path} is no comparison: make it with `quantine compare`")
+    return found
