@@ -15,8 +15,8 @@ STEM: Final = "group_axis"
 """Of the file names."""
 MISSING: Final = "all groups run along the same axis, and no layer chose it"
 """Why there may be no picture."""
-COLOURS: Final = {"in": "#5b9bd5", "out": "#b8432b"}
-"""By the axis that groups run along; they differ in grey, too, and are read on light and dark."""
+COLOURS: Final = {"in": "#1b3a6b", "out": "#c8553d"}
+"""By the axis that groups run along; they differ in grey, too."""
 NAMES: Final = {"in": "along inputs", "out": "along outputs"}
 ACROSS: Final = 4
 """Most panels in a row, where there is room."""
