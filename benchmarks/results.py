@@ -190,8 +190,9 @@ SCHEME_TABLES: tuple[tuple[str, str, str], ...] = (
         """RPTQ's published code, measured on the same model and text: W4A16 147.00, W4A8 146.80,
 W4A4 147.29 (strict 148.12), W4A4KV 147.13, W4A3KV 147.57, W3A3KV 148.26, W16A8 146.64, W16A4 146.92
 (strict 147.61); without reorder W4A4 225.23, W4A4KV 181.06, W4A3KV 192.70; a grid for each token,
-W16A4, 161.88. Differences below 0.3 are chance. Strict rows of the default are of an earlier search;
-W16A4-strict and the grids for each token were made when probabilities themselves were rounded.""",
+W16A4, 161.88. Differences below 0.3 are chance. Strict rows of the default are of an earlier
+search; W16A4-strict and the grids for each token were made when probabilities themselves were
+rounded.""",
     ),
     (
         "schemes-opt-mini-outlier",
