@@ -83,7 +83,7 @@ void encode(const float* x, const float* scale, const float* zero, std::size_t n
         static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
 }
 
-// Floats from finite float16.
+// Floats from finite float16, without the branches of `half_to_float`: vectors can do it.
 QUANTINE_CLONES
 void widen(const std::uint16_t* halves, std::size_t n, float* out) {
   for (std::size_t i = 0; i < n; ++i) {

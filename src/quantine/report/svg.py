@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-INK: Final = "#000000"
-"""What matplotlib draws texts and axes in."""
-COLOURS: Final = {INK: "currentColor", "#eeeeee": "var(--line)", "#1b3a6b": "var(--strong)"}
+COLOURS: Final = {"#000000": "currentColor", "#eeeeee": "var(--line)", "#1b3a6b": "var(--strong)"}
 """What pictures are drawn in, and what it is on the page: read on white and in the dark."""
 ID: Final = re.compile(r' id="([^"]+)"')
 

@@ -16,7 +16,7 @@ from quantine.core.activation import FINE
 from quantine.core.feedback import feedback_of
 from quantine.core.observe import MinMax
 from quantine.core.ranges import covering, search, through
-from quantine.families.base import is_transposed
+from quantine.families.base import Family, is_transposed
 from quantine.rptq.clusters import Reordering
 
 SEARCH_TOKENS: Final = 2048
@@ -60,7 +60,7 @@ def choose_grids(
         before: what `outputs` were with no grid.
     """
     candidates = Candidates(reordering, block)
-    for shared in rounded(reordering, block):
+    for shared in _rounded(reordering.family, block):
         grids = [block.get_submodule(place.grid) for place in shared]
         first = grids[0]
         assert isinstance(first, StaticGrid)
@@ -80,11 +80,11 @@ def _refit(grids: Sequence[nn.Module], fitted: Fitted) -> None:
         grid.refit(*fitted)
 
 
-def rounded(reordering: Reordering, block: nn.Module) -> list[list[Place]]:
+def _rounded(family: Family, block: nn.Module) -> list[list[Place]]:
     """The places of ``block`` with static grids; those that read the same share one."""
     shared: dict[tuple[str, str], list[Place]] = {}
     modules = dict(block.named_modules())
-    for place in places(reordering.family):
+    for place in places(family):
         if isinstance(modules.get(place.grid), StaticGrid):
             shared.setdefault((place.site, place.kind), []).append(place)
     return list(shared.values())
