@@ -37,8 +37,9 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    output_attentions: bool | None = None,
     **_: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a module that may hold `AttentionSites`.
 
     Args:
@@ -46,9 +47,10 @@ def attention(
         key, value: ``[batch, kv_heads, context, dim]``, before rounding, or `PackedStates`.
         attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; or
             booleans, false where a token is not seen.
+        output_attentions: false where the caller says that nobody reads probabilities.
 
     Returns:
-        Outputs ``[batch, tokens, heads, dim]`` and probabilities.
+        Outputs ``[batch, tokens, heads, dim]`` and probabilities, if they are kept.
     """
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.finfo(torch.float32).min
@@ -69,6 +71,7 @@ def attention(
         softmax_bits,
         relative,
         dropout if module.training else 0.0,
+        keep=output_attentions is not False,
     )
 
 

@@ -82,7 +82,7 @@ def _gradient(
     leaf = hidden.clone().requires_grad_()
     with _replayed(model, family, leaf), torch.enable_grad():
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64)  # only their shape matters
-        logits = model(input_ids=ids, use_cache=False).logits[0]
+        logits = model(input_ids=ids, use_cache=False, output_attentions=False).logits[0]
     # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
     probabilities = logits.detach().float().softmax(-1)
     drawn = draw(probabilities, generator)

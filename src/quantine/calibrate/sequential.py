@@ -250,7 +250,7 @@ class Sequential:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder
             for batch, tokens in enumerate(batches):
-                base(input_ids=tokens, use_cache=False)
+                base(input_ids=tokens, use_cache=False, output_attentions=False)
                 self._hidden[batch] = recorders[0].hidden.clone()
         finally:
             for index, block in enumerate(blocks):

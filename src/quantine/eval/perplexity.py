@@ -103,7 +103,9 @@ def cut_windows(
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
     """What ``model`` expects after each of ``tokens`` ``[window]`` int64 but the last."""
-    logits: Tensor = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits[0, :-1]
+    logits: Tensor = model(
+        input_ids=tokens.unsqueeze(0), use_cache=False, output_attentions=False
+    ).logits[0, :-1]
     targets, loss = tokens[1:], 0.0
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)

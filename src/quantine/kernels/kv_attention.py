@@ -17,6 +17,7 @@ from quantine.core.activation import UNQUANTIZED
 from quantine.kernels import backend
 from quantine.kernels.packed_states import PackedStates
 from quantine.kernels.threads import pool
+from quantine.kernels.tiled_attention import attend_in_tiles
 
 MOST_ROWS: Final = 64
 """Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
@@ -33,21 +34,26 @@ def attend(
     softmax_bits: int = UNQUANTIZED,
     relative: bool = True,
     dropout: float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Attention of ``query`` ``[batch, heads, tokens, dim]``; see `attend_reference`.
 
     Where keys and values are `PackedStates` of the CPU, a few queries meet their codes.
+
+    Args:
+        keep: whether probabilities are wanted; there may be ``None`` otherwise.
     """
+    rest = (mask, scaling, softcap, softmax_bits, relative)
+    if dropout > 0 or _learning(query, key, value) or not _on_cpu(query, key, value):
+        return attend_reference(query, key, value, *rest, dropout)
     native = backend.native()
     if (
         native is None
         or not isinstance(key, PackedStates)
         or not isinstance(value, PackedStates)
-        or not _few(query, key, value)
-        or dropout > 0
+        or not _few(query, key)
     ):
-        rest = (mask, scaling, softcap, softmax_bits, relative, dropout)
-        return attend_reference(query, key, value, *rest)
+        return attend_in_tiles(query, key, value, *rest, keep)
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]
     if mask is not None:
@@ -129,9 +135,17 @@ def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Ten
     return steps / steps.sum(-1, keepdim=True)
 
 
-def _few(query: Tensor, key: PackedStates, value: PackedStates) -> bool:
-    """Whether there are codes to be read by a kernel that has no gradient."""
-    on_cpu = all(states.device.type == "cpu" for states in (query, key, value))
-    learning = torch.is_grad_enabled() and query.requires_grad
+def _learning(*states: Tensor) -> bool:
+    """Whether a gradient is wanted, or a graph: only the reference has one."""
+    wanted = torch.is_grad_enabled() and any(state.requires_grad for state in states)
+    return wanted or torch.compiler.is_compiling()
+
+
+def _on_cpu(*states: Tensor) -> bool:
+    return all(state.device.type == "cpu" for state in states)
+
+
+def _few(query: Tensor, key: Tensor) -> bool:
+    """Whether so few queries share a head of keys that its codes are better not decoded."""
     shared = query.shape[1] // key.shape[1] * query.shape[2]
-    return on_cpu and not learning and 0 < shared <= MOST_ROWS and query.shape[0] > 0
+    return 0 < shared <= MOST_ROWS and query.shape[0] > 0
