@@ -47,7 +47,7 @@ def test_suffixes_choose_grids() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["W4", "w4a4", "W4A4KB", "W4A4-", "W4A4-loud", "W4A4-token-tensor"]
+    "name", ["W4", "w4a4", "W04A4", "W4A04", "W4A4KB", "W4A4-", "W4A4-loud", "W4A4-token-tensor"]
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="scheme must be like W4A8"):

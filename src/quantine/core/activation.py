@@ -27,7 +27,7 @@ SITES: Final = ("norm", "query", "key", "value", "attention", "hidden", "softmax
 """Where activations are rounded: see `ActivationSpec`."""
 KINDS: Final = ("R1", "R2", "R3", "R4", "R5")
 """The reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
-NAME: Final = re.compile(r"W(\d+)A(\d+)(KV)?((?:-[a-z]+)*)")
+NAME: Final = re.compile(r"W([1-9]\d*)A([1-9]\d*)(KV)?((?:-[a-z]+)*)")
 PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
 """Of R1 to R5, as in RPTQ's experiments."""
 FINE: Final = 8
