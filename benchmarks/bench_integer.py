@@ -54,7 +54,7 @@ def measured(
     torch.manual_seed(0)
     sizes = uneven(inputs, arguments.clusters)
     q = clustered(outputs, sizes)
-    matrix, grid = packed_matrix(q), native_grid(input_grid(len(sizes), bits))
+    matrix, grid = packed_matrix(q), native_grid(input_grid(len(sizes), bits, arguments.factors))
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs)
     small, halves = x.bfloat16(), weight.bfloat16()
     work: list[Callable[[], Tensor]] = [
@@ -89,8 +89,9 @@ def clustered(outputs: int, sizes: tuple[int, ...]) -> QTensor:
     return QTensor(codes, Grid(scale, zero, 4, CLUSTERS, sizes=sizes))
 
 
-def input_grid(clusters: int, bits: int) -> InputGrid:
-    return InputGrid(bits, torch.full((clusters,), 6 / 2**bits), torch.full((clusters,), 7.0))
+def input_grid(clusters: int, bits: int, factors: bool) -> InputGrid:
+    scale, zero = torch.full((clusters,), 6 / 2**bits), torch.full((clusters,), 7.0)
+    return InputGrid(bits, scale, zero, 1.0 if factors else None)
 
 
 def seconds(work: Callable[[], Tensor]) -> float:
@@ -105,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[512, 1])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4], help="of activations")
     parser.add_argument("--clusters", type=int, default=32)
+    parser.add_argument("--factors", action="store_true", help="divide each row by its factor")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=15)
     return parser.parse_args()

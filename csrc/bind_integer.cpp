@@ -17,7 +17,8 @@ using quantine::Pool;
 
 using Floats = std::optional<Vector<const float>>;
 
-InputGrid grid_of(int bits, const Floats& scale, const Floats& zero) {
+InputGrid grid_of(int bits, const Floats& scale, const Floats& zero, const Floats& above,
+                  const Floats& below) {
   InputGrid grid;
   grid.bits = bits;
   if (bits < 2 || bits > 8) throw nb::value_error("inputs have 2 to 8 bits");
@@ -26,6 +27,13 @@ InputGrid grid_of(int bits, const Floats& scale, const Floats& zero) {
   if (scale) {
     grid.scale.assign(scale->data(), scale->data() + scale->shape(0));
     grid.zero.assign(zero->data(), zero->data() + zero->shape(0));
+  }
+  if (above.has_value() != below.has_value() ||
+      (above && (!scale || above->shape(0) != scale->shape(0) || below->shape(0) != scale->shape(0))))
+    throw nb::value_error("factors of tokens need two numbers for each scale of inputs");
+  if (above) {
+    grid.above.assign(above->data(), above->data() + above->shape(0));
+    grid.below.assign(below->data(), below->data() + below->shape(0));
   }
   return grid;
 }
@@ -62,11 +70,13 @@ void codes(const Matrix& matrix, const InputGrid& grid, Array<const float> x,
 void bind_integer(nb::module_& m) {
   nb::class_<InputGrid>(m, "InputGrid")
       .def("__init__",
-           [](InputGrid* self, int bits, const Floats& scale, const Floats& zero) {
-             new (self) InputGrid(grid_of(bits, scale, zero));
+           [](InputGrid* self, int bits, const Floats& scale, const Floats& zero,
+              const Floats& above, const Floats& below) {
+             new (self) InputGrid(grid_of(bits, scale, zero, above, below));
            },
            nb::arg("bits"), nb::arg("scale").none() = nb::none(),
-           nb::arg("zero").none() = nb::none());
+           nb::arg("zero").none() = nb::none(), nb::arg("above").none() = nb::none(),
+           nb::arg("below").none() = nb::none());
   m.attr("LONGEST_GROUP") = quantine::kLongestGroup;
   m.def("integer_levels", &quantine::integer_levels);
   m.def("multiply_integer", &multiply, nb::arg("matrix"), nb::arg("grid"), nb::arg("x"),

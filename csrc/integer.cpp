@@ -237,6 +237,9 @@ class Work {
       for (std::size_t t = 0; t < tiles; ++t)
         add_outliers(w_, first + place + t, values_.data() + row * w_.columns, rows,
                      results + t * kTile);
+    if (rows_.has_factors())
+      for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t c = 0; c < columns; ++c) results[r * kPair + c] *= rows_.factor(row + r);
     for (std::size_t r = 0; r < rows; ++r) {
       float* out = y_ + (row + r) * w_.rows + column;
       if (rows_.is_lost(row + r)) std::fill_n(out, columns, std::numeric_limits<float>::quiet_NaN());

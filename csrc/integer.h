@@ -16,10 +16,11 @@ namespace quantine {
 constexpr std::size_t kLongestGroup = (1u << 31) / (128 * 255) - 1;
 
 // How inputs are rounded: `scale` and `zero` for each group of weights, or none, where every row of
-// activations has the grid of its own range.
+// activations has the grid of its own range. Where there are `above` and `below`, a row is divided by
+// its factor first: the largest product of a value with that of its group.
 struct InputGrid {
   int bits = 8;
-  std::vector<float> scale, zero;
+  std::vector<float> scale, zero, above, below;
 };
 
 // The instruction sets this machine has for these products, the best one first. All find the same

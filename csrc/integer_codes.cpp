@@ -11,6 +11,7 @@ namespace {
 constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
 constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
 constexpr float kSmallestStep = 1e-8f;    // quantine.core.ranges.SMALLEST_STEP
+constexpr float kSmallestFactor = 1e-30f;  // quantine.core.factors.SMALLEST
 
 struct Ends {
   float low, high;
@@ -33,6 +34,25 @@ Ends ends_of(const float* x, std::size_t count) {
     high[0] = larger(high[0], x[at]);
   }
   return {*std::min_element(low, low + kWide), *std::max_element(high, high + kWide)};
+}
+
+// The largest of `best` and the products of values with `above` and `below`.
+QUANTINE_CLONES
+float steepest(const float* x, std::size_t count, float above, float below, float best) {
+  constexpr std::size_t kWide = 16;
+  float found[kWide];
+  for (float& lane : found) lane = best;
+  std::size_t at = 0;
+  for (; at + kWide <= count; at += kWide)
+    for (std::size_t lane = 0; lane < kWide; ++lane)
+      found[lane] = larger(found[lane], larger(x[at + lane] * above, x[at + lane] * below));
+  for (; at < count; ++at) found[0] = larger(found[0], larger(x[at] * above, x[at] * below));
+  return *std::max_element(found, found + kWide);
+}
+
+QUANTINE_CLONES
+void divide(const float* x, std::size_t count, float by, float* out) {
+  for (std::size_t j = 0; j < count; ++j) out[j] = x[j] / by;
 }
 
 // An odd number of cache lines: rows at a power of two would displace each other.
@@ -76,6 +96,7 @@ RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, const IntegerL
     own_scale_.resize(rows);
     own_zero_.resize(rows);
   }
+  if (!grid.above.empty()) factor_.resize(rows);
   pool.run((rows + kTogether - 1) / kTogether, [&](std::size_t index) {
     std::vector<float> ordered;
     for (std::size_t row = index * kTogether; row < std::min(rows, (index + 1) * kTogether); ++row)
@@ -88,6 +109,12 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
   if (!w.order.empty()) {
     ordered.resize(w.columns);
     for (std::size_t j = 0; j < w.columns; ++j) ordered[j] = x[w.order[j]];
+    x = ordered.data();
+  }
+  if (has_factors()) {
+    factor_[row] = factor_of(x);
+    ordered.resize(w.columns);
+    divide(x, w.columns, factor_[row], ordered.data());
     x = ordered.data();
   }
   const float top = static_cast<float>((1 << grid_.bits) - 1);
@@ -105,6 +132,15 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
                    sums.empty() ? nullptr : sums.data()))
     lost_[row] = 1;
   std::copy(sums.begin(), sums.end(), sums_.begin() + static_cast<std::ptrdiff_t>(row * w.groups));
+}
+
+// Of a row in stored order.
+float RoundedRows::factor_of(const float* x) const {
+  float best = kSmallestFactor;
+  for (std::size_t group = 0; group < spans_.size(); ++group)
+    best = steepest(x + spans_[group].column, spans_[group].width, grid_.above[group],
+                    grid_.below[group], best);
+  return best;
 }
 
 void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {

@@ -40,18 +40,22 @@ class RoundedRows {
   // Of rows with grids of their own.
   float scale(std::size_t row) const { return own_scale_[row]; }
   float zero(std::size_t row) const { return own_zero_[row]; }
+  // What results of a row are multiplied by, where rows have factors.
+  bool has_factors() const { return !factor_.empty(); }
+  float factor(std::size_t row) const { return factor_[row]; }
   // Rows that become NaN.
   bool is_lost(std::size_t row) const { return lost_[row] != 0; }
-  // What the codes of `count` rows from `row` stand for, [columns, count].
+  // What the codes of `count` rows from `row` stand for, without factors, [columns, count].
   void values(std::size_t row, std::size_t count, float* out) const;
 
  private:
   void round(const Weights& w, const float* x, std::size_t row, std::vector<float>& ordered);
+  float factor_of(const float* x) const;
 
   const InputGrid& grid_;
   const IntegerLevel& level_;
   std::vector<Span> spans_;
-  std::vector<float> own_scale_, own_zero_;
+  std::vector<float> own_scale_, own_zero_, factor_;
   std::vector<std::uint8_t> lost_;
   Codes codes_;
   Lines64<std::uint8_t> memory_;

@@ -260,6 +260,34 @@ def test_feedback_is_chosen_by_text_that_was_held_out(
     assert 1e-4 < distance(model, float_model(tiny(name))) < 0.7
 
 
+@pytest.mark.parametrize("scheme", ["W4A8", "W4A4"])
+def test_tokens_of_any_loudness_are_rounded_alike(
+    scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny("llama"), out, plan_of(scheme), replace(short, samples=96, seqlen=64))
+    model, _ = quantine.load(out)
+    scaled = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QuantLinear)
+        and isinstance(module.inputs, StaticGrid)
+        and module.inputs.reached() is not None
+    }
+    last = [name for name in scaled if name.endswith(("o_proj", "down_proj"))]
+    assert scheme == "W4A4" or len(last) == len(scaled) == 2 * len(model.model.layers)
+    assert scaled
+    for module in scaled.values():
+        # Few rows are rounded as floats, many are multiplied as integers.
+        x = torch.randn(40, module.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            few = torch.cat([module(row) for row in x.split(8)])
+            many = module(x)
+            loud = module(x * 1024)
+        assert torch.allclose(few, many, atol=1e-5 * float(few.abs().max()))
+        assert torch.equal(loud, many * 1024)
+
+
 def test_older_directories_load_as_they_were_made(
     tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
@@ -268,6 +296,7 @@ def test_older_directories_load_as_they_were_made(
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["activations"].pop("relative")
     assert config["quantization_config"]["activations"].pop("value_clusters")
+    assert config["quantization_config"]["activations"].pop("token_factors")
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
     older, _ = quantine.load(out)
     assert not any(m.relative for m in older.modules() if isinstance(m, AttentionSites))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.arithmetic import ARITHMETICS
+from quantine.core.factors import factors, steepness
 from quantine.core.grid import Grid, Statistic, encode
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -87,8 +88,9 @@ def grid_of(seed: int, kind: str, groups: int, bits: int) -> InputGrid:
         return InputGrid(bits)
     g = generator(seed + 1)
     scale = (torch.rand(groups, generator=g) + 0.1) * 6 / 2**bits
-    reach = {"inside": 1.0, "beyond": 40.0}[kind]
-    return InputGrid(bits, scale, (torch.rand(groups, generator=g) * 2**bits * reach).round())
+    beyond = {"inside": 1.0, "beyond": 40.0, "factors": 1.0}[kind]
+    zero = (torch.rand(groups, generator=g) * (2**bits - 1) * beyond).round()
+    return InputGrid(bits, scale, zero, 0.8 if kind == "factors" else None)
 
 
 def inputs(batch: int, columns: int, seed: int = 0) -> Tensor:
@@ -99,7 +101,9 @@ def reach(q: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
     """How large the sums are before zero points are taken off, ``[batch, out]`` float64."""
     lengths = q.grid.lengths(x.shape[1])
     stored = x if q.in_perm is None else x[:, q.in_perm]
-    scale, zero = (t.double() for t in grid.of_inputs(stored, lengths))
+    scale, zero = grid.of_inputs(stored, lengths)
+    factor = factor_of(grid, stored, scale, zero).double()
+    scale, zero = scale.double() * factor, zero.double()
     spread = torch.tensor(lengths)
     zeros = q.grid.zeros().double().repeat_interleave(spread, 1)
     weights = (q.codes + zeros.abs()) * q.grid.scales().double().repeat_interleave(spread, 1)
@@ -107,6 +111,13 @@ def reach(q: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
         places = q.outliers.row_indices(), q.outliers.columns
         weights[places] += q.outliers.values.double().abs()
     return (2**grid.bits + zero.abs()) * scale @ weights.T
+
+
+def factor_of(grid: InputGrid, stored: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """The factor of each row, ``[batch, 1]``; ones where there are none."""
+    if grid.reach is None:
+        return torch.ones(len(stored), 1)
+    return factors(stored, *steepness(scale, zero, grid.bits, grid.reach))
 
 
 def close(found: Tensor, q: QTensor, grid: InputGrid, x: Tensor) -> bool:
@@ -129,7 +140,7 @@ cases = st.builds(
     outliers=st.sampled_from([0.0, 0.0, 0.02, 0.3]),
     ordered=st.booleans(),
 )
-kinds = st.sampled_from(["inside", "beyond", "token"])
+kinds = st.sampled_from(["inside", "beyond", "token", "factors"])
 batches = st.one_of(st.integers(1, 50), st.sampled_from([96, 97, 130]))
 
 
@@ -137,6 +148,7 @@ batches = st.one_of(st.integers(1, 50), st.sampled_from([96, 97, 130]))
 @given(q=cases, kind=kinds, bits=st.integers(2, 8), batch=batches)
 @example(q=qtensor_of(0, 40, [1] * 30, 4), kind="inside", bits=8, batch=33)
 @example(q=qtensor_of(1, 33, [64, 3, 200], 8, "half", 0.02, True), kind="inside", bits=8, batch=17)
+@example(q=qtensor_of(1, 33, [64, 3, 20], 4, "whole", 0.02, True), kind="factors", bits=8, batch=40)
 def test_every_level_is_the_reference_and_finds_the_same_bits(
     q: QTensor, kind: str, bits: int, batch: int
 ) -> None:
@@ -165,6 +177,20 @@ def test_codes_are_those_of_the_grids(q: QTensor, bits: int, batch: int, spread:
 
 @quick
 @given(q=cases, bits=st.integers(2, 8), batch=st.integers(1, 20), spread=st.floats(-6, 6))
+def test_codes_of_rows_with_factors(q: QTensor, bits: int, batch: int, spread: float) -> None:
+    lengths = torch.tensor(q.grid.sizes)
+    grid = grid_of(batch, "factors", len(lengths), bits)
+    x = inputs(batch, q.codes.shape[1]) * 10**spread
+    x[0] = 0
+    stored = x if q.in_perm is None else x[:, q.in_perm]
+    scale, zero = grid.of_inputs(stored, q.grid.sizes)
+    ordered = stored / factor_of(grid, stored, scale, zero)
+    expected = torch.clamp((ordered / scale + zero).round(), 0, 2**bits - 1).byte()
+    assert torch.equal(input_codes(packed_matrix(q), native_grid(grid), x), expected)
+
+
+@quick
+@given(q=cases, bits=st.integers(2, 8), batch=st.integers(1, 20), spread=st.floats(-6, 6))
 def test_grids_of_tokens(q: QTensor, bits: int, batch: int, spread: float) -> None:
     x = inputs(batch, q.codes.shape[1]) * 10**spread + spread
     grid, module = InputGrid(bits), TokenGrid(bits)
@@ -180,8 +206,9 @@ def test_the_float_simulation_agrees(q: QTensor, kind: str, bits: int) -> None:
     grid, x = grid_of(3, kind, len(q.grid.sizes), bits), inputs(9, q.codes.shape[1])
     stored = x if q.in_perm is None else x[:, q.in_perm]
     scale, zero = grid.of_inputs(stored, q.grid.sizes)
-    codes = torch.clamp((stored / scale + zero).round(), 0, 2**bits - 1)
-    rounded = (codes.double() - zero) * scale
+    factor = factor_of(grid, stored, scale, zero)
+    codes = torch.clamp((stored / factor / scale + zero).round(), 0, 2**bits - 1)
+    rounded = (codes.double() - zero) * scale * factor
     weight = q.dequantize().double()
     weight = weight if q.in_perm is None else weight[:, q.in_perm]
     found = multiply(packed_matrix(q), native_grid(grid), x)
@@ -230,6 +257,9 @@ def test_what_is_not_finite(level: str) -> None:
     ):
         assert bool(found[2].isnan().all())
         assert bool(found[[0, 4]].isfinite().all())
+    scaled = multiply(matrix, native_grid(grid_of(1, "factors", 3, 8)), x, level)
+    assert bool(scaled[[1, 2, 3]].isnan().all())  # no factor makes infinite values finite
+    assert bool(scaled[[0, 4]].isfinite().all())
     own = multiply(matrix, native_grid(InputGrid(8)), x, level)
     assert bool(own[[1, 3]].isnan().all())  # as TokenGrid has it
     assert bool(TokenGrid(8)(x)[[1, 3]].isnan().all())
@@ -297,6 +327,8 @@ def test_float_activations_meet_groups_of_any_size(q: QTensor, batch: int) -> No
         {"scale": torch.ones(3), "zero": torch.ones(3)},
         {"zero": torch.ones(1)},
         {"bits": 9},
+        {"above": torch.ones(2)},
+        {"above": torch.ones(3), "below": torch.ones(3)},
     ],
 )
 def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
@@ -308,15 +340,17 @@ def test_bad_arguments_are_refused(change: dict[str, Any]) -> None:
         "x": torch.zeros(2, 10),
         "y": torch.zeros(2, 5),
         "level": "scalar",
+        "above": None,
+        "below": None,
     }
     matrix = packed_matrix(qtensor_of(0, 5, [4, 6], 4))
 
-    def product(bits: int, scale: Tensor, zero: Tensor, x: Tensor, y: Tensor, level: str) -> None:
-        grid = native.InputGrid(bits, scale, zero)
+    def product(bits: int, x: Tensor, y: Tensor, level: str, **of_grid: Tensor | None) -> None:
+        grid = native.InputGrid(bits, **of_grid)
         native.multiply_integer(matrix, grid, x, y, level, native.Pool(1))
 
     product(**fields)
-    with pytest.raises(ValueError, match=r"x must|y must|level|inputs|scales"):
+    with pytest.raises(ValueError, match=r"x must|y must|level|inputs|scales|factors"):
         product(**{**fields, **change})
 
 

@@ -15,7 +15,7 @@ from quantine.core.observe import MinMax
 from quantine.families import family_of
 from quantine.families.base import block_list
 from quantine.rptq.clusters import Heads, Reordering
-from quantine.rptq.search import Candidates
+from quantine.rptq.search import REACHES, Candidates
 from tiny_models import random_model, tiny_config
 
 LLAMA = family_of("llama")
@@ -62,8 +62,9 @@ def test_what_every_sample_begins_with_can_be_rounded_without_error(site: str, b
     labels = made.clusters_at(PLACES[site]).labels
     first = made.ranges_at(PLACES[site]).firsts[:1]
     errors = []
-    for scale, zero, *fed in Candidates(made, block).of(PLACES[site], bits, final=True):
-        grid = StaticGrid(bits, scale, zero, labels.int(), *fed)
+    for found in Candidates(made, block).of(PLACES[site], bits, final=True):
+        assert found.reach is None  # a cache holds no factors
+        grid = StaticGrid(bits, found.scale, found.zero, labels.int(), found.feedback)
         errors.append(float((grid(first) - first).square().mean()))
     assert min(errors) < 1e-8 < 1e-4 < sorted(errors)[1]
 
@@ -72,7 +73,33 @@ def test_queries_meet_keys_one_by_one_and_need_no_such_grid() -> None:
     block, heads = llama()
     made = reordering(block, heads, scheme_named("W4A4").activations)
     candidates = Candidates(made, block).of(PLACES["query"], 4, final=True)
-    assert all(torch.equal(zero, zero.round()) for _, zero, *_ in candidates)
+    assert all(torch.equal(found.zero, found.zero.round()) for found in candidates)
+
+
+@pytest.mark.parametrize("site", ["norm", "attention", "hidden"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_inputs_of_matrices_may_have_factors(site: str, wanted: bool) -> None:
+    block, heads = llama()
+    spec = replace(scheme_named("W4A4").activations, token_factors=wanted)
+    made = reordering(block, heads, spec)
+    candidates = Candidates(made, block).of(PLACES[site], 4, final=True)
+    assert {found.reach for found in candidates} == {None, *(REACHES if wanted else ())}
+    for found in candidates:
+        # Factors need zero to have a code.
+        assert found.reach is None or bool(((found.zero >= 0) & (found.zero <= 15)).all())
+
+
+@pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A8-tensor", "W4A8-faithful"])
+def test_at_eight_bits_loud_sites_have_factors(scheme: str) -> None:
+    block, heads = llama()
+    spec = scheme_named(scheme).activations
+    made = reordering(block, heads, spec)
+    with_factors = {
+        site
+        for site in PLACES
+        if getattr(spec, site) == 8 and made.grid(PLACES[site], 8).reached() is not None
+    }
+    assert with_factors == ({"attention", "hidden"} if scheme == "W4A8" else set())
 
 
 def test_values_have_clusters_of_their_own_or_those_of_what_attention_makes_of_them() -> None:

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantine.core.factors import factors, steepness
 from quantine.core.fixed import FixedDtypes
 from quantine.core.grid import decode, encode
 from quantine.core.ranges import covering
@@ -14,6 +15,8 @@ from quantine.kernels.packed_states import round_states
 
 FEEDBACK: Final = "feedback"
 """Name of a tensor that only some static grids have."""
+REACH: Final = "reach"
+"""Name of another one."""
 FAITHFUL_STEP: Final = 1e-4
 """Least scale of RPTQ's published code."""
 LABELS: Final = torch.int32
@@ -30,10 +33,13 @@ class StaticGrid(FixedDtypes):
         labels: ``[channels]`` int32, each channel's cluster.
         feedback: ``[heads, dim, dim]`` float16, see `quantine.core.feedback`: channels, of one
             head after another, are then rounded in turn.
+        reach: ``[1]`` float32: each token is divided by a factor of its own first, see
+            `quantine.core.factors`; what its codes stand for is multiplied by it. Grids then
+            have their zero points in the code range, and no feedback.
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
-    fixed_names = (*tensor_names, FEEDBACK)
+    fixed_names = (*tensor_names, FEEDBACK, REACH)
 
     def __init__(
         self,
@@ -42,21 +48,33 @@ class StaticGrid(FixedDtypes):
         zero: Tensor,
         labels: Tensor,
         feedback: Tensor | None = None,
+        reach: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.bits = bits
-        tensors = (scale, zero, labels, feedback)
+        tensors = (scale, zero, labels, feedback, reach)
         for name, tensor in zip(self.fixed_names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
-    def refit(self, scale: Tensor, zero: Tensor, feedback: Tensor | None = None) -> None:
-        """Take another scale and zero point for each cluster, and another feedback."""
+    def refit(
+        self,
+        scale: Tensor,
+        zero: Tensor,
+        feedback: Tensor | None = None,
+        reach: Tensor | None = None,
+    ) -> None:
+        """Take another scale and zero point for each cluster, another feedback and reach."""
         self.scale, self.zero = scale.clone(), zero.clone()
-        self.feedback = feedback
+        self.feedback, self.reach = feedback, reach
 
     def fed(self) -> Tensor | None:
         """Feedback ``[heads, dim, dim]`` float16, if there is any."""
         return self._buffers[FEEDBACK]
+
+    def reached(self) -> float | None:
+        """The reach of factors of tokens, if they have any."""
+        reach = self._buffers[REACH]
+        return None if reach is None else float(reach)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
@@ -69,13 +87,21 @@ class StaticGrid(FixedDtypes):
                 states, self.bits, scale.view(shape), zero.view(shape), feedback
             )
             return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
-        codes = encode(x.float().unsqueeze(-1), scale, zero, self.bits)
-        return decode(codes, scale, zero).squeeze(-1).to(x.dtype)
+        values, reach = x.float(), self.reached()
+        if reach is None:
+            return self._rounded(values, scale, zero).to(x.dtype)
+        factor = factors(values, *steepness(scale, zero, self.bits, reach))
+        return self._rounded(values / factor, scale, zero).mul_(factor).to(x.dtype)
+
+    def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        codes = encode(x.unsqueeze(-1), scale, zero, self.bits)
+        return decode(codes, scale, zero).squeeze(-1)
 
     def extra_repr(self) -> str:
         """Bits and shape."""
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
-        return f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
+        shown = f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
+        return shown if self._buffers[REACH] is None else f"{shown}, a factor for each token"
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel, ``[channels]`` float32."""

@@ -32,6 +32,8 @@ PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
 """Of R1 to R5, as in RPTQ's experiments."""
 FINE: Final = 8
 """Bits from which on steps are so small that a search finds nothing: ranges get a margin."""
+LOUD: Final = ("attention", "hidden")
+"""Sites whose tokens differ most in how loud they are: from `FINE` bits on, they have factors."""
 FOR_EACH: Final = 256
 """As many clusters as a head has channels, or more."""
 CLUSTERS: Final = (32, FOR_EACH, 4, 32, 32)
@@ -59,6 +61,8 @@ class ActivationSpec:
         clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
             before the MLP; hidden); those of R2 and R3 count for each head.
         value_clusters: grids of values for each head; ``None`` for those of R3.
+        token_factors: inputs of matrices may be divided by a factor for each token before they meet
+            the grids of their clusters, see `quantine.core.factors`.
     """
 
     norm: int = UNQUANTIZED
@@ -73,6 +77,7 @@ class ActivationSpec:
     range: Range = "search"
     clusters: tuple[int, ...] = CLUSTERS
     value_clusters: int | None = FOR_EACH
+    token_factors: bool = True
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -82,8 +87,11 @@ class ActivationSpec:
                     f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
                     f"for none, not {bits!r}"
                 )
-        if not isinstance(self.relative, bool):
-            raise PlanError(f"activations: relative must be true or false, not {self.relative!r}")
+        for name in ("relative", "token_factors"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(
+                    f"activations: {name} must be true or false, not {getattr(self, name)!r}"
+                )
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("range", self.range, RANGES)
         if len(self.clusters) != len(KINDS) or not all(
@@ -201,6 +209,7 @@ def scheme_named(name: str) -> NamedScheme:
         range="running" if "faithful" in suffixes else "search",
         clusters=PUBLISHED_CLUSTERS if "faithful" in suffixes else CLUSTERS,
         value_clusters=None if "faithful" in suffixes else FOR_EACH,
+        token_factors="faithful" not in suffixes,
     )
     return NamedScheme(weight_bits, spec, "faithful" in suffixes)
 

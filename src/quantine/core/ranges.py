@@ -35,6 +35,11 @@ def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return low + (low - centre) * MARGIN, high + (high - centre) * MARGIN
 
 
+def around_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`covering` of a range that holds zero, too."""
+    return covering(low.clamp(max=0), high.clamp(min=0), bits)
+
+
 def through(values: Tensor, scale: Tensor, zero: Tensor, labels: Tensor) -> Tensor:
     """Zero points with which ``values`` are on steps of their grids.
 

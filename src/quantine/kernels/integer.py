@@ -7,19 +7,22 @@ adds
 
     s_w * s_x * (sum(c_w * c_x) - z_w * sum(c_x) - z_x * sum(c_w) + n * z_w * z_x)
 
-to an output, with whole sums over its ``n`` inputs. `multiply_reference` is that formula. The
-native kernels sum ``(c_w - o_w) * c_x``, where ``o_w`` is the whole number next to ``z_w`` that
-leaves a byte with a sign; the sums are as exact, and what floats then round differs.
+to an output, with whole sums over its ``n`` inputs. Where tokens have factors
+(`quantine.core.factors`), that is of an activation divided by its token's, and the output is
+multiplied by it. `multiply_reference` is that formula. The native kernels sum
+``(c_w - o_w) * c_x``, where ``o_w`` is the whole number next to ``z_w`` that leaves a byte with a
+sign; the sums are as exact, and what floats then round differs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from quantine.core.factors import factors, steepness
 from quantine.core.grid import encode
 from quantine.core.qtensor import QTensor
 from quantine.core.ranges import covering
@@ -39,20 +42,28 @@ class InputGrid:
         bits: of a code, 2 to 8.
         scale, zero: ``[groups]`` float32, of each group of weights; ``None`` where every token has
             the grid from its least to its largest value.
+        reach: of the factors of tokens; ``None`` where they have none.
     """
 
     bits: int
     scale: Tensor | None = None
     zero: Tensor | None = None
+    reach: float | None = None
 
     @classmethod
     def of_channels(
-        cls, bits: int, scale: Tensor, zero: Tensor, qtensor: QTensor
+        cls,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        qtensor: QTensor,
+        reach: float | None = None,
     ) -> InputGrid | None:
         """The grid of channels as the groups of ``qtensor`` meet it.
 
         Args:
             scale, zero: ``[in]`` float32, in the order of inputs.
+            reach: of the factors of tokens, if they have any.
 
         Returns:
             ``None`` where a group of weights has inputs of several grids.
@@ -66,7 +77,7 @@ class InputGrid:
             if any(bool((group != group[0]).any()) for group in groups):
                 return None
             found.append(torch.stack([group[0] for group in groups]))
-        return cls(bits, *found)
+        return cls(bits, found[0], found[1], reach)
 
     def of_inputs(self, x: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each value of ``x``, in its shape."""
@@ -98,7 +109,10 @@ def native_grid(grid: InputGrid) -> Any:
     assert native is not None
     if grid.scale is None or grid.zero is None:
         return native.InputGrid(grid.bits)
-    return native.InputGrid(grid.bits, grid.scale.contiguous(), grid.zero.contiguous())
+    scale, zero = grid.scale.contiguous(), grid.zero.contiguous()
+    if grid.reach is None:
+        return native.InputGrid(grid.bits, scale, zero)
+    return native.InputGrid(grid.bits, scale, zero, *steepness(scale, zero, grid.bits, grid.reach))
 
 
 def levels() -> list[str]:
@@ -145,6 +159,12 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
     """
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
     lengths = qtensor.grid.lengths(stored.shape[1])
+    if grid.reach is not None:
+        scale, zero = grid.of_inputs(stored, lengths)
+        factor = factors(stored, *steepness(scale, zero, grid.bits, grid.reach))
+        plain = replace(grid, reach=None)
+        ordered = replace(qtensor, in_perm=None)
+        return multiply_reference(ordered, plain, stored / factor) * factor
     scale, zero = grid.of_inputs(stored, lengths)
     codes = encode(stored.unsqueeze(-1), scale, zero, grid.bits).squeeze(-1)
     weights, added = _without_outliers(qtensor)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, StaticGrid
+from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
 from quantine.activations.install import Place, add_grids, add_norms, add_sites, places
 from quantine.calibrate.sequential import Sequential, set_tensor
 from quantine.core.activation import ActivationSpec
@@ -51,7 +51,8 @@ def restore_block(
     def grid(place: Place, bits: int) -> StaticGrid:
         own = f"{path}.{place.grid}"
         scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
-        return StaticGrid(bits, scale, zero, labels, tensors.get(f"{own}.{FEEDBACK}"))
+        more = (tensors.get(f"{own}.{name}") for name in (FEEDBACK, REACH))
+        return StaticGrid(bits, scale, zero, labels, *more)
 
     add_sites(block, family, spec)
     add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])

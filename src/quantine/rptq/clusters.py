@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from quantine.activations.grids import LABELS, StaticGrid, faithful
 from quantine.activations.install import ATTENDED, Place, link_of, places
 from quantine.activations.reorder import reorder
-from quantine.core.activation import FINE, ActivationSpec
+from quantine.core.activation import FINE, LOUD, ActivationSpec
 from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
 from quantine.core.observe import MinMax
-from quantine.core.ranges import covering, widened
+from quantine.core.ranges import around_zero, covering, widened
 from quantine.families.base import Family, Link
 
 Ranges = Mapping[str, MinMax]
@@ -113,9 +113,16 @@ class Reordering:
             fitted = faithful(*seen.of_clusters(labels, "running"), bits)
         else:
             ends = seen.of_clusters(labels)
-            wide = self._spec.range == "search" and bits >= FINE
-            fitted = covering(*(widened(*ends) if wide else ends), bits)
+            fine = self._spec.range == "search" and bits >= FINE
+            if fine and place.site in LOUD and self.has_factors(place):
+                scale, zero = around_zero(*ends, bits)
+                return StaticGrid(bits, scale, zero, labels.to(LABELS), reach=torch.ones(1))
+            fitted = covering(*(widened(*ends) if fine else ends), bits)
         return StaticGrid(bits, *fitted, labels.to(LABELS))
+
+    def has_factors(self, place: Place) -> bool:
+        """Whether tokens may have factors at a place: what only matrices read, in clusters."""
+        return self._spec.token_factors and self._spec.reorders and place.site not in ATTENDED
 
     def ranges_at(self, place: Place) -> MinMax:
         """What a place showed, channels in the order of now."""

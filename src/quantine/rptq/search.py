@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -14,16 +15,34 @@ from quantine.calibrate.outputs import token_change
 from quantine.calibrate.sequential import Sequential
 from quantine.core.activation import FINE
 from quantine.core.feedback import feedback_of
-from quantine.core.observe import MinMax
-from quantine.core.ranges import covering, search, through
+from quantine.core.observe import MinMax, Over
+from quantine.core.ranges import around_zero, covering, search, through
 from quantine.families.base import Family, is_transposed
 from quantine.rptq.clusters import Reordering
 
 SEARCH_TOKENS: Final = 2048
 """Calibration tokens that rank grids: each is tried on the whole block, which takes the time."""
 
-Fitted = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
-"""Scales and zero points ``[clusters]`` float32, and perhaps the feedback of `StaticGrid`."""
+REACHES: Final = (1.0, 0.85, 0.7)
+"""Of factors, see `quantine.core.factors.steepness`."""
+WITH_FACTORS: Final[tuple[Over, ...]] = ("all", "mean")
+"""The ranges that clusters have there: of these only their proportions matter."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What `StaticGrid.refit` takes.
+
+    Attributes:
+        scale, zero: ``[clusters]`` float32.
+        feedback: ``[heads, dim, dim]`` float16, if there is any.
+        reach: of the factors of tokens, if they have any.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    feedback: Tensor | None = None
+    reach: float | None = None
 
 
 def ranking_batches(sequential: Sequential) -> int:
@@ -77,7 +96,8 @@ def choose_grids(
 def _refit(grids: Sequence[nn.Module], fitted: Fitted) -> None:
     for grid in grids:
         assert isinstance(grid, StaticGrid)
-        grid.refit(*fitted)
+        reach = None if fitted.reach is None else torch.tensor([fitted.reach])
+        grid.refit(fitted.scale, fitted.zero, fitted.feedback, reach)
 
 
 def _rounded(family: Family, block: nn.Module) -> list[list[Place]]:
@@ -103,29 +123,33 @@ class Candidates:
         self._family, self._heads = reordering.family, reordering.heads
 
     def of(self, place: Place, bits: int, final: bool) -> list[Fitted]:
-        """Scales and zero points for a place.
+        """What may round a place.
 
         Args:
             final: know all samples.
         """
         labels, seen = self._reordering.clusters_at(place).labels, self._shown(place, final)
-        importance = self._importance(place, final)
-        found: list[Fitted] = [
-            covering(*seen.of_clusters(labels), bits),
-            faithful(*seen.of_clusters(labels, "running"), bits),
-            search(seen, importance, labels, bits),
-        ]
+        whole = covering(*seen.of_clusters(labels), bits)
+        searched = search(seen, self._importance(place, final), labels, bits)
+        running = faithful(*seen.of_clusters(labels, "running"), bits)
+        found = [Fitted(*whole), Fitted(*running), Fitted(*searched)]
+        if self._reordering.has_factors(place):
+            found += [
+                Fitted(*around_zero(*seen.of_clusters(labels, over), bits), reach=reach)
+                for over in WITH_FACTORS
+                for reach in REACHES
+            ]
         if place.site not in ATTENDED:
             return found
         feedback = feedback_of(self._moments(place, final))
         scale, zero = covering(*seen.of_clusters(labels, "mean"), bits)
-        zeros = [zero]
+        means = [zero]
         if place.site != "query":
             # Every later token attends to the first one, whose keys and values hardly depend on
             # what it is: what rounding makes of them is an error of all tokens.
-            zeros.append(through(seen.firsts.mean(0), scale, zero, labels))
-        fed = [found[0], found[2], *((scale, zero) for zero in zeros)]
-        return [*found, *((one[0], one[1], feedback) for one in fed)]
+            means.append(through(seen.firsts.mean(0), scale, zero, labels))
+        fed = [whole, searched, *((scale, zero) for zero in means)]
+        return [*found, *(Fitted(*grid, feedback) for grid in fed)]
 
     def _shown(self, place: Place, final: bool) -> MinMax:
         seen = self._reordering.ranges_at(place)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, StaticGrid
+from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
 from quantine.activations.install import Place, add_grids, add_norms, add_sites
 from quantine.core.activation import ActivationSpec, activations_from
 from quantine.errors import FormatError
@@ -32,7 +32,7 @@ def rebuild(
         FormatError: a tensor is missing.
     """
     # Directories that do not say it were made when nothing else existed.
-    before = {"relative": False, "value_clusters": None}
+    before = {"relative": False, "value_clusters": None, "token_factors": False}
     spec = activations_from({**before, **activations}, "quantization_config")
     family = family_of(model.config.model_type)
     for path in (family.blocks, family.blocks.removeprefix(f"{model.base_model_prefix}.")):
@@ -63,7 +63,8 @@ class _Stored:
         scale, zero, labels = (
             self._tensor(f"{place.grid}.{name}") for name in StaticGrid.tensor_names
         )
-        return StaticGrid(bits, scale, zero, labels, self._found(f"{place.grid}.{FEEDBACK}"))
+        more = (self._found(f"{place.grid}.{name}") for name in (FEEDBACK, REACH))
+        return StaticGrid(bits, scale, zero, labels, *more)
 
     def _tensor(self, name: str) -> Tensor:
         found = self._found(name)

@@ -159,7 +159,8 @@ class QuantLinear(Packed):
             return None
         grid: integer.InputGrid | None = integer.InputGrid(inputs.bits)
         if isinstance(inputs, StaticGrid):
-            grid = integer.InputGrid.of_channels(inputs.bits, *inputs.of_channels(), qtensor)
+            channels = inputs.of_channels()
+            grid = integer.InputGrid.of_channels(inputs.bits, *channels, qtensor, inputs.reached())
         return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
