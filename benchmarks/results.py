@@ -123,8 +123,9 @@ AXIS_NAMES = {
 }
 
 ROUNDED = "activations-opt-mini-outlier-all"
-ROUNDED_DEMO = "activations-demo"
-"""Names of files of `benchmarks/activations.py`."""
+"""Name of a file of `benchmarks/activations.py`."""
+SITES = "sites-demo"
+"""Name of a file of `benchmarks/sites.py`."""
 ACTIVATIONS = """
 ## RPTQ: activations in clusters of reordered channels
 
@@ -140,9 +141,6 @@ python benchmarks/activations.py MODEL wikitext2_valid.txt --blocks 1 4 --json r
 
 """
 COUNTED = """
-Here and in the table of the demo model, "searched" is an earlier search: without feedback, and with
-4 clusters in each head.
-
 The error by the number of clusters (grids from smallest to largest value):
 
 ![Change of the output against the number of clusters, a line for each site](clusters.png)
@@ -152,8 +150,14 @@ python benchmarks/activations.py MODEL wikitext2_valid.txt --blocks 1 4 \\
     --clusters 1 2 4 8 16 32 64 --plot clusters.png
 ```
 
-The sites of the demo model (`--blocks 3 15 --samples 8 --seqlen 512`), a llama with grouped heads
-and rotary positions, where queries and keys are not reordered, but have clusters:
+What each reorder contributes to the predictions of the demo model, a llama with grouped heads and
+rotary positions: KL divergence from the float model where only the outputs of norms (R1 and R4),
+queries and keys (R2, which are not reordered, but have clusters), values and what attention makes of
+them (R3), or the hidden channels of the MLP (R5) are rounded to 4 bits:
+
+```sh
+python benchmarks/sites.py demo wikitext2_valid.txt wikitext2_test.txt --json sites.json
+```
 
 """
 SCHEMES = """
@@ -258,7 +262,7 @@ def page() -> str:
         )
         if table.name == AXES_BEFORE:
             parts += [AXES, axes(), AXES_AFTER]
-    parts += [ACTIVATIONS, rounded(ROUNDED), COUNTED, rounded(ROUNDED_DEMO), SCHEMES]
+    parts += [ACTIVATIONS, rounded(ROUNDED), COUNTED, contributions(), SCHEMES]
     for name, heading, remark in SCHEME_TABLES:
         parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
     return "".join([*parts, MEMORY, memory()])
@@ -340,6 +344,15 @@ def rounded(name: str) -> str:
     lines = _head(["", *found["sites"]])
     for name, changes in found["changes"].items():
         lines.append(_line([name, *(f"{value:.2e}" for value in changes)]))
+    return "\n".join(lines) + "\n"
+
+
+def contributions() -> str:
+    """Divergences by reorder and kind of grid."""
+    rows = _read(SITES)
+    lines = _head(["", *next(iter(rows.values()))])
+    for name, row in rows.items():
+        lines.append(_line([name, *(f"{value:.4f}" for value in row.values())]))
     return "\n".join(lines) + "\n"
 
 

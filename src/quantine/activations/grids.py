@@ -87,7 +87,7 @@ class StaticGrid(FixedDtypes):
                 states, self.bits, scale.view(shape), zero.view(shape), feedback
             )
             return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
-        values, reach = x.float(), self.reached()
+        values, reach = x.float(), self._buffers[REACH]
         if reach is None:
             return self._rounded(values, scale, zero).to(x.dtype)
         factor = factors(values, *steepness(scale, zero, self.bits, reach))

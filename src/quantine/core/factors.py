@@ -15,14 +15,16 @@ SMALLEST: Final = 1e-30
 """Least factor: a token of zeros stays one."""
 
 
-def steepness(scale: Tensor, zero: Tensor, bits: int, reach: float) -> tuple[Tensor, Tensor]:
+def steepness(
+    scale: Tensor, zero: Tensor, bits: int, reach: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """What a token's values are multiplied by to find its factor.
 
     Args:
         scale, zero: float32 of one shape; zero points in the code range.
         bits: of a code.
         reach: the share of the largest value, in units of the ends of its grid, that is to lie on
-            such an end; what is larger will be clipped.
+            such an end; what is larger will be clipped. As a tensor: ``[1]``.
 
     Returns:
         For values above zero, and for those below: ``reach`` over the ends of the grid, float32 of
