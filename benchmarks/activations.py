@@ -4,8 +4,8 @@
     python benchmarks/activations.py MODEL TEXT --clusters 1 2 4 8 16 32 64 --plot clusters.png
 
 The second compares numbers of clusters, all with grids from smallest to largest value. Weights are
-floats. Each number is the mean over blocks of the squared change of the block's output
-relative to its square.
+floats. Each number is the mean over blocks and tokens of the squared change of a block's output
+relative to the token's square.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from quantine import Calibration, Plan
-from quantine.calibrate.outputs import relative_change
+from quantine.calibrate.outputs import token_change
 from quantine.calibrate.sequential import Sequential
 from quantine.core.activation import (
     KINDS,
@@ -36,7 +36,11 @@ from quantine.rptq.clusters import Heads
 from quantine.rptq.search import outputs
 
 VARIANTS = {
-    "clusters, as published": {"range": "running", "clusters": PUBLISHED_CLUSTERS},
+    "clusters, as published": {
+        "range": "running",
+        "clusters": PUBLISHED_CLUSTERS,
+        "value_clusters": None,
+    },
     "clusters, searched": {"range": "search"},
     "one static grid": {"granularity": "tensor", "range": "minmax"},
     "a grid for each token": {"granularity": "token"},
@@ -48,7 +52,14 @@ def variants_of(counts: list[int] | None) -> dict[str, dict[str, Any]]:
     """Fields of the activations' spec, by the name of what is compared."""
     if counts is None:
         return VARIANTS
-    return {f"{n} clusters": {"range": "minmax", "clusters": (n,) * len(KINDS)} for n in counts}
+    return {
+        f"{n} clusters": {
+            "range": "minmax",
+            "clusters": (n,) * len(KINDS),
+            "value_clusters": None,
+        }
+        for n in counts
+    }
 
 
 def changes(
@@ -69,7 +80,7 @@ def changes(
             blocks[index] = copy.deepcopy(block)
             one = replace(spec, **{site: bits})
             prepare_block(sequential, index, blocks[index], job.family, heads, one)
-            change = relative_change(expected, outputs(sequential, index))
+            change = token_change(expected, outputs(sequential, index))
             found.setdefault(name, []).append(change)
     blocks[index] = block
     return found
@@ -87,7 +98,7 @@ def plot(counts: list[int], changed: dict[str, list[float]], bits: int, path: Pa
     axes.set_xticks(counts, map(str, counts))
     axes.set_yscale("log")
     axes.set_xlabel("clusters (of queries, keys and values: for each head)")
-    axes.set_ylabel("squared change of the block's output, relative")
+    axes.set_ylabel("squared change of a token's output, relative")
     axes.set_title(f"One site at a time in {bits} bits")
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -24,6 +24,8 @@ from bench_bits import machine
 from quantine.activations.attention import NAME, register
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
+from quantine.core.activation import FINE
+from quantine.core.feedback import feedback_of
 from quantine.kernels.kv_attention import attend
 from quantine.runtime.kv_cache import PackedLayer, packed_cache
 
@@ -51,15 +53,22 @@ def sites_of(model: PreTrainedModel) -> list[AttentionSites]:
 
 
 def put_grids(sites: list[AttentionSites], bits: int, config: LlamaConfig) -> None:
-    """Grids of 16 clusters over -4..4 for keys and values; none for 16 bit."""
-    channels = config.num_key_value_heads * config.head_dim
+    """Grids over -4..4 for each channel of keys and values, with feedback for less than 8 bits.
+
+    That is what schemes have. None for 16 bit.
+    """
+    heads, dim = config.num_key_value_heads, config.head_dim
+    channels = heads * dim
+    met = torch.randn(heads, 4 * dim, dim)
+    feedback = feedback_of(met.transpose(1, 2) @ met)
     for site in sites:
         for name in ("key", "value"):
             grid: nn.Module = nn.Identity()
             if bits < 16:
-                scale, zero = torch.full((16,), 8 / 2**bits), torch.full((16,), 2.0 ** (bits - 1))
-                labels = torch.arange(channels, dtype=torch.int32) % 16
-                grid = StaticGrid(bits, scale, zero, labels)
+                scale = torch.full((channels,), 8 / 2**bits)
+                zero = torch.full((channels,), 2.0 ** (bits - 1))
+                labels = torch.arange(channels, dtype=torch.int32)
+                grid = StaticGrid(bits, scale, zero, labels, feedback if bits < FINE else None)
             setattr(site, name, grid)
 
 

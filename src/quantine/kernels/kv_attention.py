@@ -22,6 +22,9 @@ from quantine.kernels.tiled_attention import attend_in_tiles
 MOST_ROWS: Final = 64
 """Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
 multiplies decoded floats."""
+TILED: Final = 16
+"""Tokens from which floats are multiplied tile by tile: fewer have few scores, and do not make up
+for keys and values turned into float32."""
 
 
 def attend(
@@ -53,6 +56,8 @@ def attend(
         or not isinstance(value, PackedStates)
         or not _few(query, key)
     ):
+        if query.shape[2] < TILED:
+            return attend_reference(query, key, value, *rest)
         return attend_in_tiles(query, key, value, *rest, keep)
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]

@@ -37,47 +37,59 @@ def attend_in_tiles(
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, context = key.shape[1], key.shape[2]
-    copies = heads // kv_heads
+    shape = (batch, kv_heads, heads // kv_heads, tokens)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Rounded states are floats that stand for codes: bfloat16 products would round them again.
     with torch.autocast(query.device.type, enabled=False):
-        queries = query.to(dtype).mul(scaling).view(batch, kv_heads, copies, tokens, dim)
+        queries = query.to(dtype).mul(scaling).view(*shape, dim)
         keys, values = key.to(dtype).transpose(2, 3), value.to(dtype)
-        out = query.new_empty(batch, tokens, heads, dim)
-        kept = query.new_zeros(batch, heads, tokens, context) if keep else None
-        masks = None if mask is None else _expanded(mask, batch, tokens, context)
-        for sample, rows in _tiles(batch, tokens, max(1, TILE // max(1, copies * context))):
-            hidden = None if masks is None else masks[sample, :, rows]
+        out = query.new_empty(batch, tokens, *shape[1:3], dim)
+        kept = query.new_zeros(*shape, context) if keep else None
+        masks = None if mask is None else _expanded(mask, shape, context)
+        for samples, rows, own in _tiles(*shape, context):
+            hidden = None if masks is None else masks[samples, :, :, rows]
             seen = context if hidden is None else _seen(hidden)
-            for head in range(kv_heads):
-                own = slice(head * copies, (head + 1) * copies)
-                states = queries[sample, head, :, rows]
-                scores = states.flatten(0, 1) @ keys[sample, head, :, :seen]
-                scores = scores.view(*states.shape[:2], seen)
-                if softcap is not None:
-                    scores.div_(softcap).tanh_().mul_(softcap)
-                if hidden is not None:
-                    scores += (hidden if len(hidden) == 1 else hidden[own])[..., :seen]
-                scores = _normalized(scores, softmax_bits, relative)
-                if kept is not None:
-                    kept[sample, own, rows, :seen] = scores
-                mixed = scores.flatten(0, 1) @ values[sample, head, :seen]
-                out[sample, rows, own] = mixed.view(*states.shape).transpose(0, 1).to(out.dtype)
-    return out, kept
+            states = queries[samples, own, :, rows]
+            scores = states.flatten(2, 3) @ keys[samples, own, :, :seen]
+            scores = scores.view(*states.shape[:4], seen)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
+            if hidden is not None:
+                scores += (hidden if hidden.shape[1] == 1 else hidden[:, own])[..., :seen]
+            scores = _normalized(scores, softmax_bits, relative)
+            if kept is not None:
+                kept[samples, own, :, rows, :seen] = scores
+            mixed = scores.flatten(2, 3) @ values[samples, own, :seen]
+            out[samples, rows, own] = mixed.view(*states.shape).permute(0, 3, 1, 2, 4).to(out.dtype)
+    return out.flatten(2, 3), None if kept is None else kept.flatten(1, 2)
 
 
-def _tiles(batch: int, tokens: int, rows: int) -> Iterator[tuple[int, slice]]:
-    """Each sample's tokens, ``rows`` at a time."""
-    for sample in range(batch):
-        for first in range(0, tokens, rows):
-            yield sample, slice(first, min(tokens, first + rows))
+def _tiles(
+    batch: int, kv_heads: int, copies: int, tokens: int, context: int
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Samples, tokens, and heads of keys that together have about `TILE` scores."""
+    row = max(1, copies * context)
+    rows = min(max(1, TILE // row), tokens)
+    heads = min(max(1, TILE // (row * rows)), kv_heads)
+    samples = max(1, TILE // (row * rows * heads))
+    for sample in range(0, batch, samples):
+        for token in range(0, tokens, rows):
+            for head in range(0, kv_heads, heads):
+                yield (
+                    slice(sample, sample + samples),
+                    slice(token, token + rows),
+                    slice(head, head + heads),
+                )
 
 
-def _expanded(mask: Tensor, batch: int, tokens: int, context: int) -> Tensor:
-    """``mask`` as ``[batch, 1 or heads, tokens, context]``."""
+def _expanded(mask: Tensor, shape: tuple[int, int, int, int], context: int) -> Tensor:
+    """``mask`` as ``[batch, kv_heads, copies, tokens, context]``, or with 1 for both of heads."""
+    batch, kv_heads, copies, tokens = shape
     mask = mask[..., :context]
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-    return mask.expand(batch, -1, tokens, context)
+    heads = (kv_heads, copies) if mask.shape[1] > 1 else (1, 1)
+    expanded: Tensor = mask.unflatten(1, heads).expand(batch, -1, -1, tokens, context)
+    return expanded
 
 
 def _seen(mask: Tensor) -> int:
