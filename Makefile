@@ -73,6 +73,7 @@ bench: install
 	$(BIN)/python benchmarks/bench_matrix.py
 	$(BIN)/python benchmarks/bench_gram.py
 	$(BIN)/python benchmarks/bench_kv.py
+	$(BIN)/python benchmarks/bench_tiled_attention.py
 	$(BIN)/python benchmarks/bench_integer.py
 
 wheel: install

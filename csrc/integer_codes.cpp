@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "lanes.h"
 
@@ -11,7 +12,9 @@ namespace {
 constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
 constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
 constexpr float kSmallestStep = 1e-8f;    // quantine.core.ranges.SMALLEST_STEP
-constexpr float kSmallestFactor = 1e-30f;  // quantine.core.factors.SMALLEST
+// Of quantine.core.factors.
+constexpr float kSmallestFactor = 1e-30f, kLargestFactor = 4.0f;
+constexpr float kFinite = std::numeric_limits<float>::max();
 
 struct Ends {
   float low, high;
@@ -36,6 +39,11 @@ Ends ends_of(const float* x, std::size_t count) {
   return {*std::min_element(low, low + kWide), *std::max_element(high, high + kWide)};
 }
 
+QUANTINE_INLINE float larger_product(float x, float above, float below) {
+  const float finite = smaller(larger(x, -kFinite), kFinite);
+  return larger(finite * above, finite * below);
+}
+
 // The largest of `best` and the products of values with `above` and `below`.
 QUANTINE_CLONES
 float steepest(const float* x, std::size_t count, float above, float below, float best) {
@@ -45,8 +53,8 @@ float steepest(const float* x, std::size_t count, float above, float below, floa
   std::size_t at = 0;
   for (; at + kWide <= count; at += kWide)
     for (std::size_t lane = 0; lane < kWide; ++lane)
-      found[lane] = larger(found[lane], larger(x[at + lane] * above, x[at + lane] * below));
-  for (; at < count; ++at) found[0] = larger(found[0], larger(x[at] * above, x[at] * below));
+      found[lane] = larger(found[lane], larger_product(x[at + lane], above, below));
+  for (; at < count; ++at) found[0] = larger(found[0], larger_product(x[at], above, below));
   return *std::max_element(found, found + kWide);
 }
 
@@ -140,7 +148,7 @@ float RoundedRows::factor_of(const float* x) const {
   for (std::size_t group = 0; group < spans_.size(); ++group)
     best = steepest(x + spans_[group].column, spans_[group].width, grid_.above[group],
                     grid_.below[group], best);
-  return best;
+  return smaller(best, kLargestFactor);
 }
 
 void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {

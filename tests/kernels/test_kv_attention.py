@@ -19,7 +19,6 @@ from quantine.kernels.kv_attention import (
     round_probabilities,
 )
 from quantine.kernels.packed_states import PackedStates
-from quantine.kernels.tiled_attention import TILE, attend_in_tiles
 
 widths = st.integers(2, 8)
 rounding = given(
@@ -197,78 +196,3 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         attend(torch.randn(1, 4, 1, 24), key, key, None, 1.0)
     with pytest.raises(ValueError, match="mask"):
         attend(torch.randn(1, 4, 1, 16), key, key, torch.zeros(3, 1, 1, 30), 1.0)
-
-
-@given(
-    batch=st.integers(1, 2),
-    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    tokens=st.sampled_from([1, 3, 64, 300]),
-    before=st.sampled_from([0, 1, 50]),
-    masked=st.sampled_from(["no", "causal", "heads", "padding", "longer"]),
-    softcap=st.sampled_from([None, 5.0]),
-    softmax=st.sampled_from([2, 4, 8, UNQUANTIZED]),
-    relative=st.booleans(),
-    keep=st.booleans(),
-    tile=st.sampled_from([1, 1000, TILE]),
-    seed=st.integers(0, 99),
-)
-@example(2, (2, 3), 300, 50, "causal", None, 8, True, True, 1000, 0)
-def test_tiles_are_the_reference(
-    batch: int,
-    heads: tuple[int, int],
-    tokens: int,
-    before: int,
-    masked: str,
-    softcap: float | None,
-    softmax: int,
-    relative: bool,
-    keep: bool,
-    tile: int,
-    seed: int,
-) -> None:
-    torch.manual_seed(seed)
-    kv_heads, copies = heads
-    context, dim = tokens + before, 8
-    query = torch.randn(batch, kv_heads * copies, tokens, dim, dtype=torch.float64)
-    key, value = torch.randn(2, batch, kv_heads, context, dim, dtype=torch.float64).unbind()
-    args = (masks(masked, batch, kv_heads * copies, tokens, context), 0.5, softcap)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantine.kernels.tiled_attention.TILE", tile)
-        rounded = (softmax, relative)
-        out, probabilities = attend_in_tiles(query, key, value, *args, *rounded, keep)
-    expected, exactly = attend_reference(query, key, value, *args, *rounded)
-    assert torch.allclose(out, expected, atol=1e-9)
-    if keep:
-        assert probabilities is not None
-        assert torch.allclose(probabilities, exactly, atol=1e-9)
-    else:
-        assert probabilities is None
-
-
-def masks(kind: str, batch: int, heads: int, tokens: int, context: int) -> Tensor | None:
-    """What is added to scores, the numbers that transformers hides with among it."""
-    least = torch.finfo(torch.float64).min
-    causal = torch.full((tokens, context), least, dtype=torch.float64).triu(context - tokens + 1)
-    if kind == "no":
-        return None
-    if kind == "causal":
-        return causal
-    if kind == "heads":
-        return torch.randn(batch, heads, tokens, context, dtype=torch.float64)
-    if kind == "longer":
-        return torch.cat([causal, torch.zeros(tokens, 3, dtype=torch.float64)], 1)[None, None]
-    padded = causal.expand(batch, 1, tokens, context).clone()
-    padded[0, :, :, : context // 2] = least  # so that the first queries see nothing
-    return padded
-
-
-def test_learning_has_the_gradient_of_the_reference() -> None:
-    query = torch.randn(1, 2, 70, 8, requires_grad=True)
-    key, value = torch.randn(2, 1, 2, 70, 8).unbind()
-    attend(query, key, value, None, 0.25)[0].sum().backward()  # type: ignore[no-untyped-call]
-    found = query.grad
-    query.grad = None
-    attend_reference(query, key, value, None, 0.25)[0].sum().backward()  # type: ignore[no-untyped-call]
-    assert found is not None
-    assert query.grad is not None
-    assert torch.equal(found, query.grad)

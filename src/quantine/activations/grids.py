@@ -71,10 +71,9 @@ class StaticGrid(FixedDtypes):
         """Feedback ``[heads, dim, dim]`` float16, if there is any."""
         return self._buffers[FEEDBACK]
 
-    def reached(self) -> float | None:
-        """The reach of factors of tokens, if they have any."""
-        reach = self._buffers[REACH]
-        return None if reach is None else float(reach)
+    def reached(self) -> Tensor | None:
+        """The reach ``[1]`` of factors of tokens, if they have any."""
+        return self._buffers[REACH]
 
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
@@ -87,7 +86,7 @@ class StaticGrid(FixedDtypes):
                 states, self.bits, scale.view(shape), zero.view(shape), feedback
             )
             return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
-        values, reach = x.float(), self._buffers[REACH]
+        values, reach = x.float(), self.reached()
         if reach is None:
             return self._rounded(values, scale, zero).to(x.dtype)
         factor = factors(values, *steepness(scale, zero, self.bits, reach))
@@ -101,7 +100,7 @@ class StaticGrid(FixedDtypes):
         """Bits and shape."""
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
         shown = f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
-        return shown if self._buffers[REACH] is None else f"{shown}, a factor for each token"
+        return shown if self.reached() is None else f"{shown}, a factor for each token"
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel, ``[channels]`` float32."""

@@ -42,13 +42,13 @@ class InputGrid:
         bits: of a code, 2 to 8.
         scale, zero: ``[groups]`` float32, of each group of weights; ``None`` where every token has
             the grid from its least to its largest value.
-        reach: of the factors of tokens; ``None`` where they have none.
+        reach: ``[1]`` float32, of the factors of tokens; ``None`` where they have none.
     """
 
     bits: int
     scale: Tensor | None = None
     zero: Tensor | None = None
-    reach: float | None = None
+    reach: Tensor | None = None
 
     @classmethod
     def of_channels(
@@ -57,7 +57,7 @@ class InputGrid:
         scale: Tensor,
         zero: Tensor,
         qtensor: QTensor,
-        reach: float | None = None,
+        reach: Tensor | None = None,
     ) -> InputGrid | None:
         """The grid of channels as the groups of ``qtensor`` meet it.
 

@@ -47,7 +47,8 @@ def attend(
         keep: whether probabilities are wanted; there may be ``None`` otherwise.
     """
     rest = (mask, scaling, softcap, softmax_bits, relative)
-    if dropout > 0 or _learning(query, key, value) or not _on_cpu(query, key, value):
+    learning = _learning(query, key, value, *(() if mask is None else (mask,)))
+    if dropout > 0 or learning or not _on_cpu(query, key, value):
         return attend_reference(query, key, value, *rest, dropout)
     native = backend.native()
     if (
@@ -143,7 +144,8 @@ def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Ten
 def _learning(*states: Tensor) -> bool:
     """Whether a gradient is wanted, or a graph: only the reference has one."""
     wanted = torch.is_grad_enabled() and any(state.requires_grad for state in states)
-    return wanted or torch.compiler.is_compiling()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return wanted or tracing or torch.compiler.is_compiling()
 
 
 def _on_cpu(*states: Tensor) -> bool:

@@ -69,8 +69,8 @@ def _tiles(
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Samples, tokens, and heads of keys that together have about `TILE` scores."""
     row = max(1, copies * context)
-    rows = min(max(1, TILE // row), tokens)
-    heads = min(max(1, TILE // (row * rows)), kv_heads)
+    rows = max(1, min(TILE // row, tokens))
+    heads = max(1, min(TILE // (row * rows), kv_heads))
     samples = max(1, TILE // (row * rows * heads))
     for sample in range(0, batch, samples):
         for token in range(0, tokens, rows):
@@ -97,6 +97,8 @@ def _seen(mask: Tensor) -> int:
 
     All of them, where a query sees none: its probabilities are then whatever softmax makes of that.
     """
+    if not mask.is_floating_point():
+        return mask.shape[-1]
     visible = (mask > torch.finfo(mask.dtype).min).flatten(0, -2)
     if not bool(visible.any(1).all()):
         return mask.shape[-1]

@@ -1,0 +1,150 @@
+"""Attention tile by tile: against the reference, and where it is not to be used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantine.core.activation import UNQUANTIZED
+from quantine.kernels.kv_attention import TILED, attend, attend_reference
+from quantine.kernels.tiled_attention import TILE, attend_in_tiles
+
+
+@given(
+    batch=st.integers(1, 2),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    tokens=st.sampled_from([1, 3, 64, 300]),
+    before=st.sampled_from([0, 1, 50]),
+    masked=st.sampled_from(["no", "causal", "heads", "padding", "longer"]),
+    softcap=st.sampled_from([None, 5.0]),
+    softmax=st.sampled_from([2, 4, 8, UNQUANTIZED]),
+    relative=st.booleans(),
+    keep=st.booleans(),
+    tile=st.sampled_from([1, 1000, TILE]),
+    seed=st.integers(0, 99),
+)
+@example(2, (2, 3), 300, 50, "causal", None, 8, True, True, 1000, 0)
+def test_tiles_are_the_reference(
+    batch: int,
+    heads: tuple[int, int],
+    tokens: int,
+    before: int,
+    masked: str,
+    softcap: float | None,
+    softmax: int,
+    relative: bool,
+    keep: bool,
+    tile: int,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    kv_heads, copies = heads
+    context, dim = tokens + before, 8
+    query = torch.randn(batch, kv_heads * copies, tokens, dim, dtype=torch.float64)
+    key, value = torch.randn(2, batch, kv_heads, context, dim, dtype=torch.float64).unbind()
+    args = (masks(masked, batch, kv_heads * copies, tokens, context), 0.5, softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantine.kernels.tiled_attention.TILE", tile)
+        rounded = (softmax, relative)
+        out, probabilities = attend_in_tiles(query, key, value, *args, *rounded, keep)
+    expected, exactly = attend_reference(query, key, value, *args, *rounded)
+    assert torch.allclose(out, expected, atol=1e-9)
+    if keep:
+        assert probabilities is not None
+        assert torch.allclose(probabilities, exactly, atol=1e-9)
+    else:
+        assert probabilities is None
+
+
+def masks(kind: str, batch: int, heads: int, tokens: int, context: int) -> Tensor | None:
+    """What is added to scores, the numbers that transformers hides with among it."""
+    least = torch.finfo(torch.float64).min
+    causal = torch.full((tokens, context), least, dtype=torch.float64).triu(context - tokens + 1)
+    if kind == "no":
+        return None
+    if kind == "causal":
+        return causal
+    if kind == "heads":
+        return torch.randn(batch, heads, tokens, context, dtype=torch.float64)
+    if kind == "longer":
+        return torch.cat([causal, torch.zeros(tokens, 3, dtype=torch.float64)], 1)[None, None]
+    padded = causal.expand(batch, 1, tokens, context).clone()
+    padded[0, :, :, : context // 2] = least  # so that the first queries see nothing
+    return padded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_are_of_float32_whatever_is_wanted_around(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 4, 200, 16).to(dtype).unbind()
+    args = (masks("causal", 1, 4, 200, 200), 0.25, None, 8, True, True)
+    assert args[0] is not None
+    args = (args[0].clamp(min=-1e30).float(), *args[1:])
+    plain, kept = attend_in_tiles(query, key, value, *args)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = attend_in_tiles(query, key, value, *args)
+    assert plain.dtype == dtype
+    assert kept is not None
+    assert kept.dtype == dtype
+    assert torch.equal(plain, cast)
+    exact, _ = attend_reference(query.float(), key.float(), value.float(), *args[:-1])
+    assert torch.equal(plain, exact.to(dtype)) or torch.allclose(
+        plain.float(), exact, atol=torch.finfo(dtype).eps * 4
+    )
+
+
+@pytest.mark.parametrize("tokens", [TILED - 1, TILED])
+def test_probabilities_are_kept_unless_nobody_wants_them(tokens: int) -> None:
+    query, key, value = torch.randn(3, 1, 2, tokens, 8).unbind()
+    expected = attend_reference(query, key, value, None, 0.3)
+    for keep in (True, False):
+        out, kept = attend(query, key, value, None, 0.3, keep=keep)
+        assert torch.allclose(out, expected[0], atol=1e-5)
+        if keep:
+            assert kept is not None
+            assert torch.allclose(kept, expected[1], atol=1e-5)
+        else:
+            assert tokens < TILED or kept is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`:DeprecationWarning")
+def test_a_recording_holds_for_other_masks() -> None:
+    query, key, value = torch.randn(3, 1, 2, 40, 8).unbind()
+    closed = masks("padding", 1, 2, 40, 40)
+    assert closed is not None
+    closed = closed.clamp(min=-1e30).float()
+
+    def one(mask: Tensor) -> Tensor:
+        return attend(query, key, value, mask, 0.3)[0]
+
+    recorded = torch.jit.trace(one, (closed,))
+    opened = torch.zeros_like(closed)
+    assert torch.allclose(recorded(opened), one(opened), atol=1e-5)
+
+
+def test_masks_learn_too() -> None:
+    query, key, value = torch.randn(3, 1, 2, 40, 8).unbind()
+    mask = torch.zeros(40, 40, requires_grad=True)
+    attend(query, key, value, mask, 0.3, None, 8)[0].sum().backward()  # type: ignore[no-untyped-call]
+    assert mask.grad is not None
+
+
+def test_no_tokens_have_no_outputs() -> None:
+    query, key = torch.randn(2, 4, 0, 8), torch.randn(2, 2, 5, 8)
+    out, _ = attend_in_tiles(query, key, key, None, 0.3, None, UNQUANTIZED, True, False)
+    assert out.shape == (2, 0, 4, 8)
+
+
+def test_learning_has_the_gradient_of_the_reference() -> None:
+    query = torch.randn(1, 2, 70, 8, requires_grad=True)
+    key, value = torch.randn(2, 1, 2, 70, 8).unbind()
+    attend(query, key, value, None, 0.25)[0].sum().backward()  # type: ignore[no-untyped-call]
+    found = query.grad
+    query.grad = None
+    attend_reference(query, key, value, None, 0.25)[0].sum().backward()  # type: ignore[no-untyped-call]
+    assert found is not None
+    assert query.grad is not None
+    assert torch.equal(found, query.grad)
