@@ -156,7 +156,8 @@ queries and keys (R2, which are not reordered, but have clusters), values and wh
 of them (R3), or the hidden channels of the MLP (R5) are rounded to 4 bits:
 
 ```sh
-python benchmarks/sites.py demo wikitext2_valid.txt wikitext2_test.txt --json sites.json
+python benchmarks/sites.py demo wikitext2_valid.txt wikitext2_test.txt --samples 8 --limit 4 \\
+    --json sites.json
 ```
 
 """

@@ -17,14 +17,14 @@ from quantine.core.activation import UNQUANTIZED
 from quantine.kernels import backend
 from quantine.kernels.packed_states import PackedStates
 from quantine.kernels.threads import pool
-from quantine.kernels.tiled_attention import attend_in_tiles
+from quantine.kernels.tiled_attention import TILE, attend_in_tiles
 
 MOST_ROWS: Final = 64
 """Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
 multiplies decoded floats."""
 TILED: Final = 16
-"""Tokens from which floats are multiplied tile by tile: fewer have few scores, and do not make up
-for keys and values turned into float32."""
+"""Tokens from which many scores are made tile by tile: fewer do not make up for keys and values
+turned into float32."""
 
 
 def attend(
@@ -57,9 +57,9 @@ def attend(
         or not isinstance(value, PackedStates)
         or not _few(query, key)
     ):
-        if query.shape[2] < TILED:
-            return attend_reference(query, key, value, *rest)
-        return attend_in_tiles(query, key, value, *rest, keep)
+        if _in_tiles(query, key):
+            return attend_in_tiles(query, key, value, *rest, keep)
+        return attend_reference(query, key, value, *rest)
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]
     if mask is not None:
@@ -150,6 +150,11 @@ def _learning(*states: Tensor) -> bool:
 
 def _on_cpu(*states: Tensor) -> bool:
     return all(state.device.type == "cpu" for state in states)
+
+
+def _in_tiles(query: Tensor, key: Tensor) -> bool:
+    """Whether there are more scores than one tile has."""
+    return query.shape[2] >= TILED and query.shape[:3].numel() * key.shape[2] > TILE
 
 
 def _few(query: Tensor, key: Tensor) -> bool:
