@@ -12,6 +12,8 @@ import warnings
 from types import ModuleType
 from typing import Final
 
+import torch
+
 from quantine.errors import BackendUnavailable
 
 VARIABLE: Final = "QUANTINE_BACKEND"
@@ -46,6 +48,12 @@ def native() -> ModuleType | None:
             stacklevel=2,
         )
         return None
+
+
+def is_recorded() -> bool:
+    """Whether PyTorch records the computation: kernels, and choices by values, would be lost."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return tracing or torch.compiler.is_compiling()
 
 
 def name() -> str:

@@ -16,7 +16,7 @@ sign; the sums are as exact, and what floats then round differs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -159,13 +159,11 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
     """
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
     lengths = qtensor.grid.lengths(stored.shape[1])
-    if grid.reach is not None:
-        scale, zero = grid.of_inputs(stored, lengths)
-        factor = factors(stored, *steepness(scale, zero, grid.bits, grid.reach))
-        plain = replace(grid, reach=None)
-        ordered = replace(qtensor, in_perm=None)
-        return multiply_reference(ordered, plain, stored / factor) * factor
     scale, zero = grid.of_inputs(stored, lengths)
+    factor = torch.ones(len(x), 1)
+    if grid.reach is not None:
+        factor = factors(stored, *steepness(scale, zero, grid.bits, grid.reach))
+        stored = stored / factor
     codes = encode(stored.unsqueeze(-1), scale, zero, grid.bits).squeeze(-1)
     weights, added = _without_outliers(qtensor)
     result = torch.zeros(len(x), len(weights))
@@ -180,7 +178,9 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
         sums = c_x @ c_w.T - c_x.sum(1, keepdim=True) * z_w
         sums = sums - z * c_w.sum(1) + c_w.shape[1] * z * z_w
         result += sums.float() * (s_x[:, :1] * s_w)
-    return result if added is None else result + (codes - zero).mul_(scale) @ added.T
+    if added is not None:
+        result += (codes - zero).mul_(scale) @ added.T
+    return result * factor
 
 
 def _without_outliers(qtensor: QTensor) -> tuple[Tensor, Tensor | None]:

@@ -144,8 +144,7 @@ def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Ten
 def _learning(*states: Tensor) -> bool:
     """Whether a gradient is wanted, or a graph: only the reference has one."""
     wanted = torch.is_grad_enabled() and any(state.requires_grad for state in states)
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    return wanted or tracing or torch.compiler.is_compiling()
+    return wanted or backend.is_recorded()
 
 
 def _on_cpu(*states: Tensor) -> bool:

@@ -15,7 +15,7 @@ from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.fixed import FixedDtypes
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
-from quantine.kernels import integer
+from quantine.kernels import backend, integer
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
 from quantine.runtime.snapshot import Snapshot
 
@@ -191,9 +191,8 @@ class QuantLinear(Packed):
 def _takes_native(x: Tensor) -> bool:
     """Whether native products may have ``x``: no gradient, nor a recording of them, is wanted."""
     wanted = torch.is_grad_enabled() and x.requires_grad
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    recorded = tracing or torch.compiler.is_compiling()
-    return x.device.type == "cpu" and x.dtype in COMPUTED and not wanted and not recorded
+    computed = x.device.type == "cpu" and x.dtype in COMPUTED
+    return computed and not wanted and not backend.is_recorded()
 
 
 class QuantEmbedding(Packed):
