@@ -20,20 +20,16 @@ from typing import Any
 import torch
 
 from quantine import Calibration, Plan
-from quantine.calibrate.outputs import token_change
 from quantine.calibrate.sequential import Sequential
-from quantine.core.activation import (
-    KINDS,
-    PUBLISHED_CLUSTERS,
-    SITES,
-    UNQUANTIZED,
-    ActivationSpec,
-)
-from quantine.families.base import block_list
-from quantine.prepare import Job, prepare
+from quantine.calibrate.submodules import token_change
+from quantine.core.activation_spec import REORDERS, SITES, UNQUANTIZED, ActivationSpec
+from quantine.families.layers import block_list
+from quantine.plan.shorthand import PUBLISHED_CLUSTERS
 from quantine.rptq.blocks import prepare_block
-from quantine.rptq.clusters import Heads
-from quantine.rptq.search import outputs
+from quantine.rptq.choose_grids import outputs
+from quantine.rptq.reordering import Heads
+from quantine.run.job import Job
+from quantine.run.prepare import prepare
 
 VARIANTS = {
     "clusters, as published": {
@@ -55,7 +51,7 @@ def variants_of(counts: list[int] | None) -> dict[str, dict[str, Any]]:
     return {
         f"{n} clusters": {
             "range": "minmax",
-            "clusters": (n,) * len(KINDS),
+            "clusters": (n,) * len(REORDERS),
             "value_clusters": None,
         }
         for n in counts

@@ -17,7 +17,7 @@ from quantine.core.arithmetic import Arithmetic
 from quantine.eval.perplexity import cut_windows, perplexity_of, predict, score_windows
 from quantine.kernels.matrix import multiply
 from quantine.runtime.modules import QuantLinear, TiedHead, packed_modules
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 
 
 class Straight(nn.Module):

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantine.core.bits import unpack_reference
 from quantine.kernels import backend
 from quantine.kernels.bits import pack, unpack
+from quantine.kernels.bits.reference import unpack_reference
 
 SHAPES = ((576, 1536), (4096, 1024))
 

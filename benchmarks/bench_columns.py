@@ -19,18 +19,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quantine.core import fit
-from quantine.core.objective import Objective
-from quantine.core.observe import Factor
 from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
-from quantine.kernels.columns import AtReach, Columns, round_block, round_block_reference
-from quantine.kernels.fit import Fitted, fit_groups
+from quantine.kernels.columns import round_block
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.columns.reference import round_block_reference
+from quantine.kernels.fit import fit_groups
+from quantine.kernels.fit import reference as fit
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import GridCost
+from quantine.statistics.inverse_factor import InverseFactor
 
 INPUTS = 128
 GROUP = 16
 SPEC = QuantSpec(3, GROUP, scale_bits=3, stat_group_size=64)
-OBJECTIVE = Objective("hessian", 0.01, look_ahead=True)
+OBJECTIVE = GridCost("hessian", 0.01, look_ahead=True)
 
 
 def main() -> None:
@@ -98,8 +101,8 @@ def weights(rows: int) -> Tensor:
 
 def started(rows: int) -> Columns:
     upper = torch.rand(INPUTS, INPUTS, generator=torch.Generator().manual_seed(1)).triu(1) * 0.05
-    factor = Factor(upper + torch.eye(INPUTS), torch.arange(INPUTS), 0.01)
-    fitted = Fitted.empty(INPUTS // GROUP, rows, GROUP, SPEC)
+    factor = InverseFactor(upper + torch.eye(INPUTS), torch.arange(INPUTS), 0.01)
+    fitted = FittedGroups.empty(INPUTS // GROUP, rows, GROUP, SPEC)
     at_reach = AtReach(fitted, torch.ones(INPUTS), OBJECTIVE)
     values = fitted.scale.values, fitted.zero.values
     groups = torch.arange(INPUTS) // GROUP

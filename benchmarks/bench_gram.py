@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from quantine.core import observe
+from quantine.core.process_memory import reuse_freed_memory
 from quantine.kernels import backend
 from quantine.kernels.gram import add_gram
-from quantine.progress import reuse_freed_memory
+from quantine.statistics import hessian as observe
 
 TOKENS = 2048
 

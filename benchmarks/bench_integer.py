@@ -24,7 +24,8 @@ from quantine.core.grid import Grid
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import CLUSTERS
 from quantine.kernels import backend
-from quantine.kernels.integer import InputGrid, levels, multiply, native_grid
+from quantine.kernels.integer import levels, multiply, native_grid
+from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.matrix import packed_matrix
 
 SHAPES = ("2048x2048", "4096x4096", "8192x2048", "2048x8192")

@@ -24,9 +24,9 @@ from bench_bits import machine
 from quantine.activations.attention import NAME, register
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
-from quantine.core.activation import FINE
-from quantine.core.feedback import feedback_of
+from quantine.core.activation_spec import FINE_BITS
 from quantine.kernels.kv_attention import attend
+from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import PackedLayer, packed_cache
 
 SMALL: Final = LlamaConfig(
@@ -68,7 +68,7 @@ def put_grids(sites: list[AttentionSites], bits: int, config: LlamaConfig) -> No
                 scale = torch.full((channels,), 8 / 2**bits)
                 zero = torch.full((channels,), 2.0 ** (bits - 1))
                 labels = torch.arange(channels, dtype=torch.int32)
-                grid = StaticGrid(bits, scale, zero, labels, feedback if bits < FINE else None)
+                grid = StaticGrid(bits, scale, zero, labels, feedback if bits < FINE_BITS else None)
             setattr(site, name, grid)
 
 

@@ -30,13 +30,13 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import GroupAxis
 from quantine.kernels import backend
 from quantine.kernels.matrix import (
-    Matrix,
     multiply,
     multiply_panels,
     multiply_reference,
     packed_matrix,
     read_words,
 )
+from quantine.kernels.matrix.cpu import Matrix
 from quantine.runtime.modules import FEW_ROWS
 
 COLD_BYTES: Final = 2**28

@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantine.kernels.kv_attention import attend_reference
-from quantine.kernels.tiled_attention import attend_in_tiles
+from quantine.kernels.kv_attention.reference import attend_reference
+from quantine.kernels.kv_attention.tiled import attend_in_tiles
 
 REST = (0.125, None, 8, True)
 """Scaling, no bound of scores, bits of probabilities, relative to the largest."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantine import Calibration, Plan, evaluate, quantize
-from quantine.core.activation import PUBLISHED_CLUSTERS
+from quantine.plan.shorthand import PUBLISHED_CLUSTERS
 
 REORDERS = {
     "R1, R4": ("norm",),

@@ -19,7 +19,7 @@ def half(value: float) -> float:
     return float(np.float16(value))
 
 
-def fit_range(low: float, high: float, bits: int, sym: bool) -> tuple[float, int]:
+def fit_whole(low: float, high: float, bits: int, sym: bool) -> tuple[float, int]:
     """Scale and zero point of the grid that covers ``low``, ``high`` and zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     top, middle = 2**bits - 1, 2 ** (bits - 1)
@@ -33,7 +33,7 @@ def fit_range(low: float, high: float, bits: int, sym: bool) -> tuple[float, int
 
 def fit_minmax(values: Sequence[float], bits: int, sym: bool) -> tuple[float, int]:
     """Scale and zero point of the grid that covers all ``values`` and zero."""
-    return fit_range(min(values), max(values), bits, sym)
+    return fit_whole(min(values), max(values), bits, sym)
 
 
 def encode(value: float, scale: float, zero: int, bits: int) -> int:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from quantine.core.observe import Hessian
+from quantine.statistics.hessian import Hessian
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 """For hypothesis: the same examples in every run, however slow the machine."""

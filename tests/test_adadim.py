@@ -17,14 +17,14 @@ from torch import Tensor, nn
 import oracles
 import quantine
 from quantine import AdaDim, Calibration, Plan, PlanError, cli
-from quantine.calibrate.data import calibration_segments
-from quantine.calibrate.outputs import part_of
-from quantine.contents import contents
-from quantine.families.base import Family
+from quantine.calibrate.segments import calibration_segments
+from quantine.calibrate.submodules import part_of
+from quantine.families.family import Family
 from quantine.families.gpt2 import GPT2
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
-from quantine.rules import Rule
+from quantine.formats.inventory import inventory
+from quantine.plan.rules import Rule
 from quantine.runtime.modules import FEW_ROWS
 from tiny_models import byte_tokenizer, matrices_of, with_weights
 
@@ -232,7 +232,7 @@ def test_the_hessian_objective_takes_the_least_error_of_all_choices(
 def test_a_resumed_run_makes_the_same_choices(
     chosen: Path, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantine.formats.store import RunStore
+    from quantine.run.store import RunStore
 
     commit, out = RunStore.commit, tmp_path / "out"
 
@@ -263,8 +263,8 @@ def test_what_format_version_1_wrote_still_loads(
     for name in matrices_of(tiny("llama")):
         one, other = (model.get_submodule(name).dequantize() for model in (old, new))
         assert torch.equal(one, other)
-    assert contents(out)["totals"] == contents(packed("llama", "gptq"))["totals"] | {
-        "header_bytes": contents(out)["totals"]["header_bytes"]
+    assert inventory(out)["totals"] == inventory(packed("llama", "gptq"))["totals"] | {
+        "header_bytes": inventory(out)["totals"]["header_bytes"]
     }
 
 
@@ -381,7 +381,7 @@ class TestPlan:
             Plan.from_dict({"rules": [{"match": "@blocks", "method": "adadim", **fields}]})
 
     def test_choices_that_do_not_tile_are_left_out(self, tiny: Tiny) -> None:
-        from quantine.prepare import prepare
+        from quantine.run.prepare import prepare
 
         # 64 divides neither the 32 outputs of keys and values nor the 96 channels of the MLP.
         plan = Plan.preset("adadim", inner="rtn", bits=3, group_size=64)
@@ -394,7 +394,7 @@ class TestPlan:
             assert scheme.spec.group_axis == ("in" if along_inputs else "out")
 
     def test_the_head_has_no_inputs_to_judge_by(self, tiny: Tiny) -> None:
-        from quantine.prepare import prepare
+        from quantine.run.prepare import prepare
 
         rule = {"match": "lm_head", "method": "adadim", "inner": "rtn", "group_size": 4}
         with pytest.raises(PlanError, match="only by methods that need no inputs, not by adadim"):

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine import Calibration, Plan, quantize
-from quantine.allocate import Options, choose, probe
+from quantine.budget.allocation import choose
+from quantine.budget.probe import Options, probe
 from quantine.core.spec import QuantSpec
 from quantine.methods.spqr import SAMPLED_RUNS, SpQR, sampled_rows
-from quantine.prepare import prepare
-from quantine.progress import Silent
+from quantine.run.prepare import prepare
+from quantine.run.progress import Silent
 from samples import correlated_inputs, observed, quick, random_weight
 
 options = st.lists(st.tuples(st.integers(1, 1000), st.floats(1e-9, 10.0)), min_size=1, max_size=4)

@@ -156,7 +156,7 @@ def test_an_interruption_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from quantine.formats.store import RunStore
+    from quantine.run.store import RunStore
 
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

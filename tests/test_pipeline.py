@@ -13,7 +13,7 @@ from torch import Tensor
 
 import quantine
 from quantine import Calibration, Plan
-from quantine.calibrate.data import calibration_segments
+from quantine.calibrate.segments import calibration_segments
 from tiny_models import FAMILIES, byte_tokenizer, matrices_of, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]

@@ -13,12 +13,18 @@ from hypothesis import strategies as st
 
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError
-from quantine.families.base import Layer
-from quantine.methods import GPTQ, METHODS, RTN, SpQR
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
-from quantine.plan import Decision, Plan, Rule
-from quantine.presets import PRESETS
-from quantine.scheme import AdaDim, Scheme, scheme_from
+from quantine.families.layers import Layer
+from quantine.methods import METHODS
+from quantine.methods.adadim import AdaDim
+from quantine.methods.gptq import GPTQ
+from quantine.methods.rtn import RTN
+from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
+from quantine.plan.decision import Decision
+from quantine.plan.plan import Plan
+from quantine.plan.presets import PRESETS
+from quantine.plan.rules import Rule
+from quantine.plan.scheme import Scheme
+from quantine.plan.scheme_parsing import scheme_from
 from samples import quick
 
 LAYERS = [

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 import quantine
 from quantine import Calibration, Plan, cli
-from quantine.contents import contents
-from quantine.formats.store import MAPS
-from quantine.plots.axes import axis_figure
-from quantine.plots.clusters import clusters_figure, read_clusters
-from quantine.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
-from quantine.plots.draw import draw
-from quantine.plots.maps import MapFigure
-from quantine.plots.trends import TRENDS, curves_of, trend_figure
+from quantine.formats.directory import MAPS
+from quantine.formats.inventory import inventory
+from quantine.report.plots.axes import axis_figure
+from quantine.report.plots.clusters import clusters_figure, read_clusters
+from quantine.report.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
+from quantine.report.plots.draw import draw
+from quantine.report.plots.maps import MapFigure
+from quantine.report.plots.trends import TRENDS, curves_of, trend_figure
 from tiny_models import matrices_of
 
 Tiny = Callable[[str], Path]
@@ -56,7 +56,7 @@ def single(tiny: Tiny, short: Calibration, tmp_path_factory: pytest.TempPathFact
 
 
 def pictures_of(directory: Path) -> list[LayerPicture]:
-    return list(read_layers(directory, contents(directory)["layers"]))
+    return list(read_layers(directory, inventory(directory)["layers"]))
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -73,7 +73,7 @@ class TestRun:
     def test_a_map_of_every_matrix_with_a_hessian(self, spqr: Path, tiny: Tiny) -> None:
         maps = load_file(spqr / MAPS)
         assert sorted(maps) == sorted(matrices_of(tiny("llama_tied")))
-        shapes = {layer["name"]: layer["shape"] for layer in contents(spqr)["layers"]}
+        shapes = {layer["name"]: layer["shape"] for layer in inventory(spqr)["layers"]}
         for name, recorded in maps.items():
             assert recorded.dtype == torch.float16
             assert list(recorded.shape) == [min(128, size) for size in shapes[name]]
@@ -306,7 +306,7 @@ class TestAxes:
         plan = Plan.from_dict({"rules": [rule]})
         out = quantine.quantize(tiny("llama"), tmp_path / "out", plan, short).path
         (layer,) = pictures_of(out)
-        choices = contents(out)["layers"][0]["choice"]["choices"]
+        choices = inventory(out)["layers"][0]["choice"]["choices"]
         assert layer.axis_losses == {one["group_axis"]: one["loss"] for one in choices}
         pictures = draw(out, tmp_path / "pictures")
         assert tmp_path / "pictures" / "group_axis.png" in pictures.files

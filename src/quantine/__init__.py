@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from quantine.calibrate.data import Calibration
+    from quantine.calibrate.segments import Calibration
     from quantine.core.qtensor import QTensor
     from quantine.core.spec import QuantSpec
     from quantine.errors import (
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
         SolverError,
     )
     from quantine.eval.evaluate import evaluate
+    from quantine.methods.adadim import AdaDim
     from quantine.methods.gptq import GPTQ
     from quantine.methods.rtn import RTN
     from quantine.methods.spqr import SpQR
-    from quantine.pipeline import quantize
-    from quantine.plan import Plan
-    from quantine.rules import Rule
+    from quantine.plan.plan import Plan
+    from quantine.plan.rules import Rule
+    from quantine.plan.scheme import Scheme
+    from quantine.run.quantize import quantize
     from quantine.runtime.load import load
-    from quantine.scheme import AdaDim, Scheme
 
 __version__ = "0.1.0"
 
@@ -71,16 +72,16 @@ __all__ = [
 ]
 
 _HOME = {
-    "AdaDim": "scheme",
+    "AdaDim": "methods.adadim",
     "BackendUnavailable": "errors",
-    "Calibration": "calibrate.data",
+    "Calibration": "calibrate.segments",
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "FamilyError": "errors",
     "FormatError": "errors",
     "GPTQ": "methods.gptq",
     "OutputError": "errors",
-    "Plan": "plan",
+    "Plan": "plan.plan",
     "PlanError": "errors",
     "QTensor": "core.qtensor",
     "QuantSpec": "core.spec",
@@ -88,12 +89,12 @@ _HOME = {
     "RTN": "methods.rtn",
     "SpQR": "methods.spqr",
     "ResumeMismatch": "errors",
-    "Rule": "rules",
-    "Scheme": "scheme",
+    "Rule": "plan.rules",
+    "Scheme": "plan.scheme",
     "SolverError": "errors",
     "evaluate": "eval.evaluate",
     "load": "runtime.load",
-    "quantize": "pipeline",
+    "quantize": "run.quantize",
 }
 
 

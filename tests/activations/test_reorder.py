@@ -13,10 +13,11 @@ from quantine.activations.attention import NAME, register
 from quantine.activations.install import add_sites
 from quantine.activations.modules import PermutedNorm
 from quantine.activations.reorder import reorder
-from quantine.core.activation import KINDS, ActivationSpec
+from quantine.core.activation_spec import REORDERS, ActivationSpec
 from quantine.families import family_of
-from quantine.families.base import Family, Link, block_list, is_transposed
-from quantine.rptq.clusters import Heads
+from quantine.families.family import Family, Link
+from quantine.families.layers import block_list, is_transposed
+from quantine.rptq.reordering import Heads
 from tiny_models import FAMILIES, VOCAB, random_model, tiny_config
 
 LINKED = [
@@ -114,7 +115,7 @@ def test_the_registered_attention_is_the_models_own(name: str) -> None:
 @pytest.mark.parametrize("name", LINKED)
 def test_families_name_every_reorder_once(name: str) -> None:
     family = family_of(tiny_config(name).model_type)
-    assert tuple(link.kind for link in family.links) == KINDS
+    assert tuple(link.kind for link in family.links) == REORDERS
     assert all(
         link.consumers for link in family.links if link.fold != "attention" and not link.per_head
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantine.calibrate.activations import Activations
+from quantine.calibrate.hidden_states import HiddenStates
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -21,7 +21,7 @@ def batches(count: int) -> list[torch.Tensor]:
 
 
 def test_batches_come_back_bit_for_bit_and_can_be_replaced(directory: Path | None) -> None:
-    kept, values = Activations(3, directory), batches(6)
+    kept, values = HiddenStates(3, directory), batches(6)
     assert len(kept) == 3
     for index in range(3):
         kept[index] = values[index]
@@ -33,13 +33,13 @@ def test_batches_come_back_bit_for_bit_and_can_be_replaced(directory: Path | Non
 
 
 def test_transposed_batches_come_back(directory: Path | None) -> None:
-    kept, value = Activations(1, directory), batches(1)[0].transpose(1, 2)
+    kept, value = HiddenStates(1, directory), batches(1)[0].transpose(1, 2)
     kept[0] = value
     assert torch.equal(kept[0], value)
 
 
 def test_spilled_batches_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
-    kept, values = Activations(2, tmp_path), batches(2)
+    kept, values = HiddenStates(2, tmp_path), batches(2)
     kept[0], kept[1] = values
     files = sorted(tmp_path.iterdir())
     assert len(files) == 2
@@ -53,4 +53,4 @@ def test_spilled_batches_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
 
 def test_what_was_never_stored_is_an_error(directory: Path | None) -> None:
     with pytest.raises((IndexError, FileNotFoundError)):
-        Activations(2, directory)[1]
+        HiddenStates(2, directory)[1]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantine.calibrate.data import (
+from quantine.calibrate.segments import (
     Calibration,
     calibration_segments,
     draw_segments,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantine.calibrate.outputs import relative_change, token_change
+from quantine.calibrate.submodules import relative_change, token_change
 
 
 def test_a_loud_token_counts_like_any_other() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from quantine import Calibration, Plan
-from quantine.calibrate.recording import Recording
+from quantine.calibrate.replay import Replay
 from quantine.calibrate.sequential import Sequential
-from quantine.families.base import block_list
-from quantine.prepare import prepare
+from quantine.families.layers import block_list
+from quantine.run.prepare import prepare
 from tiny_models import FAMILIES
 
 
@@ -34,7 +34,7 @@ class _Stopped(Exception):
     pass
 
 
-def run(recording: Recording, x: Tensor, weights: list[Tensor], stop_before: int | None) -> Tensor:
+def run(recording: Replay, x: Tensor, weights: list[Tensor], stop_before: int | None) -> Tensor:
     with recording:
         residual, unused = x * 2, x + 1
         assert unused.shape == x.shape
@@ -49,7 +49,7 @@ def run(recording: Recording, x: Tensor, weights: list[Tensor], stop_before: int
 
 def test_what_was_computed_is_not_computed_again_and_what_comes_after_sees_new_weights() -> None:
     x, weights = torch.randn(4, 8), [torch.randn(8, 8) for _ in range(3)]
-    recording = Recording()
+    recording = Replay()
     with Counter() as counter:
         for stop in (0, 1, 2):
             with pytest.raises(_Stopped):
@@ -57,12 +57,12 @@ def test_what_was_computed_is_not_computed_again_and_what_comes_after_sees_new_w
             weights[stop] = weights[stop] * 3
         result = run(recording, x, weights, None)
     assert counter.products == 3
-    assert torch.equal(result, run(Recording(), x, weights, None))
+    assert torch.equal(result, run(Replay(), x, weights, None))
 
 
 def test_only_what_is_still_used_is_kept() -> None:
     x, weights = torch.randn(4, 8), [torch.randn(8, 8) for _ in range(2)]
-    recording = Recording()
+    recording = Replay()
     for stop in (0, 1):
         with pytest.raises(_Stopped):
             run(recording, x, weights, stop)
@@ -76,7 +76,7 @@ def test_only_what_is_still_used_is_kept() -> None:
 
 
 def test_a_computation_that_does_not_repeat_itself_is_refused() -> None:
-    recording = Recording()
+    recording = Replay()
     with recording:
         torch.ones(2).sum()
         recording.stop()

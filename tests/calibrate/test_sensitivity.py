@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from quantine import Calibration, Plan
-from quantine.calibrate.activations import Activations
-from quantine.calibrate.sensitivity import backward, draw, replace_by_gradients
+from quantine.calibrate.backward import backward, draw, replace_by_gradients
+from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
-from quantine.families.base import block_list
-from quantine.prepare import Job, prepare
+from quantine.families.layers import block_list
+from quantine.run.job import Job
+from quantine.run.prepare import prepare
 from tiny_models import FAMILIES, with_weights
 
 SEED = 3
@@ -31,7 +32,7 @@ def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
     blocks = range(len(block_list(job.model, job.family)))
     for index in blocks:
         sequential.load(index)
-        kept = Activations(len(sequential.hidden), scratch / str(index))
+        kept = HiddenStates(len(sequential.hidden), scratch / str(index))
         for batch in range(len(sequential.hidden)):
             kept[batch] = sequential.hidden[batch]
         inputs.append(kept)

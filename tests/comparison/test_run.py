@@ -20,7 +20,8 @@ from quantine import Calibration, OutputError, Plan, ResumeMismatch, cli
 from quantine.comparison import run as run_module
 from quantine.comparison.points import plans_of
 from quantine.comparison.run import Measured, compare
-from quantine.comparison.table import loss_of_quality, markdown, pareto_front
+from quantine.comparison.table import markdown, pareto_front
+from quantine.eval.compared import loss_of_quality
 
 Tiny = Callable[[str], Path]
 POINTS = (

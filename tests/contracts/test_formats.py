@@ -20,8 +20,10 @@ from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats import FORMATS, format_named
 from quantine.formats.shards import write_tensors
-from quantine.methods import GPTQ, RTN, Solver, SpQR
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
+from quantine.methods.gptq import GPTQ
+from quantine.methods.rtn import RTN
+from quantine.methods.solver import Solver
+from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
 from samples import correlated_inputs, observed, quick, random_weight
 
 SOLVERS: tuple[Solver, ...] = (

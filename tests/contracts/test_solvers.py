@@ -8,12 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
-from quantine.methods import GPTQ, METHODS, RTN, Solver, SpQR
-from quantine.methods.spqr import FAITHFUL
+from quantine.methods import METHODS
+from quantine.methods.gptq import GPTQ
+from quantine.methods.rtn import RTN
+from quantine.methods.solver import Solver
+from quantine.methods.spqr import FAITHFUL, SpQR
+from quantine.statistics.hessian import Hessian
 from samples import correlated_inputs, observed, random_weight, threads
 
 ROWS, COLUMNS, TOKENS = 8, 32, 96

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from quantine import Plan
-from quantine.core.activation import ActivationSpec, activations_from, scheme_named
+from quantine.core.activation_spec import ActivationSpec, activations_from
 from quantine.errors import PlanError
+from quantine.plan.shorthand import parse_shorthand
 
 SITES = ("norm", "query", "key", "value", "attention", "hidden", "softmax")
 
@@ -27,23 +28,23 @@ SITES = ("norm", "query", "key", "value", "attention", "hidden", "softmax")
     ],
 )
 def test_names_say_the_bits_of_every_site(name: str, weights: int, bits: tuple[int, ...]) -> None:
-    found = scheme_named(name)
+    found = parse_shorthand(name)
     assert found.weight_bits == weights
     assert tuple(asdict(found.activations)[site] for site in SITES) == bits
     assert found.faithful == ("faithful" in name)
 
 
 def test_suffixes_choose_grids() -> None:
-    assert scheme_named("W4A4").activations.range == "search"
-    assert scheme_named("W4A4-faithful").activations.range == "running"
-    assert scheme_named("W4A4-token").activations.granularity == "token"
-    assert scheme_named("W4A4-tensor").activations.clusters_of("R1") == 1
-    assert scheme_named("W4A4").activations.clusters == (32, 256, 4, 32, 32)
-    assert scheme_named("W4A4").activations.value_clusters == 256
-    assert scheme_named("W4A4-faithful").activations.value_clusters is None
-    assert scheme_named("W4A4-faithful").activations.clusters == (32, 4, 4, 32, 32)
-    assert scheme_named("W4A4").activations.relative
-    assert not scheme_named("W4A4-faithful").activations.relative
+    assert parse_shorthand("W4A4").activations.range == "search"
+    assert parse_shorthand("W4A4-faithful").activations.range == "running"
+    assert parse_shorthand("W4A4-token").activations.granularity == "token"
+    assert parse_shorthand("W4A4-tensor").activations.clusters_of("R1") == 1
+    assert parse_shorthand("W4A4").activations.clusters == (32, 256, 4, 32, 32)
+    assert parse_shorthand("W4A4").activations.value_clusters == 256
+    assert parse_shorthand("W4A4-faithful").activations.value_clusters is None
+    assert parse_shorthand("W4A4-faithful").activations.clusters == (32, 4, 4, 32, 32)
+    assert parse_shorthand("W4A4").activations.relative
+    assert not parse_shorthand("W4A4-faithful").activations.relative
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,13 @@ def test_suffixes_choose_grids() -> None:
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="scheme must be like W4A8"):
-        scheme_named(name)
+        parse_shorthand(name)
 
 
 @pytest.mark.parametrize("name", ["W1A4", "W9A8", "W4A1", "W4A12"])
 def test_bits_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="2 to 8"):
-        scheme_named(name)
+        parse_shorthand(name)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
+from quantine.core.permute import order_within_heads
+from quantine.rptq.clusters import Clusters, cluster_channels
 
 
 def points(channels: int, seed: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine.activations.grids import StaticGrid
-from quantine.core.factors import LARGEST, SMALLEST, factors, steepness
-from quantine.core.ranges import around_zero
+from quantine.core.fit_range import fit_activations_around_zero
+from quantine.kernels.integer.token_factors import LARGEST, SMALLEST, factors, steepness
 
 
 def grid(bits: int, seed: int, reach: float | None = 1.0) -> StaticGrid:
@@ -17,7 +17,7 @@ def grid(bits: int, seed: int, reach: float | None = 1.0) -> StaticGrid:
     g = torch.Generator().manual_seed(seed)
     low, high = -torch.rand(3, generator=g) * 9 - 0.1, torch.rand(3, generator=g) * 9 + 0.1
     low[1] = 0.5  # above zero: the grid begins at zero all the same
-    scale, zero = around_zero(low, torch.maximum(high, low + 1), bits)
+    scale, zero = fit_activations_around_zero(low, torch.maximum(high, low + 1), bits)
     labels = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
     return StaticGrid(
         bits, scale, zero, labels.int(), reach=None if reach is None else torch.tensor([reach])
@@ -60,7 +60,7 @@ def test_how_loud_a_token_is_does_not_matter(bits: int, seed: int, loud: float) 
 
 
 def test_a_channel_that_never_was_active_does_not_take_the_steps_of_others() -> None:
-    scale, zero = around_zero(torch.zeros(2), torch.tensor([10.0, 0.0]), 8)
+    scale, zero = fit_activations_around_zero(torch.zeros(2), torch.tensor([10.0, 0.0]), 8)
     labels = torch.tensor([0, 0, 0, 1]).int()
     own = StaticGrid(8, scale, zero, labels, reach=torch.ones(1))
     x = torch.tensor([[1.0, 4.0, 9.0, 0.05]])

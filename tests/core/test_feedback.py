@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine.activations.grids import StaticGrid
-from quantine.core.feedback import DAMP, encode_fed, feedback_of
-from quantine.core.ranges import covering
+from quantine.core.fit_range import fit_activations
+from quantine.kernels.kv_attention.feedback import encode_fed
+from quantine.rptq.feedback import DAMP, feedback_of
 
 
 def met(heads: int, dim: int, seed: int) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_codes_are_those_of_one_channel_after_another(bits: int, seed: int) -> N
     heads, dim = 2, 5
     x = torch.randn(7, heads, dim, generator=torch.Generator().manual_seed(seed)) * 3
     ends = torch.full((heads, dim), -4.0), torch.linspace(3, 6, heads * dim).view(heads, dim)
-    scale, zero = covering(*ends, bits)
+    scale, zero = fit_activations(*ends, bits)
     feedback = feedback_of(moments_of(met(heads, dim, seed))).float()
     codes = encode_fed(x, scale, zero, feedback, bits)
     for token in range(7):
@@ -69,7 +70,7 @@ def test_products_with_what_is_met_lose_less() -> None:
     keys = torch.randn(500, heads, dim, generator=other)
     flat = keys.flatten(1)
     labels = torch.arange(heads * dim).int()
-    fitted = covering(flat.amin(0), flat.amax(0), 4)
+    fitted = fit_activations(flat.amin(0), flat.amax(0), 4)
     plain = StaticGrid(4, *fitted, labels)
     fed = StaticGrid(4, *fitted, labels, feedback_of(moments_of(queries)))
 

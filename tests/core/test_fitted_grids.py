@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 import oracles
-from quantine.core import fit, objective
 from quantine.core.grid import Grid, Statistic
-from quantine.core.objective import DATA_FREE_CLIPS, Clip, Objective
 from quantine.core.spec import QuantSpec
 from quantine.kernels import fit as kernel
+from quantine.kernels.fit import grid_cost as cost
+from quantine.kernels.fit import reference as fit
+from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS, Clip, GridCost
 from samples import random_weight
 
-FitGroups = Callable[[Tensor, Tensor, QuantSpec, Objective], Grid]
+FitGroups = Callable[[Tensor, Tensor, QuantSpec, GridCost], Grid]
 each = pytest.mark.parametrize("fit_groups", [fit.fit_groups, kernel.fit_groups])
 """The reference, and what solvers call."""
 
@@ -42,13 +43,13 @@ def test_the_least_error_of_all_candidates_is_found(
         weight.T.unflatten(0, (-1, 24)),
         torch.ones(2, 24),
         QuantSpec(bits, 24, sym),
-        Objective("mse"),
+        GridCost("mse"),
     )
     for group, scale, zero in zip(
         weight.view(8, 24).tolist(), grid.scales().flatten(), grid.zeros().flatten(), strict=True
     ):
         candidates = [
-            oracles.fit_range(min(group) * share, max(group) * share, bits, sym) for share in SHARES
+            oracles.fit_whole(min(group) * share, max(group) * share, bits, sym) for share in SHARES
         ]
         least = min(loss(group, *candidate, bits) for candidate in candidates)
         assert loss(group, scale.item(), int(zero), bits) == pytest.approx(least, rel=1e-4)
@@ -60,7 +61,7 @@ def test_a_far_out_weight_is_clipped_and_the_rest_gains(fit_groups: FitGroups) -
     row[0, 5] = 0.3
     spec, error = QuantSpec(3, 512), {}
     for choice in DATA_FREE_CLIPS:
-        grid = fit_groups(row.T.unsqueeze(0), torch.ones(1, 512), spec, Objective(choice))
+        grid = fit_groups(row.T.unsqueeze(0), torch.ones(1, 512), spec, GridCost(choice))
         error[choice] = (grid.decode(grid.encode(row)) - row).abs()
     others = torch.arange(512) != 5
     assert error["mse"][..., 5] > error["minmax"][..., 5]
@@ -71,9 +72,9 @@ def test_a_far_out_weight_is_clipped_and_the_rest_gains(fit_groups: FitGroups) -
 def test_chunks_do_not_change_the_result(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = random_weight(9, 32).T.unflatten(0, (-1, 16))
     spread = torch.ones(2, 16)
-    whole = fit.fit_groups(columns, spread, spec, Objective("mse"))
-    monkeypatch.setattr(objective, "CHUNK", 70)  # two rows at a time, and a last single one
-    parts = fit.fit_groups(columns, spread, spec, Objective("mse"))
+    whole = fit.fit_groups(columns, spread, spec, GridCost("mse"))
+    monkeypatch.setattr(cost, "CHUNK", 70)  # two rows at a time, and a last single one
+    parts = fit.fit_groups(columns, spread, spec, GridCost("mse"))
     assert torch.equal(whole.scales(), parts.scales())
     assert torch.equal(whole.zeros(), parts.zeros())
 
@@ -89,7 +90,7 @@ def test_the_hessian_cost_weighs_inputs_and_stops_at_the_price(price: float) -> 
     steps = [0.02, 0.03, 0.05, 0.08]
     scales = torch.tensor(steps).view(4, 1, 1).expand(4, 1, 5)
     zeros = torch.full((4, 1, 5), 3.0)
-    best = Objective("hessian", price).cheapest(
+    best = GridCost("hessian", price).cheapest(
         weight.T.unsqueeze(0), spread.unsqueeze(0), scales, zeros, 3
     )
     for row, found in zip(weight.double().tolist(), best[0].tolist(), strict=True):
@@ -110,7 +111,7 @@ def test_the_hessian_cost_gives_a_heavy_input_the_finer_rounding(fit_groups: Fit
     error = {}
     clips: tuple[Clip, ...] = ("mse", "hessian")
     for clip in clips:
-        grid = fit_groups(weight.T.unsqueeze(0), spread, QuantSpec(3, 16), Objective(clip))
+        grid = fit_groups(weight.T.unsqueeze(0), spread, QuantSpec(3, 16), GridCost(clip))
         error[clip] = (grid.decode(grid.encode(weight)) - weight).square().mean(0)
     assert error["hessian"][4] < 0.5 * error["mse"][4]
     assert error["hessian"].sum() > error["mse"].sum()
@@ -131,8 +132,8 @@ def test_no_neighbouring_codes_of_statistics_are_better(
 ) -> None:
     weight = random_weight(10, 12)
     columns, spread = weight.T.unsqueeze(0), torch.linspace(0.3, 1.0, 12).unsqueeze(0)
-    plain = fit_groups(columns, spread, spec, Objective("minmax"))
-    searched = fit_groups(columns, spread, spec, Objective("hessian"))
+    plain = fit_groups(columns, spread, spec, GridCost("minmax"))
+    searched = fit_groups(columns, spread, spec, GridCost("hessian"))
     # From the codes of the searched range, not of the whole one: never worse than those either.
     losses = {
         name: [
@@ -167,7 +168,7 @@ def test_groups_far_from_zero_lose_no_more_than_their_spread(
     weight = (random_weight(32, 64) / 0.05 + offset) * 0.01
     columns = weight.T.unflatten(0, (-1, 16))
     spec = QuantSpec(3, 16, scale_bits=scale_bits, zero_bits=zero_bits)
-    grid = fit_groups(columns, torch.ones(4, 16), spec, Objective(clip))
+    grid = fit_groups(columns, torch.ones(4, 16), spec, GridCost(clip))
     error = (grid.decode(grid.encode(weight)) - weight).abs().view(32, 4, 16).amax(2)
     span = (columns.amax(1) - columns.amin(1)).T
     assert bool((error <= span + 2.0**-10 * weight.abs().max()).all())
@@ -180,7 +181,7 @@ def test_a_tile_may_mix_groups_far_and_near(fit_groups: FitGroups, zero_bits: in
     weight = random_weight(16, 16)
     weight[::2] += 0.5
     spec = QuantSpec(3, 16, scale_bits=3, zero_bits=zero_bits)
-    grid = fit_groups(weight.T.unsqueeze(0), torch.ones(1, 16), spec, Objective("minmax"))
+    grid = fit_groups(weight.T.unsqueeze(0), torch.ones(1, 16), spec, GridCost("minmax"))
     error = (grid.decode(grid.encode(weight)) - weight).abs().amax(1)
     span = weight.amax(1) - weight.amin(1)
     assert bool((error <= span).all())

@@ -12,15 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from quantine.core.grid import (
+from quantine.core.fit_range import (
     LARGEST_SCALE,
     SMALLEST_SCALE,
-    Grid,
-    Statistic,
     fit_fractional,
-    fit_range,
     fit_statistic,
+    fit_whole,
 )
+from quantine.core.grid import Grid, Statistic
 from quantine.errors import SolverError
 from samples import quick, random_weight
 
@@ -29,7 +28,7 @@ finite = st.floats(-1e4, 1e4, width=32)
 
 def fit_minmax(groups: torch.Tensor, bits: int, sym: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The grid from the smallest to the largest value of each group ``[..., n]``."""
-    return fit_range(*groups.aminmax(dim=-1), bits, sym)
+    return fit_whole(*groups.aminmax(dim=-1), bits, sym)
 
 
 def test_asymmetric_grid_by_hand() -> None:
@@ -134,9 +133,9 @@ def test_a_scale_never_rounds_to_zero(sym: bool) -> None:
 
 def test_the_largest_scale_is_accepted_and_the_next_refused() -> None:
     low, high = torch.zeros(1), torch.tensor([LARGEST_SCALE * 3])
-    assert fit_range(low, high, 2, sym=False)[0].item() == LARGEST_SCALE
+    assert fit_whole(low, high, 2, sym=False)[0].item() == LARGEST_SCALE
     with pytest.raises(SolverError, match=r"scale of 6\.\d+e\+04.*16 bit"):
-        fit_range(low, torch.nextafter(high, torch.tensor(math.inf)) + 100, 2, sym=False)
+        fit_whole(low, torch.nextafter(high, torch.tensor(math.inf)) + 100, 2, sym=False)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import oracles
-from quantine.core.observe import Hessian, factorize
 from quantine.core.permute import input_order
 from quantine.errors import SolverError
+from quantine.statistics.hessian import Hessian
+from quantine.statistics.inverse_factor import factorize
 from samples import correlated_inputs, observed, random_weight
 
 STRAIGHT, REVERSED = torch.arange(8), torch.arange(8).flip(0)

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from quantine.activations.grids import StaticGrid, TokenGrid, faithful
-from quantine.core.observe import MinMax, Over
-from quantine.core.ranges import covering, search, through, widened
-from quantine.kernels.kv_attention import round_probabilities
+from quantine.activations.grids import StaticGrid, TokenGrid
+from quantine.core.fit_range import faithful, fit_activations
+from quantine.kernels.kv_attention.reference import round_probabilities
+from quantine.rptq.ranges import search, through, widened
+from quantine.statistics.channel_ranges import ChannelRanges, Over
 
 
 def samples(count: int, tokens: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -26,7 +27,7 @@ def samples(count: int, tokens: int, channels: int, seed: int = 0) -> torch.Tens
 @pytest.mark.parametrize("over", get_args(Over))
 def test_ranges_of_clusters_are_those_of_the_textbook(over: Over) -> None:
     x, labels = samples(9, 7, 6), torch.tensor([0, 1, 0, 2, 1, 1])
-    seen = MinMax(6)
+    seen = ChannelRanges(6)
     seen.update(x[:4], 4)
     seen.update(x[4:].flatten(0, 1), 5)  # as the MLP of some models flattens them
     low, high = seen.of_clusters(labels, over)
@@ -62,7 +63,7 @@ def test_grids_through_values_have_them_without_error(bits: int, seed: int) -> N
     low = torch.randn(5, generator=generator) * 10
     high = low + torch.rand(5, generator=generator) * 20 + 0.1
     values = low + (high - low) * torch.rand(5, generator=generator)
-    scale, whole = covering(low, high, bits)
+    scale, whole = fit_activations(low, high, bits)
     own = torch.arange(5)
     zero = through(values, scale, whole, own)
     assert bool(((zero - whole).abs() <= 0.5001).all())
@@ -81,7 +82,7 @@ def test_covering_grids_reach_both_ends_within_half_a_step(
     bits: int, low: float, width: float
 ) -> None:
     ends = torch.tensor([low]), torch.tensor([low]) + torch.tensor([width])
-    scale, zero = covering(*ends, bits)
+    scale, zero = fit_activations(*ends, bits)
     grid = StaticGrid(bits, scale, zero, torch.zeros(2, dtype=torch.int32))
     values = torch.cat(ends).unsqueeze(0)
     slack = float(scale[0]) * 0.51 + abs(low) * 1e-5 + 1e-6
@@ -92,7 +93,7 @@ def test_covering_grids_reach_both_ends_within_half_a_step(
 def test_faithful_grids_are_those_of_the_published_formula(bits: int, seed: int) -> None:
     x = samples(1, 20, 5, seed)[0]
     labels = torch.tensor([0, 0, 1, 2, 2])
-    seen = MinMax(5)
+    seen = ChannelRanges(5)
     seen.update(x, 1)
     low, high = seen.of_clusters(labels, "running")
     grid = StaticGrid(bits, *faithful(low, high, bits), labels.int())
@@ -109,9 +110,9 @@ def test_faithful_grids_are_those_of_the_published_formula(bits: int, seed: int)
             )
 
 
-def shown(x: torch.Tensor) -> MinMax:
+def shown(x: torch.Tensor) -> ChannelRanges:
     """What ``[samples, tokens, channels]`` shows."""
-    seen = MinMax(x.shape[-1])
+    seen = ChannelRanges(x.shape[-1])
     seen.update(x, len(x))
     return seen
 
@@ -149,7 +150,7 @@ def test_searched_ranges_never_cost_more_than_the_whole_range(bits: int, seed: i
         return torch.zeros(3).index_add_(0, labels, (rounded - x[0]).square().sum(0) * importance)
 
     found = cost(*search(seen, importance, labels, bits))
-    assert bool((found <= cost(*covering(*seen.of_clusters(labels), bits)) * 1.00001).all())
+    assert bool((found <= cost(*fit_activations(*seen.of_clusters(labels), bits)) * 1.00001).all())
 
 
 def test_a_few_loud_values_are_clipped_where_that_is_cheaper() -> None:
@@ -174,7 +175,7 @@ def test_ranges_go_beyond_what_was_seen_where_samples_differ_and_steps_are_small
     x = heavy.sample(torch.Size([16, 200, 64]))
     own = torch.arange(64)
     seen = shown(x)
-    whole = covering(*seen.of_clusters(own), 8)
+    whole = fit_activations(*seen.of_clusters(own), 8)
     searched = search(seen, torch.ones(64), own, 8)
     assert float((searched[0] / whole[0]).mean()) > 1.1
     new = heavy.sample(torch.Size([16, 200, 64])).flatten(0, 1)

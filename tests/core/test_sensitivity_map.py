@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantine.core.grid import Grid
-from quantine.core.observe import Hessian
 from quantine.core.permute import input_order
 from quantine.core.qtensor import QTensor
-from quantine.core.sensitivity import cell_of, pool_mean, sensitivity_map
 from quantine.core.spec import QuantSpec
 from quantine.methods.gptq import GPTQ
 from quantine.methods.spqr import SpQR
+from quantine.statistics.hessian import Hessian
+from quantine.statistics.sensitivity_map import cell_of, pool_mean, sensitivity_map
 from samples import correlated_inputs, observed, quick, random_weight
 
 SPEC = QuantSpec(3, 8)

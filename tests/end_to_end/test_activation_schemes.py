@@ -19,11 +19,12 @@ from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.cli import main
-from quantine.core.cluster import Clusters
 from quantine.errors import CalibrationError, FamilyError, PlanError
 from quantine.eval.evaluate import evaluate
-from quantine.formats.store import RunStore
-from quantine.kernels.integer import SCALAR, levels
+from quantine.kernels.integer import levels
+from quantine.kernels.integer.cpu import SCALAR
+from quantine.rptq.clusters import Clusters
+from quantine.run.store import RunStore
 from quantine.runtime.modules import QuantLinear
 from tiny_models import byte_tokenizer, stored_tensors
 

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantine
-from quantine.contents import contents
 from quantine.core.arithmetic import ARITHMETICS
+from quantine.formats.inventory import inventory
 from quantine.runtime.modules import FEW_ROWS, packed_modules
 from tiny_models import FAMILIES, bits_equal, logits_of, some_tokens
 
@@ -60,7 +60,7 @@ def test_a_plan_decides(
     wanted = stated or "fast"
     assert json.loads((out / "quantine_report.json").read_text())["plan"]["arithmetic"] == wanted
     assert f"| arithmetic | {wanted} |" in (out / "README.md").read_text()
-    assert contents(out)["arithmetic"] == wanted
+    assert inventory(out)["arithmetic"] == wanted
     model, _ = quantine.load(out)
     assert arithmetics_of(model) == {wanted}
     other = next(a for a in ARITHMETICS if a != wanted)
@@ -81,7 +81,7 @@ def test_directories_that_do_not_say_are_exact(packed: PackedModel, tmp_path: Pa
     config = json.loads((copy / "config.json").read_text())
     del config["quantization_config"]["arithmetic"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert contents(copy)["arithmetic"] == "exact"
+    assert inventory(copy)["arithmetic"] == "exact"
     assert arithmetics_of(quantine.load(copy)[0]) == {"exact"}
     config["quantization_config"]["arithmetic"] = "sloppy"
     (copy / "config.json").write_text(json.dumps(config))

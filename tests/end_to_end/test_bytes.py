@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from quantine.contents import contents
-from quantine.estimate import estimate
-from quantine.plan import Plan
-from quantine.prepare import prepare
-from quantine.scheme import scheme_from
+from quantine.formats.inventory import inventory
+from quantine.plan.plan import Plan
+from quantine.plan.scheme_parsing import scheme_from
+from quantine.run.estimate import estimate
+from quantine.run.prepare import prepare
 from tiny_models import FAMILIES, stored_tensors
 
 PackedModel = Callable[[str, str], Path]
@@ -90,8 +90,8 @@ def test_the_estimate_of_sizes_is_exact(name: str, packed: PackedModel, tiny: An
 
 
 def check_contents(directory: Path) -> dict[str, Any]:
-    """`contents` against the files."""
-    found = contents(directory)
+    """`inventory` against the files."""
+    found = inventory(directory)
     files = sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
     totals = found["totals"]
     assert totals["file_bytes"] == files
@@ -121,13 +121,13 @@ def test_three_bits_use_three_bits(packed: PackedModel) -> None:
     directory = packed("llama", "gptq")
     codes = stored_tensors(directory)["model.layers.0.mlp.down_proj.codes"]
     assert codes.shape == (64, 96 * 3 // 8)
-    layer = next(x for x in contents(directory)["layers"] if x["name"].endswith("down_proj"))
+    layer = next(x for x in inventory(directory)["layers"] if x["name"].endswith("down_proj"))
     # 3 bits a code, and per group of 32 a scale of 16 bits and a zero point of 3.
     assert layer["bits_per_weight"] == 3 + (16 + 3) / 32
 
 
 def test_the_default_grid_costs_what_the_documentation_says() -> None:
-    from quantine.families.base import Layer
+    from quantine.families.layers import Layer
 
     layer = Layer("any", 128, 256, "block", 0, 0)
     for bits, expected in {3: 3.296875, 4: 4.3125}.items():

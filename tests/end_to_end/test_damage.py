@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import quantine
 from quantine import Calibration, CheckpointError, FormatError, OutputError, Plan
-from quantine.contents import contents
+from quantine.formats.inventory import inventory
 
 RTN = Plan.preset("rtn", bits=4, group_size=32)
 NONE = Calibration(samples=0)
@@ -48,7 +48,7 @@ DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_damaged_description_is_refused(out: Path, edit: Callable[..., object]) -> None:
     change(out / "config.json", lambda config: edit(config["quantization_config"]))
     with pytest.raises(FormatError):
-        contents(out)
+        inventory(out)
 
 
 @pytest.mark.parametrize("edit", ["no bits", "no such scheme", "newer version"])
@@ -62,7 +62,7 @@ def test_a_cut_file_is_refused(out: Path) -> None:
     weights = out / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(FormatError, match="cut off"):
-        contents(out)
+        inventory(out)
     with pytest.raises(FormatError):
         quantine.load(out)
 

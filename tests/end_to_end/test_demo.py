@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from quantine import cli
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,8 @@ import yaml
 
 import quantine
 from quantine import Calibration, Plan
-from quantine.formats.store import RUN_DIRECTORY, RunStore
+from quantine.formats.directory import RUN_DIRECTORY
+from quantine.run.store import RunStore
 from tiny_models import build, tiny_config
 
 DRIVER = Path(__file__).with_name("killed_runs.py")

@@ -12,8 +12,8 @@ import torch
 
 import quantine
 from quantine import Calibration, Plan
-from quantine.contents import contents
-from quantine.formats.store import RunStore
+from quantine.formats.inventory import inventory
+from quantine.run.store import RunStore
 from quantine.runtime.modules import packed_modules
 from tiny_models import FAMILIES, bits_equal, logits_of, matrices_of, stored_tensors, with_weights
 
@@ -72,7 +72,7 @@ def test_bytes_are_counted_from_the_file(
 ) -> None:
     plan = Plan.from_dict({"rules": varied_rules(tiny(name))})
     report = quantine.quantize(tiny(name), tmp_path / "out", plan, short).report
-    found = contents(tmp_path / "out")
+    found = inventory(tmp_path / "out")
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     totals = found["totals"]
     assert totals["quantized_bytes"] + totals["kept_bytes"] + totals["header_bytes"] == size

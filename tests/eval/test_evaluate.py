@@ -14,7 +14,7 @@ import quantine
 from quantine import CalibrationError, OutputError, cli
 from quantine.eval import predictions as predictions_module
 from quantine.eval.predictions import Predictions
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 from tiny_models import build, tiny_config
 
 Tiny = Callable[[str], Path]

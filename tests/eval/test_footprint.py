@@ -9,7 +9,7 @@ import pytest
 
 from quantine.errors import PlanError
 from quantine.eval.footprint import footprints
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 from tiny_models import FAMILIES
 
 

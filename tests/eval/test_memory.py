@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantine.eval.memory import ELEMENT_BYTES, cache_bytes
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 from tiny_models import some_tokens
 
 NAMES = ("llama", "qwen3", "opt", "gpt2", "bloom", "phi3", "falcon_alibi")

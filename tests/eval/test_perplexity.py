@@ -17,7 +17,7 @@ import quantine
 from quantine import CalibrationError, cli
 from quantine.calibrate.text import BUILTIN, read_text
 from quantine.eval.perplexity import cut_windows
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 from tiny_models import BOS, CONTEXT, build, byte_tokenizer, tiny_config
 
 Tiny = Callable[[str], Path]

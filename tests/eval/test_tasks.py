@@ -17,7 +17,7 @@ from local_tasks import QUESTIONS, write_tasks
 from quantine import PlanError, QuantineError, cli
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import BATCH, FEWSHOT, TaskRequest, Tasks
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 from tiny_models import oracle_weights, with_weights
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

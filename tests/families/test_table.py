@@ -10,7 +10,8 @@ from torch import nn
 
 from quantine.errors import FamilyError
 from quantine.families import FAMILIES, family_of
-from quantine.families.base import Family, Layer, block_list, find_layers
+from quantine.families.family import Family
+from quantine.families.layers import Layer, block_list, find_layers
 
 each = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 

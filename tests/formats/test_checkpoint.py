@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from quantine.errors import CheckpointError
-from quantine.formats.checkpoint import INDEX, SINGLE, Checkpoint, weight_files
+from quantine.source.checkpoint import INDEX, SINGLE, Checkpoint, weight_files
 
 TENSORS = {
     "model.a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -18,7 +18,7 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats import FORMATS
-from quantine.formats.spqr import LARGEST_WIDTH, SPEC, Spqr
+from quantine.formats.foreign.spqr.layout import LARGEST_WIDTH, SPEC, Spqr
 from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
 from samples import correlated_inputs, observed, quick, random_weight
 

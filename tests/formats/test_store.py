@@ -12,19 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from quantine.errors import OutputError, ResumeMismatch
-from quantine.formats.checkpoint import SINGLE
-from quantine.formats.store import (
-    REPORT,
-    RUN_DIRECTORY,
+from quantine.formats.directory import REPORT, RUN_DIRECTORY, is_finished, read_json, write_json
+from quantine.run.store import (
     RunStore,
     check_identity,
     check_output,
     clear_remains,
-    is_finished,
-    read_json,
     stored_identity,
-    write_json,
 )
+from quantine.source.checkpoint import SINGLE
 
 IDENTITY = {"plan": "p1", "weights": "w1"}
 TENSORS = {

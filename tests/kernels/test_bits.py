@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracles
-from quantine.core.bits import pack_reference, packed_bytes, unpack_reference
 from quantine.errors import BackendUnavailable, FormatError
 from quantine.kernels import backend
 from quantine.kernels.bits import pack, unpack
+from quantine.kernels.bits.reference import pack_reference, packed_bytes, unpack_reference
 from samples import quick
 
 WIDTHS = range(1, 9)

@@ -12,21 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantine.core.grid import Grid
-from quantine.core.objective import Clip, Objective
-from quantine.core.observe import Factor
 from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
-from quantine.kernels.columns import AtReach, Columns, round_block, round_block_reference
-from quantine.kernels.fit import Fitted
+from quantine.kernels.columns import round_block
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.columns.reference import round_block_reference
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import Clip, GridCost
+from quantine.statistics.inverse_factor import InverseFactor
 from samples import generator, quick, threads
 
 LARGEST_SHARE_DIFFERING = 0.002
 """Float32 sums in another order may tip a tie."""
 
 
-def factor(inputs: int, seed: int) -> Factor:
+def factor(inputs: int, seed: int) -> InverseFactor:
     upper = torch.randn(inputs, inputs, generator=generator(seed)).triu(1) * 0.1 + torch.eye(inputs)
-    return Factor(upper, torch.arange(inputs), 0.01)
+    return InverseFactor(upper, torch.arange(inputs), 0.01)
 
 
 def grids(count: int, rows: int, bits: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -100,11 +102,9 @@ def test_groups_are_fitted_when_they_are_reached(
     spec = QuantSpec(3, length, scale_bits=scale_bits)
     found = factor(inputs, seed)
 
-    def started() -> tuple[Columns, Fitted]:
-        fitted = Fitted.empty(groups, rows, length, spec)
-        at_reach = AtReach(
-            fitted, found.upper.diagonal().clone(), Objective("hessian", price, True)
-        )
+    def started() -> tuple[Columns, FittedGroups]:
+        fitted = FittedGroups.empty(groups, rows, length, spec)
+        at_reach = AtReach(fitted, found.upper.diagonal().clone(), GridCost("hessian", price, True))
         values = fitted.scale.values, fitted.zero.values
         number = torch.arange(inputs) // length
         return Columns.of(weight, found, 3, values, number, price, at_reach), fitted
@@ -156,9 +156,9 @@ def test_groups_of_outputs_are_fitted_when_their_column_is_reached(
         for bits, step in ((scale_bits, 0.008), (zero_bits, 0.4))
     )
 
-    def started() -> tuple[Columns, Fitted]:
-        fitted = Fitted.of_columns(inputs, rows, spec, (second[0], second[1]))
-        at_reach = AtReach(fitted, found.upper.diagonal().clone(), Objective(clip, price, True))
+    def started() -> tuple[Columns, FittedGroups]:
+        fitted = FittedGroups.of_columns(inputs, rows, spec, (second[0], second[1]))
+        at_reach = AtReach(fitted, found.upper.diagonal().clone(), GridCost(clip, price, True))
         room = torch.empty(1, rows), torch.empty(1, rows)
         number = torch.zeros(inputs, dtype=torch.int64)
         return Columns.of(weight, found, 3, room, number, price, at_reach), fitted
@@ -194,8 +194,8 @@ def test_any_number_of_threads_finds_the_same_bits(
     upper = factor(inputs, seed)
     found = []
     for count in (1, 2, 3, 5):
-        fitted = Fitted.empty(inputs // length, rows, length, spec)
-        at_reach = AtReach(fitted, upper.upper.diagonal().clone(), Objective("hessian", 0.01, True))
+        fitted = FittedGroups.empty(inputs // length, rows, length, spec)
+        at_reach = AtReach(fitted, upper.upper.diagonal().clone(), GridCost("hessian", 0.01, True))
         values = fitted.scale.values, fitted.zero.values
         columns = Columns.of(
             weight, upper, 3, values, torch.arange(inputs) // length, 0.01, at_reach
@@ -215,7 +215,7 @@ def test_kept_weights_lose_what_float16_loses() -> None:
     edges = [65504.0, 65519.9, 65520.0, 1e6, 6e-8, 2.9e-8, 3.1e-8, 2.0**-14, 0.0, -0.0]
     values = torch.cat([values, torch.tensor(edges)])
     grid = torch.ones(1, len(values)), torch.zeros(1, len(values))
-    one = Factor(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 0.01)
+    one = InverseFactor(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 0.01)
     columns = Columns.of(values.view(-1, 1), one, 2, grid, one.order, 1e-30)
     round_block(columns, 0, 1)
     assert columns.kept is not None

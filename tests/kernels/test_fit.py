@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core import fit
-from quantine.core.fit import without_outliers
 from quantine.core.grid import Grid
-from quantine.core.objective import Clip, Objective, positive, rounding_errors
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
 from quantine.kernels.fit import fit_groups
+from quantine.kernels.fit import reference as fit
+from quantine.kernels.fit.grid_cost import Clip, GridCost, positive, rounding_errors
+from quantine.kernels.fit.reference import without_outliers
 from samples import generator, quick, threads
 
 
@@ -36,14 +36,14 @@ def groups_of(shape: tuple[int, int, int], kind: str, seed: int) -> Tensor:
     return weights
 
 
-def cost(columns: Tensor, spread: Tensor, grid: Grid, objective: Objective) -> Tensor:
-    """The objective's cost ``[groups, rows]`` in float64."""
+def cost(columns: Tensor, spread: Tensor, grid: Grid, cost: GridCost) -> Tensor:
+    """The cost's cost ``[groups, rows]`` in float64."""
     scale, zero = positive(grid.scales().T), grid.zeros().T
     errors = rounding_errors(columns, scale, zero, grid.bits).double()
-    if objective.clip == "mse":
+    if cost.clip == "mse":
         return errors.abs().pow(2.4).sum(1)
     squares = errors.square() / spread.square().unsqueeze(-1)
-    return squares.clamp(max=objective.price).sum(1)
+    return squares.clamp(max=cost.price).sum(1)
 
 
 specs = st.builds(
@@ -85,9 +85,9 @@ def test_grids_are_fitted_alike(
 ) -> None:
     columns = groups_of((2, n, rows), kind, seed)
     spread = torch.rand(2, n, generator=generator(seed)) + 0.05
-    objective = Objective(clip, price, look_ahead)
-    found = fit_groups(columns, spread, spec, objective)
-    expected = fit.fit_groups(columns, spread, spec, objective)
+    cost = GridCost(clip, price, look_ahead)
+    found = fit_groups(columns, spread, spec, cost)
+    expected = fit.fit_groups(columns, spread, spec, cost)
     assert type(found.scale) is type(expected.scale)
     assert type(found.zero_point) is type(expected.zero_point)
     same = (found.scales() == expected.scales()) & (found.zeros() == expected.zeros())
@@ -96,8 +96,8 @@ def test_grids_are_fitted_alike(
         assert same.float().mean() >= 0.97
     losing = columns
     if clip == "mse" and look_ahead and price < math.inf:
-        losing = without_outliers(columns, spread, spec, objective)
-    costs = [cost(losing, spread, grid, objective).sum() for grid in (found, expected)]
+        losing = without_outliers(columns, spread, spec, cost)
+    costs = [cost(losing, spread, grid, cost).sum() for grid in (found, expected)]
     if clip != "minmax":
         assert costs[0] <= costs[1] * 1.05 + 1e-12
 
@@ -116,18 +116,18 @@ def test_lines_with_a_spread_each_are_fitted_as_one_by_one(
 ) -> None:
     columns = groups_of((2, n, lines), "outliers", seed)
     spread = torch.rand(lines, generator=generator(seed)) + 0.05
-    objective = Objective("hessian", price, look_ahead)
+    cost = GridCost("hessian", price, look_ahead)
     spec = QuantSpec(bits, n, group_axis="out")
     for fit_with in (fit_groups, fit.fit_groups):
-        whole = fit_with(columns, spread, spec, objective)
+        whole = fit_with(columns, spread, spec, cost)
         assert whole.axis == "out"
         alone = QuantSpec(bits, n)
         for line in (0, lines - 1):
             same = torch.full((2, n), float(spread[line]))
-            one = fit_with(columns[..., line : line + 1], same, alone, objective)
+            one = fit_with(columns[..., line : line + 1], same, alone, cost)
             found = Grid(whole.scales()[line : line + 1], whole.zeros()[line : line + 1], bits, n)
             costs = [
-                float(cost(columns[..., line : line + 1], same, grid, objective).sum())
+                float(cost(columns[..., line : line + 1], same, grid, cost).sum())
                 for grid in (found, one)
             ]
             assert costs[0] == pytest.approx(costs[1], rel=0.02, abs=1e-9)
@@ -140,10 +140,10 @@ def test_without_second_grids_rows_do_not_depend_on_their_place(
     spec: QuantSpec, look_ahead: bool, clip: Clip
 ) -> None:
     columns, spread = groups_of((1, 16, 150), "outliers", 3), torch.rand(1, 16) + 0.1
-    objective = Objective(clip, 0.01, look_ahead)
-    whole = fit_groups(columns, spread, spec, objective)
+    cost = GridCost(clip, 0.01, look_ahead)
+    whole = fit_groups(columns, spread, spec, cost)
     order = torch.randperm(150, generator=generator(0))[:77]
-    part = fit_groups(columns[..., order], spread, spec, objective)
+    part = fit_groups(columns[..., order], spread, spec, cost)
     assert torch.equal(part.scales(), whole.scales()[order])
     assert torch.equal(part.zeros(), whole.zeros()[order])
 
@@ -154,7 +154,7 @@ def test_any_number_of_threads_finds_the_same_bits(spec: QuantSpec) -> None:
     found = []
     for count in (1, 2, 3, 8):
         with threads(count):
-            found.append(fit_groups(columns, spread, spec, Objective("hessian", 0.01, True)))
+            found.append(fit_groups(columns, spread, spec, GridCost("hessian", 0.01, True)))
     for grid in found[1:]:
         assert torch.equal(grid.scales(), found[0].scales())
         assert torch.equal(grid.zeros(), found[0].zeros())
@@ -178,4 +178,4 @@ def test_what_does_not_fit_into_float16_is_refused(
     columns = groups_of((1, 8, 100), "plain", 0)
     columns[0, 3, 99], columns[0, 4, 99] = value, -value
     with pytest.raises(SolverError, match="rescale the weights, or leave this layer in 16 bit"):
-        fit_with(columns, torch.ones(1, 8), spec, Objective("hessian"))  # type: ignore[operator]
+        fit_with(columns, torch.ones(1, 8), spec, GridCost("hessian"))  # type: ignore[operator]

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core import observe
 from quantine.kernels import backend
 from quantine.kernels.gram import add_gram
+from quantine.statistics import hessian as observe
 from samples import generator, quick
 
 TOLERANCE = 1e-5

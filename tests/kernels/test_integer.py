@@ -15,14 +15,12 @@ from torch import Tensor
 
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.arithmetic import ARITHMETICS
-from quantine.core.factors import factors, steepness
 from quantine.core.grid import Grid, Statistic, encode
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import CLUSTERS
 from quantine.kernels import backend
 from quantine.kernels.integer import (
-    InputGrid,
     input_codes,
     levels,
     multiplies_integers,
@@ -30,9 +28,12 @@ from quantine.kernels.integer import (
     multiply_reference,
     native_grid,
 )
+from quantine.kernels.integer.input_grid import InputGrid
+from quantine.kernels.integer.token_factors import factors, steepness
 from quantine.kernels.matrix import multiply as multiply_floats
-from quantine.kernels.matrix import multiply_panels, packed_matrix, pool
+from quantine.kernels.matrix import multiply_panels, packed_matrix
 from quantine.kernels.matrix import multiply_reference as floats_reference
+from quantine.kernels.threads import pool
 from samples import generator, quick
 
 ZEROS = ("middle", "whole", "half", "coded")

@@ -10,15 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core.activation import UNQUANTIZED
+from quantine.core.activation_spec import UNQUANTIZED
 from quantine.kernels.bits import pack
-from quantine.kernels.kv_attention import (
-    MOST_ROWS,
-    attend,
-    attend_reference,
-    round_probabilities,
-)
-from quantine.kernels.packed_states import PackedStates
+from quantine.kernels.kv_attention import MOST_ROWS, attend
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.reference import attend_reference, round_probabilities
 
 widths = st.integers(2, 8)
 rounding = given(

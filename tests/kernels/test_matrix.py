@@ -19,13 +19,13 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import GROUP_AXES, GroupAxis
 from quantine.kernels.matrix import (
     float_matrix,
-    has_exact_zero,
     multiply,
     multiply_panels,
     multiply_reference,
     packed_matrix,
-    pool,
 )
+from quantine.kernels.matrix.reference import has_exact_zero
+from quantine.kernels.threads import pool
 
 STATISTICS = ("half", "coded", "coded by two tiles", "coded across tiles", "coded whole")
 arithmetics = st.sampled_from(ARITHMETICS)

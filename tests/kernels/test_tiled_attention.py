@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core.activation import UNQUANTIZED
-from quantine.kernels.kv_attention import TILED, attend, attend_reference
-from quantine.kernels.tiled_attention import TILE, attend_in_tiles
+from quantine.core.activation_spec import UNQUANTIZED
+from quantine.kernels.kv_attention import TILED, attend
+from quantine.kernels.kv_attention.reference import attend_reference
+from quantine.kernels.kv_attention.tiled import TILE, attend_in_tiles
 
 
 @given(

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import oracles
-from quantine.core.observe import Hessian
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError, SolverError
-from quantine.methods import GPTQ
-from quantine.methods.rounding import blocks
+from quantine.methods.column_blocks import blocks
+from quantine.methods.gptq import GPTQ
+from quantine.statistics.hessian import Hessian
 from samples import correlated_inputs, observed, random_weight
 
 ROWS, COLUMNS, TOKENS = 12, 48, 160

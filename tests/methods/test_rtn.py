@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import oracles
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError
-from quantine.methods import RTN
+from quantine.methods.rtn import RTN
 from samples import quick, random_weight
 
 HALF_ROUNDING = 2.0**-11

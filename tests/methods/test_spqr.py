@@ -12,21 +12,17 @@ import torch
 from torch import Tensor
 
 import oracles
-from quantine.core.fit import without_outliers
 from quantine.core.grid import Statistic
-from quantine.core.objective import Objective
-from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError, SolverError
 from quantine.formats import format_named
-from quantine.methods import GPTQ, RTN, SpQR
-from quantine.methods.spqr import (
-    FAITHFUL,
-    FAITHFUL_SPEC,
-    SAMPLED_ROWS,
-    sampled_rows,
-)
+from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.fit.reference import without_outliers
+from quantine.methods.gptq import GPTQ
+from quantine.methods.rtn import RTN
+from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SAMPLED_ROWS, SpQR, sampled_rows
+from quantine.statistics.hessian import Hessian
 from samples import correlated_inputs, observed, random_weight
 
 ROWS, COLUMNS, TOKENS = 20, 48, 160
@@ -154,8 +150,8 @@ def test_likely_outliers_are_those_of_the_explicit_loop(length: int, price: floa
     weight[1, -1] = weight[1, 0] = weight[1].max()  # the largest weight twice
     spread = torch.linspace(0.2, 1.0, length)
     spec = QuantSpec(3, length, scale_bits=3, zero_bits=3)
-    objective = Objective("minmax", price, look_ahead=True)
-    inliers = without_outliers(weight.T.unsqueeze(0), spread.unsqueeze(0), spec, objective)[0].T
+    cost = GridCost("minmax", price, look_ahead=True)
+    inliers = without_outliers(weight.T.unsqueeze(0), spread.unsqueeze(0), spec, cost)[0].T
     expected = []
     for row in weight.double().tolist():
         likely = oracles.likely_outliers(row, spread.square().tolist(), 3, price)

@@ -15,12 +15,12 @@ import pytest
 from browser import browser, shown
 
 from quantine import Calibration, FormatError, Plan, PlanError, cli, quantize
-from quantine.card import model_card
-from quantine.core.activation import ActivationSpec
+from quantine.core.activation_spec import ActivationSpec
 from quantine.report.facts import gather
 from quantine.report.page import page
 from quantine.report.sections import SECTIONS
 from quantine.report.verdict import Check, checks_of, floors_of
+from quantine.run.card import model_card
 
 Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]

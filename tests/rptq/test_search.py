@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from quantine.activations.grids import StaticGrid
-from quantine.activations.install import ATTENDED, Place, places
-from quantine.core.activation import ActivationSpec, scheme_named
-from quantine.core.observe import MinMax
+from quantine.activations.install import ATTENDED, RoundingPoint, places
+from quantine.core.activation_spec import ActivationSpec
 from quantine.families import family_of
-from quantine.families.base import block_list
-from quantine.rptq.clusters import Heads, Reordering
-from quantine.rptq.search import REACHES, Candidates
+from quantine.families.layers import block_list
+from quantine.plan.shorthand import parse_shorthand
+from quantine.rptq.choose_grids import REACHES, Candidates
+from quantine.rptq.reordering import Heads, Reordering
+from quantine.statistics.channel_ranges import ChannelRanges
 from tiny_models import random_model, tiny_config
 
 LLAMA = family_of("llama")
@@ -27,7 +28,7 @@ def llama() -> tuple[Any, Heads]:
     return block_list(model, LLAMA)[0], Heads.of(tiny_config("llama"), LLAMA)
 
 
-def width_at(block: Any, place: Place) -> int:
+def width_at(block: Any, place: RoundingPoint) -> int:
     """Channels at a place."""
     if place.site not in ATTENDED:
         return int(block.get_submodule(place.path).weight.shape[1])
@@ -35,12 +36,12 @@ def width_at(block: Any, place: Place) -> int:
     return len(block.get_submodule(f"self_attn.{matrix}").weight)
 
 
-def shown(width: int, seed: int) -> MinMax:
+def shown(width: int, seed: int) -> ChannelRanges:
     """Six samples of which all first tokens are the same: small, and on no step of a grid."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(6, 40, width, generator=generator) * torch.logspace(-1, 1, width)
     x[:, 0] = x[0, 0] * 0.1
-    seen = MinMax(width)
+    seen = ChannelRanges(width)
     seen.update(x, 6)
     return seen
 
@@ -58,7 +59,7 @@ def reordering(block: Any, heads: Heads, spec: ActivationSpec) -> Reordering:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_what_every_sample_begins_with_can_be_rounded_without_error(site: str, bits: int) -> None:
     block, heads = llama()
-    made = reordering(block, heads, scheme_named("W4A4").activations)
+    made = reordering(block, heads, parse_shorthand("W4A4").activations)
     labels = made.clusters_at(PLACES[site]).labels
     first = made.ranges_at(PLACES[site]).firsts[:1]
     errors = []
@@ -71,7 +72,7 @@ def test_what_every_sample_begins_with_can_be_rounded_without_error(site: str, b
 
 def test_queries_meet_keys_one_by_one_and_need_no_such_grid() -> None:
     block, heads = llama()
-    made = reordering(block, heads, scheme_named("W4A4").activations)
+    made = reordering(block, heads, parse_shorthand("W4A4").activations)
     candidates = Candidates(made, block).of(PLACES["query"], 4, final=True)
     assert all(torch.equal(found.zero, found.zero.round()) for found in candidates)
 
@@ -80,7 +81,7 @@ def test_queries_meet_keys_one_by_one_and_need_no_such_grid() -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_inputs_of_matrices_may_have_factors(site: str, wanted: bool) -> None:
     block, heads = llama()
-    spec = replace(scheme_named("W4A4").activations, token_factors=wanted)
+    spec = replace(parse_shorthand("W4A4").activations, token_factors=wanted)
     made = reordering(block, heads, spec)
     candidates = Candidates(made, block).of(PLACES[site], 4, final=True)
     assert {found.reach for found in candidates} == {None, *(REACHES if wanted else ())}
@@ -92,7 +93,7 @@ def test_inputs_of_matrices_may_have_factors(site: str, wanted: bool) -> None:
 @pytest.mark.parametrize("scheme", ["W4A8", "W4A4", "W4A8-tensor", "W4A8-faithful"])
 def test_at_eight_bits_loud_sites_have_factors(scheme: str) -> None:
     block, heads = llama()
-    spec = scheme_named(scheme).activations
+    spec = parse_shorthand(scheme).activations
     made = reordering(block, heads, spec)
     with_factors = {
         site
@@ -104,7 +105,7 @@ def test_at_eight_bits_loud_sites_have_factors(scheme: str) -> None:
 
 def test_values_have_clusters_of_their_own_or_those_of_what_attention_makes_of_them() -> None:
     block, heads = llama()
-    spec = scheme_named("W4A4").activations
+    spec = parse_shorthand("W4A4").activations
     own = reordering(block, heads, spec).clusters_at(PLACES["value"])
     assert set(own.sizes) == {1}
     block, heads = llama()

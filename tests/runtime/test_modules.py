@@ -12,7 +12,8 @@ from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import CLUSTERS, QuantSpec
 from quantine.formats import format_named
-from quantine.kernels.integer import SCALAR, levels
+from quantine.kernels.integer import levels
+from quantine.kernels.integer.cpu import SCALAR
 from quantine.methods.rtn import RTN
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
 from tiny_models import LEVELS, bits_equal

@@ -15,12 +15,12 @@ from torch import Tensor
 
 import quantine
 from quantine import Calibration, FormatError, Plan, PlanError
-from quantine.contents import contents
 from quantine.errors import CheckpointError
 from quantine.formats import FORMATS
-from quantine.formats.spqr import SPEC
+from quantine.formats.foreign.spqr.layout import SPEC
+from quantine.formats.inventory import inventory
 from quantine.methods.spqr import FAITHFUL
-from quantine.pipeline import quantize
+from quantine.run.quantize import quantize
 from quantine.runtime.modules import QuantLinear, packed_modules
 from samples import correlated_inputs, observed
 from tiny_models import (
@@ -201,8 +201,8 @@ def test_it_is_no_source(checkpoint: Path) -> None:
 
 def test_only_own_directories_are_listed(checkpoint: Path, written: Path) -> None:
     with pytest.raises(FormatError, match=r"not written by quantine.*quantine_report\.json"):
-        contents(checkpoint)
-    found = contents(written)
+        inventory(checkpoint)
+    found = inventory(written)
     report = json.loads((written / "quantine_report.json").read_text())
     assert found["totals"]["quantized_bytes"] == report["totals"]["quantized_bytes"]
     assert {layer["scheme"]["format"] for layer in found["layers"]} == {"spqr"}

@@ -5,15 +5,16 @@ The meaning, in plain PyTorch. Scores are taken in float32 after rounding, as fr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from quantine.activations.modules import SITES_NAME, AttentionSites
-from quantine.core.activation import UNQUANTIZED
 from quantine.kernels.kv_attention import attend
-from quantine.kernels.packed_states import PackedStates
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.scoring import Scoring
 
 NAME: Final = "quantine"
 """Of the attention function, in ``config._attn_implementation``."""
@@ -56,9 +57,9 @@ def attention(
         hidden = torch.finfo(torch.float32).min
         attention_mask = torch.where(attention_mask, 0.0, hidden)
     sites = getattr(module, SITES_NAME, None)
-    softmax_bits, relative = UNQUANTIZED, True
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     if isinstance(sites, AttentionSites):
-        softmax_bits, relative = sites.softmax, sites.relative
+        scoring = replace(scoring, softmax_bits=sites.softmax, relative=sites.relative)
         query = _through(sites.query, query)
         key, value = _through(sites.key, key), _through(sites.value, value)
     return attend(
@@ -66,10 +67,7 @@ def attention(
         key,
         value,
         attention_mask,
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap,
-        softmax_bits,
-        relative,
+        scoring,
         dropout if module.training else 0.0,
         keep=output_attentions is not False,
     )

@@ -7,18 +7,16 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from quantine.core.factors import factors, steepness
-from quantine.core.fixed import FixedDtypes
+from quantine.core.fit_range import fit_activations
+from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.grid import decode, encode
-from quantine.core.ranges import covering
-from quantine.kernels.packed_states import round_states
+from quantine.kernels.integer.token_factors import factors, steepness
+from quantine.kernels.kv_attention.packed_states import round_states
 
 FEEDBACK: Final = "feedback"
 """Name of a tensor that only some static grids have."""
 REACH: Final = "reach"
 """Name of another one."""
-FAITHFUL_STEP: Final = 1e-4
-"""Least scale of RPTQ's published code."""
 LABELS: Final = torch.int32
 
 
@@ -29,13 +27,13 @@ class StaticGrid(FixedDtypes):
         bits: of a code, 2 to 8.
         scale: ``[clusters]`` float32, positive.
         zero: ``[clusters]`` float32, of any size, as a range need not reach zero; whole numbers
-            but for keys and values, see `quantine.core.ranges.through`.
+            but for keys and values, see `quantine.rptq.ranges.through`.
         labels: ``[channels]`` int32, each channel's cluster.
-        feedback: ``[heads, dim, dim]`` float16, see `quantine.core.feedback`: channels, of one
-            head after another, are then rounded in turn.
+        feedback: ``[heads, dim, dim]`` float16, see `quantine.kernels.kv_attention.feedback`:
+            channels, of one head after another, are then rounded in turn.
         reach: ``[1]`` float32: each token is divided by a factor of its own first, see
-            `quantine.core.factors`; what its codes stand for is multiplied by it. Grids then
-            have their zero points in the code range, and no feedback.
+            `quantine.kernels.integer.token_factors`; what its codes stand for is multiplied by
+            it. Grids then have their zero points in the code range, and no feedback.
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
@@ -93,8 +91,7 @@ class StaticGrid(FixedDtypes):
         return self._rounded(values / factor, scale, zero).mul_(factor).to(x.dtype)
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        codes = encode(x.unsqueeze(-1), scale, zero, self.bits)
-        return decode(codes, scale, zero).squeeze(-1)
+        return decode(encode(x, scale, zero, self.bits), scale, zero)
 
     def extra_repr(self) -> str:
         """Bits and shape."""
@@ -122,15 +119,9 @@ class TokenGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
         values = x.float()
-        scale, zero = covering(*values.aminmax(dim=-1), self.bits)
+        scale, zero = fit_activations(*values.aminmax(dim=-1, keepdim=True), self.bits)
         return decode(encode(values, scale, zero, self.bits), scale, zero).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Bits."""
         return f"{self.bits} bit for each token"
-
-
-def faithful(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point as RPTQ's published code has them; a step of the range is wasted."""
-    scale = ((high - low) / 2**bits).clamp_(min=FAITHFUL_STEP)
-    return scale, (-(high + low) / (2 * scale)).round_() + 2 ** (bits - 1)

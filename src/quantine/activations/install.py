@@ -9,10 +9,11 @@ from typing import Final
 from torch import Tensor, nn
 
 from quantine.activations.grids import TokenGrid
-from quantine.activations.modules import INPUTS_NAME, SITES_NAME, AttentionSites, GriddedLinear
+from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedLinear
 from quantine.activations.reorder import permute_norm
-from quantine.core.activation import UNQUANTIZED, ActivationSpec
-from quantine.families.base import Family, Link
+from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
+from quantine.families.family import Family, Link
+from quantine.families.layers import INPUTS_NAME
 
 CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
 """What the consumers of a reorder read, as a site of `ActivationSpec`."""
@@ -21,7 +22,7 @@ ATTENDED: Final = {"query": "R2", "key": "R2", "value": "R3"}
 
 
 @dataclass(frozen=True)
-class Place:
+class RoundingPoint:
     """A module of a block whose input is rounded.
 
     Attributes:
@@ -40,15 +41,17 @@ class Place:
         return self.path if self.site in ATTENDED else f"{self.path}.{INPUTS_NAME}"
 
 
-def places(family: Family) -> list[Place]:
+def rounding_points(family: Family) -> list[RoundingPoint]:
     """Every place in a block of ``family`` where activations can be rounded."""
     found = [
-        Place(CONSUMED[link.kind], link.kind, path)
+        RoundingPoint(CONSUMED[link.kind], link.kind, path)
         for link in family.links
         for path in link.consumers
     ]
     inside = f"{family.attention}.{SITES_NAME}"
-    return found + [Place(site, kind, f"{inside}.{site}") for site, kind in ATTENDED.items()]
+    return found + [
+        RoundingPoint(site, kind, f"{inside}.{site}") for site, kind in ATTENDED.items()
+    ]
 
 
 def link_of(family: Family, kind: str) -> Link:
@@ -57,7 +60,7 @@ def link_of(family: Family, kind: str) -> Link:
 
 
 def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
-    """Give the attention of ``block`` places for rounding; probabilities are rounded at once."""
+    """Let the attention of ``block`` round; probabilities are rounded from here on."""
     sites = AttentionSites()
     sites.softmax, sites.relative = spec.softmax, spec.relative
     setattr(block.get_submodule(family.attention), SITES_NAME, sites)
@@ -78,14 +81,17 @@ def add_norms(
 
 
 def add_grids(
-    block: nn.Module, family: Family, spec: ActivationSpec, made: Callable[[Place, int], nn.Module]
+    block: nn.Module,
+    family: Family,
+    spec: ActivationSpec,
+    made: Callable[[RoundingPoint, int], nn.Module],
 ) -> None:
     """Let ``block``, which has its `AttentionSites`, round activations.
 
     Args:
         made: the static grid of a place, given bits.
     """
-    for place in places(family):
+    for place in rounding_points(family):
         bits = getattr(spec, place.site)
         if bits == UNQUANTIZED:
             continue
@@ -93,7 +99,7 @@ def add_grids(
         _put(block, place, TokenGrid(bits) if token else made(place, bits))
 
 
-def _put(block: nn.Module, place: Place, grid: nn.Module) -> None:
+def _put(block: nn.Module, place: RoundingPoint, grid: nn.Module) -> None:
     path, _, leaf = place.path.rpartition(".")
     parent, module = block.get_submodule(path), block.get_submodule(place.path)
     if place.site in ATTENDED:

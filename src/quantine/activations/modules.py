@@ -7,12 +7,10 @@ from typing import Final
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quantine.core.activation import UNQUANTIZED
+from quantine.core.activation_spec import UNQUANTIZED
 
 SITES_NAME: Final = "sites"
 """Name of the `AttentionSites` in a module of attention."""
-INPUTS_NAME: Final = "inputs"
-"""Name of the grid of a matrix's inputs in its module."""
 
 
 class PermutedNorm(nn.Module):
@@ -69,9 +67,3 @@ class AttentionSites(nn.Module):
         self.value: nn.Module = nn.Identity()
         self.softmax = UNQUANTIZED
         self.relative = True
-
-
-def rounded_inputs(module: nn.Module, x: Tensor) -> Tensor:
-    """The input ``x`` of a matrix as it is multiplied."""
-    inputs = getattr(module, INPUTS_NAME, None)
-    return inputs(x) if isinstance(inputs, nn.Module) else x

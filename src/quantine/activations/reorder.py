@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quantine.activations.modules import PermutedNorm
-from quantine.core.cluster import order_within_heads
-from quantine.families.base import Link, Rows, is_transposed
+from quantine.core.permute import order_within_heads
+from quantine.families.family import Link, Rows
+from quantine.families.layers import is_transposed
 
 
 def reorder(block: nn.Module, link: Link, order: Tensor, heads: int = 1) -> None:
@@ -54,9 +55,9 @@ def permute_outputs(module: nn.Module, order: Tensor, rows: Rows = "parts", head
 def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
     """An order of all ``count`` rows of a producer."""
     channels = len(order)
-    whole = torch.arange(count)
+    whole = torch.arange(count, device=order.device)
     if rows == "parts":
-        return (order + torch.arange(0, count, channels).unsqueeze(1)).flatten()
+        return (order + whole[::channels].unsqueeze(1)).flatten()
     if rows == "last":
         whole[-channels:] = order + count - channels
         return whole

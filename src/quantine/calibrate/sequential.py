@@ -2,50 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.attention import register
-from quantine.activations.modules import rounded_inputs
-from quantine.calibrate.activations import Activations
-from quantine.calibrate.recording import Recording
-from quantine.core.observe import Hessian, MinMax, is_finite
+from quantine.calibrate.hidden_states import HiddenStates
+from quantine.calibrate.replay import Replay
+from quantine.calibrate.skeleton import StandIn, drop_weights, materialize, set_tensor
+from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
-from quantine.families.base import Family, block_list, is_transposed
+from quantine.families.family import Family
+from quantine.families.layers import Layer, block_list
 from quantine.kernels.gram import add_gram
+from quantine.statistics.channel_ranges import ChannelRanges
+from quantine.statistics.hessian import Hessian
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.utils.hooks import RemovableHandle
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
-    from quantine.formats.checkpoint import Checkpoint
+    from quantine.source.checkpoint import Checkpoint
 
 TOKENS_PER_BATCH: Final = 2048
-
-
-def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    """The causal language model of ``config`` without weights: parameters on the meta device.
-
-    Args:
-        attention: name of an attention function; ``None`` lets transformers choose.
-    """
-    from transformers import AutoModelForCausalLM
-
-    register()
-
-    own = copy.deepcopy(config)  # which the model marks with its dtype
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            own, dtype=torch.float32, attn_implementation=attention
-        )
-    model.eval()
-    return model
 
 
 def batch_samples(samples: int, seqlen: int) -> int:
@@ -56,11 +39,13 @@ def batch_samples(samples: int, seqlen: int) -> int:
     return max(fitting, default=1)
 
 
-class Sequential:
-    """Runs calibration segments through a model, block by block.
+@dataclass(frozen=True)
+class CalibrationSetup:
+    """What runs through which model, and how.
 
-    Args:
-        model: a `skeleton`; blocks get weights while they are worked on.
+    Attributes:
+        model: a `quantine.calibrate.skeleton.skeleton`; blocks get weights while they are worked
+            on.
         family: its architecture.
         checkpoint: where weights come from.
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
@@ -68,37 +53,51 @@ class Sequential:
         replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
         bfloat16: multiply matrices in bfloat16, and take statistics of inputs rounded to it, in
             float32; weights, norms and hidden states stay in float32.
-        resumes: keep what a block had computed when it stopped for `observe_next`; takes a few
-            times the memory of the hidden states.
+        resumes: keep what a block had computed when it stopped for `Sequential.observe_next`;
+            takes a few times the memory of the hidden states.
+        device: where blocks and hidden states are while they are worked on.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        family: Family,
-        checkpoint: Checkpoint,
-        segments: Tensor,
-        spill: Path | None,
-        replaced: Mapping[str, Tensor],
-        bfloat16: bool = False,
-        resumes: bool = False,
-    ) -> None:
-        self._model = model
-        self._bfloat16 = bfloat16
-        self._family = family
-        self._checkpoint = checkpoint
-        self._blocks = block_list(model, family)
-        size = batch_samples(*segments.shape)
-        self._hidden = Activations(len(segments) // size, spill)
-        self._recordings = [Recording() for _ in range(len(self._hidden))] if resumes else None
+    model: PreTrainedModel
+    family: Family
+    checkpoint: Checkpoint
+    segments: Tensor
+    spill: Path | None = None
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    bfloat16: bool = False
+    resumes: bool = False
+    device: torch.device = torch.device("cpu")
+
+    def autocast(self) -> torch.autocast:
+        """The context in which matrices are multiplied, whatever context the caller is in."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+class Sequential:
+    """Runs calibration segments through a model, block by block."""
+
+    def __init__(self, setup: CalibrationSetup) -> None:
+        self._setup = setup
+        self._family = setup.family
+        self._blocks = block_list(setup.model, setup.family)
+        size = batch_samples(*setup.segments.shape)
+        batches = setup.segments.to(setup.device).split(size)
+        self._hidden = HiddenStates(len(batches), setup.spill, setup.device)
+        self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._enter(segments.split(size), replaced)
+        self._enter(batches)
+
+    @property
+    def setup(self) -> CalibrationSetup:
+        """What runs through which model."""
+        return self._setup
 
     def load(self, index: int) -> nn.Module:
         """Block ``index`` with its float32 weights."""
-        block = self._blocks[index]
-        materialize(self._model, block, f"{self._family.blocks}.{index}", self._checkpoint)
+        setup, block = self._setup, self._blocks[index]
+        path = f"{self._family.blocks}.{index}"
+        materialize(setup.model, block, path, setup.checkpoint, setup.device)
         return block
 
     def release(self, index: int) -> None:
@@ -106,68 +105,69 @@ class Sequential:
         self._blocks[index].to("meta")
 
     @torch.no_grad()
-    def observe(self, index: int, paths: Sequence[str]) -> list[Hessian]:
-        """Statistics of the inputs of the matrices at ``paths`` in block ``index``, in one pass.
+    def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
+        """Statistics of the inputs of ``layers`` of block ``index``, all in one pass.
 
         The block runs only until all of them have been seen.
+
+        Args:
+            layers: one of each group, as the others read the same input.
         """
-        modules = [self._blocks[index].get_submodule(path) for path in paths]
-        looks = [_Look(module, self._multiplied) for module in modules]
+        observers = [_InputObserver(layer, self._setup) for layer in layers]
 
         def enough() -> None:
-            if len({look.seen for look in looks}) == 1:
+            if len({observer.seen for observer in observers}) == 1:
                 raise _Enough
 
-        handles = [look.register(enough) for look in looks]
+        handles = [observer.register(enough) for observer in observers]
         try:
             for batch in range(len(self._hidden)):
                 try:
                     self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
-                seen = [look.seen for look in looks]
-                raise self._never_ran(index, paths[seen.index(min(seen))])
+                seen = [observer.seen for observer in observers]
+                raise self._never_ran(layers[seen.index(min(seen))].name)
         finally:
             for handle in handles:
                 handle.remove()
-        return [look.hessian for look in looks]
+        return [observer.hessian for observer in observers]
 
     @torch.no_grad()
-    def observe_next(self, index: int, path: str) -> Hessian:
-        """Statistics of the input of the matrix at ``path`` in block ``index``.
+    def observe_next(self, index: int, layer: Layer) -> Hessian:
+        """Statistics of the input of ``layer`` in block ``index``.
 
-        It must run after the matrices observed like this before, and what ran before those must
-        not have been changed since.
+        It must run after the layers observed like this before, and what ran before those must not
+        have been changed since.
         """
-        if self._recordings is None:
-            return self.observe(index, [path])[0]
-        module = self._blocks[index].get_submodule(path)
-        hessian = _hessian_of(module)
-        for batch, recording in enumerate(self._recordings):
+        if self._replays is None:
+            return self.observe(index, [layer])[0]
+        hessian = Hessian(layer.in_features, add_gram, self._setup.device)
+        for batch, replay in enumerate(self._replays):
 
-            def stop(_: nn.Module, args: tuple[Any, ...], recording: Recording = recording) -> None:
-                recording.stop()
-                raise _Reached(args[0])
+            def stop(x: Tensor, replay: Replay = replay) -> None:
+                replay.stop()
+                raise _Reached(x)
 
-            handle = module.register_forward_pre_hook(stop)
+            handle = layer.observe(self._setup.model, stop)
             try:
-                with recording:
+                with replay:
                     self.run(index, self._hidden[batch])
-                raise self._never_ran(index, path)
+                raise self._never_ran(layer.name)
             except _Reached as reached:
-                hessian.update(self._multiplied(rounded_inputs(module, reached.x)))
+                hessian.update(_as_multiplied(reached.x, self._setup))
             finally:
                 handle.remove()
         return hessian
 
     @torch.no_grad()
-    def ranges(self, index: int, paths: Sequence[str]) -> dict[str, MinMax]:
+    def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
         """Ranges of what enters the modules at ``paths`` in block ``index``, by path."""
-        found: dict[str, MinMax] = {}
+        found: dict[str, ChannelRanges] = {}
 
         def recorder(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-                seen = found.setdefault(path, MinMax(args[0].shape[-1]))
+                seen = found.setdefault(path, ChannelRanges(args[0].shape[-1], args[0].device))
                 seen.update(args[0], samples)
 
             return record
@@ -186,17 +186,12 @@ class Sequential:
                 handle.remove()
         missing = [path for path in paths if path not in found]
         if missing:
-            raise self._never_ran(index, missing[0])
+            raise self._never_ran(f"{self._family.blocks}.{index}.{missing[0]}")
         return found
 
-    def _multiplied(self, x: Tensor) -> Tensor:
-        """Input ``x`` as matrices multiply it."""
-        return x.bfloat16() if self._bfloat16 else x
-
-    def _never_ran(self, index: int, path: str) -> CalibrationError:
+    def _never_ran(self, name: str) -> CalibrationError:
         return CalibrationError(
-            f"{self._family.blocks}.{index}.{path} never ran: family {self._family.name!r} is "
-            "described wrongly"
+            f"{name} never ran: family {self._family.name!r} is described wrongly"
         )
 
     @torch.no_grad()
@@ -217,33 +212,34 @@ class Sequential:
 
     def _run_on(self, index: int, batch: int) -> Tensor:
         """Block ``index`` on a batch to its end, from where it stopped."""
-        if self._recordings is None:
+        if self._replays is None:
             return self.run(index, self._hidden[batch])
-        recording, self._recordings[batch] = self._recordings[batch], Recording()
-        with recording:
+        replay, self._replays[batch] = self._replays[batch], Replay()
+        with replay:
             return self.run(index, self._hidden[batch])
 
     @property
-    def hidden(self) -> Activations:
+    def hidden(self) -> HiddenStates:
         """What enters the block that is worked on."""
         return self._hidden
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Block ``index`` on one batch of hidden states ``[batch, tokens, width]``."""
         args, kwargs = self._calls[index]
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bfloat16):
+        with self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     @torch.no_grad()
-    def _enter(self, batches: Iterable[Tensor], replaced: Mapping[str, Tensor]) -> None:
+    def _enter(self, batches: Iterable[Tensor]) -> None:
         """Compute the first block's inputs, and record how the model calls each block."""
-        base = self._model.base_model
-        prefix = self._model.base_model_prefix
-        materialize(self._model, base, prefix, self._checkpoint, skip=f"{self._family.blocks}.")
-        for name, tensor in replaced.items():
-            set_tensor(self._model, name, tensor)
+        setup = self._setup
+        base, prefix = setup.model.base_model, setup.model.base_model_prefix
+        inside = f"{self._family.blocks}."
+        materialize(setup.model, base, prefix, setup.checkpoint, setup.device, skip=inside)
+        for name, tensor in setup.replaced.items():
+            set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
         recorders = [StandIn(block, self._family.returns_tuple) for block in blocks]
         try:
@@ -251,7 +247,7 @@ class Sequential:
                 self._blocks[index] = recorder
             for batch, tokens in enumerate(batches):
                 base(input_ids=tokens, use_cache=False, output_attentions=False)
-                self._hidden[batch] = recorders[0].hidden.clone()
+                self._hidden[batch] = recorders[0].entered().clone()
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
@@ -271,97 +267,24 @@ class _Reached(Exception):
         self.x = x
 
 
-class _Look:
-    """Statistics of what enters ``module``, and how often it was entered.
+class _InputObserver:
+    """Statistics of what enters ``layer``, and how often it was entered."""
 
-    Args:
-        module: the matrix.
-        multiplied: what it makes of its input.
-    """
-
-    def __init__(self, module: nn.Module, multiplied: Callable[[Tensor], Tensor]) -> None:
-        self._multiplied = multiplied
-        self.hessian = _hessian_of(module)
+    def __init__(self, layer: Layer, setup: CalibrationSetup) -> None:
+        self._layer, self._setup = layer, setup
+        self.hessian = Hessian(layer.in_features, add_gram, setup.device)
         self.seen = 0
-        self._module = module
 
     def register(self, after: Callable[[], None]) -> RemovableHandle:
-        def look(_: nn.Module, args: tuple[Any, ...]) -> None:
-            with torch.autocast("cpu", enabled=False):
-                self.hessian.update(self._multiplied(rounded_inputs(self._module, args[0])))
+        def look(x: Tensor) -> None:
+            with torch.autocast(self._setup.device.type, enabled=False):
+                self.hessian.update(_as_multiplied(x, self._setup))
             self.seen += 1
             after()
 
-        return self._module.register_forward_pre_hook(look)
+        return self._layer.observe(self._setup.model, look)
 
 
-def _hessian_of(module: nn.Module) -> Hessian:
-    """Nothing seen yet of the input of ``module``."""
-    weight = module.get_parameter("weight")
-    return Hessian(weight.shape[0 if is_transposed(module) else 1], add_gram)
-
-
-class StandIn(nn.Module):
-    """Stands in for a block: remembers the call, and passes the hidden states through.
-
-    Args:
-        block: whose attributes the model may look at.
-        returns_tuple: whether the block returns a tuple.
-        replay: what to return instead of the hidden states that come in.
-    """
-
-    def __init__(self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None) -> None:
-        super().__init__()
-        self._stand_in_for = [block]
-        self._replay = [replay]
-        self._returns_tuple = returns_tuple
-        self.hidden = torch.empty(0)
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_stand_in_for"][0], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Remember and pass on."""
-        self.hidden, self.args, self.kwargs = hidden, args, kwargs
-        hidden = hidden if self._replay[0] is None else self._replay[0]
-        return (hidden,) if self._returns_tuple else hidden
-
-
-def materialize(
-    model: PreTrainedModel, module: nn.Module, path: str, checkpoint: Checkpoint, skip: str = "-"
-) -> None:
-    """Give ``module``, found at ``path``, buffers and float32 weights, except below ``skip``."""
-    for child in module.modules():
-        missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
-        for name in missing:
-            child._buffers[name] = torch.empty_like(child.get_buffer(name), device="cpu")
-        if missing:
-            # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed
-            # by the architecture's own initializer, as transformers does when it loads a model.
-            model._init_weights(child)
-    names = [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
-    for name, tensor in checkpoint.read(names).items():
-        set_tensor(model, name, tensor.float() if tensor.is_floating_point() else tensor)
-
-
-def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the parameter or buffer ``name`` of ``model`` a value."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    if leaf in owner._parameters:
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-    else:
-        owner._buffers[leaf] = value
-
-
-def drop_weights(module: nn.Module) -> None:
-    """Give the memory of all parameters below ``module`` back."""
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None:
-                child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+def _as_multiplied(x: Tensor, setup: CalibrationSetup) -> Tensor:
+    """Input ``x`` in the dtype in which matrices are multiplied."""
+    return x.bfloat16() if setup.bfloat16 else x

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.base import MODEL_HELP, add_verb, names
 from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
+from quantine.commands.verb import MODEL_HELP, add_verb, names
 
 
 def add(verbs: Any) -> None:
@@ -50,12 +50,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from quantine.calibrate.data import Calibration
+    from quantine.calibrate.segments import Calibration
     from quantine.comparison.points import plans_of
     from quantine.comparison.run import Measured, compare
-    from quantine.comparison.table import loss_of_quality, markdown, pareto_front, write_tables
-    from quantine.plots.pareto import pareto_figure, save_figure
-    from quantine.render import make_console
+    from quantine.comparison.table import markdown, pareto_front, write_tables
+    from quantine.eval.compared import loss_of_quality
+    from quantine.report.plots.pareto import pareto_figure, save_figure
+    from quantine.report.tables import make_console
 
     console = make_console(arguments.quiet)
     rows = compare(

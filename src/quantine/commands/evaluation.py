@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.base import (
+from quantine.commands.verb import (
     DTYPES,
     MODEL_HELP,
     add_verb,
@@ -104,13 +104,13 @@ def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
     if arguments.record:
-        from quantine.record import check_recordable
+        from quantine.report.record import check_recordable
 
         check_recordable(Path(arguments.model))
     import torch
 
     from quantine.eval.evaluate import evaluate
-    from quantine.render import make_console, print_scores, window_line
+    from quantine.report.tables import make_console, print_scores, window_line
 
     console = make_console(arguments.quiet)
     live = console.is_terminal
@@ -141,9 +141,9 @@ def _record(arguments: argparse.Namespace, scores: dict[str, Any]) -> None:
     import torch
 
     from quantine.eval.samples import decode_samples
-    from quantine.record import record
+    from quantine.report.record import record
     from quantine.runtime.load import load_model
-    from quantine.runtime.source import locate
+    from quantine.source.locate import locate
 
     source = locate(arguments.model)
     samples = []

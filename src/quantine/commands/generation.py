@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from quantine.commands.base import DTYPES, MODEL_HELP, add_verb
+from quantine.commands.verb import DTYPES, MODEL_HELP, add_verb
 
 
 def add(verbs: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.base import add_verb, check_target, dump_json
+from quantine.commands.verb import add_verb, check_target, dump_json
 
 
 def add(verbs: Any) -> None:
@@ -32,10 +32,10 @@ def add(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
-    from quantine.contents import contents
-    from quantine.render import print_contents
+    from quantine.formats.inventory import inventory
+    from quantine.report.tables import print_contents
 
-    found = contents(arguments.directory)
+    found = inventory(arguments.directory)
     print_contents(found)
     dump_json(arguments.json, found)
     if arguments.plot is not None:
@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _draw(directory: Path, target: Path) -> None:
-    from quantine.plots.draw import draw
+    from quantine.report.plots.draw import draw
 
     pictures = draw(directory, target, lambda path: print(f"drawn: {path}", file=sys.stderr))
     for line in pictures.left_out:

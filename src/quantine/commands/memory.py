@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.base import MODEL_HELP, add_verb, check_target, dump_json, names
+from quantine.commands.verb import MODEL_HELP, add_verb, check_target, dump_json, names
 
 
 def add(verbs: Any) -> None:
@@ -34,7 +34,7 @@ def add(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
     from quantine.eval.footprint import SCHEMES, footprints
-    from quantine.render import make_console, print_footprints
+    from quantine.report.tables import make_console, print_footprints
 
     schemes = arguments.schemes or SCHEMES
     found = footprints(arguments.model, arguments.batch, arguments.seqlen, schemes)

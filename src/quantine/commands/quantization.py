@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.base import MODEL_HELP, add_verb, check_target, dump_json
+from quantine.commands.verb import MODEL_HELP, add_verb, check_target, dump_json
 from quantine.errors import PlanError
 
 if TYPE_CHECKING:
-    from quantine.calibrate.data import Calibration
-    from quantine.plan import Plan
+    from quantine.calibrate.segments import Calibration
+    from quantine.plan.plan import Plan
 
 
 def add(verbs: Any) -> None:
@@ -121,9 +121,9 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from quantine.pipeline import quantize
-    from quantine.progress import Shown
-    from quantine.render import make_console
+    from quantine.report.tables import make_console
+    from quantine.run.progress import Shown
+    from quantine.run.quantize import quantize
 
     plan, calibration = _request(arguments)
     shown = None if arguments.quiet else Shown(make_console(stderr=True))
@@ -151,9 +151,9 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
-    from quantine.estimate import estimate
-    from quantine.prepare import prepare
-    from quantine.render import plan_as_json, print_plan
+    from quantine.report.tables import plan_as_json, print_plan
+    from quantine.run.estimate import estimate
+    from quantine.run.prepare import prepare
 
     plan, calibration = _request(arguments)
     job = prepare(arguments.model, plan, calibration)
@@ -163,9 +163,9 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
-    from quantine.calibrate.data import Calibration
+    from quantine.calibrate.segments import Calibration
     from quantine.core.spec import GROUP_AXES
-    from quantine.plan import Plan
+    from quantine.plan.plan import Plan
 
     if arguments.both_axes and arguments.bits_per_weight is None:
         raise PlanError("--both-axes says what --bits-per-weight may choose: give both, or neither")

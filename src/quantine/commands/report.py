@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.commands.base import add_verb, check_target, names
+from quantine.commands.verb import add_verb, check_target, names
 
 EXIT_BELOW: Final = 1
 
@@ -41,9 +41,9 @@ def add(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     check_target(arguments.html)
-    from quantine.render import make_console
     from quantine.report.facts import gather
     from quantine.report.page import write_page
+    from quantine.report.tables import make_console
     from quantine.report.verdict import floors_of
 
     facts = gather(arguments.directory, floors_of(arguments.floor), arguments.comparison)

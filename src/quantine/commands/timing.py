@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.base import add_verb, check_target, dump_json
+from quantine.commands.verb import add_verb, check_target, dump_json
 
 
 def add(verbs: Any) -> None:
@@ -41,7 +41,7 @@ def add(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     check_target(arguments.json)
     from quantine.eval.speed import measure
-    from quantine.render import make_console, print_speeds
+    from quantine.report.tables import make_console, print_speeds
 
     console = make_console(arguments.quiet)
     found = measure(

@@ -11,7 +11,7 @@ import yaml
 
 from quantine.core.spec import GROUP_AXES
 from quantine.errors import PlanError
-from quantine.plan import Plan
+from quantine.plan.plan import Plan
 
 FLOAT: Final = "float"
 """Name of the row of the model itself."""

@@ -15,8 +15,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.data import Calibration
+from quantine.calibrate.segments import Calibration
 from quantine.comparison.points import FLOAT
+from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
     OnWindow,
@@ -31,13 +32,12 @@ from quantine.eval.perplexity import Score
 from quantine.eval.predictions import Predictions
 from quantine.eval.speed import decode_speed
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
-from quantine.formats.store import read_json, write_json
-from quantine.pipeline import quantize
-from quantine.plan import Plan
-from quantine.prepare import prepare
-from quantine.progress import forget_peak_memory
+from quantine.formats.directory import read_json, write_json
+from quantine.plan.plan import Plan
+from quantine.run.prepare import prepare
+from quantine.run.quantize import quantize
 from quantine.runtime.load import load_model
-from quantine.runtime.source import ModelSource, locate
+from quantine.source.locate import ModelSource, locate
 
 SETTINGS: Final = "settings.json"
 ROWS: Final = "rows"

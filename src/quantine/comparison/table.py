@@ -5,25 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from quantine.eval.compared import COMPARISON_STEM, Row, loss_of_quality
+from quantine.eval.score_text import number, recovery, with_error
 from quantine.formats.shards import write_atomically
-from quantine.notation import number, recovery, with_error
-
-Row = dict[str, Any]
-
-STEM: Final = "comparison"
 
 
 def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:
     """Write ``OUT/comparison.md``, ``.csv`` and ``.json``; the paths."""
     files = {"md": markdown(rows), "csv": as_csv(rows), "json": as_json(rows)}
     for suffix, text in files.items():
-        write_atomically(out / f"{STEM}.{suffix}", text.encode())
-    return [out / f"{STEM}.{suffix}" for suffix in files]
+        write_atomically(out / f"{COMPARISON_STEM}.{suffix}", text.encode())
+    return [out / f"{COMPARISON_STEM}.{suffix}" for suffix in files]
 
 
 def pareto_front(rows: Sequence[Row]) -> list[str]:
@@ -41,14 +37,6 @@ def pareto_front(rows: Sequence[Row]) -> list[str]:
         for name, (bits, ratio) in points.items()
         if not any(b <= bits and r <= ratio and (b, r) != (bits, ratio) for b, r in points.values())
     ]
-
-
-def loss_of_quality(row: Row) -> float | None:
-    """Perplexity over the float model's, the geometric mean over texts; ``None`` without texts."""
-    recoveries = [text["recovery"] for text in row["texts"].values()]
-    if not recoveries or not all(recoveries):
-        return None
-    return math.exp(-sum(map(math.log, recoveries)) / len(recoveries))
 
 
 def flat(row: Row) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Csr:
             shape: of the matrix.
         """
         order = (rows * shape[1] + columns).argsort()
-        offsets = torch.zeros(shape[0] + 1, dtype=torch.int64)
+        offsets = rows.new_zeros(shape[0] + 1)
         torch.cumsum(rows.bincount(minlength=shape[0]), 0, out=offsets[1:])
         return cls(offsets, columns[order], values[order].half(), shape)
 

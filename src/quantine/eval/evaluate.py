@@ -27,7 +27,7 @@ from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import TaskRequest, Tasks, TaskScore, compare_tasks
 from quantine.runtime.load import load_model
 from quantine.runtime.modules import packed_modules
-from quantine.runtime.source import ModelSource, locate
+from quantine.source.locate import ModelSource, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

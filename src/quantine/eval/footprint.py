@@ -11,20 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from quantine.calibrate.sequential import skeleton
-from quantine.core.activation import (
-    FINE,
-    KINDS,
-    UNQUANTIZED,
-    ActivationSpec,
-    NamedScheme,
-    scheme_named,
-)
+from quantine.calibrate.skeleton import skeleton
+from quantine.core.activation_spec import FINE_BITS, REORDERS, UNQUANTIZED, ActivationSpec
 from quantine.errors import PlanError
 from quantine.eval.memory import ELEMENT_BYTES, cache_bytes, head_dim
 from quantine.families import family_of
-from quantine.families.base import find_layers
-from quantine.runtime.source import locate
+from quantine.families.layers import find_layers
+from quantine.plan.shorthand import Shorthand, parse_shorthand
+from quantine.source.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -82,7 +76,7 @@ def footprints(
     """
     if batch < 1 or seqlen < 1:
         raise PlanError(f"batch and seqlen must be positive, not {batch} and {seqlen}")
-    named = [(name, scheme_named(name)) for name in schemes]
+    named = [(name, parse_shorthand(name)) for name in schemes]
     config = opt_config(model) if model in OPT else locate(model).config()
     sizes = _Sizes.of(config)
     return [
@@ -110,20 +104,20 @@ def opt_config(name: str) -> PretrainedConfig:
     )
 
 
-def _cache(config: PretrainedConfig, tokens: int, scheme: NamedScheme) -> int:
+def _cache(config: PretrainedConfig, tokens: int, scheme: Shorthand) -> int:
     spec = scheme.activations
     return cache_bytes(config, tokens) * (spec.key + spec.value) // (2 * UNQUANTIZED)
 
 
 def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:
-    """Bytes of `quantine.core.feedback`, for every head whose channels may be rounded in turn."""
+    """Bytes of feedback (`quantine.rptq.feedback`), for every head whose channels may be rounded in turn."""
     if not spec.searches:
         return 0
     dim = head_dim(config)
     blocks = config.num_hidden_layers
     keyed = cache_bytes(config, 1) // (2 * blocks * ELEMENT_BYTES)  # channels of keys
     channels = {"query": config.num_attention_heads * dim, "key": keyed, "value": keyed}
-    rounded = sum(count for site, count in channels.items() if getattr(spec, site) < FINE)
+    rounded = sum(count for site, count in channels.items() if getattr(spec, site) < FINE_BITS)
     return int(blocks * rounded * dim * ELEMENT_BYTES)
 
 
@@ -162,15 +156,15 @@ class _Sizes:
             outputs[2],
         )
 
-    def weight_bytes(self, scheme: NamedScheme) -> int:
+    def weight_bytes(self, scheme: Shorthand) -> int:
         bits = sum(rows * columns for rows, columns in self.matrices) * scheme.weight_bits
         if scheme.weight_bits != UNQUANTIZED:
-            read = [kind for kind in KINDS if kind != "R2"]  # no matrix reads queries and keys
+            read = [kind for kind in REORDERS if kind != "R2"]  # no matrix reads queries and keys
             clusters = max(scheme.activations.clusters_of(kind) for kind in read)
             bits += sum(rows for rows, _ in self.matrices) * clusters * (16 + scheme.weight_bits)
         return bits // 8 + self.others * ELEMENT_BYTES
 
-    def temporary_bytes(self, scheme: NamedScheme, tokens: int) -> int:
+    def temporary_bytes(self, scheme: Shorthand, tokens: int) -> int:
         """Bytes of the largest set of values that live at once; keys and values are in the cache.
 
         The residual stream stays in 16 bit all along.

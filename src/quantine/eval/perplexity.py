@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.data import token_stream
+from quantine.calibrate.segments import token_stream
 from quantine.calibrate.text import read_text
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error
-from quantine.runtime.source import ModelSource
+from quantine.source.locate import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from quantine.errors import OutputError
 from quantine.eval.perplexity import ROWS_AT_ONCE, Prediction, predict
+from quantine.formats.directory import read_json, write_json
 from quantine.formats.shards import write_tensors
-from quantine.formats.store import read_json, write_json
 from quantine.kernels import backend
 from quantine.runtime.load import load_model
-from quantine.runtime.source import ModelSource
+from quantine.source.locate import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,11 +148,11 @@ def _read(path: Path) -> Prediction:
 
 
 def _write(path: Path, made: Prediction) -> None:
-    log_probs = torch.empty(made.logits.shape, dtype=torch.float16)
+    log_probs = torch.empty_like(made.logits, dtype=torch.float16)
     for start in range(0, len(log_probs), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_probs[rows] = made.logits[rows].float().log_softmax(-1).clamp(min=LEAST).half()
-    loss = torch.tensor(made.loss, dtype=torch.float64)
+    loss = torch.tensor(made.loss, dtype=torch.float64, device="cpu")
     try:
         write_tensors(path, {"log_probs": log_probs, "top": made.top, "loss": loss})
     except OSError as error:

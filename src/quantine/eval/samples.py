@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.data import token_stream
+from quantine.calibrate.segments import token_stream
 from quantine.calibrate.text import BUILTIN, read_text
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for

@@ -22,7 +22,7 @@ from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.generate import ModuleDecoder
 from quantine.runtime.load import load_model, load_packed
 from quantine.runtime.modules import Packed, QuantLinear, TiedHead, packed_modules
-from quantine.runtime.source import ModelSource, locate
+from quantine.source.locate import ModelSource, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,7 @@ def measure(
     model = load_packed(source, torch.float32)
     rivals = _rivals(source, model, against)
     kinds = _kinds(model)
-    words = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    words = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cpu")
     read: list[float] = []
     speeds: dict[tuple[str, str], list[float]] = {}
     for run in range(runs):
@@ -115,7 +115,7 @@ def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
         decoder = rivals["native exact"](context + DECODED)
     else:
         decoder = ModuleDecoder(model)
-    prompt = torch.arange(context) % 97 + 3
+    prompt = torch.arange(context, device="cpu") % 97 + 3
     speeds = []
     for _ in range(runs):
         decoder.reset()
@@ -145,7 +145,7 @@ def _product_speed(modules: list[Packed], arithmetic: Arithmetic) -> float:
     matrices = [module.matrix() for module in modules]
     nbytes = sum(matrix.nbytes for matrix in matrices)
     rounds = max(1, WORK_BYTES // nbytes)
-    x = torch.ones(1, modules[0].in_features)
+    x = torch.ones(1, modules[0].in_features, dtype=torch.float32, device="cpu")
 
     def multiply_all() -> None:
         for _ in range(rounds):
@@ -236,7 +236,7 @@ def _text(
 ) -> list[dict[str, Any]]:
     found: dict[tuple[str, int], tuple[list[float], list[float]]] = {}
     for context in contexts:
-        prompt = torch.arange(context) % 97 + 3
+        prompt = torch.arange(context, device="cpu") % 97 + 3
         decoders = {name: make(context + DECODED) for name, make in rivals.items()}
         for run in range(runs):
             for name, decoder in decoders.items():
@@ -252,9 +252,9 @@ def _text(
 
 
 def _decode(decoder: Decoder | ModuleDecoder) -> None:
-    token = torch.tensor([3])
+    token = torch.tensor([3], device="cpu")
     for _ in range(DECODED):
-        token = torch.tensor([most_likely(decoder.append(token))])
+        token = torch.tensor([most_likely(decoder.append(token))], device="cpu")
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -1,9 +1,9 @@
 """Supported architectures: one literal each; see docs/adding.md for adding one."""
 
 from quantine.errors import FamilyError
-from quantine.families.base import Family
 from quantine.families.bloom import BLOOM
 from quantine.families.falcon import FALCON
+from quantine.families.family import Family
 from quantine.families.gemma import GEMMA
 from quantine.families.gpt2 import GPT2
 from quantine.families.gpt_neox import GPT_NEOX

@@ -1,6 +1,6 @@
 """BLOOM."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 BLOOM = Family(
     name="bloom",

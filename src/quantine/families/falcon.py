@@ -1,6 +1,6 @@
 """Falcon, old and new decoder architecture."""
 
-from quantine.families.base import Family
+from quantine.families.family import Family
 
 FALCON = Family(
     name="falcon",

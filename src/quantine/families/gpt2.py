@@ -1,6 +1,6 @@
 """GPT-2, whose Conv1D modules store weights as [in, out]."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 GPT2 = Family(
     name="gpt2",

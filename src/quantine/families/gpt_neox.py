@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia. Attention and MLP may run in parallel; the groups hold either way."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 GPT_NEOX = Family(
     name="gpt_neox",

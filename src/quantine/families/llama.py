@@ -1,6 +1,6 @@
 """Llama and the models built like it: separate q, k, v and gate, up projections."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 LLAMA = Family(
     name="llama",

@@ -1,6 +1,6 @@
 """OPT. The projections around the decoder of opt-350m stay in 16 bit."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 OPT = Family(
     name="opt",

@@ -1,6 +1,6 @@
 """Phi-3: llama with q, k, v in one matrix and gate, up in another."""
 
-from quantine.families.base import Family, Link
+from quantine.families.family import Family, Link
 
 PHI3 = Family(
     name="phi3",

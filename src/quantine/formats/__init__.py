@@ -1,22 +1,18 @@
 """Packed layouts and the files that hold them."""
 
 from quantine.errors import FormatError
-from quantine.formats.base import Format
-from quantine.formats.dense import Dense
+from quantine.formats.foreign.spqr.layout import Spqr
+from quantine.formats.format import Format
 from quantine.formats.sparse import Sparse
-from quantine.formats.spqr import Spqr
 
 FORMATS: dict[str, Format] = {
-    "dense": Dense(),
+    "dense": Sparse(plain=True),
     "sparse": Sparse(),
     "spqr": Spqr(),
     "spqr-replace": Spqr(added=False),
 }
 """Every packed layout by name; see docs/adding.md for adding one. A rule of a plan that names none
 gets the first that supports what it asks for."""
-
-FORMAT_VERSION = 2
-"""Version of docs/format.md that this package writes."""
 
 
 def format_named(name: str) -> Format:

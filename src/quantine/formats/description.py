@@ -1,72 +1,53 @@
-"""The ``quantization_config`` of an output directory, checked before anything trusts it."""
+"""What a directory of packed layers says of itself in ``config.json``."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
-from quantine.core.activation import activations_from
-from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
-from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, PlanError
-from quantine.formats import FORMAT_VERSION, format_named
+from quantine.core.arithmetic import Arithmetic
+from quantine.formats.format import FORMAT_VERSION
+
+METHOD: Final = "quantine"
+"""``quant_method`` of quantine's own layouts."""
+LOCK: Final = "weights that need quantine: pip install quantine, and import quantine before loading"
+"""Stands where config.json names the weight file. Without `import quantine`, transformers would
+skip the quantization and load random weights with only a warning; this makes it stop, and its
+error message prints the remedy. The registered quantizer takes the lock off."""
 
 
-def check_description(found: Mapping[str, Any]) -> None:
-    """Refuse a description that docs/format.md does not allow.
+@dataclass(frozen=True)
+class Description:
+    """The packed layers of a directory, for whoever writes its ``config.json``.
 
-    Args:
-        found: with ``format_version``, ``schemes``, ``layers``, and perhaps ``arithmetic`` and
-            ``activations``.
-
-    Raises:
-        FormatError: names the layer or field.
+    Attributes:
+        schemes: the distinct schemes, as plain values.
+        layers: by name, for every packed matrix, ``scheme`` (index into ``schemes``) and ``shape``
+            (``[out, in]``).
+        arithmetic: of products with these matrices.
+        activations: how they are rounded, as plain values; ``None`` where they are not.
+        packed: shape of every packed tensor, by layer and by its name in the layout.
+        kept_linears: names of the Linear modules that are not packed.
     """
-    version, schemes, layers = (found.get(k) for k in ("format_version", "schemes", "layers"))
-    if not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version must be a positive number, not {version!r}")
-    if version > FORMAT_VERSION:
-        raise FormatError(
-            f"written in format version {version}, but this quantine reads {FORMAT_VERSION}: "
-            "install a newer one"
-        )
-    if not isinstance(schemes, list) or not isinstance(layers, Mapping):
-        raise FormatError("quantization_config needs a list of schemes and a table of layers")
-    activations = found.get("activations")
-    if activations is not None:
-        try:
-            activations_from(activations, "quantization_config")
-        except (PlanError, TypeError) as error:
-            raise FormatError(f"damaged activations: {error}") from error
-    elif not layers:
-        raise FormatError("quantization_config lists no layers and no activations")
-    arithmetic = found.get("arithmetic", UNSTATED)
-    if not is_arithmetic(arithmetic):
-        raise FormatError(
-            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}: the "
-            "directory may need a newer quantine"
-        )
-    for scheme in schemes:
-        try:
-            spec_of(scheme)
-            format_named(scheme["format"])
-        except (LookupError, TypeError, PlanError) as error:
-            raise FormatError(f"damaged scheme {scheme!r}: {error!r}") from error
-    for name, layer in layers.items():
-        index = layer.get("scheme") if isinstance(layer, Mapping) else None
-        shape = layer.get("shape") if isinstance(layer, Mapping) else None
-        if not isinstance(index, int) or not 0 <= index < len(schemes):
-            raise FormatError(f"{name} has scheme {index!r}, but there are {len(schemes)}")
-        sizes = shape if isinstance(shape, list) else []
-        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise FormatError(f"{name} has no shape [out, in], but {shape!r}")
+
+    schemes: list[dict[str, Any]]
+    layers: dict[str, dict[str, Any]]
+    arithmetic: Arithmetic
+    activations: dict[str, Any] | None
+    packed: Mapping[str, Mapping[str, tuple[int, ...]]]
+    kept_linears: Sequence[str]
 
 
-def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
-    """The weight spec inside a stored scheme."""
-    fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
-    fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
-    fields["cluster_sizes"] = tuple(scheme.get("cluster_sizes", ()))
-    if scheme["format"] != "dense":
-        fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
-    return QuantSpec(**fields)
+def own_config(described: Description) -> dict[str, Any]:
+    """Fields of ``config.json`` for layouts that only quantine reads."""
+    settings = {
+        "quant_method": METHOD,
+        "format_version": FORMAT_VERSION,
+        "schemes": described.schemes,
+        "layers": described.layers,
+        "arithmetic": described.arithmetic,
+    }
+    if described.activations is not None:
+        settings["activations"] = described.activations
+    return {"transformers_weights": LOCK, "quantization_config": settings}

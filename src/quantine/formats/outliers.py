@@ -27,7 +27,7 @@ def encode_gaps(outliers: Csr) -> Tensor:
     ``m``, for ``m`` inliers with no outlier after them.
     """
     places = outliers.row_indices() * outliers.shape[1] + outliers.columns
-    gaps = places.diff(prepend=torch.tensor([-1])) - 1
+    gaps = places.diff(prepend=places.new_tensor([-1])) - 1
     streams = [_stream(gaps, dtype, longest) for dtype, longest in GAP_TYPES.items()]
     return min(streams, key=lambda stream: stream.nbytes)
 
@@ -54,14 +54,14 @@ def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
     if not whole or (len(places) and int(places[-1]) >= shape[0] * shape[1]):
         raise FormatError("outlier_gap is damaged: its places do not fit outlier_value and shape")
     rows = places.div(shape[1], rounding_mode="floor")
-    offsets = torch.zeros(shape[0] + 1, dtype=torch.int64, device=stream.device)
+    offsets = places.new_zeros(shape[0] + 1)
     torch.cumsum(rows.bincount(minlength=shape[0]), 0, out=offsets[1:])
     return Csr(offsets, places - rows * shape[1], values, shape)
 
 
 def _stream(gaps: Tensor, dtype: torch.dtype, longest: int) -> Tensor:
     skips = gaps.div(longest, rounding_mode="floor")
-    stream = torch.full((len(gaps) + int(skips.sum()),), longest, dtype=torch.int64)
+    stream = gaps.new_full((len(gaps) + int(skips.sum()),), longest)
     stream[(skips + 1).cumsum(0) - 1] = gaps % longest
     # The two's complement of 16 bits: PyTorch has no arithmetic on uint16.
     return stream.to(dtype)

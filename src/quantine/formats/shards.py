@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quantine.errors import FormatError
-from quantine.formats.checkpoint import INDEX, SINGLE
+from quantine.source.checkpoint import INDEX, SINGLE
 
 METADATA: Final = {"format": "pt"}
 COPY_BYTES: Final = 2**24

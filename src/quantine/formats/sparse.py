@@ -1,24 +1,41 @@
-"""The ``sparse`` layout: dense codes, statistics on second grids, and outliers.
+"""The layouts ``sparse`` and ``dense``: codes of one width, grids, and what else there is.
 
-Byte by byte in docs/format.md, section "sparse".
+Byte by byte in docs/format.md. ``sparse`` has statistics on second grids, and outliers. ``dense``
+is the part of it without these, under a name of its own for readers that know only this part.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import Tensor
 
-from quantine.core.bits import packed_bytes
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
+from quantine.formats.description import Description, own_config
 from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
 from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps, expected_bytes
 from quantine.kernels.bits import pack, unpack
+from quantine.kernels.bits.reference import packed_bytes
+
+NAMES: Final = (
+    "codes",
+    "scale",
+    "scale_step",
+    "scale_zero",
+    "zero",
+    "zero_step",
+    "zero_zero",
+    "outlier_gap",
+    "outlier_value",
+    "in_perm",
+)
+PLAIN_NAMES: Final = ("codes", "scale", "zero", "in_perm")
 
 
 @dataclass(frozen=True)
@@ -27,39 +44,57 @@ class Sparse:
 
     Tensors: ``codes`` uint8 ``[out, bytes]``; ``scale`` and ``zero`` float16 ``[lines, groups]``,
     or uint8 ``[groups, bytes]`` codes with ``scale_step`` and ``scale_zero`` (``zero_step`` and
-    ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``;
-    ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16 ``[entries]``;
-    ``in_perm`` int16 or int32 ``[in]``.
+    ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``, only of
+    asymmetric grids; ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16
+    ``[entries]``; ``in_perm`` int16 or int32 ``[in]``, only where columns are stored in another
+    order than the inputs'.
+
+    Attributes:
+        plain: the layout ``dense``, with scales in float16, whole zero points, and no outliers.
     """
 
-    tensor_names: tuple[str, ...] = (
-        "codes",
-        "scale",
-        "scale_step",
-        "scale_zero",
-        "zero",
-        "zero_step",
-        "zero_zero",
-        "outlier_gap",
-        "outlier_value",
-        "in_perm",
-    )
+    plain: bool = False
+    writable: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = False
+    linears_only: ClassVar[bool] = False
+    holds_bias: ClassVar[bool] = True
+    float_dtype: ClassVar[None] = None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of every tensor the layout may have."""
+        return PLAIN_NAMES if self.plain else NAMES
+
+    @property
+    def holds_statistics_as_codes(self) -> bool:
+        """Whether scales and zero points may be codes of second grids."""
+        return not self.plain
+
+    def config(self, described: Description) -> dict[str, Any]:
+        """Fields of ``config.json`` that `quantine.runtime.hf` reads."""
+        return own_config(described)
 
     def supports(self, spec: QuantSpec, outliers: bool) -> bool:
-        """Everything."""
-        return True
+        """Everything in ``sparse``; in ``dense`` what needs no second grids and no outliers."""
+        plain = spec.scale_bits == FLOAT16 and not spec.zero_bits and not outliers
+        return plain or not self.plain
 
     def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
-        """Any shape fits."""
+        """Nothing is refused: any shape fits."""
         return None
 
     def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
-        """Pack; lossless.
+        """The tensors of the layout, without loss.
 
         Raises:
-            FormatError: outliers come from a layout that holds them more precisely than float16.
+            FormatError: outliers come from a layout that holds them more precisely than float16;
+                or ``dense`` is given outliers or statistics on second grids.
         """
         grid = qtensor.grid
+        if self.plain and not _is_plain(qtensor):
+            raise FormatError(
+                "the dense layout holds neither outliers nor second-level statistics: use sparse"
+            )
         if qtensor.outliers is not None and qtensor.outliers.values.dtype != torch.float16:
             raise FormatError("the sparse layout holds outliers in float16 only: keep their layout")
         tensors = {"codes": pack(qtensor.codes, grid.bits), **_pack_statistic("scale", grid.scale)}
@@ -88,8 +123,9 @@ class Sparse:
         """
         out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
         expected = self.layout(spec, out_features, in_features, "in_perm" in tensors)
-        outliers = _outlier_tensors(tensors)
-        check_layout("sparse", tensors, {**expected, **outliers}, spec)
+        outliers = {} if self.plain else _outlier_tensors(tensors)
+        name = "dense" if self.plain else "sparse"
+        check_layout(name, tensors, {**expected, **outliers}, spec)
         kept = None
         if outliers:
             shape = (out_features, in_features)
@@ -132,6 +168,12 @@ class Sparse:
         if stores_order:
             layout["in_perm"] = ((in_features,), index_dtype(in_features))
         return layout
+
+
+def _is_plain(qtensor: QTensor) -> bool:
+    scale, zero = qtensor.grid.scale, qtensor.grid.zero_point
+    whole = zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8)
+    return qtensor.outliers is None and isinstance(scale, Tensor) and whole
 
 
 def _statistic_layout(name: str, bits: int, spec: QuantSpec, lines: int, groups: int) -> Layout:

@@ -19,6 +19,4 @@ def pool() -> Any:
 @functools.cache
 def _pool(threads: int, process: int) -> Any:
     # By process, because threads do not survive a fork.
-    native = backend.native()
-    assert native is not None
-    return native.Pool(threads)
+    return backend.extension().Pool(threads)

@@ -1,8 +1,8 @@
 """Solvers: functions from a weight matrix and input statistics to a `QTensor`."""
 
-from quantine.methods.base import Solver
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
+from quantine.methods.solver import Solver
 from quantine.methods.spqr import SpQR
 
 __all__ = ["GPTQ", "METHODS", "RTN", "Solver", "SpQR"]

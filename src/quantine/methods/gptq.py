@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from quantine.core.objective import CLIPS, Clip, Objective
-from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.methods.columns import ColumnLoop, Groups
+from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
+from quantine.methods.column_loop import ColumnLoop, Groups
+from quantine.statistics.hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class GPTQ:
         damp: share of the Hessian's mean diagonal added to its diagonal.
         act_order: round the inputs with the largest second moment first.
         groups: how groups are made, and when their grids are fitted: ``"static"``, ``"aligned"``
-            or ``"refit"``, see `quantine.methods.columns.GROUPS`.
+            or ``"refit"``, see `quantine.methods.column_loop.GROUPS`.
         block_size: columns per lazy update; affects speed only, up to float rounding.
-        clip: how a group's range is chosen, see `quantine.core.objective.Objective`.
+        clip: how a group's range is chosen, see `quantine.kernels.fit.grid_cost.GridCost`.
     """
 
     damp: float = 0.01
@@ -65,4 +65,4 @@ class GPTQ:
             SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
         """
         factor = self.loop.factor(hessian, spec)
-        return self.loop.solve(weight, factor, spec, Objective(self.clip))
+        return self.loop.solve(weight, factor, spec, GridCost(self.clip))

@@ -11,25 +11,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantine.core.fit import Second
 from quantine.core.grid import Grid, Statistic
-from quantine.core.objective import Objective
-from quantine.core.observe import Factor
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.kernels.columns import AtReach, Columns, round_block
-from quantine.kernels.fit import Fitted, fit_groups
-from quantine.methods.rounding import blocks, feed_back, result
+from quantine.kernels.columns import round_block
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.fit import fit_groups
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.fit.reference import SecondGrids
+from quantine.methods.column_blocks import blocks, feed_back, result
+from quantine.statistics.inverse_factor import InverseFactor
 
 
 def solve_output_groups(
-    weight: Tensor, factor: Factor, spec: QuantSpec, objective: Objective, block_size: int
+    weight: Tensor, factor: InverseFactor, spec: QuantSpec, cost: GridCost, block_size: int
 ) -> QTensor:
     """Round ``weight`` ``[out, in]`` float32.
 
     Args:
-        objective: of grids; its price as of `quantine.methods.columns.ColumnLoop.solve`.
+        cost: of grids; its price as of `quantine.methods.column_loop.ColumnLoop.solve`.
         block_size: columns per lazy update.
 
     Raises:
@@ -37,18 +39,23 @@ def solve_output_groups(
     """
     outputs, inputs = weight.shape
     spread, places = factor.upper.diagonal().contiguous(), inverse(factor.order)
-    second = _second_grids(weight, spread[places], spec, objective)
-    fitted = Fitted.of_columns(
-        inputs, outputs, spec, (_of_columns(second[0], factor), _of_columns(second[1], factor))
+    second = _second_grids(weight, spread[places], spec, cost)
+    fitted = FittedGroups.of_columns(
+        inputs,
+        outputs,
+        spec,
+        (_of_columns(second[0], factor), _of_columns(second[1], factor)),
+        weight.device,
     )
     columns = Columns.of(
         weight,
-        factor,
+        factor.upper,
+        factor.order,
         spec.bits,
-        (torch.empty(1, outputs), torch.empty(1, outputs)),
-        torch.zeros(inputs, dtype=torch.int64),
-        objective.price,
-        AtReach(fitted, spread, objective),
+        (weight.new_empty(1, outputs), weight.new_empty(1, outputs)),
+        torch.zeros_like(factor.order),
+        cost.price,
+        AtReach(fitted, spread, cost),
     )
     for start, stop in blocks(inputs, 1, block_size):
         round_block(columns, start, stop)
@@ -58,12 +65,12 @@ def solve_output_groups(
     return result(columns, Grid(scale, zero, spec.bits, fitted.length, "out"), places, None)
 
 
-def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, objective: Objective) -> Second:
+def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> SecondGrids:
     """Of statistics ``[groups, in]``; ``spread`` ``[in]`` is in input order, as they are."""
     if not spec.second_level:
         return None, None
     length = spec.group_length(len(weight))
-    grid = fit_groups(weight.unflatten(0, (-1, length)), spread, spec, objective)
+    grid = fit_groups(weight.unflatten(0, (-1, length)), spread, spec, cost)
     scale, zero = grid.scale, grid.zero_point
     return (
         scale.grid if isinstance(scale, Statistic) else None,
@@ -71,7 +78,7 @@ def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, objective: Ob
     )
 
 
-def _of_columns(second: Grid | None, factor: Factor) -> Grid | None:
+def _of_columns(second: Grid | None, factor: InverseFactor) -> Grid | None:
     """The second grid of every statistic ``[in, groups]``, inputs in solving order."""
     if second is None:
         return None

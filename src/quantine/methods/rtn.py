@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from quantine.core.objective import DATA_FREE_CLIPS, Clip, Objective
-from quantine.core.observe import Hessian
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.kernels.fit import fit_groups
-from quantine.methods.rounding import fit_rows
+from quantine.kernels.fit import fit_groups, fit_rows
+from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS, Clip, GridCost
+from quantine.statistics.hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class RTN:
 
     Attributes:
         clip: ``"minmax"`` (the textbook baseline) or ``"mse"``, see
-            `quantine.core.objective.Objective`.
+            `quantine.kernels.fit.grid_cost.GridCost`.
     """
 
     clip: Clip = "minmax"
@@ -48,10 +46,10 @@ class RTN:
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round ``weight`` ``[out, in]`` float32; ``hessian`` is not looked at."""
-        same = torch.ones(weight.shape[1])
+        same = weight.new_ones(weight.shape[1])
         if spec.group_axis == "in":
-            grid = fit_rows(weight, same, spec, Objective(self.clip))
+            grid = fit_rows(weight, same, spec, GridCost(self.clip))
         else:
             groups = weight.unflatten(0, (-1, spec.group_length(len(weight))))
-            grid = fit_groups(groups, same, spec, Objective(self.clip))
+            grid = fit_groups(groups, same, spec, GridCost(self.clip))
         return QTensor(grid.encode(weight), grid)

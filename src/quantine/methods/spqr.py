@@ -14,14 +14,15 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
-from quantine.core.objective import CLIPS, Clip, Objective, importance_of, squared_errors
-from quantine.core.observe import Factor, Hessian
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError
 from quantine.kernels.fit import fit_groups
-from quantine.methods.columns import ColumnLoop, Groups
+from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost, importance_of, squared_errors
+from quantine.methods.column_loop import ColumnLoop, Groups
+from quantine.statistics.hessian import Hessian
+from quantine.statistics.inverse_factor import InverseFactor
 
 Detect = Literal["leave-one-out", "simple"]
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
@@ -138,7 +139,7 @@ class SpQR:
         else:
             columns = weight.unflatten(0, (-1, length))
             spread = spread[inverse(factor.order)]
-        grid = fit_groups(columns, spread, spec, self._objective(price))
+        grid = fit_groups(columns, spread, spec, self._cost(price))
         losses = squared_errors(columns, grid.scales().T, grid.zeros().T, spec.bits)
         losses.mul_(importance_of(spread))
         kept = losses > price
@@ -148,20 +149,23 @@ class SpQR:
         unit = float(hessian.matrix.diagonal().mean()) / hessian.tokens
         return of_outputs * unit, float(kept.float().mean())
 
-    def _solve(self, weight: Tensor, factor: Factor, spec: QuantSpec, price: float) -> QTensor:
-        return self.loop.solve(weight, factor, spec, self._objective(price))
+    def _solve(
+        self, weight: Tensor, factor: InverseFactor, spec: QuantSpec, price: float
+    ) -> QTensor:
+        return self.loop.solve(weight, factor, spec, self._cost(price))
 
-    def _objective(self, price: float) -> Objective:
-        return Objective(self.clip, price, self.detect == "leave-one-out")
+    def _cost(self, price: float) -> GridCost:
+        return GridCost(self.clip, price, self.detect == "leave-one-out")
 
-    def _price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
+    def _price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
         if self.outliers:
             return self._searched_price(weight, factor, spec)
         return self.threshold * _loss_scale(weight, factor)
 
-    def _searched_price(self, weight: Tensor, factor: Factor, spec: QuantSpec) -> float:
+    def _searched_price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
         """The price that keeps the wanted share of a sample of rows, by bisection."""
-        rows = weight[sampled_rows(len(weight), row_run(spec, len(weight)))]
+        chosen = sampled_rows(len(weight), row_run(spec, len(weight)))
+        rows = weight[chosen.to(weight.device)]
         low, high = 0.0, math.inf
         price = _loss_scale(weight, factor)
         for _ in range(SEARCH_STEPS):
@@ -192,17 +196,17 @@ def row_run(spec: QuantSpec, out_features: int) -> int:
 
 
 def sampled_rows(out_features: int, run: int) -> Tensor:
-    """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64.
+    """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64 on the CPU.
 
     Args:
         run: rows that stay together; divides ``out_features``.
     """
     runs, wanted = out_features // run, max(SAMPLED_ROWS // run, SAMPLED_RUNS)
-    starts = torch.arange(0, runs, max(1, runs // wanted)) * run
-    return (starts.unsqueeze(1) + torch.arange(run)).flatten()
+    starts = torch.arange(0, runs, max(1, runs // wanted), device="cpu") * run
+    return (starts.unsqueeze(1) + torch.arange(run, device="cpu")).flatten()
 
 
-def _loss_scale(weight: Tensor, factor: Factor) -> float:
+def _loss_scale(weight: Tensor, factor: InverseFactor) -> float:
     """Mean over inputs of the variance of a column over ``d**2``; positive.
 
     A column of equal weights, such as that of a single row, counts with its square instead: a

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.comparison.table import STEM
-from quantine.contents import contents
 from quantine.errors import FormatError, PlanError
+from quantine.eval.compared import COMPARISON_STEM
 from quantine.eval.memory import cache_bytes
-from quantine.formats.store import REPORT, read_json
-from quantine.plots.clusters import Blocks, read_clusters
-from quantine.plots.data import LayerPicture, read_layers
-from quantine.record import recorded
+from quantine.formats.directory import REPORT, read_json
+from quantine.formats.inventory import inventory
+from quantine.report.plots.clusters import Blocks, read_clusters
+from quantine.report.plots.data import LayerPicture, read_layers
+from quantine.report.record import recorded
 from quantine.report.verdict import Check, checks_of
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 
 THUMBNAILS: Final = 6
 """Matrices whose outliers are shown: those with the largest share."""
-COMPARISON: Final = f"{STEM}.json"
+COMPARISON: Final = f"{COMPARISON_STEM}.json"
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Facts:
     Attributes:
         name: of the directory.
         report: the content of its ``quantine_report.json``.
-        contents: of `quantine.contents.contents`.
+        inventory: of `quantine.inventory.inventory`.
         scores: of `quantine.record.recorded`; ``None`` if nothing was measured.
         checks: numbers with floors; empty without floors.
         layers: every matrix, without maps.
@@ -42,7 +42,7 @@ class Facts:
 
     name: str
     report: dict[str, Any]
-    contents: dict[str, Any]
+    inventory: dict[str, Any]
     scores: dict[str, Any] | None
     checks: list[Check]
     layers: list[LayerPicture]
@@ -64,7 +64,7 @@ def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None
             comparison.
         PlanError: there is no comparison, or no number that a floor speaks of.
     """
-    found = contents(directory)
+    found = inventory(directory)
     scores = recorded(directory)
     checks = checks_of(scores or {"texts": {}, "tasks": {}}, floors)
     layers, thumbnails = _layers(directory, found)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, Final
 
-from quantine.comparison.table import loss_of_quality
-from quantine.core.activation import UNQUANTIZED
-from quantine.notation import number, recovery, with_error, with_interval
-from quantine.plots.axes import axis_figure
-from quantine.plots.clusters import clusters_figure
-from quantine.plots.layers import WIDTH as LAYERS_WIDTH
-from quantine.plots.layers import layers_figure, thumbnails_figure
-from quantine.plots.pareto import pareto_figure
+from quantine.core.activation_spec import UNQUANTIZED
+from quantine.eval.compared import loss_of_quality
+from quantine.eval.score_text import number, recovery, with_error, with_interval
 from quantine.report.facts import Facts
+from quantine.report.plots.axes import axis_figure
+from quantine.report.plots.clusters import clusters_figure
+from quantine.report.plots.layers import WIDTH as LAYERS_WIDTH
+from quantine.report.plots.layers import layers_figure, thumbnails_figure
+from quantine.report.plots.pareto import pareto_figure
 from quantine.report.svg import embedded
 
 PANELS: Final = 2
@@ -51,7 +51,7 @@ def verdict(facts: Facts) -> str:
 
 def headline(facts: Facts) -> str:
     """The numbers one asks for first."""
-    totals = facts.contents["totals"]
+    totals = facts.inventory["totals"]
     cards = [
         (f"{totals['bits_per_weight']:.2f}", "bits per quantized weight, from the file"),
         (f"{totals['file_bytes'] / 1e6:.0f} MB", "weight files"),
@@ -190,7 +190,7 @@ def clusters(facts: Facts) -> str:
 
 def memory(facts: Facts) -> str:
     """Where the bytes are."""
-    totals = facts.contents["totals"]
+    totals = facts.inventory["totals"]
     plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
     activations = facts.report["plan"].get("activations") or {}
     each = [activations.get(site, UNQUANTIZED) for site in ("key", "value")]

@@ -7,17 +7,24 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import Place, add_grids, add_norms, add_sites, places
-from quantine.calibrate.sequential import Sequential, set_tensor
-from quantine.core.activation import ActivationSpec
-from quantine.families.base import Family
-from quantine.formats.checkpoint import Checkpoint
-from quantine.matrix import as_stored
-from quantine.rptq.clusters import Heads, Reordering
-from quantine.rptq.search import choose_grids, outputs, ranking_samples
+from quantine.activations.install import (
+    RoundingPoint,
+    add_grids,
+    add_norms,
+    add_sites,
+    rounding_points,
+)
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.skeleton import set_tensor
+from quantine.core.activation_spec import ActivationSpec
+from quantine.families.family import Family
+from quantine.formats.floats import as_stored
+from quantine.rptq.choose_grids import choose_grids, outputs, ranking_samples
+from quantine.rptq.reordering import Heads, Reordering
+from quantine.source.checkpoint import Checkpoint
 
 
-def prepare_block(
+def reorder_block(
     sequential: Sequential,
     index: int,
     block: nn.Module,
@@ -27,7 +34,7 @@ def prepare_block(
 ) -> Reordering:
     """Reorder the channels of block ``index``, and let it round its activations."""
     add_sites(block, family, spec)
-    found = sequential.ranges(index, [place.path for place in places(family)])
+    found = sequential.ranges(index, [place.path for place in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     reordering.apply(block)
@@ -48,7 +55,7 @@ def restore_block(
 ) -> None:
     """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
 
-    def grid(place: Place, bits: int) -> StaticGrid:
+    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
         own = f"{path}.{place.grid}"
         scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
         more = (tensors.get(f"{own}.{name}") for name in (FEEDBACK, REACH))

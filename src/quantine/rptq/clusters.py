@@ -1,165 +1,103 @@
-"""The clusters of one block's channels, and what places showed in their order."""
+"""Channels of alike ranges: the clusters of RPTQ (arXiv 2304.01089, section 3.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from typing import Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from quantine.activations.grids import LABELS, StaticGrid, faithful
-from quantine.activations.install import ATTENDED, Place, link_of, places
-from quantine.activations.reorder import reorder
-from quantine.core.activation import FINE, LOUD, ActivationSpec
-from quantine.core.cluster import Clusters, cluster_channels, order_within_heads
-from quantine.core.observe import MinMax
-from quantine.core.ranges import around_zero, covering, widened
-from quantine.families.base import Family, Link
+from quantine.errors import PlanError
 
-Ranges = Mapping[str, MinMax]
-"""What places showed, by `Place.path`."""
+RESTARTS: Final = 10
+"""Runs of KMeans from other starting points, of which the best counts."""
+SEED: Final = 0
 
 
 @dataclass(frozen=True)
-class Heads:
-    """Heads of attention.
+class Clusters:
+    """A partition of channels.
 
     Attributes:
-        queries, keys: heads of queries; of keys and values.
+        labels: ``[channels]`` int64: the cluster of each channel, from 0, none empty.
     """
 
-    queries: int
-    keys: int
-
-    @classmethod
-    def of(cls, config: Any, family: Family) -> Heads:
-        """Those of a model with this configuration of transformers."""
-        queries = int(config.num_attention_heads)
-        if any(link.rows == "interleaved" for link in family.links):
-            return cls(queries, queries)  # one matrix has query, key and value of each head
-        return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
+    labels: Tensor
 
     @property
-    def copies(self) -> int:
-        """Heads of queries that share keys and values."""
-        return self.queries // self.keys
+    def order(self) -> Tensor:
+        """``[channels]`` int64: place ``j`` gets channel ``order[j]``; clusters as they were."""
+        order: Tensor = self.labels.argsort(stable=True)
+        return order
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Channels in each cluster."""
+        return tuple(self.labels.bincount().tolist())
+
+    def ordered(self) -> Clusters:
+        """The clusters of the channels once these are in `order`."""
+        return Clusters(self.labels[self.order])
+
+    def shared(self, heads: int, copies: int) -> Clusters:
+        """The same partition for channels of which each head has ``copies`` in a row.
+
+        Args:
+            heads: heads that `labels` consist of, of the same number of channels each, none of
+                which shares a cluster with another.
+            copies: heads that take the place of each; every one gets clusters of its own.
+        """
+        copied = self.labels.view(heads, -1).repeat_interleave(copies, 0)
+        starts = copied.amin(1, keepdim=True)
+        counts = copied.amax(1, keepdim=True) - starts + 1
+        return Clusters((copied - starts + counts.cumsum(0) - counts).flatten())
 
 
-class Reordering:
-    """The clusters of one block.
+def check_installed() -> None:
+    """Refuse clusters where nothing can make them.
+
+    Raises:
+        PlanError: scikit-learn is not installed.
+    """
+    if find_spec("sklearn") is None:
+        raise PlanError(
+            "clusters of channels need scikit-learn: pip install 'quantine[activations]'"
+        )
+
+
+def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
+    """Partition channels by KMeans.
 
     Args:
-        family: of the model.
-        heads: of the model.
-        spec: what is asked of activations.
-        ranges: of all places in the block.
-        held_out: first samples that a search compares grids on: clusters and candidates do not
-            know them, so that what is beyond their ranges counts.
+        points: ``[channels, features]`` float: what is alike in a cluster, such as the largest and
+            the smallest value of each channel.
+        count: clusters; fewer where fewer points differ.
+        heads: runs of channels that are partitioned each by itself, ``count`` clusters in each.
+
+    Raises:
+        PlanError: scikit-learn is not installed.
     """
+    found: list[Tensor] = []
+    used = 0
+    for own in points.detach().double().chunk(heads):
+        labels = _kmeans(own, count) + used
+        used = int(labels.max()) + 1
+        found.append(labels)
+    return Clusters(torch.cat(found))
 
-    def __init__(
-        self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges, held_out: int = 0
-    ) -> None:
-        self.family, self.heads, self.held_out = family, heads, held_out
-        self._spec, self._ranges = spec, ranges
-        self._clusters = {link.kind: self._clustered(link) for link in family.links}
-        self._values = self._clustered_values()
 
-    def apply(self, block: nn.Module) -> None:
-        """Rewrite ``block``, which computes the same afterwards."""
-        if self._spec.reorders:
-            for link in self.family.links:
-                heads = self.heads.keys if link.per_head else 1
-                reorder(block, link, self._clusters[link.kind].order, heads)
+def _kmeans(points: Tensor, count: int) -> Tensor:
+    """Labels ``[points]`` int64 from 0, none of them unused."""
+    distinct, same = torch.unique(points, dim=0, return_inverse=True)
+    if len(distinct) <= count:
+        known: Tensor = same
+        return known
+    check_installed()
+    from sklearn.cluster import KMeans
 
-    def clusters_at(self, place: Place) -> Clusters:
-        """The clusters of a place's channels, as these are now ordered."""
-        if place.site == "value" and self._values is not None:
-            return self._values
-        link = link_of(self.family, place.kind)
-        own = self._clusters[place.kind]
-        ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
-        wide = place.site in {"query", "attention"}
-        # A tensor's one grid is not copied for each head.
-        copies = self.heads.copies if wide else 1
-        if not self._spec.reorders:
-            return Clusters(own.labels.repeat(copies))
-        return ordered.shared(self.heads.keys, copies) if copies > 1 else ordered
-
-    def input_clusters(self, path: str) -> Clusters:
-        """The clusters of the inputs of the matrix at ``path``."""
-        return self.clusters_at(next(p for p in places(self.family) if p.path == path))
-
-    def maps(self) -> dict[str, Tensor]:
-        """What clusters were made of, by reorder, for pictures; empty where nothing is reordered.
-
-        ``[channels, features + 1]`` float32, channels as the model has them: the largest and the
-        smallest value of a channel in what was not held out (of queries, then of keys, for R2), and
-        the cluster.
-        """
-        links = self.family.links if self._spec.reorders else ()
-        return {
-            link.kind: torch.column_stack([self._points(link), self._clusters[link.kind].labels])
-            for link in links
-        }
-
-    def grid(self, place: Place, bits: int) -> StaticGrid:
-        """The static grid of a place, before any search."""
-        labels = self.clusters_at(place).labels
-        seen = self.ranges_at(place)
-        if self._spec.range == "running":
-            fitted = faithful(*seen.of_clusters(labels, "running"), bits)
-        else:
-            ends = seen.of_clusters(labels)
-            fine = self._spec.range == "search" and bits >= FINE
-            if fine and place.site in LOUD and self.has_factors(place):
-                scale, zero = around_zero(*ends, bits)
-                return StaticGrid(bits, scale, zero, labels.to(LABELS), reach=torch.ones(1))
-            fitted = covering(*(widened(*ends) if fine else ends), bits)
-        return StaticGrid(bits, *fitted, labels.to(LABELS))
-
-    def has_factors(self, place: Place) -> bool:
-        """Whether tokens may have factors at a place: what only matrices read, in clusters."""
-        return self._spec.token_factors and self._spec.reorders and place.site not in ATTENDED
-
-    def ranges_at(self, place: Place) -> MinMax:
-        """What a place showed, channels in the order of now."""
-        found = self._ranges[place.path]
-        link = link_of(self.family, place.kind)
-        if link.fold == "attention" or not self._spec.reorders:
-            return found
-        order = self._clusters[place.kind].order
-        heads = self.heads.keys if link.per_head else 1
-        copies = found.lows.shape[1] // len(order)
-        return found.ordered(order_within_heads(order, heads, copies))
-
-    def _clustered(self, link: Link) -> Clusters:
-        count = self._spec.clusters_of(link.kind)
-        points = self._points(link)
-        if not self._spec.reorders:
-            return Clusters(torch.zeros(len(points), dtype=torch.int64))
-        return cluster_channels(points, count, self.heads.keys if link.per_head else 1)
-
-    def _clustered_values(self) -> Clusters | None:
-        """Those of values, where they are not the clusters of what attention makes of them."""
-        count = self._spec.value_clusters
-        if count is None or not self._spec.reorders:
-            return None
-        place = next(place for place in places(self.family) if place.site == "value")
-        low, high = self.ranges_at(place).after(self.held_out).of_channels()
-        return cluster_channels(torch.stack([high, low], 1), count, self.heads.keys)
-
-    def _points(self, link: Link) -> Tensor:
-        """Ends of the ranges that a cluster's channels have in common, ``[channels, features]``."""
-        seen = [p for p in places(self.family) if p.kind == link.kind]
-        read = [p for p in seen if p.site not in ATTENDED][:1] or seen
-        features: list[Tensor] = []
-        for place in read:
-            low, high = self._ranges[place.path].after(self.held_out).of_channels()
-            if place.site in {"query", "attention"}:
-                shape = (self.heads.keys, self.heads.copies, -1)
-                low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
-            features += [high, low]
-        return torch.stack(features, 1)
+    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.numpy())
+    labels = torch.from_numpy(solved.labels_).long()
+    used: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return used

@@ -35,7 +35,7 @@ class Decoder:
 
     def __init__(self, native: Any) -> None:
         self._native = native
-        self._logits = torch.empty(native.vocabulary, dtype=torch.float32)
+        self._logits = torch.empty(native.vocabulary, dtype=torch.float32, device="cpu")
 
     @property
     def position(self) -> int:

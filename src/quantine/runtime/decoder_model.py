@@ -18,7 +18,8 @@ from quantine.errors import BackendUnavailable
 from quantine.families.gemma import GEMMA
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
-from quantine.kernels.matrix import TILE, float_matrix
+from quantine.kernels.matrix import float_matrix
+from quantine.kernels.matrix.cpu import TILE
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 
 if TYPE_CHECKING:
@@ -207,8 +208,8 @@ class _Parts:
             weight, bias = module.weight, module.bias
             width = module.normalized_shape
             return self.native.Norm(
-                _vector(torch.ones(width) if weight is None else weight),
-                _vector(torch.zeros(width) if bias is None else bias),
+                _vector(torch.ones(width, device="cpu") if weight is None else weight),
+                _vector(torch.zeros(width, device="cpu") if bias is None else bias),
                 module.eps,
             )
         if hasattr(module, "variance_epsilon"):
@@ -237,7 +238,8 @@ class _Angles:
         kind = self.rotary.rope_type[layer_type] if several else self.rotary.rope_type
         if kind not in STATIC_ROPE:
             _refuse(f"rotary embeddings are of type {kind!r}")
-        probe, positions = torch.empty(0), torch.arange(self.capacity).unsqueeze(0)
+        probe = torch.empty(0, dtype=torch.float32, device="cpu")
+        positions = torch.arange(self.capacity, device="cpu").unsqueeze(0)
         cos, sin = self.rotary(probe, positions, *([layer_type] if several else []))
         if cos.shape[-1] != head_dim:
             _refuse("only a part of each head is rotated")

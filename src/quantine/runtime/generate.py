@@ -13,7 +13,7 @@ from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.load import load_model
 from quantine.runtime.modules import packed_modules
-from quantine.runtime.source import locate
+from quantine.source.locate import locate
 
 COLDEST: Final = 0.01
 """Smallest temperature but zero; below it probabilities overflow."""
@@ -106,7 +106,7 @@ def continue_tokens(
         if token in ends:
             return
         yield token
-        step = torch.tensor([token])
+        step = torch.tensor([token], device=ids.device)
 
 
 class ModuleDecoder:

@@ -18,13 +18,14 @@ from quantine.activations.attention import NAME as ATTENTION
 from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
-from quantine.formats import FORMAT_VERSION, format_named
-from quantine.formats.description import check_description, spec_of
+from quantine.formats import format_named
+from quantine.formats.format import FORMAT_VERSION
 from quantine.formats.shards import Entry, read_entries
-from quantine.runtime.activations import rebuild
+from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.hf_generate import Generate
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
+from quantine.runtime.rounded_blocks import rebuild
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

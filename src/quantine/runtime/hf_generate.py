@@ -185,7 +185,10 @@ def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
         or any(getattr(config, name) for name in OUTPUTS)
         or any(value is not None for name, value in inputs.items() if name not in UNDERSTOOD)
         or not inputs.get("use_cache", True)
-        or (positions is not None and not torch.equal(positions[0].cpu(), torch.arange(count)))
+        or (
+            positions is not None
+            and not torch.equal(positions[0].cpu(), torch.arange(count, device="cpu"))
+        )
     )
     if odd:
         raise _Elsewhere
@@ -194,4 +197,4 @@ def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     if sample:
         return torch.multinomial(scores.softmax(-1), num_samples=1)
-    return torch.tensor([[most_likely(scores[0])]])
+    return torch.tensor([[most_likely(scores[0])]], device=scores.device)

@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
-from quantine.core.bits import packed_bytes
 from quantine.errors import FormatError
 from quantine.families import family_of
-from quantine.families.base import block_list
-from quantine.kernels.packed_states import PackedStates, pack_states
+from quantine.families.layers import block_list
+from quantine.kernels.bits.reference import packed_bytes
+from quantine.kernels.kv_attention.packed_states import PackedStates, pack_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.errors import FormatError, PlanError, QuantineError
-from quantine.formats.checkpoint import weight_files
 from quantine.runtime.modules import packed_modules
-from quantine.runtime.source import ModelSource, locate
-from quantine.runtime.spqr_hub import translated_config
+from quantine.runtime.spqr_directory import translated_config
+from quantine.source.checkpoint import weight_files
+from quantine.source.locate import ModelSource, locate
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from quantine.activations.grids import StaticGrid, TokenGrid
-from quantine.activations.modules import rounded_inputs
 from quantine.core.arithmetic import UNSTATED, Arithmetic
-from quantine.core.fixed import FixedDtypes
+from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.spec import QuantSpec
+from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import backend, integer
+from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
 from quantine.runtime.snapshot import Snapshot
 
@@ -157,10 +158,10 @@ class QuantLinear(Packed):
         qtensor = layout.unpack(self.packed_tensors(), self.spec, self.in_features)
         if not integer.multiplies_integers(qtensor):
             return None
-        grid: integer.InputGrid | None = integer.InputGrid(inputs.bits)
+        grid: InputGrid | None = InputGrid(inputs.bits)
         if isinstance(inputs, StaticGrid):
             channels = inputs.of_channels()
-            grid = integer.InputGrid.of_channels(inputs.bits, *channels, qtensor, inputs.reached())
+            grid = InputGrid.of_channels(inputs.bits, *channels, qtensor, inputs.reached())
         return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +170,7 @@ class QuantLinear(Packed):
         many = len(rows) >= INTEGER_ROWS and _takes_native(x)
         grid = self.input_grid() if many else None
         if grid is None:
-            product = self.product(rounded_inputs(self, x))
+            product = self.product(multiplied_input(self, x))
         else:
             rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(), grid, rows).to(x.dtype)
@@ -216,7 +217,8 @@ class QuantEmbedding(Packed):
         super().__init__(format_name, spec, out_features, in_features, tensors)
         self.factor = scale  # `scale` is the name of a packed tensor
         # Follows the model's dtype, which an embedding decides for all that comes after it.
-        self.register_buffer("output_like", torch.empty(0, dtype=dtype), persistent=False)
+        follows = torch.empty(0, dtype=dtype, device=next(iter(tensors.values())).device)
+        self.register_buffer("output_like", follows, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Look rows up."""
@@ -225,7 +227,7 @@ class QuantEmbedding(Packed):
         layout = format_named(self.format_name)
         rows = layout.unpack(self.packed_tensors(), self.spec, self.in_features, used)
         result = embedding(inverse, rows.dequantize().to(dtype))
-        return result if self.factor == 1.0 else result * torch.tensor(self.factor, dtype=dtype)
+        return result if self.factor == 1.0 else result * result.new_tensor(self.factor)
 
 
 class TiedHead(nn.Module):

@@ -1,0 +1,150 @@
+"""Gradients of a model's predictions in the outputs of its matrices.
+
+What they tell is said in `quantine.statistics.gradients`.
+
+Gradients are computed block by block, from the last to the first, from the inputs of every block:
+the memory is that of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.calibrate.hidden_states import HiddenStates
+from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.calibrate.skeleton import StandIn, drop_weights, set_tensor
+from quantine.families.family import Family
+from quantine.families.layers import Layer, block_list
+from quantine.statistics.gradients import SquaredGradients
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGITS: Final = 2**23
+"""Logits that are held at once."""
+
+
+def replace_by_gradients(
+    setup: CalibrationSetup, read: Callable[[str], Tensor], hidden: HiddenStates, seed: int
+) -> None:
+    """Turn the last block's outputs into gradients of a drawn token's log-likelihood.
+
+    Args:
+        read: the float tensor of a name outside of blocks.
+        hidden: outputs of the last block, replaced in place.
+        seed: of the local generator that draws tokens.
+    """
+    model, inside = setup.model, f"{setup.family.blocks}."
+    for name in [name for name in model.state_dict() if not name.startswith(inside)]:
+        value = read(name).to(setup.device)
+        rounds = setup.bfloat16 and value.ndim >= 2
+        set_tensor(model, name, value.bfloat16() if rounds else value.float())
+    generator = torch.Generator(setup.device).manual_seed(seed)
+    for batch in range(len(hidden)):
+        with setup.autocast():
+            hidden[batch] = _gradients(model, setup.family, hidden[batch], generator)
+    drop_weights(model)
+
+
+def _gradients(
+    model: PreTrainedModel, family: Family, hidden: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Of every token of ``hidden`` ``[batch, tokens, width]``; some at once, by their logits."""
+    width = max(1, LOGITS // model.config.vocab_size)
+    segments = []
+    for segment in hidden.split(1):
+        parts = [_gradient(model, family, part, generator) for part in segment.split(width, 1)]
+        segments.append(torch.cat(parts, 1))
+    return torch.cat(segments)
+
+
+def _gradient(
+    model: PreTrainedModel, family: Family, hidden: Tensor, generator: torch.Generator
+) -> Tensor:
+    leaf = hidden.clone().requires_grad_()
+    with _replayed(model, family, leaf), torch.enable_grad():
+        ids = hidden.new_zeros(hidden.shape[:2], dtype=torch.int64)  # only their shape matters
+        logits = model(input_ids=ids, use_cache=False, output_attentions=False).logits[0]
+    # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
+    probabilities = logits.detach().float().softmax(-1)
+    drawn = draw(probabilities, generator)
+    probabilities.scatter_add_(1, drawn, probabilities.new_full(drawn.shape, -1.0))
+    logits.backward(probabilities.to(logits.dtype))
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One index for each row of ``probabilities`` ``[rows, n]`` float32, ``[rows, 1]`` int64.
+
+    One random number a row, where `torch.multinomial` takes one for each probability.
+    """
+    sums = probabilities.cumsum(-1)
+    places = (
+        torch.rand(len(sums), 1, generator=generator, dtype=torch.float32, device=sums.device)
+        * sums[:, -1:]
+    )
+    return torch.searchsorted(sums, places, right=True).clamp_(max=sums.shape[1] - 1)
+
+
+@contextmanager
+def _replayed(model: PreTrainedModel, family: Family, hidden: Tensor) -> Iterator[None]:
+    """Let every block of ``model`` put out ``hidden``."""
+    blocks = block_list(model, family)
+    originals = list(blocks)
+    try:
+        for index, block in enumerate(originals):
+            blocks[index] = StandIn(block, family.returns_tuple, hidden)
+        yield
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block
+
+
+def backward(
+    sequential: Sequential,
+    index: int,
+    layers: Sequence[Layer],
+    inputs: HiddenStates,
+    gradients: HiddenStates,
+) -> dict[str, SquaredGradients]:
+    """Take gradients back through a block, and add up those of its matrices' outputs.
+
+    Args:
+        index: of the block, which has its weights.
+        layers: the matrices looked at.
+        inputs: of the block.
+        gradients: of its outputs; replaced by those of its inputs.
+
+    Returns:
+        The squared gradients by layer name.
+    """
+    found = {layer.name: SquaredGradients() for layer in layers}
+    model = sequential.setup.model
+
+    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def look(_: nn.Module, inputs: object, output: Tensor) -> None:
+            output.register_hook(found[name].update)
+
+        return look
+
+    handles = [
+        model.get_submodule(layer.module or layer.name).register_forward_hook(watch(layer.name))
+        for layer in layers
+    ]
+    try:
+        for batch in range(len(inputs)):
+            leaf = inputs[batch].clone().requires_grad_()
+            with torch.enable_grad():
+                sequential.run(index, leaf).backward(gradients[batch])
+            assert leaf.grad is not None
+            gradients[batch] = leaf.grad
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

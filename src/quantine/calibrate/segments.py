@@ -1,0 +1,114 @@
+"""Text into calibration segments."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.text import BUILTIN, read_text
+from quantine.errors import CalibrationError
+
+DEFAULT_SAMPLES: Final = 64
+DEFAULT_SEQLEN: Final = 512
+MOST_TOKENS: Final = 2**28
+"""Calibration tokens accepted; a hundred times what any method has been shown to profit from."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on.
+
+    Attributes:
+        source: a text as in `quantine.calibrate.text.read_text`.
+        samples: number of segments; 0 runs no calibration, which only methods that need no inputs
+            accept.
+        seqlen: tokens per segment; ``None`` is 512, or the model's longest context if shorter.
+        seed: of the local generator that places the segments.
+        bfloat16: multiply matrices in bfloat16 while calibrating: several times faster where the
+            processor can. Weights, norms, hidden states and statistics stay in float32.
+    """
+
+    source: str = BUILTIN
+    samples: int = DEFAULT_SAMPLES
+    seqlen: int | None = None
+    seed: int = 0
+    bfloat16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise CalibrationError(f"samples must not be negative, not {self.samples}")
+        if self.seqlen is not None and self.seqlen < 1:
+            raise CalibrationError(f"seqlen must be positive, not {self.seqlen}")
+
+    def segment_length(self, longest_context: int | None) -> int:
+        """Tokens per segment for a model whose positions end at ``longest_context``.
+
+        Raises:
+            CalibrationError: ``seqlen`` is longer than the model's context.
+        """
+        longest = longest_context or DEFAULT_SEQLEN
+        if self.seqlen is None:
+            return min(DEFAULT_SEQLEN, longest)
+        if longest_context is not None and self.seqlen > longest_context:
+            raise CalibrationError(
+                f"seqlen {self.seqlen} exceeds the model's context of {longest_context} tokens"
+            )
+        return self.seqlen
+
+
+def token_stream(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tensor:
+    """``text`` as one stream of token ids ``[tokens]`` int64; BOS only if the tokenizer adds it.
+
+    Raises:
+        CalibrationError: an id lies outside the model's vocabulary.
+    """
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
+    if ids.numel() and int(ids.max()) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer gives id {int(ids.max())} for text {source!r}, but the model knows "
+            f"{vocabulary} tokens: tokenizer and model do not belong together"
+        )
+    return ids
+
+
+def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
+    """``samples`` windows of ``length`` tokens at random places, ``[samples, length]`` int64.
+
+    Windows are drawn with replacement by ``random.Random(seed)`` and are always full: no padding.
+
+    Raises:
+        CalibrationError: the text is shorter than one segment.
+    """
+    if len(stream) < length:
+        raise CalibrationError(
+            f"the text {source!r} has {len(stream)} tokens, too few for one segment of {length}: "
+            "use a longer text or a smaller seqlen"
+        )
+    generator = random.Random(seed)
+    # The last window is never drawn, as in GPTQ's published calibration, unless it is the only one.
+    last = max(0, len(stream) - length - 1)
+    starts = [generator.randint(0, last) for _ in range(samples)]
+    return torch.stack([stream[start : start + length] for start in starts])
+
+
+def calibration_segments(
+    calibration: Calibration, tokenizer: Any, vocabulary: int, longest_context: int | None
+) -> Tensor:
+    """The segments ``[samples, seqlen]`` int64 that ``calibration`` asks for.
+
+    Raises:
+        CalibrationError: see `Calibration`, `token_stream` and `draw_segments`.
+    """
+    length = calibration.segment_length(longest_context)
+    if calibration.samples * length > MOST_TOKENS:
+        raise CalibrationError(
+            f"{calibration.samples} samples of {length} tokens are more than {MOST_TOKENS:,} "
+            "tokens: use fewer"
+        )
+    text = read_text(calibration.source, "calibration")
+    stream = token_stream(tokenizer, text, vocabulary, calibration.source)
+    return draw_segments(stream, calibration.samples, length, calibration.seed, calibration.source)

@@ -1,0 +1,23 @@
+"""Devices by name."""
+
+from __future__ import annotations
+
+import torch
+
+from quantine.errors import BackendUnavailable
+
+
+def device_named(name: str | torch.device) -> torch.device:
+    """The device that PyTorch calls ``name``, such as ``cpu`` or ``cuda:1``.
+
+    Raises:
+        BackendUnavailable: there is none here.
+    """
+    try:
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BackendUnavailable(
+            f"there is no device {str(name)!r} here ({reason}): use cpu, or install a PyTorch that "
+            "knows the device"
+        ) from error

@@ -1,0 +1,13 @@
+"""Whether a tensor holds only finite numbers."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def is_finite(matrix: Tensor) -> bool:
+    """Whether every value of ``matrix`` is finite: one pass, and no other tensor."""
+    low, high = matrix.aminmax()  # not a number if one is none
+    return math.isfinite(low) and math.isfinite(high)

@@ -1,0 +1,174 @@
+"""The matrices of a model that a plan can quantize."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+from torch import Tensor, nn
+
+from quantine.errors import FamilyError
+from quantine.families.family import Family
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.utils.hooks import RemovableHandle
+
+Role = Literal["block", "embedding", "head"]
+
+
+INPUTS_NAME: Final = "inputs"
+"""Name of a child of a matrix's module that rounds what enters it, where activations are rounded."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One matrix that a plan can quantize.
+
+    It is what `read` and `write` say, which need not be the whole weight of a module: it may be one
+    of several in a parameter of more dimensions, or some rows of a fused one. Nothing else reaches
+    into the model for a matrix.
+
+    Attributes:
+        name: what plans call it: the full path of its module, where it is all of its weight.
+        out_features, in_features: its shape as ``[out, in]``; an embedding is ``[rows, width]``.
+        role: inside a decoder block, token embedding, or output head.
+        block: index of its block, ``None`` outside of blocks.
+        group: number of its group in ``Family.groups_in(block)``, ``None`` outside of blocks.
+        transposed: it is stored as ``[in, out]`` (GPT-2's Conv1D).
+        module: full path of the module that has the parameter and sees the input; as ``name`` if
+            empty.
+        parameter: name of the parameter in that module.
+        index: which of the matrices in the parameter's first dimensions; empty where it has two.
+        rows: first output, and the one after the last, that are meant; all if ``None``.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    role: Role
+    block: int | None = None
+    group: int | None = None
+    transposed: bool = False
+    module: str = ""
+    parameter: str = "weight"
+    index: tuple[int, ...] = ()
+    rows: tuple[int, int] | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.out_features * self.in_features
+
+    @property
+    def stored_name(self) -> str:
+        """Full name of the parameter that holds the matrix."""
+        return f"{self.module or self.name}.{self.parameter}"
+
+    def part_of(self, parameter: Tensor) -> Tensor:
+        """The matrix ``[out, in]`` inside the parameter that holds it, sharing its memory."""
+        matrix = parameter[self.index] if self.index else parameter
+        matrix = matrix.T if self.transposed else matrix
+        return matrix if self.rows is None else matrix[slice(*self.rows)]
+
+    def read(self, model: nn.Module) -> Tensor:
+        """The matrix ``[out, in]`` that ``model`` has now, as a contiguous copy of its own."""
+        found = self.part_of(model.get_parameter(self.stored_name).detach())
+        return found.clone(memory_format=torch.contiguous_format)
+
+    def write(self, model: nn.Module, weight: Tensor) -> None:
+        """Let ``model`` compute with ``weight`` ``[out, in]``, and leave what is beside it alone.
+
+        A matrix that is all of a parameter becomes a new parameter; others are copied into theirs.
+        """
+        if self.index or self.rows is not None:
+            self.part_of(model.get_parameter(self.stored_name).detach()).copy_(weight)
+            return
+        stored = weight.T.contiguous() if self.transposed else weight
+        owner = model.get_submodule(self.module or self.name)
+        setattr(owner, self.parameter, nn.Parameter(stored, requires_grad=False))
+
+    def observe(self, model: nn.Module, look: Callable[[Tensor], None]) -> RemovableHandle:
+        """Let ``look`` see each input ``[..., in]`` of the matrix, as it is multiplied.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+        """
+        module = model.get_submodule(self.module or self.name)
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+            look(multiplied_input(module, args[0]))
+
+        return module.register_forward_pre_hook(before)
+
+
+def multiplied_input(module: nn.Module, x: Tensor) -> Tensor:
+    """The input ``x`` of a matrix's ``module`` as it is multiplied: rounded, where that is asked."""
+    inputs = getattr(module, INPUTS_NAME, None)
+    return inputs(x) if isinstance(inputs, nn.Module) else x
+
+
+def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
+    """The list of decoder blocks of ``model``."""
+    blocks = model.get_submodule(family.blocks)
+    if not isinstance(blocks, nn.ModuleList):
+        raise FamilyError(f"{family.blocks} is a {type(blocks).__name__}, not a list of blocks")
+    return blocks
+
+
+def find_layers(model: nn.Module, family: Family) -> list[Layer]:
+    """Every matrix a plan may quantize, in running order; shapes only, ``model`` may be on meta.
+
+    Raises:
+        FamilyError: a block lacks a matrix the family names, or holds a parameter of two or more
+            dimensions the family does not name (which would stay in 16 bit unnoticed).
+    """
+    embedding = model.get_submodule(family.embedding)
+    layers = [Layer(family.embedding, *_shape(embedding, family.embedding), role="embedding")]
+    for index, block in enumerate(block_list(model, family)):
+        layers.extend(_block_layers(block, index, family))
+    head = model.get_submodule(family.head)
+    layers.append(Layer(family.head, *_shape(head, family.head), role="head"))
+    return layers
+
+
+def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Layer]:
+    prefix = f"{family.blocks}.{index}"
+    modules = dict(block.named_modules())
+    covered = {path for group in family.groups_in(index) for path in group}
+    for path, parameter in block.named_parameters():
+        owner = path.rpartition(".")[0]
+        if parameter.ndim >= 2 and owner not in covered:
+            kind = type(modules[owner]).__name__
+            raise FamilyError(
+                f"{prefix}.{path} {tuple(parameter.shape)} in a {kind} is not covered by family "
+                f"{family.name!r} (covered: {', '.join(sorted(covered))}). Fused or "
+                "mixture-of-experts weights are not supported; docs/adding.md shows how to add "
+                "a family."
+            )
+    for group, paths in enumerate(family.groups_in(index)):
+        for path in paths:
+            name = f"{prefix}.{path}"
+            if path not in modules:
+                raise FamilyError(f"family {family.name!r} expects {name}, which does not exist")
+            out_features, in_features = _shape(modules[path], name)
+            transposed = is_transposed(modules[path])
+            yield Layer(name, out_features, in_features, "block", index, group, transposed)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether ``module`` stores its weight as ``[in, out]``."""
+    return type(module).__name__ == "Conv1D"
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear | nn.Embedding) and not is_transposed(module):
+        raise FamilyError(f"{name} is a {type(module).__name__}, which cannot be quantized yet")
+    if not isinstance(weight, nn.Parameter):
+        raise FamilyError(f"{name} has no weight")
+    rows, columns = weight.shape
+    return (columns, rows) if is_transposed(module) else (rows, columns)

@@ -1,0 +1,41 @@
+"""Names and JSON files of an output directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.errors import OutputError
+from quantine.formats.shards import write_atomically
+
+RUN_DIRECTORY: Final = ".quantine"
+
+
+REPORT: Final = "quantine_report.json"
+
+
+MAPS: Final = "quantine_maps.safetensors"
+"""Sensitivity of weights and clusters of channels, for pictures; not a weight file."""
+
+
+def is_finished(out: Path) -> bool:
+    """Whether ``out`` holds a completed run."""
+    return (out / REPORT).is_file() and not (out / RUN_DIRECTORY).exists()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file of ours.
+
+    Raises:
+        OutputError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{path} is damaged ({error}): delete the directory") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")

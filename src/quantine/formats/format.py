@@ -1,0 +1,106 @@
+"""What a packed layout is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from torch import Tensor
+
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from quantine.formats.description import Description
+
+FORMAT_VERSION: Final = 2
+"""Version of docs/format.md that this package writes."""
+
+
+class Format(Protocol):
+    """A packed layout of a `QTensor`: a set of named tensors, specified in docs/format.md.
+
+    It also says what a directory needs so that whoever reads the layout can use it.
+    """
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """Names of every tensor the layout may have."""
+        ...
+
+    @property
+    def writable(self) -> bool:
+        """Whether plans may ask for it; a layout that is not is only read."""
+        ...
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether all quantized layers of a directory must have it.
+
+        Such directories are read by other programs, which know nothing else.
+        """
+        ...
+
+    @property
+    def linears_only(self) -> bool:
+        """Whether it holds only Linear layers inside of decoder blocks."""
+        ...
+
+    @property
+    def holds_bias(self) -> bool:
+        """Whether its readers add the bias of a layer."""
+        ...
+
+    @property
+    def holds_statistics_as_codes(self) -> bool:
+        """Whether scales and zero points may be codes of second grids."""
+        ...
+
+    @property
+    def float_dtype(self) -> torch.dtype | None:
+        """Dtype of every float tensor beside packed ones; ``None`` where they keep their own."""
+        ...
+
+    def config(self, described: Description) -> dict[str, Any]:
+        """Fields of ``config.json``, ``quantization_config`` among them, that its readers need."""
+        ...
+
+    def supports(self, spec: QuantSpec, outliers: bool) -> bool:
+        """Whether the layout can hold what ``spec`` asks for, and ``outliers`` if there are."""
+        ...
+
+    def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
+        """Why a matrix of this shape cannot be held, and the remedy; ``None`` if it can."""
+        ...
+
+    def pack(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """The tensors of the layout; raises `FormatError` for what it cannot hold.
+
+        Nothing is dropped; a layout that rounds says so, and `unpack` gives what it really holds.
+        """
+        ...
+
+    def unpack(
+        self,
+        tensors: dict[str, Tensor],
+        spec: QuantSpec,
+        in_features: int,
+        rows: Tensor | None = None,
+    ) -> QTensor:
+        """What `pack` stored, bit for bit, for all rows or those of the int64 indices ``rows``.
+
+        Raises `FormatError` for tensors that do not fit ``spec``.
+        """
+        ...
+
+    def nbytes(
+        self,
+        spec: QuantSpec,
+        out_features: int,
+        in_features: int,
+        stores_order: bool,
+        outlier_share: float = 0.0,
+    ) -> int:
+        """Bytes of the packed tensors: exact without outliers, else an estimate."""
+        ...

@@ -1,0 +1,73 @@
+"""The ``quantization_config`` of a directory, checked before anything trusts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from quantine.core.activation_spec import activations_from
+from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
+from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError, PlanError
+from quantine.formats import format_named
+from quantine.formats.format import FORMAT_VERSION
+
+
+def check_description(found: Mapping[str, Any]) -> None:
+    """Refuse a description that docs/format.md does not allow.
+
+    Args:
+        found: with ``format_version``, ``schemes``, ``layers``, and perhaps ``arithmetic`` and
+            ``activations``.
+
+    Raises:
+        FormatError: names the layer or field.
+    """
+    version, schemes, layers = (found.get(k) for k in ("format_version", "schemes", "layers"))
+    if not isinstance(version, int) or version < 1:
+        raise FormatError(f"format_version must be a positive number, not {version!r}")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"written in format version {version}, but this quantine reads {FORMAT_VERSION}: "
+            "install a newer one"
+        )
+    if not isinstance(schemes, list) or not isinstance(layers, Mapping):
+        raise FormatError("quantization_config needs a list of schemes and a table of layers")
+    activations = found.get("activations")
+    if activations is not None:
+        try:
+            activations_from(activations, "quantization_config")
+        except (PlanError, TypeError) as error:
+            raise FormatError(f"damaged activations: {error}") from error
+    elif not layers:
+        raise FormatError("quantization_config lists no layers and no activations")
+    arithmetic = found.get("arithmetic", UNSTATED)
+    if not is_arithmetic(arithmetic):
+        raise FormatError(
+            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}: the "
+            "directory may need a newer quantine"
+        )
+    for scheme in schemes:
+        try:
+            spec_of(scheme)
+            format_named(scheme["format"])
+        except (LookupError, TypeError, PlanError) as error:
+            raise FormatError(f"damaged scheme {scheme!r}: {error!r}") from error
+    for name, layer in layers.items():
+        index = layer.get("scheme") if isinstance(layer, Mapping) else None
+        shape = layer.get("shape") if isinstance(layer, Mapping) else None
+        if not isinstance(index, int) or not 0 <= index < len(schemes):
+            raise FormatError(f"{name} has scheme {index!r}, but there are {len(schemes)}")
+        sizes = shape if isinstance(shape, list) else []
+        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise FormatError(f"{name} has no shape [out, in], but {shape!r}")
+
+
+def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
+    """The weight spec inside a stored scheme."""
+    fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
+    fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
+    fields["cluster_sizes"] = tuple(scheme.get("cluster_sizes", ()))
+    if format_named(scheme["format"]).holds_statistics_as_codes:
+        fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
+    return QuantSpec(**fields)

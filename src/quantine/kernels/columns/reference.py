@@ -1,0 +1,63 @@
+"""The meaning of `quantine.kernels.columns.round_block`, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+
+from quantine.core.grid import decode, encode
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.fit.grid_cost import positive
+from quantine.kernels.fit.reference import fit_groups_reference
+
+
+def round_block_reference(columns: Columns, start: int, stop: int) -> None:
+    """What `round_block` does; arguments are the same."""
+    for j in range(start, stop):
+        if columns.at_reach is not None:
+            _fit_if_first(columns, columns.at_reach, j)
+        _round_column(columns, j)
+        behind = columns.weights[j + 1 : stop]
+        behind.addr_(columns.upper[j, j + 1 : stop], columns.errors[j], alpha=-1)
+
+
+def _fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
+    """Fit the group whose first column is ``j``, if there is one, or the groups of column ``j``."""
+    fitted = at_reach.fitted
+    if fitted.spec.group_axis == "out":
+        _fit_column(columns, at_reach, j)
+    elif j % fitted.length == 0:
+        members = slice(j, j + fitted.length)
+        weights, spread = columns.weights[members], at_reach.spread[members]
+        grid = fit_groups_reference(
+            weights.unsqueeze(0), spread.unsqueeze(0), fitted.spec, at_reach.cost
+        )
+        fitted.put(j // fitted.length, grid)
+
+
+def _fit_column(columns: Columns, at_reach: AtReach, j: int) -> None:
+    fitted = at_reach.fitted
+    groups = columns.weights[j].unflatten(0, (-1, fitted.length))
+    grid = fit_groups_reference(
+        groups.T.unsqueeze(0),
+        at_reach.spread[j].expand(len(groups)),
+        fitted.spec,
+        at_reach.cost,
+        fitted.second(j),
+    )
+    fitted.put(j, grid)
+    columns.scales[0] = fitted.scale.values[j].repeat_interleave(fitted.length)
+    columns.zeros[0] = fitted.zero.values[j].repeat_interleave(fitted.length)
+
+
+def _round_column(columns: Columns, j: int) -> None:
+    group, diagonal = int(columns.groups[j]), float(columns.upper[j, j])
+    column, scale, zero = columns.weights[j], positive(columns.scales[group]), columns.zeros[group]
+    codes = encode(column, scale, zero, columns.bits)
+    columns.codes[j] = codes
+    decoded = decode(codes, scale, zero)
+    error = torch.sub(column, decoded, out=columns.errors[j]).div_(diagonal)
+    if columns.kept is not None:
+        lost = (column - column.half().float()).div_(diagonal)
+        better = lost.abs() < error.abs()  # also false where float16 overflows
+        kept = torch.logical_and(error.square() > columns.price, better, out=columns.kept[j])
+        error.copy_(torch.where(kept, lost, error))

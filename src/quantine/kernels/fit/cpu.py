@@ -1,0 +1,71 @@
+"""`quantine.kernels.fit` by the native extension; tensors are on the CPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+from torch import Tensor
+
+from quantine.core.grid import Grid
+from quantine.core.spec import QuantSpec
+from quantine.errors import SolverError
+from quantine.kernels import backend
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.threads import pool
+
+MISFITS: Final = {
+    "scale": "a group needs a scale of {:.4g}, but scales are stored in float16 (at most 65504)",
+    "statistic": "a statistic of {:.4g} does not fit into float16",
+}
+"""What a native kernel reports, as a sentence."""
+
+
+def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
+    """See `quantine.kernels.fit.fit_groups`."""
+    groups, length, lines = columns.shape
+    fitted = FittedGroups.empty(groups, lines, length, spec, columns.device)
+    native = fitter(fitted, spread.flatten(), cost)
+    flat = columns.flatten(0, 1).contiguous()
+    raise_misfit(backend.extension().fit_groups(flat, native, pool()))
+    return fitted.grid()
+
+
+def fitter(fitted: FittedGroups, spread: Tensor, cost: GridCost) -> Any:
+    """The native object that fills ``fitted``.
+
+    Args:
+        spread: ``[inputs]``, or ``[lines]`` where groups run along outputs; float32.
+    """
+    spec, arrays = fitted.spec, []
+    for one in (fitted.scale, fitted.zero):
+        arrays += [one.values, one.codes, one.step, one.zero]
+    return backend.extension().Fitter(
+        spec.bits,
+        spec.sym,
+        spec.scale_bits,
+        spec.zero_bits,
+        fitted.run,
+        cost.clip,
+        cost.price,
+        cost.look_ahead and cost.price < math.inf,
+        fitted.given,
+        fitted.length,
+        spec.group_axis == "out",
+        spread.contiguous(),
+        *arrays,
+    )
+
+
+def raise_misfit(misfit: tuple[str, float] | None) -> None:
+    """Raise what a native kernel reports, if it reports anything.
+
+    Raises:
+        SolverError: a scale or a statistic does not fit into float16.
+    """
+    if misfit is not None:
+        kind, value = misfit
+        raise SolverError(
+            f"{MISFITS[kind].format(value)}: rescale the weights, or leave this layer in 16 bit"
+        )

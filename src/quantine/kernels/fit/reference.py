@@ -1,0 +1,227 @@
+"""The grid of a group of weights: its range, and the rounding of its scale and zero point.
+
+Weights come transposed, ``[groups, n, lines]``, see `quantine.kernels.fit.grid_cost`. Every
+choice that is searched minimizes one `GridCost`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.fit_range import (
+    finite_half,
+    fit_fractional,
+    fit_statistic,
+    fit_whole,
+    to_float16,
+)
+from quantine.core.grid import Grid, Statistic
+from quantine.core.spec import FLOAT16, QuantSpec
+from quantine.kernels.fit.grid_cost import Clip, GridCost, importance_of, squared_errors
+
+SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
+"""Candidate shares of the min-max range: 1.0 down to 0.5."""
+FARTHEST: Final = 64.0
+"""How many of its widths a min-max range may lie from zero."""
+
+
+@dataclass(frozen=True)
+class _StatisticCodes:
+    """Scales, or zero points, ``[groups, lines]`` while their codes are chosen.
+
+    Attributes:
+        codes: float32; what is stored.
+        top: largest code; 0 where there is no choice, because values are stored as they are.
+        grid: second grid of the codes; ``None`` where codes are values.
+    """
+
+    codes: Tensor
+    top: int = 0
+    grid: Grid | None = None
+
+    def values(self) -> Tensor:
+        """What the codes stand for."""
+        return self.codes if self.grid is None else self.grid.decode(self.codes)
+
+    def shifts(self) -> tuple[int, ...]:
+        """Changes of a code worth trying, none first."""
+        return (0, -1, 1) if self.top else (0,)
+
+    def shifted(self, by: int) -> _StatisticCodes:
+        """Neighbouring codes."""
+        return replace(self, codes=(self.codes + by).clamp_(0, self.top)) if by else self
+
+    def stored(self, dtype: torch.dtype) -> Tensor | Statistic:
+        """As a `Grid` holds it, ``dtype`` for what has no second grid."""
+        if self.grid is None:
+            return self.codes.T.to(dtype)
+        return Statistic(self.codes.to(torch.uint8), self.grid)
+
+
+SecondGrids = tuple[Grid | None, Grid | None]
+"""SecondGrids grids of scales and of zero points over ``[groups, lines]``; ``None`` where there is none.
+"""
+
+
+def fit_groups_reference(
+    columns: Tensor,
+    spread: Tensor,
+    spec: QuantSpec,
+    cost: GridCost,
+    second: SecondGrids | None = None,
+) -> Grid:
+    """The grid of groups of weights.
+
+    Without a second level this ends with the range. With one, scales and zero points are first
+    put on their second grids; then each line takes, among the neighbouring codes of both, those
+    with the least cost.
+
+    Args:
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
+            ``spec.group_axis`` is ``"out"``.
+        second: second grids that are known already, so that only codes are found.
+
+    Returns:
+        A grid of those lines.
+
+    Raises:
+        SolverError: a scale does not fit into float16.
+    """
+    inliers = columns
+    if cost.look_ahead and cost.price < math.inf:
+        inliers = without_outliers(columns, spread, spec, cost)
+    if cost.clip != "hessian":
+        columns = inliers  # these costs know no price of an outlier
+    scales, zeros = _fit_range(columns, inliers, spread, spec, cost)
+    of_scales, of_zeros = second or (None, None)
+    scale, zero = _scale_stat(scales, spec, of_scales), _zero_stat(zeros, spec, of_zeros)
+    if spec.second_level and cost.clip != "minmax":
+        scale, zero = _refine(columns, spread, scale, zero, spec.bits, cost)
+    stored_zero = (
+        None if spec.sym else zero.stored(torch.float16 if spec.zero_bits else torch.uint8)
+    )
+    return Grid(
+        scale.stored(torch.float16), stored_zero, spec.bits, columns.shape[1], spec.group_axis
+    )
+
+
+def _fit_range(
+    columns: Tensor, inliers: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[groups, lines]`` of the min-max range, or of the best share of it."""
+    low, high = inliers.amin(1), inliers.amax(1)
+    if cost.clip == "minmax":
+        return cover(low, high, spec, "minmax")
+    middle = (low + high) / 2 if spec.zero_bits else torch.zeros_like(low)
+    shares = torch.tensor(SHRINKS, device=low.device).view(-1, 1, 1)
+    lows, highs = (middle + (end - middle) * shares for end in (low, high))
+    scales, zeros = cover(lows, highs, spec, cost.clip)
+    best = cost.cheapest(columns, spread, scales, zeros, spec.bits).unsqueeze(0)
+    return scales.gather(0, best)[0], zeros.gather(0, best)[0]
+
+
+def cover(low: Tensor, high: Tensor, spec: QuantSpec, clip: Clip) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape."""
+    if spec.zero_bits:
+        return fit_fractional(low, high, spec.bits, _farthest(spec, clip))
+    return fit_whole(low, high, spec.bits, spec.sym)
+
+
+def _farthest(spec: QuantSpec, clip: Clip) -> float:
+    """How many of its widths a range may lie from zero.
+
+    Min-max ranges follow SpQR's published code as far as weights really lie. Searched ones lie
+    nearer: the scale of a range ``k`` widths from zero is ``1 / k`` of one that would reach zero,
+    and its zero point ``k`` times as large. Where one second grid holds both kinds, the error of
+    either statistic is multiplied with the other, so it grows with ``k**2``: up to
+    ``k**2 = 2**bits``, half a step of the second grid costs at most about half a width.
+    """
+    if clip == "minmax":
+        return FARTHEST
+    return math.sqrt(2 ** min(spec.scale_bits, spec.zero_bits))
+
+
+def _scale_stat(scale: Tensor, spec: QuantSpec, second: Grid | None) -> _StatisticCodes:
+    if spec.scale_bits == FLOAT16:
+        return _StatisticCodes(to_float16(scale))
+    return _coded(scale, spec.scale_bits, spec, second)
+
+
+def _coded(values: Tensor, bits: int, spec: QuantSpec, second: Grid | None) -> _StatisticCodes:
+    if second is None:
+        fitted = fit_statistic(values, bits, spec.stat_group_length(values.shape[1]))
+        return _StatisticCodes(fitted.codes.float(), 2**bits - 1, fitted.grid)
+    return _StatisticCodes(second.encode(values).float(), 2**bits - 1, second)
+
+
+def _zero_stat(zero: Tensor, spec: QuantSpec, second: Grid | None) -> _StatisticCodes:
+    if spec.sym:
+        return _StatisticCodes(zero)
+    if not spec.zero_bits:
+        return _StatisticCodes(zero, 2**spec.bits - 1)
+    if spec.zero_bits == FLOAT16:
+        return _StatisticCodes(finite_half(zero))
+    return _coded(zero, spec.zero_bits, spec, second)
+
+
+def _refine(
+    columns: Tensor,
+    spread: Tensor,
+    scale: _StatisticCodes,
+    zero: _StatisticCodes,
+    bits: int,
+    cost: GridCost,
+) -> tuple[_StatisticCodes, _StatisticCodes]:
+    """Per group and line the neighbouring codes of scale and zero point with the least cost."""
+    tried = [
+        (scale.shifted(scale_shift), zero.shifted(zero_shift))
+        for scale_shift in scale.shifts()
+        for zero_shift in zero.shifts()
+    ]
+    scales = torch.stack([one.values() for one, _ in tried])
+    zeros = torch.stack([one.values() for _, one in tried])
+    best = cost.cheapest(columns, spread, scales, zeros, bits).unsqueeze(0)
+    scale_codes = torch.stack([one.codes for one, _ in tried]).gather(0, best)[0]
+    zero_codes = torch.stack([one.codes for _, one in tried]).gather(0, best)[0]
+    return replace(scale, codes=scale_codes), replace(zero, codes=zero_codes)
+
+
+def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Tensor:
+    """``columns`` with likely outliers replaced by the mean of their group's other weights.
+
+    A weight is a likely outlier if leaving it out of its group lowers the group's loss by more
+    than the cost's price (arXiv 2306.03078, section 4.1). Leaving out a weight between the
+    smallest and the largest does not move the range: it saves that weight's own loss. So three
+    ranges per group tell about all weights, instead of one for each.
+
+    Args:
+        columns: ``[groups, n, lines]`` float32.
+        spread: ``d`` of their inputs, as of `fit_groups_reference`.
+    """
+    if columns.shape[1] < 2:
+        return columns
+    ranked, places = columns.sort(1)
+    low, high = ranked[:, 0], ranked[:, -1]
+
+    def losses(low: Tensor, high: Tensor) -> Tensor:
+        """Loss of each weight ``[groups, n, lines]`` on the grid from ``low`` to ``high``."""
+        errors = squared_errors(columns, *cover(low, high, spec, cost.clip), spec.bits)
+        return errors.mul_(importance_of(spread))
+
+    loss = losses(low, high)
+    whole = loss.sum(1, keepdim=True)
+    saved = loss
+    for place, ends in ((0, (ranked[:, 1], high)), (-1, (low, ranked[:, -2]))):
+        extreme = places[:, place : place + 1 or None]
+        others = losses(*ends).scatter_(1, extreme, 0.0)
+        saved = saved.scatter(1, extreme, whole - others.sum(1, keepdim=True))
+    likely = saved > cost.price
+    rest = (~likely).sum(1, keepdim=True).clamp_(min=1)
+    mean = columns.masked_fill(likely, 0.0).sum(1, keepdim=True) / rest
+    return torch.where(likely, mean, columns)

@@ -1,0 +1,39 @@
+"""`quantine.kernels.kv_attention` by the native extension; tensors are on the CPU."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantine.kernels import backend
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.scoring import Scoring
+from quantine.kernels.threads import pool
+
+
+def attend(
+    query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """See `quantine.kernels.kv_attention.attend`; without gradients and dropout."""
+    batch, heads, tokens, dim = query.shape
+    context = key.shape[2]
+    if mask is not None:
+        mask = mask[..., :context].float().contiguous()
+        mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
+        mask = mask.expand(-1, -1, -1, context).contiguous()
+    states = query.detach().float().contiguous()
+    probabilities = states.new_empty(batch, heads, tokens, context)
+    out = states.new_empty(batch, tokens, heads, dim)
+    backend.extension().attend_packed(
+        states,
+        *(key.packed, key.bits, key.scale, key.zero),
+        *(value.packed, value.bits, value.scale, value.zero),
+        mask,
+        scoring.scaling,
+        0.0 if scoring.softcap is None else scoring.softcap,
+        scoring.softmax_bits,
+        scoring.relative,
+        probabilities,
+        out,
+        pool(),
+    )
+    return out.to(query.dtype), probabilities.to(query.dtype)

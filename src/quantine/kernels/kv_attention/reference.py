@@ -1,0 +1,61 @@
+"""The meaning of `quantine.kernels.kv_attention.attend`, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as drop
+
+from quantine.core.activation_spec import UNQUANTIZED
+from quantine.kernels.kv_attention.scoring import Scoring
+
+
+def attend_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of ``query`` ``[batch, heads, tokens, dim]``.
+
+    Args:
+        key, value: ``[batch, kv_heads, context, dim]``.
+        mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; may be longer.
+        scoring: from products to probabilities.
+        dropout: share of probabilities to drop.
+
+    Returns:
+        Outputs ``[batch, tokens, heads, dim]`` and probabilities ``[batch, heads, tokens,
+        context]``.
+    """
+    batch, heads, tokens, dim = query.shape
+    kv_heads, context = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ key.transpose(2, 3)).view(batch, heads, tokens, context) * scoring.scaling
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    if mask is not None:
+        scores = scores + mask[..., :context]
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    if scoring.softmax_bits != UNQUANTIZED:
+        probabilities = round_probabilities(probabilities, scoring.softmax_bits, scoring.relative)
+    probabilities = drop(probabilities.to(query.dtype), dropout)
+    mixed = probabilities.view(batch, kv_heads, -1, context) @ value
+    return mixed.view(batch, heads, tokens, dim).transpose(1, 2).contiguous(), probabilities
+
+
+def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Tensor:
+    """Probabilities ``[..., context]`` on a fixed grid of ``2**bits`` values from 0 to 1.
+
+    Args:
+        relative: the ratio of each to the largest of its row is rounded, and their sum is one
+            again. Otherwise they themselves are, as RPTQ's published code does: in a long context
+            most are less than half a step, and are lost.
+    """
+    top = 2**bits - 1
+    if not relative:
+        return probabilities.mul(top).round_().div_(top)
+    steps = (probabilities / probabilities.amax(-1, keepdim=True)).mul_(top).round_()
+    return steps / steps.sum(-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Plans: which matrix is quantized how, checked before any work starts."""

@@ -1,0 +1,291 @@
+"""Plans: which matrix is quantized how. Rules in, one checked scheme per layer out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from quantine.core.activation_spec import ActivationSpec
+from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
+from quantine.core.spec import FLOAT16
+from quantine.errors import PlanError
+from quantine.families.layers import Layer
+from quantine.methods import METHODS
+from quantine.methods.adadim import ADADIM, AdaDim
+from quantine.methods.spqr import SpQR
+from quantine.plan.checks import check_exclusive, check_groups, check_scheme
+from quantine.plan.decision import Decision, decide_later
+from quantine.plan.parsing import activations_field, budget_field, choices_field, weight_fields
+from quantine.plan.presets import CHOICES, PRESETS, TABLE
+from quantine.plan.rules import BY_BUDGET, Rule, rule_from
+from quantine.plan.scheme import Scheme
+from quantine.plan.scheme_parsing import scheme_from
+from quantine.plan.shorthand import parse_shorthand
+
+FLAGS: Final = ("true_sequential", "float_inputs")
+"""Fields of a plan that say how inputs are observed."""
+OPTIONS: Final = (*FLAGS, "arithmetic")
+"""Fields of a plan that presets and plan files may leave out."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ordered rules; the first that matches a layer decides. Layers that none matches stay.
+
+    Attributes:
+        rules: the rules.
+        name: for reports.
+        bits_per_weight: what searched layers may take on average, all stored bits counted; with
+            rules of method ``search`` only.
+        choices: what a searched layer may get.
+        true_sequential: observe an input after the matrices before it in the same block are
+            quantized; otherwise before any of them is, in one pass, as SpQR's published code does.
+        float_inputs: observe what the float model puts in, in one pass too, instead of what the
+            quantized matrices before put out; as AdaDim's published code does.
+        arithmetic: of products with the packed matrices; stored with them.
+        activations: what is asked of activations; ``None`` leaves blocks as they are.
+    """
+
+    rules: tuple[Rule, ...]
+    name: str = "plan"
+    bits_per_weight: float | None = None
+    choices: tuple[Scheme, ...] = ()
+    true_sequential: bool = True
+    float_inputs: bool = False
+    arithmetic: Arithmetic = DEFAULT
+    activations: ActivationSpec | None = None
+
+    def __post_init__(self) -> None:
+        for key in FLAGS:
+            if not isinstance(getattr(self, key), bool):
+                raise PlanError(
+                    f"plan {self.name!r}: {key} must be true or false, not {getattr(self, key)!r}"
+                )
+        if not is_arithmetic(self.arithmetic):
+            raise PlanError(
+                f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "
+                f"{self.arithmetic!r}"
+            )
+        if not self.activations and not any(r.scheme or r.by_budget for r in self.rules):
+            raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
+        searched = any(rule.by_budget for rule in self.rules)
+        if searched != (self.bits_per_weight is not None) or searched != bool(self.choices):
+            raise PlanError(
+                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method {BY_BUDGET!r} "
+                "belong together"
+            )
+        if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= FLOAT16:
+            raise PlanError(
+                f"plan {self.name!r}: bits_per_weight must be above 0 and at most {FLOAT16}, not "
+                f"{self.bits_per_weight}"
+            )
+        if self.activations is not None and (searched or self.float_inputs):
+            others = "`bits_per_weight` nor with `float_inputs`"
+            raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
+        for scheme in self.choices:
+            if scheme.layout.exclusive:
+                raise PlanError(
+                    f"plan {self.name!r}: format {scheme.format!r} is no choice, its directories "
+                    "hold nothing else: give it in a rule"
+                )
+            if not isinstance(scheme.solver, SpQR):
+                raise PlanError(
+                    f"plan {self.name!r}: choices must be of method spqr, not {scheme.method}"
+                )
+
+    @classmethod
+    def preset(cls, name: str, **parameters: Any) -> Plan:
+        """Every matrix in the decoder blocks under one method.
+
+        Args:
+            name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
+            parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
+                ``sym``, ``damp``, or of the plan, see `OPTIONS`; they go before the preset's.
+
+        Raises:
+            PlanError: unknown name or parameter, or a value out of range.
+        """
+        methods = (*METHODS, ADADIM)
+        if name not in methods and name not in PRESETS:
+            known = ", ".join([*methods, *PRESETS])
+            raise PlanError(f"preset must be one of {known}, not {name!r}")
+        fields = {**PRESETS.get(name, {"method": name}), **parameters}
+        options = {key: fields.pop(key) for key in OPTIONS if key in fields}
+        rule = rule_from({"match": "@blocks", **fields}, f"preset {name!r}")
+        assert rule.scheme is not None
+        title = name if name in PRESETS and not parameters else _title(rule.scheme)
+        return cls((rule,), title, **options)
+
+    @classmethod
+    def scheme(cls, name: str, **parameters: Any) -> Plan:
+        """Every matrix in the decoder blocks, and their activations, by a name like ``W4A4KV``.
+
+        Args:
+            name: see `quantine.plan.shorthand.parse_shorthand`.
+            parameters: ``method`` (``gptq``), and others as of `preset`.
+
+        Raises:
+            PlanError: no such scheme, or a parameter that does not go with it.
+        """
+        found = parse_shorthand(name)
+        options = {key: parameters.pop(key) for key in OPTIONS if key in parameters}
+        fields = weight_fields(found, parameters)
+        rule = rule_from({"match": "@blocks", **fields}, f"scheme {name}")
+        return cls((rule,), name, activations=found.activations, **options)
+
+    @classmethod
+    def budget(cls, bits_per_weight: float, group_axes: Sequence[str] = ("in",)) -> Plan:
+        """Every matrix in the decoder blocks under one of `quantine.presets.CHOICES`.
+
+        The choice is made in the run: so that the model's predictions change least, and all packed
+        matrices together take at most ``bits_per_weight`` on average.
+
+        Args:
+            group_axes: the axes that groups may run along. Along outputs, too, is more exact, but
+                products with such matrices are slower; see docs/kernels.md.
+
+        Raises:
+            PlanError: a budget that no plan can have.
+        """
+        fitting = (choice for choice in CHOICES if choice["group_axis"] in group_axes)
+        choices = [scheme_from(choice, "a preset choice") for choice in fitting]
+        return cls(
+            (Rule("@blocks", by_budget=True),),
+            f"budget-{bits_per_weight:g}bit",
+            bits_per_weight,
+            tuple(choice for choice in choices if choice is not None),
+        )
+
+    def with_head(self, bits: int) -> Plan:
+        """The same plan, but with the token table and the output head rounded to ``bits`` bits.
+
+        A table that both share (tied weights) is stored once, and serves both. Every token reads
+        the whole head, which is a large part of a small model.
+
+        Raises:
+            PlanError: ``bits`` is not 2 to 8.
+        """
+        scheme = scheme_from({**TABLE, "bits": bits}, f"the head of plan {self.name!r}")
+        tables = (Rule("@embedding", scheme), Rule("@head", scheme))
+        name = f"{self.name}-head{bits}"
+        return dataclasses.replace(self, rules=(*tables, *self.rules), name=name)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any], name: str = "plan") -> Plan:
+        """Invert `as_dict`, or read hand-written rules.
+
+        Raises:
+            PlanError: a rule is malformed.
+        """
+        if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
+            raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
+        known = {field.name for field in dataclasses.fields(cls)} | {"scheme"}
+        if unknown := set(value) - known:
+            raise PlanError(
+                f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
+            )
+        rules = [
+            rule_from(rule, f"rule {number} of plan {name!r}")
+            for number, rule in enumerate(value["rules"], 1)
+        ]
+        return cls(
+            tuple(rules),
+            str(value.get("name", name)),
+            budget_field(value, name),
+            choices_field(value, name),
+            **{key: value[key] for key in OPTIONS if key in value},
+            activations=activations_field(value, name),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Plan:
+        """Read a YAML or, by its suffix, a JSON plan.
+
+        Raises:
+            PlanError: no such file, or it is malformed.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            # PyYAML takes neither tabs nor numbers such as 1e-05, which are fine JSON.
+            value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}") from error
+        return cls.from_dict(value, path.stem)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with every default spelled out."""
+        plain: dict[str, Any] = {
+            "name": self.name,
+            "rules": [rule.as_dict() for rule in self.rules],
+            **{key: getattr(self, key) for key in OPTIONS},
+        }
+        if self.activations is not None:
+            plain["activations"] = self.activations.as_dict()
+        if self.bits_per_weight is not None:
+            plain["bits_per_weight"] = self.bits_per_weight
+            plain["choices"] = [scheme.as_dict() for scheme in self.choices]
+        return plain
+
+    def resolve(self, layers: Sequence[Layer]) -> list[Decision]:
+        """What happens to each of ``layers``; everything that can be refused is refused here.
+
+        Raises:
+            PlanError: a rule matches nothing, group sizes do not divide (all layers are listed,
+                with sizes that do), or a method or a format cannot do what is asked of it.
+        """
+        for number, rule in enumerate(self.rules, 1):
+            if not any(rule.matches(layer) for layer in layers):
+                raise PlanError(
+                    f"rule {number} ({rule.match!r}) of plan {self.name!r} matches no layer; "
+                    f"layers are called like {layers[len(layers) // 2].name!r}"
+                )
+        decisions = [self._decide(layer) for layer in layers]
+        check_groups(decisions)
+        for decision in decisions:
+            check_scheme(decision)
+        check_exclusive(decisions)
+        self._check_budget(decisions)
+        if not self.activations and not any(decision.scheme for decision in decisions):
+            raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")
+        return decisions
+
+    def _check_budget(self, decisions: Sequence[Decision]) -> None:
+        searched = [decision for decision in decisions if decision.by_budget]
+        if self.bits_per_weight is None or not searched:
+            return
+        least = sum(min(c.nbytes(d.layer) for c in d.choices) for d in searched)
+        bits = least * 8 / sum(decision.layer.weights for decision in searched)
+        if bits > self.bits_per_weight:
+            raise PlanError(
+                f"plan {self.name!r}: {self.bits_per_weight:g} bits per weight are too few, the "
+                f"smallest choices take at least {bits:.3f}: raise bits_per_weight or add choices"
+            )
+
+    def _decide(self, layer: Layer) -> Decision:
+        for number, rule in enumerate(self.rules, 1):
+            if rule.matches(layer):
+                reason = f"rule {number}: {rule.match}"
+                if rule.by_budget:
+                    return decide_later(layer, self.choices, reason, number)
+                if isinstance(rule.scheme, AdaDim):
+                    return decide_later(
+                        layer, rule.scheme.choices, reason, number, rule.scheme.objective
+                    )
+                settled = rule.scheme and rule.scheme.settled(layer)
+                return Decision(layer, settled, reason, number)
+        return Decision(layer, None, "no rule matches")
+
+
+def _title(scheme: Scheme | AdaDim[Scheme]) -> str:
+    """What a plan of one rule is called."""
+    first = scheme.choices[0] if isinstance(scheme, AdaDim) else scheme
+    group = "row" if first.spec.group_size == -1 else f"g{first.spec.group_size}"
+    ada = "-ada" if isinstance(scheme, AdaDim) else ""
+    return f"{first.method}{ada}-{first.spec.bits}bit-{group}"

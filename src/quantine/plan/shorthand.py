@@ -1,0 +1,91 @@
+"""Short names for the bits of weights and activations, such as ``W4A8`` or ``W4A4KV``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from quantine.core.activation_spec import (
+    DEFAULT_CLUSTERS,
+    PER_CHANNEL,
+    UNQUANTIZED,
+    ActivationSpec,
+    Granularity,
+)
+from quantine.core.spec import MAX_BITS, MIN_BITS
+from quantine.errors import PlanError
+
+NAME: Final = re.compile(r"W([1-9]\d*)A([1-9]\d*)(KV)?((?:-[a-z]+)*)")
+
+
+PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
+"""Of R1 to R5, as in RPTQ's experiments."""
+
+
+KEPT_AT_8: Final = 8
+"""Bits that norm outputs and softmax keep at least, as in RPTQ's published code."""
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """A scheme by its name, such as ``W4A8`` or ``W4A4KV-faithful``.
+
+    Attributes:
+        weight_bits: 2 to 8, or 16.
+        activations: ``None`` where they stay as they are, ``W4A16``, and nothing is reordered.
+        faithful: weights are to be rounded as RPTQ's published code does, too.
+    """
+
+    weight_bits: int
+    activations: ActivationSpec
+    faithful: bool
+
+
+VARIANTS: Final = ("faithful", "strict", "tensor", "token")
+
+
+def parse_shorthand(name: str) -> Shorthand:
+    """The scheme ``W<bits>A<bits>``, with ``KV`` if only keys and values are rounded.
+
+    Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
+    that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds clusters
+    and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and ``-token``
+    have one grid for each tensor or token.
+
+    Raises:
+        PlanError: it is no such name, or bits are out of range.
+    """
+    match = NAME.fullmatch(name)
+    suffixes = match[4].split("-")[1:] if match else []
+    if match is None or not set(suffixes) <= set(VARIANTS) or {"tensor", "token"} <= set(suffixes):
+        raise PlanError(
+            f"scheme must be like W4A8, W4A4 or W4A4KV, perhaps with -{', -'.join(VARIANTS)}, not "
+            f"{name!r}"
+        )
+    weight_bits, bits, only_kv = int(match[1]), int(match[2]), bool(match[3])
+    if not (MIN_BITS <= weight_bits <= MAX_BITS or weight_bits == UNQUANTIZED):
+        raise PlanError(f"scheme {name}: weights have {MIN_BITS} to {MAX_BITS} bits, or 16")
+    kept = bits if bits == UNQUANTIZED else max(bits, KEPT_AT_8)
+    others = UNQUANTIZED if only_kv else bits
+    granularity: Granularity = "cluster"
+    if "tensor" in suffixes:
+        granularity = "tensor"
+    if "token" in suffixes:
+        granularity = "token"
+    spec = ActivationSpec(
+        norm=UNQUANTIZED if only_kv else bits if "strict" in suffixes else kept,
+        query=others,
+        key=bits,
+        value=bits,
+        attention=others,
+        hidden=others,
+        softmax=UNQUANTIZED if only_kv else kept,
+        relative="faithful" not in suffixes,
+        granularity=granularity,
+        range="running" if "faithful" in suffixes else "search",
+        clusters=PUBLISHED_CLUSTERS if "faithful" in suffixes else DEFAULT_CLUSTERS,
+        value_clusters=None if "faithful" in suffixes else PER_CHANNEL,
+        token_factors="faithful" not in suffixes,
+    )
+    return Shorthand(weight_bits, spec, "faithful" in suffixes)

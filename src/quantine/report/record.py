@@ -1,0 +1,97 @@
+"""Scores of a quantized directory, kept in it: for its model card and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.errors import FormatError
+from quantine.eval.score_text import recovery, with_error
+from quantine.formats.directory import REPORT, is_finished, read_json, write_json
+from quantine.formats.shards import write_atomically
+from quantine.run.card import model_card
+
+SCORES: Final = "quantine_scores.json"
+CARD: Final = "README.md"
+
+
+def check_recordable(directory: Path) -> None:
+    """Refuse a directory that cannot keep scores, before they are measured.
+
+    Raises:
+        FormatError: quantine did not write it, or it is unfinished.
+    """
+    if not is_finished(directory):
+        raise FormatError(
+            f"{directory} is no finished directory of quantine: it has no {REPORT} for scores to "
+            "belong to"
+        )
+
+
+def record(
+    directory: Path,
+    scores: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    digests: Mapping[str, str],
+) -> None:
+    """Keep ``scores`` in ``directory`` and write them into its model card.
+
+    Args:
+        scores: of `quantine.eval.evaluate.evaluate`, with numbers that JSON has.
+        samples: of `quantine.eval.samples.decode_samples`.
+        digests: hashes of the files that were measured.
+    """
+    check_recordable(directory)
+    kept = {
+        **scores,
+        "samples": list(samples),
+        "files": dict(digests),
+        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+    }
+    write_json(directory / SCORES, kept)
+    card = model_card(read_json(directory / REPORT), _quality(kept))
+    write_atomically(directory / CARD, card.encode())
+
+
+def recorded(directory: Path) -> dict[str, Any] | None:
+    """What `record` kept, or ``None``."""
+    path = directory / SCORES
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def _quality(scores: dict[str, Any]) -> str:
+    """The section about what was measured."""
+    compared = scores["reference"] is not None
+    heads = ["", "this model", *(["float model", "recovery"] if compared else [])]
+    lines = [_row(heads), "|" + "---|" * len(heads)]
+    notes = []
+    for name, text in scores["texts"].items():
+        cells = [f"perplexity on {name}", with_error(text["perplexity"], text["stderr"], ".3f")]
+        if compared:
+            cells += [f"{text['reference_perplexity']:.3f}", recovery(text)]
+        lines.append(_row(cells))
+        notes.append(f"{name}: {text['windows']} windows of {text['window']} tokens")
+    for name, task in scores["tasks"].items():
+        score = with_error(task["score"], task["stderr"], ".1%")
+        cells = [f"{name} ({task['metric']})", score]
+        if compared:
+            cells += [f"{task['reference_score']:.1%}", recovery(task)]
+        lines.append(_row(cells))
+        notes.append(f"{name}: {task['questions']} questions, {task['fewshot']} examples each")
+    meaning = (
+        "Recovery is the float model's perplexity over this model's, or this model's score over "
+        "the float model's, with its 95% interval. " * compared
+    )
+    return f"""
+## Quality
+
+{chr(10).join(lines)}
+
+{"; ".join(notes)}. ± is one standard error. {meaning}
+"""
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

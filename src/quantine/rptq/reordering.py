@@ -1,0 +1,171 @@
+"""The clusters of one block's channels, and what rounding_points showed in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantine.activations.grids import LABELS, StaticGrid
+from quantine.activations.install import ATTENDED, RoundingPoint, link_of, rounding_points
+from quantine.activations.reorder import reorder
+from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
+from quantine.core.fit_range import (
+    fit_activations,
+    fit_activations_around_zero,
+    fit_activations_as_published,
+)
+from quantine.core.permute import order_within_heads
+from quantine.families.family import Family, Link
+from quantine.rptq.clusters import Clusters, cluster_channels
+from quantine.rptq.ranges import widened
+from quantine.statistics.channel_ranges import ChannelRanges
+
+Ranges = Mapping[str, ChannelRanges]
+"""What rounding_points showed, by `RoundingPoint.path`."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Heads of attention.
+
+    Attributes:
+        queries, keys: heads of queries; of keys and values.
+    """
+
+    queries: int
+    keys: int
+
+    @classmethod
+    def of(cls, config: Any, family: Family) -> Heads:
+        """Those of a model with this configuration of transformers."""
+        queries = int(config.num_attention_heads)
+        if any(link.rows == "interleaved" for link in family.links):
+            return cls(queries, queries)  # one matrix has query, key and value of each head
+        return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
+
+    @property
+    def copies(self) -> int:
+        """Heads of queries that share keys and values."""
+        return self.queries // self.keys
+
+
+class Reordering:
+    """The clusters of one block.
+
+    Args:
+        family: of the model.
+        heads: of the model.
+        spec: what is asked of activations.
+        ranges: of all rounding_points in the block.
+        held_out: first samples that a search compares grids on: clusters and candidates do not
+            know them, so that what is beyond their ranges counts.
+    """
+
+    def __init__(
+        self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges, held_out: int = 0
+    ) -> None:
+        self.family, self.heads, self.held_out = family, heads, held_out
+        self._spec, self._ranges = spec, ranges
+        self._clusters = {link.kind: self._clustered(link) for link in family.links}
+        self._values = self._clustered_values()
+
+    def apply(self, block: nn.Module) -> None:
+        """Rewrite ``block``, which computes the same afterwards."""
+        if self._spec.reorders:
+            for link in self.family.links:
+                heads = self.heads.keys if link.per_head else 1
+                reorder(block, link, self._clusters[link.kind].order, heads)
+
+    def clusters_at(self, place: RoundingPoint) -> Clusters:
+        """The clusters of a place's channels, as these are now ordered."""
+        if place.site == "value" and self._values is not None:
+            return self._values
+        link = link_of(self.family, place.kind)
+        own = self._clusters[place.kind]
+        ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
+        wide = place.site in {"query", "attention"}
+        # A tensor's one grid is not copied for each head.
+        copies = self.heads.copies if wide else 1
+        if not self._spec.reorders:
+            return Clusters(own.labels.repeat(copies))
+        return ordered.shared(self.heads.keys, copies) if copies > 1 else ordered
+
+    def input_clusters(self, path: str) -> Clusters:
+        """The clusters of the inputs of the matrix at ``path``."""
+        return self.clusters_at(next(p for p in rounding_points(self.family) if p.path == path))
+
+    def maps(self) -> dict[str, Tensor]:
+        """What clusters were made of, by reorder, for pictures; empty where nothing is reordered.
+
+        ``[channels, features + 1]`` float32, channels as the model has them: the largest and the
+        smallest value of a channel in what was not held out (of queries, then of keys, for R2), and
+        the cluster.
+        """
+        links = self.family.links if self._spec.reorders else ()
+        return {
+            link.kind: torch.column_stack([self._points(link), self._clusters[link.kind].labels])
+            for link in links
+        }
+
+    def grid(self, place: RoundingPoint, bits: int) -> StaticGrid:
+        """The static grid of a place, before any search."""
+        labels = self.clusters_at(place).labels
+        seen = self.ranges_at(place)
+        if self._spec.range == "running":
+            fitted = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
+        else:
+            ends = seen.of_clusters(labels)
+            fine = self._spec.range == "search" and bits >= FINE_BITS
+            if fine and place.site in SITES_WITH_FACTORS and self.has_factors(place):
+                scale, zero = fit_activations_around_zero(*ends, bits)
+                return StaticGrid(bits, scale, zero, labels.to(LABELS), reach=scale.new_ones(1))
+            fitted = fit_activations(*(widened(*ends) if fine else ends), bits)
+        return StaticGrid(bits, *fitted, labels.to(LABELS))
+
+    def has_factors(self, place: RoundingPoint) -> bool:
+        """Whether tokens may have factors at a place: what only matrices read, in clusters."""
+        return self._spec.token_factors and self._spec.reorders and place.site not in ATTENDED
+
+    def ranges_at(self, place: RoundingPoint) -> ChannelRanges:
+        """What a place showed, channels in the order of now."""
+        found = self._ranges[place.path]
+        link = link_of(self.family, place.kind)
+        if link.fold == "attention" or not self._spec.reorders:
+            return found
+        order = self._clusters[place.kind].order
+        heads = self.heads.keys if link.per_head else 1
+        copies = found.lows.shape[1] // len(order)
+        return found.ordered(order_within_heads(order, heads, copies))
+
+    def _clustered(self, link: Link) -> Clusters:
+        count = self._spec.clusters_of(link.kind)
+        points = self._points(link)
+        if not self._spec.reorders:
+            return Clusters(points.new_zeros(len(points), dtype=torch.int64))
+        return cluster_channels(points, count, self.heads.keys if link.per_head else 1)
+
+    def _clustered_values(self) -> Clusters | None:
+        """Those of values, where they are not the clusters of what attention makes of them."""
+        count = self._spec.value_clusters
+        if count is None or not self._spec.reorders:
+            return None
+        place = next(place for place in rounding_points(self.family) if place.site == "value")
+        low, high = self.ranges_at(place).after(self.held_out).of_channels()
+        return cluster_channels(torch.stack([high, low], 1), count, self.heads.keys)
+
+    def _points(self, link: Link) -> Tensor:
+        """Ends of the ranges that a cluster's channels have in common, ``[channels, features]``."""
+        seen = [p for p in rounding_points(self.family) if p.kind == link.kind]
+        read = [p for p in seen if p.site not in ATTENDED][:1] or seen
+        features: list[Tensor] = []
+        for place in read:
+            low, high = self._ranges[place.path].after(self.held_out).of_channels()
+            if place.site in {"query", "attention"}:
+                shape = (self.heads.keys, self.heads.copies, -1)
+                low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
+            features += [high, low]
+        return torch.stack(features, 1)

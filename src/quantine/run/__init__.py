@@ -1,0 +1,1 @@
+"""One run of quantization, from the request to the finished directory."""

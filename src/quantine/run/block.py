@@ -1,0 +1,293 @@
+"""One decoder block of a run: its matrices solved, adjusted together, packed and reported.
+
+Groups of matrices that read the same input are solved in running order, each on what the quantized
+ones before it put out. An `Adjustment` then sees the whole block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from quantine.budget.allocation import Allocation
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.submodules import SubmoduleOutputs, judged_module
+from quantine.core.qtensor import QTensor
+from quantine.families.layers import Layer
+from quantine.formats.floats import as_stored
+from quantine.methods.adadim import Candidate, output_losses
+from quantine.plan.decision import Decision, with_clusters
+from quantine.plan.scheme_parsing import scheme_from
+from quantine.rptq.blocks import float_tensors, reorder_block, restore_block
+from quantine.rptq.reordering import Heads
+from quantine.run.job import Job
+from quantine.run.layer import (
+    Solved,
+    packed_tensors,
+    read_weight,
+    sensitivity,
+    solve,
+    solve_choice,
+    unpack,
+)
+from quantine.run.progress import Progress
+from quantine.run.store import Reports
+from quantine.source.checkpoint import Checkpoint
+from quantine.statistics.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class SolvedBlock:
+    """A block whose matrices are solved, and what an `Adjustment` may want to know of it.
+
+    Attributes:
+        index: of the block.
+        module: the block; it computes with the solved matrices.
+        solved: its matrices, in running order.
+        weights: the float weight ``[out, in]`` float32 of each, by layer name.
+        hessians: statistics of the input of each, by layer name.
+        sequential: at this block: runs it on the calibration segments.
+        float_outputs: what it put out before anything in it was quantized, on the same inputs, a
+            tensor for each batch.
+    """
+
+    index: int
+    module: nn.Module
+    solved: Sequence[Solved]
+    weights: Mapping[str, Tensor]
+    hessians: Mapping[str, Hessian]
+    sequential: Sequential
+    float_outputs: Sequence[Tensor]
+
+
+class Adjustment(Protocol):
+    """Changes the solved matrices of a block together."""
+
+    def __call__(self, block: SolvedBlock) -> Sequence[Solved]:
+        """One `Solved` for each of ``block.solved``, in that order; see `Solved.adjusted`."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What the output holds of a block.
+
+    Attributes:
+        tensors: by full name.
+        reports: of its layers, for ``quantine_report.json``.
+        maps: for pictures, by name.
+    """
+
+    tensors: dict[str, Tensor]
+    reports: Reports
+    maps: dict[str, Tensor]
+
+
+@dataclass
+class BlockRun:
+    """The work on block ``index`` of ``job``.
+
+    Attributes:
+        sequential: at this block, which has its float weights; ``None`` without calibration.
+        allocation: the budget, where the plan has one.
+        adjust: changes the solved matrices together; ``None`` leaves them.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    sequential: Sequential | None
+    index: int
+    allocation: Allocation | None
+    progress: Progress
+    adjust: Adjustment | None = None
+    _maps: dict[str, Tensor] = field(default_factory=dict)
+    _weights: dict[str, Tensor] = field(default_factory=dict)
+    _hessians: dict[str, Hessian] = field(default_factory=dict)
+
+    def quantize(self) -> BlockResult:
+        """Solve the matrices of the block, adjust them, pack and report them."""
+        decisions, floats = self._prepared()
+        before = self._outputs() if self.adjust is not None else []
+        solved = self._solved(decisions)
+        if self.adjust is not None:
+            solved = self._adjusted(self.adjust, solved, before)
+        tensors = dict(floats)
+        for one in solved:
+            tensors.update(packed_tensors(one))
+        return BlockResult(tensors, [one.report() for one in solved], self._maps)
+
+    def _prepared(self) -> tuple[list[Decision], dict[str, Tensor]]:
+        """What is decided about the layers, and the floats that stay; reordered, where asked."""
+        job, sequential, spec = self.job, self.sequential, self.job.plan.activations
+        if spec is None or sequential is None:
+            names = job.block_names(self.index)
+            return job.block_schemes(self.index), kept_tensors(job, self.checkpoint, names)
+        path = f"{job.family.blocks}.{self.index}"
+        block = job.model.get_submodule(path)
+        heads = Heads.of(job.config, job.family)
+        reordering = reorder_block(sequential, self.index, block, job.family, heads, spec)
+        decisions = [
+            with_clusters(d, reordering.input_clusters(d.layer.name.removeprefix(f"{path}.")).sizes)
+            for d in job.block_schemes(self.index)
+        ]
+        self._maps.update({f"{path}.{kind}": m.cpu() for kind, m in reordering.maps().items()})
+        packed = [decision.layer.name for decision in decisions]
+        return decisions, float_tensors(block, path, self.checkpoint, packed)
+
+    def _solved(self, decisions: Sequence[Decision]) -> list[Solved]:
+        """Step one, group after group; each result runs from here on."""
+        losses = self._choice_losses()
+        hessians = self._observed()
+        found = []
+        for group in self.job.block_groups(self.index):
+            hessian = next(hessians)
+            for decision in (d for d in decisions if d.layer.group == group):
+                weight = self._float_weight(decision.layer)
+                solved = self._solve(decision, weight, hessian, losses)
+                self._install(decision.layer, solved.qtensor)
+                self._maps.update(sensitivity(solved, weight, hessian))
+                if self.adjust is not None and hessian is not None:
+                    self._weights[decision.layer.name] = weight
+                    self._hessians[decision.layer.name] = hessian
+                found.append(solved)
+                self.progress.layer(solved.report())
+        return found
+
+    def _solve(
+        self,
+        decision: Decision,
+        weight: Tensor,
+        hessian: Hessian | None,
+        losses: Mapping[str, list[float]],
+    ) -> Solved:
+        if self.allocation is not None and decision.by_budget:
+            return self._solve_in_budget(self.allocation, decision, weight, hessian)
+        if decision.choices:
+            return solve_choice(decision, weight, hessian, losses)
+        return solve(decision, weight, hessian)
+
+    def _solve_in_budget(
+        self, allocation: Allocation, decision: Decision, weight: Tensor, hessian: Hessian | None
+    ) -> Solved:
+        name = decision.layer.name
+
+        def solved_with(number: int, without_outliers: bool) -> Solved:
+            scheme = decision.choices[number]
+            scheme = scheme.without_outliers() if without_outliers else scheme
+            return solve(replace(decision, scheme=scheme), weight, hessian)
+
+        solved, in_vain = allocation.solve(name, solved_with)
+        if in_vain:
+            self.progress.note(f"{name}: {in_vain} choices exceeded what is left of the budget")
+        return solved
+
+    def _adjusted(
+        self, adjust: Adjustment, solved: Sequence[Solved], before: Sequence[Tensor]
+    ) -> list[Solved]:
+        """Step two: what ``adjust`` makes of the block runs from here on."""
+        assert self.sequential is not None, "an adjustment needs calibration inputs"
+        block = SolvedBlock(
+            self.index,
+            self._module(),
+            solved,
+            self._weights,
+            self._hessians,
+            self.sequential,
+            before,
+        )
+        adjusted = list(adjust(block))
+        assert [one.layer for one in adjusted] == [one.layer for one in solved]
+        for one in adjusted:
+            self._install(one.layer, one.qtensor)
+        return adjusted
+
+    def _choice_losses(self) -> dict[str, list[float]]:
+        """What choices between group axes would cost, where outputs of the block tell."""
+        job, sequential = self.job, self.sequential
+        decisions = [d for d in job.block_schemes(self.index) if d.objective == "output"]
+        if sequential is None or not decisions:
+            return {}
+        inside, groups = f"{job.family.blocks}.{self.index}.", job.family.groups_in(self.index)
+        candidates = [
+            Candidate(
+                d.layer.name,
+                d.layer.read(job.model),
+                d.choices,
+                judged_module(groups, d.layer.name.removeprefix(inside)),
+            )
+            for d in decisions
+        ]
+        paths = list(dict.fromkeys(candidate.judged_by for candidate in candidates))
+        judged = SubmoduleOutputs(sequential, self.index, self._module(), paths)
+        layers = {d.layer.name: d.layer for d in decisions}
+
+        def install(name: str, qtensor: QTensor) -> None:
+            layers[name].write(job.model, qtensor.dequantize())
+
+        losses = output_losses(candidates, judged.outputs, install)
+        for candidate in candidates:
+            layers[candidate.name].write(job.model, candidate.weight)
+        return losses
+
+    def _observed(self) -> Iterator[Hessian | None]:
+        """Statistics of each group's input; where the plan wants it so, taken when asked for."""
+        job, sequential, groups = self.job, self.sequential, self.job.block_groups(self.index)
+        if sequential is None:
+            yield from [None] * len(groups)
+            return
+        layers = [job.observed(self.index, group) for group in groups]
+        if job.plan.float_inputs or not job.plan.true_sequential:
+            yield from sequential.observe(self.index, layers)
+            return
+        for layer in layers:
+            yield sequential.observe_next(self.index, layer)
+
+    def _float_weight(self, layer: Layer) -> Tensor:
+        """The weight of a layer, ``[out, in]`` float32, as it was before quantization."""
+        if self.job.plan.activations is not None:
+            return layer.read(self.job.model)  # reordered
+        weight = read_weight(self.checkpoint, layer, self.job.stored_name(layer.stored_name))
+        return weight.to(self.job.device)
+
+    def _install(self, layer: Layer, qtensor: QTensor) -> None:
+        if self.sequential is not None and not self.job.plan.float_inputs:
+            layer.write(self.job.model, qtensor.dequantize())
+
+    def _module(self) -> nn.Module:
+        return self.job.model.get_submodule(f"{self.job.family.blocks}.{self.index}")
+
+    @torch.no_grad()
+    def _outputs(self) -> list[Tensor]:
+        """What the block puts out as it is now, a tensor for each batch."""
+        assert self.sequential is not None, "an adjustment needs calibration inputs"
+        hidden = self.sequential.hidden
+        return [self.sequential.run(self.index, hidden[batch]) for batch in range(len(hidden))]
+
+
+def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:
+    """Give a block that an earlier run finished its quantized weights, if they feed the next."""
+    if job.plan.float_inputs:
+        return
+    tensors = {name: tensor.to(job.device) for name, tensor in tensors.items()}
+    if job.plan.activations is not None:
+        path = f"{job.family.blocks}.{index}"
+        block = job.model.get_submodule(path)
+        restore_block(job.model, block, path, job.family, job.plan.activations, tensors)
+    schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
+    for decision in job.block_schemes(index):
+        decision = replace(decision, scheme=schemes[decision.layer.name])
+        decision.layer.write(job.model, unpack(decision, tensors).dequantize())
+
+
+def kept_tensors(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+    """The float tensors ``names`` as the output stores them."""
+    stored = {name: job.stored_name(name) for name in names}
+    dtype = job.float_dtype()
+    return {
+        name: as_stored(name, checkpoint.read([source])[source], dtype)
+        for name, source in stored.items()
+    }

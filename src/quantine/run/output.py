@@ -1,0 +1,127 @@
+"""What an output directory holds besides weights: configuration, report, model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from quantine.core.spec import FLOAT16
+from quantine.formats.description import Description, own_config
+from quantine.formats.format import FORMAT_VERSION
+from quantine.formats.shards import Entry
+from quantine.run.card import model_card
+from quantine.run.job import NO_LAYER, Job
+
+COPIED: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Files of the source that describe its tokenizer and its way of generating."""
+
+
+def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The machine-readable report; everything in it but measured times is reproducible."""
+    quantized = sum(layer["weights"] for layer in layers)
+    nbytes = sum(layer["bytes"] for layer in layers)
+    calibration = job.calibration
+    return {
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+        "model": job.source.name,
+        "family": job.family.name,
+        "plan": job.plan.as_dict(),
+        "calibration": {
+            "source": Path(calibration.source).name,
+            "samples": calibration.samples,
+            "seqlen": 0 if job.segments is None else job.segments.shape[1],
+            "seed": calibration.seed,
+            "bfloat16": calibration.bfloat16,
+            "tokens": 0 if job.segments is None else job.segments.numel(),
+        },
+        "identity": identity,
+        "layers": layers,
+        "kept": [
+            *(
+                {"name": d.layer.name, "reason": d.reason}
+                for d in job.decisions
+                if d.scheme is None
+            ),
+            *({"name": name, "reason": NO_LAYER} for name in job.other_matrices()),
+        ],
+        "totals": {
+            "quantized_weights": quantized,
+            "quantized_bytes": nbytes,
+            # Matrices that stay are stored in 16 bit.
+            "bits_per_weight": nbytes * 8 / quantized if quantized else float(FLOAT16),
+        },
+    }
+
+
+def output_files(
+    job: Job, directory: Path, report: dict[str, Any], entries: Iterable[Entry]
+) -> dict[str, bytes]:
+    """Every small file of the output, by name.
+
+    Args:
+        directory: the source's.
+        report: of `report_of`.
+        entries: all tensors of the output.
+    """
+    files = {
+        name: (directory / name).read_bytes() for name in COPIED if (directory / name).is_file()
+    }
+    files["config.json"] = _config(job, describe(job, report, entries))
+    files["README.md"] = model_card(report).encode()
+    return files
+
+
+def describe(job: Job, report: dict[str, Any], entries: Iterable[Entry]) -> Description:
+    """The packed layers of the output, for its ``config.json``."""
+    schemes: list[dict[str, Any]] = []
+    layers: dict[str, dict[str, Any]] = {}
+    for layer in report["layers"]:
+        if layer["scheme"] not in schemes:
+            schemes.append(layer["scheme"])
+        scheme = schemes.index(layer["scheme"])
+        layers[layer["name"]] = {"scheme": scheme, "shape": layer["shape"]}
+    packed: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in layers}
+    for entry in entries:
+        owner, _, leaf = entry.name.rpartition(".")
+        if owner in packed and leaf != "bias":
+            packed[owner][leaf] = entry.shape
+    kept = [name for name in job.linears() if name not in layers]
+    spec = job.plan.activations
+    activations = None if spec is None else spec.as_dict()
+    return Description(schemes, layers, job.plan.arithmetic, activations, packed, kept)
+
+
+def _config(job: Job, described: Description) -> bytes:
+    config = copy.deepcopy(job.config)
+    config.architectures = [type(job.model).__name__]
+    if job.unties:
+        config.tie_word_embeddings = False
+    dtype = job.float_dtype()
+    if dtype is not None or config.dtype is None:
+        # Else transformers would take the dtype of the first float it finds: a float16 scale.
+        config.dtype = str(dtype or torch.float32).removeprefix("torch.")
+    value = json.loads(config.to_json_string(use_diff=True))
+    value.pop("_name_or_path", None)
+    layouts = [d.scheme.layout for d in job.decisions if d.scheme is not None]
+    fields = layouts[0].config(described) if layouts else own_config(described)
+    return json.dumps({**value, **fields}, indent=2, sort_keys=True).encode() + b"\n"

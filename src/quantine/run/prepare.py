@@ -1,0 +1,228 @@
+"""Everything that can be known, and refused, before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from quantine.activations import attention
+from quantine.calibrate.segments import Calibration, calibration_segments
+from quantine.calibrate.skeleton import skeleton
+from quantine.core.activation_spec import ActivationSpec
+from quantine.core.device import device_named
+from quantine.core.spec import CLUSTERS
+from quantine.errors import CalibrationError, CheckpointError, FamilyError, OutputError, PlanError
+from quantine.families import family_of
+from quantine.families.family import Family
+from quantine.families.layers import find_layers
+from quantine.formats.directory import is_finished
+from quantine.methods.adadim import ADADIM
+from quantine.plan.decision import Decision, with_clusters
+from quantine.plan.plan import Plan
+from quantine.rptq.clusters import check_installed
+from quantine.run.job import Job
+from quantine.run.store import check_output
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.locate import ModelSource, locate
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+DISK_RESERVE: Final = 64_000_000
+
+
+def prepare(
+    model: str | Path,
+    plan: Plan,
+    calibration: Calibration,
+    device: str | torch.device = "cpu",
+) -> Job:
+    """Check a request against a model without reading weights.
+
+    Args:
+        device: where matrices will be solved, and blocks run.
+
+    Raises:
+        QuantineError: of the kind that says what is wrong; see `quantine.errors`.
+    """
+    where = device_named(device)
+    source = locate(model)
+    if source.is_quantized():
+        raise CheckpointError(f"{source.name} is already quantized: give the float model")
+    config = source.config()
+    found = getattr(config, "quantization_config", None)
+    if found is not None:
+        raise CheckpointError(
+            f"{source.name} is already quantized (its config.json has a quantization_config): "
+            "give the float model"
+        )
+    family = family_of(config.model_type)
+    if plan.activations is not None:
+        _check_links(family, config)
+        if plan.activations.reorders:
+            check_installed()
+    bare = _skeleton(source, config, plan.activations is not None)
+    layers = find_layers(bare, family)
+    decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
+    decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
+    _check_inputs(decisions, calibration, plan)
+    _check_biases(decisions, bare)
+    tokenizer = source.tokenizer()
+    segments = None
+    if calibration.samples:
+        longest = getattr(config, "max_position_embeddings", None)
+        segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+    job = Job(
+        source,
+        config,
+        bare,
+        family,
+        plan,
+        tuple(decisions),
+        calibration,
+        segments,
+        tokenizer,
+        unties,
+        where,
+    )
+    if source.gguf_file is None:
+        check_headers(job, job.checkpoint())
+    return job
+
+
+def check_headers(job: Job, checkpoint: Checkpoint) -> None:
+    """Compare the shapes in the weight files with the architecture's.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or is not floating point.
+    """
+    for name, tensor in job.model.state_dict().items():
+        stored = job.stored_name(name)
+        shape = checkpoint.shapes([stored]).get(stored)
+        if shape is None:
+            raise CheckpointError(
+                f"{job.source.name} holds no tensor {stored}: the download may be incomplete, or "
+                "the weights belong to another architecture"
+            )
+        if tensor.is_floating_point():
+            checkpoint.dtype(stored)
+        if shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{stored} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
+            )
+
+
+def check_place(out: Path, resume: bool, needed: int) -> None:
+    """Refuse an output path that is taken, or a disk that is too small, before work starts.
+
+    Args:
+        needed: bytes the run will write at most.
+
+    Raises:
+        OutputError: says which.
+    """
+    try:
+        check_output(out, resume)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be an output directory: {error}") from error
+    if is_finished(out):
+        return
+    existing = next(p for p in [out, *out.absolute().parents] if p.exists())
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error}") from error
+    if free < needed + DISK_RESERVE:
+        raise OutputError(
+            f"{out} needs about {needed / 1e9:.2f} GB while it is made, but the disk has "
+            f"{free / 1e9:.2f} GB free"
+        )
+
+
+def _check_links(family: Family, config: PretrainedConfig) -> None:
+    """Refuse activations where reorders would change what a block computes."""
+    if not family.links or not family.attention:
+        raise FamilyError(
+            f"activations of {config.model_type} models cannot be quantized yet: leave out "
+            "`activations` and `scheme`"
+        )
+    for field, value in family.links_need:
+        if getattr(config, field) != value:
+            raise FamilyError(
+                f"activations can be quantized only where {field} is {value}, not "
+                f"{getattr(config, field)}: leave out `activations` and `scheme`"
+            )
+
+
+def _with_expected_clusters(
+    decision: Decision, spec: ActivationSpec | None, family: Family
+) -> Decision:
+    """The decision with as many clusters as its layer's inputs will have, of any sizes."""
+    layer, scheme = decision.layer, decision.scheme
+    if scheme is None or not scheme.spec.clustered:
+        return decision
+    path = layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
+    kinds = [link.kind for link in family.links if path in link.consumers]
+    if spec is None or not kinds:
+        raise PlanError(
+            f"{layer.name} has no clusters of inputs (group_size {CLUSTERS}, {decision.reason}): "
+            "give a group_size, or a scheme such as W4A4 that makes clusters"
+        )
+    count = min(spec.clusters_of(kinds[0]), layer.in_features)
+    sizes = (layer.in_features - count + 1, *[1] * (count - 1))
+    return with_clusters(decision, sizes)
+
+
+def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> PreTrainedModel:
+    try:
+        if rounds:
+            attention.register()
+        return skeleton(config, attention.NAME if rounds else None)
+    except Exception as error:  # a damaged value fails wherever the architecture first uses it
+        raise CheckpointError(
+            f"{source.name}: config.json does not describe a model ({error!r}): download it again"
+        ) from error
+
+
+def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:
+    """Let the head of a tied model share the table, unless a rule gives it its own scheme."""
+    table = next(d for d in decisions if d.layer.role == "embedding")
+    head = next(d for d in decisions if d.layer.role == "head")
+    if not tied:
+        return decisions, False
+    if head.rule is not None and head.scheme != table.scheme:
+        return decisions, True
+    shared = replace(head, scheme=None, reason=f"shares the table of {table.layer.name}")
+    return [shared if d is head else d for d in decisions], False
+
+
+def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
+    if plan.activations is not None and not calibration.samples:
+        raise CalibrationError(
+            "grids of activations need calibration samples: samples must be at least 1"
+        )
+    needing = [decision for decision in decisions if decision.needs_inputs]
+    if needing and not calibration.samples:
+        first = needing[0]
+        assert first.scheme is not None
+        method = ADADIM if first.choices else first.scheme.method
+        raise CalibrationError(
+            f"{first.layer.name} is to be solved by {method}, which needs calibration "
+            "samples: samples must be at least 1"
+        )
+
+
+def _check_biases(decisions: list[Decision], model: PreTrainedModel) -> None:
+    for decision in decisions:
+        scheme, layer = decision.scheme, decision.layer
+        if scheme is None or scheme.layout.holds_bias:
+            continue
+        if getattr(model.get_submodule(layer.module or layer.name), "bias", None) is not None:
+            raise PlanError(
+                f"{layer.name} has a bias, which the other readers of format {scheme.format} drop: "
+                f"use format sparse in the rule that matches it ({decision.reason})"
+            )

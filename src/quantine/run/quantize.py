@@ -1,0 +1,267 @@
+"""The one loop that quantizes a model, block by block."""
+
+from __future__ import annotations
+
+import errno
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from quantine.budget.allocation import Allocation
+from quantine.budget.probe import Budgeted, probe
+from quantine.calibrate.segments import Calibration
+from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
+from quantine.errors import OutputError
+from quantine.families.layers import block_list
+from quantine.formats.directory import REPORT, is_finished, read_json
+from quantine.plan.plan import Plan
+from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
+from quantine.run.estimate import Estimate, estimate
+from quantine.run.job import Job
+from quantine.run.layer import packed_tensors, read_weight, solve, unpack
+from quantine.run.output import output_files, report_of
+from quantine.run.prepare import check_headers, check_place, prepare
+from quantine.run.progress import Progress, Silent
+from quantine.run.store import RunStore, check_identity, clear_remains
+from quantine.source.checkpoint import Checkpoint
+
+PROBE: Final = "probe"
+"""Name under which a run keeps what choices would cost."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished output directory.
+
+    Attributes:
+        path: the directory.
+        report: the content of its ``quantine_report.json``.
+    """
+
+    path: Path
+    report: dict[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    plan: Plan | None = None,
+    calibration: Calibration | None = None,
+    *,
+    resume: bool = False,
+    max_ram: float | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device = "cpu",
+) -> Result:
+    """Quantize a model into a directory that `quantine.load` and transformers open.
+
+    Args:
+        model: see `quantine.source.locate.locate`.
+        out: output directory; must not exist, be empty, or hold an unfinished run to ``resume``.
+        plan: what is done to which matrix; default is SpQR at 4 bits in groups of 16.
+        calibration: text and sampling; default is the built-in text.
+        resume: continue the unfinished run in ``out``; the result has the same bytes (apart from
+            measured times) as an uninterrupted one.
+        max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
+            disk; default is a quarter of the machine's memory.
+        progress: receives events while the run goes on.
+        device: where matrices are solved, and blocks run, by PyTorch's name.
+
+    Raises:
+        QuantineError: of the kind that says what is wrong, before work starts where that can be.
+    """
+    started = time.perf_counter()
+    job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration(), device)
+    return carry_out(job, Path(out), resume, max_ram, progress or Silent(), started=started)
+
+
+def carry_out(
+    job: Job,
+    out: Path,
+    resume: bool = False,
+    max_ram: float | None = None,
+    progress: Progress | None = None,
+    adjust: Adjustment | None = None,
+    started: float | None = None,
+) -> Result:
+    """Do what ``job`` asks for; arguments and errors are those of `quantize`.
+
+    Args:
+        adjust: changes the solved matrices of each block together.
+        started: what `time.perf_counter` said when the run began; now, if ``None``.
+    """
+    started = time.perf_counter() if started is None else started
+    reuse_freed_memory()
+    size = estimate(job, max_ram)
+    check_place(out, resume, size.disk_while_running)
+    store = RunStore(out)
+    try:
+        return _Run(job, store, size, progress or Silent(), adjust).finished(started)
+    except OSError as error:
+        full = error.errno == errno.ENOSPC
+        said = "the disk is full: free some space and" if full else f"{error}: mend that and"
+        raise OutputError(f"{out} cannot be written: {said} continue with --resume") from error
+    finally:
+        store.close()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run, and what all of its steps need."""
+
+    job: Job
+    store: RunStore
+    size: Estimate
+    progress: Progress
+    adjust: Adjustment | None
+
+    def finished(self, started: float) -> Result:
+        """Do everything, or find that it was done already."""
+        job, store, out = self.job, self.store, self.store.out
+        self.progress.note(f"reading {job.source.name}")
+        gguf = job.source.gguf_file is not None
+        identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
+        check_identity(out, identity)
+        if is_finished(out):
+            clear_remains(out)
+            self.progress.note(f"{out} is finished already")
+            return Result(out, read_json(out / REPORT))
+        store.open(identity)
+        directory = self._converted() if gguf else job.source.directory
+        checkpoint = job.checkpoint(directory)
+        if gguf:
+            check_headers(job, checkpoint)
+            checkpoint.digest()
+        parts = self._staged(checkpoint)
+        report = report_of(job, identity, store.layer_reports(parts))
+        report["run"] = {
+            "seconds": round(time.perf_counter() - started, 3),
+            "peak_memory_bytes": peak_memory(),
+        }
+        files = output_files(job, directory, report, store.entries(parts))
+        store.finish(parts, files, report)
+        self.progress.finish(report)
+        return Result(out, report)
+
+    def _converted(self) -> Path:
+        """A GGUF model as float32 safetensors, which can be read a block at a time."""
+        directory = self.store.scratch / "source"
+        model = self.job.source.float_model(torch.float32)
+        model.save_pretrained(directory, max_shard_size="2GB")
+        self.job.tokenizer.save_pretrained(directory)
+        return directory
+
+    def _staged(self, checkpoint: Checkpoint) -> list[str]:
+        """Commit every part of the output; the names of the parts, in file order."""
+        loose = self._stage_loose(checkpoint)
+        outside = self._stage_outside(checkpoint)
+        count = len(block_list(self.job.model, self.job.family))
+        blocks = [f"block-{index:05}" for index in range(count)]
+        done = sum(self.store.is_committed(part) for part in blocks)
+        self.progress.start(count, done)
+        if done < count:
+            self._stage_blocks(checkpoint, blocks)
+        return [*outside, *loose, *blocks]
+
+    def _stage_blocks(self, checkpoint: Checkpoint, parts: list[str]) -> None:
+        """Quantize the blocks that no earlier process committed."""
+        setup = self._setup(checkpoint)
+        allocation = None if setup is None else self._allocation(checkpoint, setup)
+        sequential = None if setup is None else Sequential(setup)
+        for index, part in enumerate(parts):
+            if sequential is not None:
+                sequential.load(index)
+            if self.store.is_committed(part):
+                self._restore(index, part, allocation)
+            else:
+                run = BlockRun(
+                    self.job,
+                    checkpoint,
+                    sequential,
+                    index,
+                    allocation,
+                    self.progress,
+                    self.adjust,
+                )
+                result = run.quantize()
+                self.store.commit(part, result.tensors, result.reports, result.maps)
+            if sequential is not None:
+                sequential.advance(index)
+                sequential.release(index)
+            return_freed_memory()
+            self.progress.block(index)
+
+    def _restore(self, index: int, part: str, allocation: Allocation | None) -> None:
+        """Take up a block as an earlier process committed it."""
+        reports = self.store.layer_reports([part])
+        restore_quantized(self.job, self.store.tensors(part), index, reports)
+        if allocation is not None:
+            for report in reports:
+                allocation.spend(report["name"], report["bytes"])
+
+    def _stage_loose(self, checkpoint: Checkpoint) -> list[str]:
+        """Commit the float tensors outside of blocks, each a part of its own."""
+        parts = self.job.loose_names()
+        for name in parts:
+            if not self.store.is_committed(name):
+                self.store.commit(name, kept_tensors(self.job, checkpoint, [name]), [])
+        return parts
+
+    def _stage_outside(self, checkpoint: Checkpoint) -> list[str]:
+        """Quantize what a plan asks for outside of blocks: embedding and head."""
+        outside = [d for d in self.job.scheme_layers() if d.layer.role != "block"]
+        for decision in outside:
+            layer = decision.layer
+            if not self.store.is_committed(layer.name):
+                stored = self.job.stored_name(layer.stored_name)
+                weight = read_weight(checkpoint, layer, stored).to(self.job.device)
+                solved = solve(decision, weight, None)
+                self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
+        return [decision.layer.name for decision in outside]
+
+    def _setup(self, checkpoint: Checkpoint) -> CalibrationSetup | None:
+        """The calibration segments, past what is quantized before the first block."""
+        job = self.job
+        if job.segments is None:
+            return None
+        replaced = {}
+        for decision in job.scheme_layers():
+            if decision.layer.role == "embedding" and not job.plan.float_inputs:
+                packed = self.store.tensors(decision.layer.name)
+                table = unpack(decision, packed).dequantize()
+                replaced[decision.layer.stored_name] = table
+        return CalibrationSetup(
+            job.model,
+            job.family,
+            checkpoint,
+            job.share.segments(job.segments),
+            self.store.scratch / "activations" if self.size.spills else None,
+            replaced,
+            job.calibration.bfloat16,
+            self.size.resumes,
+            job.device,
+        )
+
+    def _allocation(self, checkpoint: Checkpoint, setup: CalibrationSetup) -> Allocation | None:
+        """The budget of a plan that has one; what layers may cost is probed once per run."""
+        job, plan = self.job, self.job.plan
+        if plan.bits_per_weight is None:
+            return None
+        decisions = [d for d in job.scheme_layers() if d.by_budget]
+        table = self.store.recall(PROBE)
+        if table is None:
+
+            def read(name: str) -> torch.Tensor:
+                stored = job.stored_name(name)
+                return checkpoint.read([stored])[stored]
+
+            budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
+            scratch, seed = self.store.scratch / "probe", job.calibration.seed
+            table = probe(setup, budgeted, job.observed, read, scratch, seed, self.progress.note)
+            self.store.remember(PROBE, table)
+        weights = sum(decision.layer.weights for decision in decisions)
+        return Allocation(plan.name, plan.bits_per_weight, weights, table)

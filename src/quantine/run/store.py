@@ -1,0 +1,188 @@
+"""An output directory while it is being made: staged blocks, resume, and the final files.
+
+Unfinished work lives in ``OUT/.quantine``. A block is committed by renaming complete files into
+place, the reports last; a run killed at any instant therefore resumes at a block boundary. The
+final files are merged from the committed ones, and ``.quantine`` is removed as the last act.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantine.errors import OutputError, ResumeMismatch
+from quantine.formats.directory import (
+    MAPS,
+    REPORT,
+    RUN_DIRECTORY,
+    is_finished,
+    read_json,
+    write_json,
+)
+from quantine.formats.shards import (
+    Entry,
+    merge_into,
+    merge_parts,
+    read_entries,
+    write_atomically,
+    write_tensors,
+)
+
+REMAINS: Final = ".quantine-finished"
+IDENTITY: Final = "identity.json"
+SHARD_BYTES: Final = 4_000_000_000
+
+Reports = list[dict[str, Any]]
+"""JSON about the quantized layers of a committed part."""
+
+
+class RunStore:
+    """The unfinished run in one output directory."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._run = out / RUN_DIRECTORY
+        self._parts = self._run / "parts"
+        self._maps = self._run / "maps"
+        self._lock: int | None = None
+
+    @property
+    def scratch(self) -> Path:
+        """A directory for files that are worth nothing after a crash."""
+        return self._run / "scratch"
+
+    def open(self, identity: Mapping[str, str]) -> None:
+        """Start, or take up, the run on disk; scratch files of an earlier process are dropped.
+
+        Raises:
+            OutputError: another process holds the run; its lock ends with it, however it ends.
+        """
+        self._parts.mkdir(parents=True, exist_ok=True)
+        self._maps.mkdir(exist_ok=True)
+        self._lock = os.open(self._run / "lock", os.O_CREAT | os.O_RDWR)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.close()
+            raise OutputError(f"another process is working on {self.out}: let it finish") from error
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        write_json(self._run / IDENTITY, dict(identity))
+
+    def is_committed(self, part: str) -> bool:
+        """Whether a part is complete on disk."""
+        return (self._parts / f"{part}.json").is_file()
+
+    def layer_reports(self, parts: list[str]) -> Reports:
+        """The layer reports of committed ``parts``, in order."""
+        return [report for part in parts for report in read_json(self._parts / f"{part}.json")]
+
+    def tensors(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a committed part."""
+        return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
+
+    def entries(self, parts: list[str]) -> list[Entry]:
+        """Where the tensors of committed ``parts`` lie, from the headers of their files."""
+        files = [self._parts / f"{part}.safetensors" for part in parts]
+        return [entry for file in files for entry in read_entries(file)]
+
+    def remember(self, name: str, value: object) -> None:
+        """Keep plain data for the rest of the run, also after a crash."""
+        write_json(self._run / f"{name}.json", value)
+
+    def recall(self, name: str) -> Any:
+        """What `remember` kept, or ``None``."""
+        path = self._run / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
+    def commit(
+        self,
+        part: str,
+        tensors: Mapping[str, Tensor],
+        reports: Reports,
+        maps: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make a part durable; ``maps`` are what pictures show of it, by name."""
+        if maps:
+            write_tensors(self._maps / f"{part}.safetensors", maps)
+        write_tensors(self._parts / f"{part}.safetensors", tensors)
+        write_json(self._parts / f"{part}.json", reports)
+
+    def finish(self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]) -> None:
+        """Write the final files from the committed ``parts`` and end the run."""
+        merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
+        maps = [self._maps / f"{p}.safetensors" for p in parts]
+        if any(path.exists() for path in maps):
+            merge_into([path for path in maps if path.exists()], self.out / MAPS)
+        for name, data in files.items():
+            write_atomically(self.out / name, data)
+        write_json(self.out / REPORT, report)
+        # One rename ends the run; what a kill leaves of the removal, `clear_remains` takes away.
+        remains = self.out / REMAINS
+        self._run.replace(remains)
+        self.close()
+        shutil.rmtree(remains)
+
+    def close(self) -> None:
+        """Let another process take up the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def check_output(out: Path, resume: bool) -> None:
+    """Refuse an output path that is not new, empty, or (with ``resume``) an unfinished run.
+
+    Raises:
+        OutputError: writing there could destroy something.
+    """
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise OutputError(f"{out} exists and is not a directory: choose another output path")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if (out / RUN_DIRECTORY).is_dir():
+        if not resume:
+            raise OutputError(
+                f"{out} holds an unfinished run: continue it with --resume, or delete the directory"
+            )
+    elif not (resume and (out / REPORT).is_file()):
+        raise OutputError(
+            f"{out} is not empty and not an unfinished run: choose another output path"
+        )
+
+
+def check_identity(out: Path, identity: Mapping[str, str]) -> None:
+    """Refuse to continue, or to accept as finished, a run started with other inputs.
+
+    Raises:
+        ResumeMismatch: names what differs.
+    """
+    found = stored_identity(out)
+    if found is None:
+        return
+    keys = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
+    if keys:
+        raise ResumeMismatch(
+            f"the run in {out} was started with another {', '.join(sorted(keys))}: repeat the "
+            "first command exactly, or use another output path"
+        )
+
+
+def stored_identity(out: Path) -> dict[str, str] | None:
+    """Identity of the run in ``out``, unfinished or finished; ``None`` if there is none."""
+    run = out / RUN_DIRECTORY
+    if (run / IDENTITY).is_file():
+        return dict(read_json(run / IDENTITY))
+    return dict(read_json(out / REPORT)["identity"]) if is_finished(out) else None
+
+
+def clear_remains(out: Path) -> None:
+    """Remove what a run killed in its last act left behind."""
+    shutil.rmtree(out / REMAINS, ignore_errors=True)

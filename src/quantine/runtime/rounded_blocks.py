@@ -1,0 +1,85 @@
+"""The structure of blocks that round activations, when a directory is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
+from quantine.activations.install import RoundingPoint, add_grids, add_norms, add_sites
+from quantine.core.activation_spec import ActivationSpec, activations_from
+from quantine.errors import FormatError
+from quantine.families import family_of
+from quantine.families.family import Family
+from quantine.formats.shards import Entry
+from quantine.runtime.placeholder import placeholder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def rebuild(
+    model: PreTrainedModel, activations: Mapping[str, Any], entries: Mapping[str, Entry]
+) -> None:
+    """Give the blocks of ``model`` the modules that ``entries`` hold tensors of.
+
+    Args:
+        activations: as config.json has it.
+
+    Raises:
+        FormatError: a tensor is missing.
+    """
+    # Directories that do not say it were made when nothing else existed.
+    before = {"relative": False, "value_clusters": None, "token_factors": False}
+    spec = activations_from({**before, **activations}, "quantization_config")
+    family = family_of(model.config.model_type)
+    for path in (family.blocks, family.blocks.removeprefix(f"{model.base_model_prefix}.")):
+        blocks = dict(model.named_modules()).get(path)
+        if isinstance(blocks, nn.ModuleList):
+            for index, block in enumerate(blocks):
+                _Stored(family, spec, f"{path}.{index}", entries).into(block)
+            return
+    raise FormatError(f"a model without {family.blocks} has no activations to round")
+
+
+class _Stored:
+    """One block as files hold it."""
+
+    def __init__(
+        self, family: Family, spec: ActivationSpec, path: str, entries: Mapping[str, Entry]
+    ) -> None:
+        self._family, self._spec, self._path = family, spec, path
+        self._entries = entries
+
+    def into(self, block: nn.Module) -> None:
+        """Build the modules."""
+        add_sites(block, self._family, self._spec)
+        add_norms(block, self._family, self._spec, lambda path: self._tensor(f"{path}.order"))
+        add_grids(block, self._family, self._spec, self._grid)
+
+    def _grid(self, place: RoundingPoint, bits: int) -> StaticGrid:
+        scale, zero, labels = (
+            self._tensor(f"{place.grid}.{name}") for name in StaticGrid.tensor_names
+        )
+        more = (self._found(f"{place.grid}.{name}") for name in (FEEDBACK, REACH))
+        return StaticGrid(bits, scale, zero, labels, *more)
+
+    def _tensor(self, name: str) -> Tensor:
+        found = self._found(name)
+        if found is None:
+            raise FormatError(
+                "config.json says that activations are rounded, but no file holds "
+                f"{self._path}.{name}"
+            )
+        return found
+
+    def _found(self, name: str) -> Tensor | None:
+        # Files that save_pretrained wrote for a bare model lack the prefix of the whole one.
+        full = f"{self._path}.{name}"
+        bare = full.removeprefix(f"{self._family.blocks.partition('.')[0]}.")
+        for candidate in (full, bare, f"{self._family.blocks.partition('.')[0]}.{full}"):
+            if candidate in self._entries:
+                return placeholder(self._entries[candidate])
+        return None

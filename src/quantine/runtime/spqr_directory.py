@@ -1,0 +1,56 @@
+"""Directories with ``quant_method: spqr``: what Hugging Face calls SpQR.
+
+The loader for them inside transformers needs a GPU and the package of SpQR's authors, and fails
+with every checkpoint since version 5. So quantine describes such a directory in its own words, and
+its own quantizer loads it: on any device, in any dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from quantine.core.arithmetic import UNSTATED
+from quantine.formats.foreign.spqr.layout import ADDED, ARITHMETIC, MARK
+from quantine.formats.foreign.spqr.settings import describe
+from quantine.formats.shards import read_entries
+from quantine.source.checkpoint import weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from quantine.source.locate import ModelSource
+
+
+def translated_config(source: ModelSource) -> PretrainedConfig:
+    """The configuration of ``source``, with a ``quantization_config`` of quantine's.
+
+    Raises:
+        FormatError: the directory is damaged, or not of the one kind that is defined.
+    """
+    config = source.config()
+    settings = config.__dict__.pop("quantization_config")
+    added = config.__dict__.pop(MARK, None) == ADDED
+    arithmetic = config.__dict__.pop(ARITHMETIC, UNSTATED)
+    files = weight_files(source.directory)
+    entries = {entry.name: entry for file in files for entry in read_entries(file)}
+    found = describe(settings, added, entries, _linears(config))
+    config.quantization_config = {"quant_method": "quantine", **found, "arithmetic": arithmetic}
+    return config
+
+
+def _linears(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """``(out, in)`` of every Linear of the model, by name."""
+    from transformers import AutoModelForCausalLM
+
+    own = copy.deepcopy(config)  # which the model marks with its dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }

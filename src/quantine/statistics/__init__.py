@@ -1,0 +1,1 @@
+"""What is observed of a model while text runs through it; all of it can be merged."""

@@ -1,0 +1,130 @@
+"""Ranges of the channels of an activation."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+Over = Literal["all", "mean", "running"]
+"""See `ChannelRanges.of_clusters`."""
+
+
+NEWEST: Final = 0.01
+"""Weight of the newest sample in running statistics."""
+
+
+ROWS_PER_SAMPLE: Final = 16
+"""Tokens of each sample that are kept as they are."""
+
+
+class ChannelRanges:
+    """Smallest and largest value of every channel in each sample, and some values as they are.
+
+    Args:
+        channels: of the values.
+        device: where statistics are kept, that of the values.
+
+    Attributes:
+        lows, highs: ``[samples, channels]`` float32.
+        firsts: ``[samples, channels]`` float32, the first token of each sample.
+        rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` tokens of each sample.
+        tokens: seen in all samples.
+    """
+
+    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+        nothing = torch.empty(0, channels, dtype=torch.float32, device=device)
+        self.lows = self.highs = self.firsts = self.rows = nothing
+        self.tokens = 0
+
+    def update(self, x: Tensor, samples: int) -> None:
+        """Add ``x`` ``[..., channels]``, the values of ``samples`` samples one after another."""
+        rows = x.detach().float().reshape(samples, -1, x.shape[-1])
+        self.lows = torch.cat([self.lows, rows.amin(1)])
+        self.highs = torch.cat([self.highs, rows.amax(1)])
+        self.firsts = torch.cat([self.firsts, rows[:, 0]])
+        step = max(1, rows.shape[1] // ROWS_PER_SAMPLE)
+        kept = rows[:, step - 1 :: step][:, :ROWS_PER_SAMPLE]
+        self.rows = torch.cat([self.rows, kept.flatten(0, 1)])
+        self.tokens += rows.shape[0] * rows.shape[1]
+
+    def merge(self, other: ChannelRanges) -> None:
+        """Add what ``other`` has seen; its samples come after these."""
+        self.lows = torch.cat([self.lows, other.lows])
+        self.highs = torch.cat([self.highs, other.highs])
+        self.firsts = torch.cat([self.firsts, other.firsts])
+        self.rows = torch.cat([self.rows, other.rows])
+        self.tokens += other.tokens
+
+    def of_channels(self) -> tuple[Tensor, Tensor]:
+        """Ends of each channel's range over all samples, ``[channels]`` float32 each."""
+        return self.lows.amin(0), self.highs.amax(0)
+
+    def after(self, samples: int) -> ChannelRanges:
+        """What the samples after the first ``samples`` showed."""
+        share = samples / len(self.lows)
+        result = ChannelRanges(self.lows.shape[1], self.lows.device)
+        result.lows, result.highs = self.lows[samples:], self.highs[samples:]
+        result.firsts = self.firsts[samples:]
+        result.rows = self.rows[round(len(self.rows) * share) :]
+        result.tokens = self.tokens - round(self.tokens * share)
+        return result
+
+    def ordered(self, order: Tensor) -> ChannelRanges:
+        """The same of the channels in another order: ``order[j]`` at place ``j``."""
+        result = ChannelRanges(len(order), self.lows.device)
+        result.lows, result.highs = self.lows[:, order], self.highs[:, order]
+        result.firsts = self.firsts[:, order]
+        result.rows, result.tokens = self.rows[:, order], self.tokens
+        return result
+
+    def of_clusters(self, labels: Tensor, over: Over = "all") -> tuple[Tensor, Tensor]:
+        """Ends of the range of each cluster of channels, ``[clusters]`` float32 each.
+
+        Args:
+            labels: ``[channels]`` int64.
+            over: how samples become one range. ``"all"``: everything that was seen. ``"mean"``:
+                the mean of their ends. ``"running"``: an average in which each new sample weighs
+                `NEWEST`, as in RPTQ's published code.
+        """
+        shape = (len(self.lows), int(labels.max()) + 1)
+        places = labels.expand(len(self.lows), -1)
+        low = self.lows.new_empty(shape).scatter_reduce(
+            1, places, self.lows, "amin", include_self=False
+        )
+        high = self.lows.new_empty(shape).scatter_reduce(
+            1, places, self.highs, "amax", include_self=False
+        )
+        if over == "all":
+            return low.amin(0), high.amax(0)
+        if over == "mean":
+            return low.mean(0), high.mean(0)
+        return _running(low), _running(high)
+
+    def surprises(self) -> tuple[Tensor, Tensor]:
+        """How far each sample goes below and above all others, channel by channel.
+
+        They tell how far a range that calibration found will be exceeded by other text.
+
+        Returns:
+            ``[samples, channels]`` float32 each, not negative; zeros for a single sample.
+        """
+        return _lead(-self.lows), _lead(self.highs)
+
+
+def _lead(samples: Tensor) -> Tensor:
+    """By how much each of ``[samples, n]`` is larger than all others; zero where it is not."""
+    lead = torch.zeros_like(samples)
+    if len(samples) > 1:
+        (first, second), (where, _) = samples.topk(2, dim=0)
+        lead.scatter_(0, where.unsqueeze(0), (first - second).unsqueeze(0))
+    return lead
+
+
+def _running(samples: Tensor) -> Tensor:
+    """The running average of ``[samples, n]``, from the first on."""
+    average = samples[0].clone()
+    for sample in samples[1:]:
+        average.lerp_(sample, NEWEST)
+    return average

@@ -1,0 +1,83 @@
+"""Second moments of a matrix's input, which error feedback runs on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from quantine.statistics.inverse_factor import InverseFactor, factorize
+
+
+class Hessian:
+    """Sum of ``x x.T`` over tokens, for one input shared by one or more matrices.
+
+    Every token counts: calibration segments are cut from a stream of text at full length, so no
+    padding exists that would have to be masked out.
+
+    Args:
+        in_features: length of ``x``.
+        add_gram: adds ``rows.T @ rows`` to a matrix, as `quantine.kernels.gram.add_gram` does.
+        device: where the sum is kept, that of the inputs.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        add_gram: Callable[[Tensor, Tensor], None],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._add_gram = add_gram
+        self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+        self._factor: InverseFactor | None = None
+        self._damp: float | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs ``x`` ``[..., in]``."""
+        rows = x.reshape(-1, x.shape[-1])
+        self._add_gram(self.matrix, rows)
+        self.tokens += rows.shape[0]
+        self._factor = None
+
+    def merge(self, other: Hessian) -> None:
+        """Add what ``other`` has seen, of other tokens of the same input."""
+        self.matrix += other.matrix
+        self.tokens += other.tokens
+        self._factor = None
+
+    @property
+    def damp_used(self) -> float | None:
+        """Damping of the last factorization, ``None`` before the first."""
+        return None if self._factor is None else self._factor.damp
+
+    def factor(self, damp: float, order: Tensor) -> InverseFactor:
+        """The factor of the damped Hessian; the last one is kept, for matrices that share it."""
+        kept = self._factor
+        if kept is None or self._damp != damp or not torch.equal(kept.order, order):
+            self._factor = kept = factorize(self.matrix, damp, order)
+            self._damp = damp
+        return kept
+
+    def inverse_diagonal(self) -> Tensor | None:
+        """Diagonal of the inverse of the damped mean of ``x x.T``; ``None`` before a factorization.
+
+        Returns:
+            ``[in]`` float32 in input order, from the last factor. Infinite for inputs that were
+            never active: no error there reaches the output.
+        """
+        factor = self._factor
+        if factor is None:
+            return None
+        diagonal = self.matrix.diagonal()
+        # A column's norm of U; the factor is that of H in units of its mean diagonal.
+        ordered = torch.linalg.vector_norm(factor.upper, dim=0).square_()
+        inverse = torch.empty_like(ordered)
+        inverse[factor.order] = ordered * (self.tokens / (diagonal.mean().item() or 1.0))
+        return inverse.masked_fill_(diagonal == 0, math.inf)
+
+    def error_energy(self, delta: Tensor) -> float:
+        """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
+        return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))

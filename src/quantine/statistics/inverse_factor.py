@@ -1,0 +1,107 @@
+"""The triangular factor of an inverse Hessian."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.finite import is_finite
+from quantine.errors import SolverError
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """The triangular factor that error feedback runs on (GPTQ, arXiv 2210.17323, section 3).
+
+    Attributes:
+        upper: ``[in, in]`` float32 upper triangular ``U`` with ``inverse(H) = U.T @ U``, rows and
+            columns in the order of ``order``.
+        order: ``[in]`` int64: position ``j`` is input ``order[j]``.
+        damp: share of the mean diagonal that was really added to the diagonal of ``H``.
+    """
+
+    upper: Tensor
+    order: Tensor
+    damp: float
+
+
+LEAF: Final = 128
+"""Largest matrix that is factored without halving it."""
+
+
+def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
+    """Factor ``inverse(H + damp * mean(diag H) * I)`` as ``U.T @ U``.
+
+    Inputs that were never active get the mean diagonal: they are then rounded to nearest, which
+    is the best guess where calibration says nothing. When the factorization fails, damping grows
+    tenfold, up to the mean diagonal itself.
+
+    Args:
+        hessian: ``[in, in]`` float32, symmetric.
+        damp: share of the mean diagonal added to the diagonal, positive.
+        order: ``[in]`` int64: position ``j`` of the factor is input ``order[j]``.
+
+    Raises:
+        SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
+    """
+    if not is_finite(hessian):
+        raise SolverError("the calibration inputs overflow: the Hessian is not finite")
+    used = damp
+    while True:
+        upper = _inverse_factor(_normalized(hessian, order, used))
+        if upper is not None:
+            return InverseFactor(upper, order, used)
+        if used >= 1.0:
+            raise SolverError(
+                f"the Hessian is not positive definite with damping {used:g}: use more samples"
+            )
+        used = min(used * 10, 1.0)
+
+
+def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
+    """An ordered, damped copy with mean diagonal 1 (before damping): its scale cancels later."""
+    # Symmetric, so gathering rows twice orders both axes; rows are the faster ones.
+    matrix = hessian[order].T.contiguous()[order].div_(hessian.diagonal().mean().item() or 1.0)
+    diagonal = matrix.diagonal()
+    diagonal[diagonal == 0] = 1.0
+    diagonal.add_(damp)
+    return matrix
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """``U`` with ``inverse(matrix) = U.T @ U``, in place of ``matrix``; ``None`` if there is none.
+
+    With ``matrix = R @ R.T``, ``R`` upper triangular, it is ``inverse(R)``: one factorization from
+    the last row to the first, without the inverse of ``matrix`` and its rounding errors.
+    """
+    found = _invert_upper(matrix)
+    return matrix if found and is_finite(matrix) else None
+
+
+def _invert_upper(matrix: Tensor) -> bool:
+    """Replace ``matrix = R @ R.T`` by ``inverse(R)``, halving it so that products do the work."""
+    size = len(matrix)
+    if size <= LEAF:
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if failed:
+            return False
+        matrix.copy_(
+            torch.linalg.solve_triangular(
+                lower, torch.eye(size, dtype=matrix.dtype, device=matrix.device), upper=False
+            ).flip(0, 1)
+        )
+        return True
+    half = size // 2
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    if not _invert_upper(last):
+        return False
+    beside = corner @ last.T  # of R
+    first.addmm_(beside, beside.T, alpha=-1)
+    if not _invert_upper(first):
+        return False
+    torch.mm(first, (beside @ last).neg_(), out=corner)
+    matrix[half:, :half] = 0.0
+    return True

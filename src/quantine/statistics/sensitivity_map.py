@@ -1,0 +1,69 @@
+"""How much each weight matters, as a map small enough to keep (SpQR, arXiv 2306.03078, section 3).
+
+The sensitivity of a weight is what rounding it alone costs the layer's output once all others have
+made up for it: ``s = (w - quant(w))**2 / (2 * inverse(H)[j, j])``. With ``H`` the mean of ``x x.T``
+over tokens, its unit is half a squared output per token, so maps of different layers compare.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.qtensor import QTensor
+
+MAP_CELLS: Final = 128
+"""Most cells of a map along an axis."""
+
+
+def sensitivity_map(weight: Tensor, qtensor: QTensor, inverse_diagonal: Tensor) -> Tensor:
+    """The mean sensitivity of the weights in each cell of a coarse map.
+
+    ``quant(w)`` is the point nearest to ``w`` of the grid in ``qtensor``, also where ``qtensor``
+    keeps an outlier: how far outliers are from the grid is why they are kept.
+
+    Args:
+        weight: ``[out, in]`` float32, columns in input order.
+        qtensor: the solved ``weight``.
+        inverse_diagonal: ``[in]`` float32, see `quantine.statistics.hessian.Hessian.inverse_diagonal`.
+
+    Returns:
+        ``log10`` of the mean, ``[min(out, 128), min(in, 128)]`` float16: rows are outputs, columns
+        inputs, cut as by `cell_of`. Negative infinity where every weight of a cell is on the grid
+        or reads an input that was never active.
+    """
+    order = qtensor.in_perm
+    stored = weight if order is None else weight[:, order]
+    scores = qtensor.grid.decode(qtensor.grid.encode(stored)).sub_(stored).square_()
+    del stored
+    scores.div_(2 * (inverse_diagonal if order is None else inverse_diagonal[order]))
+    columns = None if order is None else cell_of(weight.shape[1], device=order.device)[order]
+    return pool_mean(scores, columns).log10().half()
+
+
+def cell_of(length: int, cells: int = MAP_CELLS, device: torch.device | str = "cpu") -> Tensor:
+    """The cell of each position on an axis, ``[length]`` int64, ascending.
+
+    There are ``min(length, cells)`` cells. Their lengths differ by at most one.
+    """
+    return torch.arange(length, device=device) * min(length, cells) // length
+
+
+def pool_mean(values: Tensor, columns: Tensor | None = None, cells: int = MAP_CELLS) -> Tensor:
+    """Means of ``values`` ``[rows, columns]`` float over the cells of a map, in float64.
+
+    Args:
+        columns: the cell of each column, ``[columns]`` int64, where they are not in order.
+        cells: most cells of the map along an axis.
+    """
+    rows, width = values.shape
+    device = values.device
+    row_cells = cell_of(rows, cells, device)
+    column_cells = cell_of(width, cells, device) if columns is None else columns
+    row_counts, column_counts = row_cells.bincount(), column_cells.bincount()
+    bands = values.new_zeros(len(row_counts), width).index_add_(0, row_cells, values)
+    sums = bands.new_zeros(len(row_counts), len(column_counts), dtype=torch.float64)
+    sums.index_add_(1, column_cells, bands.double())
+    return sums.div_(row_counts.unsqueeze(1)).div_(column_counts)
