@@ -21,15 +21,15 @@ import torch
 
 from quantine import Calibration, Plan
 from quantine.calibrate.sequential import Sequential
-from quantine.calibrate.submodules import token_change
 from quantine.core.activation_spec import REORDERS, SITES, UNQUANTIZED, ActivationSpec
 from quantine.families.layers import block_list
 from quantine.plan.shorthand import PUBLISHED_CLUSTERS
-from quantine.rptq.blocks import prepare_block
+from quantine.rptq.blocks import reorder_block
 from quantine.rptq.choose_grids import outputs
 from quantine.rptq.reordering import Heads
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
+from quantine.statistics.losses import token_loss
 
 VARIANTS = {
     "clusters, as published": {
@@ -75,8 +75,8 @@ def changes(
         for site in MEASURED:
             blocks[index] = copy.deepcopy(block)
             one = replace(spec, **{site: bits})
-            prepare_block(sequential, index, blocks[index], job.family, heads, one)
-            change = token_change(expected, outputs(sequential, index))
+            reorder_block(sequential, index, blocks[index], job.family, heads, one)
+            change = token_loss(expected, outputs(sequential, index))
             found.setdefault(name, []).append(change)
     blocks[index] = block
     return found
@@ -119,7 +119,7 @@ def main() -> None:
     plan = Plan.scheme(f"W{UNQUANTIZED}A8")
     job = prepare(asked.model, plan, calibration)
     assert job.segments is not None
-    sequential = Sequential(job.model, job.family, job.checkpoint(), job.segments, None, {})
+    sequential = Sequential(job.calibration_setup(job.checkpoint()))
     totals = {name: torch.zeros(len(MEASURED)) for name in variants}
     for index in range(max(asked.blocks) + 1):
         if index in asked.blocks:

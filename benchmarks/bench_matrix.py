@@ -29,13 +29,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import GroupAxis
 from quantine.kernels import backend
-from quantine.kernels.matrix import (
-    multiply,
-    multiply_panels,
-    multiply_reference,
-    packed_matrix,
-    read_words,
-)
+from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix, read_words
 from quantine.kernels.matrix.cpu import Matrix
 from quantine.runtime.modules import FEW_ROWS
 

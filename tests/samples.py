@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from quantine.kernels.gram import add_gram
 from quantine.statistics.hessian import Hessian
 
 quick = settings(deadline=None, derandomize=True, max_examples=60)
@@ -32,7 +33,7 @@ def correlated_inputs(columns: int, tokens: int, seed: int = 0) -> Tensor:
 
 def observed(inputs: Tensor) -> Hessian:
     """A Hessian that has seen ``inputs`` ``[tokens, in]``."""
-    hessian = Hessian(inputs.shape[-1])
+    hessian = Hessian(inputs.shape[-1], add_gram)
     hessian.update(inputs)
     return hessian
 

@@ -11,6 +11,7 @@ import torch
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
+from quantine.kernels.gram import add_gram
 from quantine.methods import METHODS
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
@@ -122,7 +123,7 @@ def test_any_number_of_threads_finds_the_same_bits(solver: Solver) -> None:
     weight, hessian = random_weight(300, 288), observed(correlated_inputs(288, 600))
     found = []
     for count in (1, 2, 3):
-        again = Hessian(288)
+        again = Hessian(288, add_gram)
         again.merge(hessian)
         with threads(count):
             found.append(solver(weight, again, QuantSpec(3, 16)).dequantize())
@@ -206,7 +207,7 @@ def test_weights_that_no_scale_holds_are_refused(
 def test_a_loud_input_costs_the_others_nothing_where_groups_run_along_outputs(
     solver: Solver, scale_bits: int
 ) -> None:
-    weight, hessian = random_weight(48, 64), Hessian(64)
+    weight, hessian = random_weight(48, 64), Hessian(64, add_gram)
     hessian.matrix, hessian.tokens = torch.eye(64), 1
     loud = weight.clone()
     loud[:, 7] *= 40
@@ -225,7 +226,7 @@ def test_a_loud_input_costs_the_others_nothing_where_groups_run_along_outputs(
 def test_hessians_that_cannot_be_used_are_refused(solver: Solver) -> None:
     weight, broken = random_weight(3, COLUMNS), observed(correlated_inputs(COLUMNS, TOKENS))
     broken.matrix[4, 4] = math.nan
-    for hessian in (broken, None, Hessian(COLUMNS)):
+    for hessian in (broken, None, Hessian(COLUMNS, add_gram)):
         with pytest.raises(SolverError, match=r"not finite|needs calibration inputs"):
             solver(weight, hessian, QuantSpec(4, 16))
 

@@ -13,8 +13,8 @@ from quantine.core.grid import Grid
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
-from quantine.formats.dense import Dense
 from quantine.formats.layout import LARGEST_INT16_INDEX
+from quantine.formats.sparse import Sparse
 from quantine.methods.rtn import RTN
 
 # Three bits, two rows of ten columns, groups of five, asymmetric.
@@ -39,6 +39,7 @@ FILE = (
     + HEADER
     + b"".join(map(bytes.fromhex, (SCALE, ORDER, CODES, ZERO)))
 )
+DENSE = Sparse(plain=True)
 SPEC = QuantSpec(bits=3, group_size=5)
 STORED = [
     # scale 0.5, zero 0 | scale 1, zero 1
@@ -56,10 +57,10 @@ def golden_tensors(tmp_path: Path) -> dict[str, torch.Tensor]:
 
 def test_golden_file_unpacks_to_the_written_values(tmp_path: Path) -> None:
     tensors = golden_tensors(tmp_path)
-    unpacked = Dense().unpack(tensors, SPEC, 10)
+    unpacked = DENSE.unpack(tensors, SPEC, 10)
     assert unpacked.dequantize().tolist() == [row[::-1] for row in STORED]
     del tensors["in_perm"]
-    assert Dense().unpack(tensors, SPEC, 10).dequantize().tolist() == STORED
+    assert DENSE.unpack(tensors, SPEC, 10).dequantize().tolist() == STORED
 
 
 def test_packing_gives_the_golden_bytes(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ def test_packing_gives_the_golden_bytes(tmp_path: Path) -> None:
         ),
         torch.arange(9, -1, -1),
     )
-    packed = {key: tensor.numpy().tobytes() for key, tensor in Dense().pack(qtensor).items()}
+    packed = {key: tensor.numpy().tobytes() for key, tensor in DENSE.pack(qtensor).items()}
     assert packed == {
         "codes": bytes.fromhex(CODES),
         "scale": bytes.fromhex(SCALE),
@@ -88,7 +89,7 @@ def test_symmetric_golden_bytes() -> None:
         "codes": torch.tensor([[0xF1, 0x08]], dtype=torch.uint8),
         "scale": torch.tensor([[0.5]], dtype=torch.float16),
     }
-    unpacked = Dense().unpack(tensors, QuantSpec(4, -1, sym=True), 3)
+    unpacked = DENSE.unpack(tensors, QuantSpec(4, -1, sym=True), 3)
     assert unpacked.dequantize().tolist() == [[-3.5, 3.5, 0.0]]
     assert unpacked.grid.zero_point is None
 
@@ -97,7 +98,7 @@ def test_zero_points_of_all_rows_form_one_stream() -> None:
     # Three rows with one group each and two bits: 1 + 2 * 4 + 3 * 16 = 57, in a single byte.
     grid = Grid(torch.ones(3, 1).half(), torch.tensor([[1], [2], [3]], dtype=torch.uint8), 2, 4)
     qtensor = QTensor(torch.zeros(3, 4, dtype=torch.uint8), grid)
-    assert Dense().pack(qtensor)["zero"].tolist() == [57]
+    assert DENSE.pack(qtensor)["zero"].tolist() == [57]
 
 
 def test_wide_layers_need_wide_indices() -> None:
@@ -108,9 +109,9 @@ def test_wide_layers_need_wide_indices() -> None:
         grid = Grid(torch.ones(1, 1).half(), None, 2, width)
         order = torch.arange(width).flip(0)
         qtensor = QTensor(torch.zeros(1, width, dtype=torch.uint8), grid, order)
-        packed = Dense().pack(qtensor)
+        packed = DENSE.pack(qtensor)
         assert packed["in_perm"].dtype == dtype
-        unpacked = Dense().unpack(packed, QuantSpec(2, -1, sym=True), width)
+        unpacked = DENSE.unpack(packed, QuantSpec(2, -1, sym=True), width)
         assert unpacked.in_perm is not None
         assert torch.equal(unpacked.in_perm, order)
 
@@ -118,9 +119,9 @@ def test_wide_layers_need_wide_indices() -> None:
 def test_size_by_hand() -> None:
     # 576 columns at 3 bits are 216 bytes; 9 groups of 64 hold 2 bytes of scale and 3 bits of zero.
     spec = QuantSpec(3, 64)
-    assert Dense().nbytes(spec, 100, 576, False) == 100 * 216 + 100 * 9 * 2 + (100 * 9 * 3 + 7) // 8
-    assert Dense().nbytes(spec, 100, 576, True) == Dense().nbytes(spec, 100, 576, False) + 576 * 2
-    assert Dense().nbytes(QuantSpec(8, -1, sym=True), 3, 10, False) == 3 * 10 + 3 * 2
+    assert DENSE.nbytes(spec, 100, 576, False) == 100 * 216 + 100 * 9 * 2 + (100 * 9 * 3 + 7) // 8
+    assert DENSE.nbytes(spec, 100, 576, True) == DENSE.nbytes(spec, 100, 576, False) + 576 * 2
+    assert DENSE.nbytes(QuantSpec(8, -1, sym=True), 3, 10, False) == 3 * 10 + 3 * 2
 
 
 @pytest.mark.parametrize("damage", [0, -1, 8])
@@ -128,10 +129,10 @@ def test_damaged_order_is_refused(damage: int) -> None:
     spec = QuantSpec(4, 4)
     order = torch.tensor([3, 1, 0, 2, 7, 6, 5, 4])
     grid = RTN()(torch.randn(2, 8), None, spec).grid
-    packed = Dense().pack(QTensor(torch.zeros(2, 8, dtype=torch.uint8), grid, order))
+    packed = DENSE.pack(QTensor(torch.zeros(2, 8, dtype=torch.uint8), grid, order))
     packed["in_perm"][3] = damage
     with pytest.raises(FormatError, match="in_perm"):
-        Dense().unpack(packed, spec, 8)
+        DENSE.unpack(packed, spec, 8)
 
 
 def test_golden_bytes_along_outputs() -> None:
@@ -142,8 +143,8 @@ def test_golden_bytes_along_outputs() -> None:
         "scale": torch.tensor([[0.5], [2.0]], dtype=torch.float16),
         "zero": torch.tensor([0x06], dtype=torch.uint8),
     }
-    unpacked = Dense().unpack(tensors, spec, 2)
+    unpacked = DENSE.unpack(tensors, spec, 2)
     assert unpacked.dequantize().tolist() == [[-0.5, -2.0], [0.0, 0.0], [0.5, 2.0]]
-    packed = Dense().pack(unpacked)
+    packed = DENSE.pack(unpacked)
     assert packed.keys() == tensors.keys()
     assert all(torch.equal(packed[key], tensors[key]) for key in tensors)

@@ -320,7 +320,8 @@ def test_only_one_spec_is_supported_and_only_one_meaning_is_written() -> None:
         assert not ADDS.supports(other, False)
         with pytest.raises(FormatError, match=name):
             ADDS.unpack(Numbers(0).csr(), other, COLUMNS)
-    assert not REPLACES.supports(SPEC, True)
+    assert ADDS.writable
+    assert not REPLACES.writable
     assert list(FORMATS).index("spqr") > list(FORMATS).index("sparse")
 
 

@@ -14,9 +14,8 @@ from quantine.core.grid import Grid
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
 from quantine.kernels.fit import fit_groups
-from quantine.kernels.fit import reference as fit
 from quantine.kernels.fit.grid_cost import Clip, GridCost, positive, rounding_errors
-from quantine.kernels.fit.reference import without_outliers
+from quantine.kernels.fit.reference import fit_groups_reference, without_outliers
 from samples import generator, quick, threads
 
 
@@ -87,7 +86,7 @@ def test_grids_are_fitted_alike(
     spread = torch.rand(2, n, generator=generator(seed)) + 0.05
     cost = GridCost(clip, price, look_ahead)
     found = fit_groups(columns, spread, spec, cost)
-    expected = fit.fit_groups(columns, spread, spec, cost)
+    expected = fit_groups_reference(columns, spread, spec, cost)
     assert type(found.scale) is type(expected.scale)
     assert type(found.zero_point) is type(expected.zero_point)
     same = (found.scales() == expected.scales()) & (found.zeros() == expected.zeros())
@@ -118,7 +117,7 @@ def test_lines_with_a_spread_each_are_fitted_as_one_by_one(
     spread = torch.rand(lines, generator=generator(seed)) + 0.05
     cost = GridCost("hessian", price, look_ahead)
     spec = QuantSpec(bits, n, group_axis="out")
-    for fit_with in (fit_groups, fit.fit_groups):
+    for fit_with in (fit_groups, fit_groups_reference):
         whole = fit_with(columns, spread, spec, cost)
         assert whole.axis == "out"
         alone = QuantSpec(bits, n)
@@ -170,7 +169,7 @@ def test_any_number_of_threads_finds_the_same_bits(spec: QuantSpec) -> None:
         QuantSpec(2, 8, scale_bits=3, zero_bits=3),
     ],
 )
-@pytest.mark.parametrize("fit_with", [fit_groups, fit.fit_groups])
+@pytest.mark.parametrize("fit_with", [fit_groups, fit_groups_reference])
 @pytest.mark.parametrize("value", [3e38, 1e6, math.inf, math.nan])
 def test_what_does_not_fit_into_float16_is_refused(
     value: float, fit_with: object, spec: QuantSpec

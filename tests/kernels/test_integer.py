@@ -20,19 +20,13 @@ from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import CLUSTERS
 from quantine.kernels import backend
-from quantine.kernels.integer import (
-    input_codes,
-    levels,
-    multiplies_integers,
-    multiply,
-    multiply_reference,
-    native_grid,
-)
+from quantine.kernels.integer import input_codes, levels, multiplies_integers, multiply, native_grid
 from quantine.kernels.integer.input_grid import InputGrid
+from quantine.kernels.integer.reference import multiply_reference
 from quantine.kernels.integer.token_factors import factors, steepness
 from quantine.kernels.matrix import multiply as multiply_floats
 from quantine.kernels.matrix import multiply_panels, packed_matrix
-from quantine.kernels.matrix import multiply_reference as floats_reference
+from quantine.kernels.matrix.reference import multiply_reference as floats_reference
 from quantine.kernels.threads import pool
 from samples import generator, quick
 

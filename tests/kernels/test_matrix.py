@@ -17,14 +17,8 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import GROUP_AXES, GroupAxis
-from quantine.kernels.matrix import (
-    float_matrix,
-    multiply,
-    multiply_panels,
-    multiply_reference,
-    packed_matrix,
-)
-from quantine.kernels.matrix.reference import has_exact_zero
+from quantine.kernels.matrix import float_matrix, multiply, multiply_panels, packed_matrix
+from quantine.kernels.matrix.reference import has_exact_zero, multiply_reference
 from quantine.kernels.threads import pool
 
 STATISTICS = ("half", "coded", "coded by two tiles", "coded across tiles", "coded whole")

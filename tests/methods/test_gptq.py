@@ -11,6 +11,7 @@ import torch
 import oracles
 from quantine.core.spec import QuantSpec
 from quantine.errors import PlanError, SolverError
+from quantine.kernels.gram import add_gram
 from quantine.methods.column_blocks import blocks
 from quantine.methods.gptq import GPTQ
 from quantine.statistics.hessian import Hessian
@@ -108,7 +109,7 @@ def test_dead_inputs_as_in_the_textbook(groups: Any) -> None:
 
 
 def test_with_independent_inputs_it_rounds_to_nearest() -> None:
-    hessian = Hessian(COLUMNS)
+    hessian = Hessian(COLUMNS, add_gram)
     hessian.matrix, hessian.tokens = torch.eye(COLUMNS) * 3, TOKENS
     weight = random_weight(ROWS, COLUMNS)
     solved = GPTQ(clip="minmax")(weight, hessian, QuantSpec(3, 16))
@@ -162,7 +163,7 @@ def test_the_order_is_stored_only_where_groups_follow_it() -> None:
 
 
 def test_without_inputs_it_refuses() -> None:
-    for hessian in (None, Hessian(16)):
+    for hessian in (None, Hessian(16, add_gram)):
         with pytest.raises(SolverError, match="needs calibration inputs"):
             GPTQ()(random_weight(4, 16), hessian, QuantSpec())
 

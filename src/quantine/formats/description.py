@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from quantine.core.arithmetic import Arithmetic
-from quantine.formats.format import FORMAT_VERSION
 
+FORMAT_VERSION: Final = 2
+"""Version of docs/format.md that this package writes."""
 METHOD: Final = "quantine"
 """``quant_method`` of quantine's own layouts."""
 LOCK: Final = "weights that need quantine: pip install quantine, and import quantine before loading"

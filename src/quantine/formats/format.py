@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     import torch
 
     from quantine.formats.description import Description
-
-FORMAT_VERSION: Final = 2
-"""Version of docs/format.md that this package writes."""
 
 
 class Format(Protocol):

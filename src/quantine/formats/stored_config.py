@@ -10,7 +10,7 @@ from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError
 from quantine.formats import format_named
-from quantine.formats.format import FORMAT_VERSION
+from quantine.formats.description import FORMAT_VERSION
 
 
 def check_description(found: Mapping[str, Any]) -> None:

@@ -25,15 +25,7 @@ from quantine.plan.scheme_parsing import scheme_from
 from quantine.rptq.blocks import float_tensors, reorder_block, restore_block
 from quantine.rptq.reordering import Heads
 from quantine.run.job import Job
-from quantine.run.layer import (
-    Solved,
-    packed_tensors,
-    read_weight,
-    sensitivity,
-    solve,
-    solve_choice,
-    unpack,
-)
+from quantine.run.layer import Solved, packed_tensors, sensitivity, solve, solve_choice, unpack
 from quantine.run.progress import Progress
 from quantine.run.store import Reports
 from quantine.source.checkpoint import Checkpoint
@@ -250,8 +242,7 @@ class BlockRun:
         """The weight of a layer, ``[out, in]`` float32, as it was before quantization."""
         if self.job.plan.activations is not None:
             return layer.read(self.job.model)  # reordered
-        weight = read_weight(self.checkpoint, layer, self.job.stored_name(layer.stored_name))
-        return weight.to(self.job.device)
+        return self.job.float_weight(self.checkpoint, layer)
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
         if self.sequential is not None and not self.job.plan.float_inputs:
@@ -285,9 +276,5 @@ def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports:
 
 def kept_tensors(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
     """The float tensors ``names`` as the output stores them."""
-    stored = {name: job.stored_name(name) for name in names}
     dtype = job.float_dtype()
-    return {
-        name: as_stored(name, checkpoint.read([source])[source], dtype)
-        for name, source in stored.items()
-    }
+    return {name: as_stored(name, job.read(checkpoint, name), dtype) for name in names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
+from quantine.calibrate.sequential import CalibrationSetup
 from quantine.calibrate.share import Share
 from quantine.families.family import Family
 from quantine.families.layers import Layer
-from quantine.formats.format import FORMAT_VERSION
+from quantine.formats.description import FORMAT_VERSION
 from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
@@ -84,6 +86,40 @@ class Job:
             self.model.base_model_prefix,
             self.family.renames,
         )
+
+    def calibration_setup(
+        self,
+        checkpoint: Checkpoint,
+        spill: Path | None = None,
+        replaced: Mapping[str, Tensor] | None = None,
+        resumes: bool = False,
+    ) -> CalibrationSetup:
+        """This process's calibration segments, and the model they run through.
+
+        There must be some; arguments are those of `CalibrationSetup`.
+        """
+        assert self.segments is not None
+        return CalibrationSetup(
+            self.model,
+            self.family,
+            checkpoint,
+            self.share.segments(self.segments),
+            spill,
+            replaced or {},
+            self.calibration.bfloat16,
+            resumes,
+            self.device,
+        )
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """The float tensor that the model calls ``name``, as it is stored."""
+        stored = self.stored_name(name)
+        return checkpoint.read([stored])[stored]
+
+    def float_weight(self, checkpoint: Checkpoint, layer: Layer) -> Tensor:
+        """The weight of ``layer`` before quantization, ``[out, in]`` float32, on `device`."""
+        weight = layer.part_of(self.read(checkpoint, layer.stored_name))
+        return weight.float().contiguous().to(self.device)
 
     def loose_names(self) -> list[str]:
         """Names of the float tensors outside of decoder blocks that the output holds."""

@@ -18,14 +18,8 @@ from quantine.errors import FormatError, SolverError
 from quantine.families.layers import Layer
 from quantine.methods.adadim import cheapest, describe_choice
 from quantine.plan.decision import Decision
-from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.sensitivity_map import sensitivity_map
-
-
-def read_weight(checkpoint: Checkpoint, layer: Layer, stored_name: str) -> Tensor:
-    """The float weight of ``layer`` as ``[out, in]`` float32, from the tensor ``stored_name``."""
-    return layer.part_of(checkpoint.read([stored_name])[stored_name]).float().contiguous()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from quantine.plan.plan import Plan
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
 from quantine.run.estimate import Estimate, estimate
 from quantine.run.job import Job
-from quantine.run.layer import packed_tensors, read_weight, solve, unpack
+from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_headers, check_place, prepare
 from quantine.run.progress import Progress, Silent
@@ -217,9 +218,7 @@ class _Run:
         for decision in outside:
             layer = decision.layer
             if not self.store.is_committed(layer.name):
-                stored = self.job.stored_name(layer.stored_name)
-                weight = read_weight(checkpoint, layer, stored).to(self.job.device)
-                solved = solve(decision, weight, None)
+                solved = solve(decision, self.job.float_weight(checkpoint, layer), None)
                 self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
         return [decision.layer.name for decision in outside]
 
@@ -234,17 +233,8 @@ class _Run:
                 packed = self.store.tensors(decision.layer.name)
                 table = unpack(decision, packed).dequantize()
                 replaced[decision.layer.stored_name] = table
-        return CalibrationSetup(
-            job.model,
-            job.family,
-            checkpoint,
-            job.share.segments(job.segments),
-            self.store.scratch / "activations" if self.size.spills else None,
-            replaced,
-            job.calibration.bfloat16,
-            self.size.resumes,
-            job.device,
-        )
+        spill = self.store.scratch / "activations" if self.size.spills else None
+        return job.calibration_setup(checkpoint, spill, replaced, self.size.resumes)
 
     def _allocation(self, checkpoint: Checkpoint, setup: CalibrationSetup) -> Allocation | None:
         """The budget of a plan that has one; what layers may cost is probed once per run."""
@@ -254,11 +244,7 @@ class _Run:
         decisions = [d for d in job.scheme_layers() if d.by_budget]
         table = self.store.recall(PROBE)
         if table is None:
-
-            def read(name: str) -> torch.Tensor:
-                stored = job.stored_name(name)
-                return checkpoint.read([stored])[stored]
-
+            read = partial(job.read, checkpoint)
             budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
             table = probe(setup, budgeted, job.observed, read, scratch, seed, self.progress.note)

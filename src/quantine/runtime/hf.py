@@ -19,7 +19,7 @@ from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import format_named
-from quantine.formats.format import FORMAT_VERSION
+from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.shards import Entry, read_entries
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.hf_generate import Generate

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantine.errors import FormatError
+from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.foreign.spqr.layout import METHOD, SIZES, SPEC, Spqr
-from quantine.formats.format import FORMAT_VERSION
 from quantine.formats.shards import Entry
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from quantine.activations.grids import StaticGrid
-from quantine.activations.install import ATTENDED, RoundingPoint, places
+from quantine.activations.install import ATTENDED, RoundingPoint, rounding_points
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families import family_of
 from quantine.families.layers import block_list
@@ -20,7 +20,7 @@ from quantine.statistics.channel_ranges import ChannelRanges
 from tiny_models import random_model, tiny_config
 
 LLAMA = family_of("llama")
-PLACES = {place.site: place for place in places(LLAMA)}
+PLACES = {place.site: place for place in rounding_points(LLAMA)}
 
 
 def llama() -> tuple[Any, Heads]:
@@ -48,7 +48,8 @@ def shown(width: int, seed: int) -> ChannelRanges:
 
 def reordering(block: Any, heads: Heads, spec: ActivationSpec) -> Reordering:
     ranges = {
-        place.path: shown(width_at(block, place), seed) for seed, place in enumerate(places(LLAMA))
+        place.path: shown(width_at(block, place), seed)
+        for seed, place in enumerate(rounding_points(LLAMA))
     }
     found = Reordering(LLAMA, heads, spec, ranges, held_out=2)
     found.apply(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -12,11 +13,10 @@ from hypothesis import strategies as st
 
 from quantine import Calibration, Plan, quantize
 from quantine.budget.allocation import choose
-from quantine.budget.probe import Options, probe
+from quantine.budget.probe import Budgeted, Options, probe
 from quantine.core.spec import QuantSpec
 from quantine.methods.spqr import SAMPLED_RUNS, SpQR, sampled_rows
 from quantine.run.prepare import prepare
-from quantine.run.progress import Silent
 from samples import correlated_inputs, observed, quick, random_weight
 
 options = st.lists(st.tuples(st.integers(1, 1000), st.floats(1e-9, 10.0)), min_size=1, max_size=4)
@@ -65,7 +65,19 @@ def test_a_probe_ranks_more_bits_above_fewer(
         }
     )
     job = prepare(tiny("llama"), plan, short)
-    table = probe(job, job.checkpoint(), tmp_path, True, Silent())
+    checkpoint = job.checkpoint()
+    budgeted = [Budgeted(d.layer, d.choices) for d in job.scheme_layers()]
+    notes: list[str] = []
+    table = probe(
+        job.calibration_setup(checkpoint, resumes=True),
+        budgeted,
+        job.observed,
+        partial(job.read, checkpoint),
+        tmp_path,
+        0,
+        notes.append,
+    )
+    assert notes == ["probing block 1/2", "probing block 2/2"]
     assert set(table) == {d.layer.name for d in job.scheme_layers()}
     for found in table.values():
         sizes, losses = zip(*found, strict=True)

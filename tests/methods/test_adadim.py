@@ -18,7 +18,7 @@ import oracles
 import quantine
 from quantine import AdaDim, Calibration, Plan, PlanError, cli
 from quantine.calibrate.segments import calibration_segments
-from quantine.calibrate.submodules import part_of
+from quantine.calibrate.submodules import judged_module
 from quantine.families.family import Family
 from quantine.families.gpt2 import GPT2
 from quantine.families.llama import LLAMA
@@ -312,7 +312,7 @@ PARTS: tuple[tuple[Family, str, str], ...] = (
 def test_a_matrix_is_judged_by_what_holds_it_and_others_after_it(
     family: Family, path: str, part: str
 ) -> None:
-    assert part_of(family, path) == part
+    assert judged_module(family.groups_in(0), path) == part
 
 
 def test_inspect_shows_losses_and_margin(chosen: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +366,7 @@ class TestPlan:
             ),
             (
                 {"choices": [{"method": "keep"}]},
-                "neither method 'keep' nor format 'spqr' is a choice",
+                "method 'keep' is no choice",
             ),
             ({"inner": "rtn", "objective": "taste"}, "objective must be one of output, hessian"),
             ({"inner": "rtn", "choices": []}, "choices must not be empty"),

@@ -14,12 +14,12 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.spec import QuantSpec
 from quantine.kernels import fit as kernel
 from quantine.kernels.fit import grid_cost as cost
-from quantine.kernels.fit import reference as fit
 from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS, Clip, GridCost
+from quantine.kernels.fit.reference import fit_groups_reference
 from samples import random_weight
 
 FitGroups = Callable[[Tensor, Tensor, QuantSpec, GridCost], Grid]
-each = pytest.mark.parametrize("fit_groups", [fit.fit_groups, kernel.fit_groups])
+each = pytest.mark.parametrize("fit_groups", [fit_groups_reference, kernel.fit_groups])
 """The reference, and what solvers call."""
 
 SHARES = [1 - 0.025 * step for step in range(21)]
@@ -72,9 +72,9 @@ def test_a_far_out_weight_is_clipped_and_the_rest_gains(fit_groups: FitGroups) -
 def test_chunks_do_not_change_the_result(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     columns = random_weight(9, 32).T.unflatten(0, (-1, 16))
     spread = torch.ones(2, 16)
-    whole = fit.fit_groups(columns, spread, spec, GridCost("mse"))
+    whole = fit_groups_reference(columns, spread, spec, GridCost("mse"))
     monkeypatch.setattr(cost, "CHUNK", 70)  # two rows at a time, and a last single one
-    parts = fit.fit_groups(columns, spread, spec, GridCost("mse"))
+    parts = fit_groups_reference(columns, spread, spec, GridCost("mse"))
     assert torch.equal(whole.scales(), parts.scales())
     assert torch.equal(whole.zeros(), parts.zeros())
 

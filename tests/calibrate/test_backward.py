@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
     """Mean squared gradients of every matrix's outputs, one block in memory at a time."""
     assert job.segments is not None
     checkpoint = job.checkpoint()
-    sequential = Sequential(job.model, job.family, checkpoint, job.segments, None, {})
+    setup = job.calibration_setup(checkpoint)
+    sequential = Sequential(setup)
     inputs = []
     blocks = range(len(block_list(job.model, job.family)))
     for index in blocks:
@@ -39,19 +41,14 @@ def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
         sequential.advance(index)
         sequential.release(index)
 
-    def read(name: str) -> Tensor:
-        stored = job.stored_name(name)
-        return checkpoint.read([stored])[stored]
-
-    tokens = replace_by_gradients(job.model, job.family, read, sequential.hidden, SEED)
-    assert tokens == job.segments.numel()
+    replace_by_gradients(setup, partial(job.read, checkpoint), sequential.hidden, SEED)
     found = {}
     for index in reversed(blocks):
-        block = sequential.load(index)
-        inside = f"{job.family.blocks}.{index}."
-        paths = [d.layer.name.removeprefix(inside) for d in job.block_schemes(index)]
-        sums = backward(sequential, index, block, paths, inputs[index], sequential.hidden)
-        found.update({inside + path: total / tokens for path, total in sums.items()})
+        sequential.load(index)
+        layers = [decision.layer for decision in job.block_schemes(index)]
+        seen = backward(sequential, index, layers, inputs[index], sequential.hidden)
+        assert {squares.tokens for squares in seen.values()} == {job.segments.numel()}
+        found.update({name: squares.mean() for name, squares in seen.items()})
         sequential.release(index)
     return found
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import oracles
 from quantine.activations.grids import StaticGrid, TokenGrid
-from quantine.core.fit_range import faithful, fit_activations
+from quantine.core.fit_range import fit_activations, fit_activations_as_published
 from quantine.kernels.kv_attention.reference import round_probabilities
-from quantine.rptq.ranges import search, through, widened
+from quantine.rptq.ranges import cheapest_ranges, through, widened
 from quantine.statistics.channel_ranges import ChannelRanges, Over
 
 
@@ -96,7 +96,7 @@ def test_faithful_grids_are_those_of_the_published_formula(bits: int, seed: int)
     seen = ChannelRanges(5)
     seen.update(x, 1)
     low, high = seen.of_clusters(labels, "running")
-    grid = StaticGrid(bits, *faithful(low, high, bits), labels.int())
+    grid = StaticGrid(bits, *fit_activations_as_published(low, high, bits), labels.int())
     rounded = grid(x)
     for row, values in zip(x.tolist(), rounded.tolist(), strict=True):
         for channel, (value, found) in enumerate(zip(row, values, strict=True)):
@@ -149,7 +149,7 @@ def test_searched_ranges_never_cost_more_than_the_whole_range(bits: int, seed: i
         rounded = StaticGrid(bits, scale, zero, labels.int())(x[0])
         return torch.zeros(3).index_add_(0, labels, (rounded - x[0]).square().sum(0) * importance)
 
-    found = cost(*search(seen, importance, labels, bits))
+    found = cost(*cheapest_ranges(seen, importance, labels, bits))
     assert bool((found <= cost(*fit_activations(*seen.of_clusters(labels), bits)) * 1.00001).all())
 
 
@@ -157,7 +157,7 @@ def test_a_few_loud_values_are_clipped_where_that_is_cheaper() -> None:
     x = torch.randn(20, 100, 1, generator=torch.Generator().manual_seed(0))
     x[0, 0] = 8.0
     one = torch.zeros(1, dtype=torch.int64)
-    scale, _ = search(shown(x), torch.ones(1), one, 4)
+    scale, _ = cheapest_ranges(shown(x), torch.ones(1), one, 4)
     assert float(scale[0]) * 15 < 9.5
 
 
@@ -165,7 +165,7 @@ def test_a_value_that_every_sample_has_is_not_clipped() -> None:
     x = torch.randn(20, 100, 1, generator=torch.Generator().manual_seed(0))
     x[:, 0] = 80.0  # not among the tokens that are kept
     one = torch.zeros(1, dtype=torch.int64)
-    scale, zero = search(shown(x), torch.ones(1), one, 4)
+    scale, zero = cheapest_ranges(shown(x), torch.ones(1), one, 4)
     assert float(scale[0] * (15 - zero[0])) > 60
 
 
@@ -176,7 +176,7 @@ def test_ranges_go_beyond_what_was_seen_where_samples_differ_and_steps_are_small
     own = torch.arange(64)
     seen = shown(x)
     whole = fit_activations(*seen.of_clusters(own), 8)
-    searched = search(seen, torch.ones(64), own, 8)
+    searched = cheapest_ranges(seen, torch.ones(64), own, 8)
     assert float((searched[0] / whole[0]).mean()) > 1.1
     new = heavy.sample(torch.Size([16, 200, 64])).flatten(0, 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,14 +95,14 @@ def test_blocks_that_go_on_equal_blocks_that_start_again(
     for resumes in (False, True):
         job = prepare(tiny(name), Plan.preset("gptq", bits=4, group_size=8), short)
         assert job.segments is not None
-        sequential = Sequential(
-            job.model, job.family, job.checkpoint(), job.segments, None, {}, bfloat16, resumes
-        )
+        setup = job.calibration_setup(job.checkpoint(), resumes=resumes)
+        sequential = Sequential(replace(setup, bfloat16=bfloat16))
         tensors = []
         for index in range(len(block_list(job.model, job.family))):
             block = sequential.load(index)
-            for paths in job.family.groups:
-                tensors.append(sequential.observe_next(index, paths[0]).matrix)
+            for group, paths in enumerate(job.family.groups_in(index)):
+                observed = job.observed(index, group)
+                tensors.append(sequential.observe_next(index, observed).matrix)
                 for path in paths:
                     block.get_submodule(path).weight.data.mul_(0.9)
             sequential.advance(index)

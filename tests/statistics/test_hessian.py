@@ -11,6 +11,7 @@ import torch
 import oracles
 from quantine.core.permute import input_order
 from quantine.errors import SolverError
+from quantine.kernels.gram import add_gram
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import factorize
 from samples import correlated_inputs, observed, random_weight
@@ -26,7 +27,7 @@ def test_hessian_is_the_sum_of_outer_products() -> None:
 
 def test_leading_dimensions_are_tokens() -> None:
     x = correlated_inputs(6, 24)
-    batched = Hessian(6)
+    batched = Hessian(6, add_gram)
     batched.update(x.view(2, 3, 4, 6))
     assert batched.tokens == 24
     torch.testing.assert_close(batched.matrix, observed(x).matrix)
