@@ -1,4 +1,4 @@
-"""Keys and values of attention as packed codes that pass for floats."""
+"""Keys and values of attention as packed codes, in tensors that behave like floats."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from quantine.kernels.threads import pool
 
 
 class PackedStates(Tensor):
-    """Packed keys or values with the shape and dtype of what they stand for.
+    """Packed keys or values, with the shape and dtype of the floats they stand for.
 
-    Whoever knows them reads their codes. Any operation of PyTorch meets decoded floats, so any
-    attention function can be handed them.
+    quantine's attention reads the codes. Any operation of PyTorch gets the decoded floats instead,
+    so other attention functions work with them as well.
 
     Args:
-        packed: ``[batch, heads, tokens, bytes]`` uint8, each row one bit stream of codes.
-        bits: of a code, 2 to 8.
+        packed: ``[batch, heads, tokens, bytes]`` uint8: the codes of one head and token in a row,
+            in the layout of `quantine.kernels.bits.reference`.
+        bits: number of bits of one code, 2 to 8.
         scale, zero: ``[heads, dim]`` float32: a code ``c`` stands for ``scale * (c - zero)``.
-        dtype: of decoded floats.
+        dtype: float dtype that the tensor shows and decodes to.
     """
 
     packed: Tensor
@@ -39,7 +40,7 @@ class PackedStates(Tensor):
     def __new__(
         cls, packed: Tensor, bits: int, scale: Tensor, zero: Tensor, dtype: torch.dtype
     ) -> PackedStates:
-        """An empty tensor; `__init__` says what it stands for."""
+        """A tensor ``[batch, heads, tokens, dim]`` without memory; `__init__` adds the codes."""
         shape = (*packed.shape[:3], scale.shape[1])
         made: PackedStates = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device
@@ -52,7 +53,7 @@ class PackedStates(Tensor):
         self.packed, self.bits, self.scale, self.zero = packed, bits, scale, zero
 
     def decoded(self) -> Tensor:
-        """``[batch, heads, tokens, dim]`` floats."""
+        """The floats that the codes stand for, ``[batch, heads, tokens, dim]`` of this dtype."""
         batch, heads, tokens, dim = self.shape
         rows = self.packed.reshape(batch * heads * tokens, self.packed.shape[3])
         codes = unpack(rows, self.bits, dim).view(batch, heads, tokens, dim)
@@ -70,7 +71,7 @@ class PackedStates(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """``func`` of decoded floats."""
+        """Call PyTorch's ``func`` with decoded floats in place of packed states."""
         args, kwargs = tree_map_only(cls, cls.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
@@ -83,12 +84,14 @@ def pack_states(
     packed: Tensor,
     feedback: Tensor | None = None,
 ) -> None:
-    """Write the codes of ``states`` ``[batch, heads, tokens, dim]``, of any float dtype.
+    """Round keys or values and write their codes into ``packed``.
 
     Args:
-        bits, scale, zero: as `PackedStates` takes them.
-        packed: ``[batch, heads, tokens, packed_bytes]`` uint8, which is written.
-        feedback: ``[heads, dim, dim]`` float16, see `quantine.kernels.kv_attention.feedback`.
+        states: ``[batch, heads, tokens, dim]`` of any float dtype.
+        bits, scale, zero: the grid, as for `PackedStates`.
+        packed: ``[batch, heads, tokens, bytes]`` uint8, overwritten.
+        feedback: ``[heads, dim, dim]`` float16, for error feedback among channels, see
+            `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
     """
     if backend.of(states, scale, packed) == "reference":
         packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
@@ -102,7 +105,11 @@ def pack_states(
 def pack_states_reference(
     states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor | None = None
 ) -> Tensor:
-    """What `pack_states` writes."""
+    """The bytes that `pack_states` writes, in plain PyTorch; arguments are the same.
+
+    Returns:
+        ``[batch, heads, tokens, bytes]`` uint8.
+    """
     floats = states.detach().float()
     if feedback is None:
         codes = encode(floats, scale.unsqueeze(1), zero.unsqueeze(1), bits)
@@ -117,9 +124,13 @@ def pack_states_reference(
 def round_states(
     states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor
 ) -> Tensor:
-    """What the codes of ``states`` ``[batch, heads, tokens, dim]`` stand for, as float32.
+    """Round keys, values or queries with error feedback, and decode the codes again.
 
-    Arguments are those of `pack_states`.
+    Args:
+        states, bits, scale, zero, feedback: as for `pack_states`.
+
+    Returns:
+        ``[batch, heads, tokens, dim]`` float32.
     """
     shape = (*states.shape[:3], packed_bytes(states.shape[3], bits))
     packed = torch.empty(shape, dtype=torch.uint8, device=states.device)
