@@ -96,7 +96,7 @@ class StaticGrid(FixedDtypes):
         return decode(encode(x, scale, zero, self.bits), scale, zero)
 
     def extra_repr(self) -> str:
-        """One line for ``print(model)``: bits, channels, clusters and whether tokens have factors."""
+        """One line for ``print(model)``: bits, channels, clusters, and factors of tokens if any."""
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
         shown = f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
         return shown if self.reached() is None else f"{shown}, a factor for each token"

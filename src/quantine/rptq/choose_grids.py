@@ -72,7 +72,7 @@ def ranking_samples(sequential: Sequential) -> int:
 
 
 def outputs(sequential: Sequential, index: int) -> list[Tensor]:
-    """Outputs of block ``index`` as it is now, ``[batch, tokens, width]`` for each ranking batch."""
+    """Outputs ``[batch, tokens, width]`` of block ``index``, as it is now, on `ranking_batches`."""
     with torch.no_grad():
         return [
             sequential.run(index, sequential.hidden[batch])
