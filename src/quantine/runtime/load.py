@@ -1,4 +1,4 @@
-"""Loading quantized directories."""
+"""Loading quantized models from their directories."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ def load(
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """Load an output of `quantine.quantize`, or a checkpoint of SpQR, and its tokenizer.
+    """Load a quantized model, written by `quantine.quantize` or by SpQR, and its tokenizer.
 
-    Weights stay packed; the files are mapped, not copied.
+    Weights stay packed; the files are mapped into memory, not copied.
 
     Args:
         directory: an output directory, or the hub id of an uploaded one; or one whose config.json
             says ``quant_method: spqr``, whoever wrote it.
-        dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
-        arithmetic: of products with packed matrices; ``None`` is the plan's, which the directory
-            holds (``exact``, if it holds none).
+        dtype: dtype of activations and of weights that are not quantized; ``"auto"`` is that of the
+            source model.
+        arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
+            ``None`` takes what the directory says (``exact``, if it says nothing).
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
         CheckpointError: there is no such directory.
-        FormatError: it is not quantine's, or tensors are missing.
+        FormatError: it holds no quantized model, or is damaged.
         PlanError: there is no such arithmetic.
     """
     source = locate(directory)
@@ -50,7 +51,10 @@ def load_packed(
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
 ) -> PreTrainedModel:
-    """The quantized model of ``source``; see `load`."""
+    """Load the quantized model of ``source`` without its tokenizer.
+
+    Arguments and errors are those of `load`.
+    """
     from transformers import AutoModelForCausalLM
 
     if arithmetic is not None and not is_arithmetic(arithmetic):
@@ -84,5 +88,9 @@ def load_packed(
 
 
 def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of ``source``, packed or float, computing in ``dtype``."""
+    """Load the model of ``source``, quantized or not, to compute in ``dtype``.
+
+    Raises:
+        CheckpointError, FormatError: the model cannot be read.
+    """
     return load_packed(source, dtype) if source.is_quantized() else source.float_model(dtype)

@@ -1,4 +1,4 @@
-"""The structure of blocks that round activations, when a directory is loaded."""
+"""Rebuilding the modules of blocks that round activations, when a directory is loaded."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ if TYPE_CHECKING:
 def rebuild(
     model: PreTrainedModel, activations: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> None:
-    """Give the blocks of ``model`` the modules that ``entries`` hold tensors of.
+    """Install grids and reordered norms in the blocks of ``model``, without values.
+
+    transformers then loads the values from the files.
 
     Args:
-        activations: as config.json has it.
+        model: the model as transformers builds it, with or without its head.
+        activations: how activations are rounded, as config.json has it.
+        entries: headers of all tensors in the files, by full name.
 
     Raises:
-        FormatError: a tensor is missing.
+        FormatError: the files lack a tensor, or the model has no decoder blocks.
     """
     # Directories that do not say it were made when nothing else existed.
     before = {"relative": False, "value_clusters": None, "token_factors": False}
@@ -45,7 +49,14 @@ def rebuild(
 
 
 class _Stored:
-    """One block as files hold it."""
+    """One block as the files describe it.
+
+    Args:
+        family: the model's architecture.
+        spec: bits, clusters and ranges of activations.
+        path: path of the block in the model.
+        entries: headers of all tensors in the files, by full name.
+    """
 
     def __init__(
         self, family: Family, spec: ActivationSpec, path: str, entries: Mapping[str, Entry]
@@ -54,7 +65,11 @@ class _Stored:
         self._entries = entries
 
     def into(self, block: nn.Module) -> None:
-        """Build the modules."""
+        """Install the modules in ``block``, their tensors on the meta device.
+
+        Raises:
+            FormatError: the files lack a tensor.
+        """
         add_sites(block, self._family, self._spec)
         add_norms(block, self._family, self._spec, lambda path: self._tensor(f"{path}.order"))
         add_grids(block, self._family, self._spec, self._grid)
