@@ -1,1 +1,1 @@
-"""Measuring models."""
+"""Measuring models: perplexity, closeness to a reference, task scores, speed and memory."""

@@ -1,4 +1,4 @@
-"""A row of a comparison: one model, and how it scored."""
+"""The rows of a comparison of several models, and the loss of quality that they are ranked by."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import math
 from typing import Any, Final
 
 Row = dict[str, Any]
+"""One model of a comparison: its measurements by name, with ``texts`` and ``tasks`` as
+`quantine.eval.evaluate.evaluate` has them."""
 
 
 COMPARISON_STEM: Final = "comparison"
-"""Name of the files of a comparison's tables, without suffix."""
+"""Name, without suffix, of the files that hold a comparison's tables."""
 
 
 def loss_of_quality(row: Row) -> float | None:
-    """Perplexity over the float model's, the geometric mean over texts; ``None`` without texts."""
+    """The model's perplexity divided by the float model's, as the geometric mean over texts.
+
+    1 is no loss, larger is worse. ``None`` without texts, or where a text has no recovery or one of
+    zero.
+    """
     recoveries = [text["recovery"] for text in row["texts"].values()]
     if not recoveries or not all(recoveries):
         return None

@@ -1,4 +1,4 @@
-"""Everything `quantine eval` measures of one model, in one dictionary."""
+"""Everything that `quantine eval` measures of one model, as one dictionary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OnWindow = Callable[[str, int, int, float], None]
-"""Called with a text's name, windows done, windows in all, and the perplexity so far."""
+"""A function that is told of progress: name of the text, number of windows done, number of windows
+in all, and the perplexity so far."""
 
 
 def evaluate(
@@ -51,21 +52,22 @@ def evaluate(
     """Measure a float or quantized model.
 
     Args:
-        model: anything `quantine.runtime.source.locate` finds.
-        texts: one or several, see `quantine.calibrate.text.read_text`; parts held out from
-            calibration are used. The model is loaded once for all.
-        window: tokens per window; default is 2048, or the model's longest context if shorter.
-        limit: windows of each text used at most.
-        reference: a model to compare with, window by window.
+        model: a model, named as for `quantine.source.locate.locate`.
+        texts: one or several texts, named as for `quantine.calibrate.text.read_text`, whose
+            held-out parts are used. The model is loaded once for all.
+        window: tokens per window; ``None`` is 2048, or the model's longest context if shorter.
+        limit: largest number of windows of each text; ``None`` uses all.
+        reference: a model to compare with, window by window, named like ``model``.
         cache: directory in which the reference's predictions are kept, so that it runs once for
-            many models; see `quantine.eval.predictions`. Without one both are in memory.
-        dtype: of the computation.
-        tasks: questions to ask, after the texts.
+            many models; see `quantine.eval.predictions`. Without one both models are in memory.
+        dtype: dtype of activations and of weights that are not quantized.
+        tasks: tasks to run after the texts.
+        on_window: called after each window.
 
     Returns:
-        ``model``, ``dtype``, ``reference``, ``bits_per_weight`` and ``model_bytes`` of the weight
-        files; ``tasks`` by name, see `quantine.eval.tasks.compare_tasks`; and ``texts`` by the
-        name of a text (of a file, without its directory):
+        The names ``model``, ``dtype`` and ``reference``; ``bits_per_weight``, and ``model_bytes``,
+        the size of the weight files; ``tasks`` by name, see `quantine.eval.tasks.compare_tasks`;
+        and ``texts`` by the name of a text (of a file, without its directory):
 
         * ``perplexity``, its standard error ``stderr`` (delta method over window means),
           ``tokens`` scored, ``windows``, ``window``, ``digest`` of the scored tokens, ``seconds``;
@@ -105,10 +107,16 @@ def evaluate(
 def cut_texts(
     source: ModelSource, texts: str | Sequence[str], window: int | None, limit: int | None
 ) -> dict[str, Tensor]:
-    """Windows ``[windows, window]`` int64 of each text, by its own name or that of its file.
+    """Tokenize texts and cut them into windows.
+
+    Arguments are those of `evaluate`.
+
+    Returns:
+        By name of the text, or of its file, token ids ``[windows, window]`` int64.
 
     Raises:
-        CalibrationError: see `evaluate`.
+        CalibrationError: a text is too short, given twice, or belongs to another tokenizer; or
+            ``window`` or ``limit`` is out of range.
     """
     config = source.config()
     window = window_length(window, getattr(config, "max_position_embeddings", None))
@@ -124,10 +132,13 @@ def cut_texts(
 def reference_of(
     source: ModelSource, reference: str | Path, dtype: torch.dtype, cache: str | Path | None
 ) -> Predictions:
-    """What ``source`` is compared with.
+    """The predictions of the reference model that ``source`` is compared with.
+
+    Other arguments are those of `evaluate`.
 
     Raises:
-        CalibrationError: the vocabularies differ.
+        CalibrationError: the two models have vocabularies of different size.
+        CheckpointError: there is no such model.
     """
     compared = locate(reference)
     if compared.config().vocab_size != source.config().vocab_size:
@@ -138,10 +149,13 @@ def reference_of(
 def summary(
     name: str, scored: Iterable[Score], windows: Tensor, on_window: OnWindow
 ) -> dict[str, Any]:
-    """What `evaluate` says of the text ``name``.
+    """The measurements of one text, as `evaluate` returns them.
 
     Args:
-        scored: a score for each of ``windows`` ``[windows, window]``.
+        name: name of the text, for ``on_window``.
+        scored: a score for each window, computed as it is asked for.
+        windows: token ids ``[windows, window]`` int64.
+        on_window: called after each window.
     """
     started = time.perf_counter()
     scores: list[Score] = []
@@ -162,20 +176,34 @@ def summary(
 
 
 def digest_of(windows: Tensor) -> str:
-    """Hash of the tokens ``windows``."""
+    """A hash of the token ids ``windows`` in hexadecimal, which tells whether two texts agree."""
     return hashlib.blake2b(windows.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def measure_tasks(
     model: PreTrainedModel, source: ModelSource, reference: Predictions | None, tasks: Tasks
 ) -> dict[str, Any]:
-    """The ``tasks`` of `evaluate`."""
+    """Run tasks and return their results as `evaluate` has them.
+
+    Args:
+        model: the model, loaded.
+        source: the model's files, which hold its tokenizer.
+        reference: the model to compare with; ``None`` for none.
+        tasks: the tasks.
+
+    Raises:
+        PlanError: a task fails.
+    """
     other = None if reference is None else reference_answers(reference, tasks)
     return compare_tasks(tasks.run(model, source.tokenizer()), other)
 
 
 def reference_answers(reference: Predictions, tasks: Tasks) -> dict[str, TaskScore]:
-    """The task scores of a reference, which are remembered."""
+    """The task scores of a reference model by task, which its cache keeps.
+
+    Raises:
+        PlanError: a task fails.
+    """
     kept = f"tasks-{tasks.request.identity()}"
     plain = reference.recall(kept)
     if plain is None:
@@ -186,7 +214,7 @@ def reference_answers(reference: Predictions, tasks: Tasks) -> dict[str, TaskSco
 
 
 def _closeness(scores: list[Score]) -> dict[str, float | None]:
-    """How near the model is to its reference; every value ``None`` without one."""
+    """The measurements that need a reference, as `evaluate` has them; all ``None`` without one."""
     other = [s.reference_loss / s.tokens for s in scores if s.reference_loss is not None]
     if not other:
         names = ("kl", "kl_stderr", "top1", "top1_stderr", "reference_perplexity")
@@ -208,7 +236,10 @@ def _closeness(scores: list[Score]) -> dict[str, float | None]:
 
 
 def bits_per_weight(model: PreTrainedModel, source: ModelSource) -> float:
-    """Packed bits per quantized weight; of a float model, stored bits per parameter."""
+    """Bits of packed tensors for each quantized weight; for a float model, file bits per parameter.
+
+    Scales, zero points and outliers of the packed layers are included.
+    """
     packed = [module for _, module in packed_modules(model)]
     if not packed:
         return source.weight_bytes() * 8 / sum(p.numel() for p in model.parameters())

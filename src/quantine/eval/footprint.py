@@ -1,8 +1,8 @@
-"""Memory that serving a model takes under a scheme, from its configuration alone.
+"""Memory that serving a model takes under a scheme, computed from its configuration alone.
 
-After RPTQ (arXiv 2304.01089, section 4.3): weights, the cache of keys and values, and the temporary
-activations of one block. Every value is taken to be stored at the bits of its site as soon as it is
-made, and attention scores are never written out.
+After RPTQ (arXiv 2304.01089, section 4.3): weights, the KV cache, and the temporary activations of
+one block. Activations are assumed to be stored at the bits of their site as soon as they are made,
+and attention scores are assumed never to be written out.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ OPT: Final[dict[str, tuple[int, int, int]]] = {
     "opt-66b": (64, 9216, 72),
     "opt-175b": (96, 12288, 96),
 }
-"""Models that are known by name, so that nothing has to be downloaded."""
+"""Models known by name, as ``(blocks, width, heads)``, so that nothing has to be downloaded."""
 SCHEMES: Final = ("W16A16", "W4A16", "W4A8", "W4A4", "W4A4KV", "W4A3KV", "W3A3KV")
+"""Schemes that are computed by default; `quantine.plan.shorthand.parse_shorthand` explains them."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a model takes while a batch runs through it.
+    """Bytes of memory that a model takes while a batch runs through it.
 
     Attributes:
-        scheme: its name.
-        weights: all weights; matrices in blocks at the scheme's bits, with a 16 bit scale and a
-            zero point for each row and cluster of inputs, the rest in 16 bit; and what rounding in
-            turn needs, as if every head of every block did.
-        cache: keys and values of all tokens.
-        temporary: the most that is alive at once inside of a block.
+        scheme: name of the scheme, such as ``"W4A4"``.
+        weights: bytes of all weights. Matrices in blocks have the scheme's bits, with a scale in 16
+            bit and a zero point for each row and cluster of inputs; the rest is in 16 bit. The
+            matrices for error feedback among the channels of heads are included, as if every head
+            that may have one did.
+        cache: bytes of the keys and values of all tokens.
+        temporary: bytes of the activations that are alive at once inside of a block, at most.
     """
 
     scheme: str
@@ -54,25 +56,30 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """Bytes of weights, cache and temporary activations together."""
         return self.weights + self.cache + self.temporary
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """All attributes and the total by name."""
         return {**vars(self), "total": self.total}
 
 
 def footprints(
     model: str, batch: int, seqlen: int, schemes: Sequence[str] = SCHEMES
 ) -> list[Footprint]:
-    """What ``model`` takes with ``batch`` sequences of ``seqlen`` tokens, for each scheme.
+    """The memory that a model takes under each of several schemes.
 
     Args:
-        model: a name in `OPT`, or as of `quantine.runtime.source.locate`; no weights are read.
+        model: a name in `OPT`, or a model named as for `quantine.source.locate.locate`; no weights
+            are read.
+        batch: number of sequences that run at once.
+        seqlen: number of tokens of each sequence.
+        schemes: names as for `quantine.plan.shorthand.parse_shorthand`.
 
     Raises:
-        PlanError: a scheme, ``batch`` or ``seqlen`` is none.
-        CheckpointError, FamilyError: the model is not there, or not covered.
+        PlanError: there is no such scheme, or ``batch`` or ``seqlen`` is not positive.
+        CheckpointError: there is no such model.
+        FamilyError: its architecture is not supported.
     """
     if batch < 1 or seqlen < 1:
         raise PlanError(f"batch and seqlen must be positive, not {batch} and {seqlen}")
@@ -91,7 +98,7 @@ def footprints(
 
 
 def opt_config(name: str) -> PretrainedConfig:
-    """The configuration of a model in `OPT`."""
+    """The transformers configuration of the model called ``name`` in `OPT`."""
     from transformers import OPTConfig
 
     blocks, width, heads = OPT[name]
@@ -110,7 +117,7 @@ def _cache(config: PretrainedConfig, tokens: int, scheme: Shorthand) -> int:
 
 
 def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:
-    """Bytes of feedback (`quantine.rptq.feedback`), for every head whose channels may be rounded in turn."""
+    """Bytes of the matrices of `quantine.rptq.feedback`, for every head that may have one."""
     if not spec.searches:
         return 0
     dim = head_dim(config)
@@ -123,13 +130,15 @@ def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of a model.
+    """The sizes of a model that its memory depends on.
 
     Attributes:
         matrices: rows and columns of every matrix in blocks.
-        others: numbers in everything else.
-        width, attention, hidden: channels of the residual stream, of what attention puts out, and
-            of the MLP, whose first matrices write ``written`` channels.
+        others: number of parameters outside of these matrices.
+        width: number of channels of the residual stream.
+        attention: number of input channels of attention's output projection.
+        hidden: number of input channels of the last matrix of the MLP.
+        written: number of channels that the first matrices of the MLP (gate and up) write together.
     """
 
     matrices: tuple[tuple[int, int], ...]
@@ -165,9 +174,13 @@ class _Sizes:
         return bits // 8 + self.others * ELEMENT_BYTES
 
     def temporary_bytes(self, scheme: Shorthand, tokens: int) -> int:
-        """Bytes of the largest set of values that live at once; keys and values are in the cache.
+        """Bytes of the largest set of activations that are alive at once inside of a block.
 
-        The residual stream stays in 16 bit all along.
+        Keys and values count as cache. The residual stream stays in 16 bit all along.
+
+        Args:
+            scheme: bits of every site.
+            tokens: number of tokens of all sequences together.
         """
         spec, stream = scheme.activations, self.width * UNQUANTIZED
         normed, hidden = self.width * spec.norm, self.hidden * spec.hidden

@@ -1,4 +1,4 @@
-"""Averages of paired measurements with 95% confidence intervals."""
+"""Averages of paired measurements, with standard errors and 95% confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from typing import Final
 
 NORMAL: Final = 1.959964
-"""Quantile of the normal distribution that leaves 2.5% above it."""
+"""Quantile of the standard normal distribution that leaves 2.5% above it."""
 FEWEST: Final = 4
-"""Samples below which no interval is given: it would say nothing."""
+"""Number of samples below which no interval is given, as it would say nothing."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and the 95% confidence interval around it; no bounds with too few samples."""
+    """A number and its 95% confidence interval.
+
+    Attributes:
+        value: the number.
+        low, high: ends of the interval; ``None`` with too few samples.
+    """
 
     value: float
     low: float | None = None
@@ -32,12 +37,14 @@ def mean_with_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def perplexity_recovery(losses: Sequence[float], reference: Sequence[float]) -> Interval:
-    """The reference's perplexity over the model's: 1 is as good, below 1 is worse.
+    """The reference's perplexity divided by the model's: 1 is as good, below 1 is worse.
+
+    Pairing windows removes from the interval what makes a window hard for both models.
 
     Args:
-        losses, reference: mean loss in nats of each window, of the model and of the reference on
-            the same windows. Pairing removes what makes windows hard for both. Losses of the
-            model that are no numbers are infinite ones: it recovers nothing.
+        losses: mean loss of each window in nats, of the model. One that is NaN counts as infinite:
+            the recovery is then 0.
+        reference: the same of the reference, on the same windows.
     """
     if any(map(math.isnan, losses)):
         return Interval(0.0)
@@ -50,9 +57,16 @@ def perplexity_recovery(losses: Sequence[float], reference: Sequence[float]) -> 
 
 
 def score_recovery(scores: Sequence[float], reference: Sequence[float]) -> Interval | None:
-    """The model's mean score over the reference's, questions paired; ``None`` if that is 0.
+    """The model's mean score divided by the reference's, with questions paired.
 
     The interval is that of a ratio of means by the delta method.
+
+    Args:
+        scores: score of each question, of the model.
+        reference: the same of the reference, on the same questions.
+
+    Returns:
+        ``None`` if the reference's mean score is 0.
     """
     base, _ = mean_with_error(reference)
     if base == 0:
@@ -67,9 +81,13 @@ def score_recovery(scores: Sequence[float], reference: Sequence[float]) -> Inter
 
 
 def t_quantile(freedom: int) -> float:
-    """What leaves 2.5% of Student's t above it; within 1% from 3 degrees of freedom on.
+    """The quantile of Student's t distribution that leaves 2.5% above it.
 
-    The expansion around the normal quantile of Abramowitz and Stegun, 26.7.5.
+    By the expansion around the normal quantile of Abramowitz and Stegun, 26.7.5, which is within 1%
+    from 3 degrees of freedom on.
+
+    Args:
+        freedom: degrees of freedom.
     """
     z, z2 = NORMAL, NORMAL**2
     return z * (

@@ -1,4 +1,4 @@
-"""Bytes of a model's key-value cache, from its configuration."""
+"""Bytes of a model's KV cache, computed from its configuration."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 ELEMENT_BYTES: Final = 2
-"""Of a key or value in 16 bit."""
+"""Bytes of one number in 16 bit."""
 
 
 def cache_bytes(config: PretrainedConfig, tokens: int) -> int:
-    """Bytes of keys and values of ``tokens`` tokens in 16 bit, as if no layer forgets any.
+    """Bytes of the keys and values of ``tokens`` tokens in 16 bit.
 
-    Two vectors for each layer and each head that has keys of its own (RPTQ, section 3.1).
+    A key and a value for each token, block, and head that has keys of its own (RPTQ, arXiv
+    2304.01089, section 3.1). Sliding windows are not taken into account: all tokens are kept.
     """
     heads = config.num_attention_heads
     keyed = getattr(config, "num_key_value_heads", None) or heads
@@ -26,7 +27,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int) -> int:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Channels of a head."""
+    """Number of channels of an attention head."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )

@@ -1,4 +1,4 @@
-"""Perplexity the GPTQ way, and closeness to a reference model.
+"""Perplexity as GPTQ measures it, and closeness to a reference model.
 
 The whole text is one token stream, cut into windows that do not overlap; the last, incomplete one
 is dropped. A window's first token is context only, so a window of ``n`` tokens scores ``n - 1``.
@@ -24,18 +24,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DEFAULT_WINDOW: Final = 2048
+"""Tokens per window where nothing else is asked for, as in the papers' tables."""
 ROWS_AT_ONCE: Final = 256
-"""Token rows whose logits are turned into float32 probabilities at once."""
+"""Number of tokens whose logits are turned into float32 probabilities at once, to bound memory."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model expects after each token of a window but the last.
+    """A model's prediction of the next token, after each token of a window but the last.
 
     Attributes:
-        logits: ``[window - 1, vocabulary]`` floats, up to a constant in each row.
-        top: ``[window - 1]`` int64, the most likely successors.
-        loss: negative log-likelihood of the successors that came, summed, in nats.
+        logits: ``[window - 1, vocabulary]`` of any float dtype; a constant may have been added to
+            each row.
+        top: ``[window - 1]`` int64, the most likely next tokens.
+        loss: negative log-likelihood, in nats, of the tokens that really come next, summed.
     """
 
     logits: Tensor
@@ -45,14 +47,17 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Score:
-    """What a window of text says about a model; sums over its scored tokens.
+    """The score of a model on one window of text, as sums over its scored tokens.
 
     Attributes:
         loss: negative log-likelihood in nats.
-        kl: Kullback-Leibler divergence from the reference, in nats; 0 without one.
-        agree: tokens whose most likely successor is the reference's; 0 without one.
-        tokens: scored tokens.
-        reference_loss: the reference's negative log-likelihood in nats; ``None`` without one.
+        kl: Kullback-Leibler divergence from the reference's predictions in nats; 0 without a
+            reference.
+        agree: number of positions where the most likely next token is the reference's; 0 without a
+            reference.
+        tokens: number of scored tokens.
+        reference_loss: the reference's negative log-likelihood in nats; ``None`` without a
+            reference.
     """
 
     loss: float
@@ -63,7 +68,11 @@ class Score:
 
 
 def window_length(window: int | None, longest_context: int | None) -> int:
-    """Tokens per window for a model whose positions end at ``longest_context``.
+    """Tokens per window for a model with a context of at most ``longest_context`` tokens.
+
+    Args:
+        window: what is asked for; ``None`` is `DEFAULT_WINDOW`, or the context if shorter.
+        longest_context: ``None`` for a model without a limit.
 
     Raises:
         CalibrationError: ``window`` is below 2 or longer than the context.
@@ -82,10 +91,21 @@ def window_length(window: int | None, longest_context: int | None) -> int:
 def cut_windows(
     source: ModelSource, text: str, window: int, limit: int | None, vocabulary: int
 ) -> Tensor:
-    """Token ids ``[windows, window]`` int64 of ``text``.
+    """Tokenize the held-out part of a text and cut it into windows.
+
+    Args:
+        source: the model, whose tokenizer is used.
+        text: a text, named as for `quantine.calibrate.text.read_text`.
+        window: tokens per window.
+        limit: largest number of windows; ``None`` keeps all.
+        vocabulary: number of tokens that the model knows.
+
+    Returns:
+        Token ids ``[windows, window]`` int64.
 
     Raises:
-        CalibrationError: the text does not fill one window, or ``limit`` is below 1.
+        CalibrationError: the text cannot be read or does not fill one window, the tokenizer belongs
+            to another model, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
         raise CalibrationError(f"the limit must be at least 1 window, not {limit}")
@@ -102,7 +122,7 @@ def cut_windows(
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
-    """What ``model`` expects after each of ``tokens`` ``[window]`` int64 but the last."""
+    """Run ``model`` on one window of token ids ``[window]`` int64."""
     logits: Tensor = model(
         input_ids=tokens.unsqueeze(0), use_cache=False, output_attentions=False
     ).logits[0, :-1]
@@ -117,10 +137,13 @@ def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
 def score_windows(
     model: PreTrainedModel, reference: Callable[[Tensor], Prediction] | None, windows: Tensor
 ) -> Iterator[Score]:
-    """Score ``windows`` ``[windows, window]`` one after another.
+    """Score a model on windows of text, one after another as they are asked for.
 
     Args:
-        reference: gives a window's prediction to compare with.
+        model: the model.
+        reference: gives the reference's prediction for the token ids ``[window]`` of a window;
+            ``None`` for no reference.
+        windows: token ids ``[windows, window]`` int64.
     """
     for tokens in windows:
         own = predict(model, tokens)
@@ -133,7 +156,11 @@ def score_windows(
 
 
 def divergence(model: Prediction, reference: Prediction) -> float:
-    """Kullback-Leibler divergence of ``model`` from ``reference``, summed over rows, in nats."""
+    """Kullback-Leibler divergence of a model's prediction from the reference's, in nats.
+
+    It is ``sum(r * (log r - log p))`` with the reference's probabilities ``r`` and the model's
+    ``p``, summed over the tokens of the window.
+    """
     kl = 0.0
     for start in range(0, len(model.top), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
@@ -144,14 +171,15 @@ def divergence(model: Prediction, reference: Prediction) -> float:
 
 
 def perplexity_of(scores: Sequence[Score]) -> tuple[float, float | None]:
-    """Perplexity and its standard error, windows being the samples; ``None`` with just one."""
+    """Perplexity over all windows, and its standard error; see `perplexity_from`."""
     return perplexity_from([score.loss / score.tokens for score in scores])
 
 
 def perplexity_from(losses: Sequence[float]) -> tuple[float, float | None]:
     """Perplexity and its standard error from the mean loss in nats of each window.
 
-    The error is that of the mean loss, carried through the exponential (delta method).
+    The error is that of the mean loss over windows, carried through the exponential (delta method);
+    ``None`` for a single window.
     """
     mean, error = mean_with_error(losses)
     perplexity = math.exp(mean) if mean < math.log(1e300) else math.inf

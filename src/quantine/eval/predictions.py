@@ -1,7 +1,8 @@
-"""What a reference model predicts, computed once and kept on disk.
+"""Predictions of a reference model, computed once and kept on disk.
 
-A prediction is one safetensors file of about ``2 * window * vocabulary`` bytes: log-probabilities
-in float16, which blurs divergences by some 1e-5 nats, the most likely tokens and the loss exactly.
+The prediction for a window is one safetensors file of about ``2 * window * vocabulary`` bytes. It
+holds log-probabilities in float16, which changes divergences by some 1e-5 nats, and the most likely
+tokens and the loss exactly.
 """
 
 from __future__ import annotations
@@ -32,22 +33,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LEAST: Final = -60_000.0
-"""Log-probability that stands for all below it, which float16 does not have."""
+"""Smallest log-probability that is stored, as float16 does not reach much lower."""
 ABOUT: Final = "model.json"
-"""File that says which model a directory of predictions belongs to."""
+"""Name of the file that says which model a directory of predictions belongs to."""
 
 
 class Predictions:
-    """A reference model, loaded only if something it says is not on disk yet.
+    """The predictions of a reference model, which is loaded only if some are not on disk yet.
 
-    With a cache, everything is kept in a directory named by a hash of the model's files, the
-    computation's dtype, and the versions of the libraries that compute; a window's file is named
-    by a hash of its tokens. Text, tokenizer, window and limit decide nothing else.
+    Called with a window's tokens, it gives the prediction. With a cache, a model's predictions are
+    in a directory named by a hash of the model's files, the dtype, the backend and the versions of
+    the libraries that compute; a window's file is named by a hash of its tokens. So a window of the
+    same tokens is found again, whatever text, tokenizer and limit it comes from.
 
     Args:
         source: the reference model.
-        dtype: of the computation.
-        cache: directory shared by all models; ``None`` keeps nothing.
+        dtype: dtype of activations and of weights that are not quantized.
+        cache: directory shared by all reference models, made if missing; ``None`` keeps nothing.
     """
 
     def __init__(self, source: ModelSource, dtype: torch.dtype, cache: Path | None) -> None:
@@ -57,12 +59,12 @@ class Predictions:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """The model itself."""
+        """The reference model, loaded when it is first needed."""
         return load_model(self.source, self._dtype)
 
     @cached_property
     def directory(self) -> Path | None:
-        """Where this model's predictions are kept, made if missing.
+        """The directory of this model's predictions, made if missing; ``None`` without a cache.
 
         Raises:
             OutputError: it cannot be made.
@@ -84,13 +86,13 @@ class Predictions:
         return path
 
     def reserve(self, texts: Iterable[Tensor]) -> None:
-        """Check that the predictions of all windows of ``texts`` fit on the disk.
+        """Check that the predictions that are not on disk yet will fit there.
 
         Args:
-            texts: ``[windows, window]`` int64 each.
+            texts: token ids ``[windows, window]`` int64 of each text.
 
         Raises:
-            OutputError: they do not.
+            OutputError: the disk has too little room.
         """
         if self.directory is None:
             return
@@ -110,7 +112,7 @@ class Predictions:
             )
 
     def __call__(self, tokens: Tensor) -> Prediction:
-        """The prediction for ``tokens`` ``[window]`` int64.
+        """The prediction for a window of token ids ``[window]`` int64, from disk if it is there.
 
         Raises:
             OutputError: a file in the cache is damaged, or the disk is full.
@@ -125,12 +127,12 @@ class Predictions:
         return made
 
     def recall(self, name: str) -> Any:
-        """Plain data that `remember` kept under ``name``, or ``None``."""
+        """The plain data that `remember` stored as ``name``; ``None`` if there is none."""
         path = None if self.directory is None else self.directory / f"{name}.json"
         return read_json(path) if path is not None and path.is_file() else None
 
     def remember(self, name: str, value: object) -> None:
-        """Keep plain data beside the predictions."""
+        """Store plain data as ``name`` beside the predictions; without a cache, do nothing."""
         if self.directory is not None:
             write_json(self.directory / f"{name}.json", value)
 

@@ -1,4 +1,4 @@
-"""What a model writes, beside what its reference writes."""
+"""Texts that a model and its reference write after the same prompts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPTS: Final = (16, 128, 512)
-"""Tokens of the prompts; longer ones than the context allows are left out."""
+"""Lengths of the prompts in tokens; those that do not fit the model's context are left out."""
 WRITTEN: Final = 40
-"""Tokens that are written after each, always the most likely one."""
+"""Number of tokens written after each prompt, always the most likely one."""
 
 
 def decode_samples(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """Continue held-out text of the built-in texts with both models.
+    """Continue the held-out part of the built-in text with both models.
+
+    Args:
+        model: the quantized model.
+        reference: the float model.
+        tokenizer: the tokenizer of both.
 
     Returns:
-        For each prompt: ``prompt_tokens``, ``prompt``, ``reference`` and ``model`` (what they
-        write), and ``same``, how many tokens they agree on before they first differ.
+        For each prompt its length ``prompt_tokens`` and text ``prompt``, the texts that
+        ``reference`` and ``model`` write, and ``same``, the number of tokens before they first
+        differ.
     """
     text = read_text(BUILTIN, "heldout")
     stream = token_stream(tokenizer, text, model.config.vocab_size, BUILTIN)

@@ -1,6 +1,8 @@
-"""How fast a packed model runs: each kind of matrix against the memory, and text against floats.
+"""The speed of a packed model on this machine.
 
-Everything that is compared runs by turns, so that a change of the machine's load meets all of it.
+Products with each kind of matrix are compared with the speed at which memory can be read, and
+decoding of text with that of other models. Everything compared is measured in turns, so that a
+change of the machine's load affects all of it. GB are 1e9 bytes.
 """
 
 from __future__ import annotations
@@ -28,16 +30,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 READ_BYTES: Final = 2**29
-"""Bytes of the read test, more than caches hold."""
+"""Bytes read to measure the speed of memory, more than the processor's caches hold."""
 WORK_BYTES: Final = 2**25
-"""Bytes of matrices that are read in one measurement, at least."""
+"""Bytes of matrices that one measurement of products reads, about: small matrices are repeated."""
 DECODED: Final = 16
-"""Tokens that are decoded in one measurement."""
+"""Number of tokens decoded in one measurement."""
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes of the float models that a packed model can be compared with, by name."""
 
 Maker = Callable[[int], Decoder | ModuleDecoder]
+"""A function that makes a decoder with room for a number of tokens."""
 Timed = dict[str, float]
-"""``median``, ``low`` and ``high`` of some measurements."""
+"""``median``, ``low`` and ``high`` of several measurements."""
 
 
 def measure(
@@ -48,20 +52,27 @@ def measure(
     runs: int = 5,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure a quantized directory on this machine with PyTorch's number of threads.
+    """Measure a quantized model on this machine, with as many threads as PyTorch uses.
 
     Args:
-        against: what else decodes by turns: ``"float32"`` or ``"bfloat16"``, the modules of
-            transformers with the same weights as floats; or another model, packed or float.
-        contexts: tokens before those that are decoded; longer ones than the model allows are cut.
-        runs: measurements of everything.
-        on_step: called with what is measured next.
+        directory: a quantized model, named as for `quantine.source.locate.locate`.
+        against: what else decodes, in turns with it: ``"float32"`` or ``"bfloat16"``, the modules
+            of transformers with the same weights as floats; or another model, packed or float.
+        contexts: numbers of tokens that precede those decoded; those too long for the model are
+            shortened.
+        runs: number of measurements of everything.
+        on_step: called with a line that says what is measured next.
 
     Returns:
-        ``arithmetic`` of the plan, ``threads``, ``level``, ``read`` (GB/s), ``kernels`` (by kind of
-        native matrix: ``name``, ``shape``, ``scheme``, ``bits_per_weight``, and for both
-        arithmetics GB/s of packed bytes and their share of ``read``), and ``text`` (by model and
-        context: ``prefill`` and ``decode`` in tokens/s).
+        * ``model``, its name, and ``arithmetic``, which its directory asks for;
+        * ``threads``, and ``level``, the instruction set of the native kernels;
+        * ``read``, the speed of memory in GB/s;
+        * ``kernels``, for each kind of native matrix: ``name`` of the first, number of
+          ``matrices``, ``shape``, ``format``, ``bits_per_weight`` in files and
+          ``bits_in_memory``, and for ``exact`` and ``fast`` the speed in GB/s of packed bytes and
+          its ``share`` of ``read``;
+        * ``text``, for each model and context: ``name``, ``context``, and ``prefill`` and
+          ``decode`` in tokens/s.
 
     Raises:
         BackendUnavailable: there is no native extension, and so nothing to measure.
@@ -103,9 +114,16 @@ def measure(
 
 
 def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
-    """Tokens/s of ``model`` after ``context`` tokens, as `quantine.runtime.generate` decodes.
+    """The speed of decoding in tokens/s.
 
-    Fewer tokens where the model's context is shorter.
+    Packed models decode natively with exact arithmetic where that is possible, others with their
+    modules.
+
+    Args:
+        model: a packed or float model.
+        context: number of tokens before those that are decoded; fewer where the model's context is
+            shorter.
+        runs: number of measurements.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None:
@@ -125,9 +143,9 @@ def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
 
 
 def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
-    """Packed modules by what they have in common; each kind under the name of its first.
+    """Packed modules of the same layout, spec and shape, by the name of the first of each kind.
 
-    Without those that have no native matrix: see `quantine.kernels.matrix.packed_matrix`.
+    Modules without a native matrix are left out, see `quantine.kernels.matrix.packed_matrix`.
     """
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
     for name, module in packed_modules(model):
@@ -138,9 +156,10 @@ def _kinds(model: PreTrainedModel) -> dict[str, list[Packed]]:
 
 
 def _product_speed(modules: list[Packed], arithmetic: Arithmetic) -> float:
-    """GB/s of packed bytes while one row of activations meets each of ``modules``, in turns.
+    """Speed of products with one row of activations, in GB/s of packed bytes.
 
-    Kinds that are smaller than the caches come from there, as they may while a model decodes.
+    The matrices of ``modules`` are multiplied in turn. If all of them fit into the processor's
+    caches they are read from there, as they may be while a model decodes.
     """
     matrices = [module.matrix() for module in modules]
     nbytes = sum(matrix.nbytes for matrix in matrices)
@@ -180,7 +199,7 @@ def _shares(
 
 
 def _rivals(source: ModelSource, model: PreTrainedModel, against: str | None) -> dict[str, Maker]:
-    """By name, what makes a decoder for a number of tokens."""
+    """The decoders that are compared, by name: native, modules, and what ``against`` asks for."""
     rivals: dict[str, Maker] = {"modules": lambda room: ModuleDecoder(model)}
     rivals.update(_native_rivals(model))
     if against in DTYPES:
@@ -194,7 +213,7 @@ def _rivals(source: ModelSource, model: PreTrainedModel, against: str | None) ->
 
 
 def _native_rivals(model: PreTrainedModel) -> dict[str, Maker]:
-    """Nothing for models that have no native decoder."""
+    """The native decoders of ``model`` by arithmetic; empty where there is none."""
     try:
         decoder_for(model, 1)
     except BackendUnavailable:
@@ -206,7 +225,7 @@ def _native_rivals(model: PreTrainedModel) -> dict[str, Maker]:
 
 
 def _as_floats(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The packed model of ``source`` with plain float matrices."""
+    """The packed model of ``source`` with its linear layers decoded to floats, in ``dtype``."""
     model = load_packed(source, torch.float32)
     for name, module in list(model.named_modules()):
         plain: torch.nn.Module

@@ -1,4 +1,4 @@
-"""Task scores by lm-eval, which brings prompts and metrics; nothing of it is copied here."""
+"""Task scores, such as zero-shot accuracy, by lm-eval, which brings prompts, data and metrics."""
 
 from __future__ import annotations
 
@@ -41,25 +41,30 @@ FEWSHOT: Final[dict[str, int]] = {
     # Its paper prompts a model tuned for mathematics without examples; this is lm-eval's own count.
     "gsm8k": 5,
 }
-"""Examples in the prompt, as the papers have them; other tasks say it in their definitions."""
+"""Number of examples in the prompt by task, as in the papers; other tasks define it themselves."""
 BATCH: Final = 8
-"""Sequences that go through the model together; sums of floats depend on it."""
+"""Number of sequences that go through the model together; how float sums round depends on it."""
 PASS_AT_1: Final = "pass@1"
+"""Name of the metric of tasks that run programs: the share that pass at the first attempt."""
 PYTHON_SEED: Final = 0
+"""Seed of Python's generator during a task, as lm-eval sets it."""
 OTHER_SEED: Final = 1234
+"""Seed of numpy's and PyTorch's generators during a task, as lm-eval sets it."""
 FEWSHOT_SEED: Final = 1234
-"""Seeds of everything random in a task, such as which examples go into a prompt: lm-eval's."""
+"""Seed that decides which examples go into a prompt, as lm-eval sets it."""
 
 
 @dataclass(frozen=True)
 class TaskRequest:
-    """Tasks to run.
+    """A request for task scores.
+
+    Raises `PlanError` if ``limit`` is below 1 or ``path`` is no directory.
 
     Attributes:
-        names: of lm-eval's tasks or groups, or of those defined in ``path``.
-        limit: questions of each task at most, the first ones; ``None`` asks all.
+        names: names of lm-eval's tasks or groups of tasks, or of those defined in ``path``.
+        limit: largest number of questions of each task, from the first; ``None`` asks all.
         path: directory with further task definitions.
-        run_code: allow tasks that run programs which the model wrote.
+        run_code: whether tasks may run programs that the model wrote.
     """
 
     names: tuple[str, ...]
@@ -74,7 +79,10 @@ class TaskRequest:
             raise PlanError(f"{self.path} is no directory of task definitions")
 
     def identity(self) -> str:
-        """Hash of all that decides the questions and how they are scored."""
+        """A hash of everything that decides the questions and how they are scored.
+
+        lm-eval must be installed, as its version counts.
+        """
         state: list[Any] = [self.names, self.limit, BATCH, version("lm_eval")]
         files = [] if self.path is None else sorted(p for p in self.path.rglob("*") if p.is_file())
         state += [hashlib.blake2b(file.read_bytes()).hexdigest() for file in files]
@@ -86,12 +94,15 @@ class TaskScore:
     """The score of a task or of a group of tasks.
 
     Attributes:
-        metric: that of the task's definition which comes first, of those where more is better.
-        score: its mean over questions.
-        stderr: standard error of the mean over questions, those of a group taken together.
-        fewshot: examples in a prompt.
-        answers: score of each question, in order; empty where the metric is no mean over them.
-        metrics: all of the task's metrics.
+        metric: name of the metric that counts: the first in the task's definition that is not
+            better when lower.
+        score: its value, for most metrics the mean over questions.
+        stderr: standard error of the mean over questions, those of a group taken together; ``None``
+            with fewer than two ``answers``.
+        fewshot: number of examples in a prompt.
+        answers: score of each question, in order; empty where questions have no scores of their
+            own.
+        metrics: values of all of the task's metrics by name.
     """
 
     metric: str
@@ -103,11 +114,15 @@ class TaskScore:
 
 
 class Tasks:
-    """Tasks that exist and may be run.
+    """The tasks of a request, loaded with their data.
+
+    Args:
+        request: which tasks.
 
     Raises:
         QuantineError: lm-eval is not installed.
-        PlanError: no such task, its data is out of reach, or it runs code without leave to do so.
+        PlanError: there is no such task, its data cannot be loaded, or it runs programs that the
+            model wrote and the request does not allow that.
     """
 
     def __init__(self, request: TaskRequest) -> None:
@@ -125,9 +140,16 @@ class Tasks:
             )
 
     def run(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, TaskScore]:
-        """Score ``model`` on every task, by name.
+        """Score a model on every task.
 
-        Programs are not run by lm-eval, but by `quantine.eval.code`.
+        Programs that the model writes are run by `quantine.eval.code`, not by lm-eval.
+
+        Args:
+            model: the model.
+            tokenizer: its tokenizer.
+
+        Returns:
+            The scores by name of the task.
 
         Raises:
             PlanError: a task fails.
@@ -168,7 +190,18 @@ class Tasks:
 def compare_tasks(
     scores: dict[str, TaskScore], reference: dict[str, TaskScore] | None
 ) -> dict[str, Any]:
-    """The ``tasks`` of `quantine.eval.evaluate.evaluate`: plain values by name of the task."""
+    """Put the scores of a model and of its reference side by side.
+
+    Args:
+        scores: the model's scores by name of the task.
+        reference: the reference's scores of the same tasks; ``None`` for no reference.
+
+    Returns:
+        By name of the task: ``metric``, ``score``, ``stderr``, ``fewshot``, number of
+        ``questions``, all ``metrics``, ``reference_score``, and ``recovery`` (the model's score
+        divided by the reference's) with its 95% confidence interval from ``recovery_low`` to
+        ``recovery_high``. The last four are ``None`` where they cannot be computed.
+    """
     found: dict[str, Any] = {}
     for name, score in scores.items():
         other = None if reference is None else reference[name]
@@ -190,7 +223,13 @@ def compare_tasks(
 
 
 def _manager(request: TaskRequest) -> Any:
-    """What finds the definitions: lm-eval's own thousands only where they are needed."""
+    """The lm-eval ``TaskManager`` that finds the definitions of the requested tasks.
+
+    lm-eval's own thousands of definitions are indexed only where they are needed.
+
+    Raises:
+        PlanError: there is no such task.
+    """
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -208,7 +247,11 @@ def _manager(request: TaskRequest) -> Any:
 
 
 def _load(name: str, manager: Any) -> Any:
-    """The task or group ``name`` with its data."""
+    """Load the task or group ``name`` with its data.
+
+    Raises:
+        PlanError: the definition or its data cannot be loaded.
+    """
     try:
         return manager.load([name])
     except Exception as error:  # definitions and data sets fail in many ways, none of them typed
@@ -223,7 +266,7 @@ def _runs_code(loaded: Any) -> bool:
 
 
 def _score_of(name: str, results: Any) -> TaskScore:
-    """What lm-eval's ``results`` say of one task or group."""
+    """Read the score of one task or group from lm-eval's ``results``."""
     leaves = _leaves(name, results)
     values = {**results["results"], **results.get("groups", {})}[name]
     named = {key: value for key, value in values.items() if "," in key and "_stderr" not in key}
@@ -242,7 +285,7 @@ def _score_of(name: str, results: Any) -> TaskScore:
 
 
 def _score_of_code(name: str, results: Any) -> TaskScore:
-    """Run the programs that lm-eval let the model write."""
+    """Run the programs that the model wrote, and score the share that pass."""
     answers = tuple(
         float(passes(f"{_first(sample['filtered_resps'])}\n{sample['target']}"))
         for leaf in _leaves(name, results)
@@ -253,19 +296,25 @@ def _score_of_code(name: str, results: Any) -> TaskScore:
 
 
 def _first(answers: Any) -> str:
-    """The first answer; where several are drawn for each question, they are a list in a list."""
+    """The first answer to a question, out of nested lists where several were drawn."""
     return answers if isinstance(answers, str) else _first(answers[0])
 
 
 def _leaves(name: str, results: Any) -> list[str]:
-    """The tasks below a group, in the order of their names; a task itself."""
+    """Names of the tasks in a group, sorted; for a task only its own name."""
     below = results.get("group_subtasks", {}).get(name) or []
     found = [leaf for child in below for leaf in _leaves(child, results)]
     return sorted(found) if found else [name]
 
 
 def _answers(samples: Sequence[Any], metric: str, kind: str) -> tuple[float, ...]:
-    """The score of each question; none where it is not a number."""
+    """The score of each question, in order of the questions; empty if some score is no number.
+
+    Args:
+        samples: for each task lm-eval's records of its questions.
+        metric: name of the metric.
+        kind: name of lm-eval's filter that answers have gone through.
+    """
     values = [
         sample.get(metric)
         for task in samples
@@ -279,7 +328,7 @@ def _answers(samples: Sequence[Any], metric: str, kind: str) -> tuple[float, ...
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Seed all generators as lm-eval does, and give them their states back afterwards."""
+    """A context in which all random generators are seeded as by lm-eval; restores their states."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         random.seed(PYTHON_SEED)
