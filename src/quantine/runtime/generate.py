@@ -104,7 +104,7 @@ def continue_tokens(
         ids: ``[1, n]`` int64 token ids of the prompt.
         tokens: largest number of tokens to generate.
         temperature: divisor of logits before sampling; 0 always takes the most likely token.
-        generator: for sampling.
+        generator: random generator for sampling.
         decoder: a decoder of ``model`` that has seen no tokens; ``None`` runs the modules of
             ``model``.
     """

@@ -83,10 +83,10 @@ class Columns:
 
         Args:
             weight: ``[rows, inputs]`` float32, which is copied.
-            upper: see the attributes, as for all that is not listed here.
             order: ``[inputs]`` int64, the order of the loop: column ``j`` is input ``order[j]``.
-            values: ``scales`` and ``zeros``.
+            values: the attributes ``scales`` and ``zeros``.
             price: threshold of outliers; infinite for no outliers.
+            upper, bits, groups, at_reach: the attributes of these names.
         """
         weights = weight.T[order]  # a copy
         keeps = price < math.inf

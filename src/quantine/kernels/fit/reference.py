@@ -61,7 +61,7 @@ class _StatisticCodes:
         """The statistics in the form of `Grid.scale` and `Grid.zero_point`.
 
         Args:
-            dtype: of values that have no second grid.
+            dtype: dtype of values that have no second grid.
         """
         if self.grid is None:
             return self.codes.T.to(dtype)

@@ -44,7 +44,7 @@ class InputGrid:
             bits: number of bits of one code, 2 to 8.
             scale, zero: ``[in]`` float32, in the order of the model's inputs.
             qtensor: the packed weight, with groups along inputs.
-            reach: see the attribute.
+            reach: the attribute of this name.
 
         Returns:
             The grid; ``None`` where the inputs of one group of weights differ in scale or zero

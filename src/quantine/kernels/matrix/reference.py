@@ -42,8 +42,8 @@ def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> T
     centred = qtensor.codes - _of_weights(grid.zeros(), grid, qtensor.codes.shape)
     if kept is None:
         return _multiply_rounded(centred, grid, stored)
-    # What an outlier adds to its code's weight meets the activations as they are. Where the grid
-    # has an exact zero, the code stands for that.
+    # An outlier counts as the weight of its code plus a correction, which is multiplied with the
+    # activations as they are. Where the grid has an exact zero, the code is set to mean that.
     places = kept.row_indices(), kept.columns
     if has_exact_zero(grid):
         centred[places] = 0.0
