@@ -2,23 +2,12 @@
 // processor has them.
 #include "gram/amx.h"
 
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+
+#include "base/amx.h"
 
 namespace quantine {
 namespace {
-
-constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-constexpr long kTileData = 18;               // the state component of tiles
-constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;  // of CPUID leaf 7, EDX
-
-struct alignas(64) Configuration {
-  std::uint8_t palette = 1, start = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Two tokens of up to 16 columns, pair by pair.
 __m512i pairs(const std::uint16_t* x, std::size_t tokens, std::size_t inputs, __mmask16 columns) {
@@ -60,12 +49,7 @@ void transpose(const __m512i* rows, std::uint32_t* out) {
 
 }  // namespace
 
-bool allow_tiles() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  if ((d & kTiles) == 0 || (d & kBfloat16) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+bool allow_tiles() { return ask_for_tiles(kHasBfloat16Tiles); }
 
 void pack_step(const std::uint16_t* x, std::size_t tokens, std::size_t inputs, std::size_t first,
                PackedStep& packed) {
@@ -86,7 +70,7 @@ void pack_step(const std::uint16_t* x, std::size_t tokens, std::size_t inputs, s
 
 void multiply_strips(const PackedStep* left, const PackedStep* right, std::size_t strips,
                      std::size_t steps, float* products) {
-  const Configuration configuration;
+  const TileConfiguration configuration;
   _tile_loadconfig(&configuration);
   for (std::size_t strip = 0; strip < strips; ++strip) {
     const PackedStep* other = right + strip * steps;

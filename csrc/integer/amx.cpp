@@ -1,28 +1,17 @@
 // Compiled for AMX; called only where the processor has it, AVX-512 with VNNI, and the system's
 // permission.
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
+#include "base/amx.h"
 #include "integer/avx512.h"
 
 namespace quantine {
 namespace {
 
-constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-constexpr long kTileData = 18;               // the state component of tiles
-constexpr unsigned kHasTiles = 1u << 24, kHasIntegers = 1u << 25;  // of CPUID leaf 7, EDX
 constexpr std::size_t kLanes = 16, kStep = 64, kVector = 64;
 constexpr std::size_t kFewRows = 8;  // that tiles would hardly be filled with
 constexpr std::size_t kFewSteps = 2;  // sums of groups that are stored while others are made
 constexpr std::size_t kStrip = 32;  // rows of activations, and outputs, of four tiles of sums
-
-struct alignas(64) Configuration {
-  std::uint8_t palette = 1, start = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Sums of a group, [2, 2, 16, 16]: of 16 rows and both tiles; then of the next 16 rows.
 struct alignas(64) Sums {
@@ -183,7 +172,7 @@ class Strip {
 void multiply(const Panel& panel, std::size_t tile, bool two, const Codes& a, std::size_t row,
               std::size_t rows, float* results) {
   if (rows <= kFewRows) return multiply_avx512(panel, tile, two, a, row, rows, results);
-  const Configuration configuration;
+  const TileConfiguration configuration;
   _tile_loadconfig(&configuration);
   for (std::size_t done = 0; done < rows; done += kStrip) {
     float* strip = results + done * kStrip;
@@ -195,12 +184,7 @@ void multiply(const Panel& panel, std::size_t tile, bool two, const Codes& a, st
 
 }  // namespace
 
-bool allow_integer_tiles() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  if ((d & kHasTiles) == 0 || (d & kHasIntegers) == 0) return false;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+bool allow_integer_tiles() { return ask_for_tiles(kHasIntegerTiles); }
 
 const IntegerLevel& integer_amx() {
   static const IntegerLevel level = {"amx", kStep, kStrip, round_avx512, centre_avx512, multiply};

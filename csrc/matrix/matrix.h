@@ -28,6 +28,11 @@ constexpr std::size_t kBlock = 64;  // inputs that share a scale of rounded acti
 constexpr int kLargestCode = 127 * 256 + 127;
 constexpr std::size_t kChunkBytes = kChunk * sizeof(std::int16_t);  // of such codes
 
+// Chunks that lie together, so that they fill whole vectors of every plane: see docs/kernels.md.
+constexpr int chunks_together(int bits) {
+  return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2;
+}
+
 // Where the scales, or the zero points, of a tile's groups are.
 struct StatisticLayout {
   Kept kept = Kept::kMiddle;

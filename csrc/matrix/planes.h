@@ -22,12 +22,10 @@ inline __attribute__((always_inline)) void unroll(F&& f) {
 
 constexpr std::size_t kAhead = 4096;  // bytes that memory is asked for before they are needed
 
-constexpr int together_of(int bits) { return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2; }
-
 // Vectors that hold the codes of some chunks, in planes of 8, 4, 2 and 1 bits.
 template <typename V, int kBits>
 struct Planes {
-  static constexpr int kTogether = together_of(kBits);
+  static constexpr int kTogether = chunks_together(kBits);
   static constexpr int kVectors = kBits * kTogether / 8;
 
   inline __attribute__((always_inline)) explicit Planes(const std::uint8_t* bytes) {

@@ -38,11 +38,6 @@ std::vector<Block> cut(const std::vector<std::size_t>& ends) {
 
 constexpr std::size_t kMostTogether = 8;
 
-// Chunks that fill whole vectors of every plane: see docs/kernels.md.
-constexpr int chunks_together(int bits) {
-  return bits == 8 ? 1 : bits % 2 ? 8 : bits % 4 ? 4 : 2;
-}
-
 // Chunks of every block, if all are alike and whole vectors of chunks do not cut through blocks.
 std::size_t even_chunks(const Weights& weights) {
   const std::size_t chunks = weights.blocks[0].chunks;
