@@ -1,5 +1,5 @@
-// What files compiled for AMX share: asking for tiles, and their shape. Nothing here may be shared with
-// other files, which run on other processors too.
+// What files compiled for AMX share: asking for tiles, and their shape. Nothing here may be shared
+// with other files, which run on other processors too.
 #pragma once
 
 #include <cpuid.h>

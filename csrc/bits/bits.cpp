@@ -17,7 +17,8 @@ void pack_row(const std::uint8_t* codes, std::uint8_t* packed, std::size_t colum
   std::uint64_t word = 0;
   const int rest = static_cast<int>(columns - j);
   for (int k = 0; k < rest; ++k) word |= static_cast<std::uint64_t>(codes[j + k]) << (B * k);
-  for (int k = 0; k < (rest * B + 7) / 8; ++k) packed[k] = static_cast<std::uint8_t>(word >> (8 * k));
+  for (int k = 0; k < (rest * B + 7) / 8; ++k)
+    packed[k] = static_cast<std::uint8_t>(word >> (8 * k));
 }
 
 template <int B>
@@ -32,7 +33,8 @@ void unpack_row(const std::uint8_t* packed, std::uint8_t* codes, std::size_t col
   if (j == columns) return;
   std::uint64_t word = 0;
   const int rest = static_cast<int>(columns - j);
-  for (int k = 0; k < (rest * B + 7) / 8; ++k) word |= static_cast<std::uint64_t>(packed[k]) << (8 * k);
+  for (int k = 0; k < (rest * B + 7) / 8; ++k)
+    word |= static_cast<std::uint64_t>(packed[k]) << (8 * k);
   for (int k = 0; k < rest; ++k) codes[j + k] = static_cast<std::uint8_t>(word >> (B * k) & mask);
 }
 

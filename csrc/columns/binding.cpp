@@ -17,9 +17,10 @@ Report round_block(Array<float> weights, Array<const float> upper,
                    quantine::Pool& pool) {
   const std::size_t inputs = weights.shape(0), rows = weights.shape(1);
   if (bits < 1 || bits > 8) throw nb::value_error("bits must be 1 to 8");
-  if (!has_shape(upper, inputs, inputs) || groups.shape(0) != inputs || !has_shape(codes, inputs, rows) ||
-      !has_shape(errors, inputs, rows) || (kept && !has_shape(*kept, inputs, rows)) || start > stop ||
-      stop > inputs || scales.shape(1) != rows || !has_shape(zeros, scales.shape(0), rows))
+  if (!has_shape(upper, inputs, inputs) || groups.shape(0) != inputs ||
+      !has_shape(codes, inputs, rows) || !has_shape(errors, inputs, rows) ||
+      (kept && !has_shape(*kept, inputs, rows)) || start > stop || stop > inputs ||
+      scales.shape(1) != rows || !has_shape(zeros, scales.shape(0), rows))
     throw nb::value_error("upper must be [inputs, inputs], groups [inputs], grids [groups, rows], "
                           "everything else [inputs, rows]");
   for (std::size_t j = 0; j < inputs; ++j)

@@ -73,8 +73,8 @@ void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_
   for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
 
-// Fits the groups of outputs of column `j` in a range of rows, and spreads their grids over the rows
-// of `scales` and `zeros`.
+// Fits the groups of outputs of column `j` in a range of rows, and spreads their grids over the
+// rows of `scales` and `zeros`.
 Misfit fit_column(const Fitter& fitter, const Columns& c, std::size_t j, RowRange range,
                   float* scales, float* zeros) {
   const std::size_t n = fitter.length, groups = range.count / n;

@@ -28,8 +28,8 @@ struct Columns {
 // Rounds columns from `start` to `stop`, taking what each loses off those up to `stop`. A group
 // that is fitted starts at `start`, or is whole between the two. `fitter`, whose groups ascend, is
 // null where grids are known. Of one whose groups run along outputs, statistics are those of every
-// column, and the grids of `columns` are not looked at. Rows are independent of one another: results
-// are the same for any number of threads.
+// column, and the grids of `columns` are not looked at. Rows are independent of one another:
+// results are the same for any number of threads.
 Misfit round_block(const Columns& columns, std::size_t start, std::size_t stop,
                    const Fitter* fitter, Pool& pool);
 

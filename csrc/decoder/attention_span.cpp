@@ -31,7 +31,8 @@ template <int kCount, int kWidth, typename T>
 QUANTINE_INLINE void add_products(const float* x, const T* from, Wide (&sums)[kCount][kWidth]) {
   Wide read_once[kWidth];
 #pragma GCC unroll 4
-  for (int part = 0; part < kWidth; ++part) read(from + part * static_cast<int>(kWide), read_once[part]);
+  for (int part = 0; part < kWidth; ++part)
+    read(from + part * static_cast<int>(kWide), read_once[part]);
 #pragma GCC unroll 4
   for (int q = 0; q < kCount; ++q)
 #pragma GCC unroll 4
@@ -62,7 +63,8 @@ QUANTINE_INLINE float largest(const float* scores) {
     for (std::size_t r = 0; r < kKeyLanes; ++r)
       best[r] = scores[j + r] > best[r] ? scores[j + r] : best[r];
   for (std::size_t half = kKeyLanes / 2; half > 0; half /= 2)
-    for (std::size_t r = 0; r < half; ++r) best[r] = best[r + half] > best[r] ? best[r + half] : best[r];
+    for (std::size_t r = 0; r < half; ++r)
+      best[r] = best[r + half] > best[r] ? best[r + half] : best[r];
   return best[0];
 }
 

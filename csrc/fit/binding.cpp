@@ -36,18 +36,18 @@ void bind_fit(nb::module_& m) {
       .def(
           "__init__",
           [](FitterArrays* self, int bits, bool symmetric, int scale_bits, int zero_bits,
-             std::size_t run, const std::string& clip, float price, bool look_ahead,
-             bool given, std::size_t length, bool of_columns, Vector<const float> spread, Array<float> scales,
+             std::size_t run, const std::string& clip, float price, bool look_ahead, bool given,
+             std::size_t length, bool of_columns, Vector<const float> spread, Array<float> scales,
              Array<std::uint8_t> scale_codes, Array<float> scale_step, Array<float> scale_zero,
              Array<float> zeros, Array<std::uint8_t> zero_codes, Array<float> zero_step,
              Array<float> zero_zero) {
-            new (self) FitterArrays{
-                request(bits, symmetric, scale_bits, zero_bits, run, clip, price, look_ahead, given),
-                spread,
-                length,
-                of_columns,
-                {scales, scale_codes, scale_step, scale_zero},
-                {zeros, zero_codes, zero_step, zero_zero}};
+            new (self) FitterArrays{request(bits, symmetric, scale_bits, zero_bits, run, clip,
+                                            price, look_ahead, given),
+                                    spread,
+                                    length,
+                                    of_columns,
+                                    {scales, scale_codes, scale_step, scale_zero},
+                                    {zeros, zero_codes, zero_step, zero_zero}};
           });
   m.def("fit_groups", &fit_groups, nb::arg("columns"), nb::arg("fitter"), nb::arg("pool"));
 }

@@ -22,8 +22,8 @@ struct StatisticArrays {
 
   void check(std::size_t groups, std::size_t rows, std::size_t run) const {
     const std::size_t runs = (rows + run - 1) / run;
-    if (!has_shape(values, groups, rows) || !has_shape(codes, groups, rows) || !has_shape(step, groups, runs) ||
-        !has_shape(zero, groups, runs))
+    if (!has_shape(values, groups, rows) || !has_shape(codes, groups, rows) ||
+        !has_shape(step, groups, runs) || !has_shape(zero, groups, runs))
       throw nb::value_error("statistics must be [groups, rows], of second grids [groups, runs]");
   }
   quantine::Statistic first() const {
@@ -42,7 +42,8 @@ struct FitterArrays {
   // Of a matrix whose columns are fitted one by one: groups of `length` outputs are the rows.
   quantine::Fitter checked_columns(std::size_t inputs, std::size_t outputs) const {
     if (length == 0 || outputs % length != 0 || spread.shape(0) != inputs || request.run != 1)
-      throw nb::value_error("groups must tile the outputs, in runs of one; spread must be [inputs]");
+      throw nb::value_error("groups must tile the outputs, in runs of one; spread must be "
+                            "[inputs]");
     const std::size_t rows = outputs / length;
     scale.check(inputs, rows, 1);
     zero.check(inputs, rows, 1);
@@ -55,7 +56,8 @@ struct FitterArrays {
                             "columns");
     scale.check(inputs / length, rows, request.run);
     zero.check(inputs / length, rows, request.run);
-    return {request, of_columns, spread.data(), length, scale.step.shape(1), scale.first(), zero.first()};
+    return {request,      of_columns,   spread.data(), length, scale.step.shape(1),
+            scale.first(), zero.first()};
   }
 };
 

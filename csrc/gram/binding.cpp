@@ -1,5 +1,5 @@
-// Python bindings of sums of outer products. Where the compiler does not know AMX, all there is to say
-// is that no tiles are multiplied.
+// Python bindings of sums of outer products. Where the compiler does not know AMX, all there is to
+// say is that no tiles are multiplied.
 #include <cstdint>
 
 #include "bindings.h"
@@ -12,7 +12,8 @@ namespace {
 #if defined(QUANTINE_AMX)
 void add_gram(Array<const std::int16_t> x, Array<float> total, quantine::Pool& pool) {
   if (!quantine::multiplies_tiles()) throw nb::value_error("this processor multiplies no tiles");
-  if (!has_shape(total, x.shape(1), x.shape(1))) throw nb::value_error("total must be [inputs, inputs]");
+  if (!has_shape(total, x.shape(1), x.shape(1)))
+    throw nb::value_error("total must be [inputs, inputs]");
   nb::gil_scoped_release release;
   quantine::add_gram(reinterpret_cast<const std::uint16_t*>(x.data()), x.shape(0), x.shape(1),
                      total.data(), pool);

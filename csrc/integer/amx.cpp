@@ -18,8 +18,8 @@ struct alignas(64) Sums {
   std::int32_t at[4][256];
 };
 
-// 32 rows of activations meet one or two tiles. Tiles of sums are 0 and 1, of the next 16 rows 2 and 3.
-// While the one pair is stored, the other is summed: tiles have to wait for their products.
+// 32 rows of activations meet one or two tiles. Tiles of sums are 0 and 1, of the next 16 rows 2
+// and 3. While the one pair is stored, the other is summed: tiles have to wait for their products.
 template <bool kTwo>
 class Strip {
  public:

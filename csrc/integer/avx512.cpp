@@ -12,7 +12,8 @@ constexpr std::size_t kLanes = 16, kQuad = 4, kVector = 64;
 
 // Of four codes without a sign with four that have one. GCC 12 would copy each sum twice around the
 // intrinsic function.
-inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, __m512i weights) {
+inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes,
+                                                        __m512i weights) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(weights));
 }
 
@@ -51,7 +52,8 @@ void multiply_rows(const Panel& panel, std::size_t tile, const Codes& a, std::si
         __m512 whole = _mm512_cvtepi32_ps(sum[r][t]);
         if (panel.rests != nullptr) {
           const float codes = a.sums[(row + static_cast<std::size_t>(r)) * a.groups + group];
-          whole = _mm512_fnmadd_ps(_mm512_loadu_ps(panel.rests + place), _mm512_set1_ps(codes), whole);
+          whole = _mm512_fnmadd_ps(_mm512_loadu_ps(panel.rests + place), _mm512_set1_ps(codes),
+                                   whole);
         }
         total[r][t] = _mm512_fmadd_ps(whole, scale, total[r][t]);
       }
@@ -59,7 +61,8 @@ void multiply_rows(const Panel& panel, std::size_t tile, const Codes& a, std::si
   }
   for (int r = 0; r < kRows; ++r)
     for (int t = 0; t < kTiles; ++t)
-      _mm512_storeu_ps(results + static_cast<std::size_t>(r) * 2 * kLanes + t * kLanes, total[r][t]);
+      _mm512_storeu_ps(results + static_cast<std::size_t>(r) * 2 * kLanes + t * kLanes,
+                       total[r][t]);
 }
 
 template <int kTiles>
@@ -115,7 +118,8 @@ bool round_avx512(const float* x, const Codes& a, const float* scales, const flo
 void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* offsets,
                    std::int8_t* out, std::int32_t* sums) {
   // Each lane of 32 bits holds four codes of an output.
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets)));
+  const __m512i wide =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offsets)));
   const __m512i offset = _mm512_mullo_epi32(wide, _mm512_set1_epi32(0x01010101));
   __m512i sum = _mm512_loadu_si512(sums);
   for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
@@ -127,7 +131,8 @@ void centre_avx512(const std::uint8_t* codes, std::size_t chunks, const std::uin
 }
 
 const IntegerLevel& integer_avx512() {
-  static const IntegerLevel level = {"avx512", kQuad, kMostRows, round_avx512, centre_avx512, multiply_avx512};
+  static const IntegerLevel level = {"avx512",     kQuad,         kMostRows,
+                                     round_avx512, centre_avx512, multiply_avx512};
   return level;
 }
 

@@ -29,7 +29,8 @@ InputGrid grid_of(int bits, const Floats& scale, const Floats& zero, const Float
     grid.zero.assign(zero->data(), zero->data() + zero->shape(0));
   }
   if (above.has_value() != below.has_value() ||
-      (above && (!scale || above->shape(0) != scale->shape(0) || below->shape(0) != scale->shape(0))))
+      (above && (!scale || above->shape(0) != scale->shape(0) ||
+                 below->shape(0) != scale->shape(0))))
     throw nb::value_error("factors of tokens need two numbers for each scale of inputs");
   if (above) {
     grid.above.assign(above->data(), above->data() + above->shape(0));

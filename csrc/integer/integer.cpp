@@ -16,9 +16,10 @@
 namespace quantine {
 namespace {
 
-constexpr std::size_t kPanelBytes = 1u << 20;  // of a thread's weights: half of a second level cache
-constexpr std::size_t kMostTiles = 8;          // of a panel
-constexpr std::size_t kPair = 2 * kTile;       // outputs of two tiles
+// Of a thread's weights: half of a second level cache.
+constexpr std::size_t kPanelBytes = 1u << 20;
+constexpr std::size_t kMostTiles = 8;     // of a panel
+constexpr std::size_t kPair = 2 * kTile;  // outputs of two tiles
 
 std::vector<const IntegerLevel*> found_levels() {
   std::vector<const IntegerLevel*> found;
@@ -52,8 +53,8 @@ bool has_rests(const Weights& w) {
   return w.zero.kept == Kept::kWhole ? w.bits == 8 : w.zero.kept != Kept::kMiddle;
 }
 
-// Whole numbers that codes become less by, so that a byte with a sign holds them; and what is left of
-// the zero points. All are [groups, 16].
+// Whole numbers that codes become less by, so that a byte with a sign holds them; and what is left
+// of the zero points. All are [groups, 16].
 QUANTINE_CLONES
 void offset(const float* zeros, std::size_t groups, int bits, std::uint8_t* offsets, float* lefts) {
   const float least = static_cast<float>(std::max(0, (1 << bits) - 128));
@@ -64,9 +65,9 @@ void offset(const float* zeros, std::size_t groups, int bits, std::uint8_t* offs
   }
 }
 
-// From the sums of codes `totals` of a tile, [groups, 16]: what results begin with, for the zero points
-// of inputs, with `scales` of weights made those of products; or the sums of weights, for rows with
-// grids of their own.
+// From the sums of codes `totals` of a tile, [groups, 16]: what results begin with, for the zero
+// points of inputs, with `scales` of weights made those of products; or the sums of weights, for
+// rows with grids of their own.
 QUANTINE_CLONES
 void begin(const Codes& codes, const InputGrid& grid, const std::int32_t* totals,
            const float* lefts, float* scales, float* begin, float* sums) {
@@ -134,7 +135,8 @@ class Unpacked {
   // Codes of a group with a sign; padding is zero. Returns where the next group's begin.
   const std::uint8_t* centre(const std::uint8_t* codes, std::size_t group, std::size_t place) {
     const Span& span = rows_.codes().spans[group];
-    const std::size_t chunks = (span.width + kChunk - 1) / kChunk, missing = chunks * kChunk - span.width;
+    const std::size_t chunks = (span.width + kChunk - 1) / kChunk;
+    const std::size_t missing = chunks * kChunk - span.width;
     const std::uint8_t* offsets = offsets_.data() + group * kTile;
     std::int32_t* totals = totals_.data() + group * kTile;
     std::fill_n(totals, kTile, 0);
@@ -244,9 +246,12 @@ class Work {
         for (std::size_t c = 0; c < columns; ++c) results[r * kPair + c] *= rows_.factor(row + r);
     for (std::size_t r = 0; r < rows; ++r) {
       float* out = y_ + (row + r) * w_.rows + column;
-      if (rows_.is_lost(row + r)) std::fill_n(out, columns, std::numeric_limits<float>::quiet_NaN());
-      else if (columns == kPair) std::memcpy(out, results + r * kPair, kPair * sizeof(float));
-      else std::memcpy(out, results + r * kPair, columns * sizeof(float));
+      if (rows_.is_lost(row + r))
+        std::fill_n(out, columns, std::numeric_limits<float>::quiet_NaN());
+      else if (columns == kPair)
+        std::memcpy(out, results + r * kPair, kPair * sizeof(float));
+      else
+        std::memcpy(out, results + r * kPair, columns * sizeof(float));
     }
   }
 

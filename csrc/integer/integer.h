@@ -16,8 +16,8 @@ namespace quantine {
 constexpr std::size_t kLongestGroup = (1u << 31) / (128 * 255) - 1;
 
 // How inputs are rounded: `scale` and `zero` for each group of weights, or none, where every row of
-// activations has the grid of its own range. Where there are `above` and `below`, a row is divided by
-// its factor first: the largest product of a value with that of its group.
+// activations has the grid of its own range. Where there are `above` and `below`, a row is divided
+// by its factor first: the largest product of a value with that of its group.
 struct InputGrid {
   int bits = 8;
   std::vector<float> scale, zero, above, below;
@@ -27,8 +27,8 @@ struct InputGrid {
 // bits.
 std::vector<std::string> integer_levels();
 
-// y [batch, rows] = x [batch, columns] times the matrix, whose groups run along inputs. A row of `x`
-// with NaN, or without a finite range where it has a grid of its own, becomes NaN. Throws
+// y [batch, rows] = x [batch, columns] times the matrix, whose groups run along inputs. A row of
+// `x` with NaN, or without a finite range where it has a grid of its own, becomes NaN. Throws
 // std::invalid_argument for an unknown `level`.
 void multiply_integer(const Matrix& matrix, const InputGrid& grid, const float* x,
                       std::size_t batch, float* y, const std::string& level, Pool& pool);

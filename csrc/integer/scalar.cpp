@@ -43,7 +43,8 @@ void centre(const std::uint8_t* codes, std::size_t chunks, const std::uint8_t* o
 void multiply_row(const Panel& panel, std::size_t tile, const Codes& a, std::size_t row,
                   float* results) {
   const std::int8_t* weights = panel.codes + tile * a.stride * kOutputs;
-  for (std::size_t lane = 0; lane < kOutputs; ++lane) results[lane] = panel.begin[tile * kOutputs + lane];
+  for (std::size_t lane = 0; lane < kOutputs; ++lane)
+    results[lane] = panel.begin[tile * kOutputs + lane];
   for (std::size_t group = 0; group < a.groups; ++group) {
     const Span& span = a.spans[group];
     const std::uint8_t* x = a.codes + row * a.stride + span.start;

@@ -18,14 +18,16 @@ using Channels = Array<const float>;
 quantine::PackedStates states(const Codes4& codes, int bits, const Channels& scale,
                               const Channels& zero, std::size_t dim) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
-  if (codes.shape(3) != quantine::packed_bytes(dim, bits) || (codes.shape(3) > 1 && codes.stride(3) != 1))
+  if (codes.shape(3) != quantine::packed_bytes(dim, bits) ||
+      (codes.shape(3) > 1 && codes.stride(3) != 1))
     throw nb::value_error("rows of codes must be bit streams of as many codes as queries have");
   for (std::size_t axis = 0; axis < 3; ++axis)
     if (codes.stride(axis) < 0) throw nb::value_error("codes must not run backwards");
-  if (scale.shape(0) != codes.shape(1) || scale.shape(1) != dim || zero.shape(0) != codes.shape(1) ||
-      zero.shape(1) != dim)
+  if (!has_shape(scale, codes.shape(1), dim) || !has_shape(zero, codes.shape(1), dim))
     throw nb::value_error("scale and zero must be [kv_heads, dim]");
-  const auto stride = [&](std::size_t axis) { return static_cast<std::size_t>(codes.stride(axis)); };
+  const auto stride = [&](std::size_t axis) {
+    return static_cast<std::size_t>(codes.stride(axis));
+  };
   std::size_t extent = codes.shape(3);
   for (std::size_t axis = 0; axis < 3; ++axis) extent += (codes.shape(axis) - 1) * stride(axis);
   return {codes.data(), stride(0), stride(1), stride(2), extent, bits, scale.data(), zero.data()};
@@ -44,8 +46,7 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
       packed.shape(2) != states.shape(2) || packed.shape(3) != quantine::packed_bytes(dim, bits) ||
       (packed.shape(3) > 1 && packed.stride(3) != 1) || (dim > 1 && states.stride(3) != 1))
     throw nb::value_error("packed must be [batch, heads, tokens, packed_bytes(dim, bits)]");
-  if (scale.shape(0) != heads || scale.shape(1) != dim || zero.shape(0) != heads ||
-      zero.shape(1) != dim)
+  if (!has_shape(scale, heads, dim) || !has_shape(zero, heads, dim))
     throw nb::value_error("scale and zero must be [heads, dim]");
   if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim ||
                    feedback->shape(2) != dim))

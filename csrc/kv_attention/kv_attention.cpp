@@ -137,7 +137,8 @@ class Run {
     for (std::size_t index = 0; index < count(); ++index) {
       const std::size_t head = index / group_ % call_.kv_heads;
       const float* x = queries + index * call_.dim;
-      const float *scale = call_.keys.scale + head * call_.dim, *zero = call_.keys.zero + head * call_.dim;
+      const float* scale = call_.keys.scale + head * call_.dim;
+      const float* zero = call_.keys.zero + head * call_.dim;
       float* scaled = query(index);
       for (std::size_t d = 0; d < call_.dim; ++d) scaled[d] = x[d] * call_.scaling * scale[d];
       offsets_[index] = sum_of(call_.dim, [=](std::size_t d) { return scaled[d] * zero[d]; });

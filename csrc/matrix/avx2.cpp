@@ -32,7 +32,8 @@ struct Avx2 {
   template <int kDown, std::uint32_t kMask>
   QUANTINE_INLINE Int field(Int a) {
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(kMask));
-    return {_mm256_and_si256(down<kDown>(a.low), mask), _mm256_and_si256(down<kDown>(a.high), mask)};
+    return {_mm256_and_si256(down<kDown>(a.low), mask),
+            _mm256_and_si256(down<kDown>(a.high), mask)};
   }
   QUANTINE_INLINE Int join(Int a, Int b) {
     return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
@@ -122,8 +123,9 @@ struct Avx2 {
   }
   // Eight codes as 16 bit, chunk by chunk: the even ones, then the odd ones.
   QUANTINE_INLINE __m128i sixteen_bits(__m256i codes) {
-    const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,
-                                           0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
+    const __m256i order =
+        _mm256_setr_epi8(0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,
+                         0, 1, 8, 9, 4, 5, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i halves = _mm256_shuffle_epi8(codes, order);
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
   }

@@ -69,7 +69,8 @@ struct Avx512 {
             _mm512_set1_epi32((1 << std::min(bits, 8)) - 1)};
   }
   QUANTINE_INLINE Float spread(const std::uint8_t* bytes, const Spreader& s) {
-    const Int all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    const Int all =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
     const Int pairs = _mm512_shuffle_epi8(all, s.bytes);
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(pairs, s.shifts), s.mask));
   }
@@ -116,7 +117,7 @@ struct Avx512 {
         rows[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
         rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
       }
-    // Row i + j now holds, in its four parts, parts j, j + 4, j + 8 and j + 12 of columns i to i + 3.
+    // The four parts of row i + j are now parts j, j + 4, j + 8 and j + 12 of columns i to i + 3.
     for (std::size_t j = 0; j < 4; ++j) {
       const Int low = _mm512_shuffle_i32x4(rows[j], rows[j + 4], 0x88);
       const Int high = _mm512_shuffle_i32x4(rows[j + 8], rows[j + 12], 0x88);
@@ -139,7 +140,7 @@ struct Avx512 {
         _mm512_storeu_si512(out + r * stride + part, rows[r]);
     }
   }
-  // Rounded to bfloat16, to even on ties, in the high half; weights are finite, so NaN needs no care.
+  // Rounded to bfloat16, to even on ties, in the high half. Weights are finite: NaN needs no care.
   QUANTINE_INLINE Int high_half(const float* values) {
     const Int bits = _mm512_load_si512(values);
     const Int odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -161,7 +162,8 @@ struct Avx512 {
   static inline void products(const std::uint16_t* columns, const std::uint16_t* halves,
                               const float* floats, std::size_t count, const float* x, float* out) {
     for (std::size_t e = 0; e < count; e += 16) {
-      const __mmask16 some = static_cast<__mmask16>(count - e >= 16 ? 0xffffu : (1u << (count - e)) - 1);
+      const __mmask16 some =
+          static_cast<__mmask16>(count - e >= 16 ? 0xffffu : (1u << (count - e)) - 1);
       const Int at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, columns + e));
       const Float value = halves ? _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, halves + e))
                                  : _mm512_maskz_loadu_ps(some, floats + e);

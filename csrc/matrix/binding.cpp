@@ -146,7 +146,8 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
 Matrix from_half(Halves values, Pool& pool) {
   if (values.size() == 0) throw nb::value_error("a matrix needs rows and columns");
   nb::gil_scoped_release release;
-  return Matrix(quantine::relayout(half_bits(values.data()), values.shape(0), values.shape(1), pool));
+  return Matrix(
+      quantine::relayout(half_bits(values.data()), values.shape(0), values.shape(1), pool));
 }
 
 Matrix from_float(Array<const float> values, Pool& pool) {
@@ -216,8 +217,9 @@ void bind_matrix(nb::module_& m) {
            nb::arg("floats").none() = nb::none());
   nb::class_<Matrix>(m, "Matrix")
       .def_static("packed", &packed, nb::arg("codes"), nb::arg("bits"), nb::arg("group_size"),
-                  nb::arg("along_outputs"), nb::arg("scale"), nb::arg("zero"), nb::arg("order").none(),
-                  nb::arg("outliers").none(), nb::arg("pool"), nb::arg("sizes").none() = nb::none())
+                  nb::arg("along_outputs"), nb::arg("scale"), nb::arg("zero"),
+                  nb::arg("order").none(), nb::arg("outliers").none(), nb::arg("pool"),
+                  nb::arg("sizes").none() = nb::none())
       .def_static("from_half", &from_half, nb::arg("values"), nb::arg("pool"))
       .def_static("from_float", &from_float, nb::arg("values"), nb::arg("pool"))
       .def_prop_ro("rows", &Matrix::rows)

@@ -21,11 +21,12 @@ inline void convert(float value, std::uint16_t* out) { *out = float_to_bfloat16(
 template <typename T>
 inline void turn_slowly(const Strip& strip, std::size_t count, T* out, std::size_t stride) {
   for (std::size_t lane = 0; lane < kTile; ++lane)
-    for (std::size_t c = 0; c < count; ++c) convert(strip.columns[c][lane], out + lane * stride + c);
+    for (std::size_t c = 0; c < count; ++c)
+      convert(strip.columns[c][lane], out + lane * stride + c);
 }
 
-// The codes of a tile, one byte each, chunk by chunk, with room for whole vectors of chunks; and its
-// statistics `[groups, 16]`. Groups run along inputs.
+// The codes of a tile, one byte each, chunk by chunk, with room for whole vectors of chunks; and
+// its statistics `[groups, 16]`. Groups run along inputs.
 template <typename V>
 void unpack_tile(const Weights& w, std::size_t tile, std::uint8_t* codes, float* scales,
                  float* zeros) {
@@ -86,7 +87,8 @@ inline void decode_columns(const Weights& w, std::size_t tile, Store&& store) {
     unroll<4>([&](auto k) {
       const std::size_t lane = column % kTile + k;
       if (column + k < w.columns)
-        store(V::mul(V::sub(V::template byte<k>(codes), V::set(zeros[lane])), V::set(scales[lane])));
+        store(V::mul(V::sub(V::template byte<k>(codes), V::set(zeros[lane])),
+                     V::set(scales[lane])));
     });
     column += kChunk;
   });

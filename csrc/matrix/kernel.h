@@ -144,7 +144,8 @@ void exact_tile(const Weights& w, const Activations& activations, std::size_t ti
 }
 
 template <typename V, typename T, int kBatch>
-void plain_tile(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* total) {
+void plain_tile(const Weights& w, const Activations& a, std::size_t tile,
+                typename V::Float* total) {
   constexpr int kChains = 4;  // sums that do not wait for each other
   const T* values = reinterpret_cast<const T*>(w.codes.data() + tile * w.tile_bytes);
   typename V::Float acc[kBatch][kChains];
@@ -156,8 +157,8 @@ void plain_tile(const Weights& w, const Activations& a, std::size_t tile, typena
     if constexpr (sizeof(T) == 2) weight = V::halves(lanes);
     else weight = V::floats(lanes);
     for (int b = 0; b < kBatch; ++b)
-      acc[b][chain] =
-          V::fma(weight, V::set(a.x[static_cast<std::size_t>(b) * a.columns + column]), acc[b][chain]);
+      acc[b][chain] = V::fma(
+          weight, V::set(a.x[static_cast<std::size_t>(b) * a.columns + column]), acc[b][chain]);
   };
   std::size_t column = 0;
   for (; column + kChains <= w.columns; column += kChains)
@@ -179,9 +180,9 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
     out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
 }
 
-// Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two of
-// each: a loop for each row would cost more than the products. Where rows have many, sums that wait
-// for each other would.
+// Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two
+// of each: a loop for each row would cost more than the products. Where rows have many, sums that
+// wait for each other would.
 template <typename V>
 void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
   constexpr std::size_t kPiece = 128, kChains = 8;

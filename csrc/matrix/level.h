@@ -9,8 +9,8 @@
 
 namespace quantine {
 
-// Where activations that were scaled for a group of outputs go: as Activations has them, either codes
-// or floats.
+// Where activations that were scaled for a group of outputs go: as Activations has them, either
+// codes or floats.
 struct ScaledRows {
   std::uint8_t* codes = nullptr;
   float *scales = nullptr, *sums = nullptr;

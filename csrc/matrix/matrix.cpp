@@ -50,12 +50,14 @@ std::atomic<const Level*>& chosen() {
 
 std::size_t tiles_of(const Weights& w) { return (w.rows + kTile - 1) / kTile; }
 
-// Tiles that a thread takes at once. Where groups run along outputs, whole groups if they are small:
-// activations are scaled once for those of a task.
+// Tiles that a thread takes at once. Where groups run along outputs, whole groups if they are
+// small: activations are scaled once for those of a task.
 std::size_t together(const Weights& w) {
-  const std::size_t worth = std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));
+  const std::size_t worth =
+      std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));
   if (w.group_rows == 0) return worth;
-  const std::size_t group = std::min((std::min(w.group_rows, w.rows) + kTile - 1) / kTile, kScaledTiles);
+  const std::size_t group =
+      std::min((std::min(w.group_rows, w.rows) + kTile - 1) / kTile, kScaledTiles);
   return std::max<std::size_t>(1, worth / group) * group;
 }
 

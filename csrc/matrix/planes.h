@@ -184,7 +184,8 @@ class Lines {
 
 // Calls `chunk(codes)` for every chunk of a tile in order.
 template <typename V, int kBits, typename F>
-inline __attribute__((always_inline)) void each_chunk(const Weights& w, std::size_t tile, F&& chunk) {
+inline __attribute__((always_inline)) void each_chunk(const Weights& w, std::size_t tile,
+                                                      F&& chunk) {
   const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
   const std::uint8_t* end = bytes + w.tile_bytes;
   using P = Planes<V, kBits>;

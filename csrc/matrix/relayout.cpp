@@ -45,9 +45,9 @@ std::size_t even_chunks(const Weights& weights) {
   for (std::size_t index = 0; index < weights.blocks.size(); ++index)
     if (weights.blocks[index].chunks != chunks || weights.blocks[index].group != index / per_group)
       return 0;
-  const std::size_t unit = std::max(chunks, static_cast<std::size_t>(chunks_together(weights.bits)));
-  const bool whole = unit % chunks == 0 && weights.chunks % unit == 0 &&
-                     unit % static_cast<std::size_t>(chunks_together(weights.bits)) == 0;
+  const auto together = static_cast<std::size_t>(chunks_together(weights.bits));
+  const std::size_t unit = std::max(chunks, together);
+  const bool whole = unit % chunks == 0 && weights.chunks % unit == 0 && unit % together == 0;
   return whole ? chunks : 0;
 }
 
@@ -215,16 +215,16 @@ void write_outliers(const Source& source, Weights& weights, const std::vector<st
     weights.outlier_halves.assign(source.outlier_halves, source.outlier_halves + entries);
   else
     weights.outlier_floats.resize(entries);
-  for (std::size_t row = 0; row < source.rows; ++row)
-    for (std::int64_t at = source.outlier_offsets[row]; at < source.outlier_offsets[row + 1]; ++at) {
+  for (std::size_t row = 0; row < source.rows; ++row) {
+    const std::int64_t end = source.outlier_offsets[row + 1];
+    for (std::int64_t at = source.outlier_offsets[row]; at < end; ++at) {
       const std::size_t e = static_cast<std::size_t>(at);
       const std::size_t column = static_cast<std::size_t>(source.outlier_columns[e]);
       weights.outlier_lanes[e] = static_cast<std::uint8_t>(row % kTile);
       const std::size_t line = source.along_outputs ? column : row;
+      const auto along = std::upper_bound(ends.begin(), ends.end(), column) - ends.begin();
       const std::size_t group =
-          source.along_outputs
-              ? row / source.group_size
-              : static_cast<std::size_t>(std::upper_bound(ends.begin(), ends.end(), column) - ends.begin());
+          source.along_outputs ? row / source.group_size : static_cast<std::size_t>(along);
       const float zero = value_of(source.zero, line, group, lines_of(source), weights.groups);
       std::uint8_t& code = codes[row * source.columns + column];
       if (halves) {
@@ -237,6 +237,7 @@ void write_outliers(const Source& source, Weights& weights, const std::vector<st
                               : half_to_float(source.outlier_halves[e]);
       weights.outlier_floats[e] = value - (static_cast<float>(code) - zero) * scale;
     }
+  }
 }
 
 // Of 16 lines from `first`, for all groups: one group after another, or one group's lines after
@@ -244,7 +245,8 @@ void write_outliers(const Source& source, Weights& weights, const std::vector<st
 void write_statistics(const Source& source, Weights& weights, std::size_t first) {
   const std::size_t lines = lines_of(source), runs = up(lines, kTile), run = first / kTile;
   for (std::size_t group = 0; group < weights.groups; ++group) {
-    const std::size_t place = source.along_outputs ? group * runs + run : run * weights.groups + group;
+    const std::size_t place =
+        source.along_outputs ? group * runs + run : run * weights.groups + group;
     std::uint8_t* out = weights.statistics.data() + place * weights.group_bytes;
     write_statistic(source.scale, weights.scale, first, group, lines, weights.groups, out);
     write_statistic(source.zero, weights.zero, first, group, lines, weights.groups,
@@ -289,8 +291,8 @@ Weights relayout(const Source& source, Pool& pool) {
   weights.blocks = cut(ends);
   for (const Block& block : weights.blocks) weights.chunks += block.chunks;
   const std::size_t together = static_cast<std::size_t>(chunks_together(source.bits));
-  weights.tile_bytes =
-      up(weights.chunks, together) * together * kChunk * kTile * static_cast<std::size_t>(source.bits) / 8;
+  weights.tile_bytes = up(weights.chunks, together) * together * kChunk * kTile *
+                       static_cast<std::size_t>(source.bits) / 8;
   weights.padded = up(weights.chunks, kMostTogether) * kMostTogether * kChunk;
   weights.blocks_per_group = weights.blocks.size() / (outputs ? 1 : weights.groups);
   weights.even_chunks = even_chunks(weights);

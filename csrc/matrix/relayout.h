@@ -9,8 +9,8 @@
 
 namespace quantine {
 
-// Scales or zero points as a QTensor has them; pointers that do not belong to `kept` are null. Lines
-// are rows, or columns where groups run along outputs.
+// Scales or zero points as a QTensor has them; pointers that do not belong to `kept` are null.
+// Lines are rows, or columns where groups run along outputs.
 struct StatisticSource {
   Kept kept = Kept::kMiddle;
   const std::uint16_t* halves = nullptr;  // [lines, groups]; kHalf

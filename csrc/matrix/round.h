@@ -86,7 +86,7 @@ void round_row(const Weights& w, const float* x, std::uint8_t* codes, float* sca
   }
 }
 
-// Rows of activations times the scales of a group of outputs, and what its zero points make of them.
+// Rows of activations times the scales of a group of outputs, and what zero points make of them.
 template <typename V>
 void scale_rows(const Weights& w, std::size_t group, const float* x, std::size_t rows,
                 const ScaledRows& out) {

@@ -63,10 +63,12 @@ struct Scalar {
   static const Int& whole(const Sum& a) { return a; }
   template <int k>
   static Float byte(const Int& codes) {
-    return each([&](std::size_t r) { return static_cast<float>((codes.lane[r] >> (8 * k)) & 0xffu); });
+    return each(
+        [&](std::size_t r) { return static_cast<float>((codes.lane[r] >> (8 * k)) & 0xffu); });
   }
   static Float to_float(const Int& a) {
-    return each([&](std::size_t r) { return static_cast<float>(static_cast<std::int32_t>(a.lane[r])); });
+    return each(
+        [&](std::size_t r) { return static_cast<float>(static_cast<std::int32_t>(a.lane[r])); });
   }
 
   static Float set(float value) {
