@@ -133,7 +133,8 @@ sys.path.insert(0, "tests")
 import torch
 import quantine
 from quantine.eval.entropy import entropy
-from tiny_models import build, tiny_config, logits_of, oracle_weights, with_weights
+from quantine.runtime.modules import packed_modules
+from tiny_models import build, tiny_config, logits_of, with_weights
 
 model = build(tiny_config("stablelm"), {str(tmp_path / "model")!r})
 open({str(tmp_path / "text.txt")!r}, "w").write("To be, or not to be. " * 200)
@@ -142,7 +143,8 @@ plan = quantine.Plan.from_dict({{"arithmetic": "exact", "rules": [
     {{"match": "@blocks", "method": "pick", "bits": 4, "group_size": 16, "format": "bytewise"}}]}})
 out = quantine.quantize(model, {str(tmp_path / "out")!r}, plan, calibration).path
 loaded, _ = quantine.load(out)
-expected = logits_of(with_weights(model, oracle_weights(out)))
+decoded = {{name: module.dequantize() for name, module in packed_modules(loaded)}}
+expected = logits_of(with_weights(model, decoded))
 torch.testing.assert_close(logits_of(loaded), expected, atol=1e-5, rtol=1e-5)
 found = entropy(loaded, torch.arange(64).view(2, 32))
 assert 0 < found["entropy"] < 6 and found["stderr"] >= 0 and found["tokens"] == 64
