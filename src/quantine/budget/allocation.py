@@ -111,12 +111,13 @@ class Allocation:
             min(size for size, _ in found) for key, found in self._table.items() if key != name
         )
         attempts = [*((index, False) for index in tried), (tried[-1], True)]
-        for vain, attempt in enumerate(attempts):
-            solved = solve(*attempt)
+        solved, in_vain = solve(*attempts[0]), 0
+        for attempt in attempts[1:]:
             if solved.nbytes + least <= self._left:
                 break
+            solved, in_vain = solve(*attempt), in_vain + 1
         self.spend(name, solved.nbytes)
-        return solved, vain
+        return solved, in_vain
 
     def spend(self, name: str, nbytes: int) -> None:
         """Take what a layer really costs off the budget, if it shares it."""

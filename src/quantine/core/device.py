@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from quantine.errors import BackendUnavailable
+
+CPU: Final = torch.device("cpu")
+"""The device that everything is on unless a caller asks for another one."""
 
 
 def device_named(name: str | torch.device) -> torch.device:

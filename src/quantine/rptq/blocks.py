@@ -19,7 +19,7 @@ from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families.family import Family
 from quantine.formats.floats import as_stored
-from quantine.rptq.choose_grids import choose_grids, outputs, ranking_samples
+from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
 from quantine.rptq.reordering import Heads, Reordering
 from quantine.source.checkpoint import Checkpoint
 
@@ -38,7 +38,8 @@ def reorder_block(
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     reordering.apply(block)
-    before = outputs(sequential, index) if spec.searches else []
+    ranking = ranking_batches(sequential) if spec.searches else 0
+    before = sequential.outputs(index, ranking)
     add_grids(block, family, spec, reordering.grid)
     if spec.searches:
         choose_grids(sequential, index, block, reordering, before)

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from quantine.budget.allocation import Allocation
@@ -103,10 +102,14 @@ class BlockRun:
     def quantize(self) -> BlockResult:
         """Solve the matrices of the block, adjust them, pack and report them."""
         decisions, floats = self._prepared()
-        before = self._outputs() if self.adjust is not None else []
+        adjust, sequential = self.adjust, self.sequential
+        before: list[Tensor] = []
+        if adjust is not None:
+            assert sequential is not None, "an adjustment needs calibration inputs"
+            before = sequential.outputs(self.index)
         solved = self._solved(decisions)
-        if self.adjust is not None:
-            solved = self._adjusted(self.adjust, solved, before)
+        if adjust is not None and sequential is not None:
+            solved = self._adjusted(adjust, sequential, solved, before)
         tensors = dict(floats)
         for one in solved:
             tensors.update(packed_tensors(one))
@@ -178,17 +181,20 @@ class BlockRun:
         return solved
 
     def _adjusted(
-        self, adjust: Adjustment, solved: Sequence[Solved], before: Sequence[Tensor]
+        self,
+        adjust: Adjustment,
+        sequential: Sequential,
+        solved: Sequence[Solved],
+        before: Sequence[Tensor],
     ) -> list[Solved]:
         """Step two: what ``adjust`` makes of the block runs from here on."""
-        assert self.sequential is not None, "an adjustment needs calibration inputs"
         block = SolvedBlock(
             self.index,
             self._module(),
             solved,
             self._weights,
             self._hessians,
-            self.sequential,
+            sequential,
             before,
         )
         adjusted = list(adjust(block))
@@ -250,13 +256,6 @@ class BlockRun:
 
     def _module(self) -> nn.Module:
         return self.job.model.get_submodule(f"{self.job.family.blocks}.{self.index}")
-
-    @torch.no_grad()
-    def _outputs(self) -> list[Tensor]:
-        """What the block puts out as it is now, a tensor for each batch."""
-        assert self.sequential is not None, "an adjustment needs calibration inputs"
-        hidden = self.sequential.hidden
-        return [self.sequential.run(self.index, hidden[batch]) for batch in range(len(hidden))]
 
 
 def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:

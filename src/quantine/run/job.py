@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup
-from quantine.calibrate.share import Share
+from quantine.calibrate.share import EVERYTHING, Share
+from quantine.core.device import CPU
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -58,8 +59,8 @@ class Job:
     segments: Tensor | None
     tokenizer: Any
     unties: bool
-    device: torch.device = torch.device("cpu")
-    share: Share = Share()
+    device: torch.device = CPU
+    share: Share = EVERYTHING
 
     def scheme_layers(self) -> list[Decision]:
         """The decisions that quantize something."""
@@ -94,7 +95,7 @@ class Job:
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
     ) -> CalibrationSetup:
-        """This process's calibration segments, and the model they run through.
+        """The calibration segments of this process, and the model they run through.
 
         There must be some; arguments are those of `CalibrationSetup`.
         """
