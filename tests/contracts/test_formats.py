@@ -23,8 +23,8 @@ from quantine.formats.shards import write_tensors
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
-from samples import correlated_inputs, observed, quick, random_weight
+from quantine.methods.spqr import SpQR
+from samples import FAITHFUL, FAITHFUL_SPEC, correlated_inputs, observed, quick, random_weight
 
 SOLVERS: tuple[Solver, ...] = (
     RTN(),

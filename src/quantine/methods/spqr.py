@@ -1,7 +1,8 @@
 """SpQR (arXiv 2306.03078): error feedback with outliers kept apart in 16 bit.
 
 With whole-number zero points, ``clip="hessian"`` and aligned groups this is quantine's own variant.
-The published algorithm is `FAITHFUL`, with the spec `FAITHFUL_SPEC`.
+The published algorithm, with its settings, is the preset ``spqr-faithful`` of
+`quantine.plan.presets`.
 """
 
 from __future__ import annotations
@@ -182,12 +183,6 @@ class SpQR:
             else:
                 price = math.sqrt(low * high)
         return price
-
-
-FAITHFUL: Final = SpQR(damp=1.0, groups="refit", clip="minmax", threshold=0.2)
-"""The published algorithm with the published code's settings; see also `FAITHFUL_SPEC`."""
-FAITHFUL_SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_size=16)
-"""Fractional zero points; scales and zero points of 16 outputs share a second grid each."""
 
 
 def row_run(spec: QuantSpec, out_features: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec, activations_from
 from quantine.core.spec import CLUSTERS
 from quantine.errors import PlanError
-from quantine.plan.presets import CLUSTERED, FAITHFUL
+from quantine.plan.presets import CLUSTERED, PUBLISHED_RPTQ
 from quantine.plan.scheme import KEEP, Scheme
 from quantine.plan.scheme_parsing import is_a, scheme_from
 from quantine.plan.shorthand import Shorthand, parse_shorthand
@@ -61,5 +61,5 @@ def weight_fields(scheme: Shorthand, asked: Mapping[str, Any]) -> dict[str, Any]
         return {"method": KEEP}
     method = asked.get("method", "gptq")
     grouped = {"group_size": CLUSTERS} if method in CLUSTERED else {}
-    published = FAITHFUL if scheme.faithful and method == "gptq" else {}
+    published = PUBLISHED_RPTQ if scheme.faithful and method == "gptq" else {}
     return {"method": method, **grouped, **published, **asked, "bits": scheme.weight_bits}

@@ -67,5 +67,5 @@ TABLE: Final[dict[str, Any]] = {"method": "rtn", "group_size": -1, "clip": "mse"
 
 CLUSTERED: Final = ("gptq", "rtn")
 """Methods whose groups are clusters of inputs in a scheme like W4A4, unless it says otherwise."""
-FAITHFUL: Final[dict[str, Any]] = {"act_order": False, "damp": 0.01, "clip": "minmax"}
+PUBLISHED_RPTQ: Final[dict[str, Any]] = {"act_order": False, "damp": 0.01, "clip": "minmax"}
 """How RPTQ's published code rounds weights: parameters of gptq."""
