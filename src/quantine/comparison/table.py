@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantine.eval.compared import COMPARISON_STEM, Row, loss_of_quality
-from quantine.eval.score_text import number, recovery, with_error
+from quantine.eval.comparison_row import COMPARISON_STEM, Row, loss_of_quality
+from quantine.eval.score_text import measured_on, number, task_cells, text_cells, with_range
 from quantine.formats.shards import write_atomically
 
 
@@ -89,14 +89,10 @@ def _cells(row: Row, on_front: bool, texts: Sequence[str], tasks: Sequence[str])
     # Rows that were made earlier may have texts in another order.
     cells = [f"**{row['name']}**" if on_front else row["name"]]
     cells += [f"{row['bits_per_weight']:.3f}", f"{row['model_bytes'] / 1e6:.1f}"]
-    for text in (row["texts"][name] for name in texts):
-        cells.append(with_error(text["perplexity"], text["stderr"], ".3f"))
-        cells.append(recovery(text))
-        cells.append(number(text["kl"], ".4f"))
-    for task in (row["tasks"][name] for name in tasks):
-        cells.append(with_error(task["score"], task["stderr"], ".1%"))
-    speed = row["tokens_per_second"]
-    cells.append(f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})")
+    for text in (text_cells(row["texts"][name]) for name in texts):
+        cells += [text.perplexity, text.recovery, text.plain_divergence]
+    cells += [task_cells(row["tasks"][name]).score for name in tasks]
+    cells.append(with_range(row["tokens_per_second"]))
     cells.append(number(row["seconds"], ".0f"))
     peak = row["peak_memory_bytes"]
     return [*cells, "" if peak is None else f"{peak / 1e9:.2f}"]
@@ -108,18 +104,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def _notes(row: Row) -> str:
     """What one needs to know to read the table."""
-    texts = "; ".join(
-        f"{name}: {text['windows']} windows of {text['window']} tokens"
-        for name, text in row["texts"].items()
-    )
-    tasks = "; ".join(
-        f"{name}: {task['questions']} questions, {task['fewshot']} examples each"
-        for name, task in row["tasks"].items()
-    )
-    scored = "; ".join(part for part in (texts, tasks) if part)
     return (
-        f"\n{scored}. ± is one standard error; recovery is the float model's perplexity over the "
-        "row's, with its 95% interval. Bold: no other row is both smaller and better. Bits are "
-        "counted from the files, over quantized weights; for `float`, over all. Seconds and peak "
-        "memory are those of quantizing.\n"
+        f"\n{measured_on(row['texts'], row['tasks'])}. ± is one standard error; recovery is the "
+        "float model's perplexity over the row's, with its 95% interval. Bold: no other row is "
+        "both smaller and better. Bits are counted from the files, over quantized weights; for `float`, "
+        "over all. Seconds and peak memory are those of quantizing.\n"
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import FormatError, PlanError
-from quantine.eval.compared import COMPARISON_STEM
+from quantine.eval.comparison_row import COMPARISON_STEM
 from quantine.eval.memory import cache_bytes
 from quantine.formats.directory import REPORT, read_json
 from quantine.formats.inventory import inventory
 from quantine.report.plots.clusters import Blocks, read_clusters
-from quantine.report.plots.data import LayerPicture, read_layers
+from quantine.report.plots.layer_data import LayerPicture, read_layers
 from quantine.report.record import recorded
 from quantine.report.verdict import Check, checks_of
 from quantine.source.locate import locate

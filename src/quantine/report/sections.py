@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any, Final
+from typing import Final
 
 from quantine.core.activation_spec import UNQUANTIZED
-from quantine.eval.compared import loss_of_quality
-from quantine.eval.score_text import number, recovery, with_error, with_interval
+from quantine.eval.comparison_row import loss_of_quality
+from quantine.eval.score_text import IN_SHORT, JUDGED, task_cells, text_cells, with_interval
+from quantine.report.byte_text import megabytes
 from quantine.report.facts import Facts
-from quantine.report.plots.axes import axis_figure
 from quantine.report.plots.clusters import clusters_figure
-from quantine.report.plots.layers import WIDTH as LAYERS_WIDTH
-from quantine.report.plots.layers import layers_figure, thumbnails_figure
+from quantine.report.plots.group_axes import axis_figure
+from quantine.report.plots.page_pictures import WIDTH as LAYERS_WIDTH
+from quantine.report.plots.page_pictures import layers_figure, thumbnails_figure
 from quantine.report.plots.pareto import pareto_figure
 from quantine.report.svg import embedded
 
@@ -34,8 +35,8 @@ def verdict(facts: Facts) -> str:
     rows = [
         [
             ("✓ " if check.passed else "✗ ") + check.name,
-            with_interval(check.value, check.low, check.high, ".2%"),
-            f"at least {check.floor:.1%}",
+            with_interval(check.value, check.low, check.high, JUDGED),
+            f"at least {check.floor:{JUDGED}}",
         ]
         for check in facts.checks
     ]
@@ -57,10 +58,11 @@ def headline(facts: Facts) -> str:
         (f"{totals['file_bytes'] / 1e6:.0f} MB", "weight files"),
     ]
     for name, text in (facts.scores or {"texts": {}})["texts"].items():
-        cards.append((number(text["perplexity"], ".2f"), f"perplexity on {name}"))
+        cells = text_cells(text, IN_SHORT)
+        cards.append((cells.plain_perplexity, f"perplexity on {name}"))
         if text["recovery"] is not None:
-            cards.append((f"{text['recovery']:.1%}", f"of the float model's quality on {name}"))
-            cards.append((f"{text['top1']:.1%}", f"same next token on {name}"))
+            cards.append((cells.plain_recovery, f"of the float model's quality on {name}"))
+            cards.append((cells.plain_agreement, f"same next token on {name}"))
     items = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in cards
     )
@@ -80,26 +82,14 @@ def quality(facts: Facts) -> str:
     heads = ["", "this model", "float model", "recovery (95%)", "KL, nats per token"]
     rows = []
     for name, text in facts.scores["texts"].items():
-        rows.append(
-            [
-                f"perplexity, {name}: {text['windows']} windows of {text['window']} tokens",
-                with_error(text["perplexity"], text["stderr"], ".3f"),
-                number(text["reference_perplexity"], ".3f"),
-                recovery(text),
-                with_error(text["kl"], text["kl_stderr"], ".4f"),
-            ]
-        )
+        cells = text_cells(text)
+        label = f"perplexity, {name}: {cells.windows} tokens"
+        numbers = [cells.perplexity, cells.reference, cells.recovery, cells.divergence]
+        rows.append([label, *numbers])
     for name, task in facts.scores["tasks"].items():
-        rows.append(
-            [
-                f"{name} ({task['metric']}): {task['questions']} questions, "
-                f"{task['fewshot']} examples each",
-                with_error(task["score"], task["stderr"], ".1%"),
-                number(task["reference_score"], ".1%"),
-                recovery(task),
-                "",
-            ]
-        )
+        asked = task_cells(task)
+        label = f"{name} ({asked.metric}): {asked.questions}"
+        rows.append([label, asked.score, asked.reference, asked.recovery, ""])
     return _table(heads, rows) + (
         "<p>± is one standard error. Recovery is the float model's perplexity over this model's, "
         "or this model's score over the float model's; windows and questions are paired.</p>"
@@ -198,18 +188,18 @@ def memory(facts: Facts) -> str:
     packed = max(each) < UNQUANTIZED and activations["granularity"] != "token"
     bits = sum(each) / 2 if packed else UNQUANTIZED
     rows = [
-        ["quantized matrices", _size(totals["quantized_bytes"])],
-        ["embedding, norms and what else stays as it was", _size(totals["kept_bytes"])],
-        ["weight files in all", _size(totals["file_bytes"])],
-        ["the same tensors with 16 bit matrices", _size(plain)],
+        ["quantized matrices", megabytes(totals["quantized_bytes"])],
+        ["embedding, norms and what else stays as it was", megabytes(totals["kept_bytes"])],
+        ["weight files in all", megabytes(totals["file_bytes"])],
+        ["the same tensors with 16 bit matrices", megabytes(plain)],
         *(
-            [f"key-value cache of {tokens:,} tokens in 16 bit", _size(nbytes)]
+            [f"key-value cache of {tokens:,} tokens in 16 bit", megabytes(nbytes)]
             for tokens, nbytes in facts.cache.items()
         ),
         *(
             [
                 f"the same in {bits:g} bit, as generating keeps it",
-                _size(nbytes * bits / UNQUANTIZED),
+                megabytes(nbytes * bits / UNQUANTIZED),
             ]
             for nbytes in facts.cache.values()
             if bits < UNQUANTIZED
@@ -290,7 +280,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wid
         f'<div class="{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def _size(nbytes: Any) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from quantine.core.activation_spec import REORDERS
-from quantine.report.plots.data import read_maps
+from quantine.report.plots.layer_data import read_maps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

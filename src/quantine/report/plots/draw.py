@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from quantine.errors import PlanError, QuantineError
 from quantine.formats.inventory import inventory
-from quantine.report.plots.axes import MISSING, STEM, axis_figure
 from quantine.report.plots.clusters import clusters_figure, read_clusters
-from quantine.report.plots.data import LayerPicture, read_layers
+from quantine.report.plots.group_axes import MISSING, STEM, axis_figure
+from quantine.report.plots.layer_data import LayerPicture, read_layers
 from quantine.report.plots.maps import MapFigure, has_map
 from quantine.report.plots.trends import TRENDS, trend_figure
 

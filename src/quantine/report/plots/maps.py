@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from quantine.report.plots.data import LayerPicture, readable_map
+from quantine.report.plots.layer_data import LayerPicture, readable_map
 from quantine.statistics.sensitivity_map import cell_of
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

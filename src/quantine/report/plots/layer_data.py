@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.directory import MAPS
 from quantine.formats.stored_config import spec_of
+from quantine.report.layer_order import block_and_path
 from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.sensitivity_map import MAP_CELLS, cell_of, pool_mean
 
@@ -27,7 +27,6 @@ OUTLIERS_PER_CELL: Final = 2.0
 """Fewest outliers in a cell that is drawn, on average, for the same reason."""
 SMALLEST_MAP: Final = 32
 """Cells that an axis keeps, however few outliers there are."""
-IN_BLOCK: Final = re.compile(r"^(?P<list>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
     """The matrices of ``directory``, one in memory at a time.
 
     Args:
-        layers: of `quantine.inventory.inventory`.
+        layers: of `quantine.formats.inventory.inventory`.
 
     Raises:
         FormatError: a file is damaged.
@@ -77,13 +76,13 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
     maps = read_maps(directory)
     for layer in layers:
         name = layer["name"]
-        found = IN_BLOCK.match(name)
+        block, path = block_and_path(name)
         counts, share = _outliers(checkpoint, layer)
         yield LayerPicture(
             name,
             tuple(layer["shape"]),
-            int(found["block"]) if found else None,
-            found["path"] if found else name,
+            block,
+            path,
             layer["bits_per_weight"],
             layer["output_error"],
             share,

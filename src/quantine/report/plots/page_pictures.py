@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 from quantine.report.plots.trends import TRENDS, Trend, curves_of
 
 if TYPE_CHECKING:

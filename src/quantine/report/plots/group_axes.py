@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
