@@ -109,8 +109,8 @@ def rebuild(
 ) -> None:
     """Give ``block`` the modules that a run gave it, with the tensors that the run stored.
 
-    These are its `AttentionSites`, the norms that write reordered channels, and the static grids;
-    of them, floats of norms keep the values that ``block`` has.
+    These are its `AttentionSites`, the norms that write reordered channels, and the static grids.
+    Weights and biases, those of norms included, stay as ``block`` has them.
 
     Args:
         path: of the block in the model.

@@ -154,13 +154,12 @@ class FinishedDirectory:
         missing = [name for name in self.description.layers if name not in packed]
         if missing:
             raise FormatError(f"{missing[0]} has no tensors in format {layout_name}: pack it first")
-        schemes: list[dict[str, Any]] = []
-        layers = {}
-        for name, layer in self.description.layers.items():
-            scheme = {**self.scheme(name), "format": layout_name}
-            if scheme not in schemes:
-                schemes.append(scheme)
-            layers[name] = {**layer, "scheme": schemes.index(scheme)}
+        changed = [{**scheme, "format": layout_name} for scheme in self.description.schemes]
+        schemes = [one for place, one in enumerate(changed) if one not in changed[:place]]
+        layers = {
+            name: {**layer, "scheme": schemes.index(changed[layer["scheme"]])}
+            for name, layer in self.description.layers.items()
+        }
         return dataclasses.replace(self.description, schemes=schemes, layers=layers, packed=packed)
 
     def kept_tensor(self, name: str, layout_name: str | None = None) -> Tensor:
