@@ -193,6 +193,16 @@ def test_bias_and_place_decide_too(
         directory.repacked(layer, "spqr")
 
 
+def test_rounded_activations_decide_too(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    activations = {"norm": 8, "granularity": "token"}
+    plan = Plan.from_dict({"rules": [{"match": "@blocks", **RTN}], "activations": activations})
+    out = FinishedDirectory(quantize(tiny("llama"), tmp_path / "out", plan, short).path)
+    assert out.description.activations is not None
+    assert out.description.activations.items() >= activations.items()
+    with pytest.raises(FormatError, match=rf"{LAYER} is in a model with rounded activations"):
+        out.repacked(LAYER, "spqr")
+
+
 def test_shape_decides_too(tmp_path: Path) -> None:
     source = build(tiny_config("llama", intermediate_size=72), tmp_path / "source")
     plan = Plan.from_dict({"rules": [{"match": "*.up_proj", **RTN}]})

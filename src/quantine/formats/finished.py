@@ -132,7 +132,8 @@ class FinishedDirectory:
             CheckpointError: the file cannot be read any more.
         """
         scheme = self.scheme(name)
-        check_place(name, layout_name, f"{name}.bias" in self.kept, self._family)
+        rounded = self.description.activations is not None
+        check_place(name, layout_name, f"{name}.bias" in self.kept, rounded, self._family)
         tensors = self.tensors(name)
         qtensor = self._unpacked(name, tensors)
         if scheme["format"] == layout_name:

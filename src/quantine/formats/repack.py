@@ -14,12 +14,13 @@ from quantine.families.family import Family
 from quantine.formats import format_named
 
 
-def check_place(name: str, layout_name: str, biased: bool, family: Family) -> None:
+def check_place(name: str, layout_name: str, biased: bool, rounded: bool, family: Family) -> None:
     """Refuse a layout that is never written, or whose readers would misread layer ``name``.
 
     Args:
         layout_name: a row of `quantine.formats.FORMATS`.
         biased: whether the layer has a bias.
+        rounded: whether activations of the model are rounded.
         family: of the model.
 
     Raises:
@@ -34,6 +35,11 @@ def check_place(name: str, layout_name: str, biased: bool, family: Family) -> No
         raise FormatError(
             f"{name} is outside of the decoder blocks, but format {layout_name} holds only "
             "Linear layers inside of them: use format sparse"
+        )
+    if layout.exclusive and rounded:
+        raise FormatError(
+            f"{name} is in a model with rounded activations, which the other readers of format "
+            f"{layout_name} do not round: use format sparse"
         )
     if biased and not layout.holds_bias:
         raise FormatError(
