@@ -6,14 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import (
-    RoundingPoint,
-    add_grids,
-    add_norms,
-    add_sites,
-    rounding_points,
-)
+from quantine.activations.install import add_grids, add_sites, rebuild, rounding_points
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
@@ -54,17 +47,15 @@ def restore_block(
     spec: ActivationSpec,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
+    """Give ``block``, found at ``path``, the structure and the floats that a run had stored.
 
-    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
-        own = f"{path}.{place.grid}"
-        scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
-        more = (tensors.get(f"{own}.{name}") for name in (FEEDBACK, REACH))
-        return StaticGrid(bits, scale, zero, labels, *more)
+    Args:
+        tensors: of the block, by full name.
 
-    add_sites(block, family, spec)
-    add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
-    add_grids(block, family, spec, grid)
+    Raises:
+        FormatError: names a tensor that is missing.
+    """
+    rebuild(block, path, family, spec, tensors.get)
     for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
             set_tensor(model, name, tensors[name].to(present.dtype))

@@ -16,9 +16,9 @@ from torch import Tensor
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.directory import MAPS
+from quantine.formats.finished import FinishedDirectory
 from quantine.formats.stored_config import spec_of
 from quantine.report.layer_order import block_and_path
-from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.sensitivity_map import MAP_CELLS, cell_of, pool_mean
 
 WEIGHTS_PER_CELL: Final = 32
@@ -72,12 +72,12 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
     Raises:
         FormatError: a file is damaged.
     """
-    checkpoint = Checkpoint(directory)
+    finished = FinishedDirectory(directory)
     maps = read_maps(directory)
     for layer in layers:
         name = layer["name"]
         block, path = block_and_path(name)
-        counts, share = _outliers(checkpoint, layer)
+        counts, share = _outliers(finished, name)
         yield LayerPicture(
             name,
             tuple(layer["shape"]),
@@ -136,26 +136,20 @@ def _axis_losses(choice: dict[str, Any] | None) -> dict[str, float] | None:
     return losses if len(losses) > 1 else None
 
 
-def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | None, float | None]:
-    """Map and share of the outliers of one layer."""
-    name, scheme = layer["name"], layer["scheme"]
-    if scheme["format"] == "dense":
+def _outliers(finished: FinishedDirectory, name: str) -> tuple[Tensor | None, float | None]:
+    """Map and share of the outliers of layer ``name``."""
+    scheme = finished.scheme(name)
+    if not format_named(scheme["format"]).supports(spec_of(scheme), outliers=True):
         return None, None  # not worth unpacking
-    layout = format_named(scheme["format"])
-    names = {key: f"{name}.{key}" for key in layout.tensor_names}
-    stored = {key: full for key, full in names.items() if full in checkpoint}
-    tensors = checkpoint.read(stored.values())
-    packed = {key: tensors[full] for key, full in stored.items()}
-    out_features, in_features = layer["shape"]
-    qtensor = layout.unpack(packed, spec_of(scheme), in_features)
+    qtensor = finished.qtensor(name)
     outliers = qtensor.outliers
     if outliers is None or outliers.entries == 0:
         return None, 0.0
     columns = outliers.columns
     if qtensor.in_perm is not None:
         columns = qtensor.in_perm[columns]
-    counts = outlier_counts((outliers.row_indices(), columns), (out_features, in_features))
-    return counts, outliers.entries / (out_features * in_features)
+    counts = outlier_counts((outliers.row_indices(), columns), outliers.shape)
+    return counts, outliers.entries / math.prod(outliers.shape)
 
 
 def read_maps(directory: Path) -> dict[str, Tensor]:
