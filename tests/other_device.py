@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantine.kernels import bits
-from quantine.kernels.kv_attention import packed_states
+from quantine.kernels.kv_attention import packing
 
 NAME: Final = "other"
 
@@ -108,7 +108,9 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is torch.ops.aten.copy_.default and not isinstance(tensors[0], OtherTensor):
         return tensors[0]
     # What was written to in place is returned as the tensor that it was.
-    return tree_map_only(Tensor, lambda t: others[id(t)] if id(t) in others else OtherTensor(t), result)
+    return tree_map_only(
+        Tensor, lambda t: others[id(t)] if id(t) in others else OtherTensor(t), result
+    )
 
 
 def _is_other(device: Any) -> bool:
@@ -151,6 +153,6 @@ _LIBRARY: Final = torch.library.Library("_", "IMPL")  # which unregisters when i
 _LIBRARY.fallback(_made, "PrivateUse1")
 _OWN: Final[dict[Any, Callable[..., Any]]] = {
     bits.unpack._opoverload: bits.unpack._init_fn,
-    packed_states.round_states._opoverload: packed_states.round_states._init_fn,
+    packing.round_states._opoverload: packing.round_states._init_fn,
 }
 """quantine's own functions meet its tensors as they are, and choose kernels by them."""

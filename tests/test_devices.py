@@ -27,6 +27,8 @@ SKELETONS = {
 }
 """Where a block ``with torch.device("meta")`` may stand: what is built there is not quantine's."""
 NATIVE = {
+    "eval/speed.py": "times the native kernels, on models that are on the CPU",
+    "formats/inventory.py": "says which kernels there are",
     "kernels/backend.py": "finds the extension, and asks for the device",
     "kernels/threads.py": "threads know no tensor",
     "kernels/integer/__init__.py": "asks whether there is an extension whose levels to list",
