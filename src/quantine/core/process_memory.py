@@ -62,7 +62,8 @@ def reuse_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Give freed memory back to the system, also from between what is still used.
 
-    The heap fragments: without it a run's memory would grow from block to block.
+    The heap fragments: without it a run's memory would grow from block to block. glibc before 2.39
+    (its bug 30723) often cannot give the place of a freed tensor to the next one of that size.
     """
     if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)

@@ -7,5 +7,9 @@ from quantine.methods.spqr import SpQR
 
 __all__ = ["GPTQ", "METHODS", "RTN", "Solver", "SpQR"]
 
-METHODS: dict[str, type[Solver]] = {"rtn": RTN, "gptq": GPTQ, "spqr": SpQR}
+METHODS: dict[str, type[Solver]] = {
+    "rtn": RTN,
+    "gptq": GPTQ,
+    "spqr": SpQR,
+}
 """Every method by the name plans use; see docs/adding.md for adding one."""

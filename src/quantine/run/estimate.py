@@ -48,7 +48,7 @@ class Estimate:
         activations: of hidden states between two blocks.
         spills: whether they go to disk.
         resumes: whether a block that stops to be observed keeps what it computed until then.
-        peak_memory: of the process.
+        peak_memory: of the process, without what its allocator keeps of freed memory.
         disk_while_running: written at most, the finished output included.
         tokens: calibration tokens.
     """

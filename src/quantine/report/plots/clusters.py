@@ -33,7 +33,7 @@ TITLES: Final = {
 }
 """What has the ranges of a reorder, a row of panels each."""
 HEADS: Final = ("largest, smallest", "in the model's order", "by cluster")
-SITES_WITH_FACTORS: Final = 5.0
+OUTLYING: Final = 5.0
 """Least value, in usual widths of a range, that makes a scale logarithmic."""
 SIDE: Final = 3
 """Of the mark of a channel, in points squared."""
@@ -99,7 +99,7 @@ def _draw(panels: Any, high: Any, low: Any, labels: Any) -> None:
     for axes in panels:
         axes.tick_params(labelsize=7)
     usual = float(np.median(high - low))
-    if usual > 0 and max(high.max(), -low.min()) > SITES_WITH_FACTORS * usual:
+    if usual > 0 and max(high.max(), -low.min()) > OUTLYING * usual:
         # Channels of very different ranges are to be seen in one panel; ticks are powers of ten,
         # of which there must be one.
         linear, ends = 10.0 ** np.ceil(np.log10(usual)), np.concatenate([high, low])
