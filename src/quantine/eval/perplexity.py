@@ -102,7 +102,11 @@ def cut_windows(
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
-    """What ``model`` expects after each of ``tokens`` ``[window]`` int64 but the last."""
+    """What ``model`` expects after each of ``tokens`` ``[window]`` int64 but the last.
+
+    Tensors of the result are where the model is.
+    """
+    tokens = tokens.to(model.device)
     logits: Tensor = model(
         input_ids=tokens.unsqueeze(0), use_cache=False, output_attentions=False
     ).logits[0, :-1]
@@ -120,7 +124,7 @@ def score_windows(
     """Score ``windows`` ``[windows, window]`` one after another.
 
     Args:
-        reference: gives a window's prediction to compare with.
+        reference: gives a window's prediction to compare with, on any device.
     """
     for tokens in windows:
         own = predict(model, tokens)
@@ -128,17 +132,20 @@ def score_windows(
             yield Score(own.loss, 0.0, 0, len(own.top))
             continue
         other = reference(tokens)
-        agree = int((own.top == other.top).sum())
+        agree = int((own.top == other.top.to(own.top.device)).sum())
         yield Score(own.loss, divergence(own, other), agree, len(own.top), other.loss)
 
 
 def divergence(model: Prediction, reference: Prediction) -> float:
-    """Kullback-Leibler divergence of ``model`` from ``reference``, summed over rows, in nats."""
-    kl = 0.0
+    """Kullback-Leibler divergence of ``model`` from ``reference``, summed over rows, in nats.
+
+    Computed where the prediction of ``model`` is.
+    """
+    kl, device = 0.0, model.logits.device
     for start in range(0, len(model.top), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = model.logits[rows].float().log_softmax(-1)
-        log_r = reference.logits[rows].float().log_softmax(-1)
+        log_r = reference.logits[rows].to(device).float().log_softmax(-1)
         kl += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
     return kl
 

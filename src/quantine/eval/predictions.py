@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantine.core.device import device_named
 from quantine.errors import OutputError
 from quantine.eval.perplexity import ROWS_AT_ONCE, Prediction, predict
 from quantine.formats.directory import read_json, write_json
@@ -48,17 +49,28 @@ class Predictions:
         source: the reference model.
         dtype: of the computation.
         cache: directory shared by all models; ``None`` keeps nothing.
+        device: of the computation.
+
+    Raises:
+        BackendUnavailable: there is no such device.
     """
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, cache: Path | None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: torch.dtype,
+        cache: Path | None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.source = source
         self._dtype = dtype
         self._cache = cache
+        self._device = device_named(device)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The model itself."""
-        return load_model(self.source, self._dtype)
+        return load_model(self.source, self._dtype, self._device)
 
     @cached_property
     def directory(self) -> Path | None:
@@ -69,12 +81,14 @@ class Predictions:
         """
         if self._cache is None:
             return None
-        about = {
+        about: dict[str, Any] = {
             "files": self.source.file_digests(),
             "dtype": str(self._dtype),
             "backend": backend.name(),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
+        if self._device.type != "cpu":  # whose sums round otherwise
+            about["device"] = self._device.type
         path = self._cache / _hash(json.dumps(about, sort_keys=True).encode())
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -148,13 +162,13 @@ def _read(path: Path) -> Prediction:
 
 
 def _write(path: Path, made: Prediction) -> None:
-    log_probs = torch.empty_like(made.logits, dtype=torch.float16)
+    log_probs = torch.empty_like(made.logits, dtype=torch.float16, device="cpu")
     for start in range(0, len(log_probs), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_probs[rows] = made.logits[rows].float().log_softmax(-1).clamp(min=LEAST).half()
     loss = torch.tensor(made.loss, dtype=torch.float64, device="cpu")
     try:
-        write_tensors(path, {"log_probs": log_probs, "top": made.top, "loss": loss})
+        write_tensors(path, {"log_probs": log_probs, "top": made.top.cpu(), "loss": loss})
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
 

@@ -64,7 +64,7 @@ def restore_block(
 def float_tensors(
     block: nn.Module, path: str, checkpoint: Checkpoint, packed: Collection[str]
 ) -> dict[str, Tensor]:
-    """What the output holds of a rewritten block besides packed matrices, by full name.
+    """What the output holds of a rewritten block besides packed matrices, on the CPU, by full name.
 
     Args:
         packed: names of the modules whose weights are packed.
@@ -76,5 +76,5 @@ def float_tensors(
             continue
         source = name if name in checkpoint else f"{owner.removesuffix('.norm')}.{leaf}"
         dtype = checkpoint.dtype(source) if source in checkpoint else tensor.dtype
-        found[name] = as_stored(name, tensor.to(dtype).contiguous())
+        found[name] = as_stored(name, tensor.to(dtype).contiguous().cpu())
     return found

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.load import load_model
@@ -35,6 +36,7 @@ def stream(
     dtype: torch.dtype,
     out: IO[str],
     log: IO[str],
+    device: str | torch.device = "cpu",
 ) -> None:
     """Write the continuation of ``prompt`` to ``out`` as it is made, and its speed to ``log``.
 
@@ -44,14 +46,17 @@ def stream(
         temperature: 0 always takes the most likely token.
         seed: of a local random generator.
         dtype: of the computation.
+        device: of the computation, by PyTorch's name. The native decoder is of the CPU only.
 
     Raises:
+        BackendUnavailable: there is no such device.
         PlanError: the prompt is empty, or an option is out of range.
     """
     if tokens < 1 or not 0 <= seed < 2**63:
         raise PlanError(f"tokens must be positive and seed in 64 bits, not {tokens}, {seed}")
     if temperature != 0 and not COLDEST <= temperature < float("inf"):
         raise PlanError(f"temperature must be 0 or at least {COLDEST}, not {temperature}")
+    where = device_named(device)
     source = locate(model)
     tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat)
@@ -61,9 +66,9 @@ def stream(
             f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the model's context of "
             f"{longest}: ask for fewer"
         )
-    loaded = load_model(source, dtype)
+    loaded = load_model(source, dtype, where)
     decoder = _native_decoder(loaded, ids.shape[1] + tokens, log)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     first = started
     made: list[int] = []
@@ -95,6 +100,7 @@ def continue_tokens(
     """At most ``tokens`` token ids that follow ``ids`` ``[1, tokens]``, up to an end token.
 
     Args:
+        ids: on the CPU, as is what is drawn from ``generator``, wherever ``model`` is.
         decoder: a fresh one for ``model``; ``None`` runs the modules of ``model``.
     """
     ends = model.generation_config.eos_token_id
@@ -122,15 +128,15 @@ class ModuleDecoder:
 
     @torch.no_grad()
     def append(self, tokens: Tensor) -> Tensor:
-        """Logits ``[vocabulary]`` float32 after ``tokens`` ``[n]``."""
+        """Logits ``[vocabulary]`` float32 after ``tokens`` ``[n]``, both on the CPU."""
         output = self._model(
-            input_ids=tokens.unsqueeze(0),
+            input_ids=tokens.unsqueeze(0).to(self._model.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self._cache = output.past_key_values
-        logits: Tensor = output.logits[0, -1].float()
+        logits: Tensor = output.logits[0, -1].float().cpu()
         return logits
 
 

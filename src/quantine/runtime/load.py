@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
+from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
@@ -21,6 +22,7 @@ def load(
     directory: str | Path,
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, Any]:
     """Load an output of `quantine.quantize`, or a checkpoint of SpQR, and its tokenizer.
 
@@ -32,27 +34,32 @@ def load(
         dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
         arithmetic: of products with packed matrices; ``None`` is the plan's, which the directory
             holds (``exact``, if it holds none).
+        device: where the model is put, by PyTorch's name. Native kernels compute on the CPU only;
+            elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
+        BackendUnavailable: there is no such device.
         CheckpointError: there is no such directory.
         FormatError: it is not quantine's, or tensors are missing.
         PlanError: there is no such arithmetic.
     """
     source = locate(directory)
-    return load_packed(source, dtype, arithmetic), source.tokenizer()
+    return load_packed(source, dtype, arithmetic, device), source.tokenizer()
 
 
 def load_packed(
     source: ModelSource,
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """The quantized model of ``source``; see `load`."""
     from transformers import AutoModelForCausalLM
 
+    where = device_named(device)
     if arithmetic is not None and not is_arithmetic(arithmetic):
         raise PlanError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}")
     if not source.is_quantized():
@@ -79,10 +86,21 @@ def load_packed(
     if arithmetic is not None:
         for _, module in packed_modules(model):
             module.arithmetic = arithmetic
-    packed: PreTrainedModel = model.eval()
+    packed: PreTrainedModel = model.eval().to(where)
     return packed
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of ``source``, packed or float, computing in ``dtype``."""
-    return load_packed(source, dtype) if source.is_quantized() else source.float_model(dtype)
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model of ``source``, packed or float, computing in ``dtype`` on ``device``.
+
+    Raises:
+        BackendUnavailable: there is no such device.
+    """
+    where = device_named(device)
+    if source.is_quantized():
+        return load_packed(source, dtype, device=where)
+    loaded: Any = source.float_model(dtype)
+    model: PreTrainedModel = loaded.to(where)
+    return model
