@@ -1,4 +1,4 @@
-"""Buffers that casts of a model leave alone."""
+"""Buffers that keep their dtype when a model is cast."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 
 WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer dtype of each element size in bytes, as which the bits of a float are moved between
+devices."""
 
 
 class FixedDtypes(nn.Module):
-    """A module whose `fixed_names` are buffers that keep their dtypes when a model is cast.
+    """A module whose buffers named in `fixed_names` keep their dtype when the model is cast.
 
-    ``model.to(torch.bfloat16)`` changes activations, biases and norms, never codes or scales.
+    ``model.to(torch.bfloat16)`` then changes activations, biases and norms, but never codes or
+    scales. Moving the model to another device moves these buffers too.
     """
 
     fixed_names: tuple[str, ...] = ()
+    """Names of the buffers that keep their dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         fixed = {name: self._buffers.pop(name) for name in self.fixed_names}
