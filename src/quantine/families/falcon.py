@@ -1,4 +1,4 @@
-"""Falcon, old and new decoder architecture."""
+"""The Falcon architecture, with its old and its new decoder."""
 
 from quantine.families.family import Family
 
@@ -15,3 +15,4 @@ FALCON = Family(
     embedding="transformer.word_embeddings",
     returns_tuple=True,
 )
+"""Falcon; no reorders are known for it, so its activations cannot be quantized."""
