@@ -174,7 +174,7 @@ def _predict_group(
     rows = {one.layer: _sample(one) for one in members}
     weights = {layer: _float_rows(layer, read, rows[layer]) for layer in rows}
     found: dict[tuple[Layer, Choice], _Prediction] = {}
-    # Choices outside, by the order in which they solve: it decides the Hessian's factor.
+    # Choices with one solving order come together, so that they share the Hessian's factor.
     choices: dict[Choice, None] = dict.fromkeys(c for one in members for c in one.choices)
     for choice in sorted(choices, key=lambda c: (c.spec.group_axis, c.spec.group_size)):
         for one in members:

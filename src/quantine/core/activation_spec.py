@@ -10,12 +10,14 @@ from quantine.core.spec import MAX_BITS, MIN_BITS, check_choice
 from quantine.errors import PlanError
 
 Granularity = Literal["cluster", "tensor", "token"]
+"""Name of a way to share grids between values, one of `GRANULARITIES`."""
 GRANULARITIES: Final[tuple[Granularity, ...]] = ("cluster", "tensor", "token")
 """Values of `ActivationSpec.granularity`. ``"cluster"``: channels are reordered into clusters of
 alike ranges, and each cluster has a static grid (RPTQ, arXiv 2304.01089). ``"tensor"``: the whole
 tensor has one static grid. ``"token"``: each token gets its own grid, which is computed while the
 model runs. A static grid is found once, during calibration."""
 Range = Literal["search", "running", "minmax"]
+"""Name of a way to find the range of a static grid, one of `RANGES`."""
 RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
 """Values of `ActivationSpec.range`: how calibration finds the range of a static grid. ``"minmax"``:
 from the smallest to the largest value in the calibration text. ``"running"``: a running average of

@@ -8,7 +8,7 @@ Arithmetic = Literal["exact", "fast"]
 """Name of one way to compute such a product. ``exact``: activations stay as they are, and products
 are summed in float32. ``fast``: activations are rounded first."""
 ARITHMETICS: Final[tuple[Arithmetic, ...]] = ("exact", "fast")
-"""All values of `Arithmetic`."""
+"""Names of both ways, in a form to check against."""
 DEFAULT: Final[Arithmetic] = "fast"
 """Arithmetic of a plan that names none."""
 UNSTATED: Final[Arithmetic] = "exact"

@@ -9,5 +9,5 @@ from torch import Tensor
 
 def is_finite(matrix: Tensor) -> bool:
     """Whether every value of ``matrix`` is finite: one pass over it, without a temporary tensor."""
-    low, high = matrix.aminmax()  # not a number if one is none
+    low, high = matrix.aminmax()  # NaN if one value is NaN
     return math.isfinite(low) and math.isfinite(high)

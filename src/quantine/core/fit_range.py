@@ -112,7 +112,7 @@ def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
     least = (reach * SMALLEST_SHARE).clamp_(min=SMALLEST_SCALE)
     step = _half_above(torch.maximum(_step(low, high, bits), least))
     zero = finite_half(-low / step)
-    # Too narrow for float16 to tell its ends apart: one value, as the step from a zero at -1.
+    # Float16 cannot tell the ends apart: code 0 then decodes to the one value, step * (0 - -1).
     single = (high - low <= NARROW * reach) & (reach >= SMALLEST_SCALE)
     step = torch.where(single, finite_half(low), step)
     zero = zero.masked_fill_(single, -1.0)

@@ -30,7 +30,7 @@ class FixedDtypes(nn.Module):
             if tensor is None:
                 self._buffers[name] = None
                 continue
-            # Casts leave integers alone, moves do not: a float is moved as its bits.
+            # A cast leaves integers alone but a move does not, so a float is moved as an integer.
             word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
             bits = fn(tensor if word is None else tensor.view(word))
             self._buffers[name] = bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits

@@ -39,7 +39,7 @@ KEPT_FREE: Final = 2**28
 
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
-    # What getrusage says of a new process includes the one that started it.
+    # The peak that getrusage gives a new process includes that of the process that started it.
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     for line in lines:
         if line.startswith("VmHWM:"):

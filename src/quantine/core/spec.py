@@ -9,6 +9,7 @@ from typing import Final, Literal
 from quantine.errors import PlanError
 
 GroupAxis = Literal["in", "out"]
+"""Name of an axis along which groups extend, one of `GROUP_AXES`."""
 GROUP_AXES: Final[tuple[GroupAxis, ...]] = ("in", "out")
 """Values of `QuantSpec.group_axis`: the axis of a matrix ``[out, in]`` along which a group
 extends."""
@@ -108,7 +109,7 @@ class QuantSpec:
         return MIN_BITS <= self.scale_bits <= MAX_BITS or MIN_BITS <= self.zero_bits <= MAX_BITS
 
     def lines(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Number and length of the lines of a matrix with that many outputs and inputs."""
+        """Number and length of the lines of a matrix ``[out_features, in_features]``."""
         along_inputs = self.group_axis == "in"
         return (out_features, in_features) if along_inputs else (in_features, out_features)
 

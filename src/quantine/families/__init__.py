@@ -12,7 +12,7 @@ from quantine.families.opt import OPT
 from quantine.families.phi3 import PHI3
 
 FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, PHI3, OPT, GPT_NEOX, FALCON, BLOOM, GPT2)
-"""All supported architectures."""
+"""All supported architectures, among which `family_of` searches."""
 
 
 def family_of(model_type: str) -> Family:

@@ -31,4 +31,4 @@ BLOOM = Family(
     attention="",
     returns_tuple=True,
 )
-"""BLOOM; its activations cannot be quantized."""
+"""The family of BLOOM models; their activations cannot be quantized."""

@@ -15,4 +15,5 @@ FALCON = Family(
     embedding="transformer.word_embeddings",
     returns_tuple=True,
 )
-"""Falcon; no reorders are known for it, so its activations cannot be quantized."""
+"""The family of Falcon models; no reorders are known for them, so their activations cannot be
+quantized."""

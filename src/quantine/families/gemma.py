@@ -13,4 +13,4 @@ GEMMA = replace(
         for link in LLAMA.links
     ),
 )
-"""Gemma 2 and 3."""
+"""The family of Gemma 2 and 3 models."""

@@ -17,4 +17,4 @@ GPT2 = Family(
     ),
     attention="",
 )
-"""GPT-2; its activations cannot be quantized."""
+"""The family of GPT-2 models; their activations cannot be quantized."""

@@ -33,4 +33,4 @@ GPT_NEOX = Family(
     attention="attention",
     renames=(("embed_out.", "lm_head."),),
 )
-"""GPT-NeoX and Pythia."""
+"""The family of GPT-NeoX and Pythia models."""

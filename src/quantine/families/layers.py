@@ -96,7 +96,11 @@ class Layer:
         setattr(owner, self.parameter, nn.Parameter(stored, requires_grad=False))
 
     def observe(self, model: nn.Module, look: Callable[[Tensor], None]) -> RemovableHandle:
-        """Call ``look`` with each input ``[..., in]`` of the matrix, rounded if activations are.
+        """Call ``look`` with each input of the matrix as it is multiplied: rounded, where asked.
+
+        Args:
+            model: the model that has the matrix.
+            look: receives each input ``[..., in]`` before the product.
 
         Returns:
             A handle whose ``remove()`` ends it.
@@ -148,6 +152,7 @@ def find_layers(model: nn.Module, family: Family) -> list[Layer]:
 
 
 def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Layer]:
+    """The layers of one decoder block, in running order; errors are those of `find_layers`."""
     prefix = f"{family.blocks}.{index}"
     modules = dict(block.named_modules())
     covered = {path for group in family.groups_in(index) for path in group}

@@ -26,4 +26,4 @@ LLAMA = Family(
         Link("R5", "weights", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     ),
 )
-"""Llama, Mistral, Qwen 2 and 3, and SmolLM3."""
+"""The family of Llama, Mistral, Qwen 2 and 3, and SmolLM3 models."""

@@ -27,4 +27,4 @@ OPT = Family(
     ),
     links_need=(("do_layer_norm_before", True),),
 )
-"""OPT."""
+"""The family of OPT models; activations can be quantized only where norms come before layers."""

@@ -28,4 +28,4 @@ PHI3 = Family(
         Link("R5", "weights", ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     ),
 )
-"""Phi-3."""
+"""The family of Phi-3 models."""

@@ -81,6 +81,10 @@ class ColumnLoop:
     def factor(self, hessian: Hessian | None, spec: QuantSpec) -> InverseFactor:
         """The triangular factor of the inverse Hessian, with inputs in solving order.
 
+        Args:
+            hessian: statistics of the matrix's input.
+            spec: the grid to quantize on, whose groups may limit the order.
+
         Raises:
             SolverError: there is no Hessian, or it cannot be factored.
         """
@@ -141,6 +145,7 @@ class ColumnLoop:
         return result(columns, fitted.grid(places), inverse(order), None)
 
     def _round(self, columns: Columns, length: int) -> None:
+        """Round all columns, block after block, in groups of ``length`` columns."""
         for start, stop in blocks(len(columns.weights), length, self.block_size):
             round_block(columns, start, stop)
             feed_back(columns, start, stop)

@@ -41,7 +41,7 @@ class Solver(Protocol):
         ...
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
-        """Quantize one matrix.
+        """Quantize one matrix on the grid that ``spec`` asks for.
 
         Args:
             weight: ``[out, in]`` float32; it is not modified.

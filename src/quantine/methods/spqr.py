@@ -30,7 +30,7 @@ from quantine.statistics.inverse_factor import InverseFactor
 Detect = Literal["leave-one-out", "simple"]
 """Name of a way to treat likely outliers while a group's grid is fitted, see `SpQR`."""
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
-"""All values of `Detect`."""
+"""Names of both ways to treat likely outliers."""
 
 LARGEST_SHARE: Final = 0.5
 """Largest share of a matrix's weights that may be outliers; more would cost more than codes
@@ -182,6 +182,7 @@ class SpQR:
         return self.loop.solve(weight, factor, spec, self._cost(price))
 
     def _cost(self, price: float) -> GridCost:
+        """How candidate grids are compared, with ``price`` as the loss of keeping an outlier."""
         return GridCost(self.clip, price, self.detect == "leave-one-out")
 
     def _price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
@@ -220,7 +221,12 @@ zero points, of 16 outputs share."""
 
 
 def row_run(spec: QuantSpec, out_features: int) -> int:
-    """Number of consecutive rows that a sample must keep together because they share groups."""
+    """Number of consecutive rows that a sample must keep together because they share groups.
+
+    Args:
+        spec: the grid to quantize on.
+        out_features: number of rows of the matrix.
+    """
     return spec.group_length(out_features) if spec.group_axis == "out" else 1
 
 

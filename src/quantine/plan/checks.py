@@ -43,6 +43,9 @@ def check_groups(decisions: Sequence[Decision]) -> None:
 def check_scheme(decision: Decision) -> None:
     """Check that the method and the format of one layer can do what the plan asks of them.
 
+    Args:
+        decision: what the plan does with the layer.
+
     Raises:
         PlanError: they cannot; the message names the layer and the remedy.
     """
@@ -62,6 +65,9 @@ def check_scheme(decision: Decision) -> None:
 
 def check_exclusive(decisions: Sequence[Decision]) -> None:
     """Check that layers in a format for other programs are the only kind of quantized layer.
+
+    Args:
+        decisions: one per layer of the model.
 
     Raises:
         PlanError: a layer has another format, or is one that the exclusive format cannot describe.

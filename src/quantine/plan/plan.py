@@ -222,7 +222,10 @@ class Plan:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Plan:
-        """Read a plan from a JSON file, by its suffix, or else a YAML file.
+        """Read a plan from a file: JSON if its name ends with ``.json``, else YAML.
+
+        Args:
+            path: the file, whose stem names the plan unless the plan has a ``name``.
 
         Raises:
             PlanError: there is no such file, or it is malformed.
@@ -281,6 +284,7 @@ class Plan:
         return decisions
 
     def _check_budget(self, decisions: Sequence[Decision]) -> None:
+        """Check that the smallest choices fit into the budget, if there is one."""
         searched = [decision for decision in decisions if decision.by_budget]
         if self.bits_per_weight is None or not searched:
             return
@@ -293,6 +297,7 @@ class Plan:
             )
 
     def _decide(self, layer: Layer) -> Decision:
+        """What the first matching rule says about ``layer``; it stays in 16 bit if none matches."""
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(layer):
                 reason = f"rule {number}: {rule.match}"

@@ -49,6 +49,7 @@ _STEPS: Final = (
     (6, 64, 4, 0.3, _BOTH),
     (8, 64, 4, 0.3, ("in",)),
 )
+"""Parameters of the schemes in `CHOICES`, with the group axes for which each is offered."""
 CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
     {
         "method": "spqr",

@@ -77,6 +77,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
 def _check_types(
     fields: Mapping[str, Any], types: Mapping[str, Any], method: str, where: str
 ) -> None:
+    """Check that each field is known and a number or boolean where its type asks for one."""
     for key, item in fields.items():
         expected = types.get(key)
         if expected is None:
@@ -93,6 +94,7 @@ def _special(item: Any) -> Any:
 
 
 def _number(text: str) -> float | None:
+    """The number that ``text`` stands for, such as ``1e-3`` or ``1%``; ``None`` if it is none."""
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -100,6 +102,7 @@ def _number(text: str) -> float | None:
 
 
 def _field_types(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 

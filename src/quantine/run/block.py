@@ -266,7 +266,7 @@ class BlockRun:
     def _float_weight(self, layer: Layer) -> Tensor:
         """The float weight of a layer, ``[out, in]`` float32; reordered where channels are."""
         if self.job.plan.activations is not None:
-            return layer.read(self.job.model)  # reordered
+            return layer.read(self.job.model)  # its channels are reordered
         return self.job.float_weight(self.checkpoint, layer)
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:

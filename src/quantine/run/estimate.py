@@ -174,7 +174,7 @@ def _in_block(job: Job) -> int:
             heads = int(job.config.num_attention_heads)
             forward += FLOAT * SCORES * heads * rows * job.segment_length()
     if any(decision.objective == "output" for decision in job.decisions):
-        # What enters the parts of a block, and what they put out before and after.
+        # Inputs of the parts of a block, and their outputs before and after a change.
         widths = {layer.group: layer.in_features for layer in inside}
         forward += FLOAT * OUTPUT_TOKENS * (sum(widths.values()) + 4 * widest)
     weights = FLOAT * sum(layer.weights for layer in inside)

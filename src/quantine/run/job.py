@@ -127,12 +127,22 @@ class Job:
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Read the float tensor that the model calls ``name``, in the dtype it is stored in."""
+        """Read a float tensor of the source, in the dtype in which it is stored.
+
+        Args:
+            checkpoint: the float weights of the source.
+            name: what the model calls the tensor.
+        """
         stored = self.stored_name(name)
         return checkpoint.read([stored])[stored]
 
     def float_weight(self, checkpoint: Checkpoint, layer: Layer) -> Tensor:
-        """The weight of ``layer`` before quantization, ``[out, in]`` float32, on `device`."""
+        """The weight of a layer before quantization, ``[out, in]`` float32, on `device`.
+
+        Args:
+            checkpoint: the float weights of the source.
+            layer: the layer.
+        """
         weight = layer.part_of(self.read(checkpoint, layer.stored_name))
         return weight.float().contiguous().to(self.device)
 

@@ -132,7 +132,7 @@ def _config(job: Job, described: Description) -> bytes:
         config.tie_word_embeddings = False
     dtype = job.float_dtype()
     if dtype is not None or config.dtype is None:
-        # Else transformers would take the dtype of the first float it finds: a float16 scale.
+        # Without it transformers would take the dtype of the first float it finds: a float16 scale.
         config.dtype = str(dtype or torch.float32).removeprefix("torch.")
     value = json.loads(config.to_json_string(use_diff=True))
     value.pop("_name_or_path", None)

@@ -101,6 +101,10 @@ def prepare(
 def check_headers(job: Job, checkpoint: Checkpoint) -> None:
     """Compare the shapes in the weight files with those that the architecture needs.
 
+    Args:
+        job: the checked request, with the model's shapes.
+        checkpoint: the float weights of the source, of which only headers are read.
+
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not floating point.
     """
@@ -192,6 +196,11 @@ def _with_expected_clusters(
 
 
 def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> PreTrainedModel:
+    """The model without weights; its attention can round activations if ``rounds``.
+
+    Raises:
+        CheckpointError: ``config.json`` does not describe a model.
+    """
     try:
         if rounds:
             attention.register()

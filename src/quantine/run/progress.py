@@ -39,19 +39,19 @@ class Silent:
     """Progress that is not shown: every event is ignored."""
 
     def note(self, text: str) -> None:
-        """Ignore the message."""
+        """Ignore the message; nothing is printed."""
 
     def start(self, blocks: int, done: int) -> None:
-        """Ignore the beginning of the loop over blocks."""
+        """Ignore the number of blocks."""
 
     def layer(self, report: dict[str, Any]) -> None:
-        """Ignore the solved layer."""
+        """Ignore the entry of a solved layer."""
 
     def block(self, index: int) -> None:
-        """Ignore the complete block."""
+        """Ignore the number of a complete block."""
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Ignore the end of the run."""
+        """Ignore the final report."""
 
 
 class Shown:

@@ -151,7 +151,7 @@ class RunStore:
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
-        # One rename ends the run; what a kill leaves of the removal, `clear_remains` takes away.
+        # One rename ends the run; if the deletion is interrupted, `clear_remains` completes it.
         remains = self.out / REMAINS
         self._run.replace(remains)
         self.close()

@@ -87,7 +87,7 @@ class Hessian:
         if factor is None:
             return None
         diagonal = self.matrix.diagonal()
-        # A column's norm of U; the factor is that of H in units of its mean diagonal.
+        # The squared norm of each column of U, which belongs to H in units of its mean diagonal.
         ordered = torch.linalg.vector_norm(factor.upper, dim=0).square_()
         inverse = torch.empty_like(ordered)
         inverse[factor.order] = ordered * (self.tokens / (diagonal.mean().item() or 1.0))

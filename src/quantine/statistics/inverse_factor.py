@@ -104,7 +104,7 @@ def _invert_upper(matrix: Tensor) -> bool:
     first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     if not _invert_upper(last):
         return False
-    beside = corner @ last.T  # of R
+    beside = corner @ last.T  # the block of R beside its last
     first.addmm_(beside, beside.T, alpha=-1)
     if not _invert_upper(first):
         return False
