@@ -51,7 +51,7 @@ def record(
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
     }
     write_json(directory / SCORES, kept)
-    card = model_card(read_json(directory / REPORT), _quality(kept))
+    card = model_card(read_json(directory / REPORT), quality_section(kept))
     write_atomically(directory / CARD, card.encode())
 
 
@@ -61,7 +61,7 @@ def recorded(directory: Path) -> dict[str, Any] | None:
     return dict(read_json(path)) if path.is_file() else None
 
 
-def _quality(scores: dict[str, Any]) -> str:
+def quality_section(scores: dict[str, Any]) -> str:
     """The section about what was measured."""
     compared = scores["reference"] is not None
     heads = ["", "this model", *(["float model", "recovery"] if compared else [])]
