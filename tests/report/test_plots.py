@@ -92,7 +92,7 @@ class TestRun:
     ) -> None:
         plan = Plan.preset("gptq", bits=3, group_size=32)
         with_maps = packed("llama", "gptq")
-        monkeypatch.setattr("quantine.pipeline.sensitivity", lambda *_: {})
+        monkeypatch.setattr("quantine.run.block.sensitivity", lambda *_: {})
         bare = quantine.quantize(tiny("llama"), tmp_path / "bare", plan, short).path
         assert not (bare / MAPS).exists()
         assert (with_maps / MAPS).exists()

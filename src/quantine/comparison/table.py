@@ -107,6 +107,6 @@ def _notes(row: Row) -> str:
     return (
         f"\n{measured_on(row['texts'], row['tasks'])}. ± is one standard error; recovery is the "
         "float model's perplexity over the row's, with its 95% interval. Bold: no other row is "
-        "both smaller and better. Bits are counted from the files, over quantized weights; for `float`, "
-        "over all. Seconds and peak memory are those of quantizing.\n"
+        "both smaller and better. Bits are counted from the files, over quantized weights; for "
+        "`float`, over all. Seconds and peak memory are those of quantizing.\n"
     )
