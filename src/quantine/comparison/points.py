@@ -1,4 +1,4 @@
-"""What is compared: plans by file, by preset or scheme with parameters, or by budget."""
+"""The short forms of plans in a comparison: a file, a preset or scheme, or a budget."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from quantine.errors import PlanError
 from quantine.plan.plan import Plan
 
 FLOAT: Final = "float"
-"""Name of the row of the model itself."""
+"""Name of the row of the float model itself."""
 FILES: Final = (".yaml", ".yml", ".json")
+"""Suffixes that make a short form the path of a plan file."""
 PRESET: Final = "preset:"
+"""Start of a short form that names a preset."""
 SCHEME: Final = "scheme:"
+"""Start of a short form that names a scheme of weights and activations."""
 
 
 def plans_of(points: Sequence[str]) -> dict[str, Plan]:
-    """The plans that ``points`` mean, by names that can be file names.
+    """The plans that the short forms ``points`` mean, by names that can be file names.
 
     Raises:
         PlanError: a point means nothing, or two have one name.
@@ -36,7 +39,7 @@ def plans_of(points: Sequence[str]) -> dict[str, Plan]:
 
 
 def plan_of(point: str) -> Plan:
-    """The plan that ``point`` means.
+    """The plan that the short form ``point`` means.
 
     Args:
         point: the path of a plan file; ``preset:NAME``, with ``:key=value`` for each parameter,
@@ -70,7 +73,7 @@ def plan_of(point: str) -> Plan:
 
 
 def name_of(point: str) -> str:
-    """How ``point`` is called in tables and file names.
+    """Name of the plan that ``point`` means, for tables and file names.
 
     Raises:
         PlanError: the name is taken by the model itself.
@@ -83,6 +86,7 @@ def name_of(point: str) -> str:
 
 
 def _bare(point: str) -> str:
+    """The short form without the word that says its kind."""
     return point.removeprefix(PRESET).removeprefix(SCHEME)
 
 
@@ -95,5 +99,6 @@ def _budget(point: str, bits_per_weight: float, **parameters: object) -> Plan:
 
 
 def _parameter(field: str) -> tuple[str, object]:
+    """Name and value of ``field``, which looks like ``bits=3``."""
     key, value = field.split("=")
     return key, yaml.safe_load(value)
