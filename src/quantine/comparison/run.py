@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantine.calibrate.segments import Calibration
-from quantine.comparison.points import FLOAT
+from quantine.comparison.short_forms import FLOAT
 from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
@@ -83,7 +83,7 @@ def compare(
     that was stopped goes on with the plan, even the decoder block, at which it stopped.
 
     Args:
-        plans: by name, see `quantine.comparison.points.plans_of`.
+        plans: by name, see `quantine.comparison.short_forms.plans_of`.
         calibration: for every plan that needs one.
         on_step: told what is done next.
 

@@ -68,7 +68,7 @@ class MapFigure:
         return layer.shape, layer.sensitivity is not None, layer.outliers is not None
 
     def show(self, layer: LayerPicture) -> None:
-        """Show ``layer``."""
+        """Change the figure to show ``layer``, whose `kind` is that of the first."""
         rows, columns = layer.shape
         self._title.set_text(f"{layer.name}   {rows} by {columns}")
         panels = iter(self._panels)
