@@ -382,11 +382,14 @@ def test_exclusive_layouts_refuse_others_and_other_layers(name: str, other: str)
     pair = [decision(inside, name), decision(beside, other)]
     exclusive = any(format_named(one).exclusive for one in (name, other))
     with pytest.raises(PlanError, match=r"m\.[01]\.up") if exclusive and name != other else free():
-        check_exclusive(pair)
+        check_exclusive(pair, rounds_activations=False)
     head = [decision(inside, name), decision(Layer("head", 32, 48, "head"), name)]
     refused = format_named(name).linears_only
     with pytest.raises(PlanError, match="head is the head") if refused else free():
-        check_exclusive(head)
+        check_exclusive(head, rounds_activations=False)
+    alone = [decision(inside, name)]
+    with pytest.raises(PlanError, match="rounded activations") if refused else free():
+        check_exclusive(alone, rounds_activations=True)
 
 
 @names

@@ -1,4 +1,4 @@
-"""The report of a quantized directory: what it says, its verdict, and how it looks."""
+"""The page about a quantized directory: what it says, its verdict, and how it looks."""
 
 from __future__ import annotations
 

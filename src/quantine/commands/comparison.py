@@ -51,8 +51,8 @@ def add(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from quantine.calibrate.segments import Calibration
-    from quantine.comparison.points import plans_of
     from quantine.comparison.run import Measured, compare
+    from quantine.comparison.short_forms import plans_of
     from quantine.comparison.table import markdown, pareto_front, write_tables
     from quantine.eval.comparison_row import loss_of_quality
     from quantine.report.plots.pareto import pareto_figure, save_figure

@@ -63,20 +63,27 @@ def check_scheme(decision: Decision) -> None:
             raise PlanError(f"{layer.name}: {reason} ({decision.reason})")
 
 
-def check_exclusive(decisions: Sequence[Decision]) -> None:
+def check_exclusive(decisions: Sequence[Decision], rounds_activations: bool) -> None:
     """Check that layers in a format for other programs are the only kind of quantized layer.
 
     Args:
         decisions: one per layer of the model.
+        rounds_activations: whether the plan asks for rounded activations.
 
     Raises:
-        PlanError: a layer has another format, or is one that the exclusive format cannot describe.
+        PlanError: a layer has another format, or is one that the exclusive format cannot describe;
+            or activations are rounded, of which readers of such a directory would not know.
     """
     chosen = [(d.layer, d.scheme) for d in decisions if d.scheme is not None]
     first = next(((layer, one) for layer, one in chosen if one.layout.exclusive), None)
     if first is None:
         return
     name, layout = first[1].format, first[1].layout
+    if rounds_activations:
+        raise PlanError(
+            f"{first[0].name} has format {name!r}, whose other readers know nothing of rounded "
+            "activations: use format sparse, or leave out `activations` and `scheme`"
+        )
     for layer, scheme in chosen:
         if scheme.format != name:
             raise PlanError(

@@ -277,7 +277,7 @@ class Plan:
         check_groups(decisions)
         for decision in decisions:
             check_scheme(decision)
-        check_exclusive(decisions)
+        check_exclusive(decisions, self.activations is not None)
         self._check_budget(decisions)
         if not self.activations and not any(decision.scheme for decision in decisions):
             raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")

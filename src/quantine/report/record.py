@@ -1,4 +1,4 @@
-"""Scores of a quantized directory, kept in it: for its model card and its report."""
+"""The scores of a quantized directory, kept in it for its model card and its page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from quantine.formats.shards import write_atomically
 from quantine.run.card import model_card
 
 SCORES: Final = "quantine_scores.json"
+"""Name of the file of scores in a quantized directory."""
 CARD: Final = "README.md"
+"""Name of the model card in a quantized directory."""
 
 
 def check_recordable(directory: Path) -> None:
@@ -56,13 +58,13 @@ def record(
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:
-    """What `record` kept, or ``None``."""
+    """The scores that `record` kept in ``directory``; ``None`` if there are none."""
     path = directory / SCORES
     return dict(read_json(path)) if path.is_file() else None
 
 
 def quality_section(scores: dict[str, Any]) -> str:
-    """The section about what was measured."""
+    """The model card's section about what was measured, in Markdown."""
     compared = scores["reference"] is not None
     heads = ["", "this model", *(["float model", "recovery"] if compared else [])]
     lines = [_row(heads), "|" + "---|" * len(heads)]
@@ -88,4 +90,5 @@ def quality_section(scores: dict[str, Any]) -> str:
 
 
 def _row(cells: list[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -20,13 +20,13 @@ from quantine.report.plots.pareto import pareto_figure
 from quantine.report.svg import embedded
 
 PANELS: Final = 2
-"""Of a picture, side by side: more are illegible on a phone."""
+"""Number of panels of a picture side by side: more are illegible on a phone."""
 Section = Callable[[Facts], str]
 """HTML of a section without its heading; empty if there is nothing to say."""
 
 
 def verdict(facts: Facts) -> str:
-    """Good enough or not, and which numbers decide."""
+    """Whether the model is good enough, and the numbers that decide it."""
     if not facts.checks:
         return ""
     passed = all(check.passed for check in facts.checks)
@@ -51,7 +51,7 @@ def verdict(facts: Facts) -> str:
 
 
 def headline(facts: Facts) -> str:
-    """The numbers one asks for first."""
+    """Size and quality in large type."""
     totals = facts.inventory["totals"]
     cards = [
         (f"{totals['bits_per_weight']:.2f}", "bits per quantized weight, from the file"),
@@ -76,7 +76,7 @@ def headline(facts: Facts) -> str:
 
 
 def quality(facts: Facts) -> str:
-    """All scores, with what they were measured on."""
+    """A table of all scores, with what they were measured on."""
     if facts.scores is None:
         return ""
     heads = ["", "this model", "float model", "recovery (95%)", "KL, nats per token"]
@@ -97,7 +97,7 @@ def quality(facts: Facts) -> str:
 
 
 def pareto(facts: Facts) -> str:
-    """Where this plan stands among others."""
+    """The place of this plan among those of a comparison."""
     if facts.comparison is None:
         return ""
     rows = [row for row in facts.comparison["rows"] if row["plan"] is not None]
@@ -122,7 +122,7 @@ def pareto(facts: Facts) -> str:
 
 
 def layers(facts: Facts) -> str:
-    """Error and bits of each matrix."""
+    """A picture of the error and bits of each matrix, and a table of the largest errors."""
     figure = layers_figure(facts.layers)
     worst = sorted(
         (layer for layer in facts.layers if layer.output_error is not None),
@@ -140,7 +140,7 @@ def layers(facts: Facts) -> str:
 
 
 def outliers(facts: Facts) -> str:
-    """Where weights are kept in 16 bit."""
+    """Maps of the weights that are kept in 16 bit, in the matrices with most of them."""
     figure = thumbnails_figure(facts.thumbnails)
     if figure is None:
         return ""
@@ -153,7 +153,7 @@ def outliers(facts: Facts) -> str:
 
 
 def group_axes(facts: Facts) -> str:
-    """Which way groups run, where that differs or was chosen."""
+    """The axis along which groups run, where it differs or was chosen."""
     figure = axis_figure(facts.layers, PANELS)
     if figure is None:
         return ""
@@ -166,7 +166,7 @@ def group_axes(facts: Facts) -> str:
 
 
 def clusters(facts: Facts) -> str:
-    """Channels of alike ranges, in the block in the middle."""
+    """Clusters of channels with alike ranges, in the block in the middle."""
     if not facts.clusters:
         return ""
     path = list(facts.clusters)[len(facts.clusters) // 2]
@@ -179,7 +179,7 @@ def clusters(facts: Facts) -> str:
 
 
 def memory(facts: Facts) -> str:
-    """Where the bytes are."""
+    """A table of the bytes of weights, and of the cache of keys and values."""
     totals = facts.inventory["totals"]
     plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
     activations = facts.report["plan"].get("activations") or {}
@@ -209,7 +209,7 @@ def memory(facts: Facts) -> str:
 
 
 def samples(facts: Facts) -> str:
-    """What both models write."""
+    """Texts that both models wrote after the same prompts."""
     found = (facts.scores or {}).get("samples") or []
     parts = []
     for sample in found:
@@ -225,13 +225,14 @@ def samples(facts: Facts) -> str:
 
 
 def _agreement(same: int) -> str:
+    """How many tokens of two texts are equal before the first that differs, in words."""
     if same == 0:
         return "they differ at once"
     return f"the first {same} agree" if same > 1 else "the first one agrees"
 
 
 def reproduce(facts: Facts) -> str:
-    """Everything that decides the numbers above."""
+    """Everything needed to get the same numbers: hashes, calibration, versions, and the plan."""
     report = facts.report
     calibration = report["calibration"]
     rows = [
@@ -272,6 +273,7 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
+    """An HTML table of plain texts, inside of an element of the class ``kind``."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows

@@ -1,4 +1,4 @@
-"""What pictures show, read from a quantized directory."""
+"""What pictures show of each layer, read from a quantized directory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALLEST_MAP: Final = 32
 
 @dataclass(frozen=True)
 class LayerPicture:
-    """One quantized matrix.
+    """What pictures show of one quantized matrix.
 
     Attributes:
         name: the module.
@@ -137,7 +137,7 @@ def _axis_losses(choice: dict[str, Any] | None) -> dict[str, float] | None:
 
 
 def _outliers(finished: FinishedDirectory, name: str) -> tuple[Tensor | None, float | None]:
-    """Map and share of the outliers of layer ``name``."""
+    """The map of a layer's outliers, see `outlier_counts`, and their share of its weights."""
     scheme = finished.scheme(name)
     if not format_named(scheme["format"]).supports(spec_of(scheme), outliers=True):
         return None, None  # not worth unpacking

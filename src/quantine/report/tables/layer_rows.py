@@ -35,10 +35,10 @@ def layer_rows(
     alike: Callable[[T], Hashable],
     every_layer: bool = False,
 ) -> list[LayerRow[T]]:
-    """A row for each kind of layer, in the order in which ``layers`` first have it.
+    """A row for each kind of layer, in the order in which ``layers`` first have its name.
 
     Layers are of a kind if their names differ only by the block's index and ``alike`` gives the
-    same for them.
+    same for them. Kinds that differ only by what ``alike`` gives are next to each other.
 
     Args:
         name_of: gives the full name of a layer.
@@ -47,10 +47,12 @@ def layer_rows(
     """
     if every_layer:
         return [LayerRow(name_of(layer), [layer]) for layer in layers]
-    kinds: dict[Hashable, list[T]] = {}
+    kinds: dict[str, dict[Hashable, list[T]]] = {}
     for layer in layers:
-        kinds.setdefault((name_in_every_block(name_of(layer)), alike(layer)), []).append(layer)
+        same_name = kinds.setdefault(name_in_every_block(name_of(layer)), {})
+        same_name.setdefault(alike(layer), []).append(layer)
     return [
-        LayerRow(name_in_every_block(name_of(same[0])) if len(same) > 1 else name_of(same[0]), same)
-        for same in kinds.values()
+        LayerRow(name if len(same) > 1 else name_of(same[0]), same)
+        for name, variants in kinds.items()
+        for same in variants.values()
     ]

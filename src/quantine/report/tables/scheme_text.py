@@ -9,9 +9,8 @@ from typing import Any
 def scheme_text(scheme: Mapping[str, Any]) -> str:
     """Method, bits, groups, symmetry and format of a scheme, as in ``rtn 4 bit g64 sym, dense``."""
     kind = "sym" if scheme["sym"] else "asym"
-    return (
-        f"{scheme['method']} {scheme['bits']} bit {group_text(scheme)} {kind}, {scheme['format']}"
-    )
+    codes = f"{scheme['bits']} bit {group_text(scheme)} {kind}"
+    return f"{scheme['method']} {codes}, {scheme['format']}"
 
 
 def group_text(scheme: Mapping[str, Any]) -> str:

@@ -8,12 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantine.eval.score_text import (
-    IN_FULL,
-    number,
-    task_cells,
-    text_cells,
-)
+from quantine.eval.score_text import IN_FULL, number, task_cells, text_cells
 from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import new_table
 
