@@ -151,11 +151,22 @@ class OtherDevice(TorchFunctionMode):
         device = named.get("device")
         if func in {torch.tensor, torch.as_tensor} and device is not None and _is_other(device):
             return func(*args, **named | {"device": "cpu"}).to(device)
+        if func is Tensor.new_tensor and isinstance(args[0], OtherTensor):
+            like, numbers = args
+            return torch.tensor(numbers, **{"dtype": like.dtype, "device": "cpu"} | named).to(NAME)
         return func(*args, **named)
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What ``torch.other`` is."""
+    """What ``torch.other`` is. Who asks PyTorch for devices to use does not hear of this one."""
+
+    def is_available(self) -> bool:
+        """Only by its name."""
+        return False
+
+    def device_count(self) -> int:
+        """None has a state of its own, such as random numbers."""
+        return 0
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """What `torch.autocast` may ask for."""
