@@ -7,20 +7,35 @@ refused, as a GPU would refuse it. Nothing but PyTorch can reach their values be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from quantine.kernels import bits
+from quantine.kernels import backend, bits
 from quantine.kernels.kv_attention import packing
 
 NAME: Final = "other"
 
+_FILLING: Final = (
+    torch.ops.aten.arange.default,
+    torch.ops.aten.arange.start,
+    torch.ops.aten.arange.start_step,
+    torch.ops.aten.eye.default,
+    torch.ops.aten.eye.m,
+    torch.ops.aten.linspace.default,
+    torch.ops.aten.randperm.default,
+)
+"""Of these, PyTorch itself would make an empty tensor first, and let another function resize it."""
 CROSSING: Final = frozenset({torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default})
 """What moves values between devices."""
 
@@ -107,10 +122,14 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     if func is torch.ops.aten.copy_.default and not isinstance(tensors[0], OtherTensor):
         return tensors[0]
-    # What was written to in place is returned as the tensor that it was.
-    return tree_map_only(
-        Tensor, lambda t: others[id(t)] if id(t) in others else OtherTensor(t), result
-    )
+
+    def wrapped(inner: Tensor) -> Tensor:
+        # What was written to in place is returned as the tensor that it was.
+        known = others.get(id(inner))
+        assert known is None or known.shape == inner.shape, f"{func} resized a tensor"
+        return OtherTensor(inner) if known is None else known
+
+    return tree_map_only(Tensor, wrapped, result)
 
 
 def _is_other(device: Any) -> bool:
@@ -132,11 +151,22 @@ class OtherDevice(TorchFunctionMode):
         device = named.get("device")
         if func in {torch.tensor, torch.as_tensor} and device is not None and _is_other(device):
             return func(*args, **named | {"device": "cpu"}).to(device)
+        if func is Tensor.new_tensor and isinstance(args[0], OtherTensor):
+            like, numbers = args
+            return torch.tensor(numbers, **{"dtype": like.dtype, "device": "cpu"} | named).to(NAME)
         return func(*args, **named)
 
 
 class _Module(backend_registration._DummyBackendModule):
-    """What ``torch.other`` is."""
+    """What ``torch.other`` is. Who asks PyTorch for devices to use does not hear of this one."""
+
+    def is_available(self) -> bool:
+        """Only by its name."""
+        return False
+
+    def device_count(self) -> int:
+        """None has a state of its own, such as random numbers."""
+        return 0
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         """What `torch.autocast` may ask for."""
@@ -149,10 +179,94 @@ def _made(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-_LIBRARY: Final = torch.library.Library("_", "IMPL")  # which unregisters when it is collected
-_LIBRARY.fallback(_made, "PrivateUse1")
+# Both unregister what they hold when they are collected.
+_EVERYTHING: Final = torch.library.Library("_", "IMPL")
+_EVERYTHING.fallback(_made, "PrivateUse1")
+_FACTORIES: Final = torch.library.Library("aten", "IMPL")
+for _factory in _FILLING:
+    _FACTORIES.impl(_factory, functools.partial(_made, _factory), "PrivateUse1")
 _OWN: Final[dict[Any, Callable[..., Any]]] = {
     bits.unpack._opoverload: bits.unpack._init_fn,
     packing.round_states._opoverload: packing.round_states._init_fn,
 }
 """quantine's own functions meet its tensors as they are, and choose kernels by them."""
+
+
+def moved(value: Any, device: str, memo: dict[int, Any] | None = None) -> Any:
+    """Copies on ``device`` of all tensors in ``value``; what was one tensor stays one."""
+    memo = {} if memo is None else memo
+    if isinstance(value, Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = value.to(device, copy=True)
+        return memo[id(value)]
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(moved(one, device, memo) for one in value)
+    if isinstance(value, dict):
+        return {key: moved(one, device, memo) for key, one in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+        return dataclasses.replace(value, **moved(fields, device, memo))
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in ``value``, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for one in value.values() for tensor in tensors_in(one)]
+    if isinstance(value, tuple | list):
+        return [tensor for one in value for tensor in tensors_in(one)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return tensors_in([getattr(value, f.name) for f in dataclasses.fields(value)])
+    return []
+
+
+def numbers_in(value: Any) -> list[float]:
+    """All numbers in the tuples and lists of ``value``, in order."""
+    if isinstance(value, tuple | list):
+        return [number for one in value for number in numbers_in(one)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@contextmanager
+def no_extension() -> Iterator[None]:
+    """Let the CPU have the references, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "native", lambda: None)
+        yield
+
+
+@contextmanager
+def untouched_extension() -> Iterator[None]:
+    """Fail where the extension is used, though it is there."""
+
+    def refuse() -> NoReturn:
+        raise AssertionError("tensors of another device reached native code")
+
+    assert backend.native() is not None, "the native extension is off or missing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "extension", refuse)
+        yield
+
+
+def check_same(function: Callable[..., Any], *args: Any) -> Any:
+    """Check that ``function`` finds the same bits of ``args`` on the other device, and there.
+
+    Returns:
+        What it found on the CPU.
+    """
+    with no_extension():
+        expected = function(*moved(args, "cpu"))
+    with OtherDevice(), untouched_extension():
+        found = function(*moved(args, NAME))
+    own, others = tensors_in(expected), tensors_in(found)
+    assert len(own) == len(others)
+    assert own or numbers_in(expected), "nothing is compared"
+    for one, other in zip(own, others, strict=True):
+        assert other.device.type == NAME, f"a result of shape {list(other.shape)} left the device"
+        torch.testing.assert_close(other.cpu(), one, rtol=0, atol=0, equal_nan=True)
+    assert numbers_in(found) == numbers_in(expected)
+    return expected
