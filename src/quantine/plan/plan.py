@@ -83,8 +83,8 @@ class Plan:
         searched = any(rule.by_budget for rule in self.rules)
         if searched != (self.bits_per_weight is not None) or searched != bool(self.choices):
             raise PlanError(
-                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method {BY_BUDGET!r} "
-                "belong together"
+                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method "
+                f"{BY_BUDGET!r} belong together"
             )
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= FLOAT16:
             raise PlanError(
