@@ -1,1 +1,5 @@
-"""Rounded activations inside of models: grids as modules, reordered norms, attention."""
+"""Quantized activations inside of models (RPTQ, arXiv 2304.01089).
+
+Grids as modules that round, norms that write reordered channels, and attention that rounds queries,
+keys, values and probabilities.
+"""

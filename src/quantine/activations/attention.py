@@ -1,6 +1,6 @@
-"""Attention with rounded queries, keys, values and probabilities, by transformers' own door.
+"""An attention function for transformers that rounds queries, keys, values and probabilities.
 
-The meaning, in plain PyTorch. Scores are taken in float32 after rounding, as from codes.
+Models use it through transformers' registry of attention functions.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.scoring import Scoring
 
 NAME: Final = "quantine"
-"""Of the attention function, in ``config._attn_implementation``."""
+"""Name of the attention function, in ``config._attn_implementation`` of a model."""
 
 
 def register() -> None:
-    """Make `attention` known to transformers, with the mask that it adds to scores."""
+    """Register `attention` with transformers under `NAME`, with masks that are added to scores."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -41,17 +41,24 @@ def attention(
     output_attentions: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of a module that may hold `AttentionSites`.
+    """Compute attention for ``module``, rounding where it holds `AttentionSites`.
+
+    The signature is that of transformers' attention functions.
 
     Args:
-        query: ``[batch, heads, tokens, dim]``.
+        module: the model's attention module.
+        query: ``[batch, heads, tokens, dim]``, before rounding.
         key, value: ``[batch, kv_heads, context, dim]``, before rounding, or `PackedStates`.
         attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; or
-            booleans, false where a token is not seen.
-        output_attentions: false where the caller says that nobody reads probabilities.
+            booleans, false where a token is not seen; ``None`` for no mask.
+        scaling: factor on products of queries and keys; ``None`` is ``dim ** -0.5``.
+        dropout: share of probabilities that are dropped, in training mode only.
+        softcap: bound of scores, see `quantine.kernels.kv_attention.scoring.Scoring`.
+        output_attentions: false says that the caller does not read probabilities.
 
     Returns:
-        Outputs ``[batch, tokens, heads, dim]`` and probabilities, if they are kept.
+        Outputs ``[batch, tokens, heads, dim]``, and probabilities ``[batch, heads, tokens,
+        context]``, which may be ``None`` where ``output_attentions`` is false.
     """
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.finfo(torch.float32).min
@@ -74,7 +81,13 @@ def attention(
 
 
 def _through(site: nn.Module, x: Tensor) -> Tensor:
-    """``x`` ``[batch, heads, tokens, dim]`` through what takes ``[batch, tokens, channels]``."""
+    """Round queries, keys or values of all heads with the module ``site``.
+
+    Args:
+        site: takes and returns ``[batch, tokens, heads * dim]``.
+        x: ``[batch, heads, tokens, dim]``, the shape of the result. Packed states are returned as
+            they are.
+    """
     if isinstance(site, nn.Identity) and not site._forward_pre_hooks:
         return x
     if isinstance(x, PackedStates):

@@ -1,4 +1,4 @@
-"""Rounding of activations, as modules that give back what their codes stand for."""
+"""Modules that round activations and return the floats that the codes stand for."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from quantine.kernels.integer.token_factors import factors, steepness
 from quantine.kernels.kv_attention.packing import round_states
 
 FEEDBACK: Final = "feedback"
-"""Name of a tensor that only some static grids have."""
+"""Name of the optional tensor of a `StaticGrid` for error feedback among channels."""
 REACH: Final = "reach"
-"""Name of another one."""
+"""Name of the optional tensor of a `StaticGrid` that sets the factors of tokens."""
 LABELS: Final = torch.int32
+"""Dtype in which the clusters of channels are stored."""
 
 
 class StaticGrid(FixedDtypes):
-    """Rounds each channel to the grid of its cluster.
+    """Rounds each channel to the grid of its cluster (RPTQ, arXiv 2304.01089).
 
     Args:
-        bits: of a code, 2 to 8.
+        bits: number of bits of one code, 2 to 8.
         scale: ``[clusters]`` float32, positive.
-        zero: ``[clusters]`` float32, of any size, as a range need not reach zero; whole numbers
-            but for keys and values, see `quantine.rptq.ranges.through`.
-        labels: ``[channels]`` int32, each channel's cluster.
-        feedback: ``[heads, dim, dim]`` float16, see `quantine.kernels.kv_attention.feedback`:
-            channels, of one head after another, are then rounded in turn.
-        reach: ``[1]`` float32: each token is divided by a factor of its own first, see
-            `quantine.kernels.integer.token_factors`; what its codes stand for is multiplied by
-            it. Grids then have their zero points in the code range, and no feedback.
+        zero: ``[clusters]`` float32 zero points, of any size, as a range need not hold zero. They
+            are whole numbers except for keys and values, see `quantine.rptq.ranges.through`.
+        labels: ``[channels]`` int32, the cluster of each channel.
+        feedback: ``[heads, dim, dim]`` float16, for queries, keys and values: the channels of a
+            head are then rounded one after another with error feedback, see
+            `quantine.kernels.kv_attention.feedback`. ``None`` rounds each to nearest.
+        reach: ``[1]`` float32: each token is divided by a factor of its own before it is rounded,
+            and the result multiplied by it, see `quantine.kernels.integer.token_factors`. Zero
+            points then lie in the code range, and there is no feedback. ``None`` for no factors.
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
@@ -61,20 +63,20 @@ class StaticGrid(FixedDtypes):
         feedback: Tensor | None = None,
         reach: Tensor | None = None,
     ) -> None:
-        """Take another scale and zero point for each cluster, another feedback and reach."""
+        """Replace all tensors but the clusters; arguments are those of `StaticGrid`."""
         self.scale, self.zero = scale.clone(), zero.clone()
         self.feedback, self.reach = feedback, reach
 
     def fed(self) -> Tensor | None:
-        """Feedback ``[heads, dim, dim]`` float16, if there is any."""
+        """The tensor ``feedback`` ``[heads, dim, dim]`` float16, or ``None``."""
         return self._buffers[FEEDBACK]
 
     def reached(self) -> Tensor | None:
-        """The reach ``[1]`` of factors of tokens, if they have any."""
+        """The tensor ``reach`` ``[1]`` float32, or ``None`` where tokens have no factors."""
         return self._buffers[REACH]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
+        """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
         scale, zero = self.of_channels()
         feedback = self.fed()
         if feedback is not None:
@@ -94,22 +96,22 @@ class StaticGrid(FixedDtypes):
         return decode(encode(x, scale, zero, self.bits), scale, zero)
 
     def extra_repr(self) -> str:
-        """Bits and shape."""
+        """One line for ``print(model)``: bits, channels, clusters, and factors of tokens if any."""
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
         shown = f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
         return shown if self.reached() is None else f"{shown}, a factor for each token"
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each channel, ``[channels]`` float32."""
+        """Scale and zero point of each channel, ``[channels]`` float32 each."""
         labels = self.get_buffer("labels")
         return self.get_buffer("scale")[labels], self.get_buffer("zero")[labels]
 
 
 class TokenGrid(nn.Module):
-    """Rounds each token to a grid over the range of its own values.
+    """Rounds each token to a grid from its smallest to its largest value (per-token, dynamic).
 
     Args:
-        bits: of a code, 2 to 8.
+        bits: number of bits of one code, 2 to 8.
     """
 
     def __init__(self, bits: int) -> None:
@@ -117,11 +119,11 @@ class TokenGrid(nn.Module):
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the codes of ``x`` ``[..., channels]`` stand for, in its dtype."""
+        """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
         values = x.float()
         scale, zero = fit_activations(*values.aminmax(dim=-1, keepdim=True), self.bits)
         return decode(encode(values, scale, zero, self.bits), scale, zero).to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Bits."""
+        """One line for ``print(model)``: the bits."""
         return f"{self.bits} bit for each token"

@@ -1,4 +1,4 @@
-"""Where in a block activations are rounded, and how the modules for that get there."""
+"""Where in a decoder block activations are rounded, and how the modules that round get there."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from quantine.families.family import Family, Link
 from quantine.families.layers import INPUTS_NAME
 
 CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
-"""What the consumers of a reorder read, as a site of `ActivationSpec`."""
+"""For each reorder of RPTQ the site, a field of `ActivationSpec`, that its consumers read."""
 ATTENDED: Final = {"query": "R2", "key": "R2", "value": "R3"}
-"""The sites inside of attention, and the reorders whose clusters they have."""
+"""The sites inside of attention, and for each the reorder whose clusters its channels have."""
 
 
 @dataclass(frozen=True)
 class RoundingPoint:
-    """A module of a block whose input is rounded.
+    """A point in a decoder block where activations are rounded: the input of one module.
 
     Attributes:
-        site: as a field of `ActivationSpec`.
-        kind: the reorder whose clusters it has.
-        path: inside the block, of a matrix, or of a child of `AttentionSites`.
+        site: the field of `ActivationSpec` that has its bits.
+        kind: the reorder, ``"R1"`` to ``"R5"``, whose clusters its channels have.
+        path: path inside the block of the module: a matrix, or a child of `AttentionSites`.
     """
 
     site: str
@@ -38,12 +38,12 @@ class RoundingPoint:
 
     @property
     def grid(self) -> str:
-        """Path, inside the block, of the module that rounds."""
+        """Path inside the block of the module that rounds, one of `quantine.activations.grids`."""
         return self.path if self.site in ATTENDED else f"{self.path}.{INPUTS_NAME}"
 
 
 def rounding_points(family: Family) -> list[RoundingPoint]:
-    """Every place in a block of ``family`` where activations can be rounded."""
+    """Every point in a block of ``family`` where activations can be rounded."""
     found = [
         RoundingPoint(CONSUMED[link.kind], link.kind, path)
         for link in family.links
@@ -56,12 +56,16 @@ def rounding_points(family: Family) -> list[RoundingPoint]:
 
 
 def link_of(family: Family, kind: str) -> Link:
-    """The reorder ``kind`` of ``family``."""
+    """The reorder ``kind``, ``"R1"`` to ``"R5"``, of ``family``."""
     return next(link for link in family.links if link.kind == kind)
 
 
 def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
-    """Let the attention of ``block`` round; probabilities are rounded from here on."""
+    """Give the attention module of ``block`` its `AttentionSites`.
+
+    Probabilities are rounded from here on, as ``spec`` says; queries, keys and values only after
+    `add_grids`.
+    """
     sites = AttentionSites()
     sites.softmax, sites.relative = spec.softmax, spec.relative
     setattr(block.get_submodule(family.attention), SITES_NAME, sites)
@@ -70,10 +74,12 @@ def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
 def add_norms(
     block: nn.Module, family: Family, spec: ActivationSpec, order_of: Callable[[str], Tensor]
 ) -> None:
-    """Let the norms of ``block`` write reordered channels.
+    """Let the norms of ``block`` that feed matrices write their channels in another order.
+
+    Nothing is done where ``spec`` asks for no reordering.
 
     Args:
-        order_of: ``[channels]`` integers by the path of a norm.
+        order_of: gives the order ``[channels]`` int64 for the path of a norm inside the block.
     """
     for link in family.links:
         if spec.reorders and link.fold == "gather":
@@ -87,17 +93,19 @@ def add_grids(
     spec: ActivationSpec,
     made: Callable[[RoundingPoint, int], nn.Module],
 ) -> None:
-    """Let ``block``, which has its `AttentionSites`, round activations.
+    """Install the modules that round the activations of ``block``.
+
+    The block has been through `add_sites`. Sites of 16 bits are left as they are.
 
     Args:
-        made: the static grid of a place, given bits.
+        made: builds the static grid of a point, given its bits; not called for per-token grids.
     """
-    for place in rounding_points(family):
-        bits = getattr(spec, place.site)
+    for point in rounding_points(family):
+        bits = getattr(spec, point.site)
         if bits == UNQUANTIZED:
             continue
         token = spec.granularity == "token"
-        _put(block, place, TokenGrid(bits) if token else made(place, bits))
+        _put(block, point, TokenGrid(bits) if token else made(point, bits))
 
 
 def rebuild(
@@ -129,9 +137,9 @@ def rebuild(
             )
         return found
 
-    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
-        scale, zero, labels = (needed(f"{place.grid}.{name}") for name in StaticGrid.tensor_names)
-        more = (tensor_of(f"{path}.{place.grid}.{name}") for name in (FEEDBACK, REACH))
+    def grid(point: RoundingPoint, bits: int) -> StaticGrid:
+        scale, zero, labels = (needed(f"{point.grid}.{name}") for name in StaticGrid.tensor_names)
+        more = (tensor_of(f"{path}.{point.grid}.{name}") for name in (FEEDBACK, REACH))
         return StaticGrid(bits, scale, zero, labels, *more)
 
     add_sites(block, family, spec)
@@ -139,10 +147,10 @@ def rebuild(
     add_grids(block, family, spec, grid)
 
 
-def _put(block: nn.Module, place: RoundingPoint, grid: nn.Module) -> None:
-    path, _, leaf = place.path.rpartition(".")
-    parent, module = block.get_submodule(path), block.get_submodule(place.path)
-    if place.site in ATTENDED:
+def _put(block: nn.Module, point: RoundingPoint, grid: nn.Module) -> None:
+    path, _, leaf = point.path.rpartition(".")
+    parent, module = block.get_submodule(path), block.get_submodule(point.path)
+    if point.site in ATTENDED:
         setattr(parent, leaf, grid)
     elif type(module) is nn.Linear:
         setattr(parent, leaf, GriddedLinear(module, grid))

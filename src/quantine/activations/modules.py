@@ -1,4 +1,4 @@
-"""Modules that stand where a model's own ones were, once channels are reordered and rounded."""
+"""Modules that replace a model's own, or join them, to reorder channels and round activations."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.nn.functional import linear
 from quantine.core.activation_spec import UNQUANTIZED
 
 SITES_NAME: Final = "sites"
-"""Name of the `AttentionSites` in a module of attention."""
+"""Name of the child of an attention module that holds its `AttentionSites`."""
 
 
 class PermutedNorm(nn.Module):
-    """A norm that writes its channels in another order; the residual stream keeps its own.
+    """A norm that writes its channels in another order; those of the residual stream stay in place.
 
     Args:
-        norm: the norm.
-        order: ``[channels]`` int32: place ``j`` gets channel ``order[j]``.
+        norm: the model's own norm.
+        order: ``[channels]`` int32: place ``j`` of the output gets channel ``order[j]``.
     """
 
     def __init__(self, norm: nn.Module, order: Tensor) -> None:
@@ -27,17 +27,17 @@ class PermutedNorm(nn.Module):
         self.register_buffer("order", order)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Norm of ``x`` ``[..., channels]``, reordered."""
+        """The norm of ``x`` ``[..., channels]``, its channels reordered."""
         ordered: Tensor = self.norm(x).index_select(-1, self.get_buffer("order"))
         return ordered
 
 
 class GriddedLinear(nn.Linear):
-    """A float ``Linear`` that rounds its inputs first.
+    """A ``Linear`` with float weights whose inputs are rounded first.
 
     Args:
-        of: the layer whose weight and bias are used.
-        inputs: what rounds ``[..., in]``.
+        of: the layer it replaces, whose weight and bias it shares.
+        inputs: the module that rounds inputs ``[..., in]``.
     """
 
     def __init__(self, of: nn.Linear, inputs: nn.Module) -> None:
@@ -47,17 +47,19 @@ class GriddedLinear(nn.Linear):
         self.inputs = inputs
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Round and multiply."""
+        """Round ``input`` ``[..., in]``, multiply it with the weight and add the bias."""
         return linear(self.inputs(input), self.weight, self.bias)
 
 
 class AttentionSites(nn.Module):
-    """What attention does to queries, keys, values ``[batch, tokens, channels]`` and softmax.
+    """How an attention module rounds its queries, keys, values and probabilities.
 
     Attributes:
-        query, key, value: modules that round; the identity where nothing is.
-        softmax: bits of probabilities; 16 for none.
-        relative: see `quantine.kernels.kv_attention.round_probabilities`.
+        query, key, value: modules that round ``[batch, tokens, channels]``, the channels of one
+            head after another; the identity where nothing is rounded.
+        softmax: bits of probabilities; 16 leaves them as they are.
+        relative: how probabilities are rounded, see
+            `quantine.kernels.kv_attention.reference.round_probabilities`.
     """
 
     def __init__(self) -> None:

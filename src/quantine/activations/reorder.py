@@ -1,7 +1,7 @@
-"""Putting a block's channels into another order without changing what it computes.
+"""Putting a block's channels into another order without changing what the block computes.
 
-RPTQ (arXiv 2304.01089, section 3.3). The order goes into norms and weights, so nothing is moved at
-run time but what a norm writes anyway.
+See RPTQ (arXiv 2304.01089, section 3.3). The order goes into the weights and into what norms write,
+so nothing else is moved at run time.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from quantine.families.layers import is_transposed
 
 
 def reorder(block: nn.Module, link: Link, order: Tensor, heads: int = 1) -> None:
-    """Rewrite ``block`` along ``link``.
+    """Apply one reorder of RPTQ to ``block``, in place: its producers and its consumers.
+
+    Reorders that only look up clusters (``link.fold`` is ``"attention"``) change nothing.
 
     Args:
-        order: ``[channels]`` int64 of what the producers write: place ``j`` gets channel
+        link: which matrices and norms write and read the channels.
+        order: ``[channels]`` int64: of the channels that producers write, place ``j`` gets channel
             ``order[j]``.
-        heads: heads of the producers, which ``order`` keeps apart where ``link.per_head``.
+        heads: number of heads that these channels consist of; 1 where they are not of heads. Where
+            ``link.per_head``, ``order`` keeps channels within their heads.
     """
     if link.fold == "attention":
         return
@@ -35,14 +39,26 @@ def reorder(block: nn.Module, link: Link, order: Tensor, heads: int = 1) -> None
 
 
 def permute_norm(block: nn.Module, path: str, order: Tensor) -> None:
-    """Let the norm at ``path`` write its channels in ``order``."""
+    """Replace the norm at ``path`` by one that writes its channels in ``order``.
+
+    Args:
+        path: path of the norm inside ``block``.
+        order: ``[channels]`` integers: place ``j`` gets channel ``order[j]``.
+    """
     parent, _, leaf = path.rpartition(".")
     norm = PermutedNorm(block.get_submodule(path), order.to(torch.int32))
     setattr(block.get_submodule(parent), leaf, norm)
 
 
 def permute_outputs(module: nn.Module, order: Tensor, rows: Rows = "parts", heads: int = 1) -> None:
-    """Let a matrix write those outputs that ``rows`` names in ``order``; see `Link.rows`."""
+    """Reorder outputs of a matrix: rows of its weight and entries of its bias.
+
+    Args:
+        module: a ``Linear``, or GPT-2's ``Conv1D``, which stores its weight transposed.
+        order: ``[channels]`` int64: place ``j`` gets channel ``order[j]``.
+        rows: which outputs are meant if there are more than channels, see `Link.rows`.
+        heads: number of heads that the outputs consist of, for ``"interleaved"``.
+    """
     axis = 1 if is_transposed(module) else 0
     weight = module.get_parameter("weight")
     whole = _order_of_rows(weight.shape[axis], order, rows, heads)
@@ -53,7 +69,10 @@ def permute_outputs(module: nn.Module, order: Tensor, rows: Rows = "parts", head
 
 
 def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
-    """An order of all ``count`` rows of a producer."""
+    """The order of all ``count`` outputs of a matrix, those that stay in place included.
+
+    The other arguments are those of `permute_outputs`.
+    """
     channels = len(order)
     whole = torch.arange(count, device=order.device)
     if rows == "parts":
@@ -67,7 +86,15 @@ def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
 
 
 def permute_inputs(module: nn.Module, order: Tensor, heads: int) -> None:
-    """Let a matrix read inputs in ``order``; each of ``heads`` has copies if it reads more."""
+    """Reorder the inputs of a matrix: columns of its weight.
+
+    Args:
+        module: a ``Linear``, or GPT-2's ``Conv1D``, which stores its weight transposed.
+        order: ``[channels]`` int64: place ``j`` gets channel ``order[j]``.
+        heads: number of heads that ``order`` consists of. Where the matrix has more inputs (heads
+            of keys and values that several heads of queries share), each head comes several times
+            in a row.
+    """
     weight, axis = module.get_parameter("weight"), 0 if is_transposed(module) else 1
     copies = weight.shape[axis] // len(order)
     _replace(module, weight, order_within_heads(order, heads, copies), axis)

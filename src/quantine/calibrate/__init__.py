@@ -1,1 +1,4 @@
-"""Calibration: text into token segments, and segments through the model one block at a time."""
+"""Calibration: cutting text into token segments, and running these through a model block by block.
+
+Only one decoder block has its weights in memory at a time.
+"""

@@ -1,9 +1,9 @@
-"""Gradients of a model's predictions in the outputs of its matrices.
+"""Gradients of a model's predictions with respect to the outputs of its matrices.
 
-What they tell is said in `quantine.statistics.gradients`.
+`quantine.statistics.gradients` says what they are used for.
 
-Gradients are computed block by block, from the last to the first, from the inputs of every block:
-the memory is that of one block.
+Gradients are computed block by block, from the last to the first. Each block is run again on its
+stored inputs, so that memory holds the weights of one block only.
 """
 
 from __future__ import annotations
@@ -26,18 +26,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS: Final = 2**23
-"""Logits that are held at once."""
+"""Number of logits (tokens times vocabulary) that are computed at once, to bound memory."""
 
 
 def replace_by_gradients(
     setup: CalibrationSetup, read: Callable[[str], Tensor], hidden: HiddenStates, seed: int
 ) -> None:
-    """Turn the last block's outputs into gradients of a drawn token's log-likelihood.
+    """Replace the last block's outputs by the gradients of the loss with respect to them.
+
+    The loss of each position is the cross entropy of a token drawn from the model's own prediction,
+    as the Fisher information asks for.
 
     Args:
-        read: the float tensor of a name outside of blocks.
-        hidden: outputs of the last block, replaced in place.
-        seed: of the local generator that draws tokens.
+        setup: the model, its device and dtypes.
+        read: gives the float tensor of a name, for names outside of blocks.
+        hidden: outputs of the last block, ``[batch, tokens, width]`` float32 for each batch,
+            replaced in place by gradients of the same shape.
+        seed: seed of the local generator that draws tokens.
     """
     model, inside = setup.model, f"{setup.family.blocks}."
     for name in [name for name in model.state_dict() if not name.startswith(inside)]:
@@ -54,7 +59,10 @@ def replace_by_gradients(
 def _gradients(
     model: PreTrainedModel, family: Family, hidden: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Of every token of ``hidden`` ``[batch, tokens, width]``; some at once, by their logits."""
+    """The gradients of all positions of ``hidden`` ``[batch, tokens, width]``, in its shape.
+
+    Positions are taken a few at once, so that at most about `LOGITS` logits are in memory.
+    """
     width = max(1, LOGITS // model.config.vocab_size)
     segments = []
     for segment in hidden.split(1):
@@ -80,9 +88,16 @@ def _gradient(
 
 
 def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One index for each row of ``probabilities`` ``[rows, n]`` float32, ``[rows, 1]`` int64.
+    """Draw one index for each row with the probabilities of that row.
 
-    One random number a row, where `torch.multinomial` takes one for each probability.
+    Takes one random number for each row, where `torch.multinomial` takes one for each probability.
+
+    Args:
+        probabilities: ``[rows, n]`` float32.
+        generator: on the device of ``probabilities``.
+
+    Returns:
+        ``[rows, 1]`` int64.
     """
     sums = probabilities.cumsum(-1)
     places = (
@@ -94,7 +109,7 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _replayed(model: PreTrainedModel, family: Family, hidden: Tensor) -> Iterator[None]:
-    """Let every block of ``model`` put out ``hidden``."""
+    """Inside of this context every block of ``model`` only returns ``hidden``."""
     blocks = block_list(model, family)
     originals = list(blocks)
     try:
@@ -113,16 +128,18 @@ def backward(
     inputs: HiddenStates,
     gradients: HiddenStates,
 ) -> dict[str, SquaredGradients]:
-    """Take gradients back through a block, and add up those of its matrices' outputs.
+    """Backpropagate through a block, and sum the squared gradients of its matrices' outputs.
 
     Args:
-        index: of the block, which has its weights.
-        layers: the matrices looked at.
-        inputs: of the block.
-        gradients: of its outputs; replaced by those of its inputs.
+        sequential: runs the block.
+        index: number of the block, whose weights are loaded.
+        layers: the matrices of the block whose gradients are wanted.
+        inputs: inputs of the block, ``[batch, tokens, width]`` float32 for each batch.
+        gradients: gradients with respect to the block's outputs, in the same shape; replaced in
+            place by those with respect to its inputs.
 
     Returns:
-        The squared gradients by layer name.
+        The squared gradients by name of the layer.
     """
     found = {layer.name: SquaredGradients() for layer in layers}
     model = sequential.setup.model

@@ -1,4 +1,4 @@
-"""Hidden states between two blocks: in memory, or on disk past a limit."""
+"""Hidden states between two decoder blocks, kept in memory or in files."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from torch import Tensor
 
 
 class HiddenStates:
-    """Batches of hidden states ``[batch, tokens, width]`` float32, each replaced in place.
+    """A sequence of batches of hidden states, each ``[batch, tokens, width]`` float32.
+
+    Batches are read and written by number, and have to be written before they are read.
 
     Args:
         batches: number of batches.
-        directory: where batches are kept as files; ``None`` keeps them in memory.
-        device: where they are read to from files.
+        directory: directory that holds each batch in a file, made if missing; ``None`` keeps
+            batches in memory.
+        device: device that batches are put on when they are read from files.
     """
 
     def __init__(

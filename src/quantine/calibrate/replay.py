@@ -1,8 +1,12 @@
-"""A computation that stops in its middle and later goes on, without a thread of its own.
+"""Stopping a block's forward pass at a matrix, and later continuing where it stopped.
 
-It goes on by running again from its start. What PyTorch computed the first time is not computed
-again: calls return what they returned before. Only tensors that were still in use when it stopped
-are kept for that; a call whose result nobody used any more returns an empty one, which nobody sees.
+GPTQ observes the input of a matrix after the matrices before it in the same block are quantized.
+So a forward pass is stopped at the matrix, and resumed once the matrix is quantized.
+
+To resume, the block's forward pass is called again from its start, but the PyTorch functions that
+ran before the stop are not computed again: each call returns the result it returned the first time.
+Only results that were still in use at the stop are kept. The others return an empty tensor, which
+the forward pass cannot need, as it had dropped the result.
 """
 
 from __future__ import annotations
@@ -17,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class Replay(TorchFunctionMode):
-    """While entered, repeats calls of PyTorch functions up to `stop`, and records those after it.
+    """A context that repeats the PyTorch calls before the last `stop`, and records those after it.
 
-    The computation must make the same calls in the same order each time, and draw nothing at
-    random.
+    The forward pass that runs inside of it must make the same calls in the same order each time,
+    and draw no random numbers.
     """
 
     def __init__(self) -> None:
@@ -42,10 +46,10 @@ class Replay(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Repeat or record one call.
+        """Return the recorded result of a call, or compute and record it.
 
         Raises:
-            RuntimeError: the computation does not repeat itself.
+            RuntimeError: the forward pass calls another function than when it was recorded.
         """
         place = self._place
         self._place += 1
@@ -61,7 +65,10 @@ class Replay(TorchFunctionMode):
         return kept
 
     def stop(self) -> None:
-        """Keep what the computation uses now; to be called from inside of it."""
+        """Mark this place as the one to resume from, and keep all results that are in use now.
+
+        Called inside of the forward pass, such as in a hook, before an exception leaves it.
+        """
         self._calls = [(func, _mapped(self._tightened, result)) for func, result in self._calls]
         self._stopped = len(self._calls)
 
@@ -73,7 +80,7 @@ class Replay(TorchFunctionMode):
 
 
 def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
-    """``result`` of a function with ``change`` applied to each value in its tuples and lists."""
+    """``result`` with ``change`` applied to it or, in tuples and lists, to each value inside."""
     if isinstance(result, tuple | list):
         return type(result)(_mapped(change, value) for value in result)
     return change(result)

@@ -1,4 +1,4 @@
-"""Text into calibration segments."""
+"""Cutting a text into calibration segments of token ids."""
 
 from __future__ import annotations
 
@@ -13,21 +13,26 @@ from quantine.calibrate.text import BUILTIN, read_text
 from quantine.errors import CalibrationError
 
 DEFAULT_SAMPLES: Final = 64
+"""Number of calibration segments where nothing else is asked for."""
 DEFAULT_SEQLEN: Final = 512
+"""Tokens per calibration segment where nothing else is asked for."""
 MOST_TOKENS: Final = 2**28
-"""Calibration tokens accepted; a hundred times what any method has been shown to profit from."""
+"""Largest number of calibration tokens accepted, a hundred times what any method has been shown to
+profit from."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a model is calibrated on.
+    """A request for calibration: which text, how much of it, and in which precision.
+
+    Raises `CalibrationError` if ``samples`` is negative or ``seqlen`` below 1.
 
     Attributes:
-        source: a text as in `quantine.calibrate.text.read_text`.
+        source: a text, named as for `quantine.calibrate.text.read_text`.
         samples: number of segments; 0 runs no calibration, which only methods that need no inputs
             accept.
         seqlen: tokens per segment; ``None`` is 512, or the model's longest context if shorter.
-        seed: of the local generator that places the segments.
+        seed: seed of the local generator that places the segments in the text.
         bfloat16: multiply matrices in bfloat16 while calibrating: several times faster where the
             processor can. Weights, norms, hidden states and statistics stay in float32.
     """
@@ -45,7 +50,10 @@ class Calibration:
             raise CalibrationError(f"seqlen must be positive, not {self.seqlen}")
 
     def segment_length(self, longest_context: int | None) -> int:
-        """Tokens per segment for a model whose positions end at ``longest_context``.
+        """Tokens per segment for a model with a context of at most ``longest_context`` tokens.
+
+        Args:
+            longest_context: ``None`` for a model without a limit.
 
         Raises:
             CalibrationError: ``seqlen`` is longer than the model's context.
@@ -61,7 +69,18 @@ class Calibration:
 
 
 def token_stream(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tensor:
-    """``text`` as one stream of token ids ``[tokens]`` int64; BOS only if the tokenizer adds it.
+    """Tokenize a whole text into one stream of token ids.
+
+    A beginning-of-sequence token is there only if the tokenizer adds it.
+
+    Args:
+        tokenizer: the model's tokenizer of transformers.
+        text: the text.
+        vocabulary: number of tokens that the model knows.
+        source: name of the text, for messages.
+
+    Returns:
+        ``[tokens]`` int64 on the CPU.
 
     Raises:
         CalibrationError: an id lies outside the model's vocabulary.
@@ -76,9 +95,19 @@ def token_stream(tokenizer: Any, text: str, vocabulary: int, source: str) -> Ten
 
 
 def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
-    """``samples`` windows of ``length`` tokens at random places, ``[samples, length]`` int64.
+    """Draw calibration segments at random places of a text.
 
-    Windows are drawn with replacement by ``random.Random(seed)`` and are always full: no padding.
+    Places are drawn with replacement by ``random.Random(seed)``. Segments are never padded.
+
+    Args:
+        stream: ``[tokens]`` int64 token ids of the text.
+        samples: number of segments.
+        length: tokens of a segment.
+        seed: seed of the local generator.
+        source: name of the text, for messages.
+
+    Returns:
+        ``[samples, length]`` int64.
 
     Raises:
         CalibrationError: the text is shorter than one segment.
@@ -98,10 +127,21 @@ def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: 
 def calibration_segments(
     calibration: Calibration, tokenizer: Any, vocabulary: int, longest_context: int | None
 ) -> Tensor:
-    """The segments ``[samples, seqlen]`` int64 that ``calibration`` asks for.
+    """Read, tokenize and cut the text that ``calibration`` asks for.
+
+    Args:
+        calibration: the request.
+        tokenizer: the model's tokenizer of transformers.
+        vocabulary: number of tokens that the model knows.
+        longest_context: the model's longest context in tokens, ``None`` if it has no limit.
+
+    Returns:
+        ``[samples, seqlen]`` int64 token ids.
 
     Raises:
-        CalibrationError: see `Calibration`, `token_stream` and `draw_segments`.
+        CalibrationError: the text cannot be read or is too short, the tokenizer belongs to another
+            model, segments are longer than the context, or there are more than `MOST_TOKENS`
+            tokens.
     """
     length = calibration.segment_length(longest_context)
     if calibration.samples * length > MOST_TOKENS:

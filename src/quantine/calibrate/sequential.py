@@ -1,4 +1,8 @@
-"""One decoder block in memory at a time, fed with what the quantized blocks before it put out."""
+"""Calibration block by block, as in GPTQ and SpQR.
+
+One decoder block is in memory at a time. It is run on what the blocks before it, already
+quantized, put out for the calibration text.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,15 @@ if TYPE_CHECKING:
     from quantine.source.checkpoint import Checkpoint
 
 TOKENS_PER_BATCH: Final = 2048
+"""Largest number of tokens that go through a block at once, unless one segment is longer."""
 
 
 def batch_samples(samples: int, seqlen: int) -> int:
-    """Segments per batch: the largest divisor of ``samples`` within `TOKENS_PER_BATCH` tokens."""
+    """Number of segments in a batch, of ``samples`` segments of ``seqlen`` tokens.
+
+    The largest divisor of ``samples`` that keeps a batch within `TOKENS_PER_BATCH` tokens; at
+    least 1.
+    """
     fitting = [
         n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH
     ]
@@ -42,21 +51,23 @@ def batch_samples(samples: int, seqlen: int) -> int:
 
 @dataclass(frozen=True)
 class CalibrationSetup:
-    """What runs through which model, and how.
+    """Everything a calibration run needs: model, weights, segments, and how to compute.
 
     Attributes:
-        model: a `quantine.calibrate.skeleton.skeleton`; blocks get weights while they are worked
-            on.
-        family: its architecture.
-        checkpoint: where weights come from.
+        model: a model from `quantine.calibrate.skeleton.skeleton`; each block gets its weights only
+            while it is worked on.
+        family: the model's architecture.
+        checkpoint: the files that weights are read from.
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
-        spill: directory for hidden states, ``None`` to keep them in memory.
-        replaced: float32 tensors by name that stand in for the checkpoint's, outside of blocks.
-        bfloat16: multiply matrices in bfloat16, and take statistics of inputs rounded to it, in
-            float32; weights, norms and hidden states stay in float32.
-        resumes: keep what a block had computed when it stopped for `Sequential.observe_next`;
-            takes a few times the memory of the hidden states.
-        device: where blocks and hidden states are while they are worked on.
+        spill: directory for hidden states; ``None`` keeps them in memory.
+        replaced: float32 tensors by name that are used in place of the checkpoint's, outside of
+            blocks (such as a quantized embedding).
+        bfloat16: multiply matrices in bfloat16, and take statistics, in float32, of the inputs so
+            rounded; weights, norms and hidden states stay in float32.
+        resumes: let `Sequential.observe_next` continue forward passes where they stopped instead of
+            running the block again from its start; takes a few times the memory of the hidden
+            states.
+        device: device of blocks and hidden states while they are worked on.
     """
 
     model: PreTrainedModel
@@ -70,12 +81,22 @@ class CalibrationSetup:
     device: torch.device = CPU
 
     def autocast(self) -> torch.autocast:
-        """The context in which matrices are multiplied, whatever context the caller is in."""
+        """A context that sets the precision of matrix products as ``bfloat16`` asks.
+
+        It overrides any autocast context of the caller.
+        """
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
 class Sequential:
-    """Runs calibration segments through a model, block by block."""
+    """Runs calibration segments through a model, block by block.
+
+    It holds the hidden states that enter the current block. Each block in turn is loaded,
+    observed, quantized by the caller, and passed by `advance` before it is released.
+
+    Args:
+        setup: model, weights and segments.
+    """
 
     def __init__(self, setup: CalibrationSetup) -> None:
         self._setup = setup
@@ -91,28 +112,35 @@ class Sequential:
 
     @property
     def setup(self) -> CalibrationSetup:
-        """What runs through which model."""
+        """Model, weights and segments, and how they are computed with."""
         return self._setup
 
     def load(self, index: int) -> nn.Module:
-        """Block ``index`` with its float32 weights."""
+        """Read the float32 weights of block ``index`` and return the block."""
         setup, block = self._setup, self._blocks[index]
         path = f"{self._family.blocks}.{index}"
         materialize(setup.model, block, path, setup.checkpoint, setup.device)
         return block
 
     def release(self, index: int) -> None:
-        """Give the memory of block ``index`` back."""
+        """Drop the weights of block ``index`` and free their memory."""
         self._blocks[index].to("meta")
 
     @torch.no_grad()
     def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
-        """Statistics of the inputs of ``layers`` of block ``index``, all in one pass.
+        """The Hessians ``x x.T`` of the inputs of several matrices, all from one forward pass.
 
-        The block runs only until all of them have been seen.
+        For each batch the block runs only until all of these inputs have been computed.
 
         Args:
-            layers: one of each group, as the others read the same input.
+            index: number of the block.
+            layers: one matrix of each group of the block, as all of a group read the same input.
+
+        Returns:
+            One Hessian for each of ``layers``, over all calibration tokens.
+
+        Raises:
+            CalibrationError: a matrix was never reached.
         """
         observers = [_InputObserver(layer, self._setup) for layer in layers]
 
@@ -136,10 +164,18 @@ class Sequential:
 
     @torch.no_grad()
     def observe_next(self, index: int, layer: Layer) -> Hessian:
-        """Statistics of the input of ``layer`` in block ``index``.
+        """The Hessian ``x x.T`` of the input of one matrix, with the block as it is now.
 
-        It must run after the layers observed like this before, and what ran before those must not
-        have been changed since.
+        Where the setup has ``resumes``, forward passes continue where the previous call stopped
+        them: ``layer`` must then run after the matrix observed before, and nothing that ran before
+        that one may have been changed since.
+
+        Args:
+            index: number of the block.
+            layer: the matrix.
+
+        Raises:
+            CalibrationError: the matrix was never reached.
         """
         if self._replays is None:
             return self.observe(index, [layer])[0]
@@ -163,7 +199,18 @@ class Sequential:
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
-        """Ranges of what enters the modules at ``paths`` in block ``index``, by path."""
+        """Ranges of the channels that enter some modules of a block, over all calibration tokens.
+
+        Args:
+            index: number of the block.
+            paths: paths of the modules inside the block.
+
+        Returns:
+            The ranges by path.
+
+        Raises:
+            CalibrationError: a module never ran.
+        """
         found: dict[str, ChannelRanges] = {}
 
         def recorder(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -197,10 +244,10 @@ class Sequential:
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Replace the hidden states by the outputs of block ``index`` as it now is.
+        """Replace the hidden states by the outputs of block ``index``, as it is now.
 
         Raises:
-            CalibrationError: an output is not finite.
+            CalibrationError: an output is infinite or NaN.
         """
         for batch in range(len(self._hidden)):
             output = self._run_on(index, batch)
@@ -212,7 +259,10 @@ class Sequential:
             self._hidden[batch] = output
 
     def _run_on(self, index: int, batch: int) -> Tensor:
-        """Block ``index`` on a batch to its end, from where it stopped."""
+        """The output of block ``index`` for batch number ``batch``.
+
+        A forward pass that `observe_next` stopped is continued.
+        """
         if self._replays is None:
             return self.run(index, self._hidden[batch])
         replay, self._replays[batch] = self._replays[batch], Replay()
@@ -221,11 +271,16 @@ class Sequential:
 
     @property
     def hidden(self) -> HiddenStates:
-        """What enters the block that is worked on."""
+        """The hidden states that enter the current block."""
         return self._hidden
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Block ``index`` on one batch of hidden states ``[batch, tokens, width]``."""
+        """The output of block ``index`` for one batch of hidden states.
+
+        Args:
+            index: number of the block, whose weights are loaded.
+            hidden: ``[batch, tokens, width]`` float32, the shape of the result.
+        """
         args, kwargs = self._calls[index]
         with self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
@@ -271,11 +326,15 @@ class Sequential:
 
 
 class _Enough(Exception):
-    """Raised inside a block when the observed inputs have been seen."""
+    """Raised inside a block to leave its forward pass once all observed inputs have been seen."""
 
 
 class _Reached(Exception):
-    """Raised inside a block when it reaches the matrix that is observed, whose input is ``x``."""
+    """Raised inside a block to leave its forward pass at the observed matrix.
+
+    Attributes:
+        x: the input ``[..., in]`` of the matrix.
+    """
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -283,7 +342,12 @@ class _Reached(Exception):
 
 
 class _InputObserver:
-    """Statistics of what enters ``layer``, and how often it was entered."""
+    """Sums up the Hessian of one matrix's inputs.
+
+    Attributes:
+        hessian: over all inputs so far.
+        seen: number of times the matrix was called.
+    """
 
     def __init__(self, layer: Layer, setup: CalibrationSetup) -> None:
         self._layer, self._setup = layer, setup
@@ -301,5 +365,5 @@ class _InputObserver:
 
 
 def _as_multiplied(x: Tensor, setup: CalibrationSetup) -> Tensor:
-    """Input ``x`` in the dtype in which matrices are multiplied."""
+    """The input ``x`` of a matrix in the dtype that it is multiplied in: bfloat16 if so asked."""
     return x.bfloat16() if setup.bfloat16 else x

@@ -1,4 +1,4 @@
-"""Which part of a run's work one of several processes does."""
+"""The part of a run's work that one of several processes does."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from quantine.errors import PlanError
 
 @dataclass(frozen=True)
 class Share:
-    """A process's part of work that is split over several.
+    """The part of one process in work that several share.
 
-    Statistics of the parts merge to those of the whole, see `quantine.statistics`.
+    The statistics of all parts, merged, are those of the whole, see `quantine.statistics`. Raises
+    `PlanError` if ``rank`` is not from 0 to ``count - 1``.
 
     Attributes:
         rank: number of the process, from 0.
-        count: processes; one does everything.
+        count: number of processes; 1 is one process that does everything.
     """
 
     rank: int = 0
@@ -29,12 +30,12 @@ class Share:
             raise PlanError(f"rank must be from 0 to {self.count - 1}, not {self.rank}")
 
     def segments(self, segments: Tensor) -> Tensor:
-        """The process's own of ``segments`` ``[samples, seqlen]``: a run of them, in order."""
+        """The segments of this process: consecutive rows of ``segments`` ``[samples, seqlen]``."""
         bounds = [len(segments) * rank // self.count for rank in (self.rank, self.rank + 1)]
         return segments[slice(*bounds)]
 
     def owns(self, number: int) -> bool:
-        """Whether the process does piece ``number`` of pieces that are dealt out in turn."""
+        """Whether this process does piece ``number`` of work that is dealt out in turn."""
         return number % self.count == self.rank
 
 

@@ -1,4 +1,4 @@
-"""A model without weights, and giving parts of it weights for a while."""
+"""Models without weights, and giving parts of them weights for a while."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
-    """The causal language model of ``config`` without weights: parameters on the meta device.
+    """Build the causal language model of ``config`` without memory for weights.
+
+    Parameters are float32 on the meta device; the model is in evaluation mode.
 
     Args:
+        config: the model's configuration in transformers, which is not changed.
         attention: name of an attention function that transformers knows; ``None`` lets it choose.
     """
     from transformers import AutoModelForCausalLM
@@ -32,12 +35,16 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
 
 
 class StandIn(nn.Module):
-    """Stands in for a block: remembers the call, and passes the hidden states through.
+    """Takes the place of a decoder block: records the call, and returns hidden states unchanged.
 
     Args:
-        block: whose attributes the model may look at.
-        returns_tuple: whether the block returns a tuple.
-        replay: what to return instead of the hidden states that come in.
+        block: the block, whose attributes the model still finds here.
+        returns_tuple: whether to return ``(hidden,)`` instead of the hidden states alone, as the
+            block does.
+        replay: hidden states to return instead of those that enter.
+
+    Attributes:
+        args, kwargs: the other arguments of the last call.
     """
 
     def __init__(self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None) -> None:
@@ -56,11 +63,11 @@ class StandIn(nn.Module):
             return getattr(self.__dict__["_stand_in_for"][0], name)
 
     def entered(self) -> Tensor:
-        """The hidden states of the last call."""
+        """The hidden states that entered in the last call, ``[batch, tokens, width]``."""
         return self._entered[0]
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Remember and pass on."""
+        """Record the arguments, and return ``hidden`` or what is replayed instead."""
         self._entered, self.args, self.kwargs = [hidden], args, kwargs
         hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden,) if self._returns_tuple else hidden
@@ -74,13 +81,15 @@ def materialize(
     device: torch.device | str = "cpu",
     skip: str = "-",
 ) -> None:
-    """Give ``module`` of ``model`` buffers and float32 weights.
+    """Read the weights of a part of a model, as float32, and compute its buffers.
 
     Args:
-        path: of ``module`` in ``model``.
-        checkpoint: where weights come from.
-        device: where they go.
-        skip: prefix of the names that get none.
+        model: the model.
+        module: the part of it that gets weights.
+        path: path of ``module`` in ``model``.
+        checkpoint: the files that weights are read from.
+        device: device that the tensors are put on.
+        skip: prefix of the full names that are left without weights; no name has the default.
     """
     for child in module.modules():
         missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
@@ -97,7 +106,13 @@ def materialize(
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give the parameter or buffer ``name`` of ``model`` a value."""
+    """Replace a parameter or buffer of ``model`` by ``value``.
+
+    Args:
+        model: the model.
+        name: full name of the parameter or buffer.
+        value: the new tensor, which is not copied; its shape and device may differ from the old.
+    """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if leaf in owner._parameters:
@@ -107,7 +122,7 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def drop_weights(module: nn.Module) -> None:
-    """Give the memory of all parameters below ``module`` back."""
+    """Move all parameters of ``module`` to the meta device, which frees their memory."""
     for child in module.modules():
         for name, parameter in child._parameters.items():
             if parameter is not None:

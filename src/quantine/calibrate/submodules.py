@@ -1,4 +1,7 @@
-"""What submodules of a block put out, again and again on the same inputs while their weights change."""
+"""Outputs of submodules of a block, on inputs recorded once, while their weights change.
+
+They tell what a change of one matrix costs, as AdaDim's choice between group axes needs it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ from torch import Tensor, nn
 from quantine.calibrate.sequential import Sequential
 
 OUTPUT_TOKENS: Final = 4096
-"""Calibration tokens that are enough to rank changes of an output."""
+"""Number of calibration tokens whose inputs are recorded, enough to rank changes of an output."""
 
 
 def judged_module(groups: Sequence[Sequence[str]], path: str) -> str:
     """The module in a block whose output tells what a change of the matrix at ``path`` costs.
 
-    That is what holds the matrix and others that run after it: attention for queries, keys and
-    values, the MLP for gate and up. For the last matrix of such a part it is the matrix itself.
+    That is the module around the matrix, if another matrix in it runs later: attention for queries,
+    keys and values, the MLP for gate and up. Else it is the matrix itself.
 
     Args:
-        groups: of the block, see `quantine.families.family.Family.groups_in`.
-        path: of a matrix in one of them.
+        groups: the block's groups of matrices, see `quantine.families.family.Family.groups_in`.
+        path: path inside the block of a matrix in one of the groups.
 
     Returns:
-        A path inside the block; empty for the whole block.
+        Path of the module inside the block; empty for the whole block.
     """
     parent = path.rpartition(".")[0]
     number = next(number for number, group in enumerate(groups) if path in group)
@@ -34,10 +37,13 @@ def judged_module(groups: Sequence[Sequence[str]], path: str) -> str:
 
 
 class SubmoduleOutputs:
-    """Submodules of block ``index``, with what enters them while the block is as it is now.
+    """Submodules of a block, with their inputs recorded when this is made.
 
     Args:
-        paths: of modules in ``block``, see `judged_module`.
+        sequential: runs the block on the calibration text.
+        index: number of the block.
+        block: the block, whose weights are loaded.
+        paths: paths of modules inside the block, see `judged_module`.
     """
 
     def __init__(
@@ -63,7 +69,11 @@ class SubmoduleOutputs:
 
     @torch.no_grad()
     def outputs(self, path: str) -> list[Tensor]:
-        """What the module at ``path`` puts out with its present weights, a tensor for each batch."""
+        """The outputs of the module at ``path`` with its present weights, on the recorded inputs.
+
+        Returns:
+            One tensor ``[batch, tokens, channels]`` for each recorded batch.
+        """
         results = []
         with self._setup.autocast():
             for args, kwargs in self._calls[path]:

@@ -1,4 +1,4 @@
-"""Where text comes from: local files, hub data sets, or the standard library."""
+"""Texts for calibration and evaluation: local files, hub data sets, or the standard library's."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Final, Literal
 from quantine.errors import CalibrationError
 
 Split = Literal["calibration", "heldout"]
+"""The part of a text: ``"calibration"``, or ``"heldout"`` for evaluation."""
 
 BUILTIN: Final = "builtin"
+"""Name of the text that needs no file: the help topics of Python's standard library."""
 HELDOUT_EVERY: Final = 4
-"""One topic of the built-in text in four is held out for evaluation."""
+"""Number of topics of the built-in text of which one, on average, is held out for evaluation."""
 
 
 @dataclass(frozen=True)
 class HubPart:
-    """Rows of a hub data set that make up one text.
+    """The rows of a hub data set that make up one text.
 
     Attributes:
-        split: name of the split.
-        separator: what goes between two rows.
-        rows: rows taken from the start; ``None`` takes all.
+        split: name of the data set's split.
+        separator: string put between two rows.
+        rows: number of rows taken from the start; ``None`` takes all.
     """
 
     split: str
@@ -34,12 +36,15 @@ class HubPart:
 
 @dataclass(frozen=True)
 class HubText:
-    """A text on the hub, and which part of it calibrates and which is held out.
+    """A text on the hub, and which rows of it are for calibration and which are held out.
 
     Attributes:
-        column: the column that holds the text.
-        configuration: of the data set, where it has several.
-        revision: a branch other than the main one.
+        data_set: the data set's id on the hub.
+        column: name of the column that holds the text.
+        calibration: the rows for calibration.
+        heldout: the rows for evaluation.
+        configuration: name of the data set's configuration, where it has several.
+        revision: name of a branch other than the main one.
     """
 
     data_set: str
@@ -50,7 +55,7 @@ class HubText:
     revision: str | None = None
 
     def part(self, split: Split) -> HubPart:
-        """The rows for one use."""
+        """The rows for calibration or evaluation."""
         return self.calibration if split == "calibration" else self.heldout
 
 
@@ -95,19 +100,21 @@ HUB_TEXTS: Final[dict[str, HubText]] = {
         HubPart("validation", rows=2000),
     ),
 }
+"""Texts on the hub by the names that plans and commands know them by."""
 
 
 def read_text(source: str, split: Split) -> str:
-    """The text called ``source``.
+    """Read a text by its name or path.
 
     Args:
         source: ``builtin``, a name in `HUB_TEXTS`, or the path of a ``.txt``, ``.jsonl`` or
             ``.parquet`` file. A ``.txt`` file is read verbatim; the others by their ``text``
-            field, rows joined with blank lines.
-        split: which part of a text that has parts; files have none.
+            field, rows joined with blank lines. Files are UTF-8.
+        split: the part wanted of a built-in or hub text; a file is read whole.
 
     Raises:
-        CalibrationError: no such text, or it is empty or unreadable.
+        CalibrationError: there is no such text, it is empty or cannot be read, or a package to read
+            it with is missing.
     """
     if source == BUILTIN:
         text = _builtin(split)

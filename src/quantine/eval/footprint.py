@@ -110,7 +110,7 @@ def _cache(config: PretrainedConfig, tokens: int, scheme: Shorthand) -> int:
 
 
 def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:
-    """Bytes of feedback (`quantine.rptq.feedback`), for every head whose channels may be rounded in turn."""
+    """Bytes of feedback (`quantine.rptq.feedback`) of every head that may be rounded with it."""
     if not spec.searches:
         return 0
     dim = head_dim(config)

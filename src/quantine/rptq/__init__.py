@@ -1,4 +1,5 @@
-"""RPTQ (arXiv 2304.01089): a block's channels in clusters of alike ranges, and grids for them.
+"""RPTQ (arXiv 2304.01089): clusters of channels with similar ranges, and grids for activations.
 
-Everything is found with the block's float weights, on what the quantized blocks before it put out.
+Clusters and grids of a block are found with its float weights, on the calibration text as the
+quantized blocks before it put it out.
 """

@@ -1,4 +1,4 @@
-"""A block whose channels are reordered and whose activations are rounded."""
+"""RPTQ on one decoder block: reordering it, rounding its activations, storing and restoring it."""
 
 from __future__ import annotations
 
@@ -25,9 +25,21 @@ def reorder_block(
     heads: Heads,
     spec: ActivationSpec,
 ) -> Reordering:
-    """Reorder the channels of block ``index``, and let it round its activations."""
+    """Reorder the channels of a block and install the grids that round its activations.
+
+    Args:
+        sequential: the calibration text, as it enters the block.
+        index: number of the block.
+        block: the block with its float weights, changed in place.
+        family: the model's architecture.
+        heads: the model's numbers of heads.
+        spec: bits, clusters and ranges of activations.
+
+    Returns:
+        The block's clusters and calibration ranges.
+    """
     add_sites(block, family, spec)
-    found = sequential.ranges(index, [place.path for place in rounding_points(family)])
+    found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     reordering.apply(block)
@@ -47,10 +59,15 @@ def restore_block(
     spec: ActivationSpec,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give ``block``, found at ``path``, the structure and the floats that a run had stored.
+    """Give a block the modules and float tensors that an interrupted run had stored for it.
 
     Args:
-        tensors: of the block, by full name.
+        model: the model, to which ``block`` belongs.
+        block: a block with the model's own modules, changed in place.
+        path: path of ``block`` in ``model``.
+        family: the model's architecture.
+        spec: bits, clusters and ranges of activations.
+        tensors: what `float_tensors` had returned, by full name.
 
     Raises:
         FormatError: names a tensor that is missing.
@@ -64,10 +81,16 @@ def restore_block(
 def float_tensors(
     block: nn.Module, path: str, checkpoint: Checkpoint, packed: Collection[str]
 ) -> dict[str, Tensor]:
-    """What the output holds of a rewritten block besides packed matrices, on the CPU, by full name.
+    """The tensors that the output directory holds of a block, besides packed matrices, on the CPU.
 
     Args:
-        packed: names of the modules whose weights are packed.
+        block: a block that `reorder_block` has rewritten.
+        path: path of ``block`` in the model.
+        checkpoint: the source model, whose dtypes the tensors get.
+        packed: full names of the modules whose weights are packed.
+
+    Returns:
+        Tensors by full name, those of grids and reordered norms included.
     """
     found = {}
     for name, tensor in block.state_dict(prefix=f"{path}.").items():

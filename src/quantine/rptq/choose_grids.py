@@ -1,4 +1,4 @@
-"""The grid of each place of a block that changes the block's output least."""
+"""The search for static grids: at each point, the one that changes the block's output least."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ from quantine.statistics.channel_ranges import ChannelRanges, Over
 from quantine.statistics.losses import token_loss
 
 SEARCH_TOKENS: Final = 2048
-"""Calibration tokens that rank grids: each is tried on the whole block, which takes the time."""
+"""Number of calibration tokens that candidate grids are compared on. Each candidate is tried on the
+whole block, which takes most of the search's time."""
 
 REACHES: Final = (1.0, 0.85, 0.7)
-"""Shares of a token's largest value that its factor may put on the end of a grid; see
+"""Candidates for the ``reach`` of token factors, see
 `quantine.kernels.integer.token_factors.steepness`."""
 WITH_FACTORS: Final[tuple[Over, ...]] = ("all", "mean")
-"""The ranges that clusters have there: of these only their proportions matter."""
+"""Candidate ranges of clusters where tokens have factors: only their proportions matter there."""
 
 
 @dataclass(frozen=True)
 class CandidateGrid:
-    """What `StaticGrid.refit` takes.
+    """A static grid that the search may choose; the attributes are those of `StaticGrid`.
 
     Attributes:
         scale, zero: ``[clusters]`` float32.
-        feedback: ``[heads, dim, dim]`` float16, if there is any.
-        reach: of the factors of tokens, if they have any.
+        feedback: ``[heads, dim, dim]`` float16; ``None`` rounds to nearest.
+        reach: sets the factors of tokens; ``None`` for no factors.
     """
 
     scale: Tensor
@@ -53,13 +54,19 @@ class CandidateGrid:
 
 
 def ranking_batches(sequential: Sequential) -> int:
-    """How many batches, the first ones, rank grids: half of them, but one at least."""
+    """Number of calibration batches, from the first, on which candidate grids are compared.
+
+    As many as hold `SEARCH_TOKENS` tokens, but at most half of all batches and at least one.
+    """
     tokens = sequential.hidden[0].shape[:2].numel()
     return max(1, min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden) // 2))
 
 
 def ranking_samples(sequential: Sequential) -> int:
-    """The samples of `ranking_batches` that can be held out: none, where there are no others."""
+    """Number of samples in the `ranking_batches`, which candidates are fitted without.
+
+    0 where there are no other batches to fit candidates to.
+    """
     batches = ranking_batches(sequential)
     return batches * len(sequential.hidden[0]) if batches < len(sequential.hidden) else 0
 
@@ -71,14 +78,24 @@ def choose_grids(
     reordering: Reordering,
     before: Sequence[Tensor],
 ) -> None:
-    """Give one site of ``block`` after another the grid that changes its output least.
+    """Choose the static grids of a block, one site after another.
+
+    Each site takes the candidate with which the block's output differs least from ``before``, the
+    sites before it having theirs. Candidates are compared without knowing the samples they are
+    compared on; the winner is then fitted to all samples. Sites of `FINE_BITS` bits or more keep
+    the grid they have.
 
     Args:
-        before: what the block put out with no grid, for the batches that rank grids.
+        sequential: the calibration text, as it enters the block.
+        index: number of the block.
+        block: the block, reordered and with its grids installed; these are changed in place.
+        reordering: the block's clusters and calibration ranges.
+        before: outputs of the block before grids were installed, for the batches that rank
+            grids.
     """
     candidates = Candidates(reordering, block)
     for shared in _rounded(reordering.family, block):
-        grids = [block.get_submodule(place.grid) for place in shared]
+        grids = [block.get_submodule(point.grid) for point in shared]
         first = grids[0]
         assert isinstance(first, StaticGrid)
         if first.bits >= FINE_BITS:
@@ -99,39 +116,45 @@ def _refit(grids: Sequence[nn.Module], fitted: CandidateGrid) -> None:
 
 
 def _rounded(family: Family, block: nn.Module) -> list[list[RoundingPoint]]:
-    """The rounding_points of ``block`` with static grids; those that read the same share one."""
+    """The places of ``block`` with static grids, in lists of those that read the same activation.
+
+    Places of one list get the same grid.
+    """
     shared: dict[tuple[str, str], list[RoundingPoint]] = {}
     modules = dict(block.named_modules())
-    for place in rounding_points(family):
-        if isinstance(modules.get(place.grid), StaticGrid):
-            shared.setdefault((place.site, place.kind), []).append(place)
+    for point in rounding_points(family):
+        if isinstance(modules.get(point.grid), StaticGrid):
+            shared.setdefault((point.site, point.kind), []).append(point)
     return list(shared.values())
 
 
 class Candidates:
-    """Grids that a search chooses from.
+    """The candidate grids of the places of one block.
 
     Args:
-        reordering: of ``block``.
-        block: reordered, with its float weights.
+        reordering: the block's clusters and calibration ranges.
+        block: the block, reordered, with its float weights.
     """
 
     def __init__(self, reordering: Reordering, block: nn.Module) -> None:
         self._reordering, self._block = reordering, block
         self._family, self._heads = reordering.family, reordering.heads
 
-    def of(self, place: RoundingPoint, bits: int, final: bool) -> list[CandidateGrid]:
-        """What may round a place.
+    def of(self, point: RoundingPoint, bits: int, final: bool) -> list[CandidateGrid]:
+        """The candidate grids of one point, always in the same order.
 
         Args:
-            final: know all samples.
+            point: where they round.
+            bits: number of bits of one code, 2 to 8.
+            final: fit them to all calibration samples, not only to those that candidates are not
+                compared on.
         """
-        labels, seen = self._reordering.clusters_at(place).labels, self._shown(place, final)
+        labels, seen = self._reordering.clusters_at(point).labels, self._shown(point, final)
         whole = fit_activations(*seen.of_clusters(labels), bits)
-        searched = cheapest_ranges(seen, self._importance(place, final), labels, bits)
+        searched = cheapest_ranges(seen, self._importance(point, final), labels, bits)
         running = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         found = [CandidateGrid(*whole), CandidateGrid(*running), CandidateGrid(*searched)]
-        if self._reordering.has_factors(place):
+        if self._reordering.has_factors(point):
             found += [
                 CandidateGrid(
                     *fit_activations_around_zero(*seen.of_clusters(labels, over), bits), reach=reach
@@ -139,66 +162,75 @@ class Candidates:
                 for over in WITH_FACTORS
                 for reach in REACHES
             ]
-        if place.site not in ATTENDED:
+        if point.site not in ATTENDED:
             return found
-        feedback = feedback_of(self._moments(place, final))
+        feedback = feedback_of(self._moments(point, final))
         scale, zero = fit_activations(*seen.of_clusters(labels, "mean"), bits)
         means = [zero]
-        if place.site != "query":
+        if point.site != "query":
             # Every later token attends to the first one, whose keys and values hardly depend on
             # what it is: what rounding makes of them is an error of all tokens.
             means.append(through(seen.firsts.mean(0), scale, zero, labels))
         fed = [whole, searched, *((scale, zero) for zero in means)]
         return [*found, *(CandidateGrid(*grid, feedback) for grid in fed)]
 
-    def _shown(self, place: RoundingPoint, final: bool) -> ChannelRanges:
-        seen = self._reordering.ranges_at(place)
+    def _shown(self, point: RoundingPoint, final: bool) -> ChannelRanges:
+        seen = self._reordering.ranges_at(point)
         return seen if final else seen.after(self._reordering.held_out)
 
-    def _moments(self, place: RoundingPoint, final: bool) -> Tensor:
-        """Second moments of what a head's channels are multiplied by in attention.
+    def _moments(self, point: RoundingPoint, final: bool) -> Tensor:
+        """Second moments of the vectors that a head's channels are multiplied with in attention.
+
+        Keys for queries, queries for keys, rows of the output projection for values.
 
         Returns:
-            ``[heads, dim, dim]`` float32, by heads of the place.
+            ``[heads, dim, dim]`` float32, for the heads of the point.
         """
         keys, copies = self._heads.keys, self._heads.copies
-        if place.site == "value":
-            (path,) = link_of(self._family, place.kind).consumers
+        if point.site == "value":
+            (path,) = link_of(self._family, point.kind).consumers
             rows = matrix_of(self._block.get_submodule(path))
         else:
-            rows = self._shown(self._met(place), final).rows
-        of_queries = place.site != "query"  # or of columns that stand for a query's head
+            rows = self._shown(self._met(point), final).rows
+        of_queries = point.site != "query"  # or of columns that stand for a query's head
         shape = (len(rows), keys, copies if of_queries else 1, -1)
         states = rows.reshape(shape).permute(1, 2, 0, 3).flatten(1, 2)
         moments = states.transpose(1, 2) @ states
         return moments if of_queries else moments.repeat_interleave(copies, 0)
 
-    def _met(self, place: RoundingPoint) -> RoundingPoint:
-        """The keys that queries meet, or the other way round."""
-        other = "key" if place.site == "query" else "query"
-        path = f"{place.path.rpartition('.')[0]}.{other}"
+    def _met(self, point: RoundingPoint) -> RoundingPoint:
+        """The point of the keys for that of queries, and the other way round."""
+        other = "key" if point.site == "query" else "query"
+        path = f"{point.path.rpartition('.')[0]}.{other}"
         return next(found for found in rounding_points(self._family) if found.path == path)
 
-    def _importance(self, place: RoundingPoint, final: bool) -> Tensor:
-        """How much the squared error of each channel at a place costs what reads it.
+    def _importance(self, point: RoundingPoint, final: bool) -> Tensor:
+        """Weights of the channels' squared errors in the error of what reads them.
 
-        ``[channels]`` float32. For the input of matrices, the squares of a column: the expected
-        cost where errors of channels do not depend on each other. A query's channel meets the
-        key's, a value's goes through attention to its column of the output projection.
+        For inputs of matrices and for values, the sum of squares of the weight's column that a
+        channel is multiplied with; for queries and keys, the mean square of the channel they are
+        multiplied with. These are the expected errors where channels err independently.
+
+        Returns:
+            ``[channels]`` float32.
         """
-        if place.site in {"query", "key"}:
-            strength = self._shown(self._met(place), final).rows.square().mean(0)
+        if point.site in {"query", "key"}:
+            strength = self._shown(self._met(point), final).rows.square().mean(0)
         else:
             strength = torch.stack(
                 [
                     matrix_of(self._block.get_submodule(path)).square().sum(0)
-                    for path in link_of(self._family, place.kind).consumers
+                    for path in link_of(self._family, point.kind).consumers
                 ]
             ).sum(0)
-        return self._for_heads(strength, len(self._reordering.ranges_at(place).rows[0]))
+        return self._for_heads(strength, len(self._reordering.ranges_at(point).rows[0]))
 
     def _for_heads(self, strength: Tensor, channels: int) -> Tensor:
-        """``strength`` of channels, for as many as there are in heads of another number."""
+        """``strength`` of channels for another number of heads, ``[channels]``.
+
+        Heads of keys and values get the sum over the heads of queries that share them; heads of
+        queries get what their head of keys and values has.
+        """
         if channels == len(strength):
             return strength
         if channels < len(strength):
@@ -208,6 +240,6 @@ class Candidates:
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of ``module`` as ``[out, in]``."""
+    """The weight of ``module`` as ``[out, in]``, also where it is stored transposed."""
     weight = module.get_parameter("weight").detach()
     return weight.T if is_transposed(module) else weight

@@ -1,4 +1,4 @@
-"""Channels of alike ranges: the clusters of RPTQ (arXiv 2304.01089, section 3.2)."""
+"""Clusters of channels with similar ranges (RPTQ, arXiv 2304.01089, section 3.2)."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ from torch import Tensor
 from quantine.errors import PlanError
 
 RESTARTS: Final = 10
-"""Runs of KMeans from other starting points, of which the best counts."""
+"""Number of runs of KMeans from different starting points, of which the best is kept."""
 SEED: Final = 0
+"""Seed of KMeans, so that clusters are the same in every run."""
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """A partition of channels.
+    """A partition of channels into clusters.
 
     Attributes:
-        labels: ``[channels]`` int64: the cluster of each channel, from 0, none empty.
+        labels: ``[channels]`` int64, the cluster of each channel, numbered from 0; none is empty.
     """
 
     labels: Tensor
 
     @property
     def order(self) -> Tensor:
-        """``[channels]`` int64: place ``j`` gets channel ``order[j]``; clusters as they were."""
+        """The order that puts the channels of each cluster side by side.
+
+        ``[channels]`` int64: place ``j`` gets channel ``order[j]``. Clusters come by number, and
+        channels within a cluster stay in their order.
+        """
         order: Tensor = self.labels.argsort(stable=True)
         return order
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Channels in each cluster."""
+        """Number of channels in each cluster."""
         return tuple(self.labels.bincount().tolist())
 
     def ordered(self) -> Clusters:
-        """The clusters of the channels once these are in `order`."""
+        """The same clusters, for channels that have been put in `order`."""
         return Clusters(self.labels[self.order])
 
     def shared(self, heads: int, copies: int) -> Clusters:
-        """The same partition for channels of which each head has ``copies`` in a row.
+        """The clusters of queries' heads, where several share a head of keys and values.
 
         Args:
-            heads: heads that `labels` consist of, of the same number of channels each, none of
-                which shares a cluster with another.
-            copies: heads that take the place of each; every one gets clusters of its own.
+            heads: number of heads that `labels` consist of, each with as many channels; no cluster
+                has channels of two of them.
+            copies: number of heads that take the place of each, in a row. They have the same
+                partition, but each gets clusters of its own.
         """
         copied = self.labels.view(heads, -1).repeat_interleave(copies, 0)
         starts = copied.amin(1, keepdim=True)
@@ -56,7 +62,7 @@ class Clusters:
 
 
 def check_installed() -> None:
-    """Refuse clusters where nothing can make them.
+    """Check that clusters can be computed.
 
     Raises:
         PlanError: scikit-learn is not installed.
@@ -68,13 +74,14 @@ def check_installed() -> None:
 
 
 def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
-    """Partition channels by KMeans.
+    """Partition channels into clusters of similar points, by KMeans.
 
     Args:
-        points: ``[channels, features]`` float: what is alike in a cluster, such as the largest and
-            the smallest value of each channel.
-        count: clusters; fewer where fewer points differ.
-        heads: runs of channels that are partitioned each by itself, ``count`` clusters in each.
+        points: ``[channels, features]`` of any float dtype, such as the largest and the smallest
+            value of each channel.
+        count: number of clusters; fewer result where fewer points differ.
+        heads: number of equal runs of channels that are partitioned separately, each into ``count``
+            clusters.
 
     Raises:
         PlanError: scikit-learn is not installed.
@@ -89,7 +96,7 @@ def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
 
 
 def _kmeans(points: Tensor, count: int) -> Tensor:
-    """Labels ``[points]`` int64 from 0, none of them unused."""
+    """The cluster of each of ``points`` ``[n, features]``, as ``[n]`` int64 from 0 without gaps."""
     distinct, same = torch.unique(points, dim=0, return_inverse=True)
     if len(distinct) <= count:
         known: Tensor = same

@@ -1,4 +1,4 @@
-"""How much an error of one channel of a head is worth in the channels rounded after it."""
+"""The matrix for error feedback among the channels of an attention head."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 DAMP: Final = 0.01
-"""Share of the mean diagonal that is added to the diagonal of a second moment."""
+"""Damping, as GPTQ has it for Hessians: the share of the mean diagonal that is added to it."""
 
 
 def feedback_of(moments: Tensor) -> Tensor:
-    """What an error of one channel is worth in the channels after it.
+    """What an error of one channel subtracts from each channel rounded after it.
+
+    The rows of the inverse second moment's upper Cholesky factor, divided by its diagonal (GPTQ,
+    arXiv 2210.17323, section 3.3).
 
     Args:
-        moments: ``[heads, dim, dim]`` float, second moments of what the channels are multiplied by.
+        moments: ``[heads, dim, dim]`` of any float dtype, second moments of the vectors that the
+            channels are multiplied with.
 
     Returns:
-        ``[heads, dim, dim]`` float16, zero on and below the diagonal.
+        ``[heads, dim, dim]`` float16: in row ``i`` the factors on the error of channel ``i``, one
+        for each later channel; zero on and below the diagonal.
     """
     moments = moments.double()
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""The range of a cluster of channels that costs least once values are rounded to it."""
+"""Ranges of clusters of channels: widened, shifted, or searched for the least rounding error."""
 
 from __future__ import annotations
 
@@ -12,16 +12,24 @@ from quantine.core.grid import decode, encode
 from quantine.statistics.channel_ranges import ChannelRanges
 
 SHARES: Final = (2.0, 1.75, 1.5, 1.25, 1.1, *(0.95 - 0.05 * step for step in range(14)))
-"""Candidates for an end's distance from zero, or from the other end, besides what was seen: text
-that comes later goes beyond it now and then."""
+"""Candidate ranges, as multiples of an end's distance from zero (or from the end nearer to zero).
+Some exceed 1, as other text will sometimes exceed the range seen in calibration."""
 MARGIN: Final = 0.25
-"""Share by which ends are moved out where steps are small and what lies beyond an end is dear."""
+"""Share by which the ends of a range are moved out at 8 bits, where a larger step costs little and
+clipping much."""
 
 
 def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends farther from zero by `MARGIN`, or from the middle of a range that does not reach zero.
+    """Move the ends of ranges out by the share `MARGIN`.
 
-    An end at zero stays there: values that were never negative will not be.
+    The distance is taken from zero, or from the middle of a range that does not hold zero. An end
+    at zero stays there: values that were never negative in calibration are taken never to be.
+
+    Args:
+        low, high: ends of the ranges, float32 of one shape.
+
+    Returns:
+        The new ends, of the same shape.
     """
     within = (low <= 0) & (high >= 0)
     centre = torch.where(within, 0.0, (low + high) / 2)
@@ -29,17 +37,18 @@ def widened(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def through(values: Tensor, scale: Tensor, zero: Tensor, labels: Tensor) -> Tensor:
-    """Zero points with which ``values`` are on steps of their grids.
+    """Shift zero points so that the grids represent ``values`` exactly.
 
-    They are no whole numbers then. The values of channels of one cluster are averaged.
+    Zero points are then no longer whole numbers. Where a cluster has several channels, its grid
+    represents the mean of their values.
 
     Args:
-        values: ``[channels]`` float32.
-        scale, zero: ``[clusters]`` float32.
-        labels: ``[channels]`` int64.
+        values: ``[channels]`` float32, one value for each channel.
+        scale, zero: ``[clusters]`` float32, the grids.
+        labels: ``[channels]`` int64, the cluster of each channel.
 
     Returns:
-        ``[clusters]`` float32, within half a step of ``zero``.
+        Zero points ``[clusters]`` float32, within 0.5 of ``zero``.
     """
     means = torch.zeros_like(scale).index_add_(0, labels, values) / labels.bincount()
     steps = means / scale
@@ -49,20 +58,21 @@ def through(values: Tensor, scale: Tensor, zero: Tensor, labels: Tensor) -> Tens
 def cheapest_ranges(
     seen: ChannelRanges, importance: Tensor, labels: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the range of each cluster with the least expected error.
+    """Search the range of each cluster that has the least expected rounding error.
 
-    Ranges are shares of what was seen, both ends moved together, then each alone. To the error of
-    the tokens that were kept comes what is lost beyond the range. That is estimated as if each
-    sample were new: ends are then nearer by what only this sample had shown of a channel.
+    Candidates are the calibration range times `SHARES`, for both ends together, then for each end
+    alone. The error is that of the sampled tokens, plus that of clipping each sample's smallest and
+    largest values. Clipping is estimated as if the sample were new text: the range is first
+    narrowed by as much as this sample alone had extended it.
 
     Args:
-        seen: values to be rounded.
-        importance: ``[channels]`` float32: cost of a channel's squared error.
+        seen: the calibration values of all channels.
+        importance: ``[channels]`` float32, weight of each channel's squared error.
         labels: ``[channels]`` int64, the cluster of each channel.
-        bits: of a code.
+        bits: number of bits of one code, 2 to 8.
 
     Returns:
-        ``[clusters]`` float32 each.
+        Scale and zero point, ``[clusters]`` float32 each.
     """
     low, high = seen.of_clusters(labels)
     centre = torch.zeros_like(low).clamp(low, high)

@@ -1,4 +1,4 @@
-"""The clusters of one block's channels, and what rounding_points showed in their order."""
+"""The clusters of one block's channels, and calibration ranges in the order of the clusters."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from quantine.rptq.ranges import widened
 from quantine.statistics.channel_ranges import ChannelRanges
 
 Ranges = Mapping[str, ChannelRanges]
-"""What rounding_points showed, by `RoundingPoint.path`."""
+"""Calibration ranges of all places in a block, by `RoundingPoint.path`."""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Heads of attention.
+    """Numbers of attention heads of a model.
 
     Attributes:
-        queries, keys: heads of queries; of keys and values.
+        queries: number of heads of queries.
+        keys: number of heads of keys and values, which divides ``queries``.
     """
 
     queries: int
@@ -41,7 +42,11 @@ class Heads:
 
     @classmethod
     def of(cls, config: Any, family: Family) -> Heads:
-        """Those of a model with this configuration of transformers."""
+        """Read them from a model's configuration in transformers.
+
+        Architectures of one matrix for query, key and value of each head count as having as many
+        heads of keys as of queries.
+        """
         queries = int(config.num_attention_heads)
         if any(link.rows == "interleaved" for link in family.links):
             return cls(queries, queries)  # one matrix has query, key and value of each head
@@ -49,20 +54,21 @@ class Heads:
 
     @property
     def copies(self) -> int:
-        """Heads of queries that share keys and values."""
+        """Number of heads of queries that share a head of keys and values."""
         return self.queries // self.keys
 
 
 class Reordering:
-    """The clusters of one block.
+    """The clusters of the channels of one block.
 
     Args:
-        family: of the model.
-        heads: of the model.
-        spec: what is asked of activations.
-        ranges: of all rounding_points in the block.
-        held_out: first samples that a search compares grids on: clusters and candidates do not
-            know them, so that what is beyond their ranges counts.
+        family: the model's architecture.
+        heads: the model's numbers of heads.
+        spec: bits, clusters and ranges of activations.
+        ranges: calibration ranges of all places in the block.
+        held_out: number of calibration samples, from the first, that clusters are made without: a
+            search compares grids on them, so that values beyond the fitted ranges count as they
+            would in new text.
     """
 
     def __init__(
@@ -74,20 +80,20 @@ class Reordering:
         self._values = self._clustered_values()
 
     def apply(self, block: nn.Module) -> None:
-        """Rewrite ``block``, which computes the same afterwards."""
+        """Reorder the channels of ``block`` in place; it computes the same afterwards."""
         if self._spec.reorders:
             for link in self.family.links:
                 heads = self.heads.keys if link.per_head else 1
                 reorder(block, link, self._clusters[link.kind].order, heads)
 
-    def clusters_at(self, place: RoundingPoint) -> Clusters:
-        """The clusters of a place's channels, as these are now ordered."""
-        if place.site == "value" and self._values is not None:
+    def clusters_at(self, point: RoundingPoint) -> Clusters:
+        """The clusters of the channels at ``point``, in the order they have after `apply`."""
+        if point.site == "value" and self._values is not None:
             return self._values
-        link = link_of(self.family, place.kind)
-        own = self._clusters[place.kind]
+        link = link_of(self.family, point.kind)
+        own = self._clusters[point.kind]
         ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
-        wide = place.site in {"query", "attention"}
+        wide = point.site in {"query", "attention"}
         # A tensor's one grid is not copied for each head.
         copies = self.heads.copies if wide else 1
         if not self._spec.reorders:
@@ -95,15 +101,16 @@ class Reordering:
         return ordered.shared(self.heads.keys, copies) if copies > 1 else ordered
 
     def input_clusters(self, path: str) -> Clusters:
-        """The clusters of the inputs of the matrix at ``path``."""
+        """The clusters of the inputs of the matrix at ``path`` inside the block."""
         return self.clusters_at(next(p for p in rounding_points(self.family) if p.path == path))
 
     def maps(self) -> dict[str, Tensor]:
-        """What clusters were made of, by reorder, for pictures; empty where nothing is reordered.
+        """The ranges and clusters of all channels, for pictures.
 
-        ``[channels, features + 1]`` float32, channels as the model has them: the largest and the
-        smallest value of a channel in what was not held out (of queries, then of keys, for R2), and
-        the cluster.
+        Returns:
+            By reorder ``[channels, features + 1]`` float32, channels in the model's own order: the
+            largest and the smallest value of each channel in the samples that are not held out (for
+            R2 first of queries, then of keys), and its cluster. Empty without reordering.
         """
         links = self.family.links if self._spec.reorders else ()
         return {
@@ -111,32 +118,36 @@ class Reordering:
             for link in links
         }
 
-    def grid(self, place: RoundingPoint, bits: int) -> StaticGrid:
-        """The static grid of a place, before any search."""
-        labels = self.clusters_at(place).labels
-        seen = self.ranges_at(place)
+    def grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
+        """The static grid that ``point`` has before any search."""
+        labels = self.clusters_at(point).labels
+        seen = self.ranges_at(point)
         if self._spec.range == "running":
             fitted = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         else:
             ends = seen.of_clusters(labels)
             fine = self._spec.range == "search" and bits >= FINE_BITS
-            if fine and place.site in SITES_WITH_FACTORS and self.has_factors(place):
+            if fine and point.site in SITES_WITH_FACTORS and self.has_factors(point):
                 scale, zero = fit_activations_around_zero(*ends, bits)
                 return StaticGrid(bits, scale, zero, labels.to(LABELS), reach=scale.new_ones(1))
             fitted = fit_activations(*(widened(*ends) if fine else ends), bits)
         return StaticGrid(bits, *fitted, labels.to(LABELS))
 
-    def has_factors(self, place: RoundingPoint) -> bool:
-        """Whether tokens may have factors at a place: what only matrices read, in clusters."""
-        return self._spec.token_factors and self._spec.reorders and place.site not in ATTENDED
+    def has_factors(self, point: RoundingPoint) -> bool:
+        """Whether tokens may have factors at ``point``.
 
-    def ranges_at(self, place: RoundingPoint) -> ChannelRanges:
-        """What a place showed, channels in the order of now."""
-        found = self._ranges[place.path]
-        link = link_of(self.family, place.kind)
+        That takes an activation which only matrices read, and reordered channels. See
+        `quantine.kernels.integer.token_factors`.
+        """
+        return self._spec.token_factors and self._spec.reorders and point.site not in ATTENDED
+
+    def ranges_at(self, point: RoundingPoint) -> ChannelRanges:
+        """Calibration ranges at ``point``, channels in the order they have after `apply`."""
+        found = self._ranges[point.path]
+        link = link_of(self.family, point.kind)
         if link.fold == "attention" or not self._spec.reorders:
             return found
-        order = self._clusters[place.kind].order
+        order = self._clusters[point.kind].order
         heads = self.heads.keys if link.per_head else 1
         copies = found.lows.shape[1] // len(order)
         return found.ordered(order_within_heads(order, heads, copies))
@@ -149,22 +160,26 @@ class Reordering:
         return cluster_channels(points, count, self.heads.keys if link.per_head else 1)
 
     def _clustered_values(self) -> Clusters | None:
-        """Those of values, where they are not the clusters of what attention makes of them."""
+        """The clusters of values, where the spec asks for others than the reorder R3 has."""
         count = self._spec.value_clusters
         if count is None or not self._spec.reorders:
             return None
-        place = next(place for place in rounding_points(self.family) if place.site == "value")
-        low, high = self.ranges_at(place).after(self.held_out).of_channels()
+        point = next(point for point in rounding_points(self.family) if point.site == "value")
+        low, high = self.ranges_at(point).after(self.held_out).of_channels()
         return cluster_channels(torch.stack([high, low], 1), count, self.heads.keys)
 
     def _points(self, link: Link) -> Tensor:
-        """Ends of the ranges that a cluster's channels have in common, ``[channels, features]``."""
+        """The points that KMeans clusters: for each channel the largest and the smallest value.
+
+        ``[channels, features]`` float32. There are two features, or four where both queries and
+        keys count. Heads of queries that share a head of keys and values are merged.
+        """
         seen = [p for p in rounding_points(self.family) if p.kind == link.kind]
         read = [p for p in seen if p.site not in ATTENDED][:1] or seen
         features: list[Tensor] = []
-        for place in read:
-            low, high = self._ranges[place.path].after(self.held_out).of_channels()
-            if place.site in {"query", "attention"}:
+        for point in read:
+            low, high = self._ranges[point.path].after(self.held_out).of_channels()
+            if point.site in {"query", "attention"}:
                 shape = (self.heads.keys, self.heads.copies, -1)
                 low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
             features += [high, low]
