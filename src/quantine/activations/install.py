@@ -1,4 +1,4 @@
-"""Where in a block activations are rounded, and how the modules for it get there."""
+"""Where in a block activations are rounded, and how the modules for that get there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import TokenGrid
+from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedLinear
 from quantine.activations.reorder import permute_norm
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
+from quantine.errors import FormatError
 from quantine.families.family import Family, Link
 from quantine.families.layers import INPUTS_NAME
 
@@ -37,7 +38,7 @@ class RoundingPoint:
 
     @property
     def grid(self) -> str:
-        """Path of the module that rounds."""
+        """Path, inside the block, of the module that rounds."""
         return self.path if self.site in ATTENDED else f"{self.path}.{INPUTS_NAME}"
 
 
@@ -97,6 +98,45 @@ def add_grids(
             continue
         token = spec.granularity == "token"
         _put(block, place, TokenGrid(bits) if token else made(place, bits))
+
+
+def rebuild(
+    block: nn.Module,
+    path: str,
+    family: Family,
+    spec: ActivationSpec,
+    tensor_of: Callable[[str], Tensor | None],
+) -> None:
+    """Give ``block`` the modules that a run gave it, with the tensors that the run stored.
+
+    These are its `AttentionSites`, the norms that write reordered channels, and the static grids.
+    Weights and biases, those of norms included, stay as ``block`` has them.
+
+    Args:
+        path: of the block in the model.
+        tensor_of: the stored tensor by its full name, which may be on the meta device; ``None``
+            where there is none.
+
+    Raises:
+        FormatError: names a tensor that is missing.
+    """
+
+    def needed(name: str) -> Tensor:
+        found = tensor_of(f"{path}.{name}")
+        if found is None:
+            raise FormatError(
+                f"config.json says that activations are rounded, but no file holds {path}.{name}"
+            )
+        return found
+
+    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
+        scale, zero, labels = (needed(f"{place.grid}.{name}") for name in StaticGrid.tensor_names)
+        more = (tensor_of(f"{path}.{place.grid}.{name}") for name in (FEEDBACK, REACH))
+        return StaticGrid(bits, scale, zero, labels, *more)
+
+    add_sites(block, family, spec)
+    add_norms(block, family, spec, lambda norm: needed(f"{norm}.order"))
+    add_grids(block, family, spec, grid)
 
 
 def _put(block: nn.Module, place: RoundingPoint, grid: nn.Module) -> None:

@@ -1,29 +1,147 @@
-"""How measured numbers are written, in tables, cards and pages alike."""
+"""How scores are written: the one place for tables, cards, pages and comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Format specifications of the numbers of a score.
+
+    Attributes:
+        perplexity: of a perplexity and its standard error.
+        divergence: of a mean KL divergence in nats per token, and its standard error.
+        share: of a task's score, of an agreement, and of their standard errors.
+    """
+
+    perplexity: str
+    divergence: str
+    share: str
+
+
+IN_FULL: Final = Precision(".3f", ".5f", ".2%")
+"""For the terminal of who measured: models that lose next to nothing are to be told apart."""
+IN_TABLES: Final = Precision(".3f", ".4f", ".1%")
+"""For cards, pages and comparisons."""
+IN_SHORT: Final = Precision(".2f", ".4f", ".1%")
+"""For a number that stands alone in large type."""
+RECOVERY: Final = ".1%"
+"""Format specification of a recovery and its interval, everywhere."""
+JUDGED: Final = ".2%"
+"""Format specification of a number that is held against a floor, and of the floor."""
+
+
+@dataclass(frozen=True)
+class TextCells:
+    """What was measured on a text; cells are empty where there is no number.
+
+    Attributes:
+        tokens: how many were scored.
+        windows: how many, and how long.
+        perplexity: with its standard error.
+        plain_perplexity: without it.
+        reference: perplexity of the float model.
+        recovery: with its 95% interval.
+        plain_recovery: without it.
+        divergence: mean KL divergence from the float model, with its standard error.
+        plain_divergence: without it.
+        agreement: share of equal most likely tokens, with its standard error.
+        plain_agreement: without it.
+    """
+
+    tokens: str
+    windows: str
+    perplexity: str
+    plain_perplexity: str
+    reference: str
+    recovery: str
+    plain_recovery: str
+    divergence: str
+    plain_divergence: str
+    agreement: str
+    plain_agreement: str
+
+
+@dataclass(frozen=True)
+class TaskCells:
+    """What was measured on a task; cells are empty where there is no number.
+
+    Attributes:
+        questions: how many, and the examples before each.
+        metric: name of what the score is.
+        score: with its standard error.
+        reference: score of the float model.
+        recovery: with its 95% interval.
+    """
+
+    questions: str
+    metric: str
+    score: str
+    reference: str
+    recovery: str
+
+
+def text_cells(text: Mapping[str, Any], precision: Precision = IN_TABLES) -> TextCells:
+    """The cells of one of the ``texts`` of `quantine.eval.evaluate.evaluate`."""
+    return TextCells(
+        tokens=f"{text['tokens']:,} tokens",
+        windows=f"{text['windows']} windows of {text['window']}",
+        perplexity=with_error(text["perplexity"], text["stderr"], precision.perplexity),
+        plain_perplexity=number(text["perplexity"], precision.perplexity),
+        reference=number(text["reference_perplexity"], precision.perplexity),
+        recovery=_recovery(text),
+        plain_recovery=number(text["recovery"], RECOVERY),
+        divergence=with_error(text["kl"], text["kl_stderr"], precision.divergence),
+        plain_divergence=number(text["kl"], precision.divergence),
+        agreement=with_error(text["top1"], text["top1_stderr"], precision.share),
+        plain_agreement=number(text["top1"], precision.share),
+    )
+
+
+def task_cells(task: Mapping[str, Any], precision: Precision = IN_TABLES) -> TaskCells:
+    """The cells of one of the ``tasks`` of `quantine.eval.evaluate.evaluate`."""
+    return TaskCells(
+        questions=f"{task['questions']:,} questions, {task['fewshot']} examples each",
+        metric=task["metric"],
+        score=with_error(task["score"], task["stderr"], precision.share),
+        reference=number(task["reference_score"], precision.share),
+        recovery=_recovery(task),
+    )
+
+
+def measured_on(texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
+    """The windows of every text and the questions of every task, for a note below a table."""
+    notes = [f"{name}: {text_cells(text).windows} tokens" for name, text in texts.items()]
+    notes += [f"{name}: {task_cells(task).questions}" for name, task in tasks.items()]
+    return "; ".join(notes)
 
 
 def number(value: float | None, form: str) -> str:
-    """A number; nothing where there is none."""
+    """``value`` as the format specification ``form`` says; empty for ``None``."""
     return "" if value is None else f"{value:{form}}"
 
 
 def with_error(value: float | None, error: float | None, form: str) -> str:
-    """A number and its standard error."""
+    """``value`` and its standard error, each left out where it is ``None``."""
     return number(value, form) + ("" if error is None else f" ± {error:{form}}")
 
 
 def with_interval(value: float, low: float | None, high: float | None, form: str) -> str:
-    """A number and its confidence interval."""
+    """``value`` and its confidence interval, which is left out where it is ``None``."""
     return f"{value:{form}}" + ("" if low is None else f" ({low:{form}} to {high:{form}})")
 
 
-def recovery(measured: Mapping[str, Any]) -> str:
-    """The recovery of a text or task, and its interval; nothing where it is not defined."""
+def with_range(measured: Mapping[str, float], unit: str = "") -> str:
+    """The ``median`` of repeated measurements, the ``unit``, and their ``low`` and ``high``."""
+    median = f"{measured['median']:.1f}" + (f" {unit}" if unit else "")
+    return f"{median} ({measured['low']:.1f}-{measured['high']:.1f})"
+
+
+def _recovery(measured: Mapping[str, Any]) -> str:
     if measured["recovery"] is None:
         return ""
     bounds = measured["recovery_low"], measured["recovery_high"]
-    return with_interval(measured["recovery"], *bounds, ".1%")
+    return with_interval(measured["recovery"], *bounds, RECOVERY)

@@ -1,1 +1,5 @@
-"""Kernels: a PyTorch reference that defines the meaning, and faster versions of the same."""
+"""Kernels: the computations that take the time.
+
+Each has a folder: ``reference.py`` says in plain PyTorch, on any device, what is computed;
+``cpu.py`` computes the same in C++; the functions in ``__init__.py`` choose between the two.
+"""

@@ -1,7 +1,9 @@
-"""Which kernels run on which tensors, and whether the native extension is there.
+"""Which kernels run on which tensors, and whether the native extension can be used.
 
-Every kernel asks `of` before it hands a tensor to anything but PyTorch: the device of a tensor
-decides. ``QUANTINE_BACKEND=reference`` turns the native extension off; ``native`` insists on it.
+The native extension ``quantine._native`` is C++ and reads tensors on the CPU only, so every kernel
+asks `of` before it hands a tensor to it. The environment variable ``QUANTINE_BACKEND`` may be
+``auto`` (the default: native where the extension is installed), ``reference`` (never native) or
+``native`` (an error where the extension is missing).
 """
 
 from __future__ import annotations
@@ -22,14 +24,19 @@ Backend = Literal["native", "reference"]
 """``"native"``: C++ on the CPU. ``"reference"``: plain PyTorch, which runs on any device."""
 
 VARIABLE: Final = "QUANTINE_BACKEND"
+"""Environment variable that chooses the backend."""
 CHOICES: Final = ("auto", "native", "reference")
+"""Values of that variable, the default first."""
 
 
 def of(*tensors: Tensor | None) -> Backend:
-    """The kernels that run on ``tensors``, which their device decides; ``None`` does not count.
+    """The kernels that run on ``tensors``: native ones on the CPU, else the reference.
+
+    Args:
+        tensors: all tensors of one call; ``None`` stands for one that is left out.
 
     Raises:
-        BackendUnavailable: tensors are on several devices.
+        BackendUnavailable: there are no tensors, or they are on several devices.
     """
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) != 1:
@@ -40,10 +47,11 @@ def of(*tensors: Tensor | None) -> Backend:
 
 
 def check_native(*tensors: Tensor | None) -> None:
-    """Refuse ``tensors`` that native kernels cannot take.
+    """Raise an error unless native kernels take ``tensors``.
 
     Raises:
-        BackendUnavailable: the native extension is not there, or they are not on the CPU.
+        BackendUnavailable: the native extension is missing or turned off, or the tensors are not
+            on the CPU.
     """
     if of(*tensors) != "native":
         found = next(tensor for tensor in tensors if tensor is not None)
@@ -54,11 +62,13 @@ def check_native(*tensors: Tensor | None) -> None:
 
 @functools.cache
 def native() -> ModuleType | None:
-    """The native extension, or ``None`` where the PyTorch reference has to serve.
+    """The module ``quantine._native``, or ``None`` where the PyTorch reference is used instead.
+
+    An extension that cannot be loaded is a warning, once in a process.
 
     Raises:
-        BackendUnavailable: the environment insists on an extension that cannot be loaded, or names
-            a backend that does not exist.
+        BackendUnavailable: ``QUANTINE_BACKEND`` is ``native`` and the extension cannot be loaded,
+            or it is none of `CHOICES`.
     """
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in CHOICES:
@@ -83,10 +93,10 @@ def native() -> ModuleType | None:
 
 
 def extension() -> ModuleType:
-    """The native extension, for what has already been decided to be native.
+    """The module ``quantine._native``, for callers that have no other way to compute.
 
     Raises:
-        BackendUnavailable: it is not there.
+        BackendUnavailable: the extension is missing or turned off.
     """
     found = native()
     if found is None:
@@ -95,11 +105,15 @@ def extension() -> ModuleType:
 
 
 def is_recorded() -> bool:
-    """Whether PyTorch records the computation: kernels, and choices by values, would be lost."""
+    """Whether PyTorch is tracing or compiling the computation.
+
+    A recording holds PyTorch's operations only: native kernels, and branches that depend on values,
+    would be missing from it.
+    """
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return tracing or torch.compiler.is_compiling()
 
 
 def name() -> Backend:
-    """The kernels that tensors on the CPU get."""
+    """The backend of tensors on the CPU."""
     return "reference" if native() is None else "native"

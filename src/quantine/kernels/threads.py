@@ -1,4 +1,4 @@
-"""The threads of the native kernels."""
+"""The pool of threads that native kernels share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from quantine.kernels import backend
 
 
 def pool() -> Any:
-    """Threads for native kernels, as many as PyTorch uses."""
+    """The process's ``quantine._native.Pool`` of as many threads as PyTorch uses at this moment.
+
+    Raises:
+        BackendUnavailable: the native extension is missing or turned off.
+    """
     return _pool(torch.get_num_threads(), os.getpid())
 
 

@@ -6,20 +6,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import (
-    RoundingPoint,
-    add_grids,
-    add_norms,
-    add_sites,
-    rounding_points,
-)
+from quantine.activations.install import add_grids, add_sites, rebuild, rounding_points
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families.family import Family
 from quantine.formats.floats import as_stored
-from quantine.rptq.choose_grids import choose_grids, outputs, ranking_samples
+from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
 from quantine.rptq.reordering import Heads, Reordering
 from quantine.source.checkpoint import Checkpoint
 
@@ -38,7 +31,8 @@ def reorder_block(
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     reordering.apply(block)
-    before = outputs(sequential, index) if spec.searches else []
+    ranking = ranking_batches(sequential) if spec.searches else 0
+    before = sequential.outputs(index, ranking)
     add_grids(block, family, spec, reordering.grid)
     if spec.searches:
         choose_grids(sequential, index, block, reordering, before)
@@ -53,17 +47,15 @@ def restore_block(
     spec: ActivationSpec,
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Give ``block``, found at ``path``, the structure and the floats that a run had stored."""
+    """Give ``block``, found at ``path``, the structure and the floats that a run had stored.
 
-    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
-        own = f"{path}.{place.grid}"
-        scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
-        more = (tensors.get(f"{own}.{name}") for name in (FEEDBACK, REACH))
-        return StaticGrid(bits, scale, zero, labels, *more)
+    Args:
+        tensors: of the block, by full name.
 
-    add_sites(block, family, spec)
-    add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
-    add_grids(block, family, spec, grid)
+    Raises:
+        FormatError: names a tensor that is missing.
+    """
+    rebuild(block, path, family, spec, tensors.get)
     for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
             set_tensor(model, name, tensors[name].to(present.dtype))

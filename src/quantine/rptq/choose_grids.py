@@ -64,15 +64,6 @@ def ranking_samples(sequential: Sequential) -> int:
     return batches * len(sequential.hidden[0]) if batches < len(sequential.hidden) else 0
 
 
-def outputs(sequential: Sequential, index: int) -> list[Tensor]:
-    """What block ``index`` makes of some calibration tokens, as it is now."""
-    with torch.no_grad():
-        return [
-            sequential.run(index, sequential.hidden[batch])
-            for batch in range(ranking_batches(sequential))
-        ]
-
-
 def choose_grids(
     sequential: Sequential,
     index: int,
@@ -83,7 +74,7 @@ def choose_grids(
     """Give one site of ``block`` after another the grid that changes its output least.
 
     Args:
-        before: what `outputs` were with no grid.
+        before: what the block put out with no grid, for the batches that rank grids.
     """
     candidates = Candidates(reordering, block)
     for shared in _rounded(reordering.family, block):
@@ -95,7 +86,7 @@ def choose_grids(
         changes = []
         for candidate in candidates.of(shared[0], first.bits, final=False):
             _refit(grids, candidate)
-            changes.append(token_loss(before, outputs(sequential, index)))
+            changes.append(token_loss(before, sequential.outputs(index, len(before))))
         best = changes.index(min(changes))
         _refit(grids, candidates.of(shared[0], first.bits, final=True)[best])
 

@@ -1,4 +1,7 @@
-"""Codes of a few bits, packed into bytes; `quantine.kernels.bits.reference` has the layout."""
+"""Packing of integer codes of at most 8 bits into bytes without gaps.
+
+`quantine.kernels.bits.reference` describes the layout.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,14 @@ from quantine.kernels.bits.reference import pack_reference, unpack_reference
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``codes`` ``[rows, columns]`` uint8 into ``[rows, packed_bytes]`` uint8.
+    """Pack codes into bytes.
+
+    Args:
+        codes: ``[rows, columns]`` uint8, each below ``2**bits``.
+        bits: number of bits of one code.
+
+    Returns:
+        ``[rows, bytes]`` uint8, see `quantine.kernels.bits.reference.packed_bytes`.
 
     Raises:
         FormatError: a code does not fit into ``bits``.
@@ -26,7 +36,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 @torch.library.custom_op("quantine::unpack", mutates_args=())
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Invert `pack`: ``[rows, columns]`` uint8 codes."""
+    """Read the codes that `pack` wrote.
+
+    Args:
+        packed: ``[rows, bytes]`` uint8.
+        bits: number of bits of one code.
+        columns: number of codes in a row.
+
+    Returns:
+        ``[rows, columns]`` uint8.
+    """
     if backend.of(packed) == "native":
         return cpu.unpack(packed, bits, columns)
     return unpack_reference(packed, bits, columns)

@@ -1,4 +1,4 @@
-"""`quantine.kernels.bits` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.bits` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantine.kernels.bits.reference import packed_bytes
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """See `quantine.kernels.bits.pack`; codes fit into ``bits``."""
+    """See `quantine.kernels.bits.pack`; that codes fit into ``bits`` is not checked here."""
     shape = (codes.shape[0], packed_bytes(codes.shape[1], bits))
     packed = torch.empty(shape, dtype=torch.uint8, device=codes.device)
     backend.extension().pack_bits(codes.contiguous(), packed, bits)

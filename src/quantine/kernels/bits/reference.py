@@ -1,4 +1,4 @@
-"""Packing of small codes into bytes: the plain PyTorch meaning.
+"""Packing of integer codes into bytes, in plain PyTorch: the definition of the layout.
 
 Each row is one little-endian bit stream: code ``j`` occupies bits ``j * bits`` to
 ``j * bits + bits - 1`` counted from the least significant bit of the row's first byte. A row ends
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def packed_bytes(columns: int, bits: int) -> int:
-    """Bytes of one packed row of ``columns`` codes."""
+    """Number of bytes of one packed row of ``columns`` codes of ``bits`` bits, rounded up."""
     return (columns * bits + 7) // 8
 
 
 def pack_reference(codes: Tensor, bits: int) -> Tensor:
-    """Pack ``codes`` ``[rows, columns]`` uint8 into ``[rows, packed_bytes]`` uint8."""
+    """See `quantine.kernels.bits.pack`; that codes fit into ``bits`` is not checked here."""
     rows, columns = codes.shape
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     stream = ((codes.unsqueeze(-1) >> shifts) & 1).reshape(rows, columns * bits)
@@ -28,7 +28,7 @@ def pack_reference(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_reference(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Invert `pack_reference`: ``[rows, columns]`` uint8 codes."""
+    """See `quantine.kernels.bits.unpack`."""
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     stream = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)
     stream = stream[:, : columns * bits].reshape(packed.shape[0], columns, bits)

@@ -1,7 +1,8 @@
-"""The column loop of the solvers, one block of columns at a time.
+"""GPTQ's column loop (arXiv 2210.17323, section 3), one block of columns at a time.
 
-Matrices are transposed, ``[inputs, rows]``, so that a column of the weight is contiguous. Native
-and reference differ only in how float32 sums and multiply-subtracts round.
+Matrices are transposed here, ``[inputs, rows]``, so that the weights of one input, a column of the
+weight ``[rows, inputs]``, are contiguous. Native and reference differ only in how float32 sums and
+multiply-subtracts round.
 """
 
 from __future__ import annotations
@@ -13,13 +14,20 @@ from quantine.kernels.columns.reference import round_block_reference
 
 
 def round_block(columns: Columns, start: int, stop: int) -> None:
-    """Round columns one by one, feeding each one's error to those behind it up to ``stop``.
+    """Round the columns from ``start`` to ``stop`` (exclusive), in place.
 
-    A group that is fitted starts at ``start``, or is whole between the two; its columns have
-    received every error before ``start``.
+    The error of each column is fed back to the columns after it, but only up to ``stop``: those
+    behind the block are the caller's, see `quantine.methods.column_blocks.feed_back`.
+
+    Args:
+        columns: the matrix; its codes, errors and outliers of these columns are filled in. Errors
+            of all columns before ``start`` have been fed back.
+        start: first column of the block. Where groups are fitted in the loop, every group that
+            begins in the block begins at ``start`` or lies within the block.
+        stop: first column after the block.
 
     Raises:
-        SolverError: a scale does not fit into float16.
+        SolverError: a scale or a zero point does not fit into float16.
     """
     if backend.of(columns.weights, columns.upper) == "native":
         cpu.round_block(columns, start, stop)

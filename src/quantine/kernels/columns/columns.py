@@ -1,4 +1,4 @@
-"""A matrix while its columns are rounded one after another."""
+"""The state of a matrix in GPTQ's column loop."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from quantine.kernels.fit.grid_cost import GridCost
 
 @dataclass(frozen=True)
 class AtReach:
-    """Groups that are fitted when the loop reaches their first column.
+    """How grids are fitted inside of the loop, to weights that earlier errors have changed.
 
     Attributes:
-        fitted: takes the grids: of groups of consecutive columns; or of columns, each of which
-            holds groups of outputs, where ``group_axis`` of its spec is ``"out"``.
-        spread: the diagonal of the factor, ``[inputs]`` float32.
-        cost: what a wrong grid costs.
+        fitted: the grids fitted so far. Its groups are consecutive columns, fitted when the loop
+            reaches their first one; or, where its spec has ``group_axis`` ``"out"``, each column
+            counts as one group, whose lines are the column's groups of outputs.
+        spread: diagonal of the inverse Hessian's factor, ``[inputs]`` float32, in the order of the
+            loop.
+        cost: the rounding error that a grid is chosen to minimize.
     """
 
     fitted: FittedGroups
@@ -32,19 +34,25 @@ class AtReach:
 class Columns:
     """A matrix whose columns are rounded one after another.
 
+    Columns are in the order of the loop. The loop changes the tensors in place.
+
     Attributes:
-        weights: ``[inputs, rows]`` float32; each column ends as it was when it was rounded.
-        upper: ``[inputs, inputs]`` float32, the factor of the inverse Hessian.
-        bits: bits of a code.
-        scales, zeros: ``[groups, rows]`` float32; of groups of outputs ``[1, rows]``, room for
-            those of the column that is rounded.
-        groups: ``[inputs]`` int64, each column's row of ``scales`` and ``zeros``.
-        codes: ``[inputs, rows]`` uint8, filled.
-        errors: ``[inputs, rows]`` float32, filled: errors divided by the factor's diagonal.
-        kept: ``[inputs, rows]`` bool, filled: where weights are kept as outliers; or ``None``.
-        price: squared scaled error above which a weight is kept, if float16 is nearer to it; it
-            then loses only what float16 rounds off.
-        at_reach: how groups are fitted; ``None`` where grids are known.
+        weights: ``[inputs, rows]`` float32. Errors of earlier columns are subtracted from the
+            columns to come; a rounded column stays as it was just before it was rounded.
+        upper: ``[inputs, inputs]`` float32, the upper triangular Cholesky factor of the inverse
+            Hessian.
+        bits: number of bits of one code, 2 to 8.
+        scales, zeros: ``[groups, rows]`` float32, scales and zero points. Where groups run along
+            outputs ``[1, rows]``: those of the column being rounded, overwritten by the next.
+        groups: ``[inputs]`` int64, for each column the row of ``scales`` and ``zeros`` it uses.
+        codes: ``[inputs, rows]`` uint8, written column by column.
+        errors: ``[inputs, rows]`` float32, written column by column: the rounding error divided by
+            the diagonal of ``upper``, which is what feedback multiplies.
+        kept: ``[inputs, rows]`` bool, written column by column: whether a weight is an outlier that
+            is kept in 16 bit; ``None`` where no outliers are kept.
+        price: threshold of outliers: a weight is kept if its squared entry of ``errors`` is larger
+            and float16 is nearer to the weight than its code. Its error is then that of float16.
+        at_reach: how groups are fitted in the loop; ``None`` where all grids were fitted before.
     """
 
     weights: Tensor
@@ -71,12 +79,14 @@ class Columns:
         price: float,
         at_reach: AtReach | None = None,
     ) -> Columns:
-        """Nothing of ``weight`` ``[rows, inputs]`` rounded yet.
+        """The state before the first column is rounded.
 
         Args:
-            upper: see `Columns`.
-            order: ``[inputs]`` int64: column ``j`` is input ``order[j]``.
-            values: scales and zeros, see `Columns`.
+            weight: ``[rows, inputs]`` float32, which is copied.
+            upper: see the attributes, as for all that is not listed here.
+            order: ``[inputs]`` int64, the order of the loop: column ``j`` is input ``order[j]``.
+            values: ``scales`` and ``zeros``.
+            price: threshold of outliers; infinite for no outliers.
         """
         weights = weight.T[order]  # a copy
         keeps = price < math.inf

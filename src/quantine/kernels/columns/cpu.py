@@ -1,4 +1,4 @@
-"""`quantine.kernels.columns` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.columns` by the native extension: tensors are on the CPU and contiguous."""
 
 from __future__ import annotations
 

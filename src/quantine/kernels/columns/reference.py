@@ -11,7 +11,7 @@ from quantine.kernels.fit.reference import fit_groups_reference
 
 
 def round_block_reference(columns: Columns, start: int, stop: int) -> None:
-    """What `round_block` does; arguments are the same."""
+    """See `quantine.kernels.columns.round_block`."""
     for j in range(start, stop):
         if columns.at_reach is not None:
             _fit_if_first(columns, columns.at_reach, j)
@@ -21,7 +21,10 @@ def round_block_reference(columns: Columns, start: int, stop: int) -> None:
 
 
 def _fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
-    """Fit the group whose first column is ``j``, if there is one, or the groups of column ``j``."""
+    """Fit the group that begins at column ``j``, if one does.
+
+    Where groups run along outputs, fit all groups of outputs of column ``j``.
+    """
     fitted = at_reach.fitted
     if fitted.spec.group_axis == "out":
         _fit_column(columns, at_reach, j)

@@ -1,7 +1,8 @@
-"""The grids of groups of weights: their ranges, and the rounding of scales and zero points.
+"""Fitting the grid of a group of weights: its range, scale and zero point.
 
-Native and reference find the same but for how float32 sums round, which may decide between
-candidates that cost the same.
+Where scales and zero points are quantized themselves (SpQR's second-level statistics), they are
+rounded here as well. Native and reference choose the same grids, except that float32 sums round
+differently, which may decide between candidates that cost the same.
 """
 
 from __future__ import annotations
@@ -18,15 +19,20 @@ from quantine.kernels.fit.reference import fit_groups_reference
 
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
-    """The grid of groups of weights; see `fit_groups_reference`.
+    """Fit a grid to every group of weights; `fit_groups_reference` says how.
 
     Args:
-        columns: ``[groups, n, lines]`` float32.
-        spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
-            ``spec.group_axis`` is ``"out"``.
+        columns: ``[groups, n, lines]`` float32: groups of ``n`` weights, in each of the lines.
+        spread: ``d`` of `GridCost` for each weight's input, float32: ``[groups, n]``, or
+            ``[lines]`` where ``spec.group_axis`` is ``"out"``.
+        spec: bits of codes, scales and zero points.
+        cost: the rounding error that is minimized.
+
+    Returns:
+        A grid with statistics ``[lines, groups]``.
 
     Raises:
-        SolverError: a scale does not fit into float16.
+        SolverError: a scale or a zero point does not fit into float16.
     """
     if backend.of(columns, spread) == "native":
         return cpu.fit_groups(columns, spread, spec, cost)
@@ -34,14 +40,19 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
 
 
 def fit_rows(weight: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
-    """The grid of groups of consecutive inputs, all of one size or clusters.
+    """Fit the grid of a whole matrix whose groups are consecutive inputs of a row.
 
     Args:
         weight: ``[out, in]`` float32.
-        spread: ``[in]`` float32, see `quantine.kernels.fit.grid_cost`.
+        spread: ``[in]`` float32, ``d`` of `GridCost` for each input.
+        spec: group sizes, or the sizes of clusters; bits of codes, scales and zero points.
+        cost: the rounding error that is minimized.
+
+    Returns:
+        A grid with statistics ``[out, groups]``.
 
     Raises:
-        SolverError: a scale does not fit into float16.
+        SolverError: a scale or a zero point does not fit into float16.
     """
     if not spec.clustered:
         length = spec.group_length(weight.shape[1])

@@ -1,4 +1,4 @@
-"""`quantine.kernels.fit` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.fit` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISFITS: Final = {
     "scale": "a group needs a scale of {:.4g}, but scales are stored in float16 (at most 65504)",
     "statistic": "a statistic of {:.4g} does not fit into float16",
 }
-"""What a native kernel reports, as a sentence."""
+"""Error messages by the kind of misfit that a native kernel reports."""
 
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
@@ -33,10 +33,13 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
 
 
 def fitter(fitted: FittedGroups, spread: Tensor, cost: GridCost) -> Any:
-    """The native object that fills ``fitted``.
+    """The ``quantine._native.Fitter`` that writes the grids it fits into ``fitted``.
 
     Args:
-        spread: ``[inputs]``, or ``[lines]`` where groups run along outputs; float32.
+        fitted: room for all groups.
+        spread: ``d`` of `GridCost`, float32: ``[inputs]``, or ``[lines]`` where groups run along
+            outputs.
+        cost: the rounding error that is minimized.
     """
     spec, arrays = fitted.spec, []
     for one in (fitted.scale, fitted.zero):
@@ -59,7 +62,10 @@ def fitter(fitted: FittedGroups, spread: Tensor, cost: GridCost) -> Any:
 
 
 def raise_misfit(misfit: tuple[str, float] | None) -> None:
-    """Raise what a native kernel reports, if it reports anything.
+    """Turn a native kernel's report into an error.
+
+    Args:
+        misfit: the kind (a key of `MISFITS`) and the value that does not fit; ``None`` if all fit.
 
     Raises:
         SolverError: a scale or a statistic does not fit into float16.

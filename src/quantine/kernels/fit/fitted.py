@@ -1,4 +1,4 @@
-"""The grids of a matrix's groups while they are fitted one after another."""
+"""The grids of a matrix while its groups are fitted one after another."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from quantine.kernels.fit.reference import SecondGrids
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Scales, or zero points, of the groups of a matrix, while they are fitted.
+    """The scales, or the zero points, of all groups; rows are the lines of `Grid`.
 
     Attributes:
-        values: ``[groups, rows]`` float32.
-        codes: ``[groups, rows]`` uint8: codes of the values on second grids, where there are some.
-        step, zero: ``[groups, runs]`` float32: the second grids.
+        values: ``[groups, rows]`` float32, as they will be decoded.
+        codes: ``[groups, rows]`` uint8, their codes on second grids; unused without a second level.
+        step, zero: ``[groups, runs]`` float32, scale and zero point of the second grid of each run
+            of rows; unused without a second level.
     """
 
     values: Tensor
@@ -34,7 +35,12 @@ class _Statistics:
         return cls(values, torch.empty_like(values, dtype=torch.uint8), second, second.clone())
 
     def put(self, group: int, values: Tensor, stored: Tensor | Statistic | None) -> None:
-        """Take what was fitted to one group: ``values`` ``[rows, 1]``."""
+        """Store the statistics of group number ``group``.
+
+        Args:
+            values: ``[rows, 1]`` float32.
+            stored: the same as `Grid` holds them; codes and second grid are taken from it.
+        """
         self.values[group] = values[:, 0]
         if isinstance(stored, Statistic):
             self.codes[group] = stored.codes[0]
@@ -42,22 +48,30 @@ class _Statistics:
             self.zero[group] = stored.grid.zeros()[0]
 
     def second(self, group: int, bits: int, run: int) -> Grid:
-        """The second grid of one group."""
+        """The second grid of one group, of codes of ``bits`` bits and runs of ``run`` rows."""
         one = slice(group, group + 1)
         return Grid(self.step[one], self.zero[one], bits, run)
 
     def stored(self, places: Tensor | slice, bits: int, run: int) -> Tensor | Statistic:
-        """As a `Grid` holds them: whole zero points (``bits`` 0), float16, or codes."""
+        """The statistics in the form of `Grid.scale` and `Grid.zero_point`.
+
+        Args:
+            places: the groups wanted, in this order.
+            bits: 0 for whole zero points in uint8, 16 for float16, else bits of second-level codes.
+            run: rows that share a second grid.
+        """
         if bits in {0, FLOAT16}:
             return self.values[places].T.to(torch.float16 if bits else torch.uint8)
         grid = Grid(self.step[places].half(), self.zero[places].half(), bits, run)
         return Statistic(self.codes[places], grid)
 
     def in_lines(self, places: Tensor, bits: int, second: Grid | None) -> Tensor | Statistic:
-        """Those of groups of outputs, as a `Grid` holds them; input ``places[j]`` as number ``j``.
+        """The statistics where groups run along outputs, in the form that `Grid` has.
 
         Args:
-            second: the second grid of ``[groups, in]``; ``None`` where there is none.
+            places: ``[in]`` int64: input ``j`` was column ``places[j]`` in the loop.
+            bits: 0 for whole zero points in uint8; else float16 or codes.
+            second: second grid over ``[groups, in]``; ``None`` without a second level.
         """
         if second is not None:
             return Statistic(self.codes[places].T.contiguous(), second)
@@ -66,12 +80,14 @@ class _Statistics:
 
 @dataclass(frozen=True)
 class FittedGroups:
-    """The grids of a matrix's groups, which are fitted one after another.
+    """The grids of a matrix, filled in group by group.
 
     Attributes:
-        length: weights of a group.
-        run: rows whose statistics share a second grid.
-        given: second grids are there from the start.
+        spec: bits of codes, scales and zero points.
+        length: number of weights of a group.
+        run: number of consecutive rows whose statistics share a second grid.
+        scale, zero: the scales and zero points found so far.
+        given: whether second grids were fitted before, so that only codes on them are chosen.
     """
 
     spec: QuantSpec
@@ -85,7 +101,7 @@ class FittedGroups:
     def empty(
         cls, groups: int, rows: int, length: int, spec: QuantSpec, device: torch.device
     ) -> FittedGroups:
-        """Room for ``groups`` of ``length`` inputs."""
+        """Room for the grids of ``groups`` groups of ``length`` inputs in each of ``rows`` rows."""
         run = min(spec.stat_group_length(rows), rows)
         scale, zero = (_Statistics.empty(groups, rows, run, device) for _ in range(2))
         return cls(spec, length, run, scale, zero)
@@ -99,10 +115,16 @@ class FittedGroups:
         second: SecondGrids,
         device: torch.device,
     ) -> FittedGroups:
-        """Room for ``inputs`` columns, whose groups of outputs are lines of one problem each.
+        """Room for the grids of a matrix whose groups run along outputs.
+
+        Each column is fitted as one group whose lines are the column's groups of outputs.
 
         Args:
-            second: grids over ``[inputs, groups]`` of codes, in runs of one.
+            inputs, outputs: shape of the matrix.
+            spec: its ``group_axis`` is ``"out"``.
+            second: second grids of scales and of zero points over ``[inputs, groups]``, one for
+                each entry; ``None`` without a second level.
+            device: where the tensors are made.
         """
         length = spec.group_length(outputs)
         one_by_one = replace(spec, stat_group_size=1)
@@ -114,7 +136,10 @@ class FittedGroups:
         return replace(fitted, given=True)
 
     def second(self, group: int) -> SecondGrids | None:
-        """The second grids of a group that were given."""
+        """The second grids of scales and zero points that `of_columns` was given for a column.
+
+        ``None`` where none were given and both are still to be fitted.
+        """
         if not self.given:
             return None
         bits = self.spec.scale_bits, self.spec.zero_bits
@@ -125,12 +150,17 @@ class FittedGroups:
         return of_scales, of_zeros
 
     def put(self, group: int, grid: Grid) -> None:
-        """Take the ``grid`` of one group."""
+        """Store ``grid``, fitted to group number ``group`` alone."""
         self.scale.put(group, grid.scales(), grid.scale)
         self.zero.put(group, grid.zeros(), grid.zero_point)
 
     def grid(self, places: Tensor | None = None) -> Grid:
-        """The grid of all groups: as they came, or group ``places[i]`` as number ``i``."""
+        """The grid of the whole matrix, groups along inputs.
+
+        Args:
+            places: int64: group ``i`` of the result is group ``places[i]`` here; ``None`` keeps
+                the order in which groups were stored.
+        """
         chosen = slice(None) if places is None else places
         spec = self.spec
         zero = None if spec.sym else self.zero.stored(chosen, spec.zero_bits, self.run)

@@ -1,7 +1,11 @@
-"""What a wrong grid costs, and the search among candidate grids.
+"""The rounding error that a grid is chosen to minimize, and the search among candidate grids.
 
-Weights come transposed, ``[groups, n, lines]``: ``n`` weights of a group, for each line. Their
-spread is ``[groups, n]`` where lines are rows, and ``[lines]`` where they are columns.
+Weights come transposed, ``[groups, n, lines]``: the ``n`` weights of each group, in each line (a
+line is a row of the matrix where groups run along inputs, else a column).
+
+The spread ``d`` of an input is its entry on the diagonal of the inverse Hessian's Cholesky factor
+(GPTQ, arXiv 2210.17323, section 3.3): ``[groups, n]`` where lines are rows, ``[lines]`` where they
+are columns.
 """
 
 from __future__ import annotations
@@ -17,28 +21,32 @@ from torch import Tensor
 from quantine.core.grid import decode, encode
 
 Clip = Literal["minmax", "mse", "hessian"]
+"""How the range of a group is chosen, see `GridCost`."""
 CLIPS: Final[tuple[Clip, ...]] = ("minmax", "mse", "hessian")
+"""All values of `Clip`."""
 DATA_FREE_CLIPS: Final[tuple[Clip, ...]] = ("minmax", "mse")
+"""The values of `Clip` that need no calibration."""
 
 NORM: Final = 2.4
-"""Exponent of the plain rounding error: above 2, so that a clipped large weight costs more."""
+"""Exponent of the error in ``"mse"``: above 2, so that a clipped large weight costs more."""
 CHUNK: Final = 2**20
-"""Weights searched at once: bounds the search's temporary memory to about 16 bytes each."""
+"""Number of weights searched at once, which bounds temporary memory to about 16 bytes for each."""
 SMALLEST_DIVISOR: Final = 1e-9
-"""Stands in for scales that a second grid rounded to zero or below."""
+"""Least scale to divide by: replaces scales that a second grid rounded to zero or below."""
 
 
 @dataclass(frozen=True)
 class GridCost:
-    """What a wrong grid costs.
+    """The rounding error of a group that its grid is chosen to minimize.
 
     Attributes:
-        clip: ``"minmax"`` searches nothing; ``"mse"`` is the sum of ``|error| ** 2.4``;
-            ``"hessian"`` is the sum of ``min(error**2 / d**2, price)``: what error feedback would
-            have to make up for (GPTQ, arXiv 2210.17323, equation 2), or the price of keeping the
-            weight as an outlier. ``d`` is the spread of a weight's input.
-        price: see there; infinite where no outliers can be kept.
-        look_ahead: ranges leave out likely outliers, see
+        clip: ``"minmax"``: the grid covers all weights, nothing is searched. ``"mse"``: the sum of
+            ``|error| ** 2.4``. ``"hessian"``: the sum of ``min(error**2 / d**2, price)``, which is
+            what error feedback has to make up for (GPTQ, arXiv 2210.17323, equation 2), or the
+            price of keeping the weight as an outlier; ``d`` is the spread of the weight's input.
+        price: threshold of ``error**2 / d**2`` above which a weight is kept as an outlier;
+            infinite where none are kept.
+        look_ahead: whether ranges leave out likely outliers beforehand, see
             `quantine.kernels.fit.reference.without_outliers`.
     """
 
@@ -49,15 +57,16 @@ class GridCost:
     def cheapest(
         self, columns: Tensor, spread: Tensor, scales: Tensor, zeros: Tensor, bits: int
     ) -> Tensor:
-        """The candidate grid with the least cost; the first of equals.
+        """Choose for every group and line the candidate grid with the least cost.
 
         Args:
             columns: ``[groups, n, lines]`` float32.
-            spread: ``d`` of each weight's input, float32.
+            spread: ``d`` of each weight's input, float32, in one of the shapes the module names.
             scales, zeros: ``[candidates, groups, lines]`` float32.
+            bits: number of bits of one code.
 
         Returns:
-            Index of a candidate, ``[groups, lines]`` int64.
+            ``[groups, lines]`` int64, the number of the candidate; the first of equals.
         """
         scales = positive(scales)
         importance = importance_of(spread).expand_as(columns)
@@ -84,37 +93,52 @@ class GridCost:
 
 
 def importance_of(spread: Tensor) -> Tensor:
-    """``1 / d**2``, of a shape that goes with ``[groups, n, lines]``."""
+    """The weight ``1 / d**2`` of squared errors, in a shape that broadcasts to weights.
+
+    Args:
+        spread: ``[groups, n]`` or ``[lines]`` float32.
+    """
     importance = spread.square().reciprocal()
     return importance.unsqueeze(-1) if spread.ndim == 2 else importance
 
 
 def squared_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Squared rounding errors of ``columns`` ``[groups, n, lines]``.
+    """Squared rounding errors of ``columns``, in their shape.
 
     Args:
-        scale, zero: ``[groups, lines]`` float32.
+        columns: ``[groups, n, lines]`` float32.
+        scale, zero: ``[groups, lines]`` float32; scales need not be positive, see `positive`.
+        bits: number of bits of one code.
     """
     return rounding_errors(columns, positive(scale), zero, bits).square_()
 
 
 def rounding_errors(columns: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """What rounding adds to ``columns`` ``[groups, n, lines]`` float32.
+    """Rounded values minus ``columns``, float32 in their shape.
 
     Args:
+        columns: ``[groups, n, lines]`` float32.
         scale, zero: ``[groups, lines]`` float32, scales positive.
+        bits: number of bits of one code.
     """
     scale, zero = scale.unsqueeze(1), zero.unsqueeze(1)
     return decode(encode(columns, scale, zero, bits), scale, zero).sub_(columns)
 
 
 def positive(scale: Tensor) -> Tensor:
-    """``scale`` fit to divide by: a second grid may round a small one to zero or below."""
+    """``scale`` raised to at least `SMALLEST_DIVISOR`.
+
+    A second grid may round a small scale to zero or below.
+    """
     return scale.clamp(min=SMALLEST_DIVISOR)
 
 
 def _first_least(costs: Iterable[Tensor]) -> Tensor:
-    """Index of the least of ``costs``, the first of equals; int64 of their shape."""
+    """Element by element the number of the tensor with the least value, the first of equals.
+
+    Args:
+        costs: tensors of one shape, of which only two are held at a time.
+    """
     stream = iter(costs)
     least = next(stream)
     best = torch.zeros_like(least, dtype=torch.int64)

@@ -1,7 +1,7 @@
-"""The grid of a group of weights: its range, and the rounding of its scale and zero point.
+"""The meaning of `quantine.kernels.fit.fit_groups`, in plain PyTorch.
 
-Weights come transposed, ``[groups, n, lines]``, see `quantine.kernels.fit.grid_cost`. Every
-choice that is searched minimizes one `GridCost`.
+Weights come transposed, ``[groups, n, lines]``, see `quantine.kernels.fit.grid_cost`. Whatever is
+searched, the range of a group or the codes of its scale and zero point, minimizes one `GridCost`.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.kernels.fit.grid_cost import Clip, GridCost, importance_of, squared_errors
 
 SHRINKS: Final = tuple(1.0 - 0.025 * step for step in range(21))
-"""Candidate shares of the min-max range: 1.0 down to 0.5."""
+"""Candidate ranges, as shares of the min-max range: 1.0 down to 0.5."""
 FARTHEST: Final = 64.0
-"""How many of its widths a min-max range may lie from zero."""
+"""Distance from zero, in widths of the range, from which a min-max range is extended to zero."""
 
 
 @dataclass(frozen=True)
 class _StatisticCodes:
-    """Scales, or zero points, ``[groups, lines]`` while their codes are chosen.
+    """The scales, or the zero points, of some groups while their codes are chosen.
 
     Attributes:
-        codes: float32; what is stored.
-        top: largest code; 0 where there is no choice, because values are stored as they are.
+        codes: ``[groups, lines]`` float32, the numbers that are stored: codes, or the values
+            themselves where there is no second grid.
+        top: largest code; 0 where values are stored as they are, so that no code can be chosen.
         grid: second grid of the codes; ``None`` where codes are values.
     """
 
@@ -45,26 +46,32 @@ class _StatisticCodes:
     grid: Grid | None = None
 
     def values(self) -> Tensor:
-        """What the codes stand for."""
+        """The scales or zero points that the codes stand for, ``[groups, lines]`` float32."""
         return self.codes if self.grid is None else self.grid.decode(self.codes)
 
     def shifts(self) -> tuple[int, ...]:
-        """Changes of a code worth trying, none first."""
+        """The changes of a code that the search tries, no change first."""
         return (0, -1, 1) if self.top else (0,)
 
     def shifted(self, by: int) -> _StatisticCodes:
-        """Neighbouring codes."""
+        """The same with every code changed ``by`` that much, within the range of codes."""
         return replace(self, codes=(self.codes + by).clamp_(0, self.top)) if by else self
 
     def stored(self, dtype: torch.dtype) -> Tensor | Statistic:
-        """As a `Grid` holds it, ``dtype`` for what has no second grid."""
+        """The statistics in the form of `Grid.scale` and `Grid.zero_point`.
+
+        Args:
+            dtype: of values that have no second grid.
+        """
         if self.grid is None:
             return self.codes.T.to(dtype)
         return Statistic(self.codes.to(torch.uint8), self.grid)
 
 
 SecondGrids = tuple[Grid | None, Grid | None]
-"""SecondGrids grids of scales and of zero points over ``[groups, lines]``; ``None`` where there is none.
+"""The second grids of scales and of zero points over ``[groups, lines]``.
+
+``None`` stands for statistics that are not quantized.
 """
 
 
@@ -75,23 +82,25 @@ def fit_groups_reference(
     cost: GridCost,
     second: SecondGrids | None = None,
 ) -> Grid:
-    """The grid of groups of weights.
+    """Fit a grid to every group of weights.
 
-    Without a second level this ends with the range. With one, scales and zero points are first
-    put on their second grids; then each line takes, among the neighbouring codes of both, those
-    with the least cost.
+    First the range of each group and line is chosen. Without a second level it gives scale and zero
+    point. With one (SpQR, arXiv 2306.03078, section 4.2), both are put on their second grids; then
+    each group and line takes, among the neighbouring codes of both, those with the least cost.
 
     Args:
         columns: ``[groups, n, lines]`` float32.
-        spread: ``d`` of their inputs, float32: ``[groups, n]``, or ``[lines]`` where
-            ``spec.group_axis`` is ``"out"``.
-        second: second grids that are known already, so that only codes are found.
+        spread: ``d`` of `GridCost` for each weight's input, float32: ``[groups, n]``, or
+            ``[lines]`` where ``spec.group_axis`` is ``"out"``.
+        spec: bits of codes, scales and zero points.
+        cost: the rounding error that is minimized.
+        second: second grids that were fitted before, so that only codes are chosen.
 
     Returns:
-        A grid of those lines.
+        A grid with statistics ``[lines, groups]``.
 
     Raises:
-        SolverError: a scale does not fit into float16.
+        SolverError: a scale or a zero point does not fit into float16.
     """
     inliers = columns
     if cost.look_ahead and cost.price < math.inf:
@@ -114,7 +123,12 @@ def fit_groups_reference(
 def _fit_range(
     columns: Tensor, inliers: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point ``[groups, lines]`` of the min-max range, or of the best share of it."""
+    """Scale and zero point ``[groups, lines]`` of the min-max range, or of the best share of it.
+
+    Args:
+        columns: the weights whose error counts.
+        inliers: the weights that the range has to cover.
+    """
     low, high = inliers.amin(1), inliers.amax(1)
     if cost.clip == "minmax":
         return cover(low, high, spec, "minmax")
@@ -127,20 +141,27 @@ def _fit_range(
 
 
 def cover(low: Tensor, high: Tensor, spec: QuantSpec, clip: Clip) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid over the range from ``low`` to ``high``, of any shape."""
+    """Scale and zero point of the grid that covers the range from ``low`` to ``high``.
+
+    Args:
+        low, high: float32 of one shape, which the results have, too.
+        spec: says whether zero points are whole numbers in the code range.
+        clip: decides how far a range may lie from zero.
+    """
     if spec.zero_bits:
         return fit_fractional(low, high, spec.bits, _farthest(spec, clip))
     return fit_whole(low, high, spec.bits, spec.sym)
 
 
 def _farthest(spec: QuantSpec, clip: Clip) -> float:
-    """How many of its widths a range may lie from zero.
+    """Distance from zero, in widths of the range, from which a range is extended to zero.
 
-    Min-max ranges follow SpQR's published code as far as weights really lie. Searched ones lie
-    nearer: the scale of a range ``k`` widths from zero is ``1 / k`` of one that would reach zero,
-    and its zero point ``k`` times as large. Where one second grid holds both kinds, the error of
-    either statistic is multiplied with the other, so it grows with ``k**2``: up to
-    ``k**2 = 2**bits``, half a step of the second grid costs at most about half a width.
+    For min-max ranges it is `FARTHEST`: they follow SpQR's published code as far as weights really
+    lie. Searched ranges may lie less far: the scale of a range ``k`` widths from zero is ``1 / k``
+    of one that would reach zero, and its zero point ``k`` times as large. Where one second grid
+    holds both kinds, the error of either statistic is multiplied with the other, so it grows with
+    ``k**2``: up to ``k**2 = 2**bits``, half a step of the second grid costs at most about half a
+    width.
     """
     if clip == "minmax":
         return FARTHEST
@@ -178,7 +199,10 @@ def _refine(
     bits: int,
     cost: GridCost,
 ) -> tuple[_StatisticCodes, _StatisticCodes]:
-    """Per group and line the neighbouring codes of scale and zero point with the least cost."""
+    """Scales and zero points after a search among the neighbours of their second-level codes.
+
+    Every group and line takes the pair of codes with the least cost.
+    """
     tried = [
         (scale.shifted(scale_shift), zero.shifted(zero_shift))
         for scale_shift in scale.shifts()
@@ -201,8 +225,10 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: Gri
     ranges per group tell about all weights, instead of one for each.
 
     Args:
-        columns: ``[groups, n, lines]`` float32.
-        spread: ``d`` of their inputs, as of `fit_groups_reference`.
+        columns: ``[groups, n, lines]`` float32, the shape of the result.
+        spread: ``d`` of each weight's input, as for `fit_groups_reference`.
+        spec: bits of a code, and whether zero points are whole.
+        cost: says what an outlier costs.
     """
     if columns.shape[1] < 2:
         return columns
@@ -210,7 +236,7 @@ def without_outliers(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: Gri
     low, high = ranked[:, 0], ranked[:, -1]
 
     def losses(low: Tensor, high: Tensor) -> Tensor:
-        """Loss of each weight ``[groups, n, lines]`` on the grid from ``low`` to ``high``."""
+        """Loss ``error**2 / d**2`` of each weight, rounded to the grid from ``low`` to ``high``."""
         errors = squared_errors(columns, *cover(low, high, spec, cost.clip), spec.bits)
         return errors.mul_(importance_of(spread))
 

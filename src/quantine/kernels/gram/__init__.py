@@ -1,7 +1,7 @@
-"""Sums of ``x x.T`` over tokens.
+"""Sums of ``x x.T`` over tokens, with ``x`` the input of a matrix: the Hessian of GPTQ.
 
-Native and reference sum exact products of bfloat16 in float32 and differ only in how those sums
-round.
+For bfloat16 inputs, native and reference sum exact products in float32 and differ only in how
+those sums round.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from quantine.kernels.gram.reference import add_gram_reference
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add ``x.T @ x`` to ``total``; native for bfloat16 where the processor multiplies its tiles.
+    """Add ``x.T @ x`` to ``total`` in place.
+
+    The native kernel serves only bfloat16, on processors that multiply tiles of it (AMX).
 
     Args:
         total: ``[in, in]`` float32, symmetric.
-        x: ``[tokens, in]`` float.
+        x: ``[tokens, in]`` of any float dtype.
     """
     if backend.of(total, x) == "native" and x.dtype == torch.bfloat16 and cpu.multiplies_tiles():
         cpu.add_gram(total, x)

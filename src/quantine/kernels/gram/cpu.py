@@ -1,4 +1,4 @@
-"""`quantine.kernels.gram` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.gram` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quantine.kernels.threads import pool
 
 
 def multiplies_tiles() -> bool:
-    """Whether this processor multiplies tiles of bfloat16 (AMX)."""
+    """Whether this processor has instructions that multiply tiles of bfloat16 (AMX)."""
     return bool(backend.extension().multiplies_tiles())
 
 

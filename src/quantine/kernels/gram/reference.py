@@ -1,4 +1,4 @@
-"""The meaning of `quantine.kernels.gram.add_gram_reference`, in plain PyTorch."""
+"""The meaning of `quantine.kernels.gram.add_gram`, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from typing import Final
 from torch import Tensor
 
 PANEL: Final = 256
-"""Columns of a symmetric product that are multiplied at once."""
+"""Number of columns of the symmetric product that are computed at once."""
 
 
 def add_gram_reference(total: Tensor, x: Tensor) -> None:
-    """What `add_gram` does.
-
-    Args:
-        total: ``[in, in]`` float32, symmetric.
-        x: ``[tokens, in]`` float; products are of float32.
-    """
+    """See `quantine.kernels.gram.add_gram`; ``x`` is turned into float32 first."""
     rows = x.float()
     # The product is symmetric: only panels on and right of the diagonal are multiplied.
     for start in range(0, rows.shape[1], PANEL):

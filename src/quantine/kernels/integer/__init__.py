@@ -1,8 +1,9 @@
-"""Products in integers of packed weights with rounded activations (RPTQ, arXiv 2304.01089).
+"""Integer products of packed weights with quantized activations (RPTQ, arXiv 2304.01089).
 
-`multiply_reference` has the formula. The native kernels sum ``(c_w - o_w) * c_x``, where ``o_w`` is
-the whole number next to the zero point ``z_w`` that leaves a byte with a sign; the sums are as
-exact, and what floats then round differs.
+`quantine.kernels.integer.reference` has the formula. The native kernels sum
+``(c_w - o_w) * c_x``, with ``c_w`` and ``c_x`` the codes of weight and activation and ``o_w`` the
+whole number nearest to the zero point ``z_w`` for which ``c_w - o_w`` fits a byte with a sign.
+Their integer sums are as exact; the float operations on these round differently.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from quantine.kernels.matrix.cpu import Matrix
 
 
 def multiplies_integers(qtensor: QTensor) -> bool:
-    """Whether the native kernels take ``qtensor``.
+    """Whether the native kernels multiply the packed matrix ``qtensor`` in integers.
 
-    Its groups must run along inputs, and be short enough for 32 bits to hold their sums. Without
-    instructions for integers, floats are faster.
+    Its groups must run along inputs and be short enough for 32 bits to hold their sums, and the
+    processor must have instructions for integer products: without them floats are faster.
     """
     return backend.of(qtensor.codes) == "native" and cpu.multiplies_integers(qtensor)
 
 
 def native_grid(grid: InputGrid) -> Any:
-    """``quantine._native.InputGrid``, which `multiply` takes.
+    """``grid`` as a ``quantine._native.InputGrid``, which `multiply` takes.
 
     Raises:
-        BackendUnavailable: the grid is not on the CPU.
+        BackendUnavailable: the grid's tensors are not on the CPU, or the native extension is
+            missing.
     """
     if grid.scale is not None:
         backend.check_native(grid.scale, grid.zero, grid.reach)
@@ -39,23 +41,25 @@ def native_grid(grid: InputGrid) -> Any:
 
 
 def levels() -> list[str]:
-    """Instruction sets for `multiply`, the best one first; all find the same bits."""
+    """Names of the instruction sets this processor has for `multiply`, the fastest first.
+
+    All compute bit-identical results. The list is empty without the native extension.
+    """
     return [] if backend.native() is None else cpu.levels()
 
 
 def multiply(matrix: Matrix, grid: Any, x: Tensor, level: str | None = None) -> Tensor:
-    """``x @ W.T`` with the inputs rounded to their grid.
-
-    Rows of ``x`` with NaN, or with grids of their own and a range that is not finite, become NaN.
+    """``x @ W.T`` with the inputs ``x`` rounded to their grid.
 
     Args:
-        matrix: native, of which `multiplies_integers`.
-        grid: from `native_grid`.
+        matrix: a native matrix ``W`` ``[out, in]`` for which `multiplies_integers` holds.
+        grid: the inputs' grid, from `native_grid`.
         x: ``[batch, in]`` float32, contiguous.
-        level: one of `levels`, if not the best.
+        level: one of `levels`; ``None`` is the fastest.
 
     Returns:
-        ``[batch, out]`` float32.
+        ``[batch, out]`` float32. A row is NaN where the row of ``x`` holds NaN, or where each
+        token has a grid of its own and the range of ``x`` is not finite.
 
     Raises:
         BackendUnavailable: ``x`` is not on the CPU.
@@ -65,7 +69,13 @@ def multiply(matrix: Matrix, grid: Any, x: Tensor, level: str | None = None) -> 
 
 
 def input_codes(matrix: Matrix, grid: Any, x: Tensor) -> Tensor:
-    """The codes that `multiply` multiplies: ``[batch, in]`` uint8, in stored order.
+    """The codes of the inputs ``x`` that `multiply` multiplies, for tests.
+
+    Args:
+        matrix, grid, x: as for `multiply`.
+
+    Returns:
+        ``[batch, in]`` uint8, in the order in which the matrix stores its columns.
 
     Raises:
         BackendUnavailable: ``x`` is not on the CPU.

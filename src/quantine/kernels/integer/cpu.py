@@ -1,4 +1,4 @@
-"""`quantine.kernels.integer` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.integer` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from quantine.kernels.matrix.cpu import Matrix
 from quantine.kernels.threads import pool
 
 SCALAR: Final = "scalar"
-"""The level in `levels` that every processor has."""
+"""Name of the instruction set in `levels` that every processor has: plain C++."""
 
 
 def multiplies_integers(qtensor: QTensor) -> bool:
-    """See `quantine.kernels.integer.multiplies_integers`."""
+    """See `quantine.kernels.integer.multiplies_integers`; where ``qtensor`` is is not checked."""
     if qtensor.grid.axis != "in" or levels() == [SCALAR]:
         return False
     longest = max(qtensor.grid.lengths(qtensor.codes.shape[1]))
@@ -43,7 +43,7 @@ def levels() -> list[str]:
 
 
 def multiply(matrix: Matrix, grid: Any, x: Tensor, level: str) -> Tensor:
-    """See `quantine.kernels.integer.multiply`."""
+    """See `quantine.kernels.integer.multiply`; ``level`` is always given."""
     result = x.new_empty(len(x), matrix.rows)
     backend.extension().multiply_integer(matrix, grid, x, result, level, pool())
     return result

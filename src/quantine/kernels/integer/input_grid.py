@@ -1,4 +1,4 @@
-"""How the inputs of a matrix are rounded."""
+"""The grid to which the inputs of a matrix are rounded before an integer product."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from quantine.core.qtensor import QTensor
 
 @dataclass(frozen=True)
 class InputGrid:
-    """How the inputs of a matrix are rounded.
+    """The grid to which the inputs of a matrix are rounded.
 
     Attributes:
-        bits: of a code, 2 to 8.
-        scale, zero: ``[groups]`` float32, of each group of weights; ``None`` where every token has
-            the grid from its least to its largest value.
-        reach: ``[1]`` float32, of the factors of tokens; ``None`` where they have none.
+        bits: number of bits of one code, 2 to 8.
+        scale, zero: ``[groups]`` float32, scale and zero point of the inputs that each group of
+            weights meets; ``None`` where every token has a grid of its own, from its smallest to
+            its largest value.
+        reach: ``[1]`` float32: each token is first divided by a factor, which this sets, see
+            `quantine.kernels.integer.token_factors.steepness`; ``None`` for no factors.
     """
 
     bits: int
@@ -36,14 +38,17 @@ class InputGrid:
         qtensor: QTensor,
         reach: Tensor | None = None,
     ) -> InputGrid | None:
-        """The grid of channels as the groups of ``qtensor`` meet it.
+        """Turn scales and zero points of channels into those of the groups of ``qtensor``.
 
         Args:
-            scale, zero: ``[in]`` float32, in the order of inputs.
-            reach: of the factors of tokens, if they have any.
+            bits: number of bits of one code, 2 to 8.
+            scale, zero: ``[in]`` float32, in the order of the model's inputs.
+            qtensor: the packed weight, with groups along inputs.
+            reach: see the attribute.
 
         Returns:
-            ``None`` where a group of weights has inputs of several grids.
+            The grid; ``None`` where the inputs of one group of weights differ in scale or zero
+            point, so that integers cannot be summed over the group.
         """
         if qtensor.in_perm is not None:
             scale, zero = scale[qtensor.in_perm], zero[qtensor.in_perm]
@@ -57,7 +62,12 @@ class InputGrid:
         return cls(bits, found[0], found[1], reach)
 
     def of_inputs(self, x: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each value of ``x``, in its shape."""
+        """Scale and zero point for every value of ``x``, two tensors float32 of its shape.
+
+        Args:
+            x: ``[batch, in]`` float32, in the order in which the matrix stores its columns.
+            lengths: number of inputs of each group of weights.
+        """
         if self.scale is None or self.zero is None:
             low, high = x.aminmax(dim=1, keepdim=True)
             scale, zero = fit_activations(low, high, self.bits)

@@ -1,15 +1,15 @@
 """The meaning of `quantine.kernels.integer.multiply`, in plain PyTorch.
 
-A weight is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and group of
-inputs. A rounded activation is ``s_x * (c_x - z_x)``, with a scale and a zero point for each
-cluster of inputs or for each token. Where every group of weights lies within one cluster, a group
-adds
+A weight with code ``c_w`` is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and
+group of inputs. A rounded activation with code ``c_x`` is ``s_x * (c_x - z_x)``, with a scale and a
+zero point for each cluster of inputs or for each token. Where every group of weights lies within
+one cluster, a group adds
 
     s_w * s_x * (sum(c_w * c_x) - z_w * sum(c_x) - z_x * sum(c_w) + n * z_w * z_x)
 
-to an output, with whole sums over its ``n`` inputs. Where tokens have factors
-(`quantine.kernels.integer.token_factors`), that is of an activation divided by its token's, and the
-output is multiplied by it.
+to an output, with integer sums over its ``n`` inputs. Where tokens have factors
+(`quantine.kernels.integer.token_factors`), activations are divided by their token's factor before
+they are rounded, and the token's outputs are multiplied by it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,19 @@ from quantine.kernels.matrix.reference import has_exact_zero
 
 
 def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
-    """``x @ W.T`` with the inputs ``x`` ``[batch, in]`` rounded to ``grid``; ``[batch, out]``.
+    """``x @ W.T`` with the inputs ``x`` rounded to ``grid``.
 
-    Sums over a group are exact; products with scales are added in float32, group by group. What
-    outliers add to the weights of their codes meets the values that rounded activations stand for.
+    Sums over a group are exact; products with scales are added in float32, group by group. An
+    outlier counts as the weight of its code plus a correction, which is multiplied in float32 with
+    the activations that the codes stand for.
+
+    Args:
+        qtensor: the packed weight ``W`` ``[out, in]``, with groups along inputs.
+        grid: the grid of its inputs.
+        x: ``[batch, in]`` float32, in the order of the model's inputs.
+
+    Returns:
+        ``[batch, out]`` float32.
     """
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
     lengths = qtensor.grid.lengths(stored.shape[1])
@@ -57,7 +66,12 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
 
 
 def _without_outliers(qtensor: QTensor) -> tuple[Tensor, Tensor | None]:
-    """Codes, and what outliers add to the weights they mean, ``[out, in]`` in stored order."""
+    """The codes, and what has to be added to the weights they stand for where outliers are.
+
+    Returns:
+        Codes ``[out, in]`` uint8 in stored order, those of outliers set to mean zero where the grid
+        has an exact zero; and corrections ``[out, in]`` float32, ``None`` without outliers.
+    """
     kept = qtensor.outliers
     if kept is None:
         return qtensor.codes, None

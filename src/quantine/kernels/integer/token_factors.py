@@ -1,10 +1,13 @@
-"""A factor for each token, by which its values are divided before they meet static grids.
+"""A factor for each token, by which its activations are divided before they are rounded.
 
-Clusters say how ranges of channels compare, the factor how loud a token is: most are far from the
-ranges that a few loud ones need.
+Static grids must cover the few tokens with the largest activations, and most tokens use only a
+small part of them. With factors, the grids of RPTQ's clusters only say how the ranges of channels
+compare, and each token's factor stretches its values over them. What codes stand for is multiplied
+by the factor again.
 
-Factors have a limit: a channel that never was active while grids were found has next to no range,
-and when it is active after all, it must not take the steps of all others.
+Factors are bounded: a channel that was never active during calibration has next to no range, and
+if it is active later, its token's factor must not become so large that all other channels of the
+token are rounded away.
 """
 
 from __future__ import annotations
@@ -15,25 +18,29 @@ import torch
 from torch import Tensor
 
 SMALLEST: Final = 1e-30
-"""Least factor: a token of zeros stays one."""
+"""Smallest factor, so that a token of zeros is not divided by zero."""
 LARGEST: Final = 4.0
-"""Largest one: what a token has beyond that is clipped."""
+"""Largest factor: values of a token that would need a larger one are clipped."""
 FINITE: Final = torch.finfo(torch.float32).max
-"""Infinite values are taken for these, so that none of them times 0 is no number."""
+"""Magnitude that replaces infinity before a product, as infinity times 0 would be NaN."""
 
 
 def steepness(scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """What a token's values are multiplied by to find its factor.
+    """Multipliers that turn a token's values into the factors each of them asks for.
+
+    A value on the end of its channel's grid asks for the factor ``reach``. `factors` takes the
+    largest that any channel asks for.
 
     Args:
-        scale, zero: float32 of one shape; zero points in the code range.
-        bits: of a code.
-        reach: ``[1]`` float32: the share of the largest value, in units of the ends of its grid,
-            that is to lie on such an end; what is larger will be clipped.
+        scale, zero: float32 of one shape, the grids; zero points lie in the code range.
+        bits: number of bits of one code.
+        reach: ``[1]`` float32: 1 divides a token so that its largest value, relative to its grid,
+            lies on the grid's end; below 1 that value is clipped, and the others get finer steps.
 
     Returns:
-        For values above zero, and for those below: ``reach`` over the ends of the grid, float32 of
-        that shape; 0 where the grid has nothing on that side.
+        ``(above, below)`` float32 of the same shape: ``reach`` divided by the upper and by the
+        lower end of each grid, for positive and negative values; 0 where the grid has no values of
+        that sign.
     """
     top = 2**bits - 1
     high, low = (top - zero) * scale, -zero * scale
@@ -43,10 +50,14 @@ def steepness(scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> tuple[Te
 
 
 def factors(x: Tensor, above: Tensor, below: Tensor) -> Tensor:
-    """The factor of each token of ``x`` ``[..., channels]`` float32: ``[..., 1]`` float32.
+    """The factor of each token, between `SMALLEST` and `LARGEST`.
 
     Args:
-        above, below: of channels, from `steepness`.
+        x: ``[..., channels]`` float32, one token in the last dimension.
+        above, below: float32, broadcastable to ``x``, from `steepness`.
+
+    Returns:
+        ``[..., 1]`` float32.
     """
     finite = x.clamp(-FINITE, FINITE)
     largest = torch.maximum(finite * above, finite * below).amax(-1, keepdim=True)

@@ -1,8 +1,9 @@
-"""Attention over packed keys and values, and over floats.
+"""Attention over keys and values that are floats, or the packed codes of a quantized KV cache.
 
-The meaning is attention over the decoded floats. The native kernel multiplies codes: scores are
+The meaning is attention over the decoded floats. The native kernel multiplies codes directly: for
+query ``q``, codes ``c``, scales ``s``, zero points ``z`` and probabilities ``p``, scores are
 ``(q * s_k) . c_k - q . (s_k z_k)`` and outputs ``s_v * (p . c_v - z_v * sum p)``, so that scales
-and zero points are met once for each query.
+and zero points are applied once for each query, not once for each token of the context.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.tiled import TILE, attend_in_tiles
 
 MOST_ROWS: Final = 64
-"""Queries sharing a head of keys up to which codes are multiplied as they are. For more, PyTorch
-multiplies decoded floats."""
+"""Largest number of queries sharing a head of keys for which the native kernel multiplies codes.
+With more, PyTorch multiplies decoded floats, which takes fewer decodings."""
 TILED: Final = 16
-"""Tokens from which many scores are made tile by tile: fewer do not make up for keys and values
-turned into float32."""
+"""Number of query tokens from which attention is computed tile by tile. With fewer, turning keys
+and values into float32 costs more than tiles save."""
 
 
 def attend(
@@ -36,12 +37,14 @@ def attend(
     dropout: float = 0.0,
     keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of ``query`` ``[batch, heads, tokens, dim]``; see `attend_reference`.
+    """Attention; arguments and results are those of `attend_reference`, but for the following.
 
-    Where keys and values are `PackedStates` of the CPU, a few queries meet their codes.
+    On the CPU, and without gradients and dropout, a few queries are multiplied with the codes of
+    packed keys and values, and many with floats tile by tile.
 
     Args:
-        keep: whether probabilities are wanted; there may be ``None`` otherwise.
+        key, value: ``[batch, kv_heads, context, dim]``, floats or `PackedStates`.
+        keep: whether the caller reads the probabilities; ``None`` may be returned for them if not.
     """
     learning = _learning(query, key, value, *(() if mask is None else (mask,)))
     if dropout > 0 or learning or query.device.type != "cpu":
@@ -59,17 +62,17 @@ def attend(
 
 
 def _learning(*states: Tensor) -> bool:
-    """Whether a gradient is wanted, or a graph: only the reference has one."""
+    """Whether PyTorch needs gradients or records a graph: only the reference supports these."""
     wanted = torch.is_grad_enabled() and any(state.requires_grad for state in states)
     return wanted or backend.is_recorded()
 
 
 def _in_tiles(query: Tensor, key: Tensor) -> bool:
-    """Whether there are more scores than one tile has."""
+    """Whether there are enough query tokens, and more scores than fit one tile."""
     return query.shape[2] >= TILED and query.shape[:3].numel() * key.shape[2] > TILE
 
 
 def _few(query: Tensor, key: Tensor) -> bool:
-    """Whether so few queries share a head of keys that its codes are better not decoded."""
+    """Whether at most `MOST_ROWS` queries share a head of keys."""
     shared = query.shape[1] // key.shape[1] * query.shape[2]
     return 0 < shared <= MOST_ROWS and query.shape[0] > 0

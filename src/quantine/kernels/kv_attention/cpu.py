@@ -1,4 +1,4 @@
-"""`quantine.kernels.kv_attention` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.kv_attention` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from quantine.kernels.threads import pool
 def attend(
     query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """See `quantine.kernels.kv_attention.attend`; without gradients and dropout."""
+    """See `quantine.kernels.kv_attention.attend`; has no gradients and no dropout.
+
+    Probabilities are always returned.
+    """
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]
     if mask is not None:

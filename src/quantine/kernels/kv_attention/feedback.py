@@ -1,7 +1,9 @@
-"""Rounding a head's channels one after another, each making up for the errors before it.
+"""Error feedback among the channels of an attention head, as GPTQ has it among weights.
 
-What GPTQ (arXiv 2210.17323) does with weights, for activations that meet vectors of a known second
-moment: keys meet queries, queries meet keys, values meet the output projection.
+The channels of a head are rounded one after another, and the channels still to come make up for the
+errors so far (GPTQ, arXiv 2210.17323). The Hessian is the second moment of the vectors that the
+channels are multiplied with: queries for keys, keys for queries, rows of the output projection for
+values.
 """
 
 from __future__ import annotations
@@ -13,12 +15,17 @@ from quantine.core.grid import decode, encode
 
 
 def encode_fed(x: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor, bits: int) -> Tensor:
-    """Codes of ``x`` ``[..., heads, dim]`` float32, as whole float32 numbers of the same shape.
+    """Codes of queries, keys or values, rounded with error feedback.
 
     Args:
+        x: ``[..., heads, dim]`` float32.
         scale, zero: ``[heads, dim]`` float32.
-        feedback: ``[heads, dim, dim]`` float32, see `quantine.rptq.feedback.feedback_of`.
-        bits: of a code.
+        feedback: ``[heads, dim, dim]`` float32: in row ``i`` what an error of channel ``i``
+            subtracts from each later one, see `quantine.rptq.feedback.feedback_of`.
+        bits: number of bits of one code, 2 to 8.
+
+    Returns:
+        Whole numbers from 0 to ``2**bits - 1``, float32 in the shape of ``x``.
     """
     rest, codes = x.clone(), torch.empty_like(x)
     for channel in range(x.shape[-1]):

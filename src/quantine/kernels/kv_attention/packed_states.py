@@ -1,4 +1,4 @@
-"""Keys and values of attention as packed codes that pass for floats."""
+"""Keys and values of attention as packed codes, in tensors that behave like floats."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from quantine.kernels.bits import unpack
 
 
 class PackedStates(Tensor):
-    """Packed keys or values with the shape and dtype of what they stand for.
+    """Packed keys or values, with the shape and dtype of the floats they stand for.
 
-    Whoever knows them reads their codes. Any operation of PyTorch meets decoded floats, so any
-    attention function can be handed them.
+    quantine's attention reads the codes. Any operation of PyTorch gets the decoded floats instead,
+    so other attention functions work with them as well.
 
     Args:
-        packed: ``[batch, heads, tokens, bytes]`` uint8, each row one bit stream of codes.
-        bits: of a code, 2 to 8.
+        packed: ``[batch, heads, tokens, bytes]`` uint8: the codes of one head and token in a row,
+            in the layout of `quantine.kernels.bits.reference`.
+        bits: number of bits of one code, 2 to 8.
         scale, zero: ``[heads, dim]`` float32: a code ``c`` stands for ``scale * (c - zero)``.
-        dtype: of decoded floats.
+        dtype: float dtype that the tensor shows and decodes to.
     """
 
     packed: Tensor
@@ -35,7 +36,7 @@ class PackedStates(Tensor):
     def __new__(
         cls, packed: Tensor, bits: int, scale: Tensor, zero: Tensor, dtype: torch.dtype
     ) -> PackedStates:
-        """An empty tensor; `__init__` says what it stands for."""
+        """A tensor ``[batch, heads, tokens, dim]`` without memory; `__init__` adds the codes."""
         shape = (*packed.shape[:3], scale.shape[1])
         made: PackedStates = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed.device
@@ -48,7 +49,7 @@ class PackedStates(Tensor):
         self.packed, self.bits, self.scale, self.zero = packed, bits, scale, zero
 
     def decoded(self) -> Tensor:
-        """``[batch, heads, tokens, dim]`` floats."""
+        """The floats that the codes stand for, ``[batch, heads, tokens, dim]`` of this dtype."""
         batch, heads, tokens, dim = self.shape
         rows = self.packed.reshape(batch * heads * tokens, self.packed.shape[3])
         codes = unpack(rows, self.bits, dim).view(batch, heads, tokens, dim)
@@ -66,6 +67,6 @@ class PackedStates(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """``func`` of decoded floats."""
+        """Call PyTorch's ``func`` with decoded floats in place of packed states."""
         args, kwargs = tree_map_only(cls, cls.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)

@@ -21,12 +21,14 @@ def pack_states(
     packed: Tensor,
     feedback: Tensor | None = None,
 ) -> None:
-    """Write the codes of ``states`` ``[batch, heads, tokens, dim]``, of any float dtype.
+    """Round keys or values and write their codes into ``packed``.
 
     Args:
-        bits, scale, zero: as `PackedStates` takes them.
-        packed: ``[batch, heads, tokens, packed_bytes]`` uint8, which is written.
-        feedback: ``[heads, dim, dim]`` float16, see `quantine.kernels.kv_attention.feedback`.
+        states: ``[batch, heads, tokens, dim]`` of any float dtype.
+        bits, scale, zero: the grid, as for `PackedStates`.
+        packed: ``[batch, heads, tokens, bytes]`` uint8, overwritten.
+        feedback: ``[heads, dim, dim]`` float16, for error feedback among channels, see
+            `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
     """
     if backend.of(states, scale, zero, packed, feedback) == "native":
         cpu.pack_states(states, bits, scale, zero, packed, feedback)
@@ -37,7 +39,11 @@ def pack_states(
 def pack_states_reference(
     states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor | None = None
 ) -> Tensor:
-    """What `pack_states` writes."""
+    """The bytes that `pack_states` writes, in plain PyTorch; arguments are the same.
+
+    Returns:
+        ``[batch, heads, tokens, bytes]`` uint8.
+    """
     floats = states.detach().float()
     if feedback is None:
         codes = encode(floats, scale.unsqueeze(1), zero.unsqueeze(1), bits)
@@ -52,9 +58,13 @@ def pack_states_reference(
 def round_states(
     states: Tensor, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor
 ) -> Tensor:
-    """What the codes of ``states`` ``[batch, heads, tokens, dim]`` stand for, as float32.
+    """Round keys, values or queries with error feedback, and decode the codes again.
 
-    Arguments are those of `pack_states`.
+    Args:
+        states, bits, scale, zero, feedback: as for `pack_states`.
+
+    Returns:
+        ``[batch, heads, tokens, dim]`` float32.
     """
     shape = (*states.shape[:3], packed_bytes(states.shape[3], bits))
     packed = torch.empty(shape, dtype=torch.uint8, device=states.device)

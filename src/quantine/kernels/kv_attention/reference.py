@@ -18,17 +18,19 @@ def attend_reference(
     scoring: Scoring,
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of ``query`` ``[batch, heads, tokens, dim]``.
+    """Attention with grouped heads and probabilities that may be rounded.
 
     Args:
-        key, value: ``[batch, kv_heads, context, dim]``.
-        mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; may be longer.
-        scoring: from products to probabilities.
-        dropout: share of probabilities to drop.
+        query: ``[batch, heads, tokens, dim]`` of any float dtype.
+        key, value: ``[batch, kv_heads, context, dim]``; ``kv_heads`` divides ``heads``.
+        mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; of a longer
+            context the first entries count. ``None`` for no mask.
+        scoring: how products become probabilities.
+        dropout: share of probabilities that are set to zero at random.
 
     Returns:
         Outputs ``[batch, tokens, heads, dim]`` and probabilities ``[batch, heads, tokens,
-        context]``.
+        context]``, in the dtype of ``query``.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, context = key.shape[1], key.shape[2]
@@ -47,12 +49,17 @@ def attend_reference(
 
 
 def round_probabilities(probabilities: Tensor, bits: int, relative: bool) -> Tensor:
-    """Probabilities ``[..., context]`` on a fixed grid of ``2**bits`` values from 0 to 1.
+    """Round attention probabilities to a fixed grid of ``2**bits`` values from 0 to 1.
 
     Args:
-        relative: the ratio of each to the largest of its row is rounded, and their sum is one
-            again. Otherwise they themselves are, as RPTQ's published code does: in a long context
-            most are less than half a step, and are lost.
+        probabilities: ``[..., context]`` float32, whose rows sum to one.
+        bits: number of bits of one code.
+        relative: round the ratio of each probability to the largest of its row, then scale rows to
+            sum to one again. Otherwise the probabilities themselves are rounded, as in RPTQ's
+            published code: in a long context most are less than half a step and become zero.
+
+    Returns:
+        Float32 of the same shape.
     """
     top = 2**bits - 1
     if not relative:

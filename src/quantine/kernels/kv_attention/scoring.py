@@ -1,4 +1,4 @@
-"""How scores of attention become probabilities."""
+"""How products of queries and keys become attention probabilities."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from quantine.core.activation_spec import UNQUANTIZED
 
 @dataclass(frozen=True)
 class Scoring:
-    """From products of queries and keys to probabilities.
+    """How products of queries and keys become attention probabilities.
 
     Attributes:
-        scaling: factor on every product.
-        softcap: scores are bounded by it, smoothly; ``None`` for no bound.
-        softmax_bits: probabilities are rounded to these; 16 for none.
-        relative: what is rounded is the ratio of each to the largest of its row; see
+        scaling: factor on every product, usually ``dim ** -0.5``.
+        softcap: bound ``c`` of scores, as ``c * tanh(score / c)``; ``None`` for no bound.
+        softmax_bits: bits that probabilities are rounded to; 16 leaves them as they are.
+        relative: whether the ratio of each probability to the largest of its row is rounded,
+            instead of the probability; see
             `quantine.kernels.kv_attention.reference.round_probabilities`.
     """
 

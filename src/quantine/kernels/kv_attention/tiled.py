@@ -1,8 +1,8 @@
 """Attention of many queries, tile by tile, so that scores stay in the processor's cache.
 
-The meaning is `quantine.kernels.kv_attention.reference.attend_reference`, with products in float32. Scores of
-a thousand tokens are some megabytes for each head, and each step of the softmax would read and
-write all of them in main memory.
+The meaning is `quantine.kernels.kv_attention.reference.attend_reference`, with products in float32.
+Scores of a thousand tokens are some megabytes for each head, and each step of the softmax would
+read and write all of them in main memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from quantine.core.activation_spec import UNQUANTIZED
 from quantine.kernels.kv_attention.scoring import Scoring
 
 TILE: Final = 2**17
-"""Scores that are worked on at once: half a megabyte."""
+"""Number of scores computed at once: half a megabyte of float32."""
 
 
 def attend_in_tiles(
@@ -28,10 +28,12 @@ def attend_in_tiles(
     scoring: Scoring,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `attend_reference` computes, without gradients and dropout.
+    """See `quantine.kernels.kv_attention.reference.attend_reference`; no gradients, no dropout.
 
     Args:
-        keep: return the probabilities, too, which take most of the memory; else ``None``.
+        query, key, value, mask, scoring: as there.
+        keep: whether to return the probabilities, which take most of the memory; else ``None`` is
+            returned for them.
     """
     batch, heads, tokens, dim = query.shape
     kv_heads, context = key.shape[1], key.shape[2]
@@ -65,7 +67,11 @@ def attend_in_tiles(
 def _tiles(
     batch: int, kv_heads: int, copies: int, tokens: int, context: int
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Samples, tokens, and heads of keys that together have about `TILE` scores."""
+    """Cut the work into tiles of about `TILE` scores: samples, query tokens and heads of keys.
+
+    Args:
+        copies: heads of queries that share a head of keys.
+    """
     row = max(1, copies * context)
     rows = max(1, min(TILE // row, tokens))
     heads = max(1, min(TILE // (row * rows), kv_heads))
@@ -81,7 +87,14 @@ def _tiles(
 
 
 def _expanded(mask: Tensor, shape: tuple[int, int, int, int], context: int) -> Tensor:
-    """``mask`` as ``[batch, kv_heads, copies, tokens, context]``, or with 1 for both of heads."""
+    """The mask as ``[batch, kv_heads, copies, tokens, context]``.
+
+    Both ``kv_heads`` and ``copies`` are 1 where all heads have the same mask.
+
+    Args:
+        mask: broadcastable to ``[batch, heads, tokens, context]``.
+        shape: ``(batch, kv_heads, copies, tokens)``.
+    """
     batch, kv_heads, copies, tokens = shape
     mask = mask[..., :context]
     mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
@@ -91,9 +104,13 @@ def _expanded(mask: Tensor, shape: tuple[int, int, int, int], context: int) -> T
 
 
 def _seen(mask: Tensor) -> int:
-    """How many tokens of the context, from the first, matter to ``mask`` ``[..., context]``.
+    """Number of tokens from the start of the context up to the last one that any query sees.
 
-    All of them, where a query sees none: its probabilities are then whatever softmax makes of that.
+    All tokens count where a query sees none, as its probabilities are then whatever softmax makes
+    of them, and where the mask is not of floats.
+
+    Args:
+        mask: ``[..., context]``; the lowest number of its dtype hides a token.
     """
     if not mask.is_floating_point():
         return mask.shape[-1]
@@ -104,7 +121,13 @@ def _seen(mask: Tensor) -> int:
 
 
 def _normalized(scores: Tensor, bits: int, relative: bool) -> Tensor:
-    """Probabilities, rounded as by `round_probabilities`, in place of ``scores``."""
+    """Probabilities of ``scores`` ``[..., context]``, which are overwritten.
+
+    Args:
+        bits, relative: how they are rounded, see
+            `quantine.kernels.kv_attention.reference.round_probabilities`; 16 bits leave them as
+            they are.
+    """
     top = 2**bits - 1
     if bits == UNQUANTIZED or not relative:
         probabilities = scores.softmax(-1)

@@ -1,13 +1,13 @@
-"""Products with packed matrices.
+"""Products of packed weight matrices with float activations.
 
-What multiplies fast reads codes in an order of its own, which is made once, when a matrix is
-loaded: a native `Matrix` holds the tensors of a `QTensor` in that order; see docs/kernels.md.
+The native kernels read codes in an order of their own. A `Matrix` holds a copy of the tensors of a
+`QTensor` in that order, made once; see docs/kernels.md.
 
 There are two kinds of arithmetic. ``exact``: weights are decoded in registers, and products are
 summed in float32. ``fast``: activations are rounded to 16 bits first, one scale for each block of
 at most `quantine.kernels.matrix.reference.BLOCK` inputs, which never crosses a group of weights.
 Where groups run along outputs, what is rounded is each activation times the scale of its input,
-once for each group. `multiply_reference` is the meaning of both.
+once for each group. `quantine.kernels.matrix.reference.multiply_reference` is the meaning of both.
 """
 
 from __future__ import annotations
@@ -24,33 +24,36 @@ from quantine.kernels.matrix.cpu import Matrix
 
 
 def packed_matrix(qtensor: QTensor) -> Matrix | None:
-    """The native matrix of ``qtensor``; ``None`` without the extension, or off the CPU.
+    """The native matrix of ``qtensor``, or ``None`` where there can be none.
 
-    ``None`` also where groups run along outputs and are neither multiples of
-    `quantine.kernels.matrix.cpu.TILE` rows nor all rows: tiles would cross them.
+    There is none without the native extension, off the CPU, and where groups run along outputs but
+    are neither multiples of `quantine.kernels.matrix.cpu.TILE` rows nor all rows, so that tiles of
+    the native layout would cross groups.
     """
     native = backend.of(qtensor.codes) == "native" and cpu.tiles_fit(qtensor)
     return cpu.packed_matrix(qtensor) if native else None
 
 
 def float_matrix(weight: Tensor) -> Matrix | None:
-    """The native matrix of a float ``weight`` ``[out, in]``, in 16 bit if that loses nothing.
+    """The native matrix of a float weight, or ``None`` without the extension or off the CPU.
 
-    ``None`` without the extension, or off the CPU.
+    Args:
+        weight: ``[out, in]`` of any float dtype; held as float16 if that represents every value
+            exactly, else as float32.
     """
     return cpu.float_matrix(weight) if backend.of(weight) == "native" else None
 
 
 def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> list[Tensor]:
-    """``x @ W.T`` for each of ``matrices``, whose inputs are the same; one parallel step.
+    """``x @ W.T`` for several matrices ``W`` that have the same inputs, all in one parallel step.
 
     Args:
-        matrices: native ones, ``[out, in]``.
+        matrices: native matrices ``[out, in]``.
         x: ``[batch, in]`` float32, contiguous.
-        arithmetic: see the module.
+        arithmetic: ``"exact"`` or ``"fast"``, see the module.
 
     Returns:
-        ``[batch, out]`` float32 each.
+        ``[batch, out]`` float32 for each matrix.
 
     Raises:
         BackendUnavailable: ``x`` is not on the CPU.
@@ -60,15 +63,13 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> l
 
 
 def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """``x @ W.T`` by PyTorch, weights decoded part by part: for many rows of ``x``.
-
-    ``fast`` rounds float32 to bfloat16 where the processor multiplies that; docs/kernels.md says
-    what it costs.
+    """``x @ W.T`` for many rows of ``x``: weights are decoded part by part, PyTorch multiplies.
 
     Args:
-        matrix: native.
+        matrix: a native matrix ``W`` ``[out, in]``.
         x: ``[batch, in]`` float32, bfloat16 or float16; the weights are rounded to its dtype.
-        arithmetic: see the module.
+        arithmetic: ``"fast"`` rounds float32 activations and weights to bfloat16 where the
+            processor multiplies that (docs/kernels.md has the loss); ``"exact"`` does not.
 
     Returns:
         ``[batch, out]`` in the dtype of ``x``.
@@ -81,7 +82,7 @@ def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor
 
 
 def read_words(words: Tensor) -> int:
-    """The sum of ``words`` ``[n]`` int64 modulo 2**64: reads memory as fast as it comes.
+    """Sum all ``words`` ``[n]`` int64 modulo 2**64, to measure how fast memory can be read.
 
     Raises:
         BackendUnavailable: ``words`` are not on the CPU.

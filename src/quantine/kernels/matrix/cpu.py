@@ -1,4 +1,4 @@
-"""`quantine.kernels.matrix` by the native extension; tensors are on the CPU."""
+"""`quantine.kernels.matrix` by the native extension: tensors are on the CPU."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from quantine.kernels import backend
 from quantine.kernels.threads import pool
 
 TILE: Final = 16
-"""Output rows of a tile."""
+"""Number of output rows of a tile, the unit of the native layout (docs/kernels.md)."""
 PANEL_BYTES: Final = 2**24
-"""Decoded weights that are multiplied at once where there are many rows. PyTorch rearranges the
-activations each time."""
+"""Bytes of weights that are decoded at once for PyTorch to multiply. Fewer would cost time, as
+PyTorch rearranges the activations for each product."""
 
 Matrix = Any
-"""``quantine._native.Matrix``; the extension has no type stubs."""
+"""The type ``quantine._native.Matrix``; the extension has no type stubs."""
 
 
 def tiles_fit(qtensor: QTensor) -> bool:
-    """Whether no tile of `TILE` rows lies in several groups.
+    """Whether the native layout can hold ``qtensor``: no tile of `TILE` rows spans several groups.
 
-    Groups along inputs never cross tiles; those along outputs are whole tiles, or all rows.
+    That is so where groups run along inputs, are multiples of `TILE` outputs, or hold all outputs.
     """
     grid, rows = qtensor.grid, len(qtensor.codes)
     return grid.axis == "in" or grid.group_size % TILE == 0 or grid.group_size >= rows
 
 
 def packed_matrix(qtensor: QTensor) -> Matrix:
-    """The native matrix of ``qtensor``, of which `tiles_fit`."""
+    """The native matrix of ``qtensor``, for which `tiles_fit` must hold."""
     native, grid = backend.extension(), qtensor.grid
     outliers = None
     if qtensor.outliers is not None:
@@ -61,7 +61,7 @@ def packed_matrix(qtensor: QTensor) -> Matrix:
 
 
 def float_matrix(weight: Tensor) -> Matrix:
-    """The native matrix of a float ``weight`` ``[out, in]``, in 16 bit if that loses nothing."""
+    """See `quantine.kernels.matrix.float_matrix`; where ``weight`` is is not checked."""
     native, half = backend.extension(), weight.half()
     if torch.equal(half.to(weight.dtype), weight):
         return native.Matrix.from_half(half.contiguous().view(torch.int16), pool())

@@ -13,19 +13,28 @@ from quantine.core.grid import Grid
 from quantine.core.qtensor import QTensor
 
 BLOCK: Final = 64
-"""Inputs that share a scale of rounded activations, at most."""
+"""Largest number of inputs whose rounded activations share a scale."""
 
 
 LARGEST_CODE: Final = 127 * 256 + 127
-"""Of activations: high and low part both fit 8 bits with a sign."""
+"""Largest code of a rounded activation: its high and low byte both fit 8 bits with a sign."""
 
 
 SMALLEST: Final = 1e-33
-"""Blocks of activations that do not reach this are rounded to zero."""
+"""Magnitude that some activation of a block must exceed; other blocks are rounded to zero."""
 
 
 def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> Tensor:
-    """What `multiply` does for one matrix: ``x @ W.T`` of ``x`` ``[batch, in]`` float32."""
+    """``x @ W.T`` for one matrix, see `quantine.kernels.matrix`.
+
+    Args:
+        qtensor: the packed weight ``W`` ``[out, in]``.
+        x: ``[batch, in]`` float32, in the order of the model's inputs.
+        arithmetic: ``"exact"`` or ``"fast"``.
+
+    Returns:
+        ``[batch, out]`` float32.
+    """
     if arithmetic == "exact":
         return x @ qtensor.dequantize().T
     stored = x if qtensor.in_perm is None else x[:, qtensor.in_perm]
@@ -45,13 +54,17 @@ def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> T
 
 
 def has_exact_zero(grid: Grid) -> bool:
-    """Whether zero points are whole numbers, so that a code means zero."""
+    """Whether some code stands for exactly zero, because zero points are whole numbers."""
     zero = grid.zero_point
     return zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8)
 
 
 def _of_weights(statistics: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
-    """``statistics`` ``[lines, groups]`` for every weight, ``[out, in]``."""
+    """Scales or zero points ``[lines, groups]`` repeated for every weight of a group.
+
+    Returns:
+        A tensor of the matrix's ``shape`` ``[out, in]``, columns in stored order.
+    """
     along_inputs = grid.axis == "in"
     lengths = grid.lengths(shape[1] if along_inputs else shape[0])
     spread = statistics.repeat_interleave(torch.tensor(lengths, device=statistics.device), 1)
@@ -59,11 +72,12 @@ def _of_weights(statistics: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
 
 
 def _multiply_rounded(centred: Tensor, grid: Grid, stored: Tensor) -> Tensor:
-    """What rounded activations make of the weights ``centred * scale``.
+    """The product of rounded activations with the weights ``centred * scale``.
 
     Args:
-        centred: ``[out, in]`` float32, codes less zero points.
-        stored: ``[batch, in]`` float32.
+        centred: ``[out, in]`` float32, codes minus zero points.
+        grid: the weights' grid, which has the scales.
+        stored: ``[batch, in]`` float32 activations, in stored column order.
     """
     if grid.axis == "in":
         weight = centred * _of_weights(grid.scales(), grid, centred.shape)
@@ -76,10 +90,11 @@ def _multiply_rounded(centred: Tensor, grid: Grid, stored: Tensor) -> Tensor:
 
 
 def round_activations(x: Tensor, groups: Sequence[int]) -> Tensor:
-    """``x`` ``[batch, in]`` float32 after rounding to 16 bits, in stored column order.
+    """Activations after rounding to 16 bits, with one scale for each block of at most `BLOCK`.
 
     Args:
-        groups: sizes of the groups of columns.
+        x: ``[batch, in]`` float32, in stored column order; the result has its shape.
+        groups: sizes of the groups of columns, which blocks do not cross.
     """
     parts = []
     for group in x.split(list(groups), 1):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 from quantine.report.plots.trends import TRENDS, Trend, curves_of
 
 if TYPE_CHECKING:
@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH: Final = 5.2
-"""Inches; more would be scaled down to illegible text on a phone."""
+"""Width in inches; more would be scaled down to illegible text on a phone."""
 ROW: Final = 0.24
+"""Height of a kind's row of tiles, in inches."""
 ACROSS: Final = 3
+"""Number of maps of outliers in a row."""
 COLOURS: Final = "viridis"
+"""Name of the colours of tiles."""
 SHOWN: Final = ("output_error", "bits_per_weight")
+"""Stems of the trends that a page shows."""
 
 
 def layers_figure(layers: Sequence[LayerPicture]) -> Figure | None:

@@ -1,9 +1,8 @@
-"""What pictures show, read from a quantized directory."""
+"""What pictures show of each layer, read from a quantized directory."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.directory import MAPS
+from quantine.formats.finished import FinishedDirectory
 from quantine.formats.stored_config import spec_of
-from quantine.source.checkpoint import Checkpoint
+from quantine.report.layer_order import block_and_path
 from quantine.statistics.sensitivity_map import MAP_CELLS, cell_of, pool_mean
 
 WEIGHTS_PER_CELL: Final = 32
@@ -27,12 +27,11 @@ OUTLIERS_PER_CELL: Final = 2.0
 """Fewest outliers in a cell that is drawn, on average, for the same reason."""
 SMALLEST_MAP: Final = 32
 """Cells that an axis keeps, however few outliers there are."""
-IN_BLOCK: Final = re.compile(r"^(?P<list>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
 
 
 @dataclass(frozen=True)
 class LayerPicture:
-    """One quantized matrix.
+    """What pictures show of one quantized matrix.
 
     Attributes:
         name: the module.
@@ -68,22 +67,22 @@ def read_layers(directory: Path, layers: Iterable[dict[str, Any]]) -> Iterator[L
     """The matrices of ``directory``, one in memory at a time.
 
     Args:
-        layers: of `quantine.inventory.inventory`.
+        layers: of `quantine.formats.inventory.inventory`.
 
     Raises:
         FormatError: a file is damaged.
     """
-    checkpoint = Checkpoint(directory)
+    finished = FinishedDirectory(directory)
     maps = read_maps(directory)
     for layer in layers:
         name = layer["name"]
-        found = IN_BLOCK.match(name)
-        counts, share = _outliers(checkpoint, layer)
+        block, path = block_and_path(name)
+        counts, share = _outliers(finished, name)
         yield LayerPicture(
             name,
             tuple(layer["shape"]),
-            int(found["block"]) if found else None,
-            found["path"] if found else name,
+            block,
+            path,
             layer["bits_per_weight"],
             layer["output_error"],
             share,
@@ -137,26 +136,20 @@ def _axis_losses(choice: dict[str, Any] | None) -> dict[str, float] | None:
     return losses if len(losses) > 1 else None
 
 
-def _outliers(checkpoint: Checkpoint, layer: dict[str, Any]) -> tuple[Tensor | None, float | None]:
-    """Map and share of the outliers of one layer."""
-    name, scheme = layer["name"], layer["scheme"]
-    if scheme["format"] == "dense":
+def _outliers(finished: FinishedDirectory, name: str) -> tuple[Tensor | None, float | None]:
+    """The map of a layer's outliers, see `outlier_counts`, and their share of its weights."""
+    scheme = finished.scheme(name)
+    if not format_named(scheme["format"]).supports(spec_of(scheme), outliers=True):
         return None, None  # not worth unpacking
-    layout = format_named(scheme["format"])
-    names = {key: f"{name}.{key}" for key in layout.tensor_names}
-    stored = {key: full for key, full in names.items() if full in checkpoint}
-    tensors = checkpoint.read(stored.values())
-    packed = {key: tensors[full] for key, full in stored.items()}
-    out_features, in_features = layer["shape"]
-    qtensor = layout.unpack(packed, spec_of(scheme), in_features)
+    qtensor = finished.qtensor(name)
     outliers = qtensor.outliers
     if outliers is None or outliers.entries == 0:
         return None, 0.0
     columns = outliers.columns
     if qtensor.in_perm is not None:
         columns = qtensor.in_perm[columns]
-    counts = outlier_counts((outliers.row_indices(), columns), (out_features, in_features))
-    return counts, outliers.entries / (out_features * in_features)
+    counts = outlier_counts((outliers.row_indices(), columns), outliers.shape)
+    return counts, outliers.entries / math.prod(outliers.shape)
 
 
 def read_maps(directory: Path) -> dict[str, Tensor]:

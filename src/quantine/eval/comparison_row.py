@@ -6,10 +6,9 @@ import math
 from typing import Any, Final
 
 Row = dict[str, Any]
-
-
+"""What `quantine.comparison.run.compare` returns for each model."""
 COMPARISON_STEM: Final = "comparison"
-"""Name of the files of a comparison's tables, without suffix."""
+"""Name of the files of a comparison's table, without suffix."""
 
 
 def loss_of_quality(row: Row) -> float | None:

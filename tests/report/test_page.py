@@ -1,4 +1,4 @@
-"""The report of a quantized directory: what it says, its verdict, and how it looks."""
+"""The page about a quantized directory: what it says, its verdict, and how it looks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from quantine import Calibration, FormatError, Plan, PlanError, cli, quantize
 from quantine.core.activation_spec import ActivationSpec
 from quantine.report.facts import gather
 from quantine.report.page import page
+from quantine.report.record import quality_section
 from quantine.report.sections import SECTIONS
 from quantine.report.verdict import Check, checks_of, floors_of
 from quantine.run.card import model_card
@@ -276,7 +277,7 @@ def test_the_card_has_the_numbers_and_runs_as_written(
     card = (copy / "README.md").read_text()
     scores = json.loads((copy / "quantine_scores.json").read_text())
     report = json.loads((copy / "quantine_report.json").read_text())
-    assert card == model_card(report, scores)
+    assert card == model_card(report, quality_section(scores))
     (measured,) = scores["texts"].values()
     assert f"{measured['perplexity']:.3f} ± {measured['stderr']:.3f}" in card
     assert f"{measured['recovery']:.1%}" in card

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantine import Plan, PlanError
-from quantine.comparison.points import name_of, plan_of, plans_of
+from quantine.comparison.short_forms import name_of, plan_of, plans_of
 
 
 def test_every_form_means_its_plan(tmp_path: Path) -> None:

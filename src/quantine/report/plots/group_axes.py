@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STEM: Final = "group_axis"
-"""Of the file names."""
+"""Name of the files of the picture, without suffix."""
 MISSING: Final = "all groups run along the same axis, and no layer chose it"
-"""Why there may be no picture."""
+"""Reason why there may be no picture."""
 COLOURS: Final = {"in": "#1b3a6b", "out": "#c8553d"}
-"""By the axis that groups run along; they differ in grey, too."""
+"""Colour by the axis that groups run along; the colours differ in grey, too."""
 NAMES: Final = {"in": "along inputs", "out": "along outputs"}
+"""Label by the axis that groups run along."""
 ACROSS: Final = 4
-"""Most panels in a row, where there is room."""
+"""Largest number of panels in a row, where there is room."""
 PANEL: Final = (2.5, 2.2)
 """Size of a panel in inches."""
 STRIP: Final = 0.3
@@ -74,6 +75,7 @@ def axis_figure(layers: Sequence[LayerPicture], most: int = ACROSS) -> Figure | 
 
 
 def _draw_tiles(axes: Axes, kinds: dict[str, dict[int, LayerPicture]]) -> None:
+    """A row of tiles for each kind of matrix, a tile for each block, coloured by the axis."""
     for row, found in enumerate(kinds.values()):
         for block, layer in found.items():
             axes.barh(row, 0.92, left=block - 0.46, height=0.8, color=COLOURS[layer.group_axis])
@@ -84,6 +86,7 @@ def _draw_tiles(axes: Axes, kinds: dict[str, dict[int, LayerPicture]]) -> None:
 
 
 def _draw_losses(axes: Axes, kind: str, found: dict[int, LayerPicture]) -> None:
+    """Two curves over blocks: what matrices of one kind lose with either axis."""
     from matplotlib.ticker import MaxNLocator
 
     blocks = sorted(found)
