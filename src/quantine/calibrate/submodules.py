@@ -1,4 +1,4 @@
-"""What submodules of a block put out, again and again on the same inputs while their weights change."""
+"""What submodules of a block put out, again and again on the same inputs as weights change."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class SubmoduleOutputs:
 
     @torch.no_grad()
     def outputs(self, path: str) -> list[Tensor]:
-        """What the module at ``path`` puts out with its present weights, a tensor for each batch."""
+        """What the module at ``path`` puts out with its weights of now, a tensor for each batch."""
         results = []
         with self._setup.autocast():
             for args, kwargs in self._calls[path]:
