@@ -1,9 +1,9 @@
 """The meaning of `quantine.kernels.integer.multiply`, in plain PyTorch.
 
-A weight with code ``c_w`` is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output and
-group of inputs. A rounded activation with code ``c_x`` is ``s_x * (c_x - z_x)``, with a scale and a
-zero point for each cluster of inputs or for each token. Where every group of weights lies within
-one cluster, a group adds
+A weight with code ``c_w`` is ``s_w * (c_w - z_w)``, with a scale and a zero point for each output
+and group of inputs. A rounded activation with code ``c_x`` is ``s_x * (c_x - z_x)``, with a scale
+and a zero point for each cluster of inputs or for each token. Where every group of weights lies
+within one cluster, a group adds
 
     s_w * s_x * (sum(c_w * c_x) - z_w * sum(c_x) - z_x * sum(c_w) + n * z_w * z_x)
 
