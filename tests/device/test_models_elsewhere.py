@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ Packed = Callable[[str, str], Path]
 UNKNOWN = "nosuch"
 
 
-@pytest.fixture
-def elsewhere() -> Iterator[None]:
+@contextmanager
+def there() -> Iterator[None]:
     """The other device can be used, and native code cannot."""
     with OtherDevice(), untouched_extension():
         yield
@@ -81,39 +82,36 @@ def test_the_cpu_is_the_default(packed: Packed, tiny: Tiny, text_file: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "opt", "gemma3"])
-def test_a_loaded_model_computes_there_what_references_do_here(
-    name: str, packed: Packed, elsewhere: None
-) -> None:
+def test_a_loaded_model_computes_there_what_references_do_here(name: str, packed: Packed) -> None:
     tokens, out = some_tokens(9, 2), packed(name, "rtn")
     with no_extension():
         expected = logits_of(quantine.load(out)[0], tokens)
-    model, _ = quantine.load(out, device=NAME)
+    with there():
+        model, _ = quantine.load(out, device=NAME)
+        found = logits_at(model, tokens)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {NAME}
-    found = logits_at(model, tokens)
     assert found.device.type == NAME
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_packed_modules_elsewhere_have_no_native_matrix(
-    tiny: Tiny, tmp_path: Path, elsewhere: None
-) -> None:
+def test_packed_modules_elsewhere_have_no_native_matrix(tiny: Tiny, tmp_path: Path) -> None:
     rules = [
         {"match": match, "method": "rtn", "bits": 8, "group_size": 32}
         for match in ("@blocks", "@embedding")
     ]
-    with no_extension():
-        plan = Plan.from_dict({"rules": rules})
-        quantize(tiny("llama_tied"), tmp_path / "out", plan, Calibration(samples=0))
-    model, _ = quantine.load(tmp_path / "out", device=NAME)
-    assert logits_at(model, some_tokens(9, 2)).device.type == NAME
-    kinds = set()
-    for _, module in packed_modules(model):
-        kinds.add(type(module))
-        assert module.matrix() is None
-        x = torch.randn(80, module.in_features).to(NAME)
-        torch.testing.assert_close(
-            module.product(x).cpu(), x.cpu() @ module.dequantize().cpu().T, rtol=1e-4, atol=1e-4
-        )
+    plan = Plan.from_dict({"rules": rules})
+    quantize(tiny("llama_tied"), tmp_path / "out", plan, Calibration(samples=0))
+    with there():
+        model, _ = quantine.load(tmp_path / "out", device=NAME)
+        assert logits_at(model, some_tokens(9, 2)).device.type == NAME
+        kinds = set()
+        for _, module in packed_modules(model):
+            kinds.add(type(module))
+            assert module.matrix() is None
+            x = torch.randn(80, module.in_features).to(NAME)
+            expected = x.cpu() @ module.dequantize().cpu().T
+            found = module.product(x).cpu()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert kinds == {QuantEmbedding, QuantLinear}
     assert any(isinstance(module, TiedHead) for module in model.modules())
     with pytest.raises(BackendUnavailable, match="not on the CPU, but on other:0"):
@@ -139,36 +137,38 @@ def continued(model: Path, device: str | None) -> tuple[str, str]:
     return out.getvalue(), log.getvalue()
 
 
-def test_text_is_continued_there_without_the_native_decoder(
-    packed: Packed, elsewhere: None
-) -> None:
-    written, log = continued(packed("llama", "rtn"), NAME)
+def test_text_is_continued_there_without_the_native_decoder(packed: Packed) -> None:
+    out = packed("llama", "rtn")
+    with there():
+        written, log = continued(out, NAME)
     assert "decoding with the modules of transformers: " in log
     assert "the model is not on the CPU, but on other:0" in log
     with no_extension():
-        assert continued(packed("llama", "rtn"), "cpu")[0] == written
+        assert continued(out, "cpu")[0] == written
 
 
 def test_generate_of_transformers_works_there(
-    packed: Packed, elsewhere: None, caplog: pytest.LogCaptureFixture
+    packed: Packed, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, _ = quantine.load(packed("llama", "rtn"), torch.float32, device=NAME)
-    ids = some_tokens(5, 1)
-    with caplog.at_level(logging.WARNING, "quantine"):
+    ids, out = some_tokens(5, 1), packed("llama", "rtn")
+    with there(), caplog.at_level(logging.WARNING, "quantine"):
+        model, _ = quantine.load(out, torch.float32, device=NAME)
         made = model.generate(ids.to(NAME), max_new_tokens=4, do_sample=False)
     assert "not on the CPU" in caplog.text
     with no_extension():
-        here = quantine.load(packed("llama", "rtn"), torch.float32)[0]
+        here = quantine.load(out, torch.float32)[0]
         wanted = here.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(made.cpu(), wanted)
 
 
 def test_a_model_and_its_reference_are_compared_there(
-    packed: Packed, tiny: Tiny, text_file: Path, tmp_path: Path, elsewhere: None
+    packed: Packed, tiny: Tiny, text_file: Path, tmp_path: Path
 ) -> None:
+    out = packed("llama", "rtn")
+
     def measured(device: str, cache: Path | None) -> dict[str, Any]:
         return evaluate(
-            packed("llama", "rtn"),
+            out,
             str(text_file),
             window=32,
             limit=2,
@@ -180,7 +180,8 @@ def test_a_model_and_its_reference_are_compared_there(
     with no_extension():
         expected = measured("cpu", None)
     for cache in (None, tmp_path, tmp_path):  # the last one reads what was kept
-        found = measured(NAME, cache)
+        with there():
+            found = measured(NAME, cache)
         for name in ("perplexity", "kl", "top1", "reference_perplexity", "recovery"):
             assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name
     with no_extension():
@@ -205,19 +206,20 @@ def test_rounded_activations_and_packed_caches_work_there(
                 output = model(input_ids=part.to(model.device), past_key_values=cache)
             found.append(output.logits.cpu())
         assert cache.layers[0].keys.device.type == device
-        cache.crop(20)
+        cache.crop(-10)
         return [*found, cache.layers[0].keys.cpu()]
 
     with no_extension():
         expected = run("cpu")
-    with OtherDevice(), untouched_extension():
+    with there():
         found = run(NAME)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other.float(), one.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_moving_a_model_changes_no_packed_dtype(packed: Packed, elsewhere: None) -> None:
+def test_moving_a_model_changes_no_packed_dtype(packed: Packed) -> None:
     model: nn.Module = quantine.load(packed("llama", "rtn"))[0]
     before = {name: tensor.dtype for name, tensor in model.named_buffers()}
-    model.to(NAME)
+    with there():
+        model.to(NAME)
     assert {name: tensor.dtype for name, tensor in model.named_buffers()} == before

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from other_device import NAME, OtherDevice, no_extension, untouched_extension
 from quantine import Calibration, Plan, quantize
+from quantine.run.progress import Silent
 from tiny_models import stored_tensors
 
 Tiny = Callable[[str], Path]
@@ -33,40 +35,42 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "gptq": lambda: Plan.preset("gptq", bits=3, group_size=32),
     "spqr": lambda: Plan.preset("spqr", bits=3, group_size=16),
     "adadim": lambda: Plan.from_dict(BOTH_AXES),
-    "W4A8": lambda: Plan.scheme("W4A8"),
     "W4A4KV": lambda: Plan.scheme("W4A4KV"),
 }
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("model", ["llama", "opt"])
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("llama", "rtn"),
+        ("llama", "spqr"),
+        ("llama", "adadim"),
+        ("llama", "W4A4KV"),
+        ("opt", "gptq"),
+    ],
+)
 def test_a_run_there_writes_what_references_write_here(
-    model: str, name: str, bfloat16: bool, tiny: Tiny, text_file: Path, tmp_path: Path
+    model: str, name: str, tiny: Tiny, text_file: Path, tmp_path: Path
 ) -> None:
-    if bfloat16 and name != "gptq":
-        pytest.skip("one method shows what runs in bfloat16")
-    plan = PLANS[name]()
+    plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
     if plan.activations is not None:
         pytest.importorskip("sklearn")
-    short = Calibration(str(text_file), samples=4, seqlen=32, bfloat16=bfloat16)
-    with no_extension():
+    # The CPU has attention of its own, which rounds otherwise.
+    with no_extension(), sdpa_kernel(SDPBackend.MATH):
         quantize(tiny(model), tmp_path / "here", plan, short)
     with OtherDevice(), untouched_extension():
         quantize(tiny(model), tmp_path / "there", plan, short, device=NAME)
     here, there = stored_tensors(tmp_path / "here"), stored_tensors(tmp_path / "there")
     assert list(here) == list(there)
-    errors = [report(tmp_path / out) for out in ("here", "there")]
-    assert errors[1] == pytest.approx(errors[0], rel=0.02)
-    same = sum(int((here[n] == there[n]).sum()) for n in here if here[n].shape == there[n].shape)
-    # Attention rounds otherwise, which tips a code now and then.
-    assert same > 0.98 * sum(tensor.numel() for tensor in here.values())
+    for tensor_name, tensor in here.items():
+        assert torch.equal(there[tensor_name], tensor), tensor_name
+    assert layers_of(tmp_path / "there") == layers_of(tmp_path / "here")
 
 
-def report(out: Path) -> list[Any]:
-    """The output errors of all layers."""
+def layers_of(out: Path) -> list[dict[str, Any]]:
+    """What the report says of each layer, but for times."""
     layers = json.loads((out / "quantine_report.json").read_text())["layers"]
-    return [layer["output_error"] for layer in layers]
+    return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
 def test_a_run_there_can_be_resumed(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
@@ -80,8 +84,6 @@ def test_a_run_there_can_be_resumed(tiny: Tiny, short: Calibration, tmp_path: Pa
     with OtherDevice(), untouched_extension():
         quantize(tiny("llama"), tmp_path / "whole", plan, short, device=NAME)
         with pytest.MonkeyPatch.context() as patch:
-            from quantine.run.progress import Silent
-
             patch.setattr(Silent, "block", stop)
             with pytest.raises(Stopped):
                 quantize(tiny("llama"), tmp_path / "cut", plan, short, device=NAME)

@@ -28,7 +28,7 @@ from quantine.kernels.gram import add_gram
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
+from quantine.methods.spqr import SpQR
 from quantine.rptq.clusters import cluster_channels
 from quantine.rptq.feedback import feedback_of
 from quantine.rptq.ranges import cheapest_ranges, through, widened
@@ -37,7 +37,7 @@ from quantine.statistics.gradients import SquaredGradients
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.losses import RelativeLoss, TokenLoss, relative_loss, token_loss
 from quantine.statistics.sensitivity_map import sensitivity_map
-from samples import correlated_inputs, generator, random_weight
+from samples import FAITHFUL, FAITHFUL_SPEC, correlated_inputs, generator, random_weight
 
 ROWS, INPUTS = 32, 48
 
