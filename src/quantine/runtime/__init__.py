@@ -1,1 +1,1 @@
-"""Running models: sources, packed modules, and the doors to transformers."""
+"""Running quantized models: packed modules, the native decoder, loading through transformers."""

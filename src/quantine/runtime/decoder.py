@@ -1,7 +1,7 @@
-"""Models that decode natively: one call for a prompt, and one for each token.
+"""Decoding in C++: one native call for a prompt, and one for each further token.
 
-What the modules of transformers compute stays the meaning. A model that the native decoder would
-compute otherwise is refused, with the reason.
+The native decoder computes what the model's modules in transformers compute. A model for which it
+would compute something else is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 
 class Decoder:
-    """A model and the tokens it has seen; float32 throughout.
+    """A model together with the tokens it has seen (its KV cache); everything is in float32.
 
-    It shares packed weights with the model it was made from, and copies float ones and settings:
-    make another after changing any. ``model.generate`` does, when parameters or ``model.config``
-    change; what modules keep to themselves, such as the ``eps`` of a norm, it does not notice.
+    It shares packed weights with the model it was made from, but copies float weights and settings:
+    make another decoder after changing any of them. ``model.generate`` makes one by itself when
+    parameters or ``model.config`` change, but does not notice a change of what modules keep to
+    themselves, such as the ``eps`` of a norm.
 
     Args:
         native: a ``quantine._native.Decoder``.
@@ -39,28 +40,33 @@ class Decoder:
 
     @property
     def position(self) -> int:
-        """Number of tokens seen."""
+        """Number of tokens seen since the last `reset`."""
         return int(self._native.position)
 
     @property
     def capacity(self) -> int:
-        """Number of tokens there is room for."""
+        """Largest number of tokens that can be seen."""
         return int(self._native.capacity)
 
     def append(self, tokens: Tensor) -> Tensor:
-        """Append ``tokens`` ``[n]`` integers, a whole prompt or a single one.
+        """Run the model on further tokens.
+
+        Args:
+            tokens: ``[n]`` integer token ids, a whole prompt or a single token.
 
         Returns:
-            Logits ``[vocabulary]`` float32 after the last of them, good until the next call.
+            Logits ``[vocabulary]`` float32 for the token after the last one. The next call
+            overwrites them.
 
         Raises:
-            ValueError: there is no room, no token, or one that is not in the vocabulary.
+            ValueError: there are more tokens than room, none at all, or one that is not in the
+                vocabulary.
         """
         self._native.append(tokens.to("cpu", torch.int64).contiguous(), self._logits)
         return self._logits
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens seen, so that a new text can begin."""
         self._native.reset()
 
 
@@ -71,13 +77,15 @@ def decoder_for(
     arithmetic: Arithmetic | None = None,
     threads: int | None = None,
 ) -> Decoder:
-    """A native decoder that computes what ``model`` does.
+    """Make a native decoder that computes what ``model`` computes.
 
     Args:
-        model: of the llama or opt family, with float or packed matrices.
-        capacity: number of tokens there will be room for, prompt included.
-        arithmetic: of products with packed matrices; that of the model's modules if ``None``.
-        threads: as many as PyTorch uses if ``None``; results do not depend on it.
+        model: a model of the llama, gemma or opt family, with float or packed matrices.
+        capacity: largest number of tokens it will see, prompt included.
+        arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
+            ``None`` takes that of the model's modules.
+        threads: number of threads; ``None`` takes as many as PyTorch uses. Results do not depend on
+            it.
 
     Raises:
         BackendUnavailable: no native decoder computes the same; the message says why.
@@ -94,5 +102,9 @@ def decoder_for(
 
 
 def most_likely(logits: Tensor) -> int:
-    """The first token with the largest of ``logits`` ``[vocabulary]``, on the CPU."""
+    """The token id with the largest logit, the first of equals.
+
+    Args:
+        logits: ``[vocabulary]`` of a float dtype that numpy has, on the CPU.
+    """
     return int(logits.numpy().argmax())  # twenty times as fast as PyTorch's

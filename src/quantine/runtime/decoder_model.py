@@ -1,7 +1,7 @@
-"""What the native decoder is made of, taken from a model of transformers.
+"""Describing a model of transformers to the native decoder.
 
-Every module is looked at: one that is missing, unknown or of another type than expected makes the
-model one that is refused, since it might compute something else.
+Every module is checked. If one is missing, unknown or of another type than expected, the model is
+refused, since the native decoder might compute something else.
 """
 
 from __future__ import annotations
@@ -35,25 +35,35 @@ ACTIVATIONS: Final = {
     "FastGELUActivation": "gelu_tanh",
     "AccurateGELUActivation": "gelu_tanh",
 }
-"""Native activation by the name of a class of torch or transformers."""
+"""Native names of activation functions by the name of their class in torch or transformers."""
 
 STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings whose angles do not depend on how long the text is."""
+"""Types of rotary embeddings whose angles do not depend on the length of the text."""
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
+"""Types of attention in ``config.layer_types`` that the native decoder has."""
 ATTENTION: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+"""Children that an attention module of the llama and gemma families must have."""
 BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
+"""Children that a decoder block of the llama family must have."""
 GEMMA_BLOCK: Final = BLOCK | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+"""Children that a decoder block of the gemma family must have."""
 OPT_BLOCK: Final = frozenset(
     {"self_attn", "self_attn_layer_norm", "fc1", "activation_fn", "fc2", "final_layer_norm"}
 )
+"""Children that a decoder block of the opt family must have."""
 
 
 def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> dict[str, Any]:
     """The arguments of ``quantine._native.Decoder`` that describe ``model``.
 
+    Args:
+        model: a model of the llama, gemma or opt family.
+        native: the module ``quantine._native``.
+        capacity: largest number of tokens that the decoder will see.
+
     Raises:
-        BackendUnavailable: the native decoder would not compute the same; says why.
+        BackendUnavailable: the native decoder would not compute the same; the message says why.
     """
     check_state(model)
     parts = _Parts(native)
@@ -174,7 +184,13 @@ def _opt_block(layer: Any, parts: _Parts) -> Any:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Native parts of modules; a weight that two modules share becomes one matrix."""
+    """Turns modules into parts of the native decoder.
+
+    Attributes:
+        native: the module ``quantine._native``.
+        matrices: native matrices by the identity of the float weight, so that a weight which two
+            modules share becomes one matrix.
+    """
 
     native: ModuleType
     matrices: dict[int, Any] = field(default_factory=dict)
@@ -221,7 +237,14 @@ class _Parts:
 
 @dataclass(frozen=True)
 class _Angles:
-    """Native tables of cosines and sines, one for each type of layer."""
+    """Native tables of the cosines and sines of rotary embeddings, one for each type of layer.
+
+    Attributes:
+        rotary: the model's module of rotary embeddings.
+        native: the module ``quantine._native``.
+        capacity: number of positions in a table.
+        tables: the tables made so far, by type of layer.
+    """
 
     rotary: Any
     native: ModuleType
@@ -248,7 +271,12 @@ class _Angles:
 
 
 def check_state(model: PreTrainedModel) -> None:
-    """Refuse what a model of any family may be doing besides computing."""
+    """Check that ``model``, of whatever family, is in a state that the native decoder reproduces.
+
+    Raises:
+        BackendUnavailable: it is in training mode, not on the CPU, has hooks, or has another
+            attention function than ``eager`` or ``sdpa``.
+    """
     if model.training:
         _refuse("the model is in training mode")
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}

@@ -1,4 +1,4 @@
-"""Text from a model, token by token."""
+"""Generating text with a model, token by token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from quantine.runtime.modules import packed_modules
 from quantine.source.locate import locate
 
 COLDEST: Final = 0.01
-"""Smallest temperature but zero; below it probabilities overflow."""
+"""Smallest temperature other than zero; below it probabilities would overflow."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,19 +38,24 @@ def stream(
     log: IO[str],
     device: str | torch.device = "cpu",
 ) -> None:
-    """Write the continuation of ``prompt`` to ``out`` as it is made, and its speed to ``log``.
+    """Generate a continuation of ``prompt`` and write it to ``out`` as it is made.
 
     Args:
-        tokens: written at most.
-        chat: wrap the prompt in the tokenizer's chat template.
-        temperature: 0 always takes the most likely token.
-        seed: of a local random generator.
-        dtype: of the computation.
-        device: of the computation, by PyTorch's name. The native decoder is of the CPU only.
+        model: a float or quantized model, as for `quantine.source.locate.locate`.
+        prompt: the text to continue.
+        tokens: largest number of tokens to generate.
+        chat: whether to wrap the prompt in the tokenizer's chat template.
+        temperature: divisor of logits before sampling; 0 always takes the most likely token.
+        seed: seed of a local random generator.
+        dtype: dtype of activations and of weights that are not quantized.
+        out: where the text goes.
+        log: where the speed goes, and why the native decoder is not used if it is not.
+        device: where the model computes, by PyTorch's name; the native decoder is of the CPU only.
 
     Raises:
         BackendUnavailable: there is no such device.
-        PlanError: the prompt is empty, or an option is out of range.
+        PlanError: the prompt is empty, too long for the model, or an option is out of range.
+        CheckpointError, FormatError: the model cannot be read.
     """
     if tokens < 1 or not 0 <= seed < 2**63:
         raise PlanError(f"tokens must be positive and seed in 64 bits, not {tokens}, {seed}")
@@ -97,11 +102,16 @@ def continue_tokens(
     generator: torch.Generator,
     decoder: Decoder | None = None,
 ) -> Iterator[int]:
-    """At most ``tokens`` token ids that follow ``ids`` ``[1, tokens]``, up to an end token.
+    """Generate token ids after a prompt, up to an end token, which is left out.
 
     Args:
-        ids: on the CPU, as is what is drawn from ``generator``, wherever ``model`` is.
-        decoder: a fresh one for ``model``; ``None`` runs the modules of ``model``.
+        model: the model.
+        ids: ``[1, n]`` int64 token ids of the prompt, on the CPU wherever ``model`` is.
+        tokens: largest number of tokens to generate.
+        temperature: divisor of logits before sampling; 0 always takes the most likely token.
+        generator: for sampling.
+        decoder: a decoder of ``model`` that has seen no tokens; ``None`` runs the modules of
+            ``model``.
     """
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
@@ -116,19 +126,26 @@ def continue_tokens(
 
 
 class ModuleDecoder:
-    """A model and the tokens it has seen, computed by the modules of transformers."""
+    """The interface of `Decoder` for any model, computed by its modules in transformers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._cache: Any = None
 
     def reset(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens seen, so that a new text can begin."""
         self._cache = None
 
     @torch.no_grad()
     def append(self, tokens: Tensor) -> Tensor:
-        """Logits ``[vocabulary]`` float32 after ``tokens`` ``[n]``, both on the CPU."""
+        """Run the model on further tokens.
+
+        Args:
+            tokens: ``[n]`` int64 token ids, on the CPU wherever the model is.
+
+        Returns:
+            Logits ``[vocabulary]`` float32 for the token after the last one.
+        """
         output = self._model(
             input_ids=tokens.unsqueeze(0).to(self._model.device),
             past_key_values=self._cache,

@@ -1,6 +1,7 @@
-"""The doors to transformers: a registered quantization config and quantizer.
+"""The quantization config and the quantizer that quantine registers with transformers.
 
-Imported only once transformers itself is, see ``quantine/__init__.py``.
+With them ``from_pretrained`` loads quantine's directories. Imported only once transformers itself
+is, see ``quantine/__init__.py``.
 """
 
 from __future__ import annotations
@@ -32,15 +33,20 @@ if TYPE_CHECKING:
 
 
 class QuantineConfig(QuantizationConfigMixin):
-    """``quantization_config`` of an output directory, see docs/format.md.
+    """The ``quantization_config`` in config.json of an output directory, see docs/format.md.
 
     Args:
-        format_version: version of docs/format.md the files follow.
+        format_version: version of docs/format.md that the files follow.
         schemes: the distinct schemes, as plain values.
-        layers: by module name, for every quantized matrix, ``scheme`` (index into ``schemes``) and
+        layers: for every quantized matrix, by module name, ``scheme`` (index into ``schemes``) and
             ``shape`` (``[out, in]``).
-        arithmetic: of products with these matrices.
-        activations: how they are rounded, as plain values; ``None`` where they are not.
+        arithmetic: arithmetic of products with these matrices, see `quantine.kernels.matrix`.
+        activations: how activations are rounded, as plain values of
+            `quantine.core.activation_spec.ActivationSpec`; ``None`` where they are not.
+        unknown: fields of newer versions, which are refused.
+
+    Raises:
+        FormatError: there are unknown fields, or the values are not valid.
     """
 
     def __init__(
@@ -77,12 +83,12 @@ class QuantineConfig(QuantizationConfigMixin):
 
 
 class QuantineQuantizer(HfQuantizer):
-    """Builds packed modules where transformers would build float ones."""
+    """Lets transformers build packed modules in place of float ones when it loads a model."""
 
     requires_calibration = True
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Take the lock off; transformers calls this before it looks for weight files."""
+        """Remove `LOCK` from ``config``; transformers calls it before it looks for weight files."""
         if getattr(config, "transformers_weights", None) == LOCK:
             del config.transformers_weights
         return config
@@ -115,23 +121,27 @@ class QuantineQuantizer(HfQuantizer):
             model.generate = Generate(model)  # type: ignore[assignment]
 
     def is_serializable(self) -> bool:
-        """``save_pretrained`` writes packed tensors as they are."""
+        """True: ``save_pretrained`` writes packed tensors as they are."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradient."""
+        """False: packed weights have no gradient."""
         return False
 
 
 def register(auto: Any) -> None:
-    """Register both classes; ``auto`` is the module ``transformers.quantizers.auto``."""
+    """Register `QuantineConfig` and `QuantineQuantizer` with transformers under `METHOD`.
+
+    Args:
+        auto: the module ``transformers.quantizers.auto``.
+    """
     auto.register_quantization_config(METHOD)(QuantineConfig)
     auto.register_quantizer(METHOD)(QuantineQuantizer)
 
 
 def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """``save_pretrained`` of a quantized model: put the lock on the copy as well."""
+    """Replaces ``save_pretrained`` of a quantized model: writes `LOCK` into the copy as well."""
     type(model).save_pretrained(model, save_directory, **options)
     path = Path(save_directory) / "config.json"
     if path.is_file():
@@ -144,7 +154,10 @@ def _packed_entries(files: list[str]) -> dict[str, Entry]:
 
 
 def _place(model: PreTrainedModel, name: str) -> str | None:
-    """Where layer ``name`` sits in ``model``, which may be the bare model without its head."""
+    """Path of the layer ``name`` in ``model``, or ``None`` where the model does not have it.
+
+    A model without its head lacks the head, and the prefix of all other names.
+    """
     for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         try:
             model.get_submodule(candidate)
@@ -157,7 +170,14 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
 def _packed(
     old: nn.Module, scheme: dict[str, Any], shape: list[int], tensors: dict[str, Tensor]
 ) -> Packed:
-    """The packed module that takes the place of ``old``."""
+    """The packed module that takes the place of ``old``.
+
+    Args:
+        old: the model's own module: an embedding, ``Linear`` or ``Conv1D``.
+        scheme: the layer's scheme, as plain values.
+        shape: ``[out, in]``.
+        tensors: tensors on the meta device, by name within the layer.
+    """
     layout, spec = scheme["format"], spec_of(scheme)
     if isinstance(old, nn.Embedding):
         scale = getattr(old, "scalar_embed_scale", 1.0)
@@ -169,7 +189,16 @@ def _packed(
 def _placeholders(
     layout: str, paths: tuple[str, ...], entries: dict[str, Entry]
 ) -> dict[str, Tensor]:
-    """Tensors on the meta device like those the files hold below one of ``paths``."""
+    """Tensors on the meta device with the shapes and dtypes of a layer's tensors in the files.
+
+    Args:
+        layout: name of the packed layout.
+        paths: full names that the layer may have in the files; the first that is there counts.
+        entries: headers of all tensors in the files, by name.
+
+    Raises:
+        FormatError: the files hold no tensor of the layer.
+    """
     for path in paths:  # files that save_pretrained wrote for a bare model lack the prefix
         names = {key: f"{path}.{key}" for key in format_named(layout).tensor_names}
         found = {key: entries[name] for key, name in names.items() if name in entries}
@@ -179,7 +208,10 @@ def _placeholders(
 
 
 def _tie_head(model: PreTrainedModel) -> None:
-    """Settle what transformers would tie: packed modules have no ``weight`` to share."""
+    """Share the packed table of a model with tied embeddings, and stop transformers from tying.
+
+    Packed modules have no ``weight`` for transformers to share.
+    """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     packed = isinstance(table, QuantEmbedding) or isinstance(head, QuantLinear)
     if not packed:

@@ -1,8 +1,8 @@
-"""``model.generate`` of quantized models: the native decoder where it does the same.
+"""``model.generate`` of quantized models, with the native decoder where it computes the same.
 
-transformers prepares everything as always: the settings, and from them the functions that change
-scores and that stop. Through its own door ``custom_generate`` only the loop over tokens is
-another one. What that loop does not cover goes the ordinary way.
+transformers still prepares everything: the settings, and from them the functions that change scores
+and those that decide when to stop. Only the loop over tokens is replaced, through transformers'
+argument ``custom_generate``. Calls that this loop does not cover are left to transformers.
 
 The native loop computes in float32, whatever the dtype of the model.
 """
@@ -38,15 +38,15 @@ ELSEWHERE: Final = frozenset(
         "tokenizer",
     }
 )
-"""Arguments that ask for more than a loop over tokens."""
+"""Arguments of ``generate`` that the native loop does not cover."""
 
 UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
-"""What transformers hands to the loop and the native decoder needs not be told."""
+"""Arguments that transformers passes to the loop and that the native decoder can do without."""
 
 CACHES: Final = ("past_key_values", "cache_implementation")
-"""Arguments that say which cache to use."""
+"""Arguments of ``generate`` that choose a KV cache."""
 UNSPECIFIC: Final = (None, "hybrid")
-"""A configuration's ``cache_implementation`` that leaves the cache to transformers."""
+"""Values of a configuration's ``cache_implementation`` that leave the choice to transformers."""
 
 OUTPUTS: Final = (
     "return_dict_in_generate",
@@ -55,17 +55,20 @@ OUTPUTS: Final = (
     "output_logits",
     "output_scores",
 )
+"""Settings that ask for more results than token ids, which the native loop does not have."""
 
 
 class _Elsewhere(Exception):
-    """The native loop does not cover a call."""
+    """Raised where the native loop does not cover a call, which is then left to transformers."""
 
 
 class Generate:
     """Takes the place of ``model.generate``.
 
+    A decoder is kept from one call to the next, as long as the model does not change.
+
     Args:
-        model: a model of transformers.
+        model: a quantized model of transformers.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -76,7 +79,7 @@ class Generate:
         self._said = ""
 
     def __call__(self, *args: Any, streamer: Any = None, **options: Any) -> Any:
-        """``model.generate``, arguments and results as transformers documents them."""
+        """Generate tokens; arguments and results are those of transformers' ``generate``."""
         ordinary: Any = type(self._model).generate  # type: ignore[attr-defined]
         plain = len(args) <= 2 and not any(options.get(name) is not None for name in ELSEWHERE)
         if plain:
@@ -89,7 +92,11 @@ class Generate:
         return ordinary(self._model, *args, streamer=streamer, **self._with_cache(options))
 
     def _with_cache(self, options: dict[str, Any]) -> dict[str, Any]:
-        """``options`` with a packed cache, where the model rounds keys and values anyway."""
+        """The arguments ``options`` with a packed KV cache added, where nothing speaks against it.
+
+        The model must round keys and values anyway, and the caller must not have chosen a cache, or
+        none.
+        """
         from quantine.runtime.kv_cache import packed_cache
 
         if self._model.config._attn_implementation != ATTENTION:
@@ -105,7 +112,7 @@ class Generate:
         return options if cache is None else {**options, "past_key_values": cache}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies make a decoder of their own."""
+        """The state without the decoder: copies make one of their own."""
         return self.__dict__ | {"_decoder": None, "_made_from": None}
 
     def _loop(self, streamer: Any) -> Any:
@@ -138,7 +145,16 @@ class Generate:
 
     @contextmanager
     def _borrowed(self, capacity: int) -> Iterator[Decoder]:
-        """An empty decoder; a call from another thread meanwhile gets another one."""
+        """A context that lends a decoder which has seen no tokens.
+
+        A call from another thread meanwhile gets a decoder of its own.
+
+        Args:
+            capacity: largest number of tokens, prompt included.
+
+        Raises:
+            _Elsewhere: the model has fewer positions, or no native decoder computes the same.
+        """
         longest = getattr(self._model.config, "max_position_embeddings", None)
         if longest is not None and capacity > longest:
             raise _Elsewhere  # transformers may end long before, without room for all of it

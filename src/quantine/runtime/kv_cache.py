@@ -1,8 +1,8 @@
-"""A cache that keeps keys and values as packed codes of their static grids.
+"""A KV cache that keeps keys and values as packed codes of their static grids.
 
-It is transformers' own kind of cache: ``generate`` with beams and batches, cropping and reordering
-work as they do with floats. quantine's attention reads the codes; any other one meets what they
-stand for, one layer at a time.
+It extends transformers' cache: ``generate`` with beams and batches, cropping and reordering work as
+they do with floats. quantine's attention reads the codes; any other attention function gets decoded
+floats, of one layer at a time.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
 
 
 BLOCK: Final = 64
-"""Tokens by which room grows: what is held but not used yet is less than this."""
+"""Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
 
 
 class PackedLayer(DynamicLayer):
-    """Keys and values of one block, uint8 ``[batch, heads, tokens, bytes]`` each.
+    """The keys and values of one block, packed: uint8 ``[batch, heads, tokens, bytes]`` each.
 
-    Both are the used part of a larger room. What makes them other tensors (reordering, selecting)
-    leaves the room behind, and the next tokens make a new one.
+    Both are views of the used part of a larger allocation. Where transformers replaces them by
+    other tensors (reordering or selecting samples), the next update makes a new allocation.
 
     Args:
-        key_grid, value_grid: over the channels of all heads, one head after another.
+        key_grid, value_grid: grids of keys and of values, over the channels of all heads, one head
+            after another.
     """
 
     def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid) -> None:
@@ -47,7 +48,12 @@ class PackedLayer(DynamicLayer):
         self._channels: list[tuple[Tensor, Tensor]] = []  # scale and zero, [heads, dim]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Learn dtype, device and batch from the first states."""
+        """Set up empty codes; called by the first `update`.
+
+        Args:
+            key_states, value_states: ``[batch, heads, tokens, dim]``, of which only shape, dtype
+                and device matter.
+        """
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
         self._channels = []
@@ -63,11 +69,15 @@ class PackedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add states ``[batch, heads, tokens, dim]``.
+        """Round and append the keys and values of new tokens.
+
+        Args:
+            key_states, value_states: ``[batch, heads, tokens, dim]`` of any float dtype.
+            args, kwargs: further arguments of transformers, not used.
 
         Returns:
-            All tokens as `PackedStates`. They share memory with the cache: cropping it and adding
-            other tokens changes them.
+            Keys and values of all tokens so far, as `PackedStates`. They share memory with the
+            cache: cropping it and then adding other tokens changes them.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -95,28 +105,28 @@ class PackedLayer(DynamicLayer):
         return PackedStates(used, bits, scale, zero, self.dtype)
 
     def reset(self) -> None:
-        """Forget all tokens and give back their memory."""
+        """Forget all tokens and free their memory."""
         super().reset()
         self._rooms = []
 
     @property
     def nbytes(self) -> int:
-        """Bytes that keys and values hold, room for the next tokens included."""
+        """Bytes of memory of keys and values, including what is allocated for the next tokens."""
         held = [states for states in (self.keys, self.values, *self._rooms) if states is not None]
         storages = {states.data_ptr(): states.untyped_storage() for states in held}
         return sum(storage.nbytes() for storage in storages.values())
 
     @property
     def statistics_nbytes(self) -> int:
-        """Bytes of a scale and a zero point for each channel, which do not grow with tokens."""
+        """Bytes of the scales and zero points of all channels, which do not grow with tokens."""
         return sum(values.nbytes for pair in self._channels for values in pair)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty cache for ``model``; ``None`` where keys and values have no static grids.
+    """An empty packed cache for ``model``, or ``None`` if keys and values have no static grids.
 
     Raises:
-        FormatError: some blocks have them and others have not.
+        FormatError: some blocks have these grids and others have not.
     """
     family = family_of(model.config.model_type)
     layers = [_layer(block.get_submodule(family.attention)) for block in block_list(model, family)]

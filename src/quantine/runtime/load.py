@@ -1,4 +1,4 @@
-"""Loading quantized directories."""
+"""Loading quantized models from their directories."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ def load(
     arithmetic: Arithmetic | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, Any]:
-    """Load an output of `quantine.quantize`, or a checkpoint of SpQR, and its tokenizer.
+    """Load a quantized model, written by `quantine.quantize` or by SpQR, and its tokenizer.
 
-    Weights stay packed; the files are mapped, not copied.
+    Weights stay packed; the files are mapped into memory, not copied.
 
     Args:
         directory: an output directory, or the hub id of an uploaded one; or one whose config.json
             says ``quant_method: spqr``, whoever wrote it.
-        dtype: of activations and of what is not quantized; ``"auto"`` is the source model's.
-        arithmetic: of products with packed matrices; ``None`` is the plan's, which the directory
-            holds (``exact``, if it holds none).
+        dtype: dtype of activations and of weights that are not quantized; ``"auto"`` is that of the
+            source model.
+        arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
+            ``None`` takes what the directory says (``exact``, if it says nothing).
         device: where the model is put, by PyTorch's name. Native kernels compute on the CPU only;
             elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
 
@@ -43,7 +44,7 @@ def load(
     Raises:
         BackendUnavailable: there is no such device.
         CheckpointError: there is no such directory.
-        FormatError: it is not quantine's, or tensors are missing.
+        FormatError: it holds no quantized model, or is damaged.
         PlanError: there is no such arithmetic.
     """
     source = locate(directory)
@@ -56,7 +57,10 @@ def load_packed(
     arithmetic: Arithmetic | None = None,
     device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
-    """The quantized model of ``source``; see `load`."""
+    """Load the quantized model of ``source`` without its tokenizer.
+
+    Arguments and errors are those of `load`.
+    """
     from transformers import AutoModelForCausalLM
 
     where = device_named(device)

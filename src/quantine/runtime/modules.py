@@ -1,4 +1,4 @@
-"""Modules that compute from packed tensors."""
+"""Modules of a model that hold packed weights and compute with them."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
 from quantine.runtime.snapshot import Snapshot
 
 FEW_ROWS: Final = 64
-"""Rows of activations up to which products are made straight from codes."""
+"""Largest number of rows of activations that native kernels multiply straight with the codes."""
 INTEGER_ROWS: Final = 12
-"""Rows of rounded activations from which products in integers are faster than in floats: fewer do
-not make up for unpacking weights to bytes."""
+"""Number of rows of rounded activations from which integer products are faster than float ones.
+With fewer, unpacking weights to bytes costs more than it saves."""
 COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
-"""Dtypes of activations that native products take."""
+"""Dtypes of activations that native products accept."""
 
 
 class Packed(FixedDtypes):
-    """A packed matrix ``[out, in]`` as buffers, in the layout of ``format_name``.
+    """A packed matrix ``[out, in]``, its tensors kept as buffers of the module.
 
-    Packed buffers keep their dtypes when a model is cast.
+    The buffers keep their dtypes when a model is cast.
 
     Args:
-        format_name: a name in `quantine.formats.FORMATS`.
-        spec: the weight's spec.
+        format_name: name of the packed layout, in `quantine.formats.FORMATS`.
+        spec: bits and groups of the matrix.
         out_features, in_features: shape of the matrix.
-        tensors: packed tensors, or tensors of their shapes on the meta device.
+        tensors: the layout's packed tensors by name, or tensors of their shapes on the meta device.
 
     Attributes:
-        arithmetic: of products; may be changed at any time.
+        arithmetic: arithmetic of products, see `quantine.kernels.matrix`; may be changed at any
+            time.
     """
 
     def __init__(
@@ -65,18 +66,18 @@ class Packed(FixedDtypes):
         self._matrix: Any = None
 
     def packed_tensors(self) -> dict[str, Tensor]:
-        """The packed tensors by name."""
+        """The packed tensors by their name in the layout."""
         return {name: self.get_buffer(name) for name in self.tensor_names}
 
     def dequantize(self) -> Tensor:
-        """The matrix ``[out, in]`` in float32."""
+        """The matrix decoded to float32, ``[out, in]``, columns in the model's order of inputs."""
         layout = format_named(self.format_name)
         return layout.unpack(self.packed_tensors(), self.spec, self.in_features).dequantize()
 
     def matrix(self) -> Any:
-        """The native matrix, made at first use; ``None`` where there is none.
+        """The native matrix, or ``None`` where `quantine.kernels.matrix.packed_matrix` has none.
 
-        It is made again when a packed tensor is replaced or written to.
+        It is made at first use, and again when a packed tensor is replaced or written to.
         """
         packed = self.packed_tensors()
         if self._made_from is None or not self._made_from.holds(packed.values()):
@@ -87,12 +88,18 @@ class Packed(FixedDtypes):
         return self._matrix
 
     def product(self, x: Tensor) -> Tensor:
-        """``x @ W.T`` for ``x`` ``[..., in]`` in any float dtype, which the result has as well.
+        """``x @ W.T``, with ``W`` the packed matrix.
 
-        A few rows are multiplied straight from the codes, with weights decoded in registers and
-        sums in float32. Many are multiplied by PyTorch with weights decoded part by part. Where
-        there is no native matrix, or a gradient or a recording of the computation is wanted, or
-        ``x`` is float64, the whole matrix is decoded.
+        Up to `FEW_ROWS` rows are multiplied straight with the codes, with weights decoded in
+        registers and sums in float32. More are multiplied by PyTorch, with weights decoded part by
+        part. The whole matrix is decoded where there is no native matrix, where PyTorch needs
+        gradients or records the computation, and for float64.
+
+        Args:
+            x: ``[..., in]`` of any float dtype.
+
+        Returns:
+            ``[..., out]`` in the dtype of ``x``.
         """
         matrix = self.matrix() if _takes_native(x) else None
         if matrix is None:
@@ -105,24 +112,28 @@ class Packed(FixedDtypes):
         return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        """Shape and spec."""
+        """One line for ``print(model)``: shape, layout and spec."""
         return f"{self.in_features} -> {self.out_features}, {self.format_name}, {self.spec}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which make native matrices of their own."""
+        """The state without the native matrix: copies make one of their own."""
         return {**self.__dict__, "_matrix": None, "_made_from": None}
 
 
 class QuantLinear(Packed):
-    """``y = x @ W.T + bias`` with ``W`` packed.
+    """A linear layer ``y = x @ W.T + bias`` with ``W`` packed.
 
-    Where `inputs` is a grid within which the groups of weights lie, and there are `INTEGER_ROWS`
-    rows or more, codes of activations and of weights are multiplied as integers, see
-    `quantine.kernels.integer`. Else ``x`` is rounded in
-    floats, and `Packed.product` multiplies.
+    Inputs may be rounded first. With `INTEGER_ROWS` rows or more, and where no group of weights
+    spans several clusters of inputs, codes of activations and weights are then multiplied as
+    integers, see `quantine.kernels.integer`. Else rounded activations are floats, and
+    `Packed.product` multiplies.
+
+    Args:
+        format_name, spec, out_features, in_features, tensors: as for `Packed`.
+        bias: ``[out]``, or ``None``.
 
     Attributes:
-        inputs: rounds ``x`` first; ``None`` where it is taken as it is.
+        inputs: the module that rounds ``x`` first; ``None`` where ``x`` is not rounded.
     """
 
     def __init__(
@@ -141,9 +152,10 @@ class QuantLinear(Packed):
         self._grid: Any = None
 
     def input_grid(self) -> Any:
-        """The native grid of the inputs, made at first use; ``None`` where floats are multiplied.
+        """The native grid of the inputs, or ``None`` where floats have to be multiplied.
 
-        It is made again when a tensor of the grid or of the matrix is replaced or written to.
+        It is made at first use, and again when a tensor of the grid or of the matrix is replaced or
+        written to.
         """
         if not isinstance(self.inputs, StaticGrid | TokenGrid):
             return None
@@ -165,7 +177,7 @@ class QuantLinear(Packed):
         return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply; the result has the dtype of ``x``."""
+        """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
         rows = x.reshape(-1, self.in_features)
         many = len(rows) >= INTEGER_ROWS and _takes_native(x)
         grid = self.input_grid() if many else None
@@ -178,30 +190,36 @@ class QuantLinear(Packed):
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Shape, spec, and how rounded inputs are multiplied on this machine."""
+        """One line for ``print(model)``: shape, spec, and how rounded inputs are multiplied."""
         shown = super().extra_repr()
         if self.inputs is None:
             return shown
         return f"{shown}, {'floats' if self.input_grid() is None else 'integers'}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies, which make native grids of their own."""
+        """The state without the native grid: copies make one of their own."""
         return {**super().__getstate__(), "_grid": None, "_gridded_from": None}
 
 
 def _takes_native(x: Tensor) -> bool:
-    """Whether native products may have ``x``: no gradient, nor a recording of them, is wanted."""
+    """Whether native kernels can multiply ``x``.
+
+    It must be on the CPU and of a dtype in `COMPUTED`, and PyTorch must neither need its gradient
+    nor record the computation.
+    """
     wanted = torch.is_grad_enabled() and x.requires_grad
     computed = x.device.type == "cpu" and x.dtype in COMPUTED
     return computed and not wanted and not backend.is_recorded()
 
 
 class QuantEmbedding(Packed):
-    """Rows of a packed table; ``tokens`` ``[...]`` integers become ``[..., in]``.
+    """A token embedding whose table ``[tokens, width]`` is packed; only rows looked up are decoded.
 
     Args:
+        format_name, spec, out_features, in_features, tensors: as for `Packed`; ``out_features`` is
+            the number of tokens, ``in_features`` the width.
         scale: factor on every row (Gemma scales its embeddings).
-        dtype: of the result until the model is cast.
+        dtype: dtype of the result until the model is cast.
     """
 
     def __init__(
@@ -221,7 +239,7 @@ class QuantEmbedding(Packed):
         self.register_buffer("output_like", follows, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Look rows up."""
+        """Map token ids ``[...]`` to their rows ``[..., in]``, in the model's dtype."""
         dtype = self.get_buffer("output_like").dtype
         used, inverse = torch.unique(tokens, return_inverse=True)
         layout = format_named(self.format_name)
@@ -231,7 +249,11 @@ class QuantEmbedding(Packed):
 
 
 class TiedHead(nn.Module):
-    """An output head that shares the packed table of a `QuantEmbedding`."""
+    """An output head that shares the packed table of a token embedding.
+
+    Args:
+        table: the embedding.
+    """
 
     def __init__(self, table: QuantEmbedding) -> None:
         super().__init__()
@@ -239,15 +261,15 @@ class TiedHead(nn.Module):
         self._table = [table]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply; ``x`` ``[..., in]`` becomes ``[..., rows]`` in the dtype of ``x``."""
+        """Map hidden states ``[..., in]`` to logits ``[..., tokens]`` of the same dtype."""
         return self._table[0].product(x)
 
     @property
     def table(self) -> QuantEmbedding:
-        """The table that is shared."""
+        """The embedding whose table is shared."""
         return self._table[0]
 
 
 def packed_modules(model: nn.Module) -> Iterable[tuple[str, Packed]]:
-    """Every packed module of ``model`` with its name."""
+    """Every packed module of ``model``, as pairs of its full name and the module."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed))

@@ -1,4 +1,4 @@
-"""Tensors without values that look like those in a file."""
+"""Tensors without memory that have the shape and dtype of tensors in a file."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ DTYPES: Final = {
 
 
 def placeholder(entry: Entry) -> Tensor:
-    """A tensor on the meta device of the shape and dtype of ``entry``."""
+    """A tensor on the meta device with the shape and dtype of ``entry``, from a file's header."""
     return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

@@ -1,4 +1,4 @@
-"""The structure of blocks that round activations, when a directory is loaded."""
+"""Rebuilding the modules of blocks that round activations, when a directory is loaded."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
 def rebuild(
     model: PreTrainedModel, activations: Mapping[str, Any], entries: Mapping[str, Entry]
 ) -> None:
-    """Give the blocks of ``model`` the modules that ``entries`` hold tensors of.
+    """Install grids and reordered norms in the blocks of ``model``, without values.
+
+    transformers then loads the values from the files.
 
     Args:
-        activations: as config.json has it.
+        model: the model as transformers builds it, with or without its head.
+        activations: how activations are rounded, as config.json has it.
+        entries: headers of all tensors in the files, by full name.
 
     Raises:
-        FormatError: a tensor is missing.
+        FormatError: the files lack a tensor, or the model has no decoder blocks.
     """
     # Directories that do not say it were made when nothing else existed.
     before = {"relative": False, "value_clusters": None, "token_factors": False}

@@ -1,4 +1,4 @@
-"""Whether tensors are still those that something was made from."""
+"""Noticing that tensors, from which something was computed, have been replaced or changed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 
 class Snapshot:
-    """The identity of some tensors, which it does not keep alive.
+    """Remembers the identity and version of some tensors, without keeping them alive.
 
     Args:
-        tensors: in an order of their own.
+        tensors: the tensors, in an order that `holds` is given them in again.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._seen = [(weakref.ref(t), t.data_ptr(), _version(t)) for t in tensors]
 
     def holds(self, tensors: Iterable[Tensor]) -> bool:
-        """Whether ``tensors`` are the same ones, and nobody wrote to them since.
+        """Whether ``tensors`` are the same ones in the same order, and were not written to since.
 
         Writing through ``tensor.data`` is not noticed.
         """

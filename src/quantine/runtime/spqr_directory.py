@@ -1,8 +1,8 @@
-"""Directories with ``quant_method: spqr``: what Hugging Face calls SpQR.
+"""Loading directories whose config.json says ``quant_method: spqr``: what Hugging Face calls SpQR.
 
-The loader for them inside transformers needs a GPU and the package of SpQR's authors, and fails
-with every checkpoint since version 5. So quantine describes such a directory in its own words, and
-its own quantizer loads it: on any device, in any dtype.
+The loader inside transformers needs a GPU and the package of SpQR's authors, and fails with every
+checkpoint since version 5. So quantine translates the configuration into one of its own, and its
+own quantizer loads the directory, on any device and in any dtype.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 def translated_config(source: ModelSource) -> PretrainedConfig:
-    """The configuration of ``source``, with a ``quantization_config`` of quantine's.
+    """The model configuration of a SpQR directory, with a ``quantization_config`` of quantine's.
 
     Raises:
-        FormatError: the directory is damaged, or not of the one kind that is defined.
+        FormatError: the directory is damaged, or has other settings than the format defines.
     """
     config = source.config()
     settings = config.__dict__.pop("quantization_config")
@@ -44,7 +44,7 @@ def translated_config(source: ModelSource) -> PretrainedConfig:
 
 
 def _linears(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
-    """``(out, in)`` of every Linear of the model, by name."""
+    """The shape ``(out, in)`` of every ``Linear`` of the model, by full name."""
     from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(config)  # which the model marks with its dtype
