@@ -25,7 +25,7 @@ from quantine.core.activation_spec import REORDERS, SITES, UNQUANTIZED, Activati
 from quantine.families.layers import block_list
 from quantine.plan.shorthand import PUBLISHED_CLUSTERS
 from quantine.rptq.blocks import reorder_block
-from quantine.rptq.choose_grids import outputs
+from quantine.rptq.choose_grids import ranking_batches
 from quantine.rptq.reordering import Heads
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
@@ -68,7 +68,7 @@ def changes(
     """The change of block ``index`` for each site, by variant."""
     blocks, heads = block_list(job.model, job.family), Heads.of(job.config, job.family)
     block = sequential.load(index)
-    expected = outputs(sequential, index)
+    expected = sequential.outputs(index, ranking_batches(sequential))
     found: dict[str, list[float]] = {}
     for name, fields in variants.items():
         spec = replace(ActivationSpec(), **fields)
@@ -76,7 +76,7 @@ def changes(
             blocks[index] = copy.deepcopy(block)
             one = replace(spec, **{site: bits})
             reorder_block(sequential, index, blocks[index], job.family, heads, one)
-            change = token_loss(expected, outputs(sequential, index))
+            change = token_loss(expected, sequential.outputs(index, ranking_batches(sequential)))
             found.setdefault(name, []).append(change)
     blocks[index] = block
     return found

@@ -28,12 +28,11 @@ from quantine.kernels.fit import fit_groups
 from quantine.kernels.fit import reference as fit
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
-from quantine.statistics.inverse_factor import InverseFactor
 
 INPUTS = 128
 GROUP = 16
 SPEC = QuantSpec(3, GROUP, scale_bits=3, stat_group_size=64)
-OBJECTIVE = GridCost("hessian", 0.01, look_ahead=True)
+COST = GridCost("hessian", 0.01, look_ahead=True)
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def parse() -> argparse.Namespace:
 def fitting(rows: int, runs: int) -> dict[str, Any]:
     """Groups of inputs, their grids fitted as SpQR does."""
     columns, spread = weights(rows).T.unflatten(0, (-1, GROUP)), torch.rand(INPUTS // GROUP, GROUP)
-    request = (columns, spread + 0.1, SPEC, OBJECTIVE)
+    request = (columns, spread + 0.1, SPEC, COST)
     differing = fit_groups(*request).scales() != fit.fit_groups(*request).scales()
     if float(differing.float().mean()) > 0.05:
         raise SystemExit("the fit is wrong: times would mean nothing")
@@ -101,12 +100,12 @@ def weights(rows: int) -> Tensor:
 
 def started(rows: int) -> Columns:
     upper = torch.rand(INPUTS, INPUTS, generator=torch.Generator().manual_seed(1)).triu(1) * 0.05
-    factor = InverseFactor(upper + torch.eye(INPUTS), torch.arange(INPUTS), 0.01)
-    fitted = FittedGroups.empty(INPUTS // GROUP, rows, GROUP, SPEC)
-    at_reach = AtReach(fitted, torch.ones(INPUTS), OBJECTIVE)
+    upper, order = upper + torch.eye(INPUTS), torch.arange(INPUTS)
+    fitted = FittedGroups.empty(INPUTS // GROUP, rows, GROUP, SPEC, upper.device)
+    at_reach = AtReach(fitted, torch.ones(INPUTS), COST)
     values = fitted.scale.values, fitted.zero.values
-    groups = torch.arange(INPUTS) // GROUP
-    return Columns.of(weights(rows), factor, SPEC.bits, values, groups, OBJECTIVE.price, at_reach)
+    groups = order // GROUP
+    return Columns.of(weights(rows), upper, order, SPEC.bits, values, groups, COST.price, at_reach)
 
 
 def compare(fast: Callable[[], Any], slow: Callable[[], Any], runs: int) -> dict[str, Any]:

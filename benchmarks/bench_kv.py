@@ -26,6 +26,7 @@ from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.activation_spec import FINE_BITS
 from quantine.kernels.kv_attention import attend
+from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import PackedLayer, packed_cache
 
@@ -130,10 +131,10 @@ def one_block(asked: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
         return made
 
     def stepping(layer: DynamicLayer) -> Callable[[], Any]:
-        return lambda: attend(query, *layer.update(token, token), None, dim**-0.5)
+        return lambda: attend(query, *layer.update(token, token), None, Scoring(dim**-0.5))
 
     def reading(key: Tensor, value: Tensor) -> Callable[[], Any]:
-        return lambda: attend(query, key, value, None, dim**-0.5)
+        return lambda: attend(query, key, value, None, Scoring(dim**-0.5))
 
     rivals: dict[str, Callable[[], Any]] = {
         "16, attention only": reading(*kept),

@@ -31,6 +31,7 @@ from quantine.core.spec import GroupAxis
 from quantine.kernels import backend
 from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix, read_words
 from quantine.kernels.matrix.cpu import Matrix
+from quantine.kernels.matrix.reference import multiply_reference
 from quantine.runtime.modules import FEW_ROWS
 
 COLD_BYTES: Final = 2**28

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from quantine.kernels.kv_attention.reference import attend_reference
+from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.tiled import attend_in_tiles
 
-REST = (0.125, None, 8, True)
-"""Scaling, no bound of scores, bits of probabilities, relative to the largest."""
+SCORING = Scoring(0.125, None, 8, True)
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
         mask = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)
         states = (query, key, value, mask)
         work: list[Callable[..., Any]] = [
-            lambda *args: attend_reference(*args, *REST),
-            lambda *args: attend_in_tiles(*args, *REST, True),
-            lambda *args: attend_in_tiles(*args, *REST, False),
+            lambda *args: attend_reference(*args, SCORING),
+            lambda *args: attend_in_tiles(*args, SCORING, True),
+            lambda *args: attend_in_tiles(*args, SCORING, False),
         ]
         turns = [[seconds(each, states) for each in work] for _ in range(asked.runs + 1)][1:]
         times = [statistics.median(column) for column in zip(*turns, strict=True)]

@@ -6,6 +6,7 @@
 * Lines that start with ``quantine`` parse with the real command line; lines that start with
   ``make`` name a target of the Makefile.
 * docs/results.md is what benchmarks/results.py writes.
+* README.md stays short: 250 lines of at most 120 characters.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
 RUN = ROOT / "docs" / "format.md"
 RESULTS = ROOT / "docs" / "results.md"
 RESULTS_SCRIPT = ROOT / "benchmarks" / "results.py"
+MOST_LINES, LONGEST_LINE = 250, 120
+"""Of README.md."""
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -49,10 +52,20 @@ def main() -> int:
             problems += [f"{page.relative_to(ROOT)}: {problem}" for problem in checks]
     if RESULTS.read_text(encoding="utf-8") != runpy.run_path(str(RESULTS_SCRIPT))["page"]():
         problems.append(f"{RESULTS.relative_to(ROOT)} is not what {RESULTS_SCRIPT.name} writes")
+    problems += _too_long(ROOT / "README.md")
     for problem in problems:
         sys.stderr.write(f"{problem}\n")
     sys.stdout.write(f"{len(pages)} pages, {blocks} blocks, {len(problems)} problems\n")
     return 1 if problems else 0
+
+
+def _too_long(page: Path) -> Iterator[str]:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if len(lines) > MOST_LINES:
+        yield f"{page.name} has {len(lines)} lines, more than {MOST_LINES}"
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST_LINE:
+            yield f"{page.name}:{number} has {len(line)} characters, more than {LONGEST_LINE}"
 
 
 def _links(page: Path, text: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
+from quantine import Plan, QuantSpec, Scheme, SpQR
 from quantine.kernels.gram import add_gram
 from quantine.statistics.hessian import Hessian
 
@@ -52,3 +53,14 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _published() -> tuple[SpQR, QuantSpec]:
+    scheme = Plan.preset("spqr-faithful").rules[0].scheme
+    assert isinstance(scheme, Scheme)
+    assert isinstance(scheme.solver, SpQR)
+    return scheme.solver, scheme.spec
+
+
+FAITHFUL, FAITHFUL_SPEC = _published()
+"""SpQR as its authors published it, and what they ask of a weight."""

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line: parses arguments, calls the command, prints errors."""
 
 from __future__ import annotations
 
@@ -24,13 +24,19 @@ from quantine.commands import (
 from quantine.errors import QuantineError
 
 EXIT_REFUSED: Final = 2
+"""Exit status after a `QuantineError`, which is also that of ``argparse`` for wrong arguments."""
 EXIT_INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C: 128 plus the number of SIGINT, as shells report it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.
+    """Run the command line of one command and return its exit status.
 
-    The exit status is 0, 1 for a verdict below its floor, 2 for a refusal, 130 for an interruption.
+    The status is 0; 1 for a verdict below its floor; 2 for an error of quantine, whose message is
+    printed; 130 for an interruption.
+
+    Args:
+        argv: the arguments after the program's name; those of this process if ``None``.
     """
     arguments = build_parser().parse_args(argv)
     _quiet_libraries()
@@ -50,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of every verb; parsing imports nothing heavy."""
+    """The parser of the whole command line, with one subparser per command.
+
+    Building it, and parsing, import neither torch nor transformers.
+    """
     parser = argparse.ArgumentParser(
         prog="quantine",
         description="Make large language models small without making them worse.",

@@ -1,4 +1,4 @@
-"""The one tree of errors.
+"""All errors that quantine raises on purpose, in one tree.
 
 QuantineError
 ├── PlanError           a rule, preset or option cannot be honoured; nothing has started yet
@@ -9,16 +9,16 @@ QuantineError
 ├── FormatError         packed bytes are not what docs/format.md says, or cannot hold a tensor
 ├── OutputError         the output directory is not ours to write, or the disk is full
 │   └── ResumeMismatch  an unfinished run was started with other inputs
-└── BackendUnavailable  a kernel was asked for that does not exist here
+└── BackendUnavailable  a kernel or device was asked for that does not exist here
 """
 
 
 class QuantineError(Exception):
-    """Base of every error quantine raises on purpose; its message names the remedy."""
+    """Base of every error that quantine raises on purpose; the message names the remedy."""
 
 
 class PlanError(QuantineError):
-    """A plan, preset or option cannot be honoured."""
+    """A plan, preset or option cannot be honoured; raised before any work starts."""
 
 
 class FamilyError(QuantineError):
@@ -30,19 +30,19 @@ class CheckpointError(QuantineError):
 
 
 class CalibrationError(QuantineError):
-    """The calibration text cannot give the samples asked for."""
+    """The calibration text or tokenizer cannot give the samples asked for, or none were given."""
 
 
 class SolverError(QuantineError):
-    """A layer could not be solved."""
+    """A layer could not be solved; the message names the layer and the cause."""
 
 
 class FormatError(QuantineError):
-    """Packed bytes break the byte specification, or a format cannot hold a tensor."""
+    """Packed bytes contradict docs/format.md, or a format cannot hold a tensor."""
 
 
 class OutputError(QuantineError):
-    """The output directory must not be written, or the disk is full."""
+    """The output directory must not be written, cannot be written, or the disk is full."""
 
 
 class ResumeMismatch(OutputError):
@@ -50,4 +50,4 @@ class ResumeMismatch(OutputError):
 
 
 class BackendUnavailable(QuantineError):
-    """The requested kernel backend does not exist on this machine."""
+    """The requested kernel backend or device does not exist on this machine."""

@@ -18,10 +18,10 @@ import pytest
 import quantine
 from quantine import Calibration, OutputError, Plan, ResumeMismatch, cli
 from quantine.comparison import run as run_module
-from quantine.comparison.points import plans_of
 from quantine.comparison.run import Measured, compare
+from quantine.comparison.short_forms import plans_of
 from quantine.comparison.table import markdown, pareto_front
-from quantine.eval.compared import loss_of_quality
+from quantine.eval.comparison_row import loss_of_quality
 
 Tiny = Callable[[str], Path]
 POINTS = (

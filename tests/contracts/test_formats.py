@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import nullcontext as free
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,18 +16,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from quantine import Calibration, Plan, PlanError, quantize
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
+from quantine.families.layers import Layer
 from quantine.formats import FORMATS, format_named
+from quantine.formats.description import Description
+from quantine.formats.inventory import inventory
 from quantine.formats.shards import write_tensors
+from quantine.formats.stored_config import check_description
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
-from samples import correlated_inputs, observed, quick, random_weight
+from quantine.methods.spqr import SpQR
+from quantine.plan.checks import check_exclusive
+from quantine.plan.decision import Decision
+from samples import FAITHFUL, FAITHFUL_SPEC, correlated_inputs, observed, quick, random_weight
 
 SOLVERS: tuple[Solver, ...] = (
     RTN(),
@@ -195,7 +205,7 @@ def test_unpack_inverts_pack_or_pack_refuses(name: str, case: tuple[QTensor, Qua
             layout.pack(qtensor)
         return
     tensors = layout.pack(qtensor)
-    assert set(tensors) <= set(layout.tensor_names)
+    assert set(layout.required(spec, *shape)) <= set(tensors) <= set(layout.tensor_names)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
     assert_same(layout.unpack(tensors, spec, shape[1]), qtensor, name in ROUNDS_OUTLIERS)
     assert_size(name, tensors, qtensor, spec)
@@ -311,6 +321,94 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
             layout.unpack(tensors, other, shape[1])
     with pytest.raises(FormatError, match="surprise"):
         layout.unpack({**tensors, "surprise": torch.zeros(1)}, spec, shape[1])
+
+
+every = pytest.mark.parametrize("name", FORMATS)
+
+
+def rule_for(name: str) -> dict[str, Any]:
+    """A rule of a plan that rounds matrices to a spec that the layout holds."""
+    spec = FAITHFUL_SPEC if format_named(name).linears_only else QuantSpec(4, 16)
+    fields = asdict(spec)
+    del fields["cluster_sizes"]
+    return {"match": "@blocks", "method": "rtn", **fields, "format": name}
+
+
+def test_layouts_that_are_only_read_go_into_no_plan() -> None:
+    assert {name for name, layout in FORMATS.items() if not layout.writable} == READ_ONLY
+    for name in READ_ONLY:
+        with pytest.raises(PlanError, match=f"format '{name}' cannot hold"):
+            Plan.from_dict({"rules": [rule_for(name)]})
+
+
+@every
+def test_what_a_layout_says_of_statistics_and_names(name: str) -> None:
+    layout = format_named(name)
+    held = [spec for spec in SPECS if layout.supports(spec, False)]
+    coded = [spec for spec in held if spec.scale_bits != FLOAT16 or spec.zero_bits not in (0, 16)]
+    assert layout.holds_statistics_as_codes == bool(coded)
+    for spec in held:
+        assert set(layout.required(spec, 32, 320)) <= set(layout.tensor_names)
+
+
+@every
+def test_config_names_every_layer_and_is_read_back(name: str) -> None:
+    scheme = Plan.from_dict({"rules": [rule_for(name if name in WRITTEN else "spqr")]}).rules[0]
+    assert scheme.scheme is not None
+    layers, packed = {"a.0.b": {"scheme": 0, "shape": [32, 48]}}, {"a.0.b": {"codes": (96,)}}
+    values = [scheme.scheme.as_dict()]
+    described = Description(values, layers, "fast", None, packed, ["a.0.c"])
+    layout = format_named(name)
+    config = layout.config(described)
+    settings = config["quantization_config"]
+    assert settings["quant_method"] == layout.quant_method
+    if layout.exclusive:  # other programs read it: shapes, and what is not packed
+        assert settings["shapes"] == {"a.0.b.codes.shape": 96}
+        assert settings["modules_to_not_convert"] == ["a.0.c", "a.0.c.weight"]
+        assert "fast" in config.values()
+    else:
+        check_description(settings)
+        assert (settings["schemes"], settings["layers"]) == (values, layers)
+        assert settings["arithmetic"] == "fast"
+
+
+@pytest.mark.parametrize("other", WRITTEN)
+@names
+def test_exclusive_layouts_refuse_others_and_other_layers(name: str, other: str) -> None:
+    def decision(layer: Layer, layout: str) -> Decision:
+        return Decision(layer, Plan.from_dict({"rules": [rule_for(layout)]}).rules[0].scheme, "")
+
+    inside, beside = (Layer(f"m.{index}.up", 32, 48, "block", index) for index in range(2))
+    pair = [decision(inside, name), decision(beside, other)]
+    exclusive = any(format_named(one).exclusive for one in (name, other))
+    with pytest.raises(PlanError, match=r"m\.[01]\.up") if exclusive and name != other else free():
+        check_exclusive(pair, rounds_activations=False)
+    head = [decision(inside, name), decision(Layer("head", 32, 48, "head"), name)]
+    refused = format_named(name).linears_only
+    with pytest.raises(PlanError, match="head is the head") if refused else free():
+        check_exclusive(head, rounds_activations=False)
+    alone = [decision(inside, name)]
+    with pytest.raises(PlanError, match="rounded activations") if refused else free():
+        check_exclusive(alone, rounds_activations=True)
+
+
+@names
+def test_kept_floats_and_biases_in_the_files(
+    name: str, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    layout, plan = format_named(name), Plan.from_dict({"rules": [rule_for(name)]})
+    nothing = Calibration(samples=0)
+    out = quantize(tiny("llama"), tmp_path / "out", plan, nothing).path
+    floats = {tensor["dtype"] for tensor in inventory(out)["kept"]}
+    asked = layout.float_dtype
+    assert floats == ({"F16", "F32"} if asked is None else {{torch.float16: "F16"}[asked]})
+    assert {layer["scheme"]["format"] for layer in inventory(out)["layers"]} == {name}
+    biased = tiny("qwen2"), tmp_path / "biased", plan, nothing
+    if layout.holds_bias:
+        assert any(t["name"].endswith(".bias") for t in inventory(quantize(*biased).path)["kept"])
+    else:
+        with pytest.raises(PlanError, match=r"q_proj has a bias, which"):
+            quantize(*biased)
 
 
 def test_unknown_format_hints_at_a_newer_version() -> None:

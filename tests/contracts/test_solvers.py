@@ -16,9 +16,9 @@ from quantine.methods import METHODS
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
-from quantine.methods.spqr import FAITHFUL, SpQR
+from quantine.methods.spqr import SpQR
 from quantine.statistics.hessian import Hessian
-from samples import correlated_inputs, observed, random_weight, threads
+from samples import FAITHFUL, correlated_inputs, observed, random_weight, threads
 
 ROWS, COLUMNS, TOKENS = 8, 32, 96
 

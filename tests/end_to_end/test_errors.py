@@ -116,9 +116,7 @@ def test_a_mixture_of_experts_is_refused(kind: str, tmp_path: Path) -> None:
 def test_experts_inside_a_covered_family_are_refused(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantine.calibrate import sequential
-
-    original = sequential.skeleton
+    from quantine.calibrate.skeleton import skeleton as original
 
     def with_experts(config: Any, attention: str | None) -> Any:
         model = original(config, attention)
@@ -127,7 +125,7 @@ def test_experts_inside_a_covered_family_are_refused(
         model.model.layers[1].mlp.experts = experts
         return model
 
-    monkeypatch.setattr("quantine.prepare.skeleton", with_experts)
+    monkeypatch.setattr("quantine.run.prepare.skeleton", with_experts)
     refused(
         quantine.FamilyError, "model.layers.1.mlp.experts.stack (4, 8, 8)", copy, tmp_path / "out"
     )

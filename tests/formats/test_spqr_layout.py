@@ -19,8 +19,7 @@ from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats import FORMATS
 from quantine.formats.foreign.spqr.layout import LARGEST_WIDTH, SPEC, Spqr
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC
-from samples import correlated_inputs, observed, quick, random_weight
+from samples import FAITHFUL, FAITHFUL_SPEC, correlated_inputs, observed, quick, random_weight
 
 Tensors = dict[str, Tensor]
 both = pytest.mark.parametrize("layout", [Spqr(), Spqr(added=False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ from samples import generator, quick, threads
 
 LARGEST_SHARE_DIFFERING = 0.002
 """Float32 sums in another order may tip a tie."""
+
+CPU = torch.device("cpu")
+
+
+def columns_of(weight: Tensor, factor: InverseFactor, *rest: Any) -> Columns:
+    """`Columns.of` with what a factor holds."""
+    return Columns.of(weight, factor.upper, factor.order, *rest)
 
 
 def factor(inputs: int, seed: int) -> InverseFactor:
@@ -75,7 +83,7 @@ def test_known_grids_round_alike(
     weight = torch.randn(rows, n, generator=generator(seed)) * 0.1
     groups = torch.randint(0, 3, (n,), generator=generator(seed))
     values = grids(3, rows, bits, seed)
-    native = Columns.of(weight, factor(n, seed), bits, values, groups, price)
+    native = columns_of(weight, factor(n, seed), bits, values, groups, price)
     reference = copied(native)
     cut, stop = sorted(data.draw(st.tuples(st.integers(0, n), st.integers(0, n))))
     for block in ((0, cut), (cut, stop)):
@@ -103,11 +111,11 @@ def test_groups_are_fitted_when_they_are_reached(
     found = factor(inputs, seed)
 
     def started() -> tuple[Columns, FittedGroups]:
-        fitted = FittedGroups.empty(groups, rows, length, spec)
+        fitted = FittedGroups.empty(groups, rows, length, spec, CPU)
         at_reach = AtReach(fitted, found.upper.diagonal().clone(), GridCost("hessian", price, True))
         values = fitted.scale.values, fitted.zero.values
         number = torch.arange(inputs) // length
-        return Columns.of(weight, found, 3, values, number, price, at_reach), fitted
+        return columns_of(weight, found, 3, values, number, price, at_reach), fitted
 
     (native, fitted), (reference, expected) = started(), started()
     half = groups // 2 * length
@@ -157,11 +165,11 @@ def test_groups_of_outputs_are_fitted_when_their_column_is_reached(
     )
 
     def started() -> tuple[Columns, FittedGroups]:
-        fitted = FittedGroups.of_columns(inputs, rows, spec, (second[0], second[1]))
+        fitted = FittedGroups.of_columns(inputs, rows, spec, (second[0], second[1]), CPU)
         at_reach = AtReach(fitted, found.upper.diagonal().clone(), GridCost(clip, price, True))
         room = torch.empty(1, rows), torch.empty(1, rows)
         number = torch.zeros(inputs, dtype=torch.int64)
-        return Columns.of(weight, found, 3, room, number, price, at_reach), fitted
+        return columns_of(weight, found, 3, room, number, price, at_reach), fitted
 
     (native, fitted), (reference, expected) = started(), started()
     for block in ((0, inputs // 2), (inputs // 2, inputs)):
@@ -194,10 +202,10 @@ def test_any_number_of_threads_finds_the_same_bits(
     upper = factor(inputs, seed)
     found = []
     for count in (1, 2, 3, 5):
-        fitted = FittedGroups.empty(inputs // length, rows, length, spec)
+        fitted = FittedGroups.empty(inputs // length, rows, length, spec, CPU)
         at_reach = AtReach(fitted, upper.upper.diagonal().clone(), GridCost("hessian", 0.01, True))
         values = fitted.scale.values, fitted.zero.values
-        columns = Columns.of(
+        columns = columns_of(
             weight, upper, 3, values, torch.arange(inputs) // length, 0.01, at_reach
         )
         with threads(count):
@@ -216,7 +224,7 @@ def test_kept_weights_lose_what_float16_loses() -> None:
     values = torch.cat([values, torch.tensor(edges)])
     grid = torch.ones(1, len(values)), torch.zeros(1, len(values))
     one = InverseFactor(torch.ones(1, 1), torch.zeros(1, dtype=torch.int64), 0.01)
-    columns = Columns.of(values.view(-1, 1), one, 2, grid, one.order, 1e-30)
+    columns = columns_of(values.view(-1, 1), one, 2, grid, one.order, 1e-30)
     round_block(columns, 0, 1)
     assert columns.kept is not None
     kept, errors = columns.kept[0], columns.errors[0]
@@ -230,7 +238,7 @@ def test_kept_weights_lose_what_float16_loses() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    columns = Columns.of(
+    columns = columns_of(
         torch.zeros(5, 3), factor(3, 0), 3, grids(2, 5, 3, 0), torch.tensor([0, 0, 1]), math.inf
     )
     round_block(columns, 0, 3)

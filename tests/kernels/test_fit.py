@@ -35,7 +35,7 @@ def groups_of(shape: tuple[int, int, int], kind: str, seed: int) -> Tensor:
     return weights
 
 
-def cost(columns: Tensor, spread: Tensor, grid: Grid, cost: GridCost) -> Tensor:
+def total_cost(columns: Tensor, spread: Tensor, grid: Grid, cost: GridCost) -> Tensor:
     """The cost's cost ``[groups, rows]`` in float64."""
     scale, zero = positive(grid.scales().T), grid.zeros().T
     errors = rounding_errors(columns, scale, zero, grid.bits).double()
@@ -96,7 +96,7 @@ def test_grids_are_fitted_alike(
     losing = columns
     if clip == "mse" and look_ahead and price < math.inf:
         losing = without_outliers(columns, spread, spec, cost)
-    costs = [cost(losing, spread, grid, cost).sum() for grid in (found, expected)]
+    costs = [total_cost(losing, spread, grid, cost).sum() for grid in (found, expected)]
     if clip != "minmax":
         assert costs[0] <= costs[1] * 1.05 + 1e-12
 
@@ -126,7 +126,7 @@ def test_lines_with_a_spread_each_are_fitted_as_one_by_one(
             one = fit_with(columns[..., line : line + 1], same, alone, cost)
             found = Grid(whole.scales()[line : line + 1], whole.zeros()[line : line + 1], bits, n)
             costs = [
-                float(cost(columns[..., line : line + 1], same, grid, cost).sum())
+                float(total_cost(columns[..., line : line + 1], same, grid, cost).sum())
                 for grid in (found, one)
             ]
             assert costs[0] == pytest.approx(costs[1], rel=0.02, abs=1e-9)

@@ -166,7 +166,7 @@ def test_codes_are_those_of_the_grids(q: QTensor, bits: int, batch: int, spread:
     stored = x if q.in_perm is None else x[:, q.in_perm]
     labels = torch.arange(len(lengths)).repeat_interleave(lengths).int()
     step = StaticGrid(bits, grid.scale, grid.zero, labels)
-    expected = encode(stored.float().unsqueeze(-1), *step.of_channels(), bits).squeeze(-1).byte()
+    expected = encode(stored.float(), *step.of_channels(), bits).byte()
     assert torch.equal(input_codes(packed_matrix(q), native_grid(grid), x), expected)
 
 

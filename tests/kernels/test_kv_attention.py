@@ -10,11 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantine.core.activation_spec import UNQUANTIZED
 from quantine.kernels.bits import pack
 from quantine.kernels.kv_attention import MOST_ROWS, attend
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.reference import attend_reference, round_probabilities
+from quantine.kernels.kv_attention.scoring import Scoring
 
 widths = st.integers(2, 8)
 rounding = given(
@@ -80,8 +80,8 @@ def test_it_is_attention_over_decoded_floats(
     if mask is not None:
         # A padded beginning; each query sees one token at least.
         mask[..., : context // 2] = torch.finfo(torch.float32).min
-    out, probabilities = attend(query, key, value, mask, 0.5, softcap)
-    expected, weights = exact(query, key, value, mask, 0.5, softcap)
+    out, probabilities = attend(query, key, value, mask, Scoring(0.5, softcap))
+    expected, weights = exact(query, key, value, mask, Scoring(0.5, softcap))
     # Scores are sums of products up to this, and probabilities have their errors relatively.
     largest = ((query * 0.5).abs().double() @ key.decoded().abs().double().amax((1, 2)).T).max()
     error = 3e-6 * (1 + float(largest) + (softcap or 0.0))
@@ -97,7 +97,7 @@ def test_probabilities_are_rounded_to_their_grid(
 ) -> None:
     key, value = (states(seed, bits, (1, 2, context, 16)) for _ in range(2))
     query = torch.randn(1, 4, 1, 16)
-    args = (None, 0.25, None, softmax, False)
+    args = (None, Scoring(0.25, None, softmax, False))
     out, found = attend(query, key, value, *args)
     _, expected = exact(query, key, value, *args)
     top = 2**softmax - 1
@@ -116,8 +116,8 @@ def test_ratios_to_the_largest_probability_are_rounded(
 ) -> None:
     key, value = (states(seed, bits, (1, 2, context, 16)) for _ in range(2))
     query = torch.randn(1, 4, 1, 16)
-    out, found = attend(query, key, value, None, 0.25, None, softmax, True)
-    _, exactly = exact(query, key, value, None, 0.25)
+    out, found = attend(query, key, value, None, Scoring(0.25, None, softmax, True))
+    _, exactly = exact(query, key, value, None, Scoring(0.25))
     assert torch.allclose(found.sum(-1), torch.ones(1, 4, 1), atol=1e-5)
     steps = found / found.amax(-1, keepdim=True) * (2**softmax - 1)
     assert torch.allclose(steps, steps.round(), atol=1e-2)
@@ -141,7 +141,7 @@ def test_all_numbers_of_threads_find_the_same(level: str) -> None:
     threads = torch.get_num_threads()
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(attend(query, key, value, None, 0.1))
+        found.append(attend(query, key, value, None, Scoring(0.1)))
     torch.set_num_threads(threads)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -150,7 +150,7 @@ def test_all_numbers_of_threads_find_the_same(level: str) -> None:
 def test_where_nothing_may_be_seen_numbers_are_not() -> None:
     key, value = states(0, 4, (1, 1, 5, 8)), states(1, 4, (1, 1, 5, 8))
     mask = torch.full((1, 1, 1, 5), float("-inf"))
-    out, _ = attend(torch.randn(1, 1, 1, 8), key, value, mask, 1.0, None, UNQUANTIZED)
+    out, _ = attend(torch.randn(1, 1, 1, 8), key, value, mask, Scoring(1.0))
     assert out.isnan().all()
 
 
@@ -158,8 +158,8 @@ def test_many_queries_meet_decoded_floats() -> None:
     shape = (1, 2, 30, 16)
     key, value = states(0, 4, shape), states(1, 4, shape)
     query = torch.randn(1, 4, MOST_ROWS, 16)
-    found = attend(query, key, value, None, 0.25)
-    expected = attend_reference(query, key.decoded(), value.decoded(), None, 0.25)
+    found = attend(query, key, value, None, Scoring(0.25))
+    expected = attend_reference(query, key.decoded(), value.decoded(), None, Scoring(0.25))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -167,7 +167,7 @@ def test_gradients_pass_through_decoded_floats() -> None:
     shape = (1, 2, 30, 16)
     key, value = states(0, 4, shape), states(1, 4, shape)
     query = torch.randn(1, 4, 1, 16, requires_grad=True)
-    attend(query, key, value, None, 0.25)[0].sum().backward()  # type: ignore[no-untyped-call]
+    attend(query, key, value, None, Scoring(0.25))[0].sum().backward()  # type: ignore[no-untyped-call]
     assert query.grad is not None
     assert query.grad.abs().max() > 0
 
@@ -177,7 +177,7 @@ def test_other_attention_meets_floats() -> None:
     key, value = states(0, 4, shape), states(1, 3, shape)
     query = torch.randn(2, 2, 5, 16)
     found = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    expected = attend_reference(query, key, value, None, 0.25)[0].transpose(1, 2)
+    expected = attend_reference(query, key, value, None, Scoring(0.25))[0].transpose(1, 2)
     assert type(found) is Tensor
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.equal(key[:, :, 3:5], key.decoded()[:, :, 3:5])
@@ -187,8 +187,8 @@ def test_other_attention_meets_floats() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     key, value = states(0, 4, (1, 2, 30, 16)), states(1, 4, (1, 2, 29, 16))
     with pytest.raises(ValueError, match="keys and values"):
-        attend(torch.randn(1, 4, 1, 16), key, value, None, 1.0)
+        attend(torch.randn(1, 4, 1, 16), key, value, None, Scoring(1.0))
     with pytest.raises(ValueError, match="bit streams"):
-        attend(torch.randn(1, 4, 1, 24), key, key, None, 1.0)
+        attend(torch.randn(1, 4, 1, 24), key, key, None, Scoring(1.0))
     with pytest.raises(ValueError, match="mask"):
-        attend(torch.randn(1, 4, 1, 16), key, key, torch.zeros(3, 1, 1, 30), 1.0)
+        attend(torch.randn(1, 4, 1, 16), key, key, torch.zeros(3, 1, 1, 30), Scoring(1.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantine.core.activation_spec import UNQUANTIZED
 from quantine.kernels.kv_attention import TILED, attend
 from quantine.kernels.kv_attention.reference import attend_reference
+from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.tiled import TILE, attend_in_tiles
 
 
@@ -46,12 +47,12 @@ def test_tiles_are_the_reference(
     context, dim = tokens + before, 8
     query = torch.randn(batch, kv_heads * copies, tokens, dim, dtype=torch.float64)
     key, value = torch.randn(2, batch, kv_heads, context, dim, dtype=torch.float64).unbind()
-    args = (masks(masked, batch, kv_heads * copies, tokens, context), 0.5, softcap)
+    mask = masks(masked, batch, kv_heads * copies, tokens, context)
+    scoring = Scoring(0.5, softcap, softmax, relative)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quantine.kernels.tiled_attention.TILE", tile)
-        rounded = (softmax, relative)
-        out, probabilities = attend_in_tiles(query, key, value, *args, *rounded, keep)
-    expected, exactly = attend_reference(query, key, value, *args, *rounded)
+        patch.setattr("quantine.kernels.kv_attention.tiled.TILE", tile)
+        out, probabilities = attend_in_tiles(query, key, value, mask, scoring, keep)
+    expected, exactly = attend_reference(query, key, value, mask, scoring)
     assert torch.allclose(out, expected, atol=1e-9)
     if keep:
         assert probabilities is not None
@@ -81,17 +82,17 @@ def masks(kind: str, batch: int, heads: int, tokens: int, context: int) -> Tenso
 def test_products_are_of_float32_whatever_is_wanted_around(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 4, 200, 16).to(dtype).unbind()
-    args = (masks("causal", 1, 4, 200, 200), 0.25, None, 8, True, True)
-    assert args[0] is not None
-    args = (args[0].clamp(min=-1e30).float(), *args[1:])
-    plain, kept = attend_in_tiles(query, key, value, *args)
+    mask = masks("causal", 1, 4, 200, 200)
+    assert mask is not None
+    args = (mask.clamp(min=-1e30).float(), Scoring(0.25, None, 8, True))
+    plain, kept = attend_in_tiles(query, key, value, *args, keep=True)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = attend_in_tiles(query, key, value, *args)
+        cast, _ = attend_in_tiles(query, key, value, *args, keep=True)
     assert plain.dtype == dtype
     assert kept is not None
     assert kept.dtype == dtype
     assert torch.equal(plain, cast)
-    exact, _ = attend_reference(query.float(), key.float(), value.float(), *args[:-1])
+    exact, _ = attend_reference(query.float(), key.float(), value.float(), *args)
     assert torch.equal(plain, exact.to(dtype)) or torch.allclose(
         plain.float(), exact, atol=torch.finfo(dtype).eps * 4
     )
@@ -100,9 +101,9 @@ def test_products_are_of_float32_whatever_is_wanted_around(dtype: torch.dtype) -
 @pytest.mark.parametrize("tokens", [TILED - 1, 300])
 def test_probabilities_are_kept_unless_nobody_wants_them(tokens: int) -> None:
     query, key, value = torch.randn(3, 1, 2, tokens, 8).unbind()
-    expected = attend_reference(query, key, value, None, 0.3)
+    expected = attend_reference(query, key, value, None, Scoring(0.3))
     for keep in (True, False):
-        out, kept = attend(query, key, value, None, 0.3, keep=keep)
+        out, kept = attend(query, key, value, None, Scoring(0.3), keep=keep)
         assert torch.allclose(out, expected[0], atol=1e-5)
         if keep:
             assert kept is not None
@@ -119,7 +120,7 @@ def test_a_recording_holds_for_other_masks() -> None:
     closed = closed.clamp(min=-1e30).float()
 
     def one(mask: Tensor) -> Tensor:
-        return attend(query, key, value, mask, 0.3)[0]
+        return attend(query, key, value, mask, Scoring(0.3))[0]
 
     recorded = torch.jit.trace(one, (closed,))
     opened = torch.zeros_like(closed)
@@ -129,7 +130,7 @@ def test_a_recording_holds_for_other_masks() -> None:
 def test_masks_learn_too() -> None:
     query, key, value = torch.randn(3, 1, 2, 300, 8).unbind()
     mask = torch.zeros(300, 300, requires_grad=True)
-    out, _ = attend(query, key, value, mask, 0.3, None, 8)
+    out, _ = attend(query, key, value, mask, Scoring(0.3, None, 8))
     (found,) = torch.autograd.grad(out[..., 0].square().sum(), mask)
     assert found.shape == mask.shape
     assert found.isfinite().all()
@@ -137,14 +138,14 @@ def test_masks_learn_too() -> None:
 
 def test_no_tokens_have_no_outputs() -> None:
     query, key = torch.randn(2, 4, 0, 8), torch.randn(2, 2, 5, 8)
-    out, _ = attend_in_tiles(query, key, key, None, 0.3, None, UNQUANTIZED, True, False)
+    out, _ = attend_in_tiles(query, key, key, None, Scoring(0.3), keep=False)
     assert out.shape == (2, 0, 4, 8)
 
 
 def test_learning_has_the_gradient_of_the_reference() -> None:
     query = torch.randn(1, 2, 300, 8, requires_grad=True)
     key, value = torch.randn(2, 1, 2, 300, 8).unbind()
-    outs = (each(query, key, value, None, 0.25)[0] for each in (attend, attend_reference))
+    outs = (each(query, key, value, None, Scoring(0.25))[0] for each in (attend, attend_reference))
     found, expected = (torch.autograd.grad(out.square().sum(), query)[0] for out in outs)
     assert found.abs().max() > 0
     assert torch.equal(found, expected)

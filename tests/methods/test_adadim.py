@@ -316,7 +316,7 @@ def test_a_matrix_is_judged_by_what_holds_it_and_others_after_it(
 
 
 def test_inspect_shows_losses_and_margin(chosen: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(chosen)]) == 0
+    assert cli.main(["inspect", str(chosen), "--layers"]) == 0
     shown = capsys.readouterr().out
     layer = layers_of(chosen)[0]
     losses = [one["loss"] for one in layer["choice"]["choices"]]

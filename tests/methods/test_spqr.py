@@ -21,9 +21,9 @@ from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.reference import without_outliers
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SAMPLED_ROWS, SpQR, sampled_rows
+from quantine.methods.spqr import SAMPLED_ROWS, SpQR, sampled_rows
 from quantine.statistics.hessian import Hessian
-from samples import correlated_inputs, observed, random_weight
+from samples import FAITHFUL, FAITHFUL_SPEC, correlated_inputs, observed, random_weight
 
 ROWS, COLUMNS, TOKENS = 20, 48, 160
 LARGEST_SHARE_DIFFERING = 0.01

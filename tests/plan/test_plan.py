@@ -18,14 +18,14 @@ from quantine.methods import METHODS
 from quantine.methods.adadim import AdaDim
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
-from quantine.methods.spqr import FAITHFUL, FAITHFUL_SPEC, SpQR
+from quantine.methods.spqr import SpQR
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.plan.presets import PRESETS
 from quantine.plan.rules import Rule
 from quantine.plan.scheme import Scheme
 from quantine.plan.scheme_parsing import scheme_from
-from samples import quick
+from samples import FAITHFUL, FAITHFUL_SPEC, quick
 
 LAYERS = [
     Layer("model.embed_tokens", 300, 48, "embedding"),

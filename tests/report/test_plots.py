@@ -22,10 +22,10 @@ import quantine
 from quantine import Calibration, Plan, cli
 from quantine.formats.directory import MAPS
 from quantine.formats.inventory import inventory
-from quantine.report.plots.axes import axis_figure
 from quantine.report.plots.clusters import clusters_figure, read_clusters
-from quantine.report.plots.data import LayerPicture, outlier_counts, read_layers, readable_map
 from quantine.report.plots.draw import draw
+from quantine.report.plots.group_axes import axis_figure
+from quantine.report.plots.layer_data import LayerPicture, outlier_counts, read_layers, readable_map
 from quantine.report.plots.maps import MapFigure
 from quantine.report.plots.trends import TRENDS, curves_of, trend_figure
 from tiny_models import matrices_of
@@ -92,7 +92,7 @@ class TestRun:
     ) -> None:
         plan = Plan.preset("gptq", bits=3, group_size=32)
         with_maps = packed("llama", "gptq")
-        monkeypatch.setattr("quantine.pipeline.sensitivity", lambda *_: {})
+        monkeypatch.setattr("quantine.run.block.sensitivity", lambda *_: {})
         bare = quantine.quantize(tiny("llama"), tmp_path / "bare", plan, short).path
         assert not (bare / MAPS).exists()
         assert (with_maps / MAPS).exists()

@@ -20,11 +20,8 @@ from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid
 from quantine.eval.memory import cache_bytes
 from quantine.kernels.bits.reference import packed_bytes
-from quantine.kernels.kv_attention.packed_states import (
-    PackedStates,
-    pack_states,
-    pack_states_reference,
-)
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache
 from tiny_models import byte_tokenizer

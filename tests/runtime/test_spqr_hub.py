@@ -19,10 +19,9 @@ from quantine.errors import CheckpointError
 from quantine.formats import FORMATS
 from quantine.formats.foreign.spqr.layout import SPEC
 from quantine.formats.inventory import inventory
-from quantine.methods.spqr import FAITHFUL
 from quantine.run.quantize import quantize
 from quantine.runtime.modules import QuantLinear, packed_modules
-from samples import correlated_inputs, observed
+from samples import FAITHFUL, correlated_inputs, observed
 from tiny_models import (
     build,
     byte_tokenizer,

@@ -11,7 +11,7 @@ from quantine.core.fit_range import fit_activations
 from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.grid import decode, encode
 from quantine.kernels.integer.token_factors import factors, steepness
-from quantine.kernels.kv_attention.packed_states import round_states
+from quantine.kernels.kv_attention.packing import round_states
 
 FEEDBACK: Final = "feedback"
 """Name of the optional tensor of a `StaticGrid` for error feedback among channels."""

@@ -8,10 +8,11 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import TokenGrid
+from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedLinear
 from quantine.activations.reorder import permute_norm
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
+from quantine.errors import FormatError
 from quantine.families.family import Family, Link
 from quantine.families.layers import INPUTS_NAME
 
@@ -23,7 +24,7 @@ ATTENDED: Final = {"query": "R2", "key": "R2", "value": "R3"}
 
 @dataclass(frozen=True)
 class RoundingPoint:
-    """A place in a decoder block where activations are rounded: the input of one module.
+    """A point in a decoder block where activations are rounded: the input of one module.
 
     Attributes:
         site: the field of `ActivationSpec` that has its bits.
@@ -42,7 +43,7 @@ class RoundingPoint:
 
 
 def rounding_points(family: Family) -> list[RoundingPoint]:
-    """Every place in a block of ``family`` where activations can be rounded."""
+    """Every point in a block of ``family`` where activations can be rounded."""
     found = [
         RoundingPoint(CONSUMED[link.kind], link.kind, path)
         for link in family.links
@@ -97,20 +98,59 @@ def add_grids(
     The block has been through `add_sites`. Sites of 16 bits are left as they are.
 
     Args:
-        made: builds the static grid of a place, given its bits; not called for per-token grids.
+        made: builds the static grid of a point, given its bits; not called for per-token grids.
     """
-    for place in rounding_points(family):
-        bits = getattr(spec, place.site)
+    for point in rounding_points(family):
+        bits = getattr(spec, point.site)
         if bits == UNQUANTIZED:
             continue
         token = spec.granularity == "token"
-        _put(block, place, TokenGrid(bits) if token else made(place, bits))
+        _put(block, point, TokenGrid(bits) if token else made(point, bits))
 
 
-def _put(block: nn.Module, place: RoundingPoint, grid: nn.Module) -> None:
-    path, _, leaf = place.path.rpartition(".")
-    parent, module = block.get_submodule(path), block.get_submodule(place.path)
-    if place.site in ATTENDED:
+def rebuild(
+    block: nn.Module,
+    path: str,
+    family: Family,
+    spec: ActivationSpec,
+    tensor_of: Callable[[str], Tensor | None],
+) -> None:
+    """Give ``block`` the modules that a run gave it, with the tensors that the run stored.
+
+    These are its `AttentionSites`, the norms that write reordered channels, and the static grids.
+    Weights and biases, those of norms included, stay as ``block`` has them.
+
+    Args:
+        path: of the block in the model.
+        tensor_of: the stored tensor by its full name, which may be on the meta device; ``None``
+            where there is none.
+
+    Raises:
+        FormatError: names a tensor that is missing.
+    """
+
+    def needed(name: str) -> Tensor:
+        found = tensor_of(f"{path}.{name}")
+        if found is None:
+            raise FormatError(
+                f"config.json says that activations are rounded, but no file holds {path}.{name}"
+            )
+        return found
+
+    def grid(point: RoundingPoint, bits: int) -> StaticGrid:
+        scale, zero, labels = (needed(f"{point.grid}.{name}") for name in StaticGrid.tensor_names)
+        more = (tensor_of(f"{path}.{point.grid}.{name}") for name in (FEEDBACK, REACH))
+        return StaticGrid(bits, scale, zero, labels, *more)
+
+    add_sites(block, family, spec)
+    add_norms(block, family, spec, lambda norm: needed(f"{norm}.order"))
+    add_grids(block, family, spec, grid)
+
+
+def _put(block: nn.Module, point: RoundingPoint, grid: nn.Module) -> None:
+    path, _, leaf = point.path.rpartition(".")
+    parent, module = block.get_submodule(path), block.get_submodule(point.path)
+    if point.site in ATTENDED:
         setattr(parent, leaf, grid)
     elif type(module) is nn.Linear:
         setattr(parent, leaf, GriddedLinear(module, grid))

@@ -1,1 +1,1 @@
-"""Bits spent where they count: what choices would cost each layer, and which to take."""
+"""A budget of bits: what each choice would cost each layer, and which choices to take."""

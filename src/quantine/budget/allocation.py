@@ -1,7 +1,8 @@
-"""How a budget of bits is spent, so that the model's predictions change least.
+"""Spends a budget of bits on layers so that the model's predictions change least.
 
-`choose` spends what is left, given what `quantine.budget.probe.probe` found. It is called again for
-each matrix, so that the whole ends within the budget although sizes are only predicted.
+`choose` spends what is left of the budget, by the sizes and losses that
+`quantine.budget.probe.probe` predicted. It is called again for each matrix, so that the total stays
+within the budget although the predictions are not exact.
 """
 
 from __future__ import annotations
@@ -17,28 +18,37 @@ from quantine.budget.probe import Options
 from quantine.errors import PlanError
 
 HALVINGS: Final = 100
-"""Steps of the search for the price of a byte."""
+"""Number of steps of the search for the price of a byte."""
 
 Array = NDArray[np.float64]
+"""Matrix of sizes or losses."""
 
 
 class Sized(Protocol):
-    """A solved matrix."""
+    """A solved matrix whose packed size is known."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes when it is packed."""
+        """Size of the packed matrix in bytes."""
         ...
 
 
 Solved = TypeVar("Solved", bound=Sized)
+"""The type of the results of the solver that `Allocation.solve` calls."""
 
 
 def choose(table: Mapping[str, Options], nbytes: int) -> dict[str, int]:
-    """The choice of each layer of ``table`` with the least sum of losses in ``nbytes`` bytes.
+    """The choice for each layer with which the sum of losses is least, within a number of bytes.
 
-    Finds the price of a byte at which the layers' own best choices fit. Where even the smallest do
-    not fit, those are taken.
+    It searches the price of a byte at which each layer's cheapest choice, loss plus price of its
+    bytes, fits. If even the smallest choices do not fit, those are taken.
+
+    Args:
+        table: size and loss of each choice, by layer name.
+        nbytes: bytes that all layers together may take.
+
+    Returns:
+        The index of the choice, by layer name.
     """
     sizes, losses = _padded(table)
     layers = np.arange(len(table))
@@ -56,7 +66,7 @@ def choose(table: Mapping[str, Options], nbytes: int) -> dict[str, int]:
 
 
 def _padded(table: Mapping[str, Options]) -> tuple[Array, Array]:
-    """Bytes and losses ``[layers, most choices]``, infinite where a layer has fewer."""
+    """Sizes in bytes and losses, ``[layers, most choices]``; infinite where a layer has fewer."""
     most = max((len(options) for options in table.values()), default=1)
     padded = np.full((2, len(table), most), math.inf)
     for layer, options in enumerate(table.values()):
@@ -65,16 +75,16 @@ def _padded(table: Mapping[str, Options]) -> tuple[Array, Array]:
 
 
 class Allocation:
-    """A budget, and what the layers that share it may cost.
+    """The budget of a plan: what is left of it, and what the layers that share it may cost.
 
     Args:
-        name: of the plan, for errors.
-        bits_per_weight: what layers may take on average.
-        weights: number of weights in all of them.
-        table: of `quantine.budget.probe.probe`.
+        name: name of the plan, for errors.
+        bits_per_weight: bits per weight that the layers may take on average.
+        weights: number of weights in all of these layers.
+        table: size and loss of each choice by layer name, from `quantine.budget.probe.probe`.
 
     Raises:
-        PlanError: no choices fit into the budget.
+        PlanError: even the smallest choices do not fit into the budget.
     """
 
     def __init__(
@@ -91,17 +101,19 @@ class Allocation:
             )
 
     def solve(self, name: str, solve: Callable[[int, bool], Solved]) -> tuple[Solved, int]:
-        """Solve layer ``name`` with the choice that the budget has room for.
+        """Solve a layer with the choice that the budget has room for, and spend its bytes.
 
-        Sizes are predicted, and the last layers cannot make up for earlier ones: where a choice
-        turns out too large for what is left, the next smaller one is solved instead. In the end
-        that is the smallest without outliers, whose size is known and was set aside.
+        Sizes are predicted, and the last layers cannot make up for earlier ones: where a result
+        turns out larger than what is left, the next smaller choice is solved instead. The last
+        resort is the smallest choice without outliers, whose size is known and was set aside.
 
         Args:
-            solve: with the choice of a number; without outliers, if the second argument is true.
+            name: name of the layer.
+            solve: solves the layer with the choice of that index; without outliers if the second
+                argument is true.
 
         Returns:
-            What fits, and how many choices were solved in vain before it.
+            The result that fits, and how many results before it did not.
         """
         options = self._table[name]
         chosen = choose(self._table, self._left)[name]
@@ -111,14 +123,20 @@ class Allocation:
             min(size for size, _ in found) for key, found in self._table.items() if key != name
         )
         attempts = [*((index, False) for index in tried), (tried[-1], True)]
-        for vain, attempt in enumerate(attempts):
-            solved = solve(*attempt)
+        solved, in_vain = solve(*attempts[0]), 0
+        for attempt in attempts[1:]:
             if solved.nbytes + least <= self._left:
                 break
+            solved, in_vain = solve(*attempt), in_vain + 1
         self.spend(name, solved.nbytes)
-        return solved, vain
+        return solved, in_vain
 
     def spend(self, name: str, nbytes: int) -> None:
-        """Take what a layer really costs off the budget, if it shares it."""
+        """Subtract the real size of a layer from the budget, if the layer shares the budget.
+
+        Args:
+            name: name of the layer.
+            nbytes: its packed size in bytes.
+        """
         if self._table.pop(name, None) is not None:
             self._left -= nbytes

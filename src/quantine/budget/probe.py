@@ -1,8 +1,8 @@
-"""What every choice of a plan would cost each layer: bytes, and divergence of predictions.
+"""Predicts what every choice would cost each layer: bytes, and divergence of predictions.
 
-Some calibration segments run through the float model once, forward and backward. Errors of outputs
-are predicted on the way forward, and weighted on the way back by how much predictions depend on
-each output; see `quantine.statistics.gradients`.
+Some calibration segments run through the float model once, forward and backward. On the way forward
+the errors of each layer's outputs are predicted; on the way back they are weighted by how much the
+model's predictions depend on each output, see `quantine.statistics.gradients`.
 """
 
 from __future__ import annotations
@@ -27,37 +27,38 @@ from quantine.methods.spqr import SpQR, row_run, sampled_rows
 from quantine.statistics.hessian import Hessian
 
 PROBE_TOKENS: Final = 4096
-"""Calibration tokens that are enough to rank choices."""
+"""Number of calibration tokens that is enough to rank choices."""
 
 Options = list[tuple[int, float]]
-"""Of one layer: bytes and loss of each of its choices."""
+"""Size in bytes and loss of each choice of one layer. The loss is the expected Kullback-Leibler
+divergence, in nats per token, between the model's predictions before and after."""
 
 
 class Choice(Protocol):
-    """One way to quantize a layer, of method spqr."""
+    """One way to quantize a layer: method ``spqr`` with its parameters, and a grid."""
 
     @property
     def solver(self) -> Solver:
-        """Rounds the matrix."""
+        """The method, with its parameters."""
         ...
 
     @property
     def spec(self) -> QuantSpec:
-        """What is asked of it."""
+        """The grid to quantize on."""
         ...
 
     def expected_nbytes(self, layer: Layer, outlier_share: float) -> int:
-        """Packed bytes with that share of outliers."""
+        """Packed bytes of ``layer`` if that share (0 to 1) of its weights are outliers."""
         ...
 
 
 @dataclass(frozen=True)
 class Budgeted:
-    """A layer that a budget decides about, and what it may get."""
+    """A layer that a budget decides about, and the choices it may get."""
 
     layer: Layer
     choices: Sequence[Any]
-    """Of `Choice`."""
+    """The choices, each a `Choice`."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class _Prediction:
     """What a choice would do to a layer.
 
     Attributes:
-        nbytes: packed bytes.
-        losses: mean squared errors of the outputs at ``rows``, float32.
+        nbytes: packed size in bytes.
+        losses: mean squared errors of the outputs in ``rows``, float32.
         rows: int64 indices of the outputs that stand for all.
     """
 
@@ -75,13 +76,22 @@ class _Prediction:
     rows: Tensor
 
     def option(self, squared_gradients: Tensor) -> tuple[int, float]:
-        """Bytes and loss, given the mean squared gradient of each output ``[out]``."""
+        """Size and loss of the choice.
+
+        Args:
+            squared_gradients: mean squared gradient of each output, ``[out]`` float32.
+        """
         sampled = float((squared_gradients[self.rows] * self.losses).sum())
         return self.nbytes, sampled / 2 * len(squared_gradients) / len(self.rows)
 
 
 def probe_segments(samples: int, seqlen: int) -> int:
-    """How many of ``samples`` segments of ``seqlen`` tokens are probed."""
+    """The number of segments that are probed: about `PROBE_TOKENS` tokens, at least one segment.
+
+    Args:
+        samples: number of calibration segments.
+        seqlen: tokens per segment.
+    """
     return min(samples, max(1, PROBE_TOKENS // max(1, seqlen)))
 
 
@@ -94,16 +104,22 @@ def probe(
     seed: int,
     note: Callable[[str], None],
 ) -> dict[str, Options]:
-    """Bytes and loss of every choice of every budgeted layer, by name.
+    """Size and loss of every choice of every layer that shares the budget.
 
     Args:
-        setup: whose first segments are probed.
-        budgeted: in running order.
-        observed: a layer that reads what all of a group read, by block and group.
-        read: the float tensor that the model calls by a name.
+        setup: the calibration segments, of which the first are used, and the model.
+        budgeted: the layers with their choices, in running order.
+        observed: returns, for a block and a group number, a layer that reads the group's input.
+        read: reads the float tensor that the model calls by a name.
         scratch: directory for the inputs of all blocks.
-        seed: of the generator that draws tokens.
-        note: is told what is going on.
+        seed: seed of the generator that draws tokens from the predictions.
+        note: receives lines about the progress.
+
+    Returns:
+        By layer name, size in bytes and loss of each choice.
+
+    Raises:
+        SolverError: a layer cannot be solved with a choice; the message names it.
     """
     count = probe_segments(*setup.segments.shape)
     own = replace(setup, segments=setup.segments[:count], spill=scratch / "states", replaced={})
@@ -148,11 +164,17 @@ def _copied(hidden: HiddenStates, directory: Path, setup: CalibrationSetup) -> H
 def _predict_group(
     members: Sequence[Budgeted], read: Callable[[str], Tensor], hessian: Hessian
 ) -> dict[str, list[_Prediction]]:
-    """Predictions for layers that read the same input, by name, in the order of their choices."""
+    """Predictions for layers that read the same input, by name, in the order of their choices.
+
+    Args:
+        members: the layers with their choices.
+        read: reads the float tensor that the model calls by a name.
+        hessian: statistics of the shared input.
+    """
     rows = {one.layer: _sample(one) for one in members}
     weights = {layer: _float_rows(layer, read, rows[layer]) for layer in rows}
     found: dict[tuple[Layer, Choice], _Prediction] = {}
-    # Choices outside, by the order in which they solve: it decides the Hessian's factor.
+    # Choices with one solving order come together, so that they share the Hessian's factor.
     choices: dict[Choice, None] = dict.fromkeys(c for one in members for c in one.choices)
     for choice in sorted(choices, key=lambda c: (c.spec.group_axis, c.spec.group_size)):
         for one in members:
@@ -163,20 +185,32 @@ def _predict_group(
 
 
 def _sample(one: Budgeted) -> Tensor:
-    """Rows that stand for a layer, the same for all of its choices."""
+    """Indices of rows that stand for a layer, the same for all of its choices."""
     out_features = one.layer.out_features
     runs = (row_run(choice.spec, out_features) for choice in one.choices)
     return sampled_rows(out_features, math.lcm(*runs))
 
 
 def _float_rows(layer: Layer, read: Callable[[str], Tensor], rows: Tensor) -> Tensor:
+    """The chosen ``rows`` of the float weight of ``layer``, ``[rows, in]`` float32."""
     return layer.part_of(read(layer.stored_name)).float()[rows]
 
 
 def _predict(
     layer: Layer, choice: Choice, weight: Tensor, rows: Tensor, hessian: Hessian
 ) -> _Prediction:
-    """``weight`` holds the sampled ``rows``."""
+    """Predict size and loss of one choice.
+
+    Args:
+        layer: the layer.
+        choice: a choice of method ``spqr``.
+        weight: the sampled rows of its float weight, ``[rows, in]`` float32.
+        rows: int64 indices of these rows.
+        hessian: statistics of its input.
+
+    Raises:
+        SolverError: the layer cannot be solved; the message names it.
+    """
     solver = choice.solver
     assert isinstance(solver, SpQR)
     on_device = weight.to(hessian.matrix.device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
 from quantine.calibrate.skeleton import StandIn, drop_weights, materialize, set_tensor
+from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.family import Family
@@ -77,7 +78,7 @@ class CalibrationSetup:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     bfloat16: bool = False
     resumes: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.
@@ -285,6 +286,20 @@ class Sequential:
             output = self._blocks[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    @torch.no_grad()
+    def outputs(self, index: int, batches: int | None = None) -> list[Tensor]:
+        """What block ``index`` puts out as it is now, without going on to the next block.
+
+        Args:
+            index: number of the block.
+            batches: how many of the first batches run; all of them if ``None``.
+
+        Returns:
+            ``[batch, tokens, width]`` float32 for each batch.
+        """
+        count = len(self._hidden) if batches is None else batches
+        return [self.run(index, self._hidden[batch]) for batch in range(count)]
 
     @torch.no_grad()
     def _enter(self, batches: Iterable[Tensor]) -> None:

@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from quantine.commands.arguments import MODEL_HELP, add_verb, comma_list
 from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
-from quantine.commands.verb import MODEL_HELP, add_verb, names
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "compare",
@@ -25,7 +25,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--plans",
-        type=names,
+        type=comma_list,
         required=True,
         metavar="PLAN,...",
         help="plan files, preset:NAME, preset:NAME:bits=3:group_size=64, scheme:W4A8, "
@@ -51,12 +51,12 @@ def add(verbs: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     from quantine.calibrate.segments import Calibration
-    from quantine.comparison.points import plans_of
     from quantine.comparison.run import Measured, compare
+    from quantine.comparison.short_forms import plans_of
     from quantine.comparison.table import markdown, pareto_front, write_tables
-    from quantine.eval.compared import loss_of_quality
+    from quantine.eval.comparison_row import loss_of_quality
     from quantine.report.plots.pareto import pareto_figure, save_figure
-    from quantine.report.tables import make_console
+    from quantine.report.tables.console import make_console
 
     console = make_console(arguments.quiet)
     rows = compare(

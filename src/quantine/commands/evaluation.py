@@ -6,22 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.verb import (
-    DTYPES,
-    MODEL_HELP,
-    add_verb,
-    check_target,
-    dump_json,
-    finite,
-    names,
-)
+from quantine.commands.arguments import DTYPES, MODEL_HELP, add_verb, comma_list
+from quantine.commands.json_output import check_writable, json_numbers, write_json_output
 
 if TYPE_CHECKING:
     from quantine.eval.tasks import TaskRequest
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "eval",
@@ -46,7 +39,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--record",
         action="store_true",
-        help="keep the numbers in OUT, for its model card and report, with samples of both models",
+        help="keep the numbers in OUT, for its model card and page, with samples of both models",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
@@ -54,10 +47,10 @@ def add(verbs: Any) -> None:
 
 
 def add_texts(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what is scored."""
+    """Add the options that say on which texts a model is scored."""
     parser.add_argument(
         "--text",
-        type=names,
+        type=comma_list,
         default=["builtin"],
         metavar="NAME|FILE,...",
         help="builtin (its held-out part), wikitext2, ptb, c4, ptb-validation, pile-val, or .txt "
@@ -71,7 +64,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which questions are asked."""
     parser.add_argument(
         "--tasks",
-        type=names,
+        type=comma_list,
         metavar="NAME,...",
         help="also tasks of lm-eval, such as winogrande,piqa,hellaswag,arc_easy,arc_challenge,"
         "lambada_openai,openbookqa,boolq,mmlu,gsm8k,humaneval",
@@ -91,7 +84,7 @@ def add_tasks(parser: argparse.ArgumentParser) -> None:
 
 
 def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
-    """What the options of `add_tasks` ask for."""
+    """The request for tasks in the options of `add_tasks`; ``None`` if they ask for none."""
     from quantine.eval.tasks import TaskRequest
 
     if not arguments.tasks:
@@ -102,7 +95,7 @@ def tasks_of(arguments: argparse.Namespace) -> TaskRequest | None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_writable(arguments.json)
     if arguments.record:
         from quantine.report.record import check_recordable
 
@@ -110,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> None:
     import torch
 
     from quantine.eval.evaluate import evaluate
-    from quantine.report.tables import make_console, print_scores, window_line
+    from quantine.report.tables.console import make_console
+    from quantine.report.tables.scores import print_scores, window_line
 
     console = make_console(arguments.quiet)
     live = console.is_terminal
@@ -132,7 +126,7 @@ def _run(arguments: argparse.Namespace) -> None:
         on_window=on_window,
     )
     print_scores(scores, console)
-    dump_json(arguments.json, scores)
+    write_json_output(arguments.json, scores)
     if arguments.record:
         _record(arguments, scores)
 
@@ -151,4 +145,4 @@ def _record(arguments: argparse.Namespace, scores: dict[str, Any]) -> None:
         model = load_model(source, torch.float32)
         reference = load_model(locate(arguments.reference), torch.float32)
         samples = decode_samples(model, reference, source.tokenizer())
-    record(source.directory, finite(scores), samples, source.file_digests())
+    record(source.directory, json_numbers(scores), samples, source.file_digests())

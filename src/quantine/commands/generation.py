@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import Any
 
-from quantine.commands.verb import DTYPES, MODEL_HELP, add_verb
+from quantine.commands.arguments import DTYPES, MODEL_HELP, add_verb
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "generate",

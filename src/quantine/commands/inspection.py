@@ -7,20 +7,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.verb import add_verb, check_target, dump_json
+from quantine.commands.arguments import add_verb
+from quantine.commands.json_output import check_writable, write_json_output
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "inspect",
         _run,
         "What a quantized directory holds, counted from its files.",
-        "  quantine inspect out\n  quantine inspect out --json out.json\n"
+        "  quantine inspect out\n  quantine inspect out --layers --json out.json\n"
         "  quantine inspect out --plot pictures",
     )
     parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
+    parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     parser.add_argument(
         "--plot",
@@ -31,13 +33,15 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_writable(arguments.json)
     from quantine.formats.inventory import inventory
-    from quantine.report.tables import print_contents
+    from quantine.report.layer_order import natural_order, recorded_order
+    from quantine.report.tables.inventory import print_inventory
 
     found = inventory(arguments.directory)
-    print_contents(found)
-    dump_json(arguments.json, found)
+    found["layers"] = natural_order(found["layers"], recorded_order(arguments.directory))
+    print_inventory(found, arguments.layers)
+    write_json_output(arguments.json, found)
     if arguments.plot is not None:
         _draw(arguments.directory, arguments.plot)
 

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.verb import MODEL_HELP, add_verb, check_target, dump_json, names
+from quantine.commands.arguments import MODEL_HELP, add_verb, comma_list
+from quantine.commands.json_output import check_writable, write_json_output
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "memory",
@@ -26,18 +27,19 @@ def add(verbs: Any) -> None:
         "--seqlen", type=int, default=2048, metavar="T", help="tokens; default 2048"
     )
     parser.add_argument(
-        "--schemes", type=names, metavar="A,B", help="such as W4A16,W4A4KV; default several"
+        "--schemes", type=comma_list, metavar="A,B", help="such as W4A16,W4A4KV; default several"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the bytes as JSON")
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_writable(arguments.json)
     from quantine.eval.footprint import SCHEMES, footprints
-    from quantine.report.tables import make_console, print_footprints
+    from quantine.report.tables.console import make_console
+    from quantine.report.tables.footprints import print_footprints
 
     schemes = arguments.schemes or SCHEMES
     found = footprints(arguments.model, arguments.batch, arguments.seqlen, schemes)
     rows = [footprint.as_dict() for footprint in found]
     print_footprints(rows, make_console())
-    dump_json(arguments.json, rows)
+    write_json_output(arguments.json, rows)

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.verb import MODEL_HELP, add_verb, check_target, dump_json
+from quantine.commands.arguments import MODEL_HELP, add_verb
+from quantine.commands.json_output import check_writable, write_json_output
 from quantine.errors import PlanError
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    """Add the verbs to the subparsers ``verbs``."""
+    """Add the verbs and their options to the subparsers ``verbs``."""
     _add_quantize(verbs)
     _add_plan(verbs)
 
@@ -121,7 +122,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
-    from quantine.report.tables import make_console
+    from quantine.report.tables.console import make_console
     from quantine.run.progress import Shown
     from quantine.run.quantize import quantize
 
@@ -150,8 +151,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
-    from quantine.report.tables import plan_as_json, print_plan
+    check_writable(arguments.json)
+    from quantine.report.tables.plan import plan_as_json, print_plan
     from quantine.run.estimate import estimate
     from quantine.run.prepare import prepare
 
@@ -159,7 +160,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     job = prepare(arguments.model, plan, calibration)
     size = estimate(job, arguments.max_ram)
     print_plan(job, size, arguments.layers)
-    dump_json(arguments.json, plan_as_json(job, size))
+    write_json_output(arguments.json, plan_as_json(job, size))
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:

@@ -6,13 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.commands.verb import add_verb, check_target, names
+from quantine.commands.arguments import add_verb, comma_list
+from quantine.commands.json_output import check_writable
 
 EXIT_BELOW: Final = 1
+"""Exit status where a number is below its floor."""
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "report",
@@ -25,7 +27,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("directory", metavar="OUT", type=Path, help="written by quantize")
     parser.add_argument(
         "--floor",
-        type=names,
+        type=comma_list,
         default=[],
         metavar="NAME=X,...",
         help="least share of the float model's quality on every text and task that was recorded, "
@@ -40,10 +42,11 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    check_target(arguments.html)
+    check_writable(arguments.html)
+    from quantine.eval.score_text import JUDGED
     from quantine.report.facts import gather
     from quantine.report.page import write_page
-    from quantine.report.tables import make_console
+    from quantine.report.tables.console import make_console
     from quantine.report.verdict import floors_of
 
     facts = gather(arguments.directory, floors_of(arguments.floor), arguments.comparison)
@@ -52,6 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     console = make_console()
     for check in facts.checks:
         word = "ok" if check.passed else "below the floor"
-        console.print(f"{check.name}: {check.value:.2%}, floor {check.floor:.2%}: {word}")
+        value, floor = f"{check.value:{JUDGED}}", f"{check.floor:{JUDGED}}"
+        console.print(f"{check.name}: {value}, floor {floor}: {word}")
     console.print(f"written: {path}")
     return 0 if all(check.passed for check in facts.checks) else EXIT_BELOW

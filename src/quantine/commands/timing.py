@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.verb import add_verb, check_target, dump_json
+from quantine.commands.arguments import add_verb
+from quantine.commands.json_output import check_writable, write_json_output
 
 
 def add(verbs: Any) -> None:
-    """Add the verb to the subparsers ``verbs``."""
+    """Add the verb and its options to the subparsers ``verbs``."""
     parser = add_verb(
         verbs,
         "bench",
@@ -39,9 +40,10 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    check_target(arguments.json)
+    check_writable(arguments.json)
     from quantine.eval.speed import measure
-    from quantine.report.tables import make_console, print_speeds
+    from quantine.report.tables.console import make_console
+    from quantine.report.tables.speeds import print_speeds
 
     console = make_console(arguments.quiet)
     found = measure(
@@ -54,4 +56,4 @@ def _run(arguments: argparse.Namespace) -> None:
         ),
     )
     print_speeds(found, console)
-    dump_json(arguments.json, found)
+    write_json_output(arguments.json, found)

@@ -1,1 +1,1 @@
-"""Many plans for one model, measured alike."""
+"""Comparisons: several plans for one model, each quantized and measured alike."""

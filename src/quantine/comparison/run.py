@@ -1,4 +1,4 @@
-"""The loop over plans: quantize, measure, keep the row; whatever stops it, it goes on from there.
+"""The loop of a comparison: quantize, measure and keep a row for each plan, or go on where it was.
 
 ``OUT/models/NAME`` are quantized directories, ``OUT/rows/NAME.json`` finished rows, and
 ``OUT/predictions`` what the float model says, which is computed once.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantine.calibrate.segments import Calibration
-from quantine.comparison.points import FLOAT
+from quantine.comparison.short_forms import FLOAT
 from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
@@ -40,17 +40,22 @@ from quantine.runtime.load import load_model
 from quantine.source.locate import ModelSource, locate
 
 SETTINGS: Final = "settings.json"
+"""Name of the file of what all rows of a comparison have in common."""
 ROWS: Final = "rows"
+"""Name of the directory of finished rows."""
 MODELS: Final = "models"
+"""Name of the directory of quantized models."""
 PREDICTIONS: Final = "predictions"
+"""Name of the directory of what the float model predicts."""
 CONTEXT: Final = 128
-"""Tokens before those whose decoding is timed."""
+"""Number of tokens before those whose decoding is timed."""
 RUNS: Final = 5
+"""Number of times that decoding is timed."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What every row is measured on.
+    """The texts and tasks that every row is measured on.
 
     Attributes:
         texts, window, limit, tasks: see `quantine.eval.evaluate.evaluate`.
@@ -78,7 +83,7 @@ def compare(
     that was stopped goes on with the plan, even the decoder block, at which it stopped.
 
     Args:
-        plans: by name, see `quantine.comparison.points.plans_of`.
+        plans: by name, see `quantine.comparison.short_forms.plans_of`.
         calibration: for every plan that needs one.
         on_step: told what is done next.
 
@@ -140,7 +145,7 @@ def _open(out: Path, settings: dict[str, Any]) -> None:
 def _settings(
     source: ModelSource, calibration: Calibration, cut: dict[str, Tensor], tasks: Tasks | None
 ) -> dict[str, Any]:
-    """All that rows have in common, as plain values."""
+    """What all rows of a comparison have in common, as plain values."""
     path = Path(calibration.source)
     data = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
     return {
@@ -153,6 +158,11 @@ def _settings(
 
 
 def _finished(path: Path, plan: Plan | None) -> dict[str, Any] | None:
+    """The row in ``path``; ``None`` if there is none yet.
+
+    Raises:
+        ResumeMismatch: it is the row of another plan.
+    """
     if not path.is_file():
         return None
     row: dict[str, Any] = read_json(path)
@@ -200,6 +210,7 @@ def _row(
     measured: Measured,
     on_window: OnWindow,
 ) -> dict[str, Any]:
+    """Quantize ``model`` under ``plan``, or go on with it, and measure what comes out."""
     directory = out / MODELS / name
     forget_peak_memory()
     report = quantize(model, directory, plan, calibration, resume=directory.exists()).report
@@ -226,7 +237,7 @@ def _row(
 
 
 def _outlier_share(report: dict[str, Any]) -> float | None:
-    """Of the quantized weights; ``None`` where a scheme leaves all in 16 bit."""
+    """Share of the quantized weights that are outliers; ``None`` where no weight is quantized."""
     weights: int = report["totals"]["quantized_weights"]
     kept: int = sum(layer["outliers"] for layer in report["layers"])
     return kept / weights if weights else None

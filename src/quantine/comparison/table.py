@@ -1,4 +1,4 @@
-"""A comparison as Markdown, CSV and JSON."""
+"""The table of a comparison as Markdown, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantine.eval.compared import COMPARISON_STEM, Row, loss_of_quality
-from quantine.eval.score_text import number, recovery, with_error
+from quantine.eval.comparison_row import COMPARISON_STEM, Row, loss_of_quality
+from quantine.eval.score_text import measured_on, number, task_cells, text_cells, with_range
 from quantine.formats.shards import write_atomically
 
 
 def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Write ``OUT/comparison.md``, ``.csv`` and ``.json``; the paths."""
+    """Write ``OUT/comparison.md``, ``.csv`` and ``.json``, and return their paths."""
     files = {"md": markdown(rows), "csv": as_csv(rows), "json": as_json(rows)}
     for suffix, text in files.items():
         write_atomically(out / f"{COMPARISON_STEM}.{suffix}", text.encode())
@@ -40,7 +40,7 @@ def pareto_front(rows: Sequence[Row]) -> list[str]:
 
 
 def flat(row: Row) -> dict[str, Any]:
-    """One line of the CSV: every number under a name of its own."""
+    """Every number of a row under a name of its own, for a line of the CSV."""
     found = {key: row[key] for key in ("name", "bits_per_weight", "model_bytes", "outlier_share")}
     for name, text in row["texts"].items():
         for key in ("perplexity", "stderr", "recovery", "recovery_low", "recovery_high", "kl"):
@@ -54,7 +54,7 @@ def flat(row: Row) -> dict[str, Any]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Every number, a row each; an empty cell where there is none."""
+    """The rows as CSV, with every number; a cell is empty where there is none."""
     lines = [flat(row) for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
@@ -64,13 +64,13 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> str:
-    """The rows, with null for numbers that JSON does not have."""
+    """The rows and the names of the best as JSON, with null for numbers that JSON lacks."""
     finite = json.loads(json.dumps(list(rows)), parse_constant=lambda _: None)
     return json.dumps({"rows": finite, "pareto": pareto_front(rows)}, indent=2) + "\n"
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table for people, from small to large."""
+    """The rows as a Markdown table for people, from small to large, with a note below."""
     texts, tasks = list(rows[0]["texts"]), list(rows[0]["tasks"])
     heads = ["plan", "bits per weight", "MB"]
     heads += [f"{name} {kind}" for name in texts for kind in ("perplexity", "recovery", "KL")]
@@ -86,40 +86,28 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row, on_front: bool, texts: Sequence[str], tasks: Sequence[str]) -> list[str]:
-    # Rows that were made earlier may have texts in another order.
+    """The cells of a row; texts and tasks are in the order of the heads, which rows may lack."""
     cells = [f"**{row['name']}**" if on_front else row["name"]]
     cells += [f"{row['bits_per_weight']:.3f}", f"{row['model_bytes'] / 1e6:.1f}"]
-    for text in (row["texts"][name] for name in texts):
-        cells.append(with_error(text["perplexity"], text["stderr"], ".3f"))
-        cells.append(recovery(text))
-        cells.append(number(text["kl"], ".4f"))
-    for task in (row["tasks"][name] for name in tasks):
-        cells.append(with_error(task["score"], task["stderr"], ".1%"))
-    speed = row["tokens_per_second"]
-    cells.append(f"{speed['median']:.1f} ({speed['low']:.1f}-{speed['high']:.1f})")
+    for text in (text_cells(row["texts"][name]) for name in texts):
+        cells += [text.perplexity, text.recovery, text.plain_divergence]
+    cells += [task_cells(row["tasks"][name]).score for name in tasks]
+    cells.append(with_range(row["tokens_per_second"]))
     cells.append(number(row["seconds"], ".0f"))
     peak = row["peak_memory_bytes"]
     return [*cells, "" if peak is None else f"{peak / 1e9:.2f}"]
 
 
 def _line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
 def _notes(row: Row) -> str:
-    """What one needs to know to read the table."""
-    texts = "; ".join(
-        f"{name}: {text['windows']} windows of {text['window']} tokens"
-        for name, text in row["texts"].items()
-    )
-    tasks = "; ".join(
-        f"{name}: {task['questions']} questions, {task['fewshot']} examples each"
-        for name, task in row["tasks"].items()
-    )
-    scored = "; ".join(part for part in (texts, tasks) if part)
+    """The note below the table: what was measured, and what its columns mean."""
     return (
-        f"\n{scored}. ± is one standard error; recovery is the float model's perplexity over the "
-        "row's, with its 95% interval. Bold: no other row is both smaller and better. Bits are "
-        "counted from the files, over quantized weights; for `float`, over all. Seconds and peak "
-        "memory are those of quantizing.\n"
+        f"\n{measured_on(row['texts'], row['tasks'])}. ± is one standard error; recovery is the "
+        "float model's perplexity over the row's, with its 95% interval. Bold: no other row is "
+        "both smaller and better. Bits are counted from the files, over quantized weights; for "
+        "`float`, over all. Seconds and peak memory are those of quantizing.\n"
     )

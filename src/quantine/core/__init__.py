@@ -1,1 +1,1 @@
-"""Values that every method, format and kernel shares: specs, grids, packed bits, statistics."""
+"""Values that methods, formats and kernels share: requests (specs), grids, quantized matrices."""

@@ -1,4 +1,4 @@
-"""What is asked of activations, and the schemes of the literature by name."""
+"""`ActivationSpec`, which says how activations are to be quantized, and choices for its fields."""
 
 from __future__ import annotations
 
@@ -10,53 +10,71 @@ from quantine.core.spec import MAX_BITS, MIN_BITS, check_choice
 from quantine.errors import PlanError
 
 Granularity = Literal["cluster", "tensor", "token"]
+"""Name of a way to share grids between values, one of `GRANULARITIES`."""
 GRANULARITIES: Final[tuple[Granularity, ...]] = ("cluster", "tensor", "token")
-"""``"cluster"``: channels are reordered, each cluster of them has a static grid (RPTQ, arXiv
-2304.01089). ``"tensor"``: one static grid. ``"token"``: one grid for each token, found when it
-comes."""
+"""Values of `ActivationSpec.granularity`. ``"cluster"``: channels are reordered into clusters of
+alike ranges, and each cluster has a static grid (RPTQ, arXiv 2304.01089). ``"tensor"``: the whole
+tensor has one static grid. ``"token"``: each token gets its own grid, which is computed while the
+model runs. A static grid is found once, during calibration."""
 Range = Literal["search", "running", "minmax"]
+"""Name of a way to find the range of a static grid, one of `RANGES`."""
 RANGES: Final[tuple[Range, ...]] = ("search", "running", "minmax")
-"""How the range of a static grid is found. ``"minmax"``: everything the calibration text showed.
-``"running"``: the running average over its samples, with the wasted step of RPTQ's published code.
-``"search"``: of several ranges, site by site, the one that changes the block's output least."""
+"""Values of `ActivationSpec.range`: how calibration finds the range of a static grid. ``"minmax"``:
+from the smallest to the largest value in the calibration text. ``"running"``: a running average of
+that over the calibration samples, divided into ``2**bits`` steps instead of ``2**bits - 1`` as in
+RPTQ's published code. ``"search"``: several ranges are tried at each site, and the one that changes
+the block's output least is taken."""
 
 UNQUANTIZED: Final = 16
-"""Bits of a site whose values stay as they are."""
+"""Number of bits that stands for "not quantized" in an `ActivationSpec`."""
 SITES: Final = ("norm", "query", "key", "value", "attention", "hidden", "softmax")
-"""Where activations are rounded: see `ActivationSpec`."""
+"""Names of the places in a decoder block where activations are rounded, each explained in
+`ActivationSpec`."""
 REORDERS: Final = ("R1", "R2", "R3", "R4", "R5")
-"""The reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
+"""Names of the five channel reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
 FINE_BITS: Final = 8
-"""Bits from which on steps are so small that a search finds nothing: ranges get a margin."""
+"""Number of bits from which on a range is not searched for: steps are then so small that the search
+finds nothing better, and ranges get a margin instead."""
 SITES_WITH_FACTORS: Final = ("attention", "hidden")
-"""Sites whose tokens differ most in how loud they are: from `FINE_BITS` bits on, they have factors."""
+"""Sites at which the magnitudes of tokens differ most. At `FINE_BITS` bits or more, with range
+``"search"``, each token is divided by a factor of its own before it is rounded there."""
 PER_CHANNEL: Final = 256
-"""As many clusters as a head has channels, or more."""
+"""Number of clusters per attention head that gives every channel a grid of its own: at least the
+number of channels of a head."""
 DEFAULT_CLUSTERS: Final = (32, PER_CHANNEL, 4, 32, 32)
-"""Those of schemes that are not faithful: queries and keys meet channel by channel, no matrix
-reads them, so that more clusters cost nothing but their scales."""
+"""Default numbers of clusters for the reorders R1 to R5. Queries and keys (R2) have a grid per
+channel: they are multiplied channel by channel and no packed matrix reads them, so more clusters
+cost only their scales."""
 
 
 @dataclass(frozen=True)
 class ActivationSpec:
-    """A request for the activations of every decoder block; bits are 2 to 8, or 16 for none.
+    """How the activations of every decoder block are to be quantized.
+
+    A number of bits is 2 to 8, or 16 for a site that is not quantized.
 
     Attributes:
-        norm: bits of what norms put out, the inputs of q, k, v and of the first matrices of the
-            MLP.
-        query, key, value: bits of what attention works on.
+        norm: bits of the outputs of norms, which are the inputs of the q, k and v projections and
+            of the first matrices of the MLP.
+        query, key, value: bits of the queries, keys and values that attention computes with.
         attention: bits of the input of attention's output projection.
         hidden: bits of the input of the last matrix of the MLP.
         softmax: bits of attention probabilities, on a fixed grid from 0 to 1.
-        relative: what is rounded of probabilities is their ratio to the largest of a query;
-            otherwise they themselves are, as in RPTQ's published code.
-        granularity: see `GRANULARITIES`.
-        range: see `RANGES`.
-        clusters: of the reorders R1 to R5 (norm before attention; queries and keys; values; norm
-            before the MLP; hidden); those of R2 and R3 count for each head.
-        value_clusters: grids of values for each head; ``None`` for those of R3.
-        token_factors: inputs of matrices may be divided by a factor for each token before they meet
-            the grids of their clusters, see `quantine.kernels.integer.token_factors`.
+        relative: whether each attention probability is divided by the largest one of its query
+            before it is rounded. ``False`` rounds the probability itself, as RPTQ's published code
+            does.
+        granularity: which values share a grid, see `GRANULARITIES`.
+        range: how the range of a static grid is found, see `RANGES`.
+        clusters: numbers of clusters for the reorders R1 (norm before attention), R2 (queries and
+            keys), R3 (values), R4 (norm before the MLP) and R5 (hidden). For R2 and R3 they count
+            per head.
+        value_clusters: number of grids per head on which values are rounded for attention. ``None``
+            uses the clusters of R3.
+        token_factors: whether inputs of matrices may be divided by a factor per token before they
+            are rounded, see `quantine.kernels.integer.token_factors`.
+
+    Raises:
+        PlanError: a field has a value that is not allowed.
     """
 
     norm: int = UNQUANTIZED
@@ -103,30 +121,34 @@ class ActivationSpec:
 
     @property
     def reorders(self) -> bool:
-        """Whether channels are put in the order of their clusters."""
+        """Whether channels are reordered, so that those of one cluster are neighbours."""
         return self.granularity == "cluster"
 
     @property
     def searches(self) -> bool:
-        """Whether grids are searched for at some site."""
+        """Whether at least one site gets its grid from the search described at `RANGES`."""
         static = self.range == "search" and self.granularity != "token"
         sites = [site for site in SITES if site != "softmax"]
         return static and any(getattr(self, site) < FINE_BITS for site in sites)
 
     def clusters_of(self, kind: str) -> int:
-        """Clusters of a reorder in `REORDERS`; one, where nothing is reordered."""
+        """Number of clusters of reorder ``kind`` in `REORDERS`; 1 where nothing is reordered."""
         return self.clusters[REORDERS.index(kind)] if self.reorders else 1
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; `activations_from` inverts it."""
+        """The fields as plain values that JSON can hold; `activations_from` turns them back."""
         return {**dataclasses.asdict(self), "clusters": list(self.clusters)}
 
 
 def activations_from(value: Any, where: str) -> ActivationSpec:
-    """A request from plain values.
+    """Build an `ActivationSpec` from plain values, such as those read from a plan file.
+
+    Args:
+        value: a mapping from field names of `ActivationSpec` to their values.
+        where: the place of ``value`` in the plan, named in errors.
 
     Raises:
-        PlanError: says what is wrong and ``where``.
+        PlanError: an unknown key, or a value that is not allowed.
     """
     names = [field.name for field in dataclasses.fields(ActivationSpec)]
     if not isinstance(value, dict) or (set(value) - set(names)):

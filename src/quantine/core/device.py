@@ -1,17 +1,22 @@
-"""Devices by name."""
+"""Look up a PyTorch device by name, with an error that says what to do if it is missing."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import torch
 
 from quantine.errors import BackendUnavailable
+
+CPU: Final = torch.device("cpu")
+"""The device that everything is on unless a caller asks for another one."""
 
 
 def device_named(name: str | torch.device) -> torch.device:
     """The device that PyTorch calls ``name``, such as ``cpu`` or ``cuda:1``.
 
     Raises:
-        BackendUnavailable: there is none here.
+        BackendUnavailable: this machine, or the installed PyTorch, has no such device.
     """
     try:
         return torch.empty(0, device=torch.device(name)).device

@@ -2,11 +2,11 @@
 
 | rule | what it is for |
 |---|---|
-| `fit_whole` | weights: zero is on the grid, the zero point a whole number in the code range |
-| `fit_fractional` | weights, as SpQR's published code has them: the zero point is a fraction |
+| `fit_whole` | weights: zero is on the grid, the zero point is an integer in the code range |
+| `fit_fractional` | weights, as in SpQR's published code: the zero point is a fraction |
 | `fit_statistic` | scales and zero points themselves, on a second grid stored in float16 |
-| `fit_activations` | activations: the zero point is a whole number of any size |
-| `fit_activations_as_published` | activations, as RPTQ's published code has them |
+| `fit_activations` | activations: the zero point is an integer of any size |
+| `fit_activations_as_published` | activations, as in RPTQ's published code |
 """
 
 from __future__ import annotations
@@ -20,32 +20,36 @@ from quantine.core.grid import Grid, Statistic, encode, grouped
 from quantine.errors import SolverError
 
 SMALLEST_SCALE: Final = 2.0**-24
-"""Smallest positive float16; a scale never rounds down to zero."""
+"""Smallest positive float16, so that a scale never rounds down to zero."""
 LARGEST_SCALE: Final = 65504.0
-"""Largest finite float16."""
+"""Largest finite float16, and thus the largest scale that can be stored."""
 SMALLEST_NORMAL: Final = 2.0**-14
-"""Smallest float16 with full precision."""
+"""Smallest normal float16: smaller ones have fewer significant bits."""
 SMALLEST_SHARE: Final = 2.0**-15
-"""Smallest step of a second grid, as a share of its values' magnitude."""
+"""Smallest step of a second grid, as a share of the largest magnitude on it. A smaller step would
+need a zero point too large for float16."""
 NARROW: Final = 2.0**-10
-"""A range below this share of its values' magnitude is stored as one float16 value."""
+"""Width of a range, as a share of its largest magnitude, up to which all its values are stored as
+one: float16 could not tell its ends apart."""
 SMALLEST_ACTIVATION_SCALE: Final = 1e-8
-"""Least scale of activations: a channel that only ever had one value still has a grid."""
+"""Smallest scale of activations, so that a channel with only one value in calibration still has a
+grid."""
 SMALLEST_PUBLISHED_SCALE: Final = 1e-4
-"""Least scale of activations in RPTQ's published code."""
+"""Smallest scale of activations in RPTQ's published code."""
 
 
 def fit_whole(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scale and whole zero point of the grid that covers ``[min(low, 0), max(high, 0)]``.
+    """Scale and integer zero point of the grid that covers ``[min(low, 0), max(high, 0)]``.
 
     Args:
-        low, high: float32 of one shape, the ends of each group's range.
-        bits: bits of a code.
-        sym: the zero point is the middle code.
+        low, high: ends of each group's range, float32 of one shape.
+        bits: number of bits of one code, 2 to 8.
+        sym: whether the grid is symmetric: its zero point is then the middle code,
+            ``2**(bits - 1)``.
 
     Returns:
-        ``(scale, zero)`` float32 of that shape: scales exactly representable in float16, zeros
-        whole numbers in the code range.
+        ``(scale, zero)``, float32 of that shape. Scales are exactly representable in float16, zero
+        points are integers in ``[0, 2**bits - 1]``.
 
     Raises:
         SolverError: a scale is not finite in float16.
@@ -61,16 +65,22 @@ def fit_whole(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, 
 
 
 def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of the grid from ``low`` to ``high``, as in SpQR's published code.
+    """Scale and fractional zero point of the grid from ``low`` to ``high``, as in SpQR's code.
 
-    Two ranges differ from it. One whose distance from zero is at least ``farthest`` times its
-    width is extended to zero: rounding a large zero point, or the scale it is multiplied with,
-    would cost more than the whole width. That includes ranges of one value, which loses nothing.
-    And no scale is below the smallest float16.
+    Two cases differ from the published code. A range whose distance from zero is at least
+    ``farthest`` times its width is extended to zero: rounding a large zero point, or the scale it
+    is multiplied with, would cost more than the whole width. That includes ranges of one value,
+    which loses nothing. And no scale is below the smallest float16.
+
+    Args:
+        low, high: ends of each group's range, float32 of one shape.
+        bits: number of bits of one code, 2 to 8.
+        farthest: distance from zero, in widths of the range, from which on a range is extended to
+            zero.
 
     Returns:
-        ``(scale, zero)`` float32, not rounded; decoding ``0`` gives ``low``, the top code
-        ``high``.
+        ``(scale, zero)``, float32 of that shape, not rounded. Code 0 decodes to ``low``, code
+        ``2**bits - 1`` to ``high``.
     """
     distant = high - low <= torch.maximum(low.abs(), high.abs()) / farthest
     low = torch.where(distant, low.clamp(max=0), low)
@@ -80,12 +90,16 @@ def fit_fractional(low: Tensor, high: Tensor, bits: int, farthest: float) -> tup
 
 
 def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
-    """``values`` ``[groups, lines]`` float32 on a second grid from min to max.
+    """Put scales or zero points on second grids that reach from their minimum to their maximum.
 
     Args:
-        values: scales, or zero points.
-        bits: bits of their codes.
-        group_size: consecutive lines that share a second grid; the last run may be shorter.
+        values: the scales, or the zero points, ``[groups, lines]`` float32.
+        bits: number of bits of one code of a scale or zero point, 2 to 8.
+        group_size: number of consecutive lines that share a second grid; the last run may be
+            shorter.
+
+    Returns:
+        The codes of ``values`` and their second grids, whose steps and zero points are float16.
 
     Raises:
         SolverError: a value or its range is not finite in float16.
@@ -98,7 +112,7 @@ def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
     least = (reach * SMALLEST_SHARE).clamp_(min=SMALLEST_SCALE)
     step = _half_above(torch.maximum(_step(low, high, bits), least))
     zero = finite_half(-low / step)
-    # Too narrow for float16 to tell its ends apart: one value, as the step from a zero at -1.
+    # Float16 cannot tell the ends apart: code 0 then decodes to the one value, step * (0 - -1).
     single = (high - low <= NARROW * reach) & (reach >= SMALLEST_SCALE)
     step = torch.where(single, finite_half(low), step)
     zero = zero.masked_fill_(single, -1.0)
@@ -108,36 +122,47 @@ def fit_statistic(values: Tensor, bits: int, group_size: int) -> Statistic:
 
 
 def fit_activations(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and whole zero point, of any size, of the grid from ``low`` to ``high``.
+    """Scale and zero point of the grid from ``low`` to ``high``, for activations.
 
     Args:
-        low, high: float32 of one shape.
-        bits: bits of a code.
+        low, high: ends of each range, float32 of one shape.
+        bits: number of bits of one code, 2 to 8.
 
     Returns:
-        ``(scale, zero)`` float32 of that shape.
+        ``(scale, zero)``, float32 of that shape. Zero points are integers of any size, also outside
+        of the code range.
     """
     scale = _step(low, high, bits).clamp_(min=SMALLEST_ACTIVATION_SCALE)
     return scale, (-low / scale).round_()
 
 
 def fit_activations_around_zero(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """`fit_activations` of a range that is extended to zero where it does not hold it."""
+    """Like `fit_activations`, but a range that does not contain zero is first extended to it."""
     return fit_activations(low.clamp(max=0), high.clamp(min=0), bits)
 
 
 def fit_activations_as_published(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point as RPTQ's published code has them; a step of the range is wasted."""
+    """Scale and integer zero point of activations, computed as in RPTQ's published code.
+
+    The range is divided into ``2**bits`` steps although codes have only ``2**bits - 1``, so one
+    step of the range is lost. Arguments and result are those of `fit_activations`.
+    """
     scale = ((high - low) / 2**bits).clamp_(min=SMALLEST_PUBLISHED_SCALE)
     zero = (-(high + low) / (2 * scale)).round_() + 2 ** (bits - 1)
     return scale, zero
 
 
 def to_float16(scale: Tensor) -> Tensor:
-    """Positive ``scale`` rounded to float16 values, in float32.
+    """Round positive scales to the nearest float16 value, at least `SMALLEST_SCALE`.
+
+    Args:
+        scale: float32, of any shape.
+
+    Returns:
+        Float32 of that shape, with values that float16 represents exactly.
 
     Raises:
-        SolverError: one is too large.
+        SolverError: a scale is larger than `LARGEST_SCALE`, or not a number.
     """
     if not bool((scale <= LARGEST_SCALE).all()):
         raise SolverError(
@@ -148,10 +173,16 @@ def to_float16(scale: Tensor) -> Tensor:
 
 
 def finite_half(values: Tensor) -> Tensor:
-    """``values`` of any sign rounded to float16, in float32.
+    """Round values of any sign to the nearest float16 value.
+
+    Args:
+        values: float32, of any shape.
+
+    Returns:
+        Float32 of that shape, with values that float16 represents exactly.
 
     Raises:
-        SolverError: one is too large.
+        SolverError: a value is too large for float16.
     """
     rounded = values.half().float()
     if not bool(torch.isfinite(rounded).all()):
@@ -163,12 +194,15 @@ def finite_half(values: Tensor) -> Tensor:
 
 
 def _step(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """The distance of neighbouring values of a grid whose ends are ``low`` and ``high``."""
+    """The distance between neighbouring values of a grid that reaches from ``low`` to ``high``."""
     step: Tensor = (high - low) / (2**bits - 1)
     return step
 
 
 def _half_above(step: Tensor) -> Tensor:
-    """Positive ``step`` rounded to float16, in float32: not down where float16 is coarse."""
+    """Positive ``step`` rounded to a float16 value, in float32.
+
+    Below `SMALLEST_NORMAL`, where float16 is coarse, it is rounded up.
+    """
     subnormal = (step / SMALLEST_SCALE).ceil_().mul_(SMALLEST_SCALE)
     return torch.where(step < SMALLEST_NORMAL, subnormal, finite_half(step))

@@ -4,12 +4,13 @@ A group of values is stored as integer codes ``q`` in ``[0, 2**bits - 1]`` and d
 ``scale * (q - zero_point)``. Some choices are deliberate:
 
 * Zero points are by default *integers in the code range*. Zero is then always on the grid, so the
-  many weights near zero keep their sign and lose nothing to an offset. Fractional ones exist for
-  what has no special zero: SpQR's published variant, and the statistics of a grid.
-* A scale is rounded to what is stored *before* codes are chosen, so that codes are nearest to what
-  will really be decoded.
+  many weights near zero keep their sign and lose nothing to an offset. Fractional zero points exist
+  for values to which zero is nothing special: SpQR's published variant, and scales and zero points
+  themselves.
+* A scale is rounded to what is stored *before* codes are chosen, so that each code is the nearest
+  to what will really be decoded.
 * Decoding is one subtraction and one multiplication in float32, each rounded once, so every device
-  decodes the same numbers. With a float16 scale and a whole zero point it is even exact.
+  decodes the same numbers. With a float16 scale and an integer zero point it is even exact.
 
 Scales and zero points may be stored as codes themselves: a `Statistic` is a matrix of them on a
 second grid (SpQR, arXiv 2306.03078, section 4.2).
@@ -27,16 +28,20 @@ from quantine.core.spec import GroupAxis
 
 @dataclass(frozen=True)
 class Grid:
-    """A fitted affine map over groups of ``group_size`` consecutive weights of a line.
+    """Scales and zero points of a matrix, one of each per group of consecutive weights of a line.
+
+    A line is a row of the matrix, or a column where groups run along outputs.
 
     Attributes:
-        scale: ``[lines, groups]``: float16, positive in a weight's grid; or a `Statistic`.
-        zero_point: ``[lines, groups]``: uint8 in the code range, or float16, or a `Statistic`;
+        scale: ``[lines, groups]``: float16, positive in the grid of a weight; or a `Statistic`.
+        zero_point: ``[lines, groups]``: uint8 in the code range, float16, or a `Statistic`.
             ``None`` for a symmetric grid, whose zero point is ``2**(bits - 1)`` everywhere.
-        bits: bits of a code.
-        group_size: weights per group, positive; the last group may be shorter.
-        axis: lines are rows (``"in"``) or columns (``"out"``), see `QuantSpec`.
-        sizes: weights of each group, where they differ; ``group_size`` then means nothing.
+        bits: number of bits of one code, 2 to 8.
+        group_size: number of weights per group, positive; the last group may be shorter.
+        axis: ``"in"`` where lines are rows, ``"out"`` where they are columns, as
+            `quantine.core.spec.QuantSpec.group_axis`.
+        sizes: number of weights of each group, where groups differ in size; ``group_size`` is then
+            not used. Empty otherwise.
     """
 
     scale: Tensor | Statistic
@@ -47,24 +52,24 @@ class Grid:
     sizes: tuple[int, ...] = ()
 
     def scales(self) -> Tensor:
-        """Scales as float32 ``[lines, groups]``."""
+        """The scales, decoded if they are stored as codes, as float32 ``[lines, groups]``."""
         return _values(self.scale)
 
     def zeros(self) -> Tensor:
-        """Zero points as float32 ``[lines, groups]``, symmetric grids included."""
+        """The zero points as float32 ``[lines, groups]``, also those a symmetric grid implies."""
         if self.zero_point is None:
             return torch.full_like(self.scales(), 2 ** (self.bits - 1))
         return _values(self.zero_point)
 
     def lengths(self, length: int) -> tuple[int, ...]:
-        """Weights of each group of a line of ``length``."""
+        """Number of weights of each group of a line of ``length`` weights."""
         if self.sizes:
             return self.sizes
         starts = range(0, length, self.group_size)
         return tuple(min(self.group_size, length - start) for start in starts)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Nearest codes of ``x`` ``[rows, columns]`` float, as uint8 of the same shape."""
+        """Round ``x`` ``[rows, columns]`` float to its nearest codes, uint8 of the same shape."""
         if self.sizes:
             scale, zero = self._of_weights(self.scales()), self._of_weights(self.zeros())
             return encode(x, scale, zero, self.bits).to(torch.uint8)
@@ -74,7 +79,7 @@ class Grid:
         return self._lines(codes.to(torch.uint8).flatten(1)[:, : lines.shape[1]])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Values of ``codes`` ``[rows, columns]`` uint8, as float32 of the same shape."""
+        """The values of ``codes`` ``[rows, columns]`` uint8, as float32 of the same shape."""
         if self.sizes:
             return decode(codes, self._of_weights(self.scales()), self._of_weights(self.zeros()))
         lines = self._lines(codes)
@@ -83,9 +88,13 @@ class Grid:
         return self._lines(values.flatten(1)[:, : lines.shape[1]])
 
     def rows(self, chosen: Tensor) -> Grid:
-        """The grid of the rows at int64 indices ``chosen``, with float32 statistics.
+        """The grid of some rows of the matrix, with scales and zero points in float32.
 
-        Where lines are columns, rows of any order form no groups: each is a group of its own.
+        Where lines are columns, the chosen rows need not be neighbours and so form no groups: each
+        row becomes a group of its own.
+
+        Args:
+            chosen: int64 indices of the rows.
         """
         if self.axis == "in":
             zero = None if self.zero_point is None else self.zeros()[chosen]
@@ -96,49 +105,49 @@ class Grid:
         return Grid(self.scales()[:, groups], zero, self.bits, 1, "out")
 
     def _of_weights(self, statistic: Tensor) -> Tensor:
-        """A statistic ``[lines, groups]`` for each weight ``[lines, columns]``."""
+        """Repeat scales or zeros ``[lines, groups]`` for each weight, ``[lines, columns]``."""
         sizes = torch.tensor(self.sizes, device=statistic.device)
         return statistic.repeat_interleave(sizes, 1)
 
     def _lines(self, x: Tensor) -> Tensor:
-        """A matrix as its lines, or lines as their matrix."""
+        """Turn a matrix into its lines, or lines into their matrix: a transpose for ``"out"``."""
         return x if self.axis == "in" else x.T
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """A matrix ``[lines, groups]`` of scales or zero points, stored as codes of a second grid.
+    """The scales, or the zero points, of a matrix, stored as codes of second grids.
 
     Attributes:
-        codes: ``[groups, lines]`` uint8: transposed, for the values of neighbouring lines in one
-            group are alike.
-        grid: over runs of lines, with float16 zero points.
+        codes: ``[groups, lines]`` uint8. They are transposed because the statistics of one group in
+            neighbouring lines are alike, and share a second grid.
+        grid: the second grids, over runs of consecutive lines, with float16 zero points.
     """
 
     codes: Tensor
     grid: Grid
 
     def values(self) -> Tensor:
-        """The statistics as float32 ``[lines, groups]``."""
+        """The decoded scales or zero points as float32 ``[lines, groups]``."""
         return self.grid.decode(self.codes).T
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """The nearest codes of ``x`` on a grid: the rounding of the whole project.
+    """The nearest codes of ``x`` on a grid: the rounding that the whole project uses.
 
     Args:
-        x: floats.
-        scale, zero: of one shape, to which the shape of ``x`` broadcasts; scales are not zero.
-        bits: bits of a code.
+        x: floats to be rounded.
+        scale, zero: of one shape that broadcasts with ``x``; scales must not be zero.
+        bits: number of bits of one code, 2 to 8.
 
     Returns:
-        Whole numbers from 0 to ``2**bits - 1``, in the dtype of ``x``.
+        Integers from 0 to ``2**bits - 1``, in the dtype of ``x``.
     """
     return torch.div(x, scale).add_(zero).round_().clamp_(0, 2**bits - 1)
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """What ``codes`` stand for: ``scale * (codes - zero)``, float32; shapes broadcast."""
+    """The values of ``codes``: ``scale * (codes - zero)`` in float32; shapes broadcast."""
     return (codes.float() - zero).mul_(scale)
 
 
@@ -147,9 +156,13 @@ def _values(stored: Tensor | Statistic) -> Tensor:
 
 
 def grouped(x: Tensor, group_size: int, fill_last: bool = False) -> Tensor:
-    """``x`` ``[rows, columns]`` as ``[rows, groups, group_size]``, padded to whole groups.
+    """Split the rows of ``x`` ``[rows, columns]`` into groups: ``[rows, groups, group_size]``.
+
+    A last group that is not full is padded.
 
     Args:
+        x: a matrix of any dtype.
+        group_size: number of columns per group.
         fill_last: pad with the last value of each row instead of zeros.
     """
     missing = -x.shape[1] % group_size

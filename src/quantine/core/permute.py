@@ -1,4 +1,4 @@
-"""Orders of a matrix's inputs."""
+"""Orders of a matrix's inputs: in which order they are solved, and how an order is inverted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from torch import Tensor
 
 
 def input_order(strength: Tensor, act_order: bool, group_size: int | None = None) -> Tensor:
-    """The order in which error feedback rounds inputs.
+    """The order in which error feedback rounds the inputs of a matrix (act-order).
 
     Args:
-        strength: ``[in]`` second moment of each input, the Hessian's diagonal.
-        act_order: strongest input first; else the given order.
-        group_size: keeps runs of this many consecutive inputs together: runs are ordered by their
-            mean strength, and inputs within each. ``None`` orders inputs freely.
+        strength: ``[in]`` float, second moment of each input: the diagonal of the Hessian.
+        act_order: whether inputs with the largest second moment come first; otherwise they keep
+            their order.
+        group_size: number of consecutive inputs that stay together, in act-order: groups are
+            ordered by their mean strength, and inputs within each group by their own. ``None``
+            orders inputs freely.
 
     Returns:
         ``[in]`` int64: position ``j`` is input ``order[j]``.
@@ -30,19 +32,23 @@ def input_order(strength: Tensor, act_order: bool, group_size: int | None = None
 
 
 def inverse(order: Tensor) -> Tensor:
-    """Where ``order`` puts each input: ``inverse(order)[order[j]] == j``."""
+    """The position that ``order`` gives each input: ``inverse(order)[order[j]] == j``."""
     result = torch.empty_like(order)
     result[order] = torch.arange(len(order), device=order.device)
     return result
 
 
 def order_within_heads(order: Tensor, heads: int, copies: int) -> Tensor:
-    """An order of channels that stay in their heads, for channels of which each head has copies.
+    """Extend an order of channels within attention heads to repeated heads.
+
+    With grouped-query attention, each key and value head serves several query heads, so the input
+    of the output projection has several heads for each one that ``order`` knows.
 
     Args:
-        order: ``[channels]`` int64, see `quantine.rptq.clusters.Clusters.order`.
-        heads: heads that ``order`` consists of.
-        copies: heads that take the place of each, one after another.
+        order: ``[channels]`` int64 that keeps channels in their heads, see
+            `quantine.rptq.clusters.Clusters.order`.
+        heads: number of heads in ``order``.
+        copies: number of consecutive heads that take the place of each.
 
     Returns:
         ``[channels * copies]`` int64.

@@ -1,4 +1,4 @@
-"""Memory of this process: how much it took at most, and giving back what was freed."""
+"""Memory of this process: its peak, and how freed memory is reused and returned."""
 
 from __future__ import annotations
 
@@ -12,28 +12,34 @@ if TYPE_CHECKING:
     pass
 
 STATUS: Final = Path("/proc/self/status")
+"""File in which Linux tells about this process, its peak memory included."""
 
 
 M_TRIM_THRESHOLD: Final = -1
+"""Number of glibc's ``mallopt`` option for the free memory that stays at the end of the heap."""
 
 
 RESET: Final = Path("/proc/self/clear_refs")
+"""File through which Linux resets the peak memory of this process."""
 
 
 M_MMAP_THRESHOLD: Final = -3
+"""Number of glibc's ``mallopt`` option for the size from which on an allocation gets pages of its
+own."""
 
 
 LARGE_TENSOR: Final = 2**25
-"""Bytes; the largest limit that glibc takes."""
+"""Size in bytes from which on an allocation still gets pages of its own: the largest limit that
+glibc takes."""
 
 
 KEPT_FREE: Final = 2**28
-"""Freed bytes at the end of the heap that stay until `return_freed_memory`."""
+"""Bytes of freed memory that stay at the end of the heap until `return_freed_memory` is called."""
 
 
 def peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    # What getrusage says of a new process includes the one that started it.
+    """The largest resident memory of this process so far, in bytes."""
+    # The peak that getrusage gives a new process includes that of the process that started it.
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     for line in lines:
         if line.startswith("VmHWM:"):
@@ -43,16 +49,16 @@ def peak_memory() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Let `peak_memory` count from now on, where the system can (Linux)."""
+    """Make `peak_memory` start again from the memory used now, where the system can (Linux)."""
     if RESET.exists():
         RESET.write_text("5")
 
 
 def reuse_freed_memory() -> None:
-    """Let tensors take the memory of those that were freed before.
+    """Make new tensors reuse the memory of freed ones; does something with glibc only.
 
-    Without it each one of some megabytes gets fresh pages from the system, which takes longer than
-    most of what is computed on them.
+    Otherwise each tensor of some megabytes gets fresh pages from the system, which takes longer
+    than most of what is computed on it.
     """
     if _has_glibc():
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_TENSOR)
@@ -60,9 +66,10 @@ def reuse_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, also from between what is still used.
+    """Give freed memory back to the system, also from gaps in the heap; with glibc only.
 
-    The heap fragments: without it a run's memory would grow from block to block.
+    The heap fragments: without it a run's memory would grow from block to block. glibc before 2.39
+    (its bug 30723) often cannot give the place of a freed tensor to the next one of that size.
     """
     if _has_glibc():
         ctypes.CDLL(None).malloc_trim(0)

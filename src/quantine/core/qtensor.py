@@ -1,4 +1,4 @@
-"""The result of every solver."""
+"""The quantized matrix that every solver returns."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ class QTensor:
 
     Attributes:
         codes: ``[out, in]`` uint8, columns in stored order.
-        grid: scales and zero points over groups of stored columns.
-        in_perm: ``[in]`` int64 or ``None``: stored column ``j`` belongs to input ``in_perm[j]``.
-        outliers: values that *replace* decoded codes, columns in stored order; or ``None``.
+        grid: scales and zero points, over groups of stored columns or of rows.
+        in_perm: ``[in]`` int64: stored column ``j`` belongs to input ``in_perm[j]``. ``None`` where
+            columns are stored in input order.
+        outliers: values that *replace* decoded codes, columns in stored order; ``None`` without
+            outliers.
     """
 
     codes: Tensor
@@ -28,7 +30,7 @@ class QTensor:
     outliers: Csr | None = None
 
     def dequantize(self) -> Tensor:
-        """The matrix ``[out, in]`` in float32, columns in input order."""
+        """Decode the matrix, outliers included: ``[out, in]`` float32, columns in input order."""
         stored = self.grid.decode(self.codes)
         if self.outliers is not None:
             self.outliers.replace_in(stored)

@@ -1,4 +1,4 @@
-"""Sparse matrices of outliers: weights that are kept in 16 bit."""
+"""Sparse matrices that hold outliers: the weights that are kept in 16 bit."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Csr:
-    """Compressed sparse rows; columns ascend within a row.
+    """A sparse matrix in compressed rows (CSR); column indices ascend within a row.
 
     Attributes:
-        row_offsets: ``[rows + 1]`` int64: row ``r`` has entries ``row_offsets[r]`` up to, and
-            without, ``row_offsets[r + 1]``.
-        columns: ``[entries]`` int64.
-        values: ``[entries]`` float16, as solvers give them; or float32, where a layout stores
-            float16 differences from what codes decode to, whose sums need more digits.
+        row_offsets: ``[rows + 1]`` int64: the entries of row ``r`` are numbers ``row_offsets[r]``
+            to ``row_offsets[r + 1] - 1``.
+        columns: ``[entries]`` int64, the column of each entry.
+        values: ``[entries]`` float16, as solvers give them. Float32 where a layout stores outliers
+            as float16 differences from the decoded codes: their sums need more digits.
         shape: ``(rows, columns)`` of the matrix.
     """
 
@@ -28,7 +28,7 @@ class Csr:
 
     @classmethod
     def where(cls, mask: Tensor, values: Tensor) -> Csr:
-        """The ``values`` ``[rows, columns]`` float at the places that bool ``mask`` marks."""
+        """The entries of ``values`` ``[rows, columns]`` float where the bool ``mask`` is true."""
         rows, columns = mask.nonzero(as_tuple=True)
         return cls.of_entries(rows, columns, values[mask], (mask.shape[0], mask.shape[1]))
 
@@ -36,12 +36,12 @@ class Csr:
     def of_entries(
         cls, rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]
     ) -> Csr:
-        """Entries in any order.
+        """A sparse matrix from its entries in any order; values are rounded to float16.
 
         Args:
-            rows, columns: ``[entries]`` int64, no place twice.
+            rows, columns: place of each entry, ``[entries]`` int64, no place twice.
             values: ``[entries]`` float.
-            shape: of the matrix.
+            shape: ``(rows, columns)`` of the matrix.
         """
         order = (rows * shape[1] + columns).argsort()
         offsets = rows.new_zeros(shape[0] + 1)
@@ -50,7 +50,7 @@ class Csr:
 
     @property
     def entries(self) -> int:
-        """Number of stored values."""
+        """Number of stored entries."""
         return len(self.values)
 
     def row_indices(self) -> Tensor:
@@ -59,7 +59,7 @@ class Csr:
         return torch.repeat_interleave(numbers, self.row_offsets.diff())
 
     def rows(self, chosen: Tensor) -> Csr:
-        """The rows at int64 indices ``chosen``."""
+        """The sparse matrix of the rows at the int64 indices ``chosen``, in that order."""
         counts = self.row_offsets.diff()[chosen]
         offsets = counts.new_zeros(len(chosen) + 1)
         torch.cumsum(counts, 0, out=offsets[1:])
@@ -69,5 +69,5 @@ class Csr:
         return Csr(offsets, self.columns[picked], self.values[picked], shape)
 
     def replace_in(self, dense: Tensor) -> None:
-        """Put the values in place of those of ``dense`` ``[rows, columns]`` float32."""
+        """Overwrite the places of the entries in ``dense`` ``[rows, columns]`` float32."""
         dense[self.row_indices(), self.columns] = self.values.to(dense.dtype)

@@ -1,4 +1,4 @@
-"""What is asked of one weight matrix."""
+"""`QuantSpec`, which says on what grid one weight matrix is to be quantized."""
 
 from __future__ import annotations
 
@@ -9,44 +9,53 @@ from typing import Final, Literal
 from quantine.errors import PlanError
 
 GroupAxis = Literal["in", "out"]
+"""Name of an axis along which groups extend, one of `GROUP_AXES`."""
 GROUP_AXES: Final[tuple[GroupAxis, ...]] = ("in", "out")
-"""The axis of a matrix ``[out, in]`` that groups run along."""
+"""Values of `QuantSpec.group_axis`: the axis of a matrix ``[out, in]`` along which a group
+extends."""
 
 MIN_BITS: Final = 2
+"""Smallest number of bits of one code."""
 MAX_BITS: Final = 8
+"""Largest number of bits of one code; codes are handled as uint8."""
 FLOAT16: Final = 16
-"""Bits of a scale or a zero point that is stored as it is."""
+"""Number of bits that stands for a scale or zero point stored in float16 instead of as a code."""
 WHOLE_ROW: Final = -1
-"""A group of a whole line, or a second grid of the statistics of all lines."""
+"""Size that stands for "all": a group of the whole line, or one second grid for the statistics of
+all lines."""
 CLUSTERS: Final = 0
-"""Groups are the clusters of the inputs' channels (RPTQ, arXiv 2304.01089)."""
+"""Group size that stands for groups as large as the clusters of the matrix's input channels (RPTQ,
+arXiv 2304.01089)."""
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """A request for one weight ``[out, in]``.
+    """The grid on which one weight matrix ``[out, in]`` is to be quantized.
 
     Groups lie within the matrix's *lines*: its rows, or its columns where groups run along outputs
-    (per input channel: AdaDim, arXiv 2309.15531). A grid of columns is that of the rows of the
+    (per input channel: AdaDim, arXiv 2309.15531). A grid over columns is that over the rows of the
     transposed matrix.
 
     Attributes:
-        bits: bits of one code, 2 to 8.
-        group_size: consecutive weights of one line that share a scale and a zero point; -1 means
-            the whole line (per channel); 0 the clusters of the matrix's inputs.
-        sym: symmetric grid: the zero point is the middle code and is not stored.
-        scale_bits: 16 stores scales in float16; 2 to 8 store them as codes of a second grid
-            (SpQR, arXiv 2306.03078, section 4.2).
-        zero_bits: 0 means whole-number zero points in the code range, of ``bits`` bits. Else zero
-            points may be fractions and lie anywhere: 16 stores them in float16, 2 to 8 as codes
-            of a second grid.
-        stat_group_size: consecutive lines whose scales (and whose zero points), for groups at one
-            place in their lines, share a second grid; the last run may be shorter. -1 means all
-            lines.
+        bits: number of bits of one code, 2 to 8.
+        group_size: number of consecutive weights of one line that share a scale and a zero point.
+            -1 means the whole line (per channel), 0 the clusters of the matrix's inputs.
+        sym: whether the grid is symmetric: the zero point is the middle code and is not stored.
+        scale_bits: 16 stores scales in float16; 2 to 8 stores them as codes of that many bits on a
+            second grid (SpQR, arXiv 2306.03078, section 4.2).
+        zero_bits: 0 means integer zero points in the code range, stored in ``bits`` bits. Otherwise
+            zero points may be fractions and lie anywhere: 16 stores them in float16, 2 to 8 as
+            codes of a second grid.
+        stat_group_size: number of consecutive lines whose scales (and whose zero points), for
+            groups at the same place in their lines, share a second grid; the last run may be
+            shorter. -1 means all lines.
         group_axis: ``"in"``: lines are rows, a group holds inputs of one output. ``"out"``: lines
             are columns, a group holds outputs of one input.
-        cluster_sizes: inputs of each cluster, where groups are clusters; empty until they are
-            known.
+        cluster_sizes: number of inputs of each cluster, where groups are clusters; empty until they
+            are known.
+
+    Raises:
+        PlanError: a field has a value that is not allowed, or fields exclude each other.
     """
 
     bits: int = 4
@@ -91,47 +100,47 @@ class QuantSpec:
 
     @property
     def clustered(self) -> bool:
-        """Whether groups are clusters of inputs."""
+        """Whether groups are the clusters of the matrix's inputs."""
         return self.group_size == CLUSTERS
 
     @property
     def second_level(self) -> bool:
-        """Whether scales or zero points are stored as codes."""
+        """Whether scales or zero points are stored as codes of a second grid."""
         return MIN_BITS <= self.scale_bits <= MAX_BITS or MIN_BITS <= self.zero_bits <= MAX_BITS
 
     def lines(self, out_features: int, in_features: int) -> tuple[int, int]:
-        """Number and length of the lines of a matrix of that shape."""
+        """Number and length of the lines of a matrix ``[out_features, in_features]``."""
         along_inputs = self.group_axis == "in"
         return (out_features, in_features) if along_inputs else (in_features, out_features)
 
     def groups(self, length: int) -> int:
-        """Groups in a line of that ``length``."""
+        """Number of groups in a line of ``length`` weights."""
         return len(self.cluster_sizes) or length // self.group_length(length)
 
     def group_length(self, length: int) -> int:
-        """Weights per group of lines of that ``length``; 0 where groups are clusters."""
+        """Number of weights per group of a line of ``length``; 0 where groups are clusters."""
         return length if self.group_size == WHOLE_ROW else self.group_size
 
     def stat_group_length(self, lines: int) -> int:
-        """Lines per second-level group of a matrix with so many ``lines``."""
+        """Number of lines that share a second grid, in a matrix of ``lines`` lines."""
         return lines if self.stat_group_size == WHOLE_ROW else self.stat_group_size
 
     def divides(self, length: int) -> bool:
-        """Whether groups tile a line of that ``length`` exactly."""
+        """Whether a line of ``length`` weights consists of whole groups; true for clusters."""
         return self.clustered or length % self.group_length(length) == 0
 
 
 def nearest_group_sizes(length: int, group_size: int, count: int = 3) -> list[int]:
-    """The ``count`` divisors of ``length`` nearest to ``group_size``, ascending."""
+    """The ``count`` divisors of ``length`` nearest to ``group_size``, in ascending order."""
     divisors = [d for d in range(1, length + 1) if length % d == 0]
     return sorted(sorted(divisors, key=lambda d: abs(d - group_size))[:count])
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuse a ``value`` of field ``name`` that is not one of ``choices``.
+    """Check that the ``value`` of the field ``name`` is one of ``choices``.
 
     Raises:
-        PlanError: names the choices.
+        PlanError: it is not; the message names the choices.
     """
     if value not in choices:
         raise PlanError(f"{name} must be one of {', '.join(choices)}, not {value!r}")

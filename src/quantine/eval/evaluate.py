@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantine.calibrate.text import BUILTIN
+from quantine.core.device import device_named
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error, perplexity_recovery
 from quantine.eval.perplexity import (
@@ -48,6 +49,7 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     tasks: TaskRequest | None = None,
     on_window: OnWindow = lambda *_: None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Measure a float or quantized model.
 
@@ -63,6 +65,7 @@ def evaluate(
         dtype: dtype of activations and of weights that are not quantized.
         tasks: tasks to run after the texts.
         on_window: called after each window.
+        device: device of the computation, by PyTorch's name.
 
     Returns:
         The names ``model``, ``dtype`` and ``reference``; ``bits_per_weight``, and ``model_bytes``,
@@ -77,19 +80,21 @@ def evaluate(
           with the 95% confidence interval from ``recovery_low`` to ``recovery_high``.
 
     Raises:
+        BackendUnavailable: there is no such device.
         CalibrationError: a text is too short, given twice, or belongs to another tokenizer.
         CheckpointError, FormatError: a model cannot be read.
         OutputError: predictions cannot be kept.
         PlanError: a task does not exist, cannot be run, or runs code without leave to do so.
     """
+    where = device_named(device)
     asked = None if tasks is None else Tasks(tasks)
     source = locate(model)
     cut = cut_texts(source, texts, window, limit)
     compared = None
     if reference is not None:
-        compared = reference_of(source, reference, dtype, cache)
+        compared = reference_of(source, reference, dtype, cache, where)
         compared.reserve(cut.values())
-    tested = load_model(source, dtype)
+    tested = load_model(source, dtype, where)
     return {
         "model": source.name,
         "dtype": str(dtype).removeprefix("torch."),
@@ -130,20 +135,25 @@ def cut_texts(
 
 
 def reference_of(
-    source: ModelSource, reference: str | Path, dtype: torch.dtype, cache: str | Path | None
+    source: ModelSource,
+    reference: str | Path,
+    dtype: torch.dtype,
+    cache: str | Path | None,
+    device: str | torch.device = "cpu",
 ) -> Predictions:
     """The predictions of the reference model that ``source`` is compared with.
 
     Other arguments are those of `evaluate`.
 
     Raises:
+        BackendUnavailable: there is no such device.
         CalibrationError: the two models have vocabularies of different size.
         CheckpointError: there is no such model.
     """
     compared = locate(reference)
     if compared.config().vocab_size != source.config().vocab_size:
         raise CalibrationError(f"{reference} and {source.name} have different vocabularies")
-    return Predictions(compared, dtype, None if cache is None else Path(cache))
+    return Predictions(compared, dtype, None if cache is None else Path(cache), device)
 
 
 def summary(

@@ -122,7 +122,11 @@ def cut_windows(
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
-    """Run ``model`` on one window of token ids ``[window]`` int64."""
+    """Run ``model`` on one window of token ids ``[window]`` int64.
+
+    The prediction's tensors are on the device of the model.
+    """
+    tokens = tokens.to(model.device)
     logits: Tensor = model(
         input_ids=tokens.unsqueeze(0), use_cache=False, output_attentions=False
     ).logits[0, :-1]
@@ -141,8 +145,8 @@ def score_windows(
 
     Args:
         model: the model.
-        reference: gives the reference's prediction for the token ids ``[window]`` of a window;
-            ``None`` for no reference.
+        reference: gives the reference's prediction, on any device, for the token ids ``[window]``
+            of a window; ``None`` for no reference.
         windows: token ids ``[windows, window]`` int64.
     """
     for tokens in windows:
@@ -151,7 +155,7 @@ def score_windows(
             yield Score(own.loss, 0.0, 0, len(own.top))
             continue
         other = reference(tokens)
-        agree = int((own.top == other.top).sum())
+        agree = int((own.top == other.top.to(own.top.device)).sum())
         yield Score(own.loss, divergence(own, other), agree, len(own.top), other.loss)
 
 
@@ -159,13 +163,13 @@ def divergence(model: Prediction, reference: Prediction) -> float:
     """Kullback-Leibler divergence of a model's prediction from the reference's, in nats.
 
     It is ``sum(r * (log r - log p))`` with the reference's probabilities ``r`` and the model's
-    ``p``, summed over the tokens of the window.
+    ``p``, summed over the tokens of the window, and computed on the device of ``model``.
     """
-    kl = 0.0
+    kl, device = 0.0, model.logits.device
     for start in range(0, len(model.top), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = model.logits[rows].float().log_softmax(-1)
-        log_r = reference.logits[rows].float().log_softmax(-1)
+        log_r = reference.logits[rows].to(device).float().log_softmax(-1)
         kl += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
     return kl
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantine.core.device import device_named
 from quantine.errors import OutputError
 from quantine.eval.perplexity import ROWS_AT_ONCE, Prediction, predict
 from quantine.formats.directory import read_json, write_json
@@ -42,25 +43,37 @@ class Predictions:
     """The predictions of a reference model, which is loaded only if some are not on disk yet.
 
     Called with a window's tokens, it gives the prediction. With a cache, a model's predictions are
-    in a directory named by a hash of the model's files, the dtype, the backend and the versions of
-    the libraries that compute; a window's file is named by a hash of its tokens. So a window of the
-    same tokens is found again, whatever text, tokenizer and limit it comes from.
+    in a directory named by a hash of the model's files, the dtype, the backend, the type of device
+    and the versions of the libraries that compute; a window's file is named by a hash of its
+    tokens. So a window of the same tokens is found again, whatever text, tokenizer and limit it
+    comes from.
 
     Args:
         source: the reference model.
         dtype: dtype of activations and of weights that are not quantized.
         cache: directory shared by all reference models, made if missing; ``None`` keeps nothing.
+        device: device of the computation, by PyTorch's name.
+
+    Raises:
+        BackendUnavailable: there is no such device.
     """
 
-    def __init__(self, source: ModelSource, dtype: torch.dtype, cache: Path | None) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        dtype: torch.dtype,
+        cache: Path | None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         self.source = source
         self._dtype = dtype
         self._cache = cache
+        self._device = device_named(device)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The reference model, loaded when it is first needed."""
-        return load_model(self.source, self._dtype)
+        return load_model(self.source, self._dtype, self._device)
 
     @cached_property
     def directory(self) -> Path | None:
@@ -71,12 +84,14 @@ class Predictions:
         """
         if self._cache is None:
             return None
-        about = {
+        about: dict[str, Any] = {
             "files": self.source.file_digests(),
             "dtype": str(self._dtype),
             "backend": backend.name(),
             "versions": {name: version(name) for name in ("torch", "transformers")},
         }
+        if self._device.type != "cpu":  # whose sums round otherwise
+            about["device"] = self._device.type
         path = self._cache / _hash(json.dumps(about, sort_keys=True).encode())
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -150,13 +165,13 @@ def _read(path: Path) -> Prediction:
 
 
 def _write(path: Path, made: Prediction) -> None:
-    log_probs = torch.empty_like(made.logits, dtype=torch.float16)
+    log_probs = torch.empty_like(made.logits, dtype=torch.float16, device="cpu")
     for start in range(0, len(log_probs), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_probs[rows] = made.logits[rows].float().log_softmax(-1).clamp(min=LEAST).half()
     loss = torch.tensor(made.loss, dtype=torch.float64, device="cpu")
     try:
-        write_tensors(path, {"log_probs": log_probs, "top": made.top, "loss": loss})
+        write_tensors(path, {"log_probs": log_probs, "top": made.top.cpu(), "loss": loss})
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}") from error
 

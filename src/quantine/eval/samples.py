@@ -62,7 +62,7 @@ def decode_samples(
 
 
 def _written(model: PreTrainedModel, prompt: Tensor) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     decoder: Decoder | None = None
     if any(packed_modules(model)):
         try:

@@ -1,4 +1,4 @@
-"""Supported architectures: one literal each; see docs/adding.md for adding one."""
+"""Supported architectures, each described by one literal; docs/adding.md shows how to add one."""
 
 from quantine.errors import FamilyError
 from quantine.families.bloom import BLOOM
@@ -12,13 +12,17 @@ from quantine.families.opt import OPT
 from quantine.families.phi3 import PHI3
 
 FAMILIES: tuple[Family, ...] = (LLAMA, GEMMA, PHI3, OPT, GPT_NEOX, FALCON, BLOOM, GPT2)
+"""All supported architectures, among which `family_of` searches."""
 
 
 def family_of(model_type: str) -> Family:
-    """The family that covers ``model_type`` (of ``config.json``).
+    """The family that covers a model type.
+
+    Args:
+        model_type: the value of ``model_type`` in the model's ``config.json``.
 
     Raises:
-        FamilyError: none does.
+        FamilyError: no family does; the message lists the model types that are covered.
     """
     for family in FAMILIES:
         if model_type in family.model_types:

@@ -1,4 +1,4 @@
-"""BLOOM."""
+"""The BLOOM architecture, with q, k and v of each head interleaved in one matrix."""
 
 from quantine.families.family import Family, Link
 
@@ -31,3 +31,4 @@ BLOOM = Family(
     attention="",
     returns_tuple=True,
 )
+"""The family of BLOOM models; their activations cannot be quantized."""

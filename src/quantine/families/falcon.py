@@ -1,4 +1,4 @@
-"""Falcon, old and new decoder architecture."""
+"""The Falcon architecture, with its old and its new decoder."""
 
 from quantine.families.family import Family
 
@@ -15,3 +15,5 @@ FALCON = Family(
     embedding="transformer.word_embeddings",
     returns_tuple=True,
 )
+"""The family of Falcon models; no reorders are known for them, so their activations cannot be
+quantized."""

@@ -1,4 +1,4 @@
-"""Architectures as data: which matrices a decoder block holds, and which of them share an input."""
+"""Architectures as data: the matrices of a decoder block, and which of them share an input."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 Fold = Literal["weights", "gather", "attention"]
+"""Name of a way to build a reorder into a block, see `Link.fold`."""
 Rows = Literal["parts", "last", "interleaved"]
+"""Name of the rows of a matrix that write the reordered channels, see `Link.rows`."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """One reorder of channels (RPTQ, arXiv 2304.01089): who writes them, and who reads them.
+    """A reorder of channels (RPTQ, arXiv 2304.01089): which modules write and which read them.
 
     Attributes:
         kind: ``"R1"`` to ``"R5"``, see `quantine.core.activation_spec.REORDERS`.
         fold: how the order gets into the block. ``"weights"``: rows and biases of the producers are
-            permuted. ``"gather"``: the producer is a norm, which writes the new order. Either way
-            the consumers' columns follow. ``"attention"``: nothing moves, clusters are looked up
-            for each channel, as rotary embeddings fix the places of queries and keys.
-        producers, consumers: paths inside a block; consumers may have copies of each head.
-        per_head: channels stay in their heads.
-        rows: which rows of a producer are meant, where it has more than there are channels.
-            ``"parts"``: as many parts as fit, all of which get the order (gate and up in one
-            matrix). ``"last"``: the last ones (values after all queries and keys).
-            ``"interleaved"``: the last ones of each head (values after that head's query and key).
+            permuted. ``"gather"``: the producer is a norm, which then writes its output in the new
+            order. In both cases the columns of the consumers are permuted, too. ``"attention"``:
+            nothing is moved, as rotary embeddings fix the places of queries and keys; the cluster
+            of each channel is looked up instead.
+        producers: paths, inside a block, of the modules that write the channels.
+        consumers: paths of the matrices that read them; these may read several copies of each head.
+        per_head: whether channels stay in their attention heads.
+        rows: which rows of a producer write the channels, if it has more rows than there are
+            channels. ``"parts"``: all rows, in as many parts as fit, each of which gets the order
+            (gate and up in one matrix). ``"last"``: the last rows (values after all queries and
+            keys). ``"interleaved"``: the last rows of each head (values after that head's query and
+            key).
     """
 
     kind: str
@@ -37,23 +42,24 @@ class Link:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture.
+    """One architecture: where the decoder blocks of a model are and what they consist of.
 
     Attributes:
-        name: short name, also the file's.
-        model_types: values of ``model_type`` in ``config.json`` that this row covers.
+        name: short name, also that of the module which describes it.
+        model_types: the values of ``model_type`` in ``config.json`` that this family covers.
         blocks: path of the list of decoder blocks.
-        groups: paths inside a block, in running order; the matrices of one group read the same
-            input and are solved before anything that depends on them. Ask `groups_in`: blocks of
-            one model may differ.
+        groups: paths of the matrices inside a block, in running order. The matrices of one group
+            read the same input and are solved before anything that depends on them. Ask
+            `groups_in`, since blocks of one model may differ.
         embedding: path of the token embedding.
         head: path of the output head.
-        returns_tuple: blocks return ``(hidden, ...)`` instead of the hidden states alone.
+        returns_tuple: whether blocks return ``(hidden, ...)`` instead of the hidden states alone.
         renames: ``(old, new)`` prefixes of tensor names in older checkpoints.
-        links: the reorders that leave a block's function as it is; none where they are not known.
-        links_need: fields of ``config.json`` and the values without which ``links`` are wrong.
-        attention: path inside a block of the module that transformers hands to attention functions;
-            empty where activations cannot be quantized, because it hands none, or for now.
+        links: the reorders that leave a block's function unchanged; empty where they are not known.
+        links_need: fields of ``config.json`` with the values without which ``links`` are wrong.
+        attention: path, inside a block, of the module that transformers hands to attention
+            functions. Empty where activations cannot be quantized, because it hands none or support
+            is missing.
     """
 
     name: str
@@ -69,5 +75,5 @@ class Family:
     attention: str = "self_attn"
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
-        """The groups of block number ``block``; see the attribute ``groups``."""
+        """The groups of block number ``block``, in the form of the attribute ``groups``."""
         return self.groups

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3: llama with a norm after attention and the MLP, too."""
+"""The Gemma 2 and 3 architectures: llama with further norms after attention and after the MLP."""
 
 from dataclasses import replace
 
@@ -13,3 +13,4 @@ GEMMA = replace(
         for link in LLAMA.links
     ),
 )
+"""The family of Gemma 2 and 3 models."""

@@ -1,4 +1,4 @@
-"""GPT-2, whose Conv1D modules store weights as [in, out]."""
+"""The GPT-2 architecture, whose Conv1D modules store weights as ``[in, out]``."""
 
 from quantine.families.family import Family, Link
 
@@ -17,3 +17,4 @@ GPT2 = Family(
     ),
     attention="",
 )
+"""The family of GPT-2 models; their activations cannot be quantized."""

@@ -1,4 +1,7 @@
-"""GPT-NeoX and Pythia. Attention and MLP may run in parallel; the groups hold either way."""
+"""The GPT-NeoX architecture, also that of Pythia.
+
+Attention and MLP may run in parallel; the groups are right either way.
+"""
 
 from quantine.families.family import Family, Link
 
@@ -30,3 +33,4 @@ GPT_NEOX = Family(
     attention="attention",
     renames=(("embed_out.", "lm_head."),),
 )
+"""The family of GPT-NeoX and Pythia models."""

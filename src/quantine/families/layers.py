@@ -18,32 +18,36 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 Role = Literal["block", "embedding", "head"]
+"""Place of a matrix: inside a decoder block, token embedding, or output head."""
 
 
 INPUTS_NAME: Final = "inputs"
-"""Name of a child of a matrix's module that rounds what enters it, where activations are rounded."""
+"""Name of the submodule that rounds the input of a matrix's module, where activations are
+quantized."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix that a plan can quantize.
+    """One matrix that a plan can quantize, and access to it in a model.
 
-    It is what `read` and `write` say, which need not be the whole weight of a module: it may be one
-    of several in a parameter of more dimensions, or some rows of a fused one. Nothing else reaches
-    into the model for a matrix.
+    Everything that reads, replaces or observes the matrix in a model goes through `read`, `write`
+    and `observe`. So the matrix need not be the whole weight of a module: it may be one of several
+    in a parameter of more dimensions, or some rows of a fused one.
 
     Attributes:
-        name: what plans call it: the full path of its module, where it is all of its weight.
-        out_features, in_features: its shape as ``[out, in]``; an embedding is ``[rows, width]``.
-        role: inside a decoder block, token embedding, or output head.
-        block: index of its block, ``None`` outside of blocks.
-        group: number of its group in ``Family.groups_in(block)``, ``None`` outside of blocks.
-        transposed: it is stored as ``[in, out]`` (GPT-2's Conv1D).
-        module: full path of the module that has the parameter and sees the input; as ``name`` if
-            empty.
+        name: name in plans: the full path of its module, if it is the module's whole weight.
+        out_features, in_features: its shape ``[out, in]``; an embedding is ``[rows, width]``.
+        role: whether it is inside a decoder block, the token embedding, or the output head.
+        block: number of its block, from 0; ``None`` outside of blocks.
+        group: number of its group in ``Family.groups_in(block)``; ``None`` outside of blocks.
+        transposed: whether it is stored as ``[in, out]`` (GPT-2's Conv1D).
+        module: full path of the module that has the parameter and gets the input; empty if that is
+            ``name``.
         parameter: name of the parameter in that module.
-        index: which of the matrices in the parameter's first dimensions; empty where it has two.
-        rows: first output, and the one after the last, that are meant; all if ``None``.
+        index: place of the matrix in the first dimensions of a parameter that holds several; empty
+            if the parameter has two dimensions.
+        rows: first output of the matrix, and the one after its last, in a fused parameter; ``None``
+            if it has all.
     """
 
     name: str
@@ -60,7 +64,7 @@ class Layer:
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
+        """Number of weights of the matrix."""
         return self.out_features * self.in_features
 
     @property
@@ -69,18 +73,18 @@ class Layer:
         return f"{self.module or self.name}.{self.parameter}"
 
     def part_of(self, parameter: Tensor) -> Tensor:
-        """The matrix ``[out, in]`` inside the parameter that holds it, sharing its memory."""
+        """The matrix ``[out, in]`` as a view into the parameter that holds it."""
         matrix = parameter[self.index] if self.index else parameter
         matrix = matrix.T if self.transposed else matrix
         return matrix if self.rows is None else matrix[slice(*self.rows)]
 
     def read(self, model: nn.Module) -> Tensor:
-        """The matrix ``[out, in]`` that ``model`` has now, as a contiguous copy of its own."""
+        """A contiguous copy of the matrix ``[out, in]`` that ``model`` has now."""
         found = self.part_of(model.get_parameter(self.stored_name).detach())
         return found.clone(memory_format=torch.contiguous_format)
 
     def write(self, model: nn.Module, weight: Tensor) -> None:
-        """Let ``model`` compute with ``weight`` ``[out, in]``, and leave what is beside it alone.
+        """Replace the matrix in ``model`` by ``weight`` ``[out, in]``, and nothing beside it.
 
         A matrix that is all of a parameter becomes a new parameter; others are copied into theirs.
         """
@@ -92,7 +96,11 @@ class Layer:
         setattr(owner, self.parameter, nn.Parameter(stored, requires_grad=False))
 
     def observe(self, model: nn.Module, look: Callable[[Tensor], None]) -> RemovableHandle:
-        """Let ``look`` see each input ``[..., in]`` of the matrix, as it is multiplied.
+        """Call ``look`` with each input of the matrix as it is multiplied: rounded, where asked.
+
+        Args:
+            model: the model that has the matrix.
+            look: receives each input ``[..., in]`` before the product.
 
         Returns:
             A handle whose ``remove()`` ends it.
@@ -106,13 +114,17 @@ class Layer:
 
 
 def multiplied_input(module: nn.Module, x: Tensor) -> Tensor:
-    """The input ``x`` of a matrix's ``module`` as it is multiplied: rounded, where that is asked."""
+    """The input that ``module`` multiplies when it gets ``x``: rounded, if activations are."""
     inputs = getattr(module, INPUTS_NAME, None)
     return inputs(x) if isinstance(inputs, nn.Module) else x
 
 
 def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
-    """The list of decoder blocks of ``model``."""
+    """The list of decoder blocks of ``model``.
+
+    Raises:
+        FamilyError: there is none at the family's path.
+    """
     blocks = model.get_submodule(family.blocks)
     if not isinstance(blocks, nn.ModuleList):
         raise FamilyError(f"{family.blocks} is a {type(blocks).__name__}, not a list of blocks")
@@ -120,11 +132,15 @@ def block_list(model: nn.Module, family: Family) -> nn.ModuleList:
 
 
 def find_layers(model: nn.Module, family: Family) -> list[Layer]:
-    """Every matrix a plan may quantize, in running order; shapes only, ``model`` may be on meta.
+    """All matrices that a plan can quantize, in running order.
+
+    Args:
+        model: only its shapes matter; parameters may be on the meta device.
+        family: its architecture.
 
     Raises:
-        FamilyError: a block lacks a matrix the family names, or holds a parameter of two or more
-            dimensions the family does not name (which would stay in 16 bit unnoticed).
+        FamilyError: a block lacks a matrix that the family names, or has a parameter of two or more
+            dimensions that the family does not name (which would stay in 16 bit unnoticed).
     """
     embedding = model.get_submodule(family.embedding)
     layers = [Layer(family.embedding, *_shape(embedding, family.embedding), role="embedding")]
@@ -136,6 +152,7 @@ def find_layers(model: nn.Module, family: Family) -> list[Layer]:
 
 
 def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Layer]:
+    """The layers of one decoder block, in running order; errors are those of `find_layers`."""
     prefix = f"{family.blocks}.{index}"
     modules = dict(block.named_modules())
     covered = {path for group in family.groups_in(index) for path in group}
@@ -160,11 +177,16 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether ``module`` stores its weight as ``[in, out]``."""
+    """Whether ``module`` stores its weight as ``[in, out]``, as GPT-2's Conv1D does."""
     return type(module).__name__ == "Conv1D"
 
 
 def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """Shape ``[out, in]`` of the weight of ``module``.
+
+    Raises:
+        FamilyError: the module is of another kind, or has no weight.
+    """
     weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear | nn.Embedding) and not is_transposed(module):
         raise FamilyError(f"{name} is a {type(module).__name__}, which cannot be quantized yet")

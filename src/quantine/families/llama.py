@@ -1,4 +1,4 @@
-"""Llama and the models built like it: separate q, k, v and gate, up projections."""
+"""The Llama architecture and models built like it: separate q, k, v, gate and up projections."""
 
 from quantine.families.family import Family, Link
 
@@ -26,3 +26,4 @@ LLAMA = Family(
         Link("R5", "weights", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     ),
 )
+"""The family of Llama, Mistral, Qwen 2 and 3, and SmolLM3 models."""

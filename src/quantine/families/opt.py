@@ -1,4 +1,4 @@
-"""OPT. The projections around the decoder of opt-350m stay in 16 bit."""
+"""The OPT architecture. The projections around the decoder of opt-350m stay in 16 bit."""
 
 from quantine.families.family import Family, Link
 
@@ -27,3 +27,4 @@ OPT = Family(
     ),
     links_need=(("do_layer_norm_before", True),),
 )
+"""The family of OPT models; activations can be quantized only where norms come before layers."""

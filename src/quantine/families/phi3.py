@@ -1,4 +1,4 @@
-"""Phi-3: llama with q, k, v in one matrix and gate, up in another."""
+"""The Phi-3 architecture: llama with q, k, v in one matrix, and gate and up in another."""
 
 from quantine.families.family import Family, Link
 
@@ -28,3 +28,4 @@ PHI3 = Family(
         Link("R5", "weights", ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     ),
 )
+"""The family of Phi-3 models."""

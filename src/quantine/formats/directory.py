@@ -1,4 +1,4 @@
-"""Names and JSON files of an output directory."""
+"""What the files of an output directory are called, and reading and writing its JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from quantine.errors import OutputError
 from quantine.formats.shards import write_atomically
 
 RUN_DIRECTORY: Final = ".quantine"
-
-
+"""The folder of an unfinished run, which the run removes last."""
 REPORT: Final = "quantine_report.json"
-
-
+"""The file that says what was done to each layer; a run writes it last."""
 MAPS: Final = "quantine_maps.safetensors"
 """Sensitivity of weights and clusters of channels, for pictures; not a weight file."""
 
@@ -25,7 +23,7 @@ def is_finished(out: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file of ours.
+    """The content of a JSON file that quantine wrote.
 
     Raises:
         OutputError: it is damaged.
@@ -37,5 +35,5 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file atomically."""
+    """Write ``value`` as a JSON file that exists whole or not at all, also after a crash."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")

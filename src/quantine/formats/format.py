@@ -1,4 +1,4 @@
-"""What a packed layout is."""
+"""What every packed layout offers: how it stores a matrix, and what its directories need."""
 
 from __future__ import annotations
 
@@ -22,8 +22,17 @@ class Format(Protocol):
     """
 
     @property
+    def quant_method(self) -> str:
+        """``quant_method`` in the ``config.json`` of directories that `config` describes."""
+        ...
+
+    @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names of every tensor the layout may have."""
+        ...
+
+    def required(self, spec: QuantSpec, out_features: int, in_features: int) -> tuple[str, ...]:
+        """Names of the tensors that every matrix of ``spec`` and of this shape has."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What the tensors of a packed matrix look like."""
+"""Shapes and dtypes that the tensors of a packed matrix must have, and checks of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of every tensor by name."""
 
 LARGEST_INT16_INDEX: Final = 2**15
+"""Most inputs whose order is stored in int16."""
 
 
 def check_layout(name: str, tensors: dict[str, Tensor], expected: Layout, spec: QuantSpec) -> None:
@@ -28,17 +29,17 @@ def check_layout(name: str, tensors: dict[str, Tensor], expected: Layout, spec: 
 
 
 def nbytes_of(layout: Layout) -> int:
-    """Bytes of all tensors."""
+    """Bytes of all tensors of ``layout`` together."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
 
 
 def index_dtype(in_features: int) -> torch.dtype:
-    """The item type of a stored input order."""
+    """Dtype of a stored order of so many inputs: the smallest signed one that has every index."""
     return torch.int16 if in_features <= LARGEST_INT16_INDEX else torch.int32
 
 
 def read_order(stored: Tensor) -> Tensor:
-    """A stored input order as int64.
+    """A stored input order ``[in]`` as int64.
 
     Raises:
         FormatError: it is not a permutation.

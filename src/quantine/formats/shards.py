@@ -18,13 +18,25 @@ from quantine.errors import FormatError
 from quantine.source.checkpoint import INDEX, SINGLE
 
 METADATA: Final = {"format": "pt"}
+"""The ``__metadata__`` that transformers asks for in a weight file."""
 COPY_BYTES: Final = 2**24
+"""Bytes that are copied at once, and so are in memory, when files are merged."""
 HEADER_ALIGNMENT: Final = 8
+"""Bytes of which the length of a header is a multiple, so that tensors can be mapped."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor's bytes lie."""
+    """Where one tensor's bytes lie.
+
+    Attributes:
+        name: full name of the tensor.
+        dtype: as safetensors spells it, such as ``"F16"``.
+        shape: of the tensor.
+        file: that holds it.
+        offset: of its first byte, counted from the start of the file.
+        nbytes: number of its bytes.
+    """
 
     name: str
     dtype: str
@@ -44,12 +56,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one safetensors file atomically."""
+    """Write ``tensors``, by name, as one safetensors file, like `write_atomically`."""
     write_atomically(path, save(dict(tensors), metadata=METADATA))
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """The tensors of a safetensors file, from its header.
+    """Where the tensors of a safetensors file lie; only its header is read.
 
     Raises:
         FormatError: the header is damaged.

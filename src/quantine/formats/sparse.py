@@ -17,13 +17,13 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
-from quantine.formats.description import Description, own_config
+from quantine.formats.description import METHOD, Description, own_config
 from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
 from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps, expected_bytes
 from quantine.kernels.bits import pack, unpack
 from quantine.kernels.bits.reference import packed_bytes
 
-NAMES: Final = (
+ALL_NAMES: Final = (
     "codes",
     "scale",
     "scale_step",
@@ -35,7 +35,9 @@ NAMES: Final = (
     "outlier_value",
     "in_perm",
 )
+"""Every tensor that the layout ``sparse`` may have."""
 PLAIN_NAMES: Final = ("codes", "scale", "zero", "in_perm")
+"""Every tensor that the layout ``dense`` may have."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Sparse:
     """
 
     plain: bool = False
+    quant_method: ClassVar[str] = METHOD
     writable: ClassVar[bool] = True
     exclusive: ClassVar[bool] = False
     linears_only: ClassVar[bool] = False
@@ -63,7 +66,11 @@ class Sparse:
     @property
     def tensor_names(self) -> tuple[str, ...]:
         """Names of every tensor the layout may have."""
-        return PLAIN_NAMES if self.plain else NAMES
+        return PLAIN_NAMES if self.plain else ALL_NAMES
+
+    def required(self, spec: QuantSpec, out_features: int, in_features: int) -> tuple[str, ...]:
+        """Codes, and whatever grids of ``spec`` consist of; no outliers and no order."""
+        return tuple(self.layout(spec, out_features, in_features, stores_order=False))
 
     @property
     def holds_statistics_as_codes(self) -> bool:
@@ -154,7 +161,11 @@ class Sparse:
     def layout(
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool
     ) -> Layout:
-        """Shapes and dtypes of all tensors but those of outliers."""
+        """Shapes and dtypes of all tensors of a matrix ``[out, in]`` but those of its outliers.
+
+        Args:
+            stores_order: whether columns are stored in another order than the inputs'.
+        """
         lines, length = spec.lines(out_features, in_features)
         groups = spec.groups(length)
         layout: Layout = {
@@ -171,12 +182,14 @@ class Sparse:
 
 
 def _is_plain(qtensor: QTensor) -> bool:
+    """Whether ``dense`` holds it: scales in float16, whole zero points, and no outliers."""
     scale, zero = qtensor.grid.scale, qtensor.grid.zero_point
     whole = zero is None or (isinstance(zero, Tensor) and zero.dtype == torch.uint8)
     return qtensor.outliers is None and isinstance(scale, Tensor) and whole
 
 
 def _statistic_layout(name: str, bits: int, spec: QuantSpec, lines: int, groups: int) -> Layout:
+    """Shapes and dtypes of the scales or zero points ``name``, each stored in so many ``bits``."""
     if bits == FLOAT16:
         return {name: ((lines, groups), torch.float16)}
     tiles = -(-lines // spec.stat_group_length(lines))
@@ -188,6 +201,7 @@ def _statistic_layout(name: str, bits: int, spec: QuantSpec, lines: int, groups:
 
 
 def _pack_statistic(name: str, stored: Tensor | Statistic) -> dict[str, Tensor]:
+    """The tensors of the scales or zero points ``name``: one in float16, or codes and a grid."""
     if isinstance(stored, Tensor):
         return {name: stored.contiguous()}
     grid = stored.grid
@@ -203,6 +217,7 @@ def _pack_statistic(name: str, stored: Tensor | Statistic) -> dict[str, Tensor]:
 def _unpack_grid(
     tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
 ) -> Grid:
+    """The grid whose parts `Sparse.pack` stored, for a matrix ``[out, in]`` of ``spec``."""
     lines, length = spec.lines(out_features, in_features)
 
     def statistic(name: str, bits: int) -> Tensor | Statistic:

@@ -64,7 +64,7 @@ def check_description(found: Mapping[str, Any]) -> None:
 
 
 def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
-    """The weight spec inside a stored scheme."""
+    """The spec of a scheme as plain values, of any format version."""
     fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
     fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
     fields["cluster_sizes"] = tuple(scheme.get("cluster_sizes", ()))

@@ -1,10 +1,10 @@
-"""AdaDim (arXiv 2309.15531): each matrix gets the one of several choices that loses least.
+"""AdaDim (arXiv 2309.15531): each matrix gets the choice out of several that loses least.
 
-The paper (section 3.2) chooses the axis that groups run along. For the objective ``output`` matrices
-are rounded to nearest one after another, in running order, on the inputs that the float block makes
-of what enters it: queries, keys and values are judged by the output of attention, gate and up by
-that of the MLP, the last matrix of each by its own. A matrix stays as its winner rounds it while
-those behind it are judged, which changes outputs only of what it is part of.
+The paper (section 3.2) chooses the axis that groups run along. For the objective ``output``,
+matrices are rounded to nearest one after another, in running order, on the inputs that the float
+block computes. Queries, keys and values are judged by the output of attention, gate and up by that
+of the MLP, and the last matrix of each by its own output. A matrix stays rounded as by its best
+choice while those behind it are judged, which matters only to those judged by the same output.
 """
 
 from __future__ import annotations
@@ -24,48 +24,54 @@ from quantine.methods.solver import Solver
 from quantine.statistics.losses import relative_loss
 
 ADADIM: Final = "adadim"
-"""The name that plans use."""
+"""Name of AdaDim in plans."""
 Objective = Literal["output", "hessian"]
+"""Name of a loss by which choices are compared, see `OBJECTIVES`."""
 OBJECTIVES: Final[tuple[Objective, ...]] = ("output", "hessian")
-"""What is compared.
+"""The losses by which choices for a matrix can be compared.
 
-``"output"``: rounded to nearest, how much a choice changes the output of what the matrix is part
-of, see `output_losses`. ``"hessian"``: solved, how much it changes the matrix's own output,
-``tr(D H D.T)``.
+``"output"``: the matrix is rounded to nearest, and the loss is the relative change of the output of
+the module it belongs to, see `output_losses`. ``"hessian"``: the matrix is solved by the choice's
+own method, and the loss is the change of the matrix's own output, ``tr(D H D.T)`` with the weight
+change ``D`` and the Hessian ``H``.
 """
 
 
 class Choice(Protocol):
-    """One way to quantize a matrix."""
+    """One way to quantize a matrix: a method and a grid."""
 
     @property
     def solver(self) -> Solver:
-        """Rounds the matrix."""
+        """The method, with its parameters."""
         ...
 
     @property
     def spec(self) -> QuantSpec:
-        """What is asked of it."""
+        """The grid to quantize on."""
         ...
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything about the choice, as plain values."""
+        """The choice with all its parameters, as plain values for reports and plans."""
         ...
 
 
 SomeChoice = TypeVar("SomeChoice", bound=Choice)
+"""The type of the choices of an `AdaDim`."""
 
 
 @dataclass(frozen=True)
 class AdaDim(Generic[SomeChoice]):
-    """One of several choices for each matrix: the one with the least reconstruction loss.
+    """Several choices for a matrix, of which the one with the least loss is taken.
 
-    Choices may differ in anything; where they take different bytes, the largest mostly wins: use a
-    budget.
+    Choices may differ in anything. Where they take different numbers of bytes, the largest mostly
+    wins: use a budget instead.
 
     Attributes:
-        choices: at least one; of equals the first is taken.
-        objective: what is compared, see `OBJECTIVES`.
+        choices: at least one; among equal losses the first is taken.
+        objective: the loss by which choices are compared, see `OBJECTIVES`.
+
+    Raises:
+        PlanError: there are no choices, or the objective is unknown.
     """
 
     choices: tuple[SomeChoice, ...]
@@ -77,20 +83,20 @@ class AdaDim(Generic[SomeChoice]):
             raise PlanError("choices must not be empty")
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values; `quantine.plan.scheme_parsing.adadim_from` inverts it."""
+        """The fields as plain values; `quantine.plan.scheme_parsing.adadim_from` inverts it."""
         choices = [choice.as_dict() for choice in self.choices]
         return {"method": ADADIM, "objective": self.objective, "choices": choices}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix whose choices are judged by outputs.
+    """A matrix whose choices are judged by the change of an output.
 
     Attributes:
-        name: of its layer.
+        name: name of its layer.
         weight: ``[out, in]`` float32.
-        choices: at least one.
-        judged_by: the module whose output counts, as `output_losses` is told about it.
+        choices: the ways to quantize it, at least one.
+        judged_by: path of the module whose output is compared, as `output_losses` passes it on.
     """
 
     name: str
@@ -104,15 +110,20 @@ def output_losses(
     outputs: Callable[[str], list[Tensor]],
     install: Callable[[str, QTensor], None],
 ) -> dict[str, list[float]]:
-    """The losses of all choices of ``candidates``, by name.
+    """The loss of every choice of every candidate: the relative change of a module's output.
 
     Args:
-        candidates: of one block, in running order.
-        outputs: what a module puts out with the weights of now, a tensor for each batch.
-        install: gives a layer other weights; every candidate is left with those of its winner.
+        candidates: matrices of one block, in running order.
+        outputs: computes the outputs of the module at a path with the present weights, one tensor
+            per batch.
+        install: replaces the weights of the layer with the given name. In the end every candidate
+            has the weights of its best choice.
+
+    Returns:
+        By layer name, one loss per choice: the sum of squared changes over the sum of squares.
 
     Raises:
-        SolverError: names the layer.
+        SolverError: a candidate cannot be rounded; the message names the layer.
     """
     judged_by, before = "", list[Tensor]()
     losses: dict[str, list[float]] = {}
@@ -135,14 +146,25 @@ def output_losses(
 
 
 def cheapest(losses: Sequence[float]) -> int:
-    """The choice with the least loss; the first of equals."""
+    """The index of the least of ``losses``, the first of equals."""
     return losses.index(min(losses))
 
 
 def describe_choice(
     objective: Objective | None, choices: Sequence[Choice], losses: Sequence[float]
 ) -> dict[str, Any]:
-    """Choices and losses as the report has them; ``margin`` is what the next best loses more."""
+    """The choices of a layer and their losses, as the report states them.
+
+    Args:
+        objective: the loss that was compared.
+        choices: at least two.
+        losses: one per choice.
+
+    Returns:
+        Plain values: the objective; for each choice its loss, its main fields and those in which
+        choices differ; and ``margin``, by how much the second least loss exceeds the least,
+        relative to it.
+    """
     plain = [choice.as_dict() for choice in choices]
     keys = dict.fromkeys(key for one in plain for key in one)
     differing = [key for key in keys if any(one.get(key) != plain[0].get(key) for one in plain)]
@@ -157,6 +179,7 @@ def describe_choice(
 
 
 def _rounded(candidate: Candidate, choice: Choice) -> QTensor:
+    """Round to nearest on the grid of ``choice``, with its clip unless that needs a Hessian."""
     clip = choice.solver.clip if choice.solver.clip in DATA_FREE_CLIPS else "mse"
     try:
         return RTN(clip)(candidate.weight, None, choice.spec)

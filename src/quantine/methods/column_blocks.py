@@ -1,4 +1,4 @@
-"""What column loops do around the kernels: grids of rows, blocks of columns, feedback, results."""
+"""What a column loop does around its kernels: blocks of columns, lazy updates, the result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from quantine.kernels.columns.columns import Columns
 
 
 def blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]]:
-    """Cut ``count`` columns into blocks of about ``block_size``: whole groups, or part of one.
+    """Cut columns into blocks of about ``block_size``, each of whole groups or within one group.
 
-    A group of ``length`` columns is thus fitted when every update before it is applied.
+    So when a group is fitted, every update from the columns before it has been applied.
+
+    Args:
+        count: number of columns.
+        length: number of columns per group.
+        block_size: number of columns per block, at most; less if groups do not fill a block.
+
+    Returns:
+        Pairs of the first column of a block and the one after its last.
     """
     if length <= block_size:
         width = block_size // length * length
@@ -30,14 +38,23 @@ def blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]
 
 
 def feed_back(columns: Columns, start: int, stop: int) -> None:
-    """Take the errors of the columns from ``start`` to ``stop`` off those behind."""
+    """Correct the columns from ``stop`` on for the errors of those before, from ``start`` on."""
     columns.weights[stop:].addmm_(
         columns.upper[start:stop, stop:].T, columns.errors[start:stop], alpha=-1
     )
 
 
 def result(columns: Columns, grid: Grid, order: Tensor | None, in_perm: Tensor | None) -> QTensor:
-    """The rounded ``columns``, column ``order[j]`` as number ``j``."""
+    """The quantized matrix after all ``columns`` are rounded.
+
+    Args:
+        columns: the rounded columns, in solving order.
+        grid: the grid of the result, over its columns in stored order.
+        order: ``[in]`` int64: stored column ``j`` is the solved column ``order[j]``. ``None``
+            stores columns in solving order.
+        in_perm: the order of inputs to store with the matrix, see `quantine.core.qtensor.QTensor`;
+            ``None`` if columns are stored in input order.
+    """
     codes = columns.codes if order is None else columns.codes[order]
     outliers = None
     if columns.kept is not None:

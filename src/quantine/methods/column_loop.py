@@ -1,12 +1,12 @@
-"""Rounding with error feedback, the column loop of every method that has one.
+"""Rounding with error feedback: the column loop that GPTQ and SpQR share.
 
-Columns are rounded one after another; what a column loses is made up by the columns still to
-come, weighted by the inverse Hessian of the layer's input (GPTQ, arXiv 2210.17323, equations 2
-and 3, in the Cholesky form of section 3.3). Updates inside a block of columns are applied at once,
+Columns are rounded one after another; the error of a column is made up for by the columns still to
+come, weighted by the inverse Hessian of the layer's input (GPTQ, arXiv 2210.17323, equations 2 and
+3, in the Cholesky form of section 3.3). Updates inside a block of columns are applied at once,
 those to the columns behind it in one matrix product (section 3.2).
 
-A column's weight whose loss exceeds a price is an outlier: it is kept in 16 bit and loses only what
-float16 rounds off (SpQR, arXiv 2306.03078, algorithm 1).
+A weight whose loss exceeds a price is an outlier: it is kept in 16 bit and loses only what float16
+rounds off (SpQR, arXiv 2306.03078, algorithm 1).
 """
 
 from __future__ import annotations
@@ -32,28 +32,34 @@ from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import InverseFactor
 
 Groups = Literal["static", "aligned", "refit"]
+"""Name of a way to make groups and fit their grids, see `GROUPS`."""
 GROUPS: Final[tuple[Groups, ...]] = ("static", "aligned", "refit")
-"""How groups are made, and when their grids are fitted.
+"""How groups of weights are made, and when their grids are fitted.
 
-``"static"``: of consecutive inputs; grids are fitted to the original weights before the loop.
-``"aligned"``: of consecutive inputs, rounded one group after another; a grid is
-fitted when the loop reaches it. ``"refit"``: of inputs in solving order, likewise; that order is
-stored with the layer unless it is the inputs' own.
+``"static"``: groups of consecutive inputs, with grids fitted to the original weights before the
+loop. ``"aligned"``: groups of consecutive inputs, rounded one group after another; a grid is fitted
+when the loop reaches its group. ``"refit"``: groups of inputs that are neighbours in solving order,
+also fitted when the loop reaches them; that order is stored with the layer unless it is the order
+of the inputs.
 
-Groups of outputs (`QuantSpec.group_axis`) lie within a column each: whatever this says, they are
-fitted when the loop reaches it, see `quantine.methods.output_groups`.
+Groups of outputs (`quantine.core.spec.QuantSpec.group_axis`) lie within one column each. Whichever
+value is chosen, they are fitted when the loop reaches them, see `quantine.methods.output_groups`.
 """
 
 
 @dataclass(frozen=True)
 class ColumnLoop:
-    """How columns are ordered and rounded.
+    """The parameters of the column loop: the order of columns, their groups, and damping.
 
     Attributes:
-        groups: see `GROUPS`.
-        act_order: strongest inputs first.
-        damp: see `quantine.statistics.inverse_factor.factorize`.
-        block_size: columns per lazy update; affects speed only, up to float rounding.
+        groups: how groups are made and when their grids are fitted, see `GROUPS`.
+        act_order: whether the inputs with the largest second moment are rounded first.
+        damp: damping, as a share of the Hessian's mean diagonal, above 0 and at most 1; see
+            `quantine.statistics.inverse_factor.factorize`.
+        block_size: number of columns per lazy update; affects speed only, up to float rounding.
+
+    Raises:
+        PlanError: a field has a value that is not allowed.
     """
 
     groups: Groups
@@ -69,11 +75,15 @@ class ColumnLoop:
             raise PlanError(f"block_size must be positive, not {self.block_size!r}")
 
     def stores_order(self, spec: QuantSpec) -> bool:
-        """Whether groups are made of inputs in an order of their own."""
+        """Whether groups consist of inputs in act-order, which is then stored with the layer."""
         return self.act_order and self.groups == "refit" and spec.group_axis == "in"
 
     def factor(self, hessian: Hessian | None, spec: QuantSpec) -> InverseFactor:
-        """The factor of ``hessian`` in the order of the loop.
+        """The triangular factor of the inverse Hessian, with inputs in solving order.
+
+        Args:
+            hessian: statistics of the matrix's input.
+            spec: the grid to quantize on, whose groups may limit the order.
 
         Raises:
             SolverError: there is no Hessian, or it cannot be factored.
@@ -85,18 +95,22 @@ class ColumnLoop:
         return hessian.factor(self.damp, input_order(diagonal, self.act_order, together))
 
     def _together(self, spec: QuantSpec, inputs: int) -> int | None:
-        """Consecutive inputs that are rounded one after another; ``None`` where order is free."""
+        """Number of consecutive inputs that act-order keeps together; ``None`` where it is free."""
         aligned = self.groups == "aligned" and spec.group_axis == "in"
         return spec.group_length(inputs) if aligned else None
 
     def solve(
         self, weight: Tensor, factor: InverseFactor, spec: QuantSpec, cost: GridCost
     ) -> QTensor:
-        """Round ``weight`` ``[out, in]`` float32.
+        """Quantize one matrix with error feedback.
 
         Args:
-            cost: of grids; its price is the loss, ``error**2 / d**2``, above which a weight
-                is kept as an outlier.
+            weight: ``[out, in]`` float32; it is not modified.
+            factor: the result of `factor` for the matrix's input.
+            spec: the grid to quantize on.
+            cost: how candidate grids are compared. Its ``price`` is the loss, ``error**2 / d**2``,
+                above which a weight is kept as an outlier; ``d`` is the entry of the factor's
+                diagonal for the weight's input.
 
         Raises:
             SolverError: a scale does not fit into float16.
@@ -131,13 +145,14 @@ class ColumnLoop:
         return result(columns, fitted.grid(places), inverse(order), None)
 
     def _round(self, columns: Columns, length: int) -> None:
+        """Round all columns, block after block, in groups of ``length`` columns."""
         for start, stop in blocks(len(columns.weights), length, self.block_size):
             round_block(columns, start, stop)
             feed_back(columns, start, stop)
 
 
 def _groups_of(spec: QuantSpec, inputs: Tensor) -> Tensor:
-    """The group of each of ``inputs``, int64 both."""
+    """The number of the group of each of ``inputs``, ``[in]`` int64 as ``inputs`` are."""
     if not spec.clustered:
         return inputs // spec.group_length(len(inputs))
     sizes = torch.tensor(spec.cluster_sizes, device=inputs.device)

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): rounding with error feedback."""
+"""GPTQ (arXiv 2210.17323): rounding with error feedback by the inverse Hessian."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from quantine.statistics.hessian import Hessian
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Rounding with error feedback.
+    """GPTQ: columns are rounded in turn, and later columns make up for the errors of earlier ones.
 
     Attributes:
-        damp: share of the Hessian's mean diagonal added to its diagonal.
-        act_order: round the inputs with the largest second moment first.
-        groups: how groups are made, and when their grids are fitted: ``"static"``, ``"aligned"``
-            or ``"refit"``, see `quantine.methods.column_loop.GROUPS`.
-        block_size: columns per lazy update; affects speed only, up to float rounding.
+        damp: damping: share of the Hessian's mean diagonal that is added to its diagonal.
+        act_order: whether the inputs with the largest second moment are rounded first.
+        groups: how groups are made, and when their grids are fitted: ``"static"``, ``"aligned"`` or
+            ``"refit"``, see `quantine.methods.column_loop.GROUPS`.
+        block_size: number of columns per lazy update; affects speed only, up to float rounding.
         clip: how a group's range is chosen, see `quantine.kernels.fit.grid_cost.GridCost`.
+
+    Raises:
+        PlanError: a field has a value that is not allowed.
     """
 
     damp: float = 0.01
@@ -33,7 +36,9 @@ class GPTQ:
     block_size: int = 128
     clip: Clip = "mse"
     default_spec: ClassVar[QuantSpec] = QuantSpec()
+    """The grid that a weight gets unless a plan asks for another one."""
     needs_inputs: ClassVar[bool] = True
+    """``True``: error feedback needs the Hessian."""
 
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, CLIPS)
@@ -41,28 +46,34 @@ class GPTQ:
 
     @property
     def loop(self) -> ColumnLoop:
-        """The column loop with these parameters."""
+        """The column loop that runs with these parameters."""
         return ColumnLoop(self.groups, self.act_order, self.damp, self.block_size)
 
     def stores_order(self, spec: QuantSpec) -> bool:
-        """Where groups are made of inputs in solving order."""
+        """Whether groups consist of inputs in act-order, which is then stored with the layer."""
         return self.loop.stores_order(spec)
 
     @property
     def takes_clusters(self) -> bool:
-        """With static groups."""
+        """Whether groups are static: only those may differ in size, as clusters do."""
         return self.groups == "static"
 
     @property
     def outlier_share(self) -> float:
-        """None are kept."""
+        """0: GPTQ rounds every weight and keeps no outliers."""
         return 0.0
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
-        """Solve ``weight`` ``[out, in]`` float32.
+        """Quantize one matrix with error feedback.
+
+        Args:
+            weight: ``[out, in]`` float32; it is not modified.
+            hessian: statistics of the matrix's input.
+            spec: the grid to quantize on.
 
         Raises:
-            SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
+            SolverError: there is no Hessian, or it cannot be factored; or a scale does not fit into
+                float16.
         """
         factor = self.loop.factor(hessian, spec)
         return self.loop.solve(weight, factor, spec, GridCost(self.clip))

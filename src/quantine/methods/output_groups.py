@@ -1,9 +1,9 @@
 """The column loop where groups run along outputs (AdaDim, arXiv 2309.15531, section 3).
 
-A group lies within one column, so it is fitted to the weights as error feedback has left them when
-the loop reaches it. Columns come in any order, and none has to be stored. The statistics of
-neighbouring inputs may share second grids: these are fitted to the original weights before the
-loop, which then finds codes only.
+A group lies within one column, so its grid is fitted when the loop reaches the column, to the
+weights as error feedback has changed them. Columns may be solved in any order, and none has to be
+stored. Where scales and zero points of neighbouring inputs share second grids, these are fitted to
+the original weights before the loop, which then finds only their codes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ from quantine.statistics.inverse_factor import InverseFactor
 def solve_output_groups(
     weight: Tensor, factor: InverseFactor, spec: QuantSpec, cost: GridCost, block_size: int
 ) -> QTensor:
-    """Round ``weight`` ``[out, in]`` float32.
+    """Quantize one matrix with error feedback, in groups of outputs.
 
     Args:
-        cost: of grids; its price as of `quantine.methods.column_loop.ColumnLoop.solve`.
-        block_size: columns per lazy update.
+        weight: ``[out, in]`` float32; it is not modified.
+        factor: the factor of the inverse Hessian of the matrix's input.
+        spec: the grid to quantize on, with ``group_axis`` ``"out"``.
+        cost: how candidate grids are compared, with the price of outliers, see
+            `quantine.methods.column_loop.ColumnLoop.solve`.
+        block_size: number of columns per lazy update.
 
     Raises:
         SolverError: a scale does not fit into float16.
@@ -66,7 +70,17 @@ def solve_output_groups(
 
 
 def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> SecondGrids:
-    """Of statistics ``[groups, in]``; ``spread`` ``[in]`` is in input order, as they are."""
+    """The second grids of scales and zero points ``[groups, in]`` of the original weights.
+
+    Args:
+        weight: ``[out, in]`` float32.
+        spread: ``[in]`` float32, the diagonal of the factor, in input order as the statistics are.
+        spec: the grid to quantize on.
+        cost: how candidate grids are compared.
+
+    Returns:
+        The grid of scales and that of zero points; ``None`` for a kind that is not stored as codes.
+    """
     if not spec.second_level:
         return None, None
     length = spec.group_length(len(weight))
@@ -79,7 +93,7 @@ def _second_grids(weight: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCos
 
 
 def _of_columns(second: Grid | None, factor: InverseFactor) -> Grid | None:
-    """The second grid of every statistic ``[in, groups]``, inputs in solving order."""
+    """The second grid of each single statistic ``[in, groups]``, with inputs in solving order."""
     if second is None:
         return None
     run = second.group_size

@@ -1,4 +1,4 @@
-"""Round to nearest: every weight on its own, no data needed."""
+"""Round to nearest (RTN): each weight is rounded on its own, without calibration data."""
 
 from __future__ import annotations
 
@@ -16,36 +16,47 @@ from quantine.statistics.hessian import Hessian
 
 @dataclass(frozen=True)
 class RTN:
-    """Round to nearest.
+    """Round to nearest: each weight takes the nearest code of its group's grid.
 
     Attributes:
-        clip: ``"minmax"`` (the textbook baseline) or ``"mse"``, see
+        clip: how a group's range is chosen: ``"minmax"`` (the textbook baseline) or ``"mse"``, see
             `quantine.kernels.fit.grid_cost.GridCost`.
     """
 
     clip: Clip = "minmax"
     default_spec: ClassVar[QuantSpec] = QuantSpec()
+    """The grid that a weight gets unless a plan asks for another one."""
     needs_inputs: ClassVar[bool] = False
+    """``False``: rounding to nearest needs no Hessian."""
 
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, DATA_FREE_CLIPS)
 
     def stores_order(self, spec: QuantSpec) -> bool:
-        """Never."""
+        """``False``: RTN keeps inputs in their given order, so results store none."""
         return False
 
     @property
     def takes_clusters(self) -> bool:
-        """Always."""
+        """``True``: each group is rounded on its own, so groups may differ in size."""
         return True
 
     @property
     def outlier_share(self) -> float:
-        """None are kept."""
+        """0: RTN rounds every weight and keeps no outliers."""
         return 0.0
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
-        """Round ``weight`` ``[out, in]`` float32; ``hessian`` is not looked at."""
+        """Round every weight to the nearest code of its group's grid.
+
+        Args:
+            weight: ``[out, in]`` float32; it is not modified.
+            hessian: not used.
+            spec: the grid to quantize on.
+
+        Raises:
+            SolverError: a scale does not fit into float16.
+        """
         same = weight.new_ones(weight.shape[1])
         if spec.group_axis == "in":
             grid = fit_rows(weight, same, spec, GridCost(self.clip))

@@ -1,7 +1,10 @@
-"""SpQR (arXiv 2306.03078): error feedback with outliers kept apart in 16 bit.
+"""SpQR (arXiv 2306.03078): error feedback with outliers kept in 16 bit.
 
-With whole-number zero points, ``clip="hessian"`` and aligned groups this is quantine's own variant.
-The published algorithm is `FAITHFUL`, with the spec `FAITHFUL_SPEC`.
+With integer zero points, ``clip="hessian"`` and aligned groups this is quantine's own variant. The
+published algorithm, with its settings, is the preset ``spqr-faithful`` of `quantine.plan.presets`.
+
+``d`` is the diagonal entry of the inverse Hessian's factor (`quantine.statistics.inverse_factor`)
+that belongs to a weight's input; a squared error over ``d**2`` is the loss that rounding causes.
 """
 
 from __future__ import annotations
@@ -25,34 +28,43 @@ from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import InverseFactor
 
 Detect = Literal["leave-one-out", "simple"]
+"""Name of a way to treat likely outliers while a group's grid is fitted, see `SpQR`."""
 DETECTS: Final[tuple[Detect, ...]] = ("leave-one-out", "simple")
+"""Names of both ways to treat likely outliers."""
 
 LARGEST_SHARE: Final = 0.5
+"""Largest share of a matrix's weights that may be outliers; more would cost more than codes
+save."""
 EQUAL: Final = 2.0**-40
-"""Share of a column's mean square below which its variance means that its weights are equal."""
+"""Share of a column's mean square below which its variance means that all its weights are equal."""
 SAMPLED_ROWS: Final = 64
-"""Output rows that stand for a matrix in searches."""
+"""Number of output rows that stand for a whole matrix in searches."""
 SAMPLED_RUNS: Final = 4
-"""Runs of them, at least, where groups run along outputs."""
+"""Least number of runs of rows in that sample, where groups run along outputs and the rows of a
+group stay together."""
 SEARCH_STEPS: Final = 12
+"""Most steps of the search for the threshold that keeps a wanted share of outliers."""
 TOLERANCE: Final = 0.03
-"""Relative deviation from the wanted share of outliers that ends the search."""
+"""Deviation from the wanted share of outliers, relative to it, at which the search ends."""
 
 
 @dataclass(frozen=True)
 class SpQR:
-    """Error feedback with outliers.
+    """SpQR: error feedback like GPTQ's, with the weights that are hardest to round kept in 16 bit.
 
     Attributes:
-        damp, act_order, groups, block_size, clip: as of `quantine.methods.gptq.GPTQ`.
+        damp, act_order, groups, block_size, clip: as in `quantine.methods.gptq.GPTQ`.
         threshold: a weight is kept as an outlier when its squared error over ``d**2`` exceeds
-            ``threshold`` times the matrix's mean of (variance of a column over ``d**2``);
-            infinite keeps none.
-        outliers: share of weights to keep; if positive, the threshold is searched for each matrix
-            and ``threshold`` does not count.
+            ``threshold`` times the matrix's mean of (variance of a column over ``d**2``). Infinity
+            keeps none.
+        outliers: share of weights to keep as outliers, 0 to 0.5. If it is positive, the threshold
+            is searched for in each matrix and ``threshold`` is not used.
         detect: ``"leave-one-out"`` fits a group's range without the weights that would raise the
-            loss of the others by more than the threshold (section 4.1); ``"simple"`` does not
-            look ahead.
+            loss of the others by more than the threshold (section 4.1); ``"simple"`` fits it to all
+            weights.
+
+    Raises:
+        PlanError: a field has a value that is not allowed.
     """
 
     damp: float = 0.01
@@ -64,7 +76,9 @@ class SpQR:
     outliers: float = 0.0
     detect: Detect = "leave-one-out"
     default_spec: ClassVar[QuantSpec] = QuantSpec(4, 16, scale_bits=3, stat_group_size=64)
+    """The grid that a weight gets unless a plan asks for another one."""
     needs_inputs: ClassVar[bool] = True
+    """``True``: error feedback needs the Hessian."""
 
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, CLIPS)
@@ -79,30 +93,36 @@ class SpQR:
 
     @property
     def loop(self) -> ColumnLoop:
-        """The column loop with these parameters."""
+        """The column loop that runs with these parameters."""
         return ColumnLoop(self.groups, self.act_order, self.damp, self.block_size)
 
     def stores_order(self, spec: QuantSpec) -> bool:
-        """Where groups are made of inputs in solving order."""
+        """Whether groups consist of inputs in act-order, which is then stored with the layer."""
         return self.loop.stores_order(spec)
 
     @property
     def takes_clusters(self) -> bool:
-        """Not yet: second grids of statistics are made for groups of one size."""
+        """``False``: second grids of statistics are made for groups of one size only."""
         return False
 
     @property
     def outlier_share(self) -> float | None:
-        """Share of weights kept as outliers; ``None`` where a threshold decides."""
+        """Share of weights kept as outliers, 0 to 1; ``None`` where a threshold decides."""
         if self.outliers:
             return self.outliers
         return None if self.threshold < math.inf else 0.0
 
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
-        """Solve ``weight`` ``[out, in]`` float32.
+        """Quantize one matrix with error feedback and outliers.
+
+        Args:
+            weight: ``[out, in]`` float32; it is not modified.
+            hessian: statistics of the matrix's input.
+            spec: the grid to quantize on.
 
         Raises:
-            SolverError: no Hessian, or it cannot be factored; a scale does not fit into float16.
+            SolverError: there is no Hessian, or it cannot be factored; a scale does not fit into
+                float16; or a threshold keeps more outliers than `LARGEST_SHARE`.
         """
         factor = self.loop.factor(hessian, spec)
         solved = self._solve(weight, factor, spec, self._price(weight, factor, spec))
@@ -117,16 +137,23 @@ class SpQR:
     def predict(
         self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
     ) -> tuple[Tensor, float]:
-        """What solving would lose and keep, from the original weights without the column loop.
+        """Predict the loss and the outliers of solving a matrix, without running the column loop.
 
-        Feedback changes single weights, but hardly their distribution.
+        The original weights are rounded instead: error feedback changes single weights, but hardly
+        their distribution.
+
+        Args:
+            weight: ``[out, in]`` float32; may be some rows of the matrix.
+            hessian: statistics of the matrix's input.
+            spec: the grid to quantize on.
 
         Returns:
-            ``(loss, share)``: the mean over tokens of each output's squared error ``[out]``
-            float32, and the share of weights kept as outliers.
+            ``(loss, share)``: the squared error of each output, averaged over tokens, ``[out]``
+            float32; and the share of weights kept as outliers, 0 to 1.
 
         Raises:
-            SolverError: as when solving.
+            SolverError: there is no Hessian, or it cannot be factored; or a scale does not fit into
+                float16.
         """
         factor = self.loop.factor(hessian, spec)
         assert hessian is not None
@@ -155,15 +182,17 @@ class SpQR:
         return self.loop.solve(weight, factor, spec, self._cost(price))
 
     def _cost(self, price: float) -> GridCost:
+        """How candidate grids are compared, with ``price`` as the loss of keeping an outlier."""
         return GridCost(self.clip, price, self.detect == "leave-one-out")
 
     def _price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
+        """The loss, ``error**2 / d**2``, above which a weight is kept as an outlier."""
         if self.outliers:
             return self._searched_price(weight, factor, spec)
         return self.threshold * _loss_scale(weight, factor)
 
     def _searched_price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
-        """The price that keeps the wanted share of a sample of rows, by bisection."""
+        """The price that keeps the wanted share of outliers in some rows, found by bisection."""
         chosen = sampled_rows(len(weight), row_run(spec, len(weight)))
         rows = weight[chosen.to(weight.device)]
         low, high = 0.0, math.inf
@@ -184,14 +213,13 @@ class SpQR:
         return price
 
 
-FAITHFUL: Final = SpQR(damp=1.0, groups="refit", clip="minmax", threshold=0.2)
-"""The published algorithm with the published code's settings; see also `FAITHFUL_SPEC`."""
-FAITHFUL_SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_size=16)
-"""Fractional zero points; scales and zero points of 16 outputs share a second grid each."""
-
-
 def row_run(spec: QuantSpec, out_features: int) -> int:
-    """Consecutive rows that a sample may not separate, because they share groups."""
+    """Number of consecutive rows that a sample must keep together because they share groups.
+
+    Args:
+        spec: the grid to quantize on.
+        out_features: number of rows of the matrix.
+    """
     return spec.group_length(out_features) if spec.group_axis == "out" else 1
 
 
@@ -199,7 +227,8 @@ def sampled_rows(out_features: int, run: int) -> Tensor:
     """Indices of about `SAMPLED_ROWS` rows, evenly spread over a matrix, int64 on the CPU.
 
     Args:
-        run: rows that stay together; divides ``out_features``.
+        out_features: number of rows of the matrix.
+        run: number of consecutive rows that stay together; divides ``out_features``.
     """
     runs, wanted = out_features // run, max(SAMPLED_ROWS // run, SAMPLED_RUNS)
     starts = torch.arange(0, runs, max(1, runs // wanted), device="cpu") * run
@@ -209,8 +238,8 @@ def sampled_rows(out_features: int, run: int) -> Tensor:
 def _loss_scale(weight: Tensor, factor: InverseFactor) -> float:
     """Mean over inputs of the variance of a column over ``d**2``; positive.
 
-    A column of equal weights, such as that of a single row, counts with its square instead: a
-    price of nothing would keep every weight.
+    A column of equal weights, such as that of a matrix with one row, counts with its mean square
+    instead: a price of zero would keep every weight.
     """
     square, centred = weight.square().mean(0), weight - weight.mean(0)
     variance = centred.square_().sum(0).div_(max(1, len(weight) - 1))

@@ -1,1 +1,1 @@
-"""Plans: which matrix is quantized how, checked before any work starts."""
+"""Plans: which matrix of a model is quantized how, checked before any work starts."""

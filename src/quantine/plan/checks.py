@@ -1,4 +1,4 @@
-"""What a plan cannot do with a model, refused before any work starts."""
+"""Checks that a plan can be carried out on a model, made before any work starts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from quantine.plan.decision import Decision
 
 
 def check_groups(decisions: Sequence[Decision]) -> None:
-    """Refuse group sizes that do not divide; all layers are listed, with sizes that do.
+    """Check that the groups of every layer divide its lines evenly.
+
+    Args:
+        decisions: one per layer of the model.
 
     Raises:
-        PlanError: there are some.
+        PlanError: some do not; the message lists all such layers, with group sizes that would.
     """
     refused: dict[tuple[int, int, str], list[str]] = {}
     for decision in decisions:
@@ -38,10 +41,13 @@ def check_groups(decisions: Sequence[Decision]) -> None:
 
 
 def check_scheme(decision: Decision) -> None:
-    """Refuse a method or a format that cannot do what is asked of it.
+    """Check that the method and the format of one layer can do what the plan asks of them.
+
+    Args:
+        decision: what the plan does with the layer.
 
     Raises:
-        PlanError: names the layer.
+        PlanError: they cannot; the message names the layer and the remedy.
     """
     layer, scheme = decision.layer, decision.scheme
     if scheme is not None and layer.role != "block" and decision.needs_inputs:
@@ -57,17 +63,27 @@ def check_scheme(decision: Decision) -> None:
             raise PlanError(f"{layer.name}: {reason} ({decision.reason})")
 
 
-def check_exclusive(decisions: Sequence[Decision]) -> None:
-    """Refuse what a directory that other programs read cannot describe.
+def check_exclusive(decisions: Sequence[Decision], rounds_activations: bool) -> None:
+    """Check that layers in a format for other programs are the only kind of quantized layer.
+
+    Args:
+        decisions: one per layer of the model.
+        rounds_activations: whether the plan asks for rounded activations.
 
     Raises:
-        PlanError: a layer has another format beside an exclusive one, or cannot have that.
+        PlanError: a layer has another format, or is one that the exclusive format cannot describe;
+            or activations are rounded, of which readers of such a directory would not know.
     """
     chosen = [(d.layer, d.scheme) for d in decisions if d.scheme is not None]
     first = next(((layer, one) for layer, one in chosen if one.layout.exclusive), None)
     if first is None:
         return
     name, layout = first[1].format, first[1].layout
+    if rounds_activations:
+        raise PlanError(
+            f"{first[0].name} has format {name!r}, whose other readers know nothing of rounded "
+            "activations: use format sparse, or leave out `activations` and `scheme`"
+        )
     for layer, scheme in chosen:
         if scheme.format != name:
             raise PlanError(

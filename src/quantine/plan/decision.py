@@ -1,4 +1,4 @@
-"""What a plan does with one layer."""
+"""`Decision`: what a plan does with one layer."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ class Decision:
     """What a plan does with one layer, and why.
 
     Attributes:
-        rule: the number of the rule that decided.
-        choices: schemes one of which replaces ``scheme`` in the run; empty where that is settled.
-        objective: of the choice; ``None`` where a budget decides.
+        layer: the layer.
+        scheme: how it is quantized; ``None`` keeps it in 16 bit. Where there are choices, one of
+            them.
+        reason: the deciding rule in words, for reports and errors.
+        rule: number of the deciding rule, from 1; ``None`` if no rule matches.
+        choices: schemes of which the run takes one instead of ``scheme``; empty where ``scheme`` is
+            final.
+        objective: the loss by which choices are compared, see `quantine.methods.adadim.OBJECTIVES`;
+            ``None`` where the plan's budget of bits decides.
     """
 
     layer: Layer
@@ -29,17 +35,22 @@ class Decision:
 
     @property
     def by_budget(self) -> bool:
-        """Whether the plan's budget decides among the choices."""
+        """Whether the plan's budget of bits decides among the choices."""
         return bool(self.choices) and self.objective is None
 
     @property
     def needs_inputs(self) -> bool:
-        """Whether the layer cannot be quantized without calibration inputs."""
+        """Whether the layer can be quantized only with calibration inputs."""
         return bool(self.choices) or (self.scheme is not None and self.scheme.solver.needs_inputs)
 
 
 def with_clusters(decision: Decision, sizes: tuple[int, ...]) -> Decision:
-    """The decision with clusters of ``sizes``, if its layer's groups are clusters."""
+    """The decision with known cluster sizes; unchanged if the layer's groups are not clusters.
+
+    Args:
+        decision: about a layer.
+        sizes: number of inputs of each cluster.
+    """
     scheme = decision.scheme
     if scheme is None or not scheme.spec.clustered:
         return decision
@@ -54,7 +65,22 @@ def decide_later(
     rule: int,
     objective: Objective | None = None,
 ) -> Decision:
-    """A decision among the choices whose groups tile the layer; any, if none does."""
+    """A decision that leaves the choice of the scheme to the run.
+
+    Choices whose groups do not divide the layer are left out. With an objective and only one choice
+    left, that is final. With none left, the first choice is set so that
+    `quantine.plan.checks.check_groups` refuses it.
+
+    Args:
+        layer: the layer.
+        choices: schemes to choose from, at least one.
+        reason: the deciding rule in words.
+        rule: number of the deciding rule, from 1.
+        objective: the loss by which choices are compared; ``None`` for a budget of bits.
+
+    Raises:
+        PlanError: ``average_bits`` of a choice cannot be met on this layer.
+    """
     fitting = tuple(choice.settled(layer) for choice in choices if choice.tiles(layer))
     if objective is not None and len(fitting) == 1:
         return Decision(layer, fitting[0], reason, rule)

@@ -1,4 +1,4 @@
-"""The fields of a plan from plain values."""
+"""Read the fields of a plan from plain values, such as those of a YAML file."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import Any
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec, activations_from
 from quantine.core.spec import CLUSTERS
 from quantine.errors import PlanError
-from quantine.plan.presets import CLUSTERED, FAITHFUL
+from quantine.plan.presets import CLUSTERED, PUBLISHED_RPTQ
 from quantine.plan.scheme import KEEP, Scheme
 from quantine.plan.scheme_parsing import is_a, scheme_from
 from quantine.plan.shorthand import Shorthand, parse_shorthand
 
 
 def budget_field(value: Mapping[str, Any], name: str) -> float | None:
-    """``bits_per_weight`` of the plan ``name``."""
+    """Read ``bits_per_weight``, in bits; ``None`` if the plan has no budget.
+
+    Args:
+        value: the plan as plain values.
+        name: the plan's name, for errors.
+
+    Raises:
+        PlanError: it is not a number.
+    """
     bits = value.get("bits_per_weight")
     if bits is not None and not is_a(bits, float):
         raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {bits!r}")
@@ -23,7 +31,15 @@ def budget_field(value: Mapping[str, Any], name: str) -> float | None:
 
 
 def choices_field(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
-    """``choices`` of the plan ``name``."""
+    """Read ``choices``, the schemes among which a budget decides; empty if there are none.
+
+    Args:
+        value: the plan as plain values.
+        name: the plan's name, for errors.
+
+    Raises:
+        PlanError: it is not a list of schemes.
+    """
     found = value.get("choices", [])
     if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
         raise PlanError(f"plan {name!r}: choices must be a list of mappings")
@@ -36,7 +52,18 @@ def choices_field(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:
 
 
 def activations_field(value: Mapping[str, Any], name: str) -> ActivationSpec | None:
-    """``activations`` of the plan ``name``, or what its ``scheme`` says of them."""
+    """Read ``activations``, or take them from the plan's ``scheme`` such as ``W4A8``.
+
+    Args:
+        value: the plan as plain values.
+        name: the plan's name, for errors.
+
+    Returns:
+        How activations are quantized; ``None`` if the plan has neither field.
+
+    Raises:
+        PlanError: both fields are given, or one is malformed.
+    """
     if "activations" in value and "scheme" in value:
         raise PlanError(f"plan {name!r}: give either `activations` or `scheme`")
     if value.get("scheme") is not None:
@@ -47,13 +74,17 @@ def activations_field(value: Mapping[str, Any], name: str) -> ActivationSpec | N
 
 
 def weight_fields(scheme: Shorthand, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a rule says of weights under a named scheme.
+    """The fields of a rule that rounds weights as a scheme such as ``W4A8`` says.
 
     Args:
-        asked: parameters that go before the scheme's.
+        scheme: the scheme; its method is ``gptq`` unless ``asked`` names another.
+        asked: fields that override those of the scheme.
+
+    Returns:
+        Plain values for `quantine.plan.rules.rule_from`, without ``match``.
 
     Raises:
-        PlanError: parameters of weights that stay in 16 bit.
+        PlanError: fields are asked for although the scheme keeps weights in 16 bit.
     """
     if scheme.weight_bits == UNQUANTIZED:
         if asked:
@@ -61,5 +92,5 @@ def weight_fields(scheme: Shorthand, asked: Mapping[str, Any]) -> dict[str, Any]
         return {"method": KEEP}
     method = asked.get("method", "gptq")
     grouped = {"group_size": CLUSTERS} if method in CLUSTERED else {}
-    published = FAITHFUL if scheme.faithful and method == "gptq" else {}
+    published = PUBLISHED_RPTQ if scheme.faithful and method == "gptq" else {}
     return {"method": method, **grouped, **published, **asked, "bits": scheme.weight_bits}

@@ -1,4 +1,4 @@
-"""Plans: which matrix is quantized how. Rules in, one checked scheme per layer out."""
+"""Plans: ordered rules that give each layer of a model one checked scheme."""
 
 from __future__ import annotations
 
@@ -29,27 +29,33 @@ from quantine.plan.scheme_parsing import scheme_from
 from quantine.plan.shorthand import parse_shorthand
 
 FLAGS: Final = ("true_sequential", "float_inputs")
-"""Fields of a plan that say how inputs are observed."""
+"""Boolean fields of a plan that say on which model calibration inputs are observed."""
 OPTIONS: Final = (*FLAGS, "arithmetic")
-"""Fields of a plan that presets and plan files may leave out."""
+"""Fields of a plan that presets and plan files may set and may leave out."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Ordered rules; the first that matches a layer decides. Layers that none matches stay.
+    """Ordered rules, of which the first that matches a layer decides; other layers stay in 16 bit.
 
     Attributes:
-        rules: the rules.
-        name: for reports.
-        bits_per_weight: what searched layers may take on average, all stored bits counted; with
-            rules of method ``search`` only.
-        choices: what a searched layer may get.
-        true_sequential: observe an input after the matrices before it in the same block are
-            quantized; otherwise before any of them is, in one pass, as SpQR's published code does.
-        float_inputs: observe what the float model puts in, in one pass too, instead of what the
-            quantized matrices before put out; as AdaDim's published code does.
-        arithmetic: of products with the packed matrices; stored with them.
-        activations: what is asked of activations; ``None`` leaves blocks as they are.
+        rules: the rules, in order.
+        name: name of the plan in reports and errors.
+        bits_per_weight: budget for the layers of rules with method ``search``: bits per weight that
+            they may take on average, all stored bits counted. ``None`` without such rules.
+        choices: schemes among which the budget chooses, all of method ``spqr``.
+        true_sequential: whether an input is observed after the matrices before it in the same block
+            are quantized. ``False`` observes all inputs of a block in one pass before any of its
+            matrices is, as SpQR's published code does.
+        float_inputs: whether inputs are those of the float model, observed in one pass, instead of
+            what the quantized matrices before put out; as AdaDim's published code does.
+        arithmetic: how products with the packed matrices are computed, see
+            `quantine.core.arithmetic.Arithmetic`; stored in the output directory.
+        activations: how activations are quantized; ``None`` leaves them as they are.
+
+    Raises:
+        PlanError: a field has a value that is not allowed, fields contradict each other, or nothing
+            would be quantized.
     """
 
     rules: tuple[Rule, ...]
@@ -77,8 +83,8 @@ class Plan:
         searched = any(rule.by_budget for rule in self.rules)
         if searched != (self.bits_per_weight is not None) or searched != bool(self.choices):
             raise PlanError(
-                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method {BY_BUDGET!r} "
-                "belong together"
+                f"plan {self.name!r}: `bits_per_weight`, `choices` and a rule of method "
+                f"{BY_BUDGET!r} belong together"
             )
         if self.bits_per_weight is not None and not 0 < self.bits_per_weight <= FLOAT16:
             raise PlanError(
@@ -101,12 +107,14 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, **parameters: Any) -> Plan:
-        """Every matrix in the decoder blocks under one method.
+        """A plan that quantizes every matrix in the decoder blocks by one method.
 
         Args:
-            name: of a method in `quantine.methods.METHODS`, or of `quantine.presets.PRESETS`.
-            parameters: fields of `QuantSpec` and of the method, such as ``bits``, ``group_size``,
-                ``sym``, ``damp``, or of the plan, see `OPTIONS`; they go before the preset's.
+            name: a method in `quantine.methods.METHODS`, ``adadim``, or a preset in
+                `quantine.plan.presets.PRESETS`.
+            parameters: fields of `quantine.core.spec.QuantSpec`, of the method, or of the plan (see
+                `OPTIONS`), such as ``bits``, ``group_size``, ``sym`` or ``damp``. They override
+                those of the preset.
 
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
@@ -124,14 +132,14 @@ class Plan:
 
     @classmethod
     def scheme(cls, name: str, **parameters: Any) -> Plan:
-        """Every matrix in the decoder blocks, and their activations, by a name like ``W4A4KV``.
+        """A plan for weights and activations of every decoder block, by a name like ``W4A4KV``.
 
         Args:
-            name: see `quantine.plan.shorthand.parse_shorthand`.
-            parameters: ``method`` (``gptq``), and others as of `preset`.
+            name: the scheme, see `quantine.plan.shorthand.parse_shorthand`.
+            parameters: ``method``, by default ``gptq``, and others as for `preset`.
 
         Raises:
-            PlanError: no such scheme, or a parameter that does not go with it.
+            PlanError: there is no such scheme, or a parameter does not go with it.
         """
         found = parse_shorthand(name)
         options = {key: parameters.pop(key) for key in OPTIONS if key in parameters}
@@ -141,17 +149,19 @@ class Plan:
 
     @classmethod
     def budget(cls, bits_per_weight: float, group_axes: Sequence[str] = ("in",)) -> Plan:
-        """Every matrix in the decoder blocks under one of `quantine.presets.CHOICES`.
+        """A plan that spends a budget of bits on the matrices in the decoder blocks.
 
-        The choice is made in the run: so that the model's predictions change least, and all packed
-        matrices together take at most ``bits_per_weight`` on average.
+        During the run each matrix gets one of the schemes in `quantine.plan.presets.CHOICES`, so
+        that the model's predictions change least while all packed matrices together take at most
+        ``bits_per_weight`` on average.
 
         Args:
-            group_axes: the axes that groups may run along. Along outputs, too, is more exact, but
+            bits_per_weight: the budget, in bits per weight, all stored bits counted.
+            group_axes: the axes along which groups may run. Adding ``"out"`` is more exact, but
                 products with such matrices are slower; see docs/kernels.md.
 
         Raises:
-            PlanError: a budget that no plan can have.
+            PlanError: the budget is not above 0 and at most 16, or no choices are left.
         """
         fitting = (choice for choice in CHOICES if choice["group_axis"] in group_axes)
         choices = [scheme_from(choice, "a preset choice") for choice in fitting]
@@ -165,11 +175,14 @@ class Plan:
     def with_head(self, bits: int) -> Plan:
         """The same plan, but with the token table and the output head rounded to ``bits`` bits.
 
-        A table that both share (tied weights) is stored once, and serves both. Every token reads
-        the whole head, which is a large part of a small model.
+        A table that both share (tied weights) is stored once and serves both. Every token reads the
+        whole head, which is a large part of a small model.
+
+        Args:
+            bits: number of bits of one code, 2 to 8.
 
         Raises:
-            PlanError: ``bits`` is not 2 to 8.
+            PlanError: ``bits`` is out of range.
         """
         scheme = scheme_from({**TABLE, "bits": bits}, f"the head of plan {self.name!r}")
         tables = (Rule("@embedding", scheme), Rule("@head", scheme))
@@ -178,10 +191,14 @@ class Plan:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any], name: str = "plan") -> Plan:
-        """Invert `as_dict`, or read hand-written rules.
+        """A plan from plain values: the result of `as_dict`, or rules written by hand.
+
+        Args:
+            value: a mapping with a list of ``rules`` and optional other fields.
+            name: name of the plan unless ``value`` has one.
 
         Raises:
-            PlanError: a rule is malformed.
+            PlanError: a rule or field is malformed or unknown.
         """
         if not isinstance(value, Mapping) or not isinstance(value.get("rules"), list):
             raise PlanError(f"plan {name!r} must be a mapping with a list of `rules`")
@@ -205,10 +222,13 @@ class Plan:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Plan:
-        """Read a YAML or, by its suffix, a JSON plan.
+        """Read a plan from a file: JSON if its name ends with ``.json``, else YAML.
+
+        Args:
+            path: the file, whose stem names the plan unless the plan has a ``name``.
 
         Raises:
-            PlanError: no such file, or it is malformed.
+            PlanError: there is no such file, or it is malformed.
         """
         path = Path(path)
         try:
@@ -220,7 +240,7 @@ class Plan:
         return cls.from_dict(value, path.stem)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, with every default spelled out."""
+        """The fields as plain values that JSON can hold, with every default spelled out."""
         plain: dict[str, Any] = {
             "name": self.name,
             "rules": [rule.as_dict() for rule in self.rules],
@@ -234,11 +254,18 @@ class Plan:
         return plain
 
     def resolve(self, layers: Sequence[Layer]) -> list[Decision]:
-        """What happens to each of ``layers``; everything that can be refused is refused here.
+        """Decide what happens to each layer; whatever can be refused is refused here.
+
+        Args:
+            layers: all layers of the model, in running order.
+
+        Returns:
+            One decision per layer, in that order.
 
         Raises:
             PlanError: a rule matches nothing, group sizes do not divide (all layers are listed,
-                with sizes that do), or a method or a format cannot do what is asked of it.
+                with sizes that do), a method or a format cannot do what is asked of it, or the
+                budget is too small.
         """
         for number, rule in enumerate(self.rules, 1):
             if not any(rule.matches(layer) for layer in layers):
@@ -250,13 +277,14 @@ class Plan:
         check_groups(decisions)
         for decision in decisions:
             check_scheme(decision)
-        check_exclusive(decisions)
+        check_exclusive(decisions, self.activations is not None)
         self._check_budget(decisions)
         if not self.activations and not any(decision.scheme for decision in decisions):
             raise PlanError(f"plan {self.name!r} leaves every layer in 16 bit")
         return decisions
 
     def _check_budget(self, decisions: Sequence[Decision]) -> None:
+        """Check that the smallest choices fit into the budget, if there is one."""
         searched = [decision for decision in decisions if decision.by_budget]
         if self.bits_per_weight is None or not searched:
             return
@@ -269,6 +297,7 @@ class Plan:
             )
 
     def _decide(self, layer: Layer) -> Decision:
+        """What the first matching rule says about ``layer``; it stays in 16 bit if none matches."""
         for number, rule in enumerate(self.rules, 1):
             if rule.matches(layer):
                 reason = f"rule {number}: {rule.match}"
@@ -284,7 +313,7 @@ class Plan:
 
 
 def _title(scheme: Scheme | AdaDim[Scheme]) -> str:
-    """What a plan of one rule is called."""
+    """The name of a plan of one rule, made of its method, bits and group size."""
     first = scheme.choices[0] if isinstance(scheme, AdaDim) else scheme
     group = "row" if first.spec.group_size == -1 else f"g{first.spec.group_size}"
     ada = "-ada" if isinstance(scheme, AdaDim) else ""

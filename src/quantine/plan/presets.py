@@ -1,4 +1,4 @@
-"""Plans by name, and what a searched layer may get: literal tables, filled by measurement."""
+"""Plans by name, and the choices for a budget: literal tables, filled by measurement."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
     "spqr-ada-3bit": {**_SPQR_ADA, "bits": 3, "threshold": 0.5},
     "spqr-ada-4bit": {**_SPQR_ADA, "bits": 4, "threshold": 0.3},
 }
-"""One scheme for every matrix in the decoder blocks, and what is not the default in the plan."""
+"""Presets by name: fields of the one scheme for all matrices in the decoder blocks, and those
+fields of the plan that differ from their defaults."""
 
 _BOTH: Final = ("in", "out")
 _STEPS: Final = (
@@ -48,6 +49,7 @@ _STEPS: Final = (
     (6, 64, 4, 0.3, _BOTH),
     (8, 64, 4, 0.3, ("in",)),
 )
+"""Parameters of the schemes in `CHOICES`, with the group axes for which each is offered."""
 CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
     {
         "method": "spqr",
@@ -60,12 +62,12 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
     for bits, group_size, scale_bits, threshold, axes in _STEPS
     for axis in axes
 )
-"""What a layer may get under a budget of bits."""
+"""Schemes that a layer may get under a budget of bits, from the smallest to the most exact."""
 
 TABLE: Final[dict[str, Any]] = {"method": "rtn", "group_size": -1, "clip": "mse"}
-"""The token table and the output head, where they are quantized by a number of bits alone."""
+"""Scheme of the token table and the output head where a plan gives only their number of bits."""
 
 CLUSTERED: Final = ("gptq", "rtn")
-"""Methods whose groups are clusters of inputs in a scheme like W4A4, unless it says otherwise."""
-FAITHFUL: Final[dict[str, Any]] = {"act_order": False, "damp": 0.01, "clip": "minmax"}
-"""How RPTQ's published code rounds weights: parameters of gptq."""
+"""Methods whose groups are clusters of inputs by default in a scheme like ``W4A4``."""
+PUBLISHED_RPTQ: Final[dict[str, Any]] = {"act_order": False, "damp": 0.01, "clip": "minmax"}
+"""Parameters with which method ``gptq`` rounds weights as RPTQ's published code does."""

@@ -1,4 +1,4 @@
-"""A rule of a plan: which layers it speaks of, and what they get."""
+"""A rule of a plan: which layers it matches, and how they are quantized."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from quantine.plan.scheme import KEEP, Scheme
 from quantine.plan.scheme_parsing import adadim_from, scheme_from
 
 BY_BUDGET: Final = "search"
-"""The method of a rule whose layers each get one of the plan's choices."""
+"""Name of the method by which the plan's budget chooses a scheme for each layer of a rule."""
 SETS: Final = {"@blocks": "block", "@embedding": "embedding", "@head": "head"}
-"""Patterns that stand for every matrix of one role."""
+"""Patterns that stand for every matrix of one role, with that role."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Layers whose name matches ``match`` get ``scheme``; ``None`` keeps them in 16 bit.
+    """Layers whose name matches ``match`` get ``scheme``.
 
     Attributes:
-        match: a shell pattern on full layer names, where ``*`` also crosses dots; or
-            ``@blocks`` (every matrix inside a decoder block), ``@head``, ``@embedding``.
-        scheme: what to do with them.
-        by_budget: give each of them one of the plan's ``choices`` instead.
+        match: a shell pattern on full layer names, where ``*`` also crosses dots; or ``@blocks``
+            (every matrix inside a decoder block), ``@head`` or ``@embedding``.
+        scheme: how the layers are quantized; ``None`` keeps them in 16 bit.
+        by_budget: whether each layer gets one of the plan's ``choices`` instead.
+
+    Raises:
+        PlanError: ``match`` names an unknown set of layers.
     """
 
     match: str
@@ -39,13 +42,13 @@ class Rule:
             raise PlanError(f"unknown set {self.match!r} (known: {', '.join(SETS)})")
 
     def matches(self, layer: Layer) -> bool:
-        """Whether the rule speaks of ``layer``."""
+        """Whether the rule applies to ``layer``."""
         if self.match in SETS:
             return layer.role == SETS[self.match]
         return fnmatch.fnmatchcase(layer.name, self.match)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, with every default spelled out; `rule_from` inverts it."""
+        """The fields as plain values, with every default spelled out; `rule_from` inverts it."""
         unsettled = {"method": BY_BUDGET if self.by_budget else KEEP}
         return {"match": self.match, **(self.scheme.as_dict() if self.scheme else unsettled)}
 
@@ -53,8 +56,12 @@ class Rule:
 def rule_from(value: Any, where: str) -> Rule:
     """A rule from plain values.
 
+    Args:
+        value: a mapping with ``match``, ``method``, and fields of the scheme.
+        where: the place of the rule in the plan, named in errors.
+
     Raises:
-        PlanError: says what is wrong, ``where``, and what would be right.
+        PlanError: the rule is malformed; the message says what would be right.
     """
     if not isinstance(value, Mapping) or not isinstance(value.get("match"), str):
         raise PlanError(f"{where} must be a mapping with a `match` pattern")

@@ -1,4 +1,4 @@
-"""A scheme: how one matrix is quantized, as a value and as plain values."""
+"""`Scheme`: how one matrix is quantized and packed."""
 
 from __future__ import annotations
 
@@ -17,23 +17,31 @@ from quantine.methods.solver import Solver
 from quantine.methods.spqr import LARGEST_SHARE, SpQR
 
 KEEP: Final = "keep"
-"""The method of a rule that leaves its layers in 16 bit."""
+"""Name of the method of a rule that keeps its layers in 16 bit."""
 INFINITE: Final = "inf"
-"""How plans write an infinite number."""
+"""Text for an infinite number in plans, as JSON has none."""
 AVERAGE: Final = "average_bits"
-"""How plans call `Scheme.average_bits`."""
+"""Name of `Scheme.average_bits` in plans."""
 SHARE_STEPS: Final = 40
-"""Bisections that find a share of outliers to the last outlier of any matrix."""
+"""Number of bisections of the share of outliers: enough to find it to the last outlier of any
+matrix."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one matrix is quantized: solver, weight request, and packed layout.
+    """How one matrix is quantized: method, grid, and packed layout.
 
     Attributes:
-        average_bits: of `SpQR`: packed bits per weight that outliers fill up. How many that are
-            differs from layer to layer, see `settled`; it is met as closely as the solver meets
-            a share of outliers, within some percent of them. Zero leaves it to the solver.
+        solver: the method with its parameters.
+        spec: the grid to quantize on.
+        format: name of the packed layout, in `quantine.formats.FORMATS`.
+        average_bits: for method ``spqr`` only: packed bits per weight that are to be filled up with
+            outliers. Their share then differs from layer to layer, see `settled`; the size is met
+            as closely as the solver meets a share of outliers, within some percent of them. 0
+            leaves outliers to the solver.
+
+    Raises:
+        PlanError: ``average_bits`` is out of range or does not go with the solver.
     """
 
     solver: Solver
@@ -53,16 +61,16 @@ class Scheme:
 
     @property
     def method(self) -> str:
-        """The solver's name in `METHODS`."""
+        """The name of the solver's method in `METHODS`."""
         return next(name for name, kind in METHODS.items() if type(self.solver) is kind)
 
     @property
     def layout(self) -> Format:
-        """The packed layout."""
+        """The packed layout that ``format`` names."""
         return format_named(self.format)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything about the scheme, as plain values; `scheme_from` inverts it."""
+        """All fields as plain values; `quantine.plan.scheme_parsing.scheme_from` inverts it."""
         spec = dataclasses.asdict(self.spec)
         if not self.spec.cluster_sizes:
             del spec["cluster_sizes"]
@@ -75,7 +83,9 @@ class Scheme:
         }
 
     def settled(self, layer: Layer) -> Scheme:
-        """The scheme for ``layer``: with the share of outliers that ``average_bits`` has room for.
+        """The scheme for ``layer``, with ``average_bits`` turned into a share of outliers.
+
+        Unchanged where ``average_bits`` is 0 or groups do not divide the layer.
 
         Raises:
             PlanError: the layer takes more bits even without outliers, or so few that more than
@@ -100,21 +110,22 @@ class Scheme:
         return self._keeping(low)
 
     def _keeping(self, share: float) -> Scheme:
+        """The same scheme, of method ``spqr``, with a fixed ``share`` of outliers."""
         assert isinstance(self.solver, SpQR)
         threshold = self.solver.threshold if share else math.inf
         solver = dataclasses.replace(self.solver, outliers=share, threshold=threshold)
         return dataclasses.replace(self, solver=solver, average_bits=0.0)
 
     def tiles(self, layer: Layer) -> bool:
-        """Whether groups tile the lines of ``layer`` exactly."""
+        """Whether the lines of ``layer`` consist of whole groups."""
         return self.spec.divides(self.spec.lines(layer.out_features, layer.in_features)[1])
 
     def nbytes(self, layer: Layer) -> int:
-        """Packed bytes of ``layer``; outliers that a threshold decides about come on top."""
+        """Packed bytes of ``layer``, without the outliers whose number a threshold decides."""
         return self.expected_nbytes(layer, self.solver.outlier_share or 0.0)
 
     def expected_nbytes(self, layer: Layer, outlier_share: float) -> int:
-        """Packed bytes of ``layer`` with that share of its weights kept as outliers."""
+        """Packed bytes of ``layer`` if ``outlier_share`` (0 to 1) of its weights are outliers."""
         return self.layout.nbytes(
             self.spec,
             layer.out_features,
@@ -124,10 +135,10 @@ class Scheme:
         )
 
     def without_outliers(self) -> Scheme:
-        """The scheme of method spqr that keeps no outliers."""
+        """The same scheme, of method ``spqr``, but without outliers."""
         return self._keeping(0.0)
 
 
 def _plain(item: object) -> object:
-    """``item`` as JSON has it, which knows no infinity."""
+    """``item`` as plans write it: JSON has no infinity, so that becomes `INFINITE`."""
     return INFINITE if item == math.inf else item

@@ -1,4 +1,4 @@
-"""Schemes from plain values."""
+"""Read schemes from plain values, such as those of a YAML file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,20 @@ from quantine.plan.scheme import AVERAGE, KEEP, Scheme
 
 
 def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
-    """A scheme from plain values: ``method``, and fields of its solver and of `QuantSpec`.
+    """A scheme from plain values.
+
+    Args:
+        value: ``method``, and optionally ``format`` and fields of the method's solver and of
+            `QuantSpec`. Fields that are left out have their defaults; the format is then the first
+            that can hold the result.
+        where: the place of the scheme in the plan, named in errors.
+
+    Returns:
+        The scheme; ``None`` for method ``keep``.
 
     Raises:
-        PlanError: says what is wrong, ``where``, and what would be right.
+        PlanError: a field is unknown or has a value that is not allowed; the message says what
+            would be right.
     """
     method = value.get("method")
     fields = {key: item for key, item in value.items() if key not in {"method", "format"}}
@@ -67,6 +77,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
 def _check_types(
     fields: Mapping[str, Any], types: Mapping[str, Any], method: str, where: str
 ) -> None:
+    """Check that each field is known and a number or boolean where its type asks for one."""
     for key, item in fields.items():
         expected = types.get(key)
         if expected is None:
@@ -77,12 +88,13 @@ def _check_types(
 
 
 def _special(item: Any) -> Any:
-    """Invert `_plain`, and read what YAML takes for text: ``1e-3``, ``1%``."""
+    """Read numbers that YAML takes for text, such as ``1e-3``, ``1%`` or ``inf``."""
     number = _number(item) if isinstance(item, str) else None
     return item if number is None else number
 
 
 def _number(text: str) -> float | None:
+    """The number that ``text`` stands for, such as ``1e-3`` or ``1%``; ``None`` if it is none."""
     try:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
@@ -90,12 +102,16 @@ def _number(text: str) -> float | None:
 
 
 def _field_types(kind: type) -> dict[str, Any]:
+    """The types of the fields of a dataclass, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def is_a(item: object, kind: type) -> bool:
-    """Whether a plain value has type ``kind``: whole numbers are floats, booleans no numbers."""
+    """Whether a plain value has type ``kind``.
+
+    Integers and texts such as ``1%`` count as floats; booleans do not count as numbers.
+    """
     if kind is float and isinstance(item, str):
         return _number(item) is not None
     if kind is bool or isinstance(item, bool):
@@ -104,14 +120,15 @@ def is_a(item: object, kind: type) -> bool:
 
 
 def adadim_from(value: Mapping[str, Any], where: str) -> AdaDim[Scheme]:
-    """A choice from plain values.
+    """An AdaDim choice between schemes from plain values.
 
     Args:
         value: ``inner``, the method of all choices; ``choices``, a list of mappings, by default one
             for each group axis; ``objective``; and fields that all choices have in common.
+        where: the place of the choice in the plan, named in errors.
 
     Raises:
-        PlanError: as of `scheme_from`.
+        PlanError: a scheme is malformed, see `scheme_from`, or cannot be a choice.
     """
     own = ("method", "inner", "choices", "objective")
     common = {key: item for key, item in value.items() if key not in own}

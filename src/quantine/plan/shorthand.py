@@ -17,24 +17,25 @@ from quantine.core.spec import MAX_BITS, MIN_BITS
 from quantine.errors import PlanError
 
 NAME: Final = re.compile(r"W([1-9]\d*)A([1-9]\d*)(KV)?((?:-[a-z]+)*)")
+"""Pattern of such names: bits of weights, bits of activations, ``KV``, suffixes."""
 
 
 PUBLISHED_CLUSTERS: Final = (32, 4, 4, 32, 32)
-"""Of R1 to R5, as in RPTQ's experiments."""
+"""Numbers of clusters for the reorders R1 to R5 in RPTQ's experiments."""
 
 
 KEPT_AT_8: Final = 8
-"""Bits that norm outputs and softmax keep at least, as in RPTQ's published code."""
+"""Least number of bits of norm outputs and softmax, as in RPTQ's published code."""
 
 
 @dataclass(frozen=True)
 class Shorthand:
-    """A scheme by its name, such as ``W4A8`` or ``W4A4KV-faithful``.
+    """What a name such as ``W4A8`` or ``W4A4KV-faithful`` stands for.
 
     Attributes:
-        weight_bits: 2 to 8, or 16.
-        activations: ``None`` where they stay as they are, ``W4A16``, and nothing is reordered.
-        faithful: weights are to be rounded as RPTQ's published code does, too.
+        weight_bits: number of bits of weights, 2 to 8, or 16 for none.
+        activations: how activations are quantized; all sites have 16 bits in a name like ``W4A16``.
+        faithful: whether weights, too, are rounded as in RPTQ's published code.
     """
 
     weight_bits: int
@@ -43,18 +44,19 @@ class Shorthand:
 
 
 VARIANTS: Final = ("faithful", "strict", "tensor", "token")
+"""Suffixes of such names, explained in `parse_shorthand`."""
 
 
 def parse_shorthand(name: str) -> Shorthand:
-    """The scheme ``W<bits>A<bits>``, with ``KV`` if only keys and values are rounded.
+    """Read a name ``W<bits>A<bits>``, with ``KV`` if only keys and values are rounded.
 
     Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
-    that: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds clusters
-    and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and ``-token``
-    have one grid for each tensor or token.
+    the defaults: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds
+    clusters and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and
+    ``-token`` use one grid per tensor or per token.
 
     Raises:
-        PlanError: it is no such name, or bits are out of range.
+        PlanError: the name does not have this form, or bits are out of range.
     """
     match = NAME.fullmatch(name)
     suffixes = match[4].split("-")[1:] if match else []

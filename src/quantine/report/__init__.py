@@ -1,1 +1,1 @@
-"""A quantized directory as one page of HTML."""
+"""What people read about models: tables for the terminal, pictures, and a page of HTML."""

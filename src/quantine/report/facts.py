@@ -1,4 +1,4 @@
-"""Everything a page says, read from a quantized directory."""
+"""The facts that a page states, read from a quantized directory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import FormatError, PlanError
-from quantine.eval.compared import COMPARISON_STEM
+from quantine.eval.comparison_row import COMPARISON_STEM
 from quantine.eval.memory import cache_bytes
 from quantine.formats.directory import REPORT, read_json
 from quantine.formats.inventory import inventory
 from quantine.report.plots.clusters import Blocks, read_clusters
-from quantine.report.plots.data import LayerPicture, read_layers
+from quantine.report.plots.layer_data import LayerPicture, read_layers
 from quantine.report.record import recorded
 from quantine.report.verdict import Check, checks_of
 from quantine.source.locate import locate
 
 THUMBNAILS: Final = 6
-"""Matrices whose outliers are shown: those with the largest share."""
+"""Number of matrices whose outliers a page shows: those with the largest shares."""
 COMPARISON: Final = f"{COMPARISON_STEM}.json"
+"""Name of the file of a comparison that a page reads."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Facts:
     Attributes:
         name: of the directory.
         report: the content of its ``quantine_report.json``.
-        inventory: of `quantine.inventory.inventory`.
-        scores: of `quantine.record.recorded`; ``None`` if nothing was measured.
+        inventory: of `quantine.formats.inventory.inventory`.
+        scores: of `quantine.report.record.recorded`; ``None`` if nothing was measured.
         checks: numbers with floors; empty without floors.
         layers: every matrix, without maps.
         thumbnails: those with most outliers, with their maps.
         comparison: content of a ``comparison.json``; ``None`` without one.
         cache: bytes of the key-value cache in 16 bit by number of tokens.
-        clusters: see `quantine.plots.clusters.read_clusters`.
+        clusters: see `quantine.report.plots.clusters.read_clusters`.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Facts:
 
 
 def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None) -> Facts:
-    """Read everything.
+    """Read the facts about the quantized ``directory``.
 
     Args:
         floors: see `quantine.report.verdict.floors_of`.
@@ -87,7 +88,10 @@ def gather(directory: Path, floors: Mapping[str, float], comparison: Path | None
 def _layers(
     directory: Path, found: dict[str, Any]
 ) -> tuple[list[LayerPicture], list[LayerPicture]]:
-    """All matrices, and those with most outliers; maps of no more than these are in memory."""
+    """All matrices without maps, and those with most outliers with theirs.
+
+    No more maps than these are in memory at once.
+    """
     layers: list[LayerPicture] = []
     top: list[LayerPicture] = []
     for layer in read_layers(directory, found["layers"]):
@@ -100,6 +104,7 @@ def _layers(
 
 
 def _comparison(directory: Path) -> dict[str, Any]:
+    """The content of the file of a comparison, once it is known to be one."""
     path = directory / COMPARISON
     if not path.is_file():
         raise PlanError(f"{directory} holds no {COMPARISON}: make it with `quantine compare`")

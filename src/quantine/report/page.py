@@ -1,4 +1,4 @@
-"""The page: sections in one file that needs no other."""
+"""The HTML page about a quantized directory: one file that needs no other."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ pre { background: var(--card); border-radius: .5rem; padding: .8rem; font-size: 
 
 
 def page(facts: Facts) -> str:
-    """The whole page."""
+    """The HTML of the page about ``facts``; sections that have nothing to say are left out."""
     parts = []
     for title, section in SECTIONS:
         content = section(facts)
@@ -77,14 +77,14 @@ def page(facts: Facts) -> str:
 
 
 def write_page(facts: Facts, path: Path) -> None:
-    """Write the page to ``path``.
+    """Write the page about ``facts`` to ``path``, whole or not at all.
 
     Raises:
         QuantineError: matplotlib is missing.
         PlanError: the file cannot be written.
     """
     if find_spec("matplotlib") is None:
-        raise QuantineError("reports need matplotlib: pip install 'quantine[plot]'")
+        raise QuantineError("the page needs matplotlib: pip install 'quantine[plot]'")
     try:
         write_atomically(path, page(facts).encode())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Scores of a quantized directory, kept in it: for its model card and its report."""
+"""The scores of a quantized directory, kept in it for its model card and its page."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import FormatError
-from quantine.eval.score_text import recovery, with_error
+from quantine.eval.score_text import measured_on, task_cells, text_cells
 from quantine.formats.directory import REPORT, is_finished, read_json, write_json
 from quantine.formats.shards import write_atomically
 from quantine.run.card import model_card
 
 SCORES: Final = "quantine_scores.json"
+"""Name of the file of scores in a quantized directory."""
 CARD: Final = "README.md"
+"""Name of the model card in a quantized directory."""
 
 
 def check_recordable(directory: Path) -> None:
@@ -51,35 +53,29 @@ def record(
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
     }
     write_json(directory / SCORES, kept)
-    card = model_card(read_json(directory / REPORT), _quality(kept))
+    card = model_card(read_json(directory / REPORT), quality_section(kept))
     write_atomically(directory / CARD, card.encode())
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:
-    """What `record` kept, or ``None``."""
+    """The scores that `record` kept in ``directory``; ``None`` if there are none."""
     path = directory / SCORES
     return dict(read_json(path)) if path.is_file() else None
 
 
-def _quality(scores: dict[str, Any]) -> str:
-    """The section about what was measured."""
+def quality_section(scores: dict[str, Any]) -> str:
+    """The model card's section about what was measured, in Markdown."""
     compared = scores["reference"] is not None
     heads = ["", "this model", *(["float model", "recovery"] if compared else [])]
     lines = [_row(heads), "|" + "---|" * len(heads)]
-    notes = []
     for name, text in scores["texts"].items():
-        cells = [f"perplexity on {name}", with_error(text["perplexity"], text["stderr"], ".3f")]
-        if compared:
-            cells += [f"{text['reference_perplexity']:.3f}", recovery(text)]
-        lines.append(_row(cells))
-        notes.append(f"{name}: {text['windows']} windows of {text['window']} tokens")
+        cells = text_cells(text)
+        closeness = [cells.reference, cells.recovery] if compared else []
+        lines.append(_row([f"perplexity on {name}", cells.perplexity, *closeness]))
     for name, task in scores["tasks"].items():
-        score = with_error(task["score"], task["stderr"], ".1%")
-        cells = [f"{name} ({task['metric']})", score]
-        if compared:
-            cells += [f"{task['reference_score']:.1%}", recovery(task)]
-        lines.append(_row(cells))
-        notes.append(f"{name}: {task['questions']} questions, {task['fewshot']} examples each")
+        asked = task_cells(task)
+        closeness = [asked.reference, asked.recovery] if compared else []
+        lines.append(_row([f"{name} ({asked.metric})", asked.score, *closeness]))
     meaning = (
         "Recovery is the float model's perplexity over this model's, or this model's score over "
         "the float model's, with its 95% interval. " * compared
@@ -89,9 +85,10 @@ def _quality(scores: dict[str, Any]) -> str:
 
 {chr(10).join(lines)}
 
-{"; ".join(notes)}. ± is one standard error. {meaning}
+{measured_on(scores["texts"], scores["tasks"])}. ± is one standard error. {meaning}
 """
 
 
 def _row(cells: list[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"

@@ -5,27 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any, Final
+from typing import Final
 
 from quantine.core.activation_spec import UNQUANTIZED
-from quantine.eval.compared import loss_of_quality
-from quantine.eval.score_text import number, recovery, with_error, with_interval
+from quantine.eval.comparison_row import loss_of_quality
+from quantine.eval.score_text import IN_SHORT, JUDGED, task_cells, text_cells, with_interval
+from quantine.report.byte_text import megabytes
 from quantine.report.facts import Facts
-from quantine.report.plots.axes import axis_figure
 from quantine.report.plots.clusters import clusters_figure
-from quantine.report.plots.layers import WIDTH as LAYERS_WIDTH
-from quantine.report.plots.layers import layers_figure, thumbnails_figure
+from quantine.report.plots.group_axes import axis_figure
+from quantine.report.plots.page_pictures import WIDTH as LAYERS_WIDTH
+from quantine.report.plots.page_pictures import layers_figure, thumbnails_figure
 from quantine.report.plots.pareto import pareto_figure
 from quantine.report.svg import embedded
 
 PANELS: Final = 2
-"""Of a picture, side by side: more are illegible on a phone."""
+"""Number of panels of a picture side by side: more are illegible on a phone."""
 Section = Callable[[Facts], str]
 """HTML of a section without its heading; empty if there is nothing to say."""
 
 
 def verdict(facts: Facts) -> str:
-    """Good enough or not, and which numbers decide."""
+    """Whether the model is good enough, and the numbers that decide it."""
     if not facts.checks:
         return ""
     passed = all(check.passed for check in facts.checks)
@@ -34,8 +35,8 @@ def verdict(facts: Facts) -> str:
     rows = [
         [
             ("✓ " if check.passed else "✗ ") + check.name,
-            with_interval(check.value, check.low, check.high, ".2%"),
-            f"at least {check.floor:.1%}",
+            with_interval(check.value, check.low, check.high, JUDGED),
+            f"at least {check.floor:{JUDGED}}",
         ]
         for check in facts.checks
     ]
@@ -50,17 +51,18 @@ def verdict(facts: Facts) -> str:
 
 
 def headline(facts: Facts) -> str:
-    """The numbers one asks for first."""
+    """Size and quality in large type."""
     totals = facts.inventory["totals"]
     cards = [
         (f"{totals['bits_per_weight']:.2f}", "bits per quantized weight, from the file"),
         (f"{totals['file_bytes'] / 1e6:.0f} MB", "weight files"),
     ]
     for name, text in (facts.scores or {"texts": {}})["texts"].items():
-        cards.append((number(text["perplexity"], ".2f"), f"perplexity on {name}"))
+        cells = text_cells(text, IN_SHORT)
+        cards.append((cells.plain_perplexity, f"perplexity on {name}"))
         if text["recovery"] is not None:
-            cards.append((f"{text['recovery']:.1%}", f"of the float model's quality on {name}"))
-            cards.append((f"{text['top1']:.1%}", f"same next token on {name}"))
+            cards.append((cells.plain_recovery, f"of the float model's quality on {name}"))
+            cards.append((cells.plain_agreement, f"same next token on {name}"))
     items = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(label)}</span></div>" for value, label in cards
     )
@@ -74,32 +76,20 @@ def headline(facts: Facts) -> str:
 
 
 def quality(facts: Facts) -> str:
-    """All scores, with what they were measured on."""
+    """A table of all scores, with what they were measured on."""
     if facts.scores is None:
         return ""
     heads = ["", "this model", "float model", "recovery (95%)", "KL, nats per token"]
     rows = []
     for name, text in facts.scores["texts"].items():
-        rows.append(
-            [
-                f"perplexity, {name}: {text['windows']} windows of {text['window']} tokens",
-                with_error(text["perplexity"], text["stderr"], ".3f"),
-                number(text["reference_perplexity"], ".3f"),
-                recovery(text),
-                with_error(text["kl"], text["kl_stderr"], ".4f"),
-            ]
-        )
+        cells = text_cells(text)
+        label = f"perplexity, {name}: {cells.windows} tokens"
+        numbers = [cells.perplexity, cells.reference, cells.recovery, cells.divergence]
+        rows.append([label, *numbers])
     for name, task in facts.scores["tasks"].items():
-        rows.append(
-            [
-                f"{name} ({task['metric']}): {task['questions']} questions, "
-                f"{task['fewshot']} examples each",
-                with_error(task["score"], task["stderr"], ".1%"),
-                number(task["reference_score"], ".1%"),
-                recovery(task),
-                "",
-            ]
-        )
+        asked = task_cells(task)
+        label = f"{name} ({asked.metric}): {asked.questions}"
+        rows.append([label, asked.score, asked.reference, asked.recovery, ""])
     return _table(heads, rows) + (
         "<p>± is one standard error. Recovery is the float model's perplexity over this model's, "
         "or this model's score over the float model's; windows and questions are paired.</p>"
@@ -107,7 +97,7 @@ def quality(facts: Facts) -> str:
 
 
 def pareto(facts: Facts) -> str:
-    """Where this plan stands among others."""
+    """The place of this plan among those of a comparison."""
     if facts.comparison is None:
         return ""
     rows = [row for row in facts.comparison["rows"] if row["plan"] is not None]
@@ -132,7 +122,7 @@ def pareto(facts: Facts) -> str:
 
 
 def layers(facts: Facts) -> str:
-    """Error and bits of each matrix."""
+    """A picture of the error and bits of each matrix, and a table of the largest errors."""
     figure = layers_figure(facts.layers)
     worst = sorted(
         (layer for layer in facts.layers if layer.output_error is not None),
@@ -150,7 +140,7 @@ def layers(facts: Facts) -> str:
 
 
 def outliers(facts: Facts) -> str:
-    """Where weights are kept in 16 bit."""
+    """Maps of the weights that are kept in 16 bit, in the matrices with most of them."""
     figure = thumbnails_figure(facts.thumbnails)
     if figure is None:
         return ""
@@ -163,7 +153,7 @@ def outliers(facts: Facts) -> str:
 
 
 def group_axes(facts: Facts) -> str:
-    """Which way groups run, where that differs or was chosen."""
+    """The axis along which groups run, where it differs or was chosen."""
     figure = axis_figure(facts.layers, PANELS)
     if figure is None:
         return ""
@@ -176,7 +166,7 @@ def group_axes(facts: Facts) -> str:
 
 
 def clusters(facts: Facts) -> str:
-    """Channels of alike ranges, in the block in the middle."""
+    """Clusters of channels with alike ranges, in the block in the middle."""
     if not facts.clusters:
         return ""
     path = list(facts.clusters)[len(facts.clusters) // 2]
@@ -189,7 +179,7 @@ def clusters(facts: Facts) -> str:
 
 
 def memory(facts: Facts) -> str:
-    """Where the bytes are."""
+    """A table of the bytes of weights, and of the cache of keys and values."""
     totals = facts.inventory["totals"]
     plain = 2 * totals["quantized_weights"] + totals["kept_bytes"]
     activations = facts.report["plan"].get("activations") or {}
@@ -198,18 +188,18 @@ def memory(facts: Facts) -> str:
     packed = max(each) < UNQUANTIZED and activations["granularity"] != "token"
     bits = sum(each) / 2 if packed else UNQUANTIZED
     rows = [
-        ["quantized matrices", _size(totals["quantized_bytes"])],
-        ["embedding, norms and what else stays as it was", _size(totals["kept_bytes"])],
-        ["weight files in all", _size(totals["file_bytes"])],
-        ["the same tensors with 16 bit matrices", _size(plain)],
+        ["quantized matrices", megabytes(totals["quantized_bytes"])],
+        ["embedding, norms and what else stays as it was", megabytes(totals["kept_bytes"])],
+        ["weight files in all", megabytes(totals["file_bytes"])],
+        ["the same tensors with 16 bit matrices", megabytes(plain)],
         *(
-            [f"key-value cache of {tokens:,} tokens in 16 bit", _size(nbytes)]
+            [f"key-value cache of {tokens:,} tokens in 16 bit", megabytes(nbytes)]
             for tokens, nbytes in facts.cache.items()
         ),
         *(
             [
                 f"the same in {bits:g} bit, as generating keeps it",
-                _size(nbytes * bits / UNQUANTIZED),
+                megabytes(nbytes * bits / UNQUANTIZED),
             ]
             for nbytes in facts.cache.values()
             if bits < UNQUANTIZED
@@ -219,7 +209,7 @@ def memory(facts: Facts) -> str:
 
 
 def samples(facts: Facts) -> str:
-    """What both models write."""
+    """Texts that both models wrote after the same prompts."""
     found = (facts.scores or {}).get("samples") or []
     parts = []
     for sample in found:
@@ -235,13 +225,14 @@ def samples(facts: Facts) -> str:
 
 
 def _agreement(same: int) -> str:
+    """How many tokens of two texts are equal before the first that differs, in words."""
     if same == 0:
         return "they differ at once"
     return f"the first {same} agree" if same > 1 else "the first one agrees"
 
 
 def reproduce(facts: Facts) -> str:
-    """Everything that decides the numbers above."""
+    """Everything needed to get the same numbers: hashes, calibration, versions, and the plan."""
     report = facts.report
     calibration = report["calibration"]
     rows = [
@@ -282,6 +273,7 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
+    """An HTML table of plain texts, inside of an element of the class ``kind``."""
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
@@ -290,7 +282,3 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wid
         f'<div class="{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def _size(nbytes: Any) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS: Final = {"#000000": "currentColor", "#eeeeee": "var(--line)", "#1b3a6b": "var(--strong)"}
-"""What pictures are drawn in, and what it is on the page: read on white and in the dark."""
+"""Colour on the page by the colour that pictures are drawn in: legible on white and in the dark."""
 ID: Final = re.compile(r' id="([^"]+)"')
+"""Pattern of an attribute that gives an element of a picture a name."""
 
 
 def embedded(figure: Figure, label: str) -> str:

@@ -10,8 +10,11 @@ from quantine.errors import PlanError
 from quantine.eval.interval import FEWEST, t_quantile
 
 RECOVERY: Final = "recovery"
+"""Name of the floor under the share of the float model's quality."""
 TOP1: Final = "top1"
-KNOWN: Final = (RECOVERY, TOP1)
+"""Name of the floor under the share of equal most likely tokens."""
+FLOOR_NAMES: Final = (RECOVERY, TOP1)
+"""Names of all numbers that can have a floor."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Check:
 
 
 def floors_of(texts: Sequence[str]) -> dict[str, float]:
-    """Floors from ``recovery=0.98`` and ``top1=0.9``.
+    """Floors by name, from texts such as ``recovery=0.98`` and ``top1=0.9``.
 
     Raises:
         PlanError: another name, or no share.
@@ -57,9 +60,10 @@ def floors_of(texts: Sequence[str]) -> dict[str, float]:
             floors[name] = float(number)
         except ValueError as error:
             raise PlanError(f"a floor looks like recovery=0.98, not {text!r}") from error
-        if name not in KNOWN or not 0 < floors[name] <= 2:
+        if name not in FLOOR_NAMES or not 0 < floors[name] <= 2:
             raise PlanError(
-                f"a floor is a share of {' or '.join(KNOWN)}, such as recovery=0.98, not {text!r}"
+                f"a floor is a share of {' or '.join(FLOOR_NAMES)}, such as recovery=0.98, "
+                f"not {text!r}"
             )
     return floors
 
@@ -86,6 +90,7 @@ def checks_of(scores: Mapping[str, Any], floors: Mapping[str, float]) -> list[Ch
 
 
 def _recoveries(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
+    """A check for the recovery of every text and task that has one."""
     for kind in ("texts", "tasks"):
         for name, found in scores[kind].items():
             if found["recovery"] is not None:
@@ -94,6 +99,7 @@ def _recoveries(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
 
 
 def _agreements(scores: Mapping[str, Any], floor: float) -> Iterator[Check]:
+    """A check for the agreement on every text; it has an interval where windows are enough."""
     for name, found in scores["texts"].items():
         if found["top1"] is not None:
             value, error = found["top1"], found["top1_stderr"]

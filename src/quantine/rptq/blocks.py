@@ -6,20 +6,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import (
-    RoundingPoint,
-    add_grids,
-    add_norms,
-    add_sites,
-    rounding_points,
-)
+from quantine.activations.install import add_grids, add_sites, rebuild, rounding_points
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families.family import Family
 from quantine.formats.floats import as_stored
-from quantine.rptq.choose_grids import choose_grids, outputs, ranking_samples
+from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
 from quantine.rptq.reordering import Heads, Reordering
 from quantine.source.checkpoint import Checkpoint
 
@@ -46,11 +39,12 @@ def reorder_block(
         The block's clusters and calibration ranges.
     """
     add_sites(block, family, spec)
-    found = sequential.ranges(index, [place.path for place in rounding_points(family)])
+    found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     reordering.apply(block)
-    before = outputs(sequential, index) if spec.searches else []
+    ranking = ranking_batches(sequential) if spec.searches else 0
+    before = sequential.outputs(index, ranking)
     add_grids(block, family, spec, reordering.grid)
     if spec.searches:
         choose_grids(sequential, index, block, reordering, before)
@@ -74,17 +68,11 @@ def restore_block(
         family: the model's architecture.
         spec: bits, clusters and ranges of activations.
         tensors: what `float_tensors` had returned, by full name.
+
+    Raises:
+        FormatError: names a tensor that is missing.
     """
-
-    def grid(place: RoundingPoint, bits: int) -> StaticGrid:
-        own = f"{path}.{place.grid}"
-        scale, zero, labels = (tensors[f"{own}.{name}"] for name in StaticGrid.tensor_names)
-        more = (tensors.get(f"{own}.{name}") for name in (FEEDBACK, REACH))
-        return StaticGrid(bits, scale, zero, labels, *more)
-
-    add_sites(block, family, spec)
-    add_norms(block, family, spec, lambda norm: tensors[f"{path}.{norm}.order"])
-    add_grids(block, family, spec, grid)
+    rebuild(block, path, family, spec, tensors.get)
     for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
             set_tensor(model, name, tensors[name].to(present.dtype))
@@ -93,7 +81,7 @@ def restore_block(
 def float_tensors(
     block: nn.Module, path: str, checkpoint: Checkpoint, packed: Collection[str]
 ) -> dict[str, Tensor]:
-    """The tensors that the output directory holds of a block, besides packed matrices.
+    """The tensors that the output directory holds of a block, besides packed matrices, on the CPU.
 
     Args:
         block: a block that `reorder_block` has rewritten.
@@ -111,5 +99,5 @@ def float_tensors(
             continue
         source = name if name in checkpoint else f"{owner.removesuffix('.norm')}.{leaf}"
         dtype = checkpoint.dtype(source) if source in checkpoint else tensor.dtype
-        found[name] = as_stored(name, tensor.to(dtype).contiguous())
+        found[name] = as_stored(name, tensor.to(dtype).contiguous().cpu())
     return found

@@ -1,4 +1,4 @@
-"""The search for static grids: at each place, the one that changes the block's output least."""
+"""The search for static grids: at each point, the one that changes the block's output least."""
 
 from __future__ import annotations
 
@@ -71,15 +71,6 @@ def ranking_samples(sequential: Sequential) -> int:
     return batches * len(sequential.hidden[0]) if batches < len(sequential.hidden) else 0
 
 
-def outputs(sequential: Sequential, index: int) -> list[Tensor]:
-    """Outputs ``[batch, tokens, width]`` of block ``index``, as it is now, on `ranking_batches`."""
-    with torch.no_grad():
-        return [
-            sequential.run(index, sequential.hidden[batch])
-            for batch in range(ranking_batches(sequential))
-        ]
-
-
 def choose_grids(
     sequential: Sequential,
     index: int,
@@ -99,11 +90,12 @@ def choose_grids(
         index: number of the block.
         block: the block, reordered and with its grids installed; these are changed in place.
         reordering: the block's clusters and calibration ranges.
-        before: the `outputs` of the block before grids were installed.
+        before: outputs of the block before grids were installed, for the batches that rank
+            grids.
     """
     candidates = Candidates(reordering, block)
     for shared in _rounded(reordering.family, block):
-        grids = [block.get_submodule(place.grid) for place in shared]
+        grids = [block.get_submodule(point.grid) for point in shared]
         first = grids[0]
         assert isinstance(first, StaticGrid)
         if first.bits >= FINE_BITS:
@@ -111,7 +103,7 @@ def choose_grids(
         changes = []
         for candidate in candidates.of(shared[0], first.bits, final=False):
             _refit(grids, candidate)
-            changes.append(token_loss(before, outputs(sequential, index)))
+            changes.append(token_loss(before, sequential.outputs(index, len(before))))
         best = changes.index(min(changes))
         _refit(grids, candidates.of(shared[0], first.bits, final=True)[best])
 
@@ -130,9 +122,9 @@ def _rounded(family: Family, block: nn.Module) -> list[list[RoundingPoint]]:
     """
     shared: dict[tuple[str, str], list[RoundingPoint]] = {}
     modules = dict(block.named_modules())
-    for place in rounding_points(family):
-        if isinstance(modules.get(place.grid), StaticGrid):
-            shared.setdefault((place.site, place.kind), []).append(place)
+    for point in rounding_points(family):
+        if isinstance(modules.get(point.grid), StaticGrid):
+            shared.setdefault((point.site, point.kind), []).append(point)
     return list(shared.values())
 
 
@@ -148,21 +140,21 @@ class Candidates:
         self._reordering, self._block = reordering, block
         self._family, self._heads = reordering.family, reordering.heads
 
-    def of(self, place: RoundingPoint, bits: int, final: bool) -> list[CandidateGrid]:
-        """The candidate grids of one place, always in the same order.
+    def of(self, point: RoundingPoint, bits: int, final: bool) -> list[CandidateGrid]:
+        """The candidate grids of one point, always in the same order.
 
         Args:
-            place: where they round.
+            point: where they round.
             bits: number of bits of one code, 2 to 8.
             final: fit them to all calibration samples, not only to those that candidates are not
                 compared on.
         """
-        labels, seen = self._reordering.clusters_at(place).labels, self._shown(place, final)
+        labels, seen = self._reordering.clusters_at(point).labels, self._shown(point, final)
         whole = fit_activations(*seen.of_clusters(labels), bits)
-        searched = cheapest_ranges(seen, self._importance(place, final), labels, bits)
+        searched = cheapest_ranges(seen, self._importance(point, final), labels, bits)
         running = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         found = [CandidateGrid(*whole), CandidateGrid(*running), CandidateGrid(*searched)]
-        if self._reordering.has_factors(place):
+        if self._reordering.has_factors(point):
             found += [
                 CandidateGrid(
                     *fit_activations_around_zero(*seen.of_clusters(labels, over), bits), reach=reach
@@ -170,49 +162,49 @@ class Candidates:
                 for over in WITH_FACTORS
                 for reach in REACHES
             ]
-        if place.site not in ATTENDED:
+        if point.site not in ATTENDED:
             return found
-        feedback = feedback_of(self._moments(place, final))
+        feedback = feedback_of(self._moments(point, final))
         scale, zero = fit_activations(*seen.of_clusters(labels, "mean"), bits)
         means = [zero]
-        if place.site != "query":
+        if point.site != "query":
             # Every later token attends to the first one, whose keys and values hardly depend on
             # what it is: what rounding makes of them is an error of all tokens.
             means.append(through(seen.firsts.mean(0), scale, zero, labels))
         fed = [whole, searched, *((scale, zero) for zero in means)]
         return [*found, *(CandidateGrid(*grid, feedback) for grid in fed)]
 
-    def _shown(self, place: RoundingPoint, final: bool) -> ChannelRanges:
-        seen = self._reordering.ranges_at(place)
+    def _shown(self, point: RoundingPoint, final: bool) -> ChannelRanges:
+        seen = self._reordering.ranges_at(point)
         return seen if final else seen.after(self._reordering.held_out)
 
-    def _moments(self, place: RoundingPoint, final: bool) -> Tensor:
+    def _moments(self, point: RoundingPoint, final: bool) -> Tensor:
         """Second moments of the vectors that a head's channels are multiplied with in attention.
 
         Keys for queries, queries for keys, rows of the output projection for values.
 
         Returns:
-            ``[heads, dim, dim]`` float32, for the heads of the place.
+            ``[heads, dim, dim]`` float32, for the heads of the point.
         """
         keys, copies = self._heads.keys, self._heads.copies
-        if place.site == "value":
-            (path,) = link_of(self._family, place.kind).consumers
+        if point.site == "value":
+            (path,) = link_of(self._family, point.kind).consumers
             rows = matrix_of(self._block.get_submodule(path))
         else:
-            rows = self._shown(self._met(place), final).rows
-        of_queries = place.site != "query"  # or of columns that stand for a query's head
+            rows = self._shown(self._met(point), final).rows
+        of_queries = point.site != "query"  # or of columns that stand for a query's head
         shape = (len(rows), keys, copies if of_queries else 1, -1)
         states = rows.reshape(shape).permute(1, 2, 0, 3).flatten(1, 2)
         moments = states.transpose(1, 2) @ states
         return moments if of_queries else moments.repeat_interleave(copies, 0)
 
-    def _met(self, place: RoundingPoint) -> RoundingPoint:
-        """The place of the keys for that of queries, and the other way round."""
-        other = "key" if place.site == "query" else "query"
-        path = f"{place.path.rpartition('.')[0]}.{other}"
+    def _met(self, point: RoundingPoint) -> RoundingPoint:
+        """The point of the keys for that of queries, and the other way round."""
+        other = "key" if point.site == "query" else "query"
+        path = f"{point.path.rpartition('.')[0]}.{other}"
         return next(found for found in rounding_points(self._family) if found.path == path)
 
-    def _importance(self, place: RoundingPoint, final: bool) -> Tensor:
+    def _importance(self, point: RoundingPoint, final: bool) -> Tensor:
         """Weights of the channels' squared errors in the error of what reads them.
 
         For inputs of matrices and for values, the sum of squares of the weight's column that a
@@ -222,16 +214,16 @@ class Candidates:
         Returns:
             ``[channels]`` float32.
         """
-        if place.site in {"query", "key"}:
-            strength = self._shown(self._met(place), final).rows.square().mean(0)
+        if point.site in {"query", "key"}:
+            strength = self._shown(self._met(point), final).rows.square().mean(0)
         else:
             strength = torch.stack(
                 [
                     matrix_of(self._block.get_submodule(path)).square().sum(0)
-                    for path in link_of(self._family, place.kind).consumers
+                    for path in link_of(self._family, point.kind).consumers
                 ]
             ).sum(0)
-        return self._for_heads(strength, len(self._reordering.ranges_at(place).rows[0]))
+        return self._for_heads(strength, len(self._reordering.ranges_at(point).rows[0]))
 
     def _for_heads(self, strength: Tensor, channels: int) -> Tensor:
         """``strength`` of channels for another number of heads, ``[channels]``.

@@ -104,7 +104,7 @@ def _kmeans(points: Tensor, count: int) -> Tensor:
     check_installed()
     from sklearn.cluster import KMeans
 
-    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.numpy())
-    labels = torch.from_numpy(solved.labels_).long()
+    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.cpu().numpy())
+    labels = torch.from_numpy(solved.labels_).long().to(points.device)
     used: Tensor = torch.unique(labels, return_inverse=True)[1]
     return used

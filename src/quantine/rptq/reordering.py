@@ -86,14 +86,14 @@ class Reordering:
                 heads = self.heads.keys if link.per_head else 1
                 reorder(block, link, self._clusters[link.kind].order, heads)
 
-    def clusters_at(self, place: RoundingPoint) -> Clusters:
-        """The clusters of the channels at ``place``, in the order they have after `apply`."""
-        if place.site == "value" and self._values is not None:
+    def clusters_at(self, point: RoundingPoint) -> Clusters:
+        """The clusters of the channels at ``point``, in the order they have after `apply`."""
+        if point.site == "value" and self._values is not None:
             return self._values
-        link = link_of(self.family, place.kind)
-        own = self._clusters[place.kind]
+        link = link_of(self.family, point.kind)
+        own = self._clusters[point.kind]
         ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
-        wide = place.site in {"query", "attention"}
+        wide = point.site in {"query", "attention"}
         # A tensor's one grid is not copied for each head.
         copies = self.heads.copies if wide else 1
         if not self._spec.reorders:
@@ -118,36 +118,36 @@ class Reordering:
             for link in links
         }
 
-    def grid(self, place: RoundingPoint, bits: int) -> StaticGrid:
-        """The static grid that ``place`` has before any search."""
-        labels = self.clusters_at(place).labels
-        seen = self.ranges_at(place)
+    def grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
+        """The static grid that ``point`` has before any search."""
+        labels = self.clusters_at(point).labels
+        seen = self.ranges_at(point)
         if self._spec.range == "running":
             fitted = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         else:
             ends = seen.of_clusters(labels)
             fine = self._spec.range == "search" and bits >= FINE_BITS
-            if fine and place.site in SITES_WITH_FACTORS and self.has_factors(place):
+            if fine and point.site in SITES_WITH_FACTORS and self.has_factors(point):
                 scale, zero = fit_activations_around_zero(*ends, bits)
                 return StaticGrid(bits, scale, zero, labels.to(LABELS), reach=scale.new_ones(1))
             fitted = fit_activations(*(widened(*ends) if fine else ends), bits)
         return StaticGrid(bits, *fitted, labels.to(LABELS))
 
-    def has_factors(self, place: RoundingPoint) -> bool:
-        """Whether tokens may have factors at ``place``.
+    def has_factors(self, point: RoundingPoint) -> bool:
+        """Whether tokens may have factors at ``point``.
 
         That takes an activation which only matrices read, and reordered channels. See
         `quantine.kernels.integer.token_factors`.
         """
-        return self._spec.token_factors and self._spec.reorders and place.site not in ATTENDED
+        return self._spec.token_factors and self._spec.reorders and point.site not in ATTENDED
 
-    def ranges_at(self, place: RoundingPoint) -> ChannelRanges:
-        """Calibration ranges at ``place``, channels in the order they have after `apply`."""
-        found = self._ranges[place.path]
-        link = link_of(self.family, place.kind)
+    def ranges_at(self, point: RoundingPoint) -> ChannelRanges:
+        """Calibration ranges at ``point``, channels in the order they have after `apply`."""
+        found = self._ranges[point.path]
+        link = link_of(self.family, point.kind)
         if link.fold == "attention" or not self._spec.reorders:
             return found
-        order = self._clusters[place.kind].order
+        order = self._clusters[point.kind].order
         heads = self.heads.keys if link.per_head else 1
         copies = found.lows.shape[1] // len(order)
         return found.ordered(order_within_heads(order, heads, copies))
@@ -164,8 +164,8 @@ class Reordering:
         count = self._spec.value_clusters
         if count is None or not self._spec.reorders:
             return None
-        place = next(place for place in rounding_points(self.family) if place.site == "value")
-        low, high = self.ranges_at(place).after(self.held_out).of_channels()
+        point = next(point for point in rounding_points(self.family) if point.site == "value")
+        low, high = self.ranges_at(point).after(self.held_out).of_channels()
         return cluster_channels(torch.stack([high, low], 1), count, self.heads.keys)
 
     def _points(self, link: Link) -> Tensor:
@@ -177,9 +177,9 @@ class Reordering:
         seen = [p for p in rounding_points(self.family) if p.kind == link.kind]
         read = [p for p in seen if p.site not in ATTENDED][:1] or seen
         features: list[Tensor] = []
-        for place in read:
-            low, high = self._ranges[place.path].after(self.held_out).of_channels()
-            if place.site in {"query", "attention"}:
+        for point in read:
+            low, high = self._ranges[point.path].after(self.held_out).of_channels()
+            if point.site in {"query", "attention"}:
                 shape = (self.heads.keys, self.heads.copies, -1)
                 low, high = low.view(shape).amin(1).flatten(), high.view(shape).amax(1).flatten()
             features += [high, low]

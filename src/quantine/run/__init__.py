@@ -1,1 +1,1 @@
-"""One run of quantization, from the request to the finished directory."""
+"""One run of quantization, from the checked request to the finished output directory."""

@@ -1,7 +1,7 @@
-"""One decoder block of a run: its matrices solved, adjusted together, packed and reported.
+"""One decoder block of a run: its matrices are solved, adjusted together, packed and reported.
 
-Groups of matrices that read the same input are solved in running order, each on what the quantized
-ones before it put out. An `Adjustment` then sees the whole block.
+Groups of matrices that read the same input are solved in running order, each on the calibration
+inputs that the quantized matrices before it produce. An `Adjustment` then sees the whole block.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from quantine.budget.allocation import Allocation
@@ -34,17 +33,17 @@ from quantine.statistics.hessian import Hessian
 
 @dataclass(frozen=True)
 class SolvedBlock:
-    """A block whose matrices are solved, and what an `Adjustment` may want to know of it.
+    """A block whose matrices are solved, with all that an `Adjustment` may need.
 
     Attributes:
-        index: of the block.
+        index: number of the block, from 0.
         module: the block; it computes with the solved matrices.
-        solved: its matrices, in running order.
-        weights: the float weight ``[out, in]`` float32 of each, by layer name.
-        hessians: statistics of the input of each, by layer name.
-        sequential: at this block: runs it on the calibration segments.
-        float_outputs: what it put out before anything in it was quantized, on the same inputs, a
-            tensor for each batch.
+        solved: the results for its matrices, in running order.
+        weights: the float weight ``[out, in]`` float32 of each matrix, by layer name.
+        hessians: the Hessian of the input of each matrix, by layer name.
+        sequential: runs the block on the calibration segments; it has advanced to this block.
+        float_outputs: the block's outputs on the same inputs before any of its matrices was
+            quantized, one tensor per batch.
     """
 
     index: int
@@ -57,21 +56,29 @@ class SolvedBlock:
 
 
 class Adjustment(Protocol):
-    """Changes the solved matrices of a block together."""
+    """A step after solving that changes the solved matrices of a block together."""
 
     def __call__(self, block: SolvedBlock) -> Sequence[Solved]:
-        """One `Solved` for each of ``block.solved``, in that order; see `Solved.adjusted`."""
+        """Change the results of a block.
+
+        Args:
+            block: the block with its solved matrices.
+
+        Returns:
+            One `Solved` for each of ``block.solved``, in that order; `Solved.adjusted` makes
+            changed ones.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What the output holds of a block.
+    """What the output directory gets from one block.
 
     Attributes:
-        tensors: by full name.
-        reports: of its layers, for ``quantine_report.json``.
-        maps: for pictures, by name.
+        tensors: packed and float tensors, by full name.
+        reports: the entries of the block's layers in ``quantine_report.json``.
+        maps: tensors for pictures, such as sensitivity maps, by name.
     """
 
     tensors: dict[str, Tensor]
@@ -81,12 +88,17 @@ class BlockResult:
 
 @dataclass
 class BlockRun:
-    """The work on block ``index`` of ``job``.
+    """The work on one decoder block.
 
     Attributes:
-        sequential: at this block, which has its float weights; ``None`` without calibration.
-        allocation: the budget, where the plan has one.
-        adjust: changes the solved matrices together; ``None`` leaves them.
+        job: the checked request.
+        checkpoint: the float weights of the source model.
+        sequential: runs the block on the calibration segments; it has advanced to this block, which
+            has its float weights. ``None`` without calibration.
+        index: number of the block, from 0.
+        allocation: the budget of bits, where the plan has one.
+        progress: is told about each solved layer.
+        adjust: changes the solved matrices together; ``None`` leaves them as they are.
     """
 
     job: Job
@@ -101,19 +113,31 @@ class BlockRun:
     _hessians: dict[str, Hessian] = field(default_factory=dict)
 
     def quantize(self) -> BlockResult:
-        """Solve the matrices of the block, adjust them, pack and report them."""
+        """Solve the matrices of the block, adjust them together, and pack them.
+
+        Raises:
+            SolverError: a matrix cannot be solved; the message names the layer.
+            FormatError: a layout cannot hold a result; the message names the layer.
+        """
         decisions, floats = self._prepared()
-        before = self._outputs() if self.adjust is not None else []
+        adjust, sequential = self.adjust, self.sequential
+        before: list[Tensor] = []
+        if adjust is not None:
+            assert sequential is not None, "an adjustment needs calibration inputs"
+            before = sequential.outputs(self.index)
         solved = self._solved(decisions)
-        if self.adjust is not None:
-            solved = self._adjusted(self.adjust, solved, before)
+        if adjust is not None and sequential is not None:
+            solved = self._adjusted(adjust, sequential, solved, before)
         tensors = dict(floats)
         for one in solved:
             tensors.update(packed_tensors(one))
         return BlockResult(tensors, [one.report() for one in solved], self._maps)
 
     def _prepared(self) -> tuple[list[Decision], dict[str, Tensor]]:
-        """What is decided about the layers, and the floats that stay; reordered, where asked."""
+        """The decisions about the block's layers, and its float tensors that are not quantized.
+
+        Where the plan quantizes activations, channels are reordered first.
+        """
         job, sequential, spec = self.job, self.sequential, self.job.plan.activations
         if spec is None or sequential is None:
             names = job.block_names(self.index)
@@ -131,7 +155,7 @@ class BlockRun:
         return decisions, float_tensors(block, path, self.checkpoint, packed)
 
     def _solved(self, decisions: Sequence[Decision]) -> list[Solved]:
-        """Step one, group after group; each result runs from here on."""
+        """Solve the matrices group after group; the block computes with each result thereafter."""
         losses = self._choice_losses()
         hessians = self._observed()
         found = []
@@ -178,17 +202,20 @@ class BlockRun:
         return solved
 
     def _adjusted(
-        self, adjust: Adjustment, solved: Sequence[Solved], before: Sequence[Tensor]
+        self,
+        adjust: Adjustment,
+        sequential: Sequential,
+        solved: Sequence[Solved],
+        before: Sequence[Tensor],
     ) -> list[Solved]:
-        """Step two: what ``adjust`` makes of the block runs from here on."""
-        assert self.sequential is not None, "an adjustment needs calibration inputs"
+        """Apply ``adjust``; the block computes with the adjusted matrices from then on."""
         block = SolvedBlock(
             self.index,
             self._module(),
             solved,
             self._weights,
             self._hessians,
-            self.sequential,
+            sequential,
             before,
         )
         adjusted = list(adjust(block))
@@ -198,7 +225,7 @@ class BlockRun:
         return adjusted
 
     def _choice_losses(self) -> dict[str, list[float]]:
-        """What choices between group axes would cost, where outputs of the block tell."""
+        """The losses of choices that are compared by outputs of the block, by layer name."""
         job, sequential = self.job, self.sequential
         decisions = [d for d in job.block_schemes(self.index) if d.objective == "output"]
         if sequential is None or not decisions:
@@ -226,7 +253,11 @@ class BlockRun:
         return losses
 
     def _observed(self) -> Iterator[Hessian | None]:
-        """Statistics of each group's input; where the plan wants it so, taken when asked for."""
+        """The Hessian of each group's input; ``None`` without calibration.
+
+        If the plan is true-sequential, each is observed only when it is asked for, so that the
+        groups before it are already quantized.
+        """
         job, sequential, groups = self.job, self.sequential, self.job.block_groups(self.index)
         if sequential is None:
             yield from [None] * len(groups)
@@ -239,28 +270,32 @@ class BlockRun:
             yield sequential.observe_next(self.index, layer)
 
     def _float_weight(self, layer: Layer) -> Tensor:
-        """The weight of a layer, ``[out, in]`` float32, as it was before quantization."""
+        """The float weight of a layer, ``[out, in]`` float32; reordered where channels are."""
         if self.job.plan.activations is not None:
-            return layer.read(self.job.model)  # reordered
+            return layer.read(self.job.model)  # its channels are reordered
         return self.job.float_weight(self.checkpoint, layer)
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
+        """Let the block compute with a result, unless the plan wants inputs of the float model."""
         if self.sequential is not None and not self.job.plan.float_inputs:
             layer.write(self.job.model, qtensor.dequantize())
 
     def _module(self) -> nn.Module:
         return self.job.model.get_submodule(f"{self.job.family.blocks}.{self.index}")
 
-    @torch.no_grad()
-    def _outputs(self) -> list[Tensor]:
-        """What the block puts out as it is now, a tensor for each batch."""
-        assert self.sequential is not None, "an adjustment needs calibration inputs"
-        hidden = self.sequential.hidden
-        return [self.sequential.run(self.index, hidden[batch]) for batch in range(len(hidden))]
-
 
 def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:
-    """Give a block that an earlier run finished its quantized weights, if they feed the next."""
+    """Give a block that an earlier process finished its quantized weights.
+
+    Nothing is done where the plan uses inputs of the float model, as later blocks then do not
+    depend on quantized weights.
+
+    Args:
+        job: the checked request, whose model is changed.
+        tensors: the committed tensors of the block, by full name.
+        index: number of the block, from 0.
+        reports: the entries of its layers in the report.
+    """
     if job.plan.float_inputs:
         return
     tensors = {name: tensor.to(job.device) for name, tensor in tensors.items()}
@@ -275,6 +310,12 @@ def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports:
 
 
 def kept_tensors(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
-    """The float tensors ``names`` as the output stores them."""
+    """Read float tensors that are not quantized, in the dtypes in which the output stores them.
+
+    Args:
+        job: the checked request.
+        checkpoint: the float weights of the source model.
+        names: what the model calls the tensors.
+    """
     dtype = job.float_dtype()
     return {name: as_stored(name, job.read(checkpoint, name), dtype) for name in names}

@@ -1,4 +1,4 @@
-"""The model card of an output directory."""
+"""The model card, ``README.md``, of an output directory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from quantine.formats import format_named
 AUTO: Final = (
     "`AutoModelForCausalLM.from_pretrained` opens the directory too, after `import quantine`."
 )
+"""Sentence of the card for directories that transformers can open."""
 OTHER_READERS: Final = (
     "The tensors are those of `quant_method: spqr`: the GPU kernels of SpQR's authors read them."
 )
+"""Sentence of the card for directories in a format that other programs read."""
 
 
 def model_card(report: dict[str, Any], quality: str = "") -> str:
-    """README.md with the facts of ``report``; its code block runs as written.
+    """The text of the model card; its code block runs as written.
 
     Args:
-        quality: a section about what was measured, see `quantine.report.record`.
+        report: the content of ``quantine_report.json``.
+        quality: a section about what was measured, see `quantine.report.record`; empty for none.
     """
     totals, calibration = report["totals"], report["calibration"]
     formats = [format_named(layer["scheme"]["format"]) for layer in report["layers"]]

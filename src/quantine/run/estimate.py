@@ -1,4 +1,4 @@
-"""Predictions before a run: bytes on disk, bits per weight, peak memory."""
+"""Predictions made before a run: bytes on disk, bits per weight, and peak memory."""
 
 from __future__ import annotations
 
@@ -18,39 +18,45 @@ from quantine.kernels.fit.grid_cost import CHUNK
 from quantine.run.job import Job
 
 FLOAT: Final = 4
-"""Bytes of a float32, in which everything is computed."""
+"""Bytes of a float32, the dtype of weights, hidden states and Hessians during a run."""
 DEFAULT_SHARE: Final = 0.25
-"""Share of the machine's memory that activations may take by default."""
+"""Share of the machine's memory that calibration activations may take by default."""
 GGUF_COPIES: Final = 1.5
-"""Float32 copies of the model in memory while transformers dequantizes a GGUF (1.3 measured)."""
+"""Number of float32 copies of the model in memory while transformers dequantizes a GGUF file (1.3
+measured)."""
 LIVE_TENSORS: Final = 4
-"""Tensors as wide as the block's widest matrix that live at once in a forward pass."""
+"""Number of tensors as wide as the block's widest matrix that exist at once in a forward pass."""
 STOPPED_TENSORS: Final = 4
-"""Tensors as wide as hidden states that a block holds beside its widest input when it stops."""
+"""Number of tensors as wide as hidden states that a block keeps beside its widest input when it
+stops to be observed."""
 SOLVED_COPIES: Final = 5
-"""Copies of a matrix while it is solved: weight, columns, errors, codes, decoded weight."""
+"""Number of copies of a matrix while it is solved: weight, columns, errors, codes, decoded
+weight."""
 SCORES: Final = 4
-"""Tensors as large as the attention scores of a batch, where attention rounds activations."""
+"""Number of tensors as large as the attention scores of a batch that exist at once where attention
+rounds activations."""
 LOGIT_COPIES: Final = 6
-"""Tensors as large as the logits that are held at once when gradients are taken."""
+"""Number of tensors as large as the logits that exist at once while gradients are taken."""
 SEARCH_BYTES: Final = 32 * CHUNK
-"""Temporary bytes of the clip search."""
+"""Bytes of temporary memory that the search for clipped ranges takes."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take; all sizes in bytes.
+    """What a run will take in memory and on disk; all sizes in bytes.
 
     Attributes:
-        packed: of quantized matrices.
-        kept: of everything else in the output's weight files.
+        packed: size of the packed matrices.
+        kept: size of everything else in the output's weight files.
         weights: number of quantized weights.
-        activations: of hidden states between two blocks.
-        spills: whether they go to disk.
-        resumes: whether a block that stops to be observed keeps what it computed until then.
-        peak_memory: of the process.
-        disk_while_running: written at most, the finished output included.
-        tokens: calibration tokens.
+        activations: size of the hidden states between two blocks.
+        spills: whether hidden states go to disk, because they exceed the memory they may take.
+        resumes: whether a block that stops to be observed keeps what it computed until then,
+            instead of computing it again.
+        peak_memory: largest resident memory of the process, without what its allocator keeps of
+            freed memory.
+        disk_while_running: most disk space used during the run, the finished output included.
+        tokens: number of calibration tokens.
     """
 
     packed: int
@@ -65,20 +71,22 @@ class Estimate:
 
     @property
     def bits_per_weight(self) -> float:
-        """Packed bits per quantized weight."""
+        """Packed bits per quantized weight; 16 if nothing is quantized."""
         return self.packed * 8 / self.weights if self.weights else float(FLOAT16)
 
     @property
     def output(self) -> int:
-        """Bytes of the weight files, headers apart."""
+        """Size of the output's weight files in bytes, without their headers."""
         return self.packed + self.kept
 
 
 def estimate(job: Job, max_ram: float | None = None) -> Estimate:
-    """Predict a run of ``job``.
+    """Predict what a run will take.
 
     Args:
-        max_ram: GB that activations may take in memory, see `quantine.pipeline.quantize`.
+        job: the checked request.
+        max_ram: GB (1e9 bytes) that calibration activations may take in memory, see
+            `quantine.run.quantize.quantize`.
 
     Raises:
         PlanError: ``max_ram`` is negative.
@@ -116,6 +124,7 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
 
 
 def _kept_bytes(job: Job) -> int:
+    """Bytes of the tensors that are not quantized: matrices in 16 bit, other tensors in float32."""
     state = job.model.state_dict()
     blocks = {d.layer.block for d in job.decisions if d.layer.block is not None}
     names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
@@ -123,7 +132,13 @@ def _kept_bytes(job: Job) -> int:
 
 
 def _peak(job: Job, activations: int, stopped: int) -> int:
-    """Peak resident memory: this process as it is now, and what the largest step adds to it."""
+    """Peak resident memory in bytes: that of this process so far plus that of the largest step.
+
+    Args:
+        job: the checked request.
+        activations: bytes of hidden states in memory.
+        stopped: bytes that stopped blocks keep.
+    """
     table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
     # Reading a tensor holds the mapped file and the copy; then the table feeds the first block.
     steps = [2 * table, table + activations, _in_block(job) + activations + stopped]
@@ -139,7 +154,10 @@ def _peak(job: Job, activations: int, stopped: int) -> int:
 
 
 def _in_block(job: Job) -> int:
-    """Bytes that one block takes: its weights, and the largest of forward pass and solver."""
+    """Bytes in memory while one block is worked on, hidden states apart.
+
+    They are its weights, and the largest of forward pass, factorization and solver.
+    """
     inside = [d.layer for d in job.decisions if d.layer.block == 0]
     squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
     largest = FLOAT * max(layer.weights for layer in inside)
@@ -157,7 +175,7 @@ def _in_block(job: Job) -> int:
             heads = int(job.config.num_attention_heads)
             forward += FLOAT * SCORES * heads * rows * job.segment_length()
     if any(decision.objective == "output" for decision in job.decisions):
-        # What enters the parts of a block, and what they put out before and after.
+        # Inputs of the parts of a block, and their outputs before and after a change.
         widths = {layer.group: layer.in_features for layer in inside}
         forward += FLOAT * OUTPUT_TOKENS * (sum(widths.values()) + 4 * widest)
     weights = FLOAT * sum(layer.weights for layer in inside)
@@ -165,14 +183,16 @@ def _in_block(job: Job) -> int:
 
 
 def _width(job: Job) -> int:
+    """Width of the hidden states between blocks."""
     return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
 
 
 def _stopped_width(job: Job) -> int:
-    """Numbers per token that a stopped block holds."""
+    """Number of floats per token that a block keeps when it stops to be observed."""
     inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
     return STOPPED_TENSORS * _width(job) + max(inside)
 
 
 def _machine_memory() -> int:
+    """Bytes of physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,7 +1,7 @@
-"""A checked request: what will be done to which model.
+"""`Job`: a checked request, saying what will be done to which model.
 
-`quantine plan` prints a `Job`; `quantine quantize` carries it out. Both go through
-`quantine.run.prepare.prepare`, so what one accepts the other completes.
+``quantine plan`` prints a job and ``quantine quantize`` carries it out. Both get it from
+`quantine.run.prepare.prepare`, so what one accepts the other can complete.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup
-from quantine.calibrate.share import Share
+from quantine.calibrate.share import EVERYTHING, Share
+from quantine.core.device import CPU
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -33,18 +34,27 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NO_LAYER: Final = "not a layer that plans can name"
-"""Why `Job.other_matrices` stay in 16 bit."""
+"""Reason given in the report why `Job.other_matrices` stay in 16 bit."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: what will be done to which model with which calibration tokens.
+    """A checked request: what will be done to which model, with which calibration tokens.
 
     Attributes:
-        segments: ``[samples, seqlen]`` int64 token ids; ``None`` without calibration.
-        decisions: one per matrix a plan can quantize, in running order.
-        unties: whether table and head, tied in the source, are stored separately.
-        device: where matrices are solved, and blocks run.
+        source: where the model's files are.
+        config: configuration of the source model.
+        model: the model without weights, which blocks get while they are worked on.
+        family: the model's architecture.
+        plan: the request as the user made it.
+        decisions: what the plan does, one decision per layer that a plan can quantize, in running
+            order.
+        calibration: where calibration text comes from and how it is sampled.
+        segments: ``[samples, seqlen]`` int64 calibration token ids; ``None`` without calibration.
+        tokenizer: tokenizer of the source model.
+        unties: whether embedding and head, which share one table in the source, are stored
+            separately.
+        device: where matrices are solved and blocks run.
         share: which part of the work this process does.
     """
 
@@ -58,29 +68,34 @@ class Job:
     segments: Tensor | None
     tokenizer: Any
     unties: bool
-    device: torch.device = torch.device("cpu")
-    share: Share = Share()
+    device: torch.device = CPU
+    share: Share = EVERYTHING
 
     def scheme_layers(self) -> list[Decision]:
-        """The decisions that quantize something."""
+        """The decisions that quantize their layer, in running order."""
         return [decision for decision in self.decisions if decision.scheme is not None]
 
     def block_schemes(self, index: int) -> list[Decision]:
-        """The decisions that quantize something inside block ``index``."""
+        """The decisions that quantize a layer of block ``index``, in running order."""
         return [decision for decision in self.scheme_layers() if decision.layer.block == index]
 
     def observed(self, index: int, group: int) -> Layer:
-        """A layer of block ``index`` that reads what every layer of ``group`` reads."""
+        """A layer of block ``index`` that reads the input that all layers of ``group`` share."""
         inside = (d.layer for d in self.decisions if d.layer.block == index)
         return next(layer for layer in inside if layer.group == group)
 
     def block_groups(self, index: int) -> list[int]:
-        """The groups of block ``index`` that have something to quantize, in running order."""
+        """The groups of block ``index`` with a layer to quantize, in running order."""
         groups = {d.layer.group for d in self.block_schemes(index)}
         return sorted(group for group in groups if group is not None)
 
     def checkpoint(self, directory: Path | None = None) -> Checkpoint:
-        """The float weights, in ``directory`` if they were converted there."""
+        """The float weights of the source model.
+
+        Args:
+            directory: where they are if they were converted, as those of a GGUF file; otherwise
+                they are in the source's directory.
+        """
         return Checkpoint(
             directory or self.source.directory,
             self.model.base_model_prefix,
@@ -94,9 +109,10 @@ class Job:
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
     ) -> CalibrationSetup:
-        """This process's calibration segments, and the model they run through.
+        """The calibration segments of this process, and the model they run through.
 
-        There must be some; arguments are those of `CalibrationSetup`.
+        There must be calibration segments. Arguments are those of
+        `quantine.calibrate.sequential.CalibrationSetup`.
         """
         assert self.segments is not None
         return CalibrationSetup(
@@ -112,27 +128,37 @@ class Job:
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """The float tensor that the model calls ``name``, as it is stored."""
+        """Read a float tensor of the source, in the dtype in which it is stored.
+
+        Args:
+            checkpoint: the float weights of the source.
+            name: what the model calls the tensor.
+        """
         stored = self.stored_name(name)
         return checkpoint.read([stored])[stored]
 
     def float_weight(self, checkpoint: Checkpoint, layer: Layer) -> Tensor:
-        """The weight of ``layer`` before quantization, ``[out, in]`` float32, on `device`."""
+        """The weight of a layer before quantization, ``[out, in]`` float32, on `device`.
+
+        Args:
+            checkpoint: the float weights of the source.
+            layer: the layer.
+        """
         weight = layer.part_of(self.read(checkpoint, layer.stored_name))
         return weight.float().contiguous().to(self.device)
 
     def loose_names(self) -> list[str]:
-        """Names of the float tensors outside of decoder blocks that the output holds."""
+        """Names of the output's float tensors outside of decoder blocks."""
         inside = f"{self.family.blocks}."
         return [name for name in self._float_names() if not name.startswith(inside)]
 
     def block_names(self, index: int) -> list[str]:
-        """Names of the float tensors of block ``index`` that the output holds."""
+        """Names of the output's float tensors in block ``index``."""
         inside = f"{self.family.blocks}.{index}."
         return [name for name in self._float_names() if name.startswith(inside)]
 
     def _float_names(self) -> list[str]:
-        """Names of all float tensors that the output holds."""
+        """Names of all float tensors in the output: those that are not quantized."""
         absent = {
             d.layer.stored_name
             for d in self.decisions
@@ -141,9 +167,9 @@ class Job:
         return [name for name in self.model.state_dict() if name not in absent]
 
     def other_matrices(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the matrices no plan can name, by tensor name: they stay in 16 bit.
+        """Shapes of the matrices that no plan can name, by tensor name; they stay in 16 bit.
 
-        Such are position tables, and the projections around the decoder of opt-350m.
+        Examples are position tables, and the projections around the decoder of opt-350m.
         """
         known = {decision.layer.stored_name for decision in self.decisions}
         return {
@@ -153,22 +179,26 @@ class Job:
         }
 
     def float_dtype(self) -> torch.dtype | None:
-        """Dtype of every float in the output, where the plan's format asks for one."""
+        """Dtype of every float tensor in the output, if the format in use demands one."""
         asked = {d.scheme.layout.float_dtype for d in self.scheme_layers() if d.scheme is not None}
         return next((dtype for dtype in asked if dtype is not None), None)
 
     def linears(self) -> list[str]:
-        """Names of all Linear modules, those that no plan can name included."""
+        """Names of all Linear modules of the model, also of those that no plan can name."""
         return [name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)]
 
     def segment_length(self) -> int:
-        """Tokens of a calibration segment; 0 without calibration."""
+        """Number of tokens of a calibration segment; 0 without calibration."""
         return 0 if self.segments is None else self.segments.shape[1]
 
     def packed_bytes(self, decision: Decision) -> int:
-        """Bytes a quantized layer will take; of one that a budget decides about its share of that.
+        """Bytes that a quantized layer will take.
 
-        Of one that chooses otherwise, the most that it may take.
+        For a layer that a budget decides about, this is its share of the budget. For one with other
+        choices, it is the most that any of them takes.
+
+        Args:
+            decision: one that quantizes its layer.
         """
         assert decision.scheme is not None
         if decision.by_budget and self.plan.bits_per_weight is not None:
@@ -177,20 +207,26 @@ class Job:
         return max(choice.nbytes(decision.layer) for choice in choices)
 
     def is_tied(self) -> bool:
-        """Whether the source shares one table between embedding and head."""
+        """Whether embedding and output head share one table in the source."""
         return bool(self.config.tie_word_embeddings)
 
     def shares_table(self, layer: Layer) -> bool:
-        """Whether ``layer`` is a head that reads the embedding's table in the output too."""
+        """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
 
     def stored_name(self, name: str) -> str:
-        """Where the source keeps the tensor that the model calls ``name``."""
+        """The name in the source's files of the tensor that the model calls ``name``."""
         head = f"{self.family.head}.weight"
         return f"{self.family.embedding}.weight" if self.is_tied() and name == head else name
 
     def identity(self, weights: str) -> dict[str, str]:
-        """Hashes of all that decides the output bytes; ``weights`` is the checkpoint's digest."""
+        """Hashes and versions of all that decides the bytes of the output, by what they describe.
+
+        A run may be resumed only with an equal identity.
+
+        Args:
+            weights: the digest of the source's weight files.
+        """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
         return {
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),

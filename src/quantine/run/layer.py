@@ -1,7 +1,7 @@
-"""One matrix of a run, in three steps: solve it, adjust it with its block, pack it and report.
+"""One matrix of a run: solved, perhaps adjusted with its block, then packed and reported.
 
-`solve` makes a `Solved`, `quantine.run.block` lets an `Adjustment` change those of a block, and
-`packed_tensors` and `Solved.report` are what the output gets.
+`solve` makes a `Solved`. `quantine.run.block` lets an adjustment change those of a block.
+`packed_tensors` and `Solved.report` are what the output directory gets.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from quantine.statistics.sensitivity_map import sensitivity_map
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized matrix, as the layout of its scheme holds it.
+    """A quantized matrix in the form that its packed layout can hold.
 
     Attributes:
-        decision: about the layer; its scheme is the one that was used.
+        decision: the decision about the layer, with the scheme that was used.
         packed: the tensors of the layout, by their names in it.
-        qtensor: what they mean: what is stored is what runs, also where a layout rounds.
-        output_error: squared output error relative to the float layer's squared output, on the
-            calibration inputs; ``None`` without any.
+        qtensor: the matrix that ``packed`` stands for; where a layout rounds, the rounded one.
+        output_error: squared error of the layer's output relative to the squared output of the
+            float layer, on the calibration inputs; ``None`` without any.
         weight_error: squared error of the weights relative to their squares.
-        damp: that was used to factor the Hessian; ``None`` where none was used.
-        choice: how the choices compare among which the scheme was taken; ``None`` without choice.
-        seconds: that solving took.
+        damp: damping with which the Hessian was factored; ``None`` if none was.
+        choice: choices and their losses, see `quantine.methods.adadim.describe_choice`; ``None`` if
+            there was no choice.
+        seconds: time that solving took.
     """
 
     decision: Decision
@@ -49,30 +50,32 @@ class Solved:
 
     @property
     def layer(self) -> Layer:
-        """Which matrix it is."""
+        """The layer whose matrix this is."""
         return self.decision.layer
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed tensors."""
+        """Size of the packed tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.packed.values())
 
     def adjusted(self, qtensor: QTensor, weight: Tensor, hessian: Hessian | None) -> Solved:
-        """Another result for the same layer and scheme, with errors of its own.
+        """The result for the same layer and scheme with another quantized matrix.
+
+        Errors and packed tensors are computed anew.
 
         Args:
-            qtensor: of the same spec.
+            qtensor: the changed matrix, on a grid of the same spec.
             weight: the float weight, ``[out, in]`` float32.
-            hessian: statistics of the input, as `solve` had them.
+            hessian: statistics of the input, as given to `solve`.
 
         Raises:
-            FormatError: names the layer; the layout cannot hold the result.
+            FormatError: the layout cannot hold the matrix; the message names the layer.
         """
         held = _held(self.decision, qtensor, weight, hessian)
         return replace(held, damp=self.damp, choice=self.choice, seconds=self.seconds)
 
     def report(self) -> dict[str, Any]:
-        """The layer's entry in ``quantine_report.json``."""
+        """The entry of the layer in ``quantine_report.json``, as plain values."""
         layer, scheme, nbytes = self.layer, self.decision.scheme, self.nbytes
         assert scheme is not None
         outliers = self.qtensor.outliers
@@ -93,15 +96,16 @@ class Solved:
 
 
 def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved:
-    """Quantize one matrix.
+    """Quantize one matrix with the scheme of its decision.
 
     Args:
-        weight: ``[out, in]`` float32.
-        hessian: statistics of its input, if any were taken.
+        decision: the decision about the layer, with a scheme.
+        weight: the float weight, ``[out, in]`` float32.
+        hessian: statistics of its input; ``None`` without calibration.
 
     Raises:
-        SolverError: names the layer.
-        FormatError: likewise; the layout cannot hold the result.
+        SolverError: the matrix cannot be solved; the message names the layer.
+        FormatError: the layout cannot hold the result; the message names the layer.
     """
     scheme = decision.scheme
     assert scheme is not None
@@ -118,11 +122,18 @@ def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved
 def solve_choice(
     decision: Decision, weight: Tensor, hessian: Hessian | None, losses: Mapping[str, list[float]]
 ) -> Solved:
-    """`solve` with the choice that loses least.
+    """Quantize one matrix with the choice that loses least.
 
     Args:
-        losses: of `quantine.methods.adadim.output_losses`; a layer that is not in it is solved with
-            every choice.
+        decision: the decision about the layer, with choices.
+        weight: the float weight, ``[out, in]`` float32.
+        hessian: statistics of its input.
+        losses: losses of the choices by layer name, from `quantine.methods.adadim.output_losses`. A
+            layer that is missing there is solved with every choice, and output errors are compared.
+
+    Raises:
+        SolverError: the matrix cannot be solved; the message names the layer.
+        FormatError: the layout cannot hold the result; the message names the layer.
     """
 
     def solved_with(number: int) -> Solved:
@@ -141,12 +152,17 @@ def solve_choice(
 
 
 def packed_tensors(solved: Solved) -> dict[str, Tensor]:
-    """The packed tensors by full name, on the CPU, where files are written from."""
+    """The packed tensors by their full names, on the CPU, from where files are written."""
     return {f"{solved.layer.name}.{key}": value.cpu() for key, value in solved.packed.items()}
 
 
 def unpack(decision: Decision, tensors: Mapping[str, Tensor]) -> QTensor:
-    """The result stored among ``tensors``, which go by full names."""
+    """The quantized matrix of a layer from the packed tensors.
+
+    Args:
+        decision: the decision about the layer, with the scheme that was used.
+        tensors: packed tensors by full name, at least those of the layer.
+    """
     layer, scheme = decision.layer, decision.scheme
     assert scheme is not None
     names = {key: f"{layer.name}.{key}" for key in scheme.layout.tensor_names}
@@ -155,9 +171,14 @@ def unpack(decision: Decision, tensors: Mapping[str, Tensor]) -> QTensor:
 
 
 def sensitivity(solved: Solved, weight: Tensor, hessian: Hessian | None) -> dict[str, Tensor]:
-    """The map of how much each weight matters, by the layer's name.
+    """The sensitivity map of the matrix, under the layer's name.
 
-    Nothing for layers whose solver did not use the inverse of ``hessian``.
+    Empty for layers whose solver did not use the inverse Hessian.
+
+    Args:
+        solved: the result of the layer.
+        weight: the float weight, ``[out, in]`` float32.
+        hessian: statistics of its input; ``None`` without calibration.
     """
     scheme = solved.decision.scheme
     assert scheme is not None
@@ -169,7 +190,7 @@ def sensitivity(solved: Solved, weight: Tensor, hessian: Hessian | None) -> dict
 
 
 def _held(decision: Decision, qtensor: QTensor, weight: Tensor, hessian: Hessian | None) -> Solved:
-    """``qtensor`` as the layout holds it, and its errors."""
+    """Pack ``qtensor`` and measure the errors of what the layout really holds."""
     scheme = decision.scheme
     assert scheme is not None
     try:

@@ -1,4 +1,4 @@
-"""What an output directory holds besides weights: configuration, report, model card."""
+"""The small files of an output directory: configuration, report, model card, tokenizer."""
 
 from __future__ import annotations
 
@@ -31,11 +31,18 @@ COPIED: Final = (
     "vocab.json",
     "vocab.txt",
 )
-"""Files of the source that describe its tokenizer and its way of generating."""
+"""Names of the source's files that are copied: they describe its tokenizer and generation
+settings."""
 
 
 def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
-    """The machine-readable report; everything in it but measured times is reproducible."""
+    """The content of ``quantine_report.json``; all but measured times is reproducible.
+
+    Args:
+        job: the checked request.
+        identity: the result of `Job.identity`.
+        layers: the entries of the quantized layers.
+    """
     quantized = sum(layer["weights"] for layer in layers)
     nbytes = sum(layer["bytes"] for layer in layers)
     calibration = job.calibration
@@ -75,11 +82,12 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
 def output_files(
     job: Job, directory: Path, report: dict[str, Any], entries: Iterable[Entry]
 ) -> dict[str, bytes]:
-    """Every small file of the output, by name.
+    """The content of every small file of the output but the report, by file name.
 
     Args:
-        directory: the source's.
-        report: of `report_of`.
+        job: the checked request.
+        directory: the directory of the source model.
+        report: the result of `report_of`.
         entries: all tensors of the output.
     """
     files = {
@@ -91,7 +99,13 @@ def output_files(
 
 
 def describe(job: Job, report: dict[str, Any], entries: Iterable[Entry]) -> Description:
-    """The packed layers of the output, for its ``config.json``."""
+    """The description of the packed layers that goes into the output's ``config.json``.
+
+    Args:
+        job: the checked request.
+        report: the result of `report_of`.
+        entries: all tensors of the output.
+    """
     schemes: list[dict[str, Any]] = []
     layers: dict[str, dict[str, Any]] = {}
     for layer in report["layers"]:
@@ -111,13 +125,14 @@ def describe(job: Job, report: dict[str, Any], entries: Iterable[Entry]) -> Desc
 
 
 def _config(job: Job, described: Description) -> bytes:
+    """The content of ``config.json``: the source's configuration plus the packed layers."""
     config = copy.deepcopy(job.config)
     config.architectures = [type(job.model).__name__]
     if job.unties:
         config.tie_word_embeddings = False
     dtype = job.float_dtype()
     if dtype is not None or config.dtype is None:
-        # Else transformers would take the dtype of the first float it finds: a float16 scale.
+        # Without it transformers would take the dtype of the first float it finds: a float16 scale.
         config.dtype = str(dtype or torch.float32).removeprefix("torch.")
     value = json.loads(config.to_json_string(use_diff=True))
     value.pop("_name_or_path", None)

@@ -1,4 +1,4 @@
-"""Everything that can be known, and refused, before a weight is read."""
+"""Checks a request before a weight is read: whatever can be refused is refused here."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DISK_RESERVE: Final = 64_000_000
+"""Bytes of disk space that a run leaves free beside what it is expected to write."""
 
 
 def prepare(
@@ -41,13 +42,16 @@ def prepare(
     calibration: Calibration,
     device: str | torch.device = "cpu",
 ) -> Job:
-    """Check a request against a model without reading weights.
+    """Check a request against a model, without reading weights.
 
     Args:
-        device: where matrices will be solved, and blocks run.
+        model: where the model is, see `quantine.source.locate.locate`.
+        plan: what is done to which matrix.
+        calibration: where calibration text comes from and how it is sampled.
+        device: where matrices will be solved and blocks run.
 
     Raises:
-        QuantineError: of the kind that says what is wrong; see `quantine.errors`.
+        QuantineError: the request cannot be carried out; the class says why, see `quantine.errors`.
     """
     where = device_named(device)
     source = locate(model)
@@ -95,7 +99,11 @@ def prepare(
 
 
 def check_headers(job: Job, checkpoint: Checkpoint) -> None:
-    """Compare the shapes in the weight files with the architecture's.
+    """Compare the shapes in the weight files with those that the architecture needs.
+
+    Args:
+        job: the checked request, with the model's shapes.
+        checkpoint: the float weights of the source, of which only headers are read.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, or is not floating point.
@@ -117,13 +125,15 @@ def check_headers(job: Job, checkpoint: Checkpoint) -> None:
 
 
 def check_place(out: Path, resume: bool, needed: int) -> None:
-    """Refuse an output path that is taken, or a disk that is too small, before work starts.
+    """Check that the output path is free and that the disk has room, before work starts.
 
     Args:
-        needed: bytes the run will write at most.
+        out: the output directory.
+        resume: whether an unfinished run there may be continued.
+        needed: most bytes that the run will write.
 
     Raises:
-        OutputError: says which.
+        OutputError: the path is taken or cannot be written, or the disk is too small.
     """
     try:
         check_output(out, resume)
@@ -144,7 +154,11 @@ def check_place(out: Path, resume: bool, needed: int) -> None:
 
 
 def _check_links(family: Family, config: PretrainedConfig) -> None:
-    """Refuse activations where reorders would change what a block computes."""
+    """Refuse to quantize activations of a model whose block a reorder would change.
+
+    Raises:
+        FamilyError: the family has no reorders, or not with this configuration.
+    """
     if not family.links or not family.attention:
         raise FamilyError(
             f"activations of {config.model_type} models cannot be quantized yet: leave out "
@@ -161,7 +175,11 @@ def _check_links(family: Family, config: PretrainedConfig) -> None:
 def _with_expected_clusters(
     decision: Decision, spec: ActivationSpec | None, family: Family
 ) -> Decision:
-    """The decision with as many clusters as its layer's inputs will have, of any sizes."""
+    """The decision with as many clusters as the layer's inputs will have, with sizes made up.
+
+    Raises:
+        PlanError: groups are to be clusters, but the layer's inputs have none.
+    """
     layer, scheme = decision.layer, decision.scheme
     if scheme is None or not scheme.spec.clustered:
         return decision
@@ -178,6 +196,11 @@ def _with_expected_clusters(
 
 
 def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> PreTrainedModel:
+    """The model without weights; its attention can round activations if ``rounds``.
+
+    Raises:
+        CheckpointError: ``config.json`` does not describe a model.
+    """
     try:
         if rounds:
             attention.register()
@@ -189,7 +212,11 @@ def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> Pr
 
 
 def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:
-    """Let the head of a tied model share the table, unless a rule gives it its own scheme."""
+    """Let the head of a tied model share the table, unless a rule gives it another scheme.
+
+    Returns:
+        The decisions, and whether table and head are stored separately although they are tied.
+    """
     table = next(d for d in decisions if d.layer.role == "embedding")
     head = next(d for d in decisions if d.layer.role == "head")
     if not tied:
@@ -201,6 +228,11 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
 
 
 def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
+    """Refuse methods and activations that need calibration, without calibration samples.
+
+    Raises:
+        CalibrationError: something needs samples, but there are none.
+    """
     if plan.activations is not None and not calibration.samples:
         raise CalibrationError(
             "grids of activations need calibration samples: samples must be at least 1"
@@ -217,6 +249,11 @@ def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Pla
 
 
 def _check_biases(decisions: list[Decision], model: PreTrainedModel) -> None:
+    """Refuse layers with a bias in a format whose other readers drop biases.
+
+    Raises:
+        PlanError: there is one; the message names the layer.
+    """
     for decision in decisions:
         scheme, layer = decision.scheme, decision.layer
         if scheme is None or scheme.layout.holds_bias:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and how that is shown."""
+"""The events of a run, and how they are shown."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Receives the events of a run."""
+    """Receives the events of a run, in the order in which they happen."""
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
+        """Receive a message for the user, one line."""
         ...
 
     def start(self, blocks: int, done: int) -> None:
-        """The loop over ``blocks`` blocks begins; ``done`` of them are finished from before."""
+        """Receive, first, the number of blocks, and how many an earlier process finished."""
         ...
 
     def layer(self, report: dict[str, Any]) -> None:
-        """A layer is solved; its entry in the report."""
+        """Receive the entry in the report of a layer that was just solved."""
         ...
 
     def block(self, index: int) -> None:
-        """Block ``index`` is complete."""
+        """Receive the number, from 0, of a block that is now complete."""
         ...
 
     def finish(self, report: dict[str, Any]) -> None:
-        """The directory is complete; the whole report."""
+        """Receive the whole report once the output directory is complete."""
         ...
 
 
 class Silent:
-    """Shows nothing."""
+    """Progress that is not shown: every event is ignored."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Ignore the message; nothing is printed."""
 
     def start(self, blocks: int, done: int) -> None:
-        """Nothing."""
+        """Ignore the number of blocks."""
 
     def layer(self, report: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the entry of a solved layer."""
 
     def block(self, index: int) -> None:
-        """Nothing."""
+        """Ignore the number of a complete block."""
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Nothing."""
+        """Ignore the final report."""
 
 
 class Shown:
-    """A live line on a terminal, one plain line per block elsewhere.
+    """Progress as a live line on a terminal, or as one plain line per block elsewhere.
 
     Args:
-        console: where to.
+        console: where it is printed.
     """
 
     def __init__(self, console: Console) -> None:
@@ -78,11 +78,11 @@ class Shown:
         self._task = self._bar.add_task("", total=None)
 
     def note(self, text: str) -> None:
-        """Print a line."""
+        """Print the message as a line of its own."""
         self._console.print(text)
 
     def start(self, blocks: int, done: int) -> None:
-        """Start the bar."""
+        """Start the progress bar, and say how many blocks are finished already."""
         self._meter.start(blocks)
         if done:
             self.note(f"{done} of {blocks} blocks are finished already")
@@ -90,29 +90,29 @@ class Shown:
         self._bar.start()
 
     def layer(self, report: dict[str, Any]) -> None:
-        """Show the layer's name and error."""
+        """Show the layer's name and the mean error so far in the live line."""
         self._meter.layer(report)
         name = report["name"]
         self._bar.update(self._task, description=f"{self._meter.line()}  {name}")
 
     def block(self, index: int) -> None:
-        """Advance the bar, or print a line."""
+        """Advance the progress bar, or print a line where there is no terminal."""
         self._meter.block()
         self._bar.update(self._task, completed=index + 1, description=self._meter.line())
         if not self._console.is_terminal:
             self.note(f"block {index + 1}/{self._meter.blocks}  {self._meter.line()}")
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Remove the bar."""
+        """Remove the progress bar at the end of the run."""
         self.stop()
 
     def stop(self) -> None:
-        """Remove the bar, also after an error."""
+        """Remove the progress bar; to be called also after an error."""
         self._bar.stop()
 
 
 class Meter:
-    """Error so far, time left, memory: what a progress line says."""
+    """Computes the text of a progress line: mean error so far, peak memory, time left."""
 
     def __init__(self) -> None:
         self.blocks = 0
@@ -122,22 +122,22 @@ class Meter:
         self._errors: list[float] = []
 
     def start(self, blocks: int) -> None:
-        """Begin timing."""
+        """Start the clock for a run of ``blocks`` blocks."""
         self.blocks, self._left = blocks, blocks
         self._began = time.perf_counter()
 
     def layer(self, report: dict[str, Any]) -> None:
-        """Count a layer's output error."""
+        """Add the output error of a layer, from its entry in the report, to the mean."""
         if report["output_error"] is not None:
             self._errors.append(report["output_error"])
 
     def block(self) -> None:
-        """Count a block."""
+        """Count a complete block, for the estimate of the time left."""
         self._timed += 1
         self._left -= 1
 
     def line(self) -> str:
-        """One line of text."""
+        """The text: mean error, peak memory in GB (1e9 bytes), seconds left."""
         spent = time.perf_counter() - self._began
         left = f"{spent / self._timed * self._left:.0f} s left" if self._timed else "timing"
         mean = sum(self._errors) / len(self._errors) if self._errors else None

@@ -1,4 +1,4 @@
-"""The one loop that quantizes a model, block by block."""
+"""`quantize`, which quantizes a model block by block into an output directory."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from quantine.run.store import RunStore, check_identity, clear_remains
 from quantine.source.checkpoint import Checkpoint
 
 PROBE: Final = "probe"
-"""Name under which a run keeps what choices would cost."""
+"""Name under which a run stores the table of `quantine.budget.probe.probe`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A finished output directory.
+    """A finished output directory and its report.
 
     Attributes:
         path: the directory.
@@ -61,19 +61,24 @@ def quantize(
     """Quantize a model into a directory that `quantine.load` and transformers open.
 
     Args:
-        model: see `quantine.source.locate.locate`.
+        model: a directory, a ``.gguf`` file, a hub id or ``demo``; see
+            `quantine.source.locate.locate`.
         out: output directory; must not exist, be empty, or hold an unfinished run to ``resume``.
         plan: what is done to which matrix; default is SpQR at 4 bits in groups of 16.
         calibration: text and sampling; default is the built-in text.
-        resume: continue the unfinished run in ``out``; the result has the same bytes (apart from
-            measured times) as an uninterrupted one.
+        resume: whether to continue the unfinished run in ``out``. The result has the same bytes
+            (apart from measured times) as that of an uninterrupted run.
         max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
             disk; default is a quarter of the machine's memory.
-        progress: receives events while the run goes on.
-        device: where matrices are solved, and blocks run, by PyTorch's name.
+        progress: receives the events of the run; default shows nothing.
+        device: where matrices are solved and blocks run, by PyTorch's name.
+
+    Returns:
+        The output directory and its report.
 
     Raises:
-        QuantineError: of the kind that says what is wrong, before work starts where that can be.
+        QuantineError: the model cannot be quantized so; the class says why, see `quantine.errors`.
+            Errors are raised before work starts where they can be known by then.
     """
     started = time.perf_counter()
     job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration(), device)
@@ -89,11 +94,20 @@ def carry_out(
     adjust: Adjustment | None = None,
     started: float | None = None,
 ) -> Result:
-    """Do what ``job`` asks for; arguments and errors are those of `quantize`.
+    """Carry out a checked request.
 
     Args:
-        adjust: changes the solved matrices of each block together.
-        started: what `time.perf_counter` said when the run began; now, if ``None``.
+        job: the checked request, from `quantine.run.prepare.prepare`.
+        out: see `quantize`.
+        resume: see `quantize`.
+        max_ram: see `quantize`.
+        progress: see `quantize`.
+        adjust: changes the solved matrices of each block together; ``None`` leaves them as they
+            are.
+        started: the value of ``time.perf_counter()`` when the run began; now, if ``None``.
+
+    Raises:
+        QuantineError: as for `quantize`.
     """
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
@@ -112,7 +126,7 @@ def carry_out(
 
 @dataclass(frozen=True)
 class _Run:
-    """A run, and what all of its steps need."""
+    """The steps of a run, and what all of them need."""
 
     job: Job
     store: RunStore
@@ -121,7 +135,7 @@ class _Run:
     adjust: Adjustment | None
 
     def finished(self, started: float) -> Result:
-        """Do everything, or find that it was done already."""
+        """Do all that is left to do, which may be nothing, and return the finished directory."""
         job, store, out = self.job, self.store, self.store.out
         self.progress.note(f"reading {job.source.name}")
         gguf = job.source.gguf_file is not None
@@ -149,7 +163,7 @@ class _Run:
         return Result(out, report)
 
     def _converted(self) -> Path:
-        """A GGUF model as float32 safetensors, which can be read a block at a time."""
+        """Convert a GGUF model to float32 safetensors, which can be read one block at a time."""
         directory = self.store.scratch / "source"
         model = self.job.source.float_model(torch.float32)
         model.save_pretrained(directory, max_shard_size="2GB")
@@ -157,7 +171,7 @@ class _Run:
         return directory
 
     def _staged(self, checkpoint: Checkpoint) -> list[str]:
-        """Commit every part of the output; the names of the parts, in file order."""
+        """Commit every part of the output that is missing; returns all parts in file order."""
         loose = self._stage_loose(checkpoint)
         outside = self._stage_outside(checkpoint)
         count = len(block_list(self.job.model, self.job.family))
@@ -169,7 +183,7 @@ class _Run:
         return [*outside, *loose, *blocks]
 
     def _stage_blocks(self, checkpoint: Checkpoint, parts: list[str]) -> None:
-        """Quantize the blocks that no earlier process committed."""
+        """Quantize and commit the blocks that no earlier process committed."""
         setup = self._setup(checkpoint)
         allocation = None if setup is None else self._allocation(checkpoint, setup)
         sequential = None if setup is None else Sequential(setup)
@@ -197,7 +211,7 @@ class _Run:
             self.progress.block(index)
 
     def _restore(self, index: int, part: str, allocation: Allocation | None) -> None:
-        """Take up a block as an earlier process committed it."""
+        """Continue from a block that an earlier process committed."""
         reports = self.store.layer_reports([part])
         restore_quantized(self.job, self.store.tensors(part), index, reports)
         if allocation is not None:
@@ -205,7 +219,7 @@ class _Run:
                 allocation.spend(report["name"], report["bytes"])
 
     def _stage_loose(self, checkpoint: Checkpoint) -> list[str]:
-        """Commit the float tensors outside of blocks, each a part of its own."""
+        """Commit each float tensor outside of blocks as a part; returns the names of the parts."""
         parts = self.job.loose_names()
         for name in parts:
             if not self.store.is_committed(name):
@@ -213,7 +227,7 @@ class _Run:
         return parts
 
     def _stage_outside(self, checkpoint: Checkpoint) -> list[str]:
-        """Quantize what a plan asks for outside of blocks: embedding and head."""
+        """Quantize and commit embedding and head, where the plan says so; returns their names."""
         outside = [d for d in self.job.scheme_layers() if d.layer.role != "block"]
         for decision in outside:
             layer = decision.layer
@@ -223,7 +237,10 @@ class _Run:
         return [decision.layer.name for decision in outside]
 
     def _setup(self, checkpoint: Checkpoint) -> CalibrationSetup | None:
-        """The calibration segments, past what is quantized before the first block."""
+        """The calibration segments and the model they run through; ``None`` without calibration.
+
+        If the embedding is quantized, segments are embedded with its quantized table.
+        """
         job = self.job
         if job.segments is None:
             return None
@@ -237,7 +254,7 @@ class _Run:
         return job.calibration_setup(checkpoint, spill, replaced, self.size.resumes)
 
     def _allocation(self, checkpoint: Checkpoint, setup: CalibrationSetup) -> Allocation | None:
-        """The budget of a plan that has one; what layers may cost is probed once per run."""
+        """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""
         job, plan = self.job, self.job.plan
         if plan.bits_per_weight is None:
             return None

@@ -1,8 +1,9 @@
-"""An output directory while it is being made: staged blocks, resume, and the final files.
+"""An output directory while it is being made: committed parts, resuming, and the final files.
 
-Unfinished work lives in ``OUT/.quantine``. A block is committed by renaming complete files into
-place, the reports last; a run killed at any instant therefore resumes at a block boundary. The
-final files are merged from the committed ones, and ``.quantine`` is removed as the last act.
+Unfinished work lives in ``OUT/.quantine``. A part, such as a block, is committed by renaming
+complete files into place, the reports last; a run killed at any instant therefore resumes at a part
+boundary. The final files are merged from the committed ones, and ``.quantine`` is removed as the
+last act.
 """
 
 from __future__ import annotations
@@ -36,15 +37,22 @@ from quantine.formats.shards import (
 )
 
 REMAINS: Final = ".quantine-finished"
+"""Name of the run's directory once the output is complete, until it is deleted."""
 IDENTITY: Final = "identity.json"
+"""Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
 SHARD_BYTES: Final = 4_000_000_000
+"""Largest size of one weight file of the output, in bytes."""
 
 Reports = list[dict[str, Any]]
-"""JSON about the quantized layers of a committed part."""
+"""Entries of quantized layers in ``quantine_report.json``, as plain values."""
 
 
 class RunStore:
-    """The unfinished run in one output directory."""
+    """The files of the unfinished run in one output directory.
+
+    Args:
+        out: the output directory.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -55,14 +63,20 @@ class RunStore:
 
     @property
     def scratch(self) -> Path:
-        """A directory for files that are worth nothing after a crash."""
+        """A directory for temporary files, which the next process deletes."""
         return self._run / "scratch"
 
     def open(self, identity: Mapping[str, str]) -> None:
-        """Start, or take up, the run on disk; scratch files of an earlier process are dropped.
+        """Start a run, or continue the one on disk, and lock it for this process.
+
+        The lock ends with the process, however that ends. Scratch files of an earlier process are
+        deleted.
+
+        Args:
+            identity: the result of `quantine.run.job.Job.identity`.
 
         Raises:
-            OutputError: another process holds the run; its lock ends with it, however it ends.
+            OutputError: another process is working on the run.
         """
         self._parts.mkdir(parents=True, exist_ok=True)
         self._maps.mkdir(exist_ok=True)
@@ -77,28 +91,28 @@ class RunStore:
         write_json(self._run / IDENTITY, dict(identity))
 
     def is_committed(self, part: str) -> bool:
-        """Whether a part is complete on disk."""
+        """Whether the part of that name is complete on disk."""
         return (self._parts / f"{part}.json").is_file()
 
     def layer_reports(self, parts: list[str]) -> Reports:
-        """The layer reports of committed ``parts``, in order."""
+        """The report entries of the layers in committed ``parts``, in order."""
         return [report for part in parts for report in read_json(self._parts / f"{part}.json")]
 
     def tensors(self, part: str) -> dict[str, Tensor]:
-        """The tensors of a committed part."""
+        """The tensors of a committed part, by full name."""
         return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
 
     def entries(self, parts: list[str]) -> list[Entry]:
-        """Where the tensors of committed ``parts`` lie, from the headers of their files."""
+        """Names, shapes and places of the tensors of committed ``parts``, read from headers."""
         files = [self._parts / f"{part}.safetensors" for part in parts]
         return [entry for file in files for entry in read_entries(file)]
 
     def remember(self, name: str, value: object) -> None:
-        """Keep plain data for the rest of the run, also after a crash."""
+        """Store plain values under ``name`` until the run ends; they survive a crash."""
         write_json(self._run / f"{name}.json", value)
 
     def recall(self, name: str) -> Any:
-        """What `remember` kept, or ``None``."""
+        """The values stored under ``name`` by `remember`, or ``None``."""
         path = self._run / f"{name}.json"
         return read_json(path) if path.is_file() else None
 
@@ -109,14 +123,27 @@ class RunStore:
         reports: Reports,
         maps: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Make a part durable; ``maps`` are what pictures show of it, by name."""
+        """Write a part to disk, so that it survives a crash and is not made again.
+
+        Args:
+            part: name of the part.
+            tensors: its tensors, by full name.
+            reports: the report entries of its quantized layers.
+            maps: tensors for pictures, by name.
+        """
         if maps:
             write_tensors(self._maps / f"{part}.safetensors", maps)
         write_tensors(self._parts / f"{part}.safetensors", tensors)
         write_json(self._parts / f"{part}.json", reports)
 
     def finish(self, parts: list[str], files: Mapping[str, bytes], report: dict[str, Any]) -> None:
-        """Write the final files from the committed ``parts`` and end the run."""
+        """Write the final files from the committed parts, and end the run.
+
+        Args:
+            parts: names of all parts, in the order in which files hold them.
+            files: content of the small files, by name.
+            report: the content of ``quantine_report.json``.
+        """
         merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
         maps = [self._maps / f"{p}.safetensors" for p in parts]
         if any(path.exists() for path in maps):
@@ -124,24 +151,29 @@ class RunStore:
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
-        # One rename ends the run; what a kill leaves of the removal, `clear_remains` takes away.
+        # One rename ends the run; if the deletion is interrupted, `clear_remains` completes it.
         remains = self.out / REMAINS
         self._run.replace(remains)
         self.close()
         shutil.rmtree(remains)
 
     def close(self) -> None:
-        """Let another process take up the run."""
+        """Release the lock, so that another process may continue the run."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def check_output(out: Path, resume: bool) -> None:
-    """Refuse an output path that is not new, empty, or (with ``resume``) an unfinished run.
+    """Check that writing to an output path destroys nothing.
+
+    Args:
+        out: the path; it must be new or an empty directory, or with ``resume`` hold a run of
+            quantine.
+        resume: whether a run there may be continued.
 
     Raises:
-        OutputError: writing there could destroy something.
+        OutputError: the path holds something else.
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a directory: choose another output path")
@@ -159,10 +191,14 @@ def check_output(out: Path, resume: bool) -> None:
 
 
 def check_identity(out: Path, identity: Mapping[str, str]) -> None:
-    """Refuse to continue, or to accept as finished, a run started with other inputs.
+    """Check that the run in ``out``, if there is one, was started with the same inputs.
+
+    Args:
+        out: the output directory.
+        identity: the identity of this run.
 
     Raises:
-        ResumeMismatch: names what differs.
+        ResumeMismatch: it was not; the message names what differs.
     """
     found = stored_identity(out)
     if found is None:
@@ -176,7 +212,7 @@ def check_identity(out: Path, identity: Mapping[str, str]) -> None:
 
 
 def stored_identity(out: Path) -> dict[str, str] | None:
-    """Identity of the run in ``out``, unfinished or finished; ``None`` if there is none."""
+    """The identity of the run in ``out``, unfinished or finished; ``None`` if there is none."""
     run = out / RUN_DIRECTORY
     if (run / IDENTITY).is_file():
         return dict(read_json(run / IDENTITY))
@@ -184,5 +220,5 @@ def stored_identity(out: Path) -> dict[str, str] | None:
 
 
 def clear_remains(out: Path) -> None:
-    """Remove what a run killed in its last act left behind."""
+    """Delete what a process killed at the very end of a run left behind."""
     shutil.rmtree(out / REMAINS, ignore_errors=True)

@@ -279,8 +279,10 @@ def check_state(model: PreTrainedModel) -> None:
     """
     if model.training:
         _refuse("the model is in training mode")
-    if any(tensor.device.type != "cpu" for tensor in model.parameters()):
-        _refuse("the model is not on the CPU")
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    elsewhere = sorted(str(device) for device in devices if device.type != "cpu")
+    if elsewhere:
+        _refuse(f"the model is not on the CPU, but on {', '.join(elsewhere)}")
     if model.config._attn_implementation not in {None, "eager", "sdpa"}:
         _refuse(f"attention is {model.config._attn_implementation!r}")
     for name, module in model.named_modules():

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.load import load_model
@@ -35,6 +36,7 @@ def stream(
     dtype: torch.dtype,
     out: IO[str],
     log: IO[str],
+    device: str | torch.device = "cpu",
 ) -> None:
     """Generate a continuation of ``prompt`` and write it to ``out`` as it is made.
 
@@ -48,8 +50,10 @@ def stream(
         dtype: dtype of activations and of weights that are not quantized.
         out: where the text goes.
         log: where the speed goes, and why the native decoder is not used if it is not.
+        device: where the model computes, by PyTorch's name; the native decoder is of the CPU only.
 
     Raises:
+        BackendUnavailable: there is no such device.
         PlanError: the prompt is empty, too long for the model, or an option is out of range.
         CheckpointError, FormatError: the model cannot be read.
     """
@@ -57,6 +61,7 @@ def stream(
         raise PlanError(f"tokens must be positive and seed in 64 bits, not {tokens}, {seed}")
     if temperature != 0 and not COLDEST <= temperature < float("inf"):
         raise PlanError(f"temperature must be 0 or at least {COLDEST}, not {temperature}")
+    where = device_named(device)
     source = locate(model)
     tokenizer = source.tokenizer()
     ids = _prompt_ids(tokenizer, prompt, chat)
@@ -66,9 +71,9 @@ def stream(
             f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the model's context of "
             f"{longest}: ask for fewer"
         )
-    loaded = load_model(source, dtype)
+    loaded = load_model(source, dtype, where)
     decoder = _native_decoder(loaded, ids.shape[1] + tokens, log)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     first = started
     made: list[int] = []
@@ -101,7 +106,7 @@ def continue_tokens(
 
     Args:
         model: the model.
-        ids: ``[1, n]`` int64 token ids of the prompt.
+        ids: ``[1, n]`` int64 token ids of the prompt, on the CPU wherever ``model`` is.
         tokens: largest number of tokens to generate.
         temperature: divisor of logits before sampling; 0 always takes the most likely token.
         generator: random generator for sampling.
@@ -136,19 +141,19 @@ class ModuleDecoder:
         """Run the model on further tokens.
 
         Args:
-            tokens: ``[n]`` int64 token ids.
+            tokens: ``[n]`` int64 token ids, on the CPU wherever the model is.
 
         Returns:
             Logits ``[vocabulary]`` float32 for the token after the last one.
         """
         output = self._model(
-            input_ids=tokens.unsqueeze(0),
+            input_ids=tokens.unsqueeze(0).to(self._model.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
         self._cache = output.past_key_values
-        logits: Tensor = output.logits[0, -1].float()
+        logits: Tensor = output.logits[0, -1].float().cpu()
         return logits
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
@@ -20,7 +20,7 @@ from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import format_named
-from quantine.formats.description import FORMAT_VERSION
+from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.shards import Entry, read_entries
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.hf_generate import Generate
@@ -30,14 +30,6 @@ from quantine.runtime.rounded_blocks import rebuild
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-METHOD: Final = "quantine"
-"""Value of ``quant_method`` in config.json of quantine's directories."""
-LOCK: Final = "weights that need quantine: pip install quantine, and import quantine before loading"
-"""Text that config.json holds in place of the name of the weight file. Without ``import quantine``,
-transformers would skip the quantization and load random weights with only a warning; looking for a
-file of this name it stops instead, and its error message prints the remedy. The registered
-quantizer removes the text."""
 
 
 class QuantineConfig(QuantizationConfigMixin):

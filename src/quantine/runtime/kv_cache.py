@@ -19,7 +19,8 @@ from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.layers import block_list
 from quantine.kernels.bits.reference import packed_bytes
-from quantine.kernels.kv_attention.packed_states import PackedStates, pack_states
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packing import pack_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

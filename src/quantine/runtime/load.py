@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
+from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
@@ -21,6 +22,7 @@ def load(
     directory: str | Path,
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
+    device: str | torch.device = "cpu",
 ) -> tuple[PreTrainedModel, Any]:
     """Load a quantized model, written by `quantine.quantize` or by SpQR, and its tokenizer.
 
@@ -33,23 +35,27 @@ def load(
             source model.
         arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
             ``None`` takes what the directory says (``exact``, if it says nothing).
+        device: where the model is put, by PyTorch's name. Native kernels compute on the CPU only;
+            elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
 
     Raises:
+        BackendUnavailable: there is no such device.
         CheckpointError: there is no such directory.
         FormatError: it holds no quantized model, or is damaged.
         PlanError: there is no such arithmetic.
     """
     source = locate(directory)
-    return load_packed(source, dtype, arithmetic), source.tokenizer()
+    return load_packed(source, dtype, arithmetic, device), source.tokenizer()
 
 
 def load_packed(
     source: ModelSource,
     dtype: torch.dtype | str = "auto",
     arithmetic: Arithmetic | None = None,
+    device: str | torch.device = "cpu",
 ) -> PreTrainedModel:
     """Load the quantized model of ``source`` without its tokenizer.
 
@@ -57,6 +63,7 @@ def load_packed(
     """
     from transformers import AutoModelForCausalLM
 
+    where = device_named(device)
     if arithmetic is not None and not is_arithmetic(arithmetic):
         raise PlanError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}")
     if not source.is_quantized():
@@ -83,14 +90,21 @@ def load_packed(
     if arithmetic is not None:
         for _, module in packed_modules(model):
             module.arithmetic = arithmetic
-    packed: PreTrainedModel = model.eval()
+    packed: PreTrainedModel = model.eval().to(where)
     return packed
 
 
-def load_model(source: ModelSource, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the model of ``source``, quantized or not, to compute in ``dtype``.
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """The model of ``source``, packed or float, computing in ``dtype`` on ``device``.
 
     Raises:
-        CheckpointError, FormatError: the model cannot be read.
+        BackendUnavailable: there is no such device.
     """
-    return load_packed(source, dtype) if source.is_quantized() else source.float_model(dtype)
+    where = device_named(device)
+    if source.is_quantized():
+        return load_packed(source, dtype, device=where)
+    loaded: Any = source.float_model(dtype)
+    model: PreTrainedModel = loaded.to(where)
+    return model

@@ -17,7 +17,7 @@ DTYPES: Final = {
     "F16": torch.float16,
     "F32": torch.float32,
 }
-"""Dtypes by their names in safetensors files."""
+"""Dtypes of the tensors of packed layouts and of activation grids, by safetensors' names."""
 
 
 def placeholder(entry: Entry) -> Tensor:

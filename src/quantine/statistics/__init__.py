@@ -1,1 +1,1 @@
-"""What is observed of a model while text runs through it; all of it can be merged."""
+"""Statistics taken of a model while text runs through it; those of several texts can be merged."""

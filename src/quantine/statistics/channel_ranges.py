@@ -1,4 +1,4 @@
-"""Ranges of the channels of an activation."""
+"""Ranges of the channels of an activation, observed on calibration text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import torch
 from torch import Tensor
 
 Over = Literal["all", "mean", "running"]
-"""See `ChannelRanges.of_clusters`."""
+"""Name of a way to combine samples into one range, see `ChannelRanges.of_clusters`."""
 
 
 NEWEST: Final = 0.01
-"""Weight of the newest sample in running statistics."""
+"""Weight of the newest sample in running averages, as in RPTQ's published code."""
 
 
 ROWS_PER_SAMPLE: Final = 16
-"""Tokens of each sample that are kept as they are."""
+"""Largest number of tokens per sample whose values are kept."""
 
 
 class ChannelRanges:
-    """Smallest and largest value of every channel in each sample, and some values as they are.
+    """Smallest and largest value of every channel in each calibration sample, and some values.
 
     Args:
-        channels: of the values.
-        device: where statistics are kept, that of the values.
+        channels: number of channels.
+        device: where statistics are kept; must be that of the values.
 
     Attributes:
-        lows, highs: ``[samples, channels]`` float32.
+        lows, highs: ``[samples, channels]`` float32, smallest and largest values.
         firsts: ``[samples, channels]`` float32, the first token of each sample.
-        rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` tokens of each sample.
-        tokens: seen in all samples.
+        rows: ``[n, channels]`` float32, up to `ROWS_PER_SAMPLE` evenly spaced tokens of each
+            sample.
+        tokens: number of tokens in all samples.
     """
 
     def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
@@ -39,7 +40,12 @@ class ChannelRanges:
         self.tokens = 0
 
     def update(self, x: Tensor, samples: int) -> None:
-        """Add ``x`` ``[..., channels]``, the values of ``samples`` samples one after another."""
+        """Add the values of some samples.
+
+        Args:
+            x: ``[..., channels]``, the tokens of one sample after those of another.
+            samples: number of samples in ``x``, of the same number of tokens each.
+        """
         rows = x.detach().float().reshape(samples, -1, x.shape[-1])
         self.lows = torch.cat([self.lows, rows.amin(1)])
         self.highs = torch.cat([self.highs, rows.amax(1)])
@@ -50,7 +56,7 @@ class ChannelRanges:
         self.tokens += rows.shape[0] * rows.shape[1]
 
     def merge(self, other: ChannelRanges) -> None:
-        """Add what ``other`` has seen; its samples come after these."""
+        """Add all that ``other`` has seen; its samples come after those of this one."""
         self.lows = torch.cat([self.lows, other.lows])
         self.highs = torch.cat([self.highs, other.highs])
         self.firsts = torch.cat([self.firsts, other.firsts])
@@ -58,11 +64,11 @@ class ChannelRanges:
         self.tokens += other.tokens
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
-        """Ends of each channel's range over all samples, ``[channels]`` float32 each."""
+        """Lower and upper end of each channel's range over all samples, ``[channels]`` float32."""
         return self.lows.amin(0), self.highs.amax(0)
 
     def after(self, samples: int) -> ChannelRanges:
-        """What the samples after the first ``samples`` showed."""
+        """The statistics without the first ``samples`` samples."""
         share = samples / len(self.lows)
         result = ChannelRanges(self.lows.shape[1], self.lows.device)
         result.lows, result.highs = self.lows[samples:], self.highs[samples:]
@@ -72,7 +78,7 @@ class ChannelRanges:
         return result
 
     def ordered(self, order: Tensor) -> ChannelRanges:
-        """The same of the channels in another order: ``order[j]`` at place ``j``."""
+        """The statistics with channels in another order: place ``j`` gets channel ``order[j]``."""
         result = ChannelRanges(len(order), self.lows.device)
         result.lows, result.highs = self.lows[:, order], self.highs[:, order]
         result.firsts = self.firsts[:, order]
@@ -80,13 +86,16 @@ class ChannelRanges:
         return result
 
     def of_clusters(self, labels: Tensor, over: Over = "all") -> tuple[Tensor, Tensor]:
-        """Ends of the range of each cluster of channels, ``[clusters]`` float32 each.
+        """Lower and upper end of the range of each cluster of channels.
 
         Args:
-            labels: ``[channels]`` int64.
-            over: how samples become one range. ``"all"``: everything that was seen. ``"mean"``:
-                the mean of their ends. ``"running"``: an average in which each new sample weighs
+            labels: ``[channels]`` int64, the cluster of each channel, from 0.
+            over: how samples are combined. ``"all"``: the range of everything seen. ``"mean"``: the
+                mean of the samples' ends. ``"running"``: an average in which each new sample weighs
                 `NEWEST`, as in RPTQ's published code.
+
+        Returns:
+            ``(low, high)``, ``[clusters]`` float32 each.
         """
         shape = (len(self.lows), int(labels.max()) + 1)
         places = labels.expand(len(self.lows), -1)
@@ -103,18 +112,19 @@ class ChannelRanges:
         return _running(low), _running(high)
 
     def surprises(self) -> tuple[Tensor, Tensor]:
-        """How far each sample goes below and above all others, channel by channel.
+        """How far each sample goes below and above all other samples, channel by channel.
 
-        They tell how far a range that calibration found will be exceeded by other text.
+        This tells how far other text will exceed a range that calibration found.
 
         Returns:
-            ``[samples, channels]`` float32 each, not negative; zeros for a single sample.
+            ``(below, above)``, ``[samples, channels]`` float32 each, not negative; zeros for a
+            single sample.
         """
         return _lead(-self.lows), _lead(self.highs)
 
 
 def _lead(samples: Tensor) -> Tensor:
-    """By how much each of ``[samples, n]`` is larger than all others; zero where it is not."""
+    """By how much each value of ``[samples, n]`` exceeds the others of its column; else zero."""
     lead = torch.zeros_like(samples)
     if len(samples) > 1:
         (first, second), (where, _) = samples.topk(2, dim=0)
@@ -123,7 +133,7 @@ def _lead(samples: Tensor) -> Tensor:
 
 
 def _running(samples: Tensor) -> Tensor:
-    """The running average of ``[samples, n]``, from the first on."""
+    """The running average over the samples of ``[samples, n]``, starting at the first: ``[n]``."""
     average = samples[0].clone()
     for sample in samples[1:]:
         average.lerp_(sample, NEWEST)

@@ -1,9 +1,10 @@
-"""Squared gradients of a model's predictions in the outputs of its matrices.
+"""Squared gradients of a model's predictions with respect to the outputs of its matrices.
 
 For a small change ``dy`` of an output, the Kullback-Leibler divergence between the model's
 predictions before and after is about ``(g @ dy)**2 / 2``, with ``g`` the gradient of the
-log-likelihood of a token drawn from the prediction (the Fisher information). With changes of
-different outputs taken as independent, output ``r`` counts with the mean of ``g[r]**2``.
+log-likelihood of a token drawn from the prediction (the Fisher information). If changes of
+different outputs are taken as independent, the squared change of output ``r`` is weighted by the
+mean of ``g[r]**2``.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch import Tensor
 
 
 class SquaredGradients:
-    """Sums over tokens of the squared gradients of each output of a matrix.
+    """Sums over tokens of the squared gradient of each output of a matrix.
 
     Attributes:
         sums: ``[out]`` float32; ``None`` before the first token.
-        tokens: how many were seen.
+        tokens: number of tokens.
     """
 
     def __init__(self) -> None:
@@ -24,17 +25,17 @@ class SquaredGradients:
         self.tokens = 0
 
     def update(self, gradient: Tensor) -> None:
-        """Add gradients ``[..., out]`` of some tokens."""
+        """Add the gradients ``[..., out]`` of some tokens."""
         rows = gradient.float().flatten(0, -2)
         self._add(rows.square().sum(0), len(rows))
 
     def merge(self, other: SquaredGradients) -> None:
-        """Add what ``other`` has seen, of other tokens of the same text."""
+        """Add all that ``other`` has seen, of other tokens for the same matrix."""
         if other.sums is not None:
             self._add(other.sums, other.tokens)
 
     def mean(self) -> Tensor:
-        """The mean over tokens, ``[out]`` float32; something must have been seen."""
+        """The mean over tokens, ``[out]`` float32; there must be at least one token."""
         assert self.sums is not None
         return self.sums / self.tokens
 

@@ -1,4 +1,4 @@
-"""Second moments of a matrix's input, which error feedback runs on."""
+"""The Hessian that error feedback runs on: second moments of a matrix's input."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from quantine.statistics.inverse_factor import InverseFactor, factorize
 
 
 class Hessian:
-    """Sum of ``x x.T`` over tokens, for one input shared by one or more matrices.
+    """Sum of ``x x.T`` over the tokens of one input, which several matrices may share.
 
-    Every token counts: calibration segments are cut from a stream of text at full length, so no
-    padding exists that would have to be masked out.
+    Every token counts: calibration segments are cut from a stream of text at full length, so there
+    is no padding to mask out.
 
     Args:
         in_features: length of ``x``.
-        add_gram: adds ``rows.T @ rows`` to a matrix, as `quantine.kernels.gram.add_gram` does.
-        device: where the sum is kept, that of the inputs.
+        add_gram: adds ``rows.T @ rows`` to a matrix in place, as `quantine.kernels.gram.add_gram`
+            does.
+        device: where the sum is kept; must be that of the inputs.
+
+    Attributes:
+        matrix: ``[in, in]`` float32, the sum; not divided by the number of tokens.
+        tokens: number of tokens.
     """
 
     def __init__(
@@ -36,25 +41,35 @@ class Hessian:
         self._damp: float | None = None
 
     def update(self, x: Tensor) -> None:
-        """Add inputs ``x`` ``[..., in]``."""
+        """Add the inputs ``x`` ``[..., in]`` of some tokens."""
         rows = x.reshape(-1, x.shape[-1])
         self._add_gram(self.matrix, rows)
         self.tokens += rows.shape[0]
         self._factor = None
 
     def merge(self, other: Hessian) -> None:
-        """Add what ``other`` has seen, of other tokens of the same input."""
+        """Add all that ``other`` has seen, of other tokens of the same input."""
         self.matrix += other.matrix
         self.tokens += other.tokens
         self._factor = None
 
     @property
     def damp_used(self) -> float | None:
-        """Damping of the last factorization, ``None`` before the first."""
+        """Damping that the last factorization used; ``None`` if the sum was not factored since."""
         return None if self._factor is None else self._factor.damp
 
     def factor(self, damp: float, order: Tensor) -> InverseFactor:
-        """The factor of the damped Hessian; the last one is kept, for matrices that share it."""
+        """The triangular factor of the inverse of the damped Hessian.
+
+        The last factor is kept, so that matrices which share an input also share the factorization.
+
+        Args:
+            damp: damping as a share of the mean diagonal, positive.
+            order: ``[in]`` int64: position ``j`` of the factor is input ``order[j]``.
+
+        Raises:
+            SolverError: the Hessian cannot be factored, see `factorize`.
+        """
         kept = self._factor
         if kept is None or self._damp != damp or not torch.equal(kept.order, order):
             self._factor = kept = factorize(self.matrix, damp, order)
@@ -62,22 +77,26 @@ class Hessian:
         return kept
 
     def inverse_diagonal(self) -> Tensor | None:
-        """Diagonal of the inverse of the damped mean of ``x x.T``; ``None`` before a factorization.
+        """Diagonal of the inverse of the damped mean of ``x x.T``, from the last factorization.
 
         Returns:
-            ``[in]`` float32 in input order, from the last factor. Infinite for inputs that were
-            never active: no error there reaches the output.
+            ``[in]`` float32 in input order; infinite for inputs that were never active, as no error
+            there reaches the output. ``None`` if there is no factorization of the present sum.
         """
         factor = self._factor
         if factor is None:
             return None
         diagonal = self.matrix.diagonal()
-        # A column's norm of U; the factor is that of H in units of its mean diagonal.
+        # The squared norm of each column of U, which belongs to H in units of its mean diagonal.
         ordered = torch.linalg.vector_norm(factor.upper, dim=0).square_()
         inverse = torch.empty_like(ordered)
         inverse[factor.order] = ordered * (self.tokens / (diagonal.mean().item() or 1.0))
         return inverse.masked_fill_(diagonal == 0, math.inf)
 
     def error_energy(self, delta: Tensor) -> float:
-        """``tr(delta H delta.T)``: squared output error of a weight change ``[out, in]``."""
+        """Squared output error of a weight change, summed over tokens: ``tr(delta H delta.T)``.
+
+        Args:
+            delta: the change, ``[out, in]`` float32.
+        """
         return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))

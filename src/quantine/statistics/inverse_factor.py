@@ -1,4 +1,4 @@
-"""The triangular factor of an inverse Hessian."""
+"""The triangular factor of the inverse Hessian, which error feedback runs on."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from quantine.errors import SolverError
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """The triangular factor that error feedback runs on (GPTQ, arXiv 2210.17323, section 3).
+    """The triangular factor of a damped inverse Hessian (GPTQ, arXiv 2210.17323, section 3).
 
     Attributes:
         upper: ``[in, in]`` float32 upper triangular ``U`` with ``inverse(H) = U.T @ U``, rows and
-            columns in the order of ``order``.
+            columns in the order of ``order``. ``H`` is damped and in units of its mean diagonal.
         order: ``[in]`` int64: position ``j`` is input ``order[j]``.
         damp: share of the mean diagonal that was really added to the diagonal of ``H``.
     """
@@ -29,23 +29,23 @@ class InverseFactor:
 
 
 LEAF: Final = 128
-"""Largest matrix that is factored without halving it."""
+"""Largest size of a matrix that is factored without halving it."""
 
 
 def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
     """Factor ``inverse(H + damp * mean(diag H) * I)`` as ``U.T @ U``.
 
-    Inputs that were never active get the mean diagonal: they are then rounded to nearest, which
-    is the best guess where calibration says nothing. When the factorization fails, damping grows
-    tenfold, up to the mean diagonal itself.
+    Inputs that were never active get the mean diagonal: they are then rounded to nearest, which is
+    the best guess where calibration says nothing. If the factorization fails, damping grows
+    tenfold, up to the mean diagonal itself. ``H`` is first divided by its mean diagonal.
 
     Args:
         hessian: ``[in, in]`` float32, symmetric.
-        damp: share of the mean diagonal added to the diagonal, positive.
+        damp: share of the mean diagonal that is added to the diagonal, positive.
         order: ``[in]`` int64: position ``j`` of the factor is input ``order[j]``.
 
     Raises:
-        SolverError: no damping up to 1.0 makes it positive definite, or it is not finite.
+        SolverError: the Hessian is not finite, or no damping up to 1.0 makes it positive definite.
     """
     if not is_finite(hessian):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
@@ -62,7 +62,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
 
 
 def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
-    """An ordered, damped copy with mean diagonal 1 (before damping): its scale cancels later."""
+    """A copy of the Hessian, ordered, divided by its mean diagonal, and damped."""
     # Symmetric, so gathering rows twice orders both axes; rows are the faster ones.
     matrix = hessian[order].T.contiguous()[order].div_(hessian.diagonal().mean().item() or 1.0)
     diagonal = matrix.diagonal()
@@ -72,17 +72,23 @@ def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """``U`` with ``inverse(matrix) = U.T @ U``, in place of ``matrix``; ``None`` if there is none.
+    """Replace ``matrix`` by the upper triangular ``U`` with ``inverse(matrix) = U.T @ U``.
 
-    With ``matrix = R @ R.T``, ``R`` upper triangular, it is ``inverse(R)``: one factorization from
-    the last row to the first, without the inverse of ``matrix`` and its rounding errors.
+    With ``matrix = R @ R.T`` and ``R`` upper triangular, ``U`` is ``inverse(R)``: one factorization
+    from the last row to the first, without the inverse of ``matrix`` and its rounding errors.
+
+    Returns:
+        ``matrix``, which then holds ``U``; ``None`` if it is not positive definite.
     """
     found = _invert_upper(matrix)
     return matrix if found and is_finite(matrix) else None
 
 
 def _invert_upper(matrix: Tensor) -> bool:
-    """Replace ``matrix = R @ R.T`` by ``inverse(R)``, halving it so that products do the work."""
+    """Replace ``matrix = R @ R.T`` by ``inverse(R)``; false if it is not positive definite.
+
+    The matrix is halved again and again, so that most work is matrix products.
+    """
     size = len(matrix)
     if size <= LEAF:
         lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
@@ -98,7 +104,7 @@ def _invert_upper(matrix: Tensor) -> bool:
     first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
     if not _invert_upper(last):
         return False
-    beside = corner @ last.T  # of R
+    beside = corner @ last.T  # the block of R beside its last
     first.addmm_(beside, beside.T, alpha=-1)
     if not _invert_upper(first):
         return False

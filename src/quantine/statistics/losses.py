@@ -1,4 +1,4 @@
-"""How much an output changes when a matrix or a grid does."""
+"""How much an output changes when a matrix is quantized or a grid is replaced."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class RelativeLoss:
-    """Squared difference of outputs relative to their square before.
+    """Sum of squared changes of an output over its sum of squares before the change.
 
     Attributes:
         change: sum of squared differences so far.
-        total: sum of squares before.
+        total: sum of squares before the change so far.
     """
 
     def __init__(self) -> None:
@@ -27,21 +27,22 @@ class RelativeLoss:
         self.total += float(before.float().square().sum(dtype=torch.float64))
 
     def merge(self, other: RelativeLoss) -> None:
-        """Add what ``other`` has seen, of other tokens."""
+        """Add all that ``other`` has seen, of other tokens."""
         self.change += other.change
         self.total += other.total
 
     @property
     def value(self) -> float:
-        """The loss of everything seen."""
+        """The loss over all outputs added so far; 0 is no change."""
         return self.change / max(self.total, 1e-30)
 
 
 class TokenLoss:
-    """Mean over tokens of the squared difference of outputs relative to a token's square before.
+    """The relative squared change of each token's output, averaged over tokens.
 
-    Unlike `RelativeLoss` it is not about the one token that is a thousand times louder than the
-    others, as the first one is in many models: the norm that comes next makes all alike.
+    In many models one token, such as the first, is a thousand times larger than the others and
+    would decide `RelativeLoss` alone, although the norm that comes next makes all tokens alike.
+    Here every token counts the same.
     """
 
     def __init__(self) -> None:
@@ -54,17 +55,17 @@ class TokenLoss:
         self._of_tokens.append(change.flatten())
 
     def merge(self, other: TokenLoss) -> None:
-        """Add what ``other`` has seen; its tokens come after these."""
+        """Add all that ``other`` has seen; its tokens come after those of this one."""
         self._of_tokens += other._of_tokens
 
     @property
     def value(self) -> float:
-        """The loss of everything seen."""
+        """The mean loss over all tokens added so far; 0 is no change."""
         return float(torch.cat(self._of_tokens).mean(dtype=torch.float64))
 
 
 def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """`RelativeLoss` of outputs, a pair for each batch."""
+    """The `RelativeLoss` between outputs before and after a change, one tensor per batch."""
     loss = RelativeLoss()
     for pair in zip(before, after, strict=True):
         loss.update(*pair)
@@ -72,7 +73,7 @@ def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def token_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """`TokenLoss` of outputs, a pair for each batch."""
+    """The `TokenLoss` between outputs ``[..., width]`` before and after a change, one per batch."""
     loss = TokenLoss()
     for pair in zip(before, after, strict=True):
         loss.update(*pair)

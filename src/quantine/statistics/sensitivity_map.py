@@ -1,8 +1,9 @@
 """How much each weight matters, as a map small enough to keep (SpQR, arXiv 2306.03078, section 3).
 
-The sensitivity of a weight is what rounding it alone costs the layer's output once all others have
-made up for it: ``s = (w - quant(w))**2 / (2 * inverse(H)[j, j])``. With ``H`` the mean of ``x x.T``
-over tokens, its unit is half a squared output per token, so maps of different layers compare.
+The sensitivity of a weight is the loss of the layer's output if only this weight is rounded and all
+others make up for it: ``s = (w - quant(w))**2 / (2 * inverse(H)[j, j])``. With ``H`` the mean of
+``x x.T`` over tokens, its unit is half a squared output per token, so maps of different layers can
+be compared.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ from torch import Tensor
 from quantine.core.qtensor import QTensor
 
 MAP_CELLS: Final = 128
-"""Most cells of a map along an axis."""
+"""Largest number of cells of a map along an axis."""
 
 
 def sensitivity_map(weight: Tensor, qtensor: QTensor, inverse_diagonal: Tensor) -> Tensor:
     """The mean sensitivity of the weights in each cell of a coarse map.
 
-    ``quant(w)`` is the point nearest to ``w`` of the grid in ``qtensor``, also where ``qtensor``
+    ``quant(w)`` is the value nearest to ``w`` on the grid of ``qtensor``, also where ``qtensor``
     keeps an outlier: how far outliers are from the grid is why they are kept.
 
     Args:
         weight: ``[out, in]`` float32, columns in input order.
-        qtensor: the solved ``weight``.
-        inverse_diagonal: ``[in]`` float32, see `quantine.statistics.hessian.Hessian.inverse_diagonal`.
+        qtensor: the quantized ``weight``.
+        inverse_diagonal: ``[in]`` float32, see
+            `quantine.statistics.hessian.Hessian.inverse_diagonal`.
 
     Returns:
         ``log10`` of the mean, ``[min(out, 128), min(in, 128)]`` float16: rows are outputs, columns
-        inputs, cut as by `cell_of`. Negative infinity where every weight of a cell is on the grid
-        or reads an input that was never active.
+        inputs, assigned to cells by `cell_of`. Negative infinity where every weight of a cell is
+        exactly on the grid or reads an input that was never active.
     """
     order = qtensor.in_perm
     stored = weight if order is None else weight[:, order]
@@ -44,19 +46,23 @@ def sensitivity_map(weight: Tensor, qtensor: QTensor, inverse_diagonal: Tensor) 
 
 
 def cell_of(length: int, cells: int = MAP_CELLS, device: torch.device | str = "cpu") -> Tensor:
-    """The cell of each position on an axis, ``[length]`` int64, ascending.
+    """The number of the cell of each position on an axis, ``[length]`` int64, ascending.
 
-    There are ``min(length, cells)`` cells. Their lengths differ by at most one.
+    There are ``min(length, cells)`` cells, whose sizes differ by at most one.
     """
     return torch.arange(length, device=device) * min(length, cells) // length
 
 
 def pool_mean(values: Tensor, columns: Tensor | None = None, cells: int = MAP_CELLS) -> Tensor:
-    """Means of ``values`` ``[rows, columns]`` float over the cells of a map, in float64.
+    """The mean of ``values`` in each cell of a map.
 
     Args:
-        columns: the cell of each column, ``[columns]`` int64, where they are not in order.
-        cells: most cells of the map along an axis.
+        values: ``[rows, columns]`` float.
+        columns: the cell of each column, ``[columns]`` int64; ``None`` where columns are in order.
+        cells: largest number of cells along an axis.
+
+    Returns:
+        ``[min(rows, cells), min(columns, cells)]`` float64.
     """
     rows, width = values.shape
     device = values.device

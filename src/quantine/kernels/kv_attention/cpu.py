@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from quantine.kernels import backend
@@ -40,3 +41,18 @@ def attend(
         pool(),
     )
     return out.to(query.dtype), probabilities.to(query.dtype)
+
+
+def pack_states(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+) -> None:
+    """See `quantine.kernels.kv_attention.packing.pack_states`."""
+    floats = states.detach().float()
+    floats = floats if floats.stride(3) == 1 else floats.contiguous()
+    halves = None if feedback is None else feedback.contiguous().view(torch.int16)
+    backend.extension().pack_states(floats, scale, zero, halves, bits, packed, pool())

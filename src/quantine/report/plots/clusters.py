@@ -14,16 +14,18 @@ import numpy as np
 from torch import Tensor
 
 from quantine.core.activation_spec import REORDERS
-from quantine.report.plots.data import read_maps
+from quantine.report.plots.layer_data import read_maps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH: Final = 9.6
+"""Width of the picture in inches."""
 HEIGHT: Final = 1.9
-"""Of a row of panels; both in inches."""
+"""Height of a row of panels in inches."""
 COLOURS: Final = "turbo"
+"""Name of the colours that tell clusters apart."""
 TITLES: Final = {
     "R1": ("norm before attention",),
     "R2": ("queries", "keys"),
@@ -31,15 +33,16 @@ TITLES: Final = {
     "R4": ("norm before the MLP",),
     "R5": ("hidden",),
 }
-"""What has the ranges of a reorder, a row of panels each."""
+"""Tensors that have the ranges of a reorder, by its name; each is a row of panels."""
 HEADS: Final = ("largest, smallest", "in the model's order", "by cluster")
-OUTLYING: Final = 5.0
+"""Titles of the columns of panels."""
+LOGARITHMIC_FROM: Final = 5.0
 """Least value, in usual widths of a range, that makes a scale logarithmic."""
 SIDE: Final = 3
-"""Of the mark of a channel, in points squared."""
+"""Area of the mark of a channel, in points squared."""
 
 Blocks = dict[str, dict[str, Tensor]]
-"""By a block's path and reorder: see `quantine.rptq.clusters.Reordering.maps`."""
+"""Maps of channels by a block's path and reorder: see `quantine.rptq.clusters.Reordering.maps`."""
 
 
 def read_clusters(directory: Path) -> Blocks:
@@ -87,6 +90,7 @@ def clusters_figure(title: str, kinds: Mapping[str, Tensor], width: float = WIDT
 
 
 def _draw(panels: Any, high: Any, low: Any, labels: Any) -> None:
+    """Draw a row of panels: points, ranges in the model's order, and ranges by cluster."""
     # Neighbours in number are not neighbours in range: colours follow the ranges' widths.
     widths = [np.max(high[labels == label] - low[labels == label]) for label in np.unique(labels)]
     ranks = np.argsort(np.argsort(widths)) / max(1, len(widths) - 1)
@@ -99,7 +103,7 @@ def _draw(panels: Any, high: Any, low: Any, labels: Any) -> None:
     for axes in panels:
         axes.tick_params(labelsize=7)
     usual = float(np.median(high - low))
-    if usual > 0 and max(high.max(), -low.min()) > OUTLYING * usual:
+    if usual > 0 and max(high.max(), -low.min()) > LOGARITHMIC_FROM * usual:
         # Channels of very different ranges are to be seen in one panel; ticks are powers of ten,
         # of which there must be one.
         linear, ends = 10.0 ** np.ceil(np.log10(usual)), np.concatenate([high, low])
@@ -115,6 +119,7 @@ def _draw(panels: Any, high: Any, low: Any, labels: Any) -> None:
 
 
 def _draw_ranges(axes: Axes, high: Any, low: Any, shades: Any) -> None:
+    """Draw a vertical line for each channel, from its least to its greatest value."""
     from matplotlib import colormaps
 
     axes.vlines(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from quantine.errors import PlanError, QuantineError
 from quantine.formats.inventory import inventory
-from quantine.report.plots.axes import MISSING, STEM, axis_figure
 from quantine.report.plots.clusters import clusters_figure, read_clusters
-from quantine.report.plots.data import LayerPicture, read_layers
+from quantine.report.plots.group_axes import MISSING, STEM, axis_figure
+from quantine.report.plots.layer_data import LayerPicture, read_layers
 from quantine.report.plots.maps import MapFigure, has_map
 from quantine.report.plots.trends import TRENDS, trend_figure
 
@@ -20,17 +20,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAPS_DIRECTORY: Final = "maps"
+"""Name of the directory of the pictures of single matrices."""
 CLUSTERS_DIRECTORY: Final = "clusters"
+"""Name of the directory of the pictures of clusters."""
 DOTS_PER_INCH: Final = 100
+"""Resolution of PNG files."""
 PNG: Final = {"compress_level": 3}
-"""Half of the time to write, a few percent more bytes."""
+"""Options of PNG files: half of the time to write, for a few percent more bytes."""
 SVG: Final = {"Date": None}
-"""No time of day in the file."""
+"""Metadata of SVG files, without the time of day."""
 
 
 @dataclass
 class Pictures:
-    """What was drawn.
+    """The files that were drawn, and what was left out.
 
     Attributes:
         files: every file, in the order of writing: a ``.png`` and an ``.svg`` of each picture.
@@ -98,7 +101,11 @@ def draw(
 def _draw_maps(
     layers: Iterable[LayerPicture], target: Path, save: Callable[[Figure, Path], None]
 ) -> list[tuple[LayerPicture, bool]]:
-    """Draw every map; ``layers`` without their maps, and whether they had a sensitivity."""
+    """Draw every map.
+
+    Returns:
+        ``layers`` without their maps, and whether each had a sensitivity.
+    """
     figures: dict[object, MapFigure] = {}
     drawn = []
     for layer in layers:

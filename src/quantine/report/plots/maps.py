@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from quantine.report.plots.data import LayerPicture, readable_map
+from quantine.report.plots.layer_data import LayerPicture, readable_map
 from quantine.statistics.sensitivity_map import cell_of
 
 if TYPE_CHECKING:
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 PANEL: Final = 4.6
 """Width of a panel in inches."""
 HEIGHT: Final = 4.3
+"""Height of the figure in inches."""
 COLOURS: Final = "inferno"
-"""Rises evenly from dark to light, so it reads in grey."""
+"""Name of colours that rise evenly from dark to light, and so read in grey, too."""
 UNTOUCHED: Final = "#7f7f7f"
 """Colour of cells without a sensitivity: neither bright nor dark."""
 SENSITIVE: Final = (1.0, 99.7)
@@ -28,7 +29,7 @@ SENSITIVE: Final = (1.0, 99.7)
 CROWDED: Final = 99.7
 """Percentile of an outlier map that gets the brightest colour."""
 MOST_STEPS: Final = 4
-"""Most ticks of an axis, the one at zero apart: text takes most of the time to draw."""
+"""Largest number of ticks of an axis besides that at zero: text takes most of the time to draw."""
 
 
 def has_map(layer: LayerPicture) -> bool:
@@ -67,7 +68,7 @@ class MapFigure:
         return layer.shape, layer.sensitivity is not None, layer.outliers is not None
 
     def show(self, layer: LayerPicture) -> None:
-        """Show ``layer``."""
+        """Change the figure to show ``layer``, whose `kind` is that of the first."""
         rows, columns = layer.shape
         self._title.set_text(f"{layer.name}   {rows} by {columns}")
         panels = iter(self._panels)

@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIZE: Final = (7.0, 4.6)
+"""Width and height of the picture in inches."""
 FRONT: Final = "#1b3a6b"
+"""Colour of plans that no other beats."""
 BEHIND: Final = "#8c8c8c"
+"""Colour of plans that another beats."""
 WITHIN: Final = 1.01
 """Perplexity over the float model's that counts as nearly lossless (SpQR, section 5)."""
 
@@ -58,7 +61,7 @@ def pareto_figure(points: Sequence[tuple[str, float, float]], front: Sequence[st
 
 
 def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """Write ``figure`` as ``path.svg`` and ``path.png``."""
+    """Write ``figure`` as ``path.svg`` and ``path.png``, and return these paths."""
     files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png")]
     figure.savefig(files[0], metadata={"Date": None})
     figure.savefig(files[1], dpi=150)

@@ -6,28 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from quantine.report.plots.data import LayerPicture
+from quantine.report.plots.layer_data import LayerPicture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 ACROSS: Final = 4
-"""Most panels in a row."""
+"""Largest number of panels in a row."""
 PANEL: Final = (2.5, 2.2)
 """Size of a panel in inches."""
 MARGIN: Final = (0.75, 0.95)
 """Inches for labels at the left, and for title and labels above and below."""
 OWN: Final = "#1b3a6b"
+"""Colour of the kind that a panel is about."""
 OTHERS: Final = "#cccccc"
-"""The panel's own kind is dark; all others are behind it in light grey, to compare."""
+"""Colour of all other kinds, which are behind it to compare."""
 MARKED: Final = 40
-"""Blocks up to which each gets a marker."""
+"""Largest number of blocks that each get a marker."""
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A number of every layer.
+    """A number that every layer has, and how its picture is drawn.
 
     Attributes:
         stem: of the file names.
@@ -73,7 +74,7 @@ TRENDS: Final = (
     ),
     Trend("bits_per_weight", "Size", "bits per weight", "bits_per_weight"),
 )
-"""Every picture of a whole model."""
+"""The pictures of a whole model."""
 
 
 def trend_figure(trend: Trend, layers: Sequence[LayerPicture]) -> Figure | None:
@@ -115,7 +116,7 @@ Curves = dict[str, tuple[list[int], list[float]]]
 
 
 def curves_of(trend: Trend, layers: Sequence[LayerPicture]) -> Curves:
-    """What `trend_figure` draws; kinds in the order in which ``layers`` first has them."""
+    """The curves of `trend_figure`; kinds in the order in which ``layers`` first has them."""
     points: dict[str, dict[int, float]] = {}
     for layer in layers:
         value = trend.value(layer)
@@ -128,6 +129,7 @@ def curves_of(trend: Trend, layers: Sequence[LayerPicture]) -> Curves:
 
 
 def _draw(axes: Axes, trend: Trend, curves: Curves, kind: str) -> None:
+    """Draw the panel of one kind of matrix, with all others behind it."""
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for other, (blocks, values) in curves.items():

@@ -18,20 +18,11 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.description import Description
+from quantine.formats.foreign.spqr.words import BITS, TILE, pack_words, unpack_words
 from quantine.formats.layout import Layout, check_layout, nbytes_of, read_order
-from quantine.kernels.bits import pack, unpack
 
 SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_size=16)
 """The one spec the layout has room for."""
-BITS: Final = 3
-TILE: Final = 16
-"""Rows and columns of a tile, which has one second-level grid for scales and one for zeros."""
-FIELDS: Final = 21
-"""Numbers of 3 bits in a word: scale code, zero code, 16 weights, and 9 bits of which the first 8
-are a byte of the second level."""
-WORD_BYTES: Final = 8
-UNUSED_BITS: Final = 62
-"""From this bit on a word is zero."""
 METHOD: Final = "spqr"
 """``quant_method`` of such directories."""
 MARK: Final = "spqr_outliers"
@@ -63,12 +54,22 @@ class Spqr:
     """
 
     added: bool = True
-    tensor_names: tuple[str, ...] = ("dense_weights", "row_offsets", "col_vals", "in_perm")
+    quant_method: ClassVar[str] = METHOD
+    tensor_names: ClassVar[tuple[str, ...]] = (
+        "dense_weights",
+        "row_offsets",
+        "col_vals",
+        "in_perm",
+    )
     exclusive: ClassVar[bool] = True
     linears_only: ClassVar[bool] = True
     holds_bias: ClassVar[bool] = False
     holds_statistics_as_codes: ClassVar[bool] = True
     float_dtype: ClassVar[torch.dtype] = torch.float16
+
+    def required(self, spec: QuantSpec, out_features: int, in_features: int) -> tuple[str, ...]:
+        """All of them: what a matrix does not have is stored as an empty tensor."""
+        return self.tensor_names
 
     @property
     def writable(self) -> bool:
@@ -95,11 +96,11 @@ class Spqr:
         return {MARK: ADDED, ARITHMETIC: described.arithmetic, "quantization_config": settings}
 
     def supports(self, spec: QuantSpec, outliers: bool) -> bool:
-        """Only `SPEC`."""
+        """Whether ``spec`` is the one that the words have room for, `SPEC`."""
         return spec == SPEC
 
     def refusal(self, spec: QuantSpec, out_features: int, in_features: int) -> str | None:
-        """Whole tiles, and columns that fit into 16 bits."""
+        """Why not: only whole tiles are stored, and columns that fit into 16 bits, signed."""
         for count, kind in ((out_features, "outputs"), (in_features, "inputs")):
             if count % TILE:
                 return (
@@ -136,7 +137,7 @@ class Spqr:
         ):
             raise FormatError(f"the spqr layout holds only {SPEC}: use sparse")
         return {
-            "dense_weights": _pack_words(qtensor.codes, scale, zero),
+            "dense_weights": pack_words(qtensor.codes, scale, zero),
             **self._pack_outliers(qtensor),
             "in_perm": _pack_order(qtensor),
         }
@@ -168,7 +169,7 @@ class Spqr:
             raise FormatError(
                 f"spqr tensors cannot be {out_features} x {in_features}: {reason or 'empty'}"
             )
-        codes, grid = _unpack_words(words, out_features, in_features)
+        codes, grid = unpack_words(words, out_features, in_features)
         kept = self._unpack_outliers(tensors, codes, grid)
         in_perm = _unpack_order(tensors["in_perm"])
         if rows is not None:
@@ -184,11 +185,12 @@ class Spqr:
         stores_order: bool,
         outlier_share: float = 0.0,
     ) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors: exact where ``outlier_share`` is the share of stored outliers."""
         entries = round(out_features * in_features * outlier_share)
         return nbytes_of(layout_of(out_features, in_features, stores_order, entries))
 
     def _pack_outliers(self, qtensor: QTensor) -> dict[str, Tensor]:
+        """``row_offsets`` and ``col_vals``: each entry a value above the column that it is in."""
         outliers = qtensor.outliers
         if outliers is None:
             offsets = qtensor.codes.new_zeros(len(qtensor.codes) + 1, dtype=torch.int32)
@@ -211,6 +213,7 @@ class Spqr:
         }
 
     def _unpack_outliers(self, tensors: dict[str, Tensor], codes: Tensor, grid: Grid) -> Csr | None:
+        """Invert `_pack_outliers`; ``codes`` and ``grid`` are what the outliers lie on."""
         words = tensors["col_vals"]
         if not words.numel():
             return None
@@ -252,49 +255,6 @@ def _layout_like(tensors: dict[str, Tensor], out_features: int, in_features: int
     return layout
 
 
-def _pack_words(codes: Tensor, scale: Statistic, zero: Statistic) -> Tensor:
-    """One word for each row of each tile: ``[row tiles, column tiles, 16]``, flat."""
-    fields = scale.codes.new_empty(*_tiled(scale.codes).shape, FIELDS)
-    fields[..., 0], fields[..., 1] = _tiled(scale.codes), _tiled(zero.codes)
-    fields[..., 2:18] = codes.unflatten(1, (-1, TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
-    second = [scale.grid.scale, zero.grid.scale, scale.grid.zero_point, zero.grid.zero_point]
-    halves = torch.stack([half for half in second if isinstance(half, Tensor)], -1)
-    octets = halves.transpose(0, 1).contiguous().view(torch.uint8).repeat_interleave(2, -1)
-    for place in range(3):
-        fields[..., 18 + place] = (octets >> BITS * place) & 7
-    words: Tensor = pack(fields.flatten(0, 2), BITS)
-    return words.view(torch.int64).view(-1)
-
-
-def _tiled(codes: Tensor) -> Tensor:
-    """Codes ``[groups, out]`` of a statistic as ``[row tiles, column tiles, 16]``."""
-    return torch.unflatten(codes, 1, (-1, TILE)).transpose(0, 1)
-
-
-def _unpack_words(words: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Grid]:
-    """Invert `_pack_words`: codes ``[out, in]`` and their grid."""
-    octets = words.contiguous().view(torch.uint8).view(-1, WORD_BYTES)
-    fields = unpack(octets, BITS, FIELDS)
-    fields = fields.view(out_features // TILE, in_features // TILE, TILE, FIELDS)
-    twice = fields[..., 18] | fields[..., 19] << BITS | (fields[..., 20] & 3) << 2 * BITS
-    twice = twice.unflatten(-1, (-1, 2))
-    halves = twice[..., 0].contiguous().view(torch.float16).transpose(0, 1)
-    damaged = (words >> UNUSED_BITS).any() | (twice[..., 0] != twice[..., 1]).any()
-    if bool(damaged) or not bool(torch.isfinite(halves).all()):
-        raise FormatError(
-            "dense_weights is damaged: unused bits are set, the two copies of the second level "
-            "differ, or it is not finite"
-        )
-
-    def statistic(index: int) -> Statistic:
-        step, zero = halves[..., index].contiguous(), halves[..., index + 2].contiguous()
-        codes = fields[..., index].transpose(0, 1).flatten(1)
-        return Statistic(codes, Grid(step, zero, BITS, TILE))
-
-    codes = fields[..., 2:18].transpose(1, 2).reshape(out_features, in_features)
-    return codes, Grid(statistic(0), statistic(1), BITS, TILE)
-
-
 def _in_rows(offsets: Tensor, words: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Entries in CSR: int64 offsets ``[rows + 1]``, and ``words`` row after row.
 
@@ -325,10 +285,12 @@ def _decoded_under(outliers: Csr, codes: Tensor, grid: Grid) -> Tensor:
 
 
 def _pack_order(qtensor: QTensor) -> Tensor:
+    """The inputs of stored columns, two in each int32; empty for the inputs' own order."""
     if qtensor.in_perm is None:
         return qtensor.codes.new_empty(0, dtype=torch.int32)
     return qtensor.in_perm.to(torch.int16).view(torch.int32)
 
 
 def _unpack_order(stored: Tensor) -> Tensor | None:
+    """Invert `_pack_order`."""
     return read_order(stored.view(torch.int16)) if stored.numel() else None

@@ -1,0 +1,36 @@
+// The column loop of the solvers. Matrices are transposed, [inputs, rows]: rows, the outputs, are
+// contiguous and independent of one another.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "fit/fit.h"
+
+namespace quantine {
+
+// A matrix whose columns are rounded one after another, and the grids it is rounded to.
+struct Columns {
+  float* weights;              // [inputs, rows]; each ends as it was when it was rounded
+  const float* upper;          // [inputs, inputs], the factor of the inverse Hessian
+  const std::int64_t* groups;  // [inputs], each input's row of scales and zeros
+  const float* scales;         // [groups, rows]
+  const float* zeros;          // [groups, rows]
+  std::uint8_t* codes;         // [inputs, rows]
+  float* errors;               // [inputs, rows], divided by the factor's diagonal
+  std::uint8_t* kept;          // [inputs, rows] of 0 and 1, or null: weights whose squared error
+                               // exceeds `price`, and to which float16 is nearer
+  std::size_t inputs, rows;
+  int bits;
+  float price;
+};
+
+// Rounds columns from `start` to `stop`, taking what each loses off those up to `stop`. A group
+// that is fitted starts at `start`, or is whole between the two. `fitter`, whose groups ascend, is
+// null where grids are known. Of one whose groups run along outputs, statistics are those of every
+// column, and the grids of `columns` are not looked at. Rows are independent of one another:
+// results are the same for any number of threads.
+Misfit round_block(const Columns& columns, std::size_t start, std::size_t stop,
+                   const Fitter* fitter, Pool& pool);
+
+}  // namespace quantine

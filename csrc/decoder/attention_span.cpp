@@ -1,0 +1,169 @@
+// The loops over the keys and values of a span: scores, their exponentials, and mixtures of values.
+#include "decoder/attention_span.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "base/vector_math.h"
+
+namespace quantine {
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+constexpr int kParts = static_cast<int>(kKeyLanes / kWide);  // vectors that are summed at once
+
+// Compilers split vectors that are wider than the processor's.
+typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
+typedef std::int32_t Whole __attribute__((vector_size(kWide * sizeof(std::int32_t))));
+typedef std::int16_t Short __attribute__((vector_size(kWide * sizeof(std::int16_t))));
+
+QUANTINE_INLINE void read(const float* from, Wide& to) { std::memcpy(&to, from, sizeof to); }
+
+QUANTINE_INLINE void read(const std::int16_t* from, Wide& to) {
+  Short codes;
+  std::memcpy(&codes, from, sizeof codes);
+  to = __builtin_convertvector(__builtin_convertvector(codes, Whole), Wide);
+}
+
+// sums[q][part] += x[q] * what is read, for kCount queries and kWidth parts.
+template <int kCount, int kWidth, typename T>
+QUANTINE_INLINE void add_products(const float* x, const T* from, Wide (&sums)[kCount][kWidth]) {
+  Wide read_once[kWidth];
+#pragma GCC unroll 4
+  for (int part = 0; part < kWidth; ++part)
+    read(from + part * static_cast<int>(kWide), read_once[part]);
+#pragma GCC unroll 4
+  for (int q = 0; q < kCount; ++q)
+#pragma GCC unroll 4
+    for (int part = 0; part < kWidth; ++part) sums[q][part] += x[q] * read_once[part];
+}
+
+// scores[q][kKeyLanes] = keys[dim, kKeyLanes] . query q
+template <int kCount, typename T>
+QUANTINE_INLINE void score(const SpanOf<T>& tokens, const Query* queries, std::size_t first,
+                           float (*scores)[kSpan]) {
+  const T* keys = tokens.keys + first * tokens.dim;
+  Wide sums[kCount][kParts] = {};
+  for (std::size_t d = 0; d < tokens.dim; ++d) {
+    float x[kCount];
+    for (int q = 0; q < kCount; ++q) x[q] = queries[q].x[d];
+    add_products<kCount, kParts>(x, keys + d * kKeyLanes, sums);
+  }
+  for (int q = 0; q < kCount; ++q) std::memcpy(scores[q] + first, sums[q], sizeof sums[q]);
+  if (tokens.key_scales == nullptr) return;
+  for (int q = 0; q < kCount; ++q)
+    for (std::size_t r = first; r < first + kKeyLanes; ++r) scores[q][r] *= tokens.key_scales[r];
+}
+
+QUANTINE_INLINE float largest(const float* scores) {
+  float best[kKeyLanes];
+  for (std::size_t r = 0; r < kKeyLanes; ++r) best[r] = scores[r];
+  for (std::size_t j = kKeyLanes; j < kSpan; j += kKeyLanes)
+    for (std::size_t r = 0; r < kKeyLanes; ++r)
+      best[r] = scores[j + r] > best[r] ? scores[j + r] : best[r];
+  for (std::size_t half = kKeyLanes / 2; half > 0; half /= 2)
+    for (std::size_t r = 0; r < half; ++r)
+      best[r] = best[r + half] > best[r] ? best[r + half] : best[r];
+  return best[0];
+}
+
+// Scores become e^(score - largest), 0 where the query does not look; the largest and the sum go
+// to `found`.
+QUANTINE_INLINE void exponentiate(const Query& query, float* scores, float* found) {
+  for (std::size_t j = 0; j < query.begin; ++j) scores[j] = kNone;
+  for (std::size_t j = query.end; j < kSpan; ++j) scores[j] = kNone;
+  const float top = largest(scores);
+  for (std::size_t j = 0; j < kSpan; ++j) scores[j] = exponential(scores[j] - top);
+  found[0] = top;
+  found[1] = sum_of(kSpan, [scores](std::size_t j) { return scores[j]; });
+}
+
+// partials[q][kWidth vectors] = sum of weights[q][token] * values[token, ...].
+template <int kCount, int kWidth, typename T>
+QUANTINE_INLINE void mix(const float (*weights)[kSpan], const T* values, std::size_t stride,
+                         std::size_t begin, std::size_t end, const Query* queries,
+                         std::size_t first) {
+  Wide sums[kCount][kWidth] = {};
+  for (std::size_t j = begin; j < end; ++j) {
+    float x[kCount];
+    for (int q = 0; q < kCount; ++q) x[q] = weights[q][j];
+    add_products<kCount, kWidth>(x, values + j * stride + first, sums);
+  }
+  for (int q = 0; q < kCount; ++q) std::memcpy(queries[q].partial + first, sums[q], sizeof sums[q]);
+}
+
+template <int kCount, typename T>
+QUANTINE_INLINE void attend_some(const SpanOf<T>& tokens, const Query* queries) {
+  std::size_t begin = kSpan, end = 0;
+  for (int q = 0; q < kCount; ++q) {
+    begin = queries[q].begin < begin ? queries[q].begin : begin;
+    end = queries[q].end > end ? queries[q].end : end;
+  }
+  const std::size_t width = (tokens.dim + kWide - 1) / kWide * kWide;
+  float scores[kCount][kSpan];
+  for (std::size_t j = begin / kKeyLanes * kKeyLanes; j < end; j += kKeyLanes)
+    score<kCount>(tokens, queries, j, scores);
+  for (int q = 0; q < kCount; ++q) {
+    exponentiate(queries[q], scores[q], queries[q].partial + width);
+    if (tokens.value_scales == nullptr) continue;
+    for (std::size_t j = queries[q].begin; j < queries[q].end; ++j)
+      scores[q][j] *= tokens.value_scales[j];
+  }
+  std::size_t d = 0;
+  for (; d + kParts * kWide <= width; d += kParts * kWide)
+    mix<kCount, kParts>(scores, tokens.values, width, begin, end, queries, d);
+  for (; d < width; d += kWide)
+    mix<kCount, 1>(scores, tokens.values, width, begin, end, queries, d);
+}
+
+template <typename T>
+QUANTINE_INLINE void attend_any(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {
+  switch (count) {
+    case 1:
+      return attend_some<1>(tokens, queries);
+    case 2:
+      return attend_some<2>(tokens, queries);
+    case 3:
+      return attend_some<3>(tokens, queries);
+    case 4:
+      return attend_some<4>(tokens, queries);
+  }
+}
+
+}  // namespace
+
+QUANTINE_CLONES
+void attend_span(const SpanOf<float>& tokens, const Query* queries, std::size_t count) {
+  attend_any(tokens, queries, count);
+}
+
+QUANTINE_CLONES
+void attend_span(const SpanOf<std::int16_t>& tokens, const Query* queries, std::size_t count) {
+  attend_any(tokens, queries, count);
+}
+
+QUANTINE_CLONES
+float round_row(const float* x, std::size_t n, std::int16_t* codes) {
+  constexpr float kTop = 32767.0f;
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  std::int32_t bits = 0;  // of the largest magnitude; they compare as floats do, NaN above all
+  for (std::size_t i = 0; i < n; ++i) {
+    std::int32_t held;
+    std::memcpy(&held, &x[i], sizeof held);
+    held &= 0x7fffffff;
+    bits = held > bits ? held : bits;
+  }
+  float widest;
+  std::memcpy(&widest, &bits, sizeof widest);
+  const bool finite = widest <= std::numeric_limits<float>::max();
+  // Below this the reciprocal overflows.
+  const float inverse = finite && widest > 1e-33f ? kTop / widest : 0.0f;
+  for (std::size_t i = 0; i < n; ++i) {
+    const float bounded = finite ? x[i] * inverse : 0.0f;
+    codes[i] = static_cast<std::int16_t>(static_cast<std::int32_t>((bounded + kShift) - kShift));
+  }
+  return finite ? widest / kTop : std::numeric_limits<float>::quiet_NaN();
+}
+
+}  // namespace quantine

@@ -1,0 +1,128 @@
+// Python bindings of attention over packed codes: check shapes, then call.
+#include <nanobind/stl/optional.h>
+
+#include <optional>
+
+#include "bindings.h"
+#include "bits/bits.h"
+#include "kv_attention/kv_attention.h"
+
+namespace {
+
+using Floats4 = nb::ndarray<float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using ConstFloats4 = nb::ndarray<const float, nb::ndim<4>, nb::c_contig, nb::device::cpu>;
+using ConstHalves3 = nb::ndarray<const std::int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using Codes4 = nb::ndarray<const std::uint8_t, nb::ndim<4>, nb::device::cpu>;
+using Channels = Array<const float>;
+
+quantine::PackedStates states(const Codes4& codes, int bits, const Channels& scale,
+                              const Channels& zero, std::size_t dim) {
+  if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
+  if (codes.shape(3) != quantine::packed_bytes(dim, bits) ||
+      (codes.shape(3) > 1 && codes.stride(3) != 1))
+    throw nb::value_error("rows of codes must be bit streams of as many codes as queries have");
+  for (std::size_t axis = 0; axis < 3; ++axis)
+    if (codes.stride(axis) < 0) throw nb::value_error("codes must not run backwards");
+  if (!has_shape(scale, codes.shape(1), dim) || !has_shape(zero, codes.shape(1), dim))
+    throw nb::value_error("scale and zero must be [kv_heads, dim]");
+  const auto stride = [&](std::size_t axis) {
+    return static_cast<std::size_t>(codes.stride(axis));
+  };
+  std::size_t extent = codes.shape(3);
+  for (std::size_t axis = 0; axis < 3; ++axis) extent += (codes.shape(axis) - 1) * stride(axis);
+  return {codes.data(), stride(0), stride(1), stride(2), extent, bits, scale.data(), zero.data()};
+}
+
+void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
+                 Channels zero, std::optional<ConstHalves3> feedback, int bits,
+                 nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed,
+                 quantine::Pool& pool) {
+  if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
+  const std::size_t heads = states.shape(1), dim = states.shape(3);
+  for (std::size_t axis = 0; axis < 4; ++axis)
+    if (states.stride(axis) < 0 || packed.stride(axis) < 0)
+      throw nb::value_error("nothing may run backwards");
+  if (packed.shape(0) != states.shape(0) || packed.shape(1) != heads ||
+      packed.shape(2) != states.shape(2) || packed.shape(3) != quantine::packed_bytes(dim, bits) ||
+      (packed.shape(3) > 1 && packed.stride(3) != 1) || (dim > 1 && states.stride(3) != 1))
+    throw nb::value_error("packed must be [batch, heads, tokens, packed_bytes(dim, bits)]");
+  if (!has_shape(scale, heads, dim) || !has_shape(zero, heads, dim))
+    throw nb::value_error("scale and zero must be [heads, dim]");
+  if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim ||
+                   feedback->shape(2) != dim))
+    throw nb::value_error("feedback must be [heads, dim, dim]");
+  const auto stride = [](const auto& array, std::size_t axis) {
+    return static_cast<std::size_t>(array.stride(axis));
+  };
+  const quantine::FloatStates floats{states.data(),     states.shape(0),   heads,
+                                     states.shape(2),   dim,               stride(states, 0),
+                                     stride(states, 1), stride(states, 2)};
+  const auto* halves =
+      feedback ? reinterpret_cast<const std::uint16_t*>(feedback->data()) : nullptr;
+  nb::gil_scoped_release release;
+  quantine::pack_states(floats, scale.data(), zero.data(), halves, bits, packed.data(),
+                        stride(packed, 0), stride(packed, 1), stride(packed, 2), pool);
+}
+
+// A mask whose first three axes are those of the call, or 1.
+quantine::ScoreMask mask_of(const std::optional<ConstFloats4>& mask, std::size_t batch,
+                            std::size_t heads, std::size_t rows, std::size_t context) {
+  if (!mask) return {nullptr, 0, 0, 0};
+  const std::size_t wanted[3] = {batch, heads, rows};
+  std::size_t strides[3], stride = context;
+  for (std::size_t axis = 3; axis-- > 0; stride *= mask->shape(axis)) {
+    if (mask->shape(axis) != 1 && mask->shape(axis) != wanted[axis])
+      throw nb::value_error("mask must be [batch or 1, heads or 1, rows or 1, context]");
+    strides[axis] = mask->shape(axis) == 1 ? 0 : stride;
+  }
+  if (mask->shape(3) != context) throw nb::value_error("mask must be as long as the context");
+  return {mask->data(), strides[0], strides[1], strides[2]};
+}
+
+void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key_scale,
+                   Channels key_zero, Codes4 values, int value_bits, Channels value_scale,
+                   Channels value_zero, std::optional<ConstFloats4> mask, float scaling,
+                   float softcap, int softmax_bits, bool relative, Floats4 probabilities,
+                   Floats4 out, quantine::Pool& pool) {
+  const std::size_t batch = queries.shape(0), heads = queries.shape(1), rows = queries.shape(2);
+  const std::size_t dim = queries.shape(3), kv_heads = keys.shape(1), context = keys.shape(2);
+  if (queries.size() == 0 || keys.size() == 0) throw nb::value_error("nothing may be empty");
+  if (keys.shape(0) != batch || heads % kv_heads != 0 || values.shape(0) != batch ||
+      values.shape(1) != kv_heads || values.shape(2) != context)
+    throw nb::value_error("keys and values must be [batch, kv_heads, context, bytes], and kv_heads "
+                          "must divide heads");
+  if (softmax_bits != 16 && (softmax_bits < 2 || softmax_bits > 8))
+    throw nb::value_error("softmax_bits must be 2 to 8, or 16");
+  if (probabilities.shape(0) != batch || probabilities.shape(1) != heads ||
+      probabilities.shape(2) != rows || probabilities.shape(3) != context ||
+      out.shape(0) != batch || out.shape(1) != rows || out.shape(2) != heads || out.shape(3) != dim)
+    throw nb::value_error("probabilities must be [batch, heads, rows, context], out [batch, rows, "
+                          "heads, dim]");
+  const quantine::PackedAttention call{batch,
+                                       heads,
+                                       kv_heads,
+                                       rows,
+                                       context,
+                                       dim,
+                                       states(keys, key_bits, key_scale, key_zero, dim),
+                                       states(values, value_bits, value_scale, value_zero, dim),
+                                       mask_of(mask, batch, heads, rows, context),
+                                       scaling,
+                                       softcap,
+                                       softmax_bits,
+                                       relative};
+  nb::gil_scoped_release release;
+  quantine::attend_packed(call, queries.data(), probabilities.data(), out.data(), pool);
+}
+
+}  // namespace
+
+void bind_kv_attention(nb::module_& m) {
+  m.def("pack_states", &pack_states, nb::arg("states"), nb::arg("scale"), nb::arg("zero"),
+        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"), nb::arg("pool"));
+  m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
+        nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
+        nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),
+        nb::arg("softcap"), nb::arg("softmax_bits"), nb::arg("relative"), nb::arg("probabilities"),
+        nb::arg("out"), nb::arg("pool"));
+}

@@ -1,0 +1,286 @@
+// Packing of new keys and values, and attention over packed ones in three steps that threads share:
+// the scores of spans of tokens, the softmax of each row, and mixtures of values.
+#include "kv_attention/kv_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "base/lanes.h"
+#include "base/vector_math.h"
+#include "bits/bits.h"
+#include "kv_attention/level.h"
+#include "matrix/matrix.h"
+
+namespace quantine {
+namespace {
+
+constexpr std::size_t kSpanTokens = 256;  // of one task
+constexpr std::size_t kSmall = 65536;     // multiplications that are done before a thread wakes up
+constexpr std::size_t kRunTokens = 64;    // of a head that a thread packs at once
+
+const StateLevel& chosen_level() {
+#if defined(QUANTINE_X86)
+  const std::string name = level();
+  if (name == "avx512") return avx512_state_level();
+  if (name == "avx2") return avx2_state_level();
+#endif
+  return scalar_state_level();
+}
+
+QUANTINE_CLONES
+float largest(const float* x, std::size_t n) {
+  float best[kSumLanes];
+  for (float& lane : best) lane = -std::numeric_limits<float>::infinity();
+  std::size_t j = 0;
+  for (; j + kSumLanes <= n; j += kSumLanes)
+    for (std::size_t r = 0; r < kSumLanes; ++r) best[r] = larger(best[r], x[j + r]);
+  for (; j < n; ++j) best[0] = larger(best[0], x[j]);
+  for (std::size_t r = 1; r < kSumLanes; ++r) best[0] = larger(best[0], best[r]);
+  return best[0];
+}
+
+// tanh to some 1e-7 absolute.
+QUANTINE_CLONES
+void cap(float* scores, std::size_t n, float bound) {
+  for (std::size_t j = 0; j < n; ++j)
+    scores[j] = (1.0f - 2.0f / (exponential(2.0f * (scores[j] / bound)) + 1.0f)) * bound;
+}
+
+// Values in [0, 1] become whole numbers up to `last`.
+QUANTINE_CLONES
+void round_to_steps(float* x, std::size_t n, float last) {
+  constexpr float kWhole = 12582912.0f;  // 1.5 * 2^23: float32 has no fractions there
+  for (std::size_t j = 0; j < n; ++j) x[j] = (x[j] * last + kWhole) - kWhole;
+}
+
+QUANTINE_CLONES
+void divide(float* x, std::size_t n, float by) {
+  for (std::size_t j = 0; j < n; ++j) x[j] = x[j] / by;
+}
+
+// Scores become probabilities, rounded unless `bits` are 16; returns their sum.
+QUANTINE_CLONES
+float normalize(float* scores, std::size_t n, int bits, bool relative) {
+  const float top = largest(scores, n), last = static_cast<float>((1 << bits) - 1);
+  for (std::size_t j = 0; j < n; ++j) scores[j] = exponential(scores[j] - top);
+  if (bits < 16 && relative) round_to_steps(scores, n, last);
+  divide(scores, n, sum_of(n, [scores](std::size_t j) { return scores[j]; }));
+  if (bits < 16 && !relative) {
+    round_to_steps(scores, n, last);
+    divide(scores, n, last);
+  }
+  return sum_of(n, [scores](std::size_t j) { return scores[j]; });
+}
+
+// The nearest codes: x / scale + zero, which rounds twice, as quantine.core.grid.encode does.
+QUANTINE_CLONES
+void encode(const float* x, const float* scale, const float* zero, std::size_t n, float top,
+            std::uint8_t* codes) {
+  for (std::size_t d = 0; d < n; ++d)
+    codes[d] = static_cast<std::uint8_t>(
+        static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
+}
+
+// Floats from finite float16, without the branches of `half_to_float`: vectors can do it.
+QUANTINE_CLONES
+void widen(const std::uint16_t* halves, std::size_t n, float* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(halves[i] & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;  // from the one bias of exponents to the other
+    out[i] = (halves[i] & 0x8000u) != 0 ? -value : value;
+  }
+}
+
+// The same one channel after another; `rest` are the values, of which errors are taken off.
+QUANTINE_CLONES
+void encode_fed(float* rest, const float* scale, const float* zero, const float* feedback,
+                std::size_t n, float top, std::uint8_t* codes) {
+  for (std::size_t d = 0; d < n; ++d) {
+    const float code = nearest_code(rest[d] / scale[d] + zero[d], top);
+    const float error = rest[d] - (code - zero[d]) * scale[d];
+    codes[d] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+    const float* row = feedback + d * n;
+    for (std::size_t k = d + 1; k < n; ++k) rest[k] = rest[k] - error * row[k];
+  }
+}
+
+// Whole vectors in memory, so that none crosses a line of the processor's cache.
+struct alignas(kStateLanes * sizeof(float)) Lanes {
+  float lane[kStateLanes];
+};
+
+class Run {
+ public:
+  Run(const PackedAttention& call, float* probabilities)
+      : call_(call),
+        level_(chosen_level()),
+        probabilities_(probabilities),
+        width_((call.dim + kStateLanes - 1) / kStateLanes * kStateLanes),
+        group_(call.heads / call.kv_heads * call.rows),
+        spans_((call.context + kSpanTokens - 1) / kSpanTokens),
+        queries_(count() * width_ / kStateLanes),
+        offsets_(count()),
+        totals_(count()),
+        partials_(spans_ * count() * width_) {}
+
+  std::size_t count() const { return call_.batch * call_.heads * call_.rows; }
+  std::size_t tasks() const { return call_.batch * call_.kv_heads * spans_; }
+
+  // Queries take the scales of keys; what zero points take off is the same for all tokens.
+  void prepare(const float* queries) {
+    for (std::size_t index = 0; index < count(); ++index) {
+      const std::size_t head = index / group_ % call_.kv_heads;
+      const float* x = queries + index * call_.dim;
+      const float* scale = call_.keys.scale + head * call_.dim;
+      const float* zero = call_.keys.zero + head * call_.dim;
+      float* scaled = query(index);
+      for (std::size_t d = 0; d < call_.dim; ++d) scaled[d] = x[d] * call_.scaling * scale[d];
+      offsets_[index] = sum_of(call_.dim, [=](std::size_t d) { return scaled[d] * zero[d]; });
+    }
+  }
+
+  void score(std::size_t task) {
+    std::vector<std::uint8_t> copy;
+    const StateRows rows = rows_of(call_.keys, task, copy);
+    const std::size_t from = first_query(task);
+    for (std::size_t q = from; q < from + group_; q += kStateQueries)
+      level_.score(rows, query(q), offsets_.data() + q,
+                   std::min(kStateQueries, from + group_ - q),
+                   probabilities_ + q * call_.context + first_token(task), call_.context);
+  }
+
+  void normalize_row(std::size_t index) {
+    float* scores = probabilities_ + index * call_.context;
+    const std::size_t n = call_.context;
+    if (call_.softcap != 0.0f) cap(scores, n, call_.softcap);
+    if (call_.mask.values != nullptr) {
+      const std::size_t row = index % call_.rows, head = index / call_.rows % call_.heads;
+      const std::size_t batch = index / call_.rows / call_.heads;
+      const float* mask = call_.mask.values + batch * call_.mask.batch_stride +
+                          head * call_.mask.head_stride + row * call_.mask.row_stride;
+      for (std::size_t j = 0; j < n; ++j) scores[j] += mask[j];
+    }
+    totals_[index] = normalize(scores, n, call_.softmax_bits, call_.relative);
+  }
+
+  void mix(std::size_t task) {
+    std::vector<std::uint8_t> copy;
+    const StateRows rows = rows_of(call_.values, task, copy);
+    const std::size_t from = first_query(task);
+    for (std::size_t q = from; q < from + group_; q += kStateQueries)
+      level_.mix(rows, probabilities_ + q * call_.context + first_token(task), call_.context,
+                 std::min(kStateQueries, from + group_ - q), partial(task % spans_, q));
+  }
+
+  // Spans in order, then the scales and zero points of values.
+  void merge(float* out) {
+    for (std::size_t index = 0; index < count(); ++index) {
+      float* sums = partial(0, index);
+      for (std::size_t span = 1; span < spans_; ++span) {
+        const float* part = partial(span, index);
+        for (std::size_t d = 0; d < call_.dim; ++d) sums[d] += part[d];
+      }
+      const std::size_t kv_head = index / group_ % call_.kv_heads;
+      const float* scale = call_.values.scale + kv_head * call_.dim;
+      const float* zero = call_.values.zero + kv_head * call_.dim;
+      const std::size_t row = index % call_.rows, head = index / call_.rows % call_.heads;
+      const std::size_t batch = index / call_.rows / call_.heads;
+      float* to = out + ((batch * call_.rows + row) * call_.heads + head) * call_.dim;
+      for (std::size_t d = 0; d < call_.dim; ++d)
+        to[d] = scale[d] * (sums[d] - zero[d] * totals_[index]);
+    }
+  }
+
+ private:
+  std::size_t first_token(std::size_t task) const { return task % spans_ * kSpanTokens; }
+  std::size_t first_query(std::size_t task) const { return task / spans_ * group_; }
+  float* query(std::size_t index) { return queries_[index * width_ / kStateLanes].lane; }
+  float* partial(std::size_t span, std::size_t query) {
+    return partials_.data() + (span * count() + query) * width_;
+  }
+
+  // Kernels read whole vectors: a span at the very end of memory is copied first.
+  StateRows rows_of(const PackedStates& states, std::size_t task,
+                    std::vector<std::uint8_t>& copy) const {
+    const std::size_t head = task / spans_, first = first_token(task);
+    const std::size_t tokens = std::min(kSpanTokens, call_.context - first);
+    const std::size_t at = head / call_.kv_heads * states.batch_stride +
+                           head % call_.kv_heads * states.head_stride + first * states.token_stride;
+    const auto bits = static_cast<std::size_t>(states.bits);
+    const std::size_t bytes = (call_.dim * bits + 7) / 8;
+    const std::size_t last = (tokens - 1) * states.token_stride;
+    StateRows rows{states.codes + at, states.token_stride, tokens, width_, states.bits};
+    if (at + last + width_ * bits / 8 + kStateOverread > states.extent) {
+      copy.assign(last + width_ * bits / 8 + kStateOverread, 0);
+      std::memcpy(copy.data(), rows.codes, last + bytes);
+      rows.codes = copy.data();
+    }
+    return rows;
+  }
+
+  const PackedAttention& call_;
+  const StateLevel& level_;
+  float* probabilities_;
+  std::size_t width_, group_, spans_;  // group_: queries that share a head of keys and values
+  std::vector<Lanes> queries_;
+  std::vector<float> offsets_, totals_, partials_;
+};
+
+}  // namespace
+
+void pack_states(const FloatStates& states, const float* scale, const float* zero,
+                 const std::uint16_t* feedback, int bits, std::uint8_t* packed,
+                 std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
+                 Pool& pool) {
+  const std::size_t dim = states.dim, runs = (states.tokens + kRunTokens - 1) / kRunTokens;
+  const auto top = static_cast<float>((1 << bits) - 1);
+  const auto pack = [&](std::size_t index) {
+    const std::size_t head = index % states.heads, first = index / states.heads * kRunTokens;
+    const std::size_t end = std::min(states.tokens, first + kRunTokens);
+    const float *own_scale = scale + head * dim, *own_zero = zero + head * dim;
+    std::vector<std::uint8_t> codes(dim);
+    std::vector<float> rest(dim), own_feedback(feedback == nullptr ? 0 : dim * dim);
+    if (feedback != nullptr) widen(feedback + head * dim * dim, dim * dim, own_feedback.data());
+    for (std::size_t batch = 0; batch < states.batch; ++batch)
+      for (std::size_t token = first; token < end; ++token) {
+        const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
+                         token * states.token_stride;
+        if (feedback == nullptr) {
+          encode(x, own_scale, own_zero, dim, top, codes.data());
+        } else {
+          std::copy(x, x + dim, rest.begin());
+          encode_fed(rest.data(), own_scale, own_zero, own_feedback.data(), dim, top, codes.data());
+        }
+        pack_bits(codes.data(),
+                  packed + batch * batch_stride + head * head_stride + token * token_stride, 1, dim,
+                  bits);
+      }
+  };
+  const std::size_t work = states.batch * states.tokens * states.heads * dim;
+  if (work * (feedback == nullptr ? 1 : dim) > kSmall)
+    return pool.run(states.heads * runs, pack);
+  for (std::size_t index = 0; index < states.heads * runs; ++index) pack(index);
+}
+
+void attend_packed(const PackedAttention& call, const float* queries, float* probabilities,
+                   float* out, Pool& pool) {
+  Run run(call, probabilities);
+  const bool alone = run.count() * call.context * call.dim <= kSmall;
+  const auto each = [&](std::size_t count, const std::function<void(std::size_t)>& task) {
+    if (!alone) return pool.run(count, task);
+    for (std::size_t index = 0; index < count; ++index) task(index);
+  };
+  run.prepare(queries);
+  each(run.tasks(), [&](std::size_t task) { run.score(task); });
+  each(run.count(), [&](std::size_t index) { run.normalize_row(index); });
+  each(run.tasks(), [&](std::size_t task) { run.mix(task); });
+  run.merge(out);
+}
+
+}  // namespace quantine

@@ -1,0 +1,338 @@
+// Products with a tile, for any vector type `V` of 16 lanes; see planes.h.
+#pragma once
+
+#include "matrix/decode.h"
+#include "matrix/level.h"
+#include "matrix/round.h"
+
+namespace quantine {
+namespace {
+
+template <typename V, int kBits, int kBatch>
+void fast_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  const Activations a = activations;  // vectors may alias anything, but not a copy
+  typename V::Float total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
+  Cursor<V> cursor(w, tile);
+  typename V::Float scale, zero;
+  typename V::Sum acc[kBatch];
+  for (int b = 0; b < kBatch; ++b) acc[b] = V::no_sum();
+  const std::uint8_t* x = a.codes;
+  const std::size_t row_bytes = a.padded / kChunk * kChunkBytes;
+  const Block* block = w.blocks.data();
+  const Block* const blocks_end = block + w.blocks.size();
+  std::size_t index = 0;
+  cursor.advance(scale, zero);
+  std::uint32_t left = block->chunks;
+  each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
+    for (int b = 0; b < kBatch; ++b)
+      acc[b] = V::dot(acc[b], codes, x + static_cast<std::size_t>(b) * row_bytes);
+    x += kChunkBytes;
+    if (--left != 0) return;
+    for (int b = 0; b < kBatch; ++b) {
+      const std::size_t place = static_cast<std::size_t>(b) * a.blocks + index;
+      const auto centred = V::fnma(zero, V::set(a.sums[place]), V::to_float(V::whole(acc[b])));
+      total[b] = V::fma(centred, V::mul(scale, V::set(a.scales[place])), total[b]);
+      acc[b] = V::no_sum();
+    }
+    const std::uint32_t group = block->group;
+    ++index;
+    if (++block == blocks_end) {
+      left = ~0u;  // what follows is padding
+      return;
+    }
+    left = block->chunks;
+    if (block->group != group) cursor.advance(scale, zero);
+  });
+  for (int b = 0; b < kBatch; ++b) result[b] = total[b];
+}
+
+// The same for one row of activations and blocks of `kChunks` each, without a look for the end of a
+// block.
+template <typename V, int kBits, int kChunks>
+void even_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  using P = Planes<V, kBits>;
+  constexpr int kUnit = std::max(P::kTogether, kChunks);
+  const Activations a = activations;
+  typename V::Float total = V::set(0.0f), scale = total, zero = total;
+  Cursor<V> cursor(w, tile);
+  const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
+  const std::uint8_t* x = a.codes;
+  const std::size_t each = w.blocks_per_group;
+  std::size_t left = 0;  // blocks of the group
+  for (std::size_t index = 0; index < a.blocks; index += kUnit / kChunks) {
+    typename V::Sum acc[2] = {V::no_sum(), V::no_sum()};  // they do not wait for each other
+    unroll<kUnit / P::kTogether>([&](auto part) __attribute__((always_inline)) {
+      const P planes(bytes + part * P::kVectors * 64);
+      unroll<P::kTogether>([&](auto place) __attribute__((always_inline)) {
+        constexpr int chunk = part * P::kTogether + place;
+        acc[chunk % 2] = V::dot(acc[chunk % 2], planes.template codes<place>(),
+                                x + chunk * static_cast<int>(kChunkBytes));
+        if constexpr (chunk % kChunks == kChunks - 1) {
+          const std::size_t block = index + chunk / kChunks;
+          if (left-- == 0) {
+            cursor.advance(scale, zero);
+            left = each - 1;
+          }
+          const auto sum = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
+          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
+          total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
+          acc[0] = acc[1] = V::no_sum();
+        }
+      });
+    });
+    bytes += kUnit / P::kTogether * P::kVectors * 64;
+    x += kUnit * static_cast<int>(kChunkBytes);
+  }
+  *result = total;
+}
+
+template <typename V, int kBits>
+void fast_row(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* result) {
+  switch (w.even_chunks) {
+    case 4:
+      return even_tile<V, kBits, 4>(w, a, tile, result);
+    case 8:
+      return even_tile<V, kBits, 8>(w, a, tile, result);
+    case 16:
+      return even_tile<V, kBits, 16>(w, a, tile, result);
+    default:
+      return fast_tile<V, kBits, 1>(w, a, tile, result);
+  }
+}
+
+template <typename V, int kBits, int kBatch>
+void exact_tile(const Weights& w, const Activations& activations, std::size_t tile,
+               typename V::Float* result) {
+  constexpr int kChains = kBatch == 1 ? 2 : 1;  // sums that do not wait for each other
+  const Activations a = activations;  // vectors may alias anything, but not a copy
+  typename V::Float total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(a.offsets == nullptr ? 0.0f : -a.offsets[b]);
+  Cursor<V> cursor(w, tile);
+  typename V::Float scale, zero, acc[kBatch][kChains];
+  for (int b = 0; b < kBatch; ++b)
+    for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
+  const float* x = a.spread;
+  const Block* block = w.blocks.data();
+  const Block* const blocks_end = block + w.blocks.size();
+  cursor.advance(scale, zero);
+  std::uint32_t left = block->chunks;
+  each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
+    if (block == blocks_end) return;
+    unroll<4>([&](auto k) {
+      const auto weight = V::sub(V::template byte<k>(codes), zero);
+      for (int b = 0; b < kBatch; ++b)
+        acc[b][k % kChains] = V::fma(
+            weight, V::set(x[static_cast<std::size_t>(b) * a.padded + k]), acc[b][k % kChains]);
+    });
+    x += kChunk;
+    if (--left != 0) return;
+    for (int b = 0; b < kBatch; ++b) {
+      auto sum = acc[b][0];
+      if constexpr (kChains == 2) sum = V::add(sum, acc[b][1]);
+      total[b] = V::fma(sum, scale, total[b]);
+      for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
+    }
+    const std::uint32_t group = block->group;
+    if (++block == blocks_end) return;
+    left = block->chunks;
+    if (block->group != group) cursor.advance(scale, zero);
+  });
+  for (int b = 0; b < kBatch; ++b) result[b] = total[b];
+}
+
+template <typename V, typename T, int kBatch>
+void plain_tile(const Weights& w, const Activations& a, std::size_t tile,
+                typename V::Float* total) {
+  constexpr int kChains = 4;  // sums that do not wait for each other
+  const T* values = reinterpret_cast<const T*>(w.codes.data() + tile * w.tile_bytes);
+  typename V::Float acc[kBatch][kChains];
+  for (int b = 0; b < kBatch; ++b)
+    for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
+  const auto add = [&](std::size_t column, int chain) __attribute__((always_inline)) {
+    const T* lanes = values + column * kTile;
+    typename V::Float weight;
+    if constexpr (sizeof(T) == 2) weight = V::halves(lanes);
+    else weight = V::floats(lanes);
+    for (int b = 0; b < kBatch; ++b)
+      acc[b][chain] = V::fma(
+          weight, V::set(a.x[static_cast<std::size_t>(b) * a.columns + column]), acc[b][chain]);
+  };
+  std::size_t column = 0;
+  for (; column + kChains <= w.columns; column += kChains)
+    unroll<kChains>([&](auto c) { add(column + c, c); });
+  for (; column < w.columns; ++column) add(column, 0);
+  for (int b = 0; b < kBatch; ++b)
+    total[b] = V::add(V::add(acc[b][0], acc[b][1]), V::add(acc[b][2], acc[b][3]));
+}
+
+// Products of `count` outliers from `first` with one row of activations.
+template <typename V>
+inline void outlier_products(const Weights& w, std::size_t first, std::size_t count, const float* x,
+                             float* out) {
+  const std::uint16_t* halves = w.outlier_halves.empty() ? nullptr : &w.outlier_halves[first];
+  const float* floats = w.outlier_floats.empty() ? nullptr : &w.outlier_floats[first];
+  if (!w.outlier_short_columns.empty())
+    return V::products(&w.outlier_short_columns[first], halves, floats, count, x, out);
+  for (std::size_t e = 0; e < count; ++e)
+    out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
+}
+
+// Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two
+// of each: a loop for each row would cost more than the products. Where rows have many, sums that
+// wait for each other would.
+template <typename V>
+void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
+  constexpr std::size_t kPiece = 128, kChains = 8;
+  alignas(64) float products[kPiece];
+  alignas(64) float sums[kChains][kTile] = {};
+  const std::size_t end = w.outlier_offsets[tile + 1];
+  for (std::size_t first = w.outlier_offsets[tile]; first < end; first += kPiece) {
+    const std::size_t count = std::min(kPiece, end - first);
+    outlier_products<V>(w, first, count, x, products);
+    const std::uint8_t* lanes = &w.outlier_lanes[first];
+    std::size_t e = 0;
+    for (; e + kChains <= count; e += kChains)
+      for (std::size_t c = 0; c < kChains; ++c) sums[c][lanes[e + c]] += products[e + c];
+    for (std::size_t c = 0; e < count; ++e, ++c) sums[c][lanes[e]] += products[e];
+  }
+  typename V::Float total = V::floats(lane);
+  for (const auto& sum : sums) total = V::add(total, V::floats(sum));
+  V::store(lane, total);
+}
+
+// The `count` outliers from `first` as float32.
+template <typename V>
+void outlier_values(const Weights& w, std::size_t first, std::size_t count, float* out) {
+  if (w.outlier_halves.empty()) {
+    std::memcpy(out, &w.outlier_floats[first], count * sizeof(float));
+  } else if (count == kTile) {
+    V::store(out, V::halves(&w.outlier_halves[first]));
+  } else {
+    for (std::size_t e = 0; e < count; ++e) out[e] = half_to_float(w.outlier_halves[first + e]);
+  }
+}
+
+// What outliers add for all rows of activations, added to `y` `[batch, rows]`.
+template <typename V>
+void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
+                  float* y) {
+  const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
+  for (std::size_t start = 0; start < batch; start += kTile) {
+    const float* x = a.turned + start * w.columns;
+    std::size_t e = w.outlier_offsets[tile];
+    const std::size_t end = w.outlier_offsets[tile + 1];
+    for (std::size_t r = 0; r < rows; ++r) {
+      typename V::Float sums[2] = {V::set(0.0f), V::set(0.0f)};  // they do not wait for each other
+      for (std::size_t count = 0; e < end && w.outlier_lanes[e] == r; e += count) {
+        const std::size_t most = std::min(kTile, end - e);
+        for (count = 1; count < most && w.outlier_lanes[e + count] == r;) ++count;
+        float values[kTile];
+        outlier_values<V>(w, e, count, values);
+        const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
+          sums[i % 2] = V::fma(V::floats(x + column * kTile), V::set(values[i]), sums[i % 2]);
+        };
+        if (w.outlier_short_columns.empty())
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
+        else
+          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
+      }
+      float lanes[kTile];
+      V::store(lanes, V::add(sums[0], sums[1]));
+      for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
+        y[b * w.rows + first + r] += lanes[b - start];
+    }
+  }
+}
+
+template <typename V, int kBatch>
+void sum_tile(const Weights& w, const Activations& a, std::size_t tile, typename V::Float* total,
+              bool exact) {
+  if (w.bits == 16) return plain_tile<V, std::uint16_t, kBatch>(w, a, tile, total);
+  if (w.bits == 32) return plain_tile<V, float, kBatch>(w, a, tile, total);
+  with_bits(w.bits, [&](auto bits) {
+    if (exact) exact_tile<V, bits, kBatch>(w, a, tile, total);
+    else if constexpr (kBatch == 1) fast_row<V, bits>(w, a, tile, total);
+    else fast_tile<V, bits, kBatch>(w, a, tile, total);
+  });
+}
+
+// Asks memory for what a tile takes besides its codes: short pieces of several arrays, which
+// processors do not foresee.
+inline void fetch(const Weights& w, std::size_t tile) {
+  constexpr std::size_t kLine = 64;
+  const auto ask = [](const void* from, std::size_t bytes) {
+    for (std::size_t at = 0; at < bytes; at += kLine)
+      __builtin_prefetch(static_cast<const std::uint8_t*>(from) + at);
+  };
+  if ((tile + 1) * kTile > w.rows) return;
+  const std::size_t statistics = w.group_rows == 0 ? w.groups * w.group_bytes : 0;
+  ask(w.statistics.data() + tile * statistics, std::min(statistics, 4 * kLine));
+  if (w.outlier_offsets.empty()) return;
+  const std::size_t first = w.outlier_offsets[tile];
+  const std::size_t count = std::min<std::size_t>(w.outlier_offsets[tile + 1] - first, 128);
+  if (count == 0) return;
+  ask(&w.outlier_lanes[first], count);
+  if (!w.outlier_short_columns.empty())
+    ask(&w.outlier_short_columns[first], count * sizeof(std::uint16_t));
+  if (!w.outlier_halves.empty()) ask(&w.outlier_halves[first], count * sizeof(std::uint16_t));
+  else ask(&w.outlier_floats[first], count * sizeof(float));
+}
+
+template <typename V, int kBatch>
+void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y, bool exact) {
+  typename V::Float total[kBatch];
+  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
+  sum_tile<V, kBatch>(w, a, tile, total, exact);
+  const std::size_t first = tile * kTile, lanes = std::min(kTile, w.rows - first);
+  for (int b = 0; b < kBatch; ++b) {
+    float lane[kTile];
+    V::store(lane, total[b]);
+    if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
+      add_outliers<V>(w, tile, a.x, lane);
+    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
+  }
+}
+
+inline Activations from_row(const Activations& a, std::size_t row) {
+  Activations rest = a;
+  rest.x += row * a.columns;
+  if (a.spread != nullptr) rest.spread += row * a.padded;
+  if (a.codes != nullptr) rest.codes += row * (a.padded / kChunk * kChunkBytes);
+  if (a.scales != nullptr) rest.scales += row * a.blocks;
+  if (a.sums != nullptr) rest.sums += row * a.blocks;
+  if (a.offsets != nullptr) rest.offsets += row;
+  return rest;
+}
+
+template <typename V>
+void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
+                   float* y, bool exact) {
+  fetch(w, tile + 1);
+  std::size_t row = 0;
+  const auto take = [&](auto rows) {
+    while (batch - row >= static_cast<std::size_t>(rows)) {
+      tile_of<V, rows>(w, from_row(a, row), tile, y + row * w.rows, exact);
+      row += rows;
+    }
+  };
+  if constexpr (V::kBatch > 1) {
+    take(std::integral_constant<int, V::kBatch>{});
+    take(std::integral_constant<int, V::kBatch / 2>{});
+    if constexpr (V::kBatch > 4) take(std::integral_constant<int, V::kBatch / 4>{});
+  }
+  take(std::integral_constant<int, 1>{});
+  if (a.turned != nullptr && !w.outlier_offsets.empty()) add_outliers<V>(w, a, batch, tile, y);
+}
+
+template <typename V>
+Level level_of(const char* name) {
+  return {name,          multiply_tile<V>,      round_row<V>,
+          scale_rows<V>, decode_tile<V, float>, decode_tile<V, std::uint16_t>,
+          unpack_tile<V>};
+}
+
+}  // namespace
+}  // namespace quantine

@@ -1,0 +1,209 @@
+// Which instruction set is used, memory for codes, and how threads share products and decoding: by
+// tiles of 16 rows.
+#include "matrix/matrix.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <stdexcept>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "matrix/activations.h"
+
+namespace quantine {
+namespace {
+
+constexpr std::size_t kOverread = 64;       // kernels read whole vectors
+constexpr std::size_t kHuge = 2u << 20;     // bytes of a large page
+constexpr std::size_t kTaskBytes = 16384;   // codes that are worth a thread's attention
+constexpr std::size_t kScaledTiles = 16;    // tiles that share scaled activations, at most
+
+std::vector<const Level*> found_levels() {
+  std::vector<const Level*> found;
+#if defined(QUANTINE_X86)
+  __builtin_cpu_init();
+  // Whoever has AVX2 has F16C.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&avx512_level());
+  if (avx2) found.push_back(&avx2_level());
+#endif
+  found.push_back(&scalar_level());
+  return found;
+}
+
+const std::vector<const Level*>& all_levels() {
+  static const std::vector<const Level*> found = found_levels();
+  return found;
+}
+
+std::atomic<const Level*>& chosen() {
+  static std::atomic<const Level*> level{all_levels().front()};
+  return level;
+}
+
+std::size_t tiles_of(const Weights& w) { return (w.rows + kTile - 1) / kTile; }
+
+// Tiles that a thread takes at once. Where groups run along outputs, whole groups if they are
+// small: activations are scaled once for those of a task.
+std::size_t together(const Weights& w) {
+  const std::size_t worth =
+      std::max<std::size_t>(1, kTaskBytes / std::max<std::size_t>(1, w.tile_bytes));
+  if (w.group_rows == 0) return worth;
+  const std::size_t group =
+      std::min((std::min(w.group_rows, w.rows) + kTile - 1) / kTile, kScaledTiles);
+  return std::max<std::size_t>(1, worth / group) * group;
+}
+
+// Tiles of one product that a thread takes at once.
+struct Task {
+  std::size_t product, first, count;
+};
+
+void multiply_common(const Level& level, const Product& product, const Task& task,
+                     const Activations& a, std::size_t batch, bool exact) {
+  for (std::size_t tile = task.first; tile < task.first + task.count; ++tile)
+    level.multiply(product.matrix->weights(), a, batch, tile, product.y, exact);
+}
+
+// For groups along outputs: activations are scaled for one group after another.
+void multiply_scaled(const Level& level, const Product& product, const Task& task,
+                     const Activations& a, std::size_t batch, bool exact) {
+  const Weights& w = product.matrix->weights();
+  Scaled scaled(level, w, std::min(batch, kTile), exact);
+  for (std::size_t row = 0; row < batch; row += kTile) {
+    const std::size_t rows = std::min(kTile, batch - row);
+    for (std::size_t tile = task.first; tile < task.first + task.count; ++tile) {
+      const std::size_t at = tile * kTile;
+      if (tile == task.first || at % w.group_rows == 0)
+        scaled.take(a, row, rows, at / w.group_rows);
+      level.multiply(w, scaled.view(), rows, tile, product.y + row * w.rows, exact);
+    }
+  }
+}
+
+}  // namespace
+
+const Level& current_level() { return *chosen().load(); }
+
+Bytes::Bytes(std::size_t size) : size_(size) {
+  // Large pages save the processor most of the work of finding memory.
+  const bool huge = size >= kHuge;
+  const std::size_t unit = huge ? kHuge : 64;
+  const std::size_t whole = (size + kOverread + unit - 1) / unit * unit;
+  void* memory = std::aligned_alloc(unit, whole);
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(__linux__)
+  if (huge) madvise(memory, whole, MADV_HUGEPAGE);
+#endif
+  std::memset(memory, 0, size + kOverread);
+  data_.reset(static_cast<std::uint8_t*>(memory));
+}
+
+void Bytes::Free::operator()(std::uint8_t* data) const { std::free(data); }
+
+std::size_t Matrix::nbytes() const {
+  const Weights& w = weights_;
+  return w.codes.size() + w.statistics.size() + w.outlier_lanes.size() +
+         sizeof(std::uint16_t) * (w.outlier_short_columns.size() + w.outlier_halves.size()) +
+         sizeof(float) * (w.scale.second.size() + w.zero.second.size() + w.outlier_floats.size()) +
+         sizeof(std::uint32_t) * (w.order.size() + w.outlier_offsets.size() +
+                                  w.outlier_columns.size()) +
+         sizeof(Block) * w.blocks.size();
+}
+
+template <typename T, typename Decode>
+void Matrix::decode_rows(std::size_t first, std::size_t count, T* out, Decode&& decode,
+                         Pool& pool) const {
+  const Weights& w = weights_;
+  const std::size_t begin = first / kTile, end = (first + count + kTile - 1) / kTile;
+  pool.run(end - begin, [&](std::size_t index) {
+    const std::size_t tile = begin + index, row = std::max(first, tile * kTile);
+    const std::size_t rows = std::min(first + count, (tile + 1) * kTile) - row;
+    T* target = out + (row - first) * w.columns;
+    if (rows == kTile && w.order.empty()) return decode(w, tile, target, w.columns);
+    std::vector<T> stored(kTile * w.columns);
+    decode(w, tile, stored.data(), w.columns);
+    const T* from = stored.data() + row % kTile * w.columns;
+    if (w.order.empty()) {
+      std::memcpy(target, from, rows * w.columns * sizeof(T));
+      return;
+    }
+    for (std::size_t r = 0; r < rows; ++r, target += w.columns, from += w.columns)
+      for (std::size_t j = 0; j < w.columns; ++j) target[w.order[j]] = from[j];
+  });
+}
+
+void Matrix::decode(std::size_t first, std::size_t count, float* out, Pool& pool) const {
+  decode_rows(first, count, out, current_level().decode, pool);
+}
+
+void Matrix::decode(std::size_t first, std::size_t count, std::uint16_t* out, Pool& pool) const {
+  decode_rows(first, count, out, current_level().decode_bfloat16, pool);
+}
+
+void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
+              Arithmetic arithmetic, Pool& pool) {
+  const Level& level = current_level();
+  const bool exact = arithmetic == Arithmetic::kExact;
+  std::vector<Arranged> arranged;
+  arranged.reserve(count);
+  std::vector<std::size_t> uses(count);
+  std::vector<Task> tasks;
+  tasks.reserve(64);
+  const bool outliers = std::any_of(products, products + count, [](const Product& product) {
+    return !product.matrix->weights().outlier_offsets.empty();
+  });
+  for (std::size_t p = 0; p < count; ++p) {
+    const Weights& w = products[p].matrix->weights();
+    std::size_t same = 0;
+    while (same < p && !alike(products[same].matrix->weights(), w)) ++same;
+    if (same == p) arranged.emplace_back(level, w, x, batch, exact, outliers);
+    uses[p] = same == p ? arranged.size() - 1 : uses[same];
+    const std::size_t tiles = tiles_of(w), count_together = together(w);
+    for (std::size_t tile = 0; tile < tiles; tile += count_together)
+      tasks.push_back({p, tile, std::min(count_together, tiles - tile)});
+  }
+  const auto run = [&](std::size_t index) {
+    const Task& task = tasks[index];
+    const Product& product = products[task.product];
+    const auto multiply_tiles =
+        product.matrix->weights().group_rows == 0 ? multiply_common : multiply_scaled;
+    multiply_tiles(level, product, task, arranged[uses[task.product]].view(), batch, exact);
+  };
+  pool.run(tasks.size(), std::ref(run));  // by reference, nothing is allocated
+}
+
+bool has_bfloat16() {
+#if defined(QUANTINE_X86)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const Level* level : all_levels()) names.push_back(level->name);
+  return names;
+}
+
+std::string level() { return current_level().name; }
+
+void use_level(const std::string& name) {
+  for (const Level* level : all_levels())
+    if (name == level->name) {
+      chosen() = level;
+      return;
+    }
+  throw std::invalid_argument("this machine has no level " + name);
+}
+
+}  // namespace quantine

@@ -1,0 +1,1 @@
+"""Tables for the terminal, a file for each kind of table."""

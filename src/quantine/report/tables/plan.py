@@ -1,0 +1,129 @@
+"""The table of what a plan does with each layer, and what the run would take."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from quantine.report.byte_text import megabytes
+from quantine.report.tables.console import make_console, new_table
+from quantine.report.tables.layer_rows import LayerRow, layer_rows
+from quantine.report.tables.scheme_text import scheme_text
+from quantine.run.job import NO_LAYER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from quantine.plan.decision import Decision
+    from quantine.run.estimate import Estimate
+    from quantine.run.job import Job
+
+
+def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
+    """Print what the run ``job`` would do with each matrix, and the predicted totals.
+
+    Args:
+        every_layer: print a row for each layer, not one for all that differ only by block.
+    """
+    console = make_console()
+    table = new_table("layer", "shape", "scheme", "bits/weight", "size", "why")
+    for row in plan_rows(job.decisions, every_layer):
+        table.add_row(*_cells(job, row))
+    for name, sizes in job.other_matrices().items():
+        shape = " x ".join(map(str, sizes))
+        table.add_row(name, shape, "16 bit", "16", megabytes(2 * math.prod(sizes)), NO_LAYER)
+    console.print(table)
+    for line in plan_lines(job, size):
+        console.print(line)
+
+
+def plan_rows(decisions: Iterable[Decision], every_layer: bool = False) -> list[LayerRow[Decision]]:
+    """Rows for ``decisions``; those of one row have the same shape, scheme and reason."""
+
+    def alike(decision: Decision) -> tuple[object, ...]:
+        layer = decision.layer
+        return layer.out_features, layer.in_features, decision.scheme, decision.reason
+
+    return layer_rows(decisions, lambda decision: decision.layer.name, alike, every_layer)
+
+
+def _cells(job: Job, row: LayerRow[Decision]) -> list[str]:
+    decision, count = row.layers[0], len(row.layers)
+    layer, scheme = decision.layer, decision.scheme
+    cells = [row.name, row.shape((layer.out_features, layer.in_features))]
+    if scheme is None:
+        if job.shares_table(layer):
+            return [*cells, "shared", "", "", decision.reason]
+        return [*cells, "16 bit", "16", megabytes(2 * count * layer.weights), decision.reason]
+    nbytes = job.packed_bytes(decision)
+    chosen = f"one of {len(decision.choices)} choices" if decision.choices else ""
+    return [
+        *cells,
+        chosen or scheme_text(scheme.as_dict()),
+        f"{nbytes * 8 / layer.weights:.3f}",
+        megabytes(nbytes * count),
+        decision.reason,
+    ]
+
+
+def plan_lines(job: Job, size: Estimate) -> list[str]:
+    """Lines on the sizes of what the run ``job`` makes, and on what it takes."""
+    place = "on disk" if size.spills else "in memory"
+    tokens = f"{size.tokens:,} tokens of {job.calibration.source}" if size.tokens else "none"
+    return [
+        f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
+        f"= {megabytes(size.packed)}",
+        *_outlier_lines(job),
+        f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
+        f"output: {megabytes(size.output)}; on disk while running: at most "
+        f"{megabytes(size.disk_while_running)}",
+        f"peak memory: about {megabytes(size.peak_memory)} "
+        f"(activations {megabytes(size.activations)} {place})",
+        f"calibration: {tokens}",
+    ]
+
+
+def _outlier_lines(job: Job) -> list[str]:
+    """A line where the size depends on outliers that only the run will find; else none."""
+    open_ended = [
+        d for d in job.scheme_layers() if d.scheme and d.scheme.solver.outlier_share is None
+    ]
+    if not any(not decision.choices for decision in open_ended):
+        return []
+    return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
+
+
+def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
+    """The decision about every matrix and all predicted sizes, as plain values for JSON."""
+    return {
+        "model": job.source.name,
+        "family": job.family.name,
+        "plan": job.plan.as_dict(),
+        "layers": [
+            {
+                "name": d.layer.name,
+                "shape": [d.layer.out_features, d.layer.in_features],
+                "scheme": None if d.scheme is None or d.choices else d.scheme.as_dict(),
+                "choices": [choice.as_dict() for choice in d.choices],
+                "bytes": None if d.scheme is None else job.packed_bytes(d),
+                "reason": d.reason,
+            }
+            for d in job.decisions
+        ],
+        "other_matrices": [
+            {"name": name, "shape": list(shape), "reason": NO_LAYER}
+            for name, shape in job.other_matrices().items()
+        ],
+        "predicted": {
+            "quantized_weights": size.weights,
+            "quantized_bytes": size.packed,
+            "bits_per_weight": size.bits_per_weight,
+            "kept_bytes": size.kept,
+            "output_bytes": size.output,
+            "disk_while_running_bytes": size.disk_while_running,
+            "peak_memory_bytes": size.peak_memory,
+            "activation_bytes": size.activations,
+            "activations_on_disk": size.spills,
+            "calibration_tokens": size.tokens,
+        },
+    }
