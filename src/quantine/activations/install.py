@@ -121,12 +121,15 @@ def rebuild(
     Weights and biases, those of norms included, stay as ``block`` has them.
 
     Args:
-        path: of the block in the model.
-        tensor_of: the stored tensor by its full name, which may be on the meta device; ``None``
+        block: a block with the model's own modules, changed in place.
+        path: path of the block in the model.
+        family: the model's architecture.
+        spec: bits, clusters and ranges of activations.
+        tensor_of: gives the stored tensor of a full name, which may be on the meta device; ``None``
             where there is none.
 
     Raises:
-        FormatError: names a tensor that is missing.
+        FormatError: a tensor is missing; the message names it.
     """
 
     def needed(name: str) -> Tensor:

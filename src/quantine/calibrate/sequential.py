@@ -289,11 +289,11 @@ class Sequential:
 
     @torch.no_grad()
     def outputs(self, index: int, batches: int | None = None) -> list[Tensor]:
-        """What block ``index`` puts out as it is now, without going on to the next block.
+        """The outputs of block ``index``, as it is now; hidden states stay as they are.
 
         Args:
             index: number of the block.
-            batches: how many of the first batches run; all of them if ``None``.
+            batches: number of batches to run, from the first; ``None`` runs all.
 
         Returns:
             ``[batch, tokens, width]`` float32 for each batch.

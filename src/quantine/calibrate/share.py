@@ -40,4 +40,4 @@ class Share:
 
 
 EVERYTHING: Final = Share()
-"""The share of the only process of a run."""
+"""The share of a process that does all of a run's work."""

@@ -70,7 +70,7 @@ def restore_block(
         tensors: what `float_tensors` had returned, by full name.
 
     Raises:
-        FormatError: names a tensor that is missing.
+        FormatError: a tensor is missing; the message names it.
     """
     rebuild(block, path, family, spec, tensors.get)
     for name, present in block.state_dict(prefix=f"{path}.").items():

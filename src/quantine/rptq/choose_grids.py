@@ -116,9 +116,9 @@ def _refit(grids: Sequence[nn.Module], fitted: CandidateGrid) -> None:
 
 
 def _rounded(family: Family, block: nn.Module) -> list[list[RoundingPoint]]:
-    """The places of ``block`` with static grids, in lists of those that read the same activation.
+    """The points of ``block`` with static grids, in lists of those that read the same activation.
 
-    Places of one list get the same grid.
+    Points of one list get the same grid.
     """
     shared: dict[tuple[str, str], list[RoundingPoint]] = {}
     modules = dict(block.named_modules())
@@ -129,7 +129,7 @@ def _rounded(family: Family, block: nn.Module) -> list[list[RoundingPoint]]:
 
 
 class Candidates:
-    """The candidate grids of the places of one block.
+    """The candidate grids of the points of one block.
 
     Args:
         reordering: the block's clusters and calibration ranges.

@@ -25,7 +25,7 @@ from quantine.rptq.ranges import widened
 from quantine.statistics.channel_ranges import ChannelRanges
 
 Ranges = Mapping[str, ChannelRanges]
-"""Calibration ranges of all places in a block, by `RoundingPoint.path`."""
+"""Calibration ranges of all points in a block, by `RoundingPoint.path`."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Reordering:
         family: the model's architecture.
         heads: the model's numbers of heads.
         spec: bits, clusters and ranges of activations.
-        ranges: calibration ranges of all places in the block.
+        ranges: calibration ranges of all points in the block.
         held_out: number of calibration samples, from the first, that clusters are made without: a
             search compares grids on them, so that values beyond the fitted ranges count as they
             would in new text.

@@ -50,7 +50,7 @@ def stream(
         dtype: dtype of activations and of weights that are not quantized.
         out: where the text goes.
         log: where the speed goes, and why the native decoder is not used if it is not.
-        device: where the model computes, by PyTorch's name; the native decoder is of the CPU only.
+        device: device of the model, by PyTorch's name; the native decoder runs on the CPU only.
 
     Raises:
         BackendUnavailable: there is no such device.

@@ -35,7 +35,7 @@ def load(
             source model.
         arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
             ``None`` takes what the directory says (``exact``, if it says nothing).
-        device: where the model is put, by PyTorch's name. Native kernels compute on the CPU only;
+        device: device of the model, by PyTorch's name. Native kernels compute on the CPU only;
             elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
 
     Returns:
@@ -97,10 +97,11 @@ def load_packed(
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:
-    """The model of ``source``, packed or float, computing in ``dtype`` on ``device``.
+    """Load the model of ``source``, quantized or not, to compute in ``dtype`` on ``device``.
 
     Raises:
         BackendUnavailable: there is no such device.
+        CheckpointError, FormatError: the model cannot be read.
     """
     where = device_named(device)
     if source.is_quantized():

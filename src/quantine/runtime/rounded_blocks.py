@@ -52,7 +52,7 @@ def rebuild(
 
 
 def _stored(family: Family, name: str, entries: Mapping[str, Entry]) -> Tensor | None:
-    """A tensor like the one that files hold as ``name``; ``None`` if there is none.
+    """A tensor on the meta device like the one stored as ``name``; ``None`` if there is none.
 
     Files that save_pretrained wrote for a bare model lack the prefix of the whole one.
     """

@@ -1,4 +1,4 @@
-"""Keys and values of attention into packed codes, as `PackedStates` holds them."""
+"""Rounding keys and values of attention to packed codes, as `PackedStates` holds them."""
 
 from __future__ import annotations
 
