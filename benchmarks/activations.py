@@ -76,7 +76,8 @@ def changes(
             blocks[index] = copy.deepcopy(block)
             one = replace(spec, **{site: bits})
             reorder_block(sequential, index, blocks[index], job.family, heads, one)
-            change = token_loss(expected, sequential.outputs(index, ranking_batches(sequential)))
+            outputs = sequential.outputs(index, ranking_batches(sequential))
+            change = token_loss(expected, outputs).value
             found.setdefault(name, []).append(change)
     blocks[index] = block
     return found

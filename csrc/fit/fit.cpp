@@ -31,7 +31,7 @@ void put_on_grid(Level& level, std::size_t first, std::size_t count, float step,
   std::fill_n(level.zero.begin() + static_cast<std::ptrdiff_t>(first), count, zero);
 }
 
-// Puts level.code, which holds values, on second grids: quantine.core.grid.fit_statistic.
+// Puts level.code, which holds values, on second grids: quantine.core.fit_range.fit_statistic.
 Misfit fit_statistic(Level& level, int bits, std::size_t run, const Statistic& stored) {
   level.top = static_cast<float>((1 << bits) - 1);
   for (std::size_t first = 0; first < level.code.size(); first += run) {

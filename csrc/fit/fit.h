@@ -1,5 +1,5 @@
 // The grid of a group of weights. Matrices are transposed, [inputs, rows]: rows, the outputs, are
-// contiguous. The meaning is quantine.core.fit in PyTorch.
+// contiguous. The meaning is quantine.kernels.fit.reference in PyTorch.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,8 @@ namespace quantine {
 
 enum class Clip { kMinMax, kPower, kHessian };
 
-// What is asked of a grid: see quantine.core.spec.QuantSpec and quantine.core.objective.Objective.
+// What is asked of a grid: see quantine.core.spec.QuantSpec and
+// quantine.kernels.fit.grid_cost.GridCost.
 struct FitRequest {
   int bits;
   bool symmetric;

@@ -76,7 +76,8 @@ QUANTINE_INLINE void find_savings(Tile& tile, const Ends& ends, const FitRequest
   }
 }
 
-// Lets the ranges of `ends` leave out likely outliers: quantine.core.fit.without_outliers. A cost
+// Lets the ranges of `ends` leave out likely outliers:
+// quantine.kernels.fit.reference.without_outliers. A cost
 // that knows no price meets them as the mean of the others.
 QUANTINE_INLINE void leave_out(Tile& tile, const FitRequest& f, Ends& ends) {
   Lanes saved_low, saved_high;

@@ -61,13 +61,13 @@ QUANTINE_INLINE void whole_scales(const Lanes& low, const Lanes& high, const Fit
     scale.at[r] = (larger(high.at[r], 0.0f) - smaller(low.at[r], 0.0f)) / top;
 }
 
-// How many of its widths a range may lie from zero: quantine.core.fit._farthest.
+// How many of its widths a range may lie from zero: quantine.kernels.fit.reference._farthest.
 QUANTINE_INLINE float farthest_range(const FitRequest& f) {
   if (f.clip == Clip::kMinMax) return 64.0f;
   return static_cast<float>(std::exp2(std::min(f.scale_bits, f.zero_bits) / 2.0));
 }
 
-// Grids over the ranges from `low` to `high`: quantine.core.fit.cover.
+// Grids over the ranges from `low` to `high`: quantine.kernels.fit.reference.cover.
 QUANTINE_INLINE void cover(const Lanes& low, const Lanes& high, const FitRequest& f, Grids& grid) {
   const float top = static_cast<float>((1 << f.bits) - 1);
   if (f.zero_bits != 0) {
@@ -148,7 +148,8 @@ QUANTINE_INLINE void find_costs(const Tile& tile, const Grids& grid, const FitRe
 float fit_range(Tile& tile, const FitRequest& request, float* scale, float* zero,
                 std::size_t lanes);
 
-// Replaces likely outliers by the mean of the others: quantine.core.fit.without_outliers.
+// Replaces likely outliers by the mean of the others:
+// quantine.kernels.fit.reference.without_outliers.
 void replace_outliers(Tile& tile, const FitRequest& request);
 
 }  // namespace quantine

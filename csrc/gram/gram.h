@@ -1,5 +1,5 @@
-// Sums of x x^T over tokens, for inputs in bfloat16. The meaning is quantine.core.observe.add_gram.
-// Only built where the compiler knows AMX.
+// Sums of x x^T over tokens, for inputs in bfloat16. The meaning is
+// quantine.kernels.gram.reference. Only built where the compiler knows AMX.
 #pragma once
 
 #include <cstddef>

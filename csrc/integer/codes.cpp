@@ -12,8 +12,8 @@ namespace {
 
 constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
 constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
-constexpr float kSmallestStep = 1e-8f;    // quantine.core.ranges.SMALLEST_STEP
-// Of quantine.core.factors.
+constexpr float kSmallestStep = 1e-8f;    // SMALLEST_ACTIVATION_SCALE of quantine.core.fit_range
+// Of quantine.kernels.integer.token_factors.
 constexpr float kSmallestFactor = 1e-30f, kLargestFactor = 4.0f;
 constexpr float kFinite = std::numeric_limits<float>::max();
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from quantine.errors import FamilyError
 from quantine.families.layers import Layer
 
 EXPERTS, OUT, IN = 3, 8, 6
@@ -69,6 +70,17 @@ def test_reading_gives_a_copy() -> None:
     model, layer = Fused(), layers()["up"]
     layer.read(model).zero_()
     assert float(layer.read(model).abs().min()) > 0
+
+
+def test_outputs_of_some_rows_are_seen_alone() -> None:
+    model = Fused()
+    some = Layer("linear.some", 3, IN, "block", 0, 0, module="linear", rows=(2, 5))
+    seen: list[Tensor] = []
+    some.observe_outputs(model, seen.append)
+    out = model.linear(torch.randn(4, IN))
+    assert torch.equal(seen[0], out[:, 2:5])
+    with pytest.raises(FamilyError, match=r"experts\.1\.up has no output of its own"):
+        layers()["up"].observe_outputs(model, seen.append)
 
 
 def test_an_observer_sees_inputs_as_they_are_multiplied() -> None:

@@ -33,7 +33,7 @@ class Halving:
     def __call__(self, block: SolvedBlock) -> Sequence[Solved]:
         hidden = block.sequential.hidden
         now = [block.sequential.run(block.index, hidden[n]) for n in range(len(hidden))]
-        self.losses.append(relative_loss(block.float_outputs, now))
+        self.losses.append(relative_loss(block.float_outputs, now).value)
         self.layers.append([one.layer.name for one in block.solved])
         *others, last = block.solved
         name = last.layer.name
@@ -70,6 +70,29 @@ def test_what_is_adjusted_is_packed_and_reported_and_runs_from_there_on(
     assert entry["damp"] == 0.01
 
 
+def coarser_queries(block: SolvedBlock) -> Sequence[Solved]:
+    """Changes the first matrix of a block, which all others come after."""
+    first, *others = block.solved
+    name = first.layer.name
+    coarse = replace(first.qtensor, codes=first.qtensor.codes // 2 * 2)
+    return [first.adjusted(coarse, block.weights[name], block.hessians[name]), *others]
+
+
+def test_the_next_block_sees_a_change_of_any_matrix_however_much_is_kept_in_memory(
+    tiny: Tiny, packed: Callable[[str, str], Path], short: Calibration, tmp_path: Path
+) -> None:
+    found = []
+    for max_ram in (None, 0):  # computations of a block are kept, or started again
+        job = prepare(tiny("llama"), PLAN, short)
+        out = tmp_path / str(max_ram)
+        carry_out(job, out, max_ram=max_ram, adjust=coarser_queries)
+        found.append(stored_tensors(out))
+    kept, again = found
+    assert all(torch.equal(kept[name], again[name]) for name in kept)
+    name = "model.layers.1.mlp.down_proj.codes"
+    assert not torch.equal(kept[name], stored_tensors(packed("llama", "gptq"))[name])
+
+
 def test_an_adjustment_that_changes_nothing_leaves_the_same_bytes(
     tiny: Tiny, packed: Callable[[str, str], Path], short: Calibration, tmp_path: Path
 ) -> None:
@@ -82,6 +105,7 @@ def test_an_adjustment_that_changes_nothing_leaves_the_same_bytes(
 def test_an_unknown_device_is_refused_before_work(
     tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
-    with pytest.raises(quantine.BackendUnavailable, match="no device 'nowhere'"):
-        quantine.quantize(tiny("llama"), tmp_path / "out", PLAN, short, device="nowhere")
+    for device, said in (("nowhere", "no device 'nowhere'"), ("meta", "holds no values")):
+        with pytest.raises(quantine.BackendUnavailable, match=said):
+            quantine.quantize(tiny("llama"), tmp_path / "out", PLAN, short, device=device)
     assert not (tmp_path / "out").exists()

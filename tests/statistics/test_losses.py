@@ -13,10 +13,12 @@ def test_a_loud_token_counts_like_any_other() -> None:
     before[0, 0] *= 1000
     after = before.clone()
     after[0, 1:] *= 1.1  # nine tokens change by a tenth
-    assert token_loss([before], [after]) == pytest.approx(0.9 * 0.01, rel=1e-4)
-    assert relative_loss([before], [after]) < 1e-6
-    assert token_loss([before, before], [after, before]) == pytest.approx(0.45 * 0.01, rel=1e-4)
-    assert token_loss([before.zero_()], [before]) == 0
+    assert token_loss([before], [after]).value == pytest.approx(0.9 * 0.01, rel=1e-4)
+    assert relative_loss([before], [after]).value < 1e-6
+    assert token_loss([before, before], [after, before]).value == pytest.approx(
+        0.45 * 0.01, rel=1e-4
+    )
+    assert token_loss([before.zero_()], [before]).value == 0
 
 
 @pytest.mark.parametrize("kind", [RelativeLoss, TokenLoss])

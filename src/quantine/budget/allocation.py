@@ -33,7 +33,7 @@ class Sized(Protocol):
         ...
 
 
-Solved = TypeVar("Solved", bound=Sized)
+SomeSized = TypeVar("SomeSized", bound=Sized)
 """The type of the results of the solver that `Allocation.solve` calls."""
 
 
@@ -100,7 +100,7 @@ class Allocation:
                 "bits_per_weight, or add a choice with threshold inf"
             )
 
-    def solve(self, name: str, solve: Callable[[int, bool], Solved]) -> tuple[Solved, int]:
+    def solve(self, name: str, solve: Callable[[int, bool], SomeSized]) -> tuple[SomeSized, int]:
         """Solve a layer with the choice that the budget has room for, and spend its bytes.
 
         Sizes are predicted, and the last layers cannot make up for earlier ones: where a result
@@ -130,6 +130,10 @@ class Allocation:
             solved, in_vain = solve(*attempt), in_vain + 1
         self.spend(name, solved.nbytes)
         return solved, in_vain
+
+    def give_back(self, nbytes: int) -> None:
+        """Add ``nbytes`` that a solved layer turned out not to take; negative takes them."""
+        self._left += nbytes
 
     def spend(self, name: str, nbytes: int) -> None:
         """Subtract the real size of a layer from the budget, if the layer shares the budget.

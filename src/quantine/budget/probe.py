@@ -34,7 +34,7 @@ Options = list[tuple[int, float]]
 divergence, in nats per token, between the model's predictions before and after."""
 
 
-class Choice(Protocol):
+class BudgetChoice(Protocol):
     """One way to quantize a layer: method ``spqr`` with its parameters, and a grid."""
 
     @property
@@ -58,7 +58,7 @@ class Budgeted:
 
     layer: Layer
     choices: Sequence[Any]
-    """The choices, each a `Choice`."""
+    """The choices, each a `BudgetChoice`."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,9 @@ def _predict_group(
     """
     rows = {one.layer: _sample(one) for one in members}
     weights = {layer: _float_rows(layer, read, rows[layer]) for layer in rows}
-    found: dict[tuple[Layer, Choice], _Prediction] = {}
+    found: dict[tuple[Layer, BudgetChoice], _Prediction] = {}
     # Choices with one solving order come together, so that they share the Hessian's factor.
-    choices: dict[Choice, None] = dict.fromkeys(c for one in members for c in one.choices)
+    choices: dict[BudgetChoice, None] = dict.fromkeys(c for one in members for c in one.choices)
     for choice in sorted(choices, key=lambda c: (c.spec.group_axis, c.spec.group_size)):
         for one in members:
             if choice in one.choices:
@@ -197,7 +197,7 @@ def _float_rows(layer: Layer, read: Callable[[str], Tensor], rows: Tensor) -> Te
 
 
 def _predict(
-    layer: Layer, choice: Choice, weight: Tensor, rows: Tensor, hessian: Hessian
+    layer: Layer, choice: BudgetChoice, weight: Tensor, rows: Tensor, hessian: Hessian
 ) -> _Prediction:
     """Predict size and loss of one choice.
 

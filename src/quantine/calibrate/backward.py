@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
@@ -144,16 +144,13 @@ def backward(
     found = {layer.name: SquaredGradients() for layer in layers}
     model = sequential.setup.model
 
-    def watch(name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def look(_: nn.Module, inputs: object, output: Tensor) -> None:
+    def watch(name: str) -> Callable[[Tensor], None]:
+        def look(output: Tensor) -> None:
             output.register_hook(found[name].update)
 
         return look
 
-    handles = [
-        model.get_submodule(layer.module or layer.name).register_forward_hook(watch(layer.name))
-        for layer in layers
-    ]
+    handles = [layer.observe_outputs(model, watch(layer.name)) for layer in layers]
     try:
         for batch in range(len(inputs)):
             leaf = inputs[batch].clone().requires_grad_()

@@ -269,6 +269,14 @@ class Sequential:
         with replay:
             return self.run(index, self._hidden[batch])
 
+    def forget(self) -> None:
+        """Let the block that is worked on run from its start again.
+
+        Needed where a matrix was changed after a later one had been observed by `observe_next`.
+        """
+        if self._replays is not None:
+            self._replays = [Replay() for _ in self._replays]
+
     @property
     def hidden(self) -> HiddenStates:
         """The hidden states that enter the current block."""

@@ -19,10 +19,13 @@ def device_named(name: str | torch.device) -> torch.device:
         BackendUnavailable: this machine, or the installed PyTorch, has no such device.
     """
     try:
-        return torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        device = torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise BackendUnavailable(
             f"there is no device {str(name)!r} here ({reason}): use cpu, or install a PyTorch that "
             "knows the device"
         ) from error
+    if device.type == "meta":
+        raise BackendUnavailable("device 'meta' holds no values to compute with: use cpu")
+    return device

@@ -30,9 +30,10 @@ quantized."""
 class Layer:
     """One matrix that a plan can quantize, and access to it in a model.
 
-    Everything that reads, replaces or observes the matrix in a model goes through `read`, `write`
-    and `observe`. So the matrix need not be the whole weight of a module: it may be one of several
-    in a parameter of more dimensions, or some rows of a fused one.
+    What quantizes the matrix reads, replaces and observes it through `read`, `write`, `observe` and
+    `observe_outputs`. So it need not be the whole weight of a module: it may be one of several in a
+    parameter of more dimensions, or some rows of a fused one. Reorders along a family's links
+    rewrite whole modules, matrices that no plan names included.
 
     Attributes:
         name: name in plans: the full path of its module, if it is the module's whole weight.
@@ -111,6 +112,24 @@ class Layer:
             look(multiplied_input(module, args[0]))
 
         return module.register_forward_pre_hook(before)
+
+    def observe_outputs(self, model: nn.Module, look: Callable[[Tensor], None]) -> RemovableHandle:
+        """Let ``look`` see each output ``[..., out_features]`` of the matrix, biases included.
+
+        Returns:
+            A handle whose ``remove()`` ends it.
+
+        Raises:
+            FamilyError: the matrix is one of several in a parameter, whose module has one output.
+        """
+        if self.index:
+            raise FamilyError(f"{self.name} has no output of its own in {self.module}")
+        module = model.get_submodule(self.module or self.name)
+
+        def after(_: nn.Module, inputs: object, output: Tensor) -> None:
+            look(output if self.rows is None else output[..., slice(*self.rows)])
+
+        return module.register_forward_hook(after)
 
 
 def multiplied_input(module: nn.Module, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from quantine.errors import PlanError, SolverError
 from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS
 from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
-from quantine.statistics.losses import relative_loss
+from quantine.statistics.losses import RelativeLoss, relative_loss
 
 ADADIM: Final = "adadim"
 """Name of AdaDim in plans."""
@@ -109,7 +109,7 @@ def output_losses(
     candidates: Sequence[Candidate],
     outputs: Callable[[str], list[Tensor]],
     install: Callable[[str, QTensor], None],
-) -> dict[str, list[float]]:
+) -> dict[str, list[RelativeLoss]]:
     """The loss of every choice of every candidate: the relative change of a module's output.
 
     Args:
@@ -126,17 +126,17 @@ def output_losses(
         SolverError: a candidate cannot be rounded; the message names the layer.
     """
     judged_by, before = "", list[Tensor]()
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, list[RelativeLoss]] = {}
     for candidate in candidates:
         if candidate.judged_by != judged_by or not before:
             judged_by, before = candidate.judged_by, outputs(candidate.judged_by)
-        found: list[float] = []
+        found: list[RelativeLoss] = []
         for choice in candidate.choices:
             rounded = _rounded(candidate, choice)
             install(candidate.name, rounded)
             after = outputs(judged_by)
             loss = relative_loss(before, after)
-            if not found or loss < min(found):
+            if all(loss.value < other.value for other in found):
                 best, of_best = rounded, after
             found.append(loss)
         install(candidate.name, best)

@@ -103,7 +103,7 @@ def choose_grids(
         changes = []
         for candidate in candidates.of(shared[0], first.bits, final=False):
             _refit(grids, candidate)
-            changes.append(token_loss(before, sequential.outputs(index, len(before))))
+            changes.append(token_loss(before, sequential.outputs(index, len(before))).value)
         best = changes.index(min(changes))
         _refit(grids, candidates.of(shared[0], first.bits, final=True)[best])
 

@@ -6,7 +6,7 @@ inputs that the quantized matrices before it produce. An `Adjustment` then sees 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -29,6 +29,7 @@ from quantine.run.progress import Progress
 from quantine.run.store import Reports
 from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.hessian import Hessian
+from quantine.statistics.losses import RelativeLoss
 
 
 @dataclass(frozen=True)
@@ -125,13 +126,16 @@ class BlockRun:
         if adjust is not None:
             assert sequential is not None, "an adjustment needs calibration inputs"
             before = sequential.outputs(self.index)
-        solved = self._solved(decisions)
+        solved: Iterable[Solved] = self._solved(decisions)
         if adjust is not None and sequential is not None:
-            solved = self._adjusted(adjust, sequential, solved, before)
-        tensors = dict(floats)
+            solved = self._adjusted(adjust, sequential, list(solved), before)
+        tensors, reports = dict(floats), []
+        # Without an adjustment each matrix is packed before the next one is solved: only its packed
+        # tensors stay in memory.
         for one in solved:
             tensors.update(packed_tensors(one))
-        return BlockResult(tensors, [one.report() for one in solved], self._maps)
+            reports.append(one.report())
+        return BlockResult(tensors, reports, self._maps)
 
     def _prepared(self) -> tuple[list[Decision], dict[str, Tensor]]:
         """The decisions about the block's layers, and its float tensors that are not quantized.
@@ -154,11 +158,10 @@ class BlockRun:
         packed = [decision.layer.name for decision in decisions]
         return decisions, float_tensors(block, path, self.checkpoint, packed)
 
-    def _solved(self, decisions: Sequence[Decision]) -> list[Solved]:
+    def _solved(self, decisions: Sequence[Decision]) -> Iterator[Solved]:
         """Solve the matrices group after group; the block computes with each result thereafter."""
         losses = self._choice_losses()
         hessians = self._observed()
-        found = []
         for group in self.job.block_groups(self.index):
             hessian = next(hessians)
             for decision in (d for d in decisions if d.layer.group == group):
@@ -169,16 +172,15 @@ class BlockRun:
                 if self.adjust is not None and hessian is not None:
                     self._weights[decision.layer.name] = weight
                     self._hessians[decision.layer.name] = hessian
-                found.append(solved)
                 self.progress.layer(solved.report())
-        return found
+                yield solved
 
     def _solve(
         self,
         decision: Decision,
         weight: Tensor,
         hessian: Hessian | None,
-        losses: Mapping[str, list[float]],
+        losses: Mapping[str, list[RelativeLoss]],
     ) -> Solved:
         if self.allocation is not None and decision.by_budget:
             return self._solve_in_budget(self.allocation, decision, weight, hessian)
@@ -222,9 +224,15 @@ class BlockRun:
         assert [one.layer for one in adjusted] == [one.layer for one in solved]
         for one in adjusted:
             self._install(one.layer, one.qtensor)
+        # What the block computed while it was observed was computed with the matrices before.
+        sequential.forget()
+        if self.allocation is not None:
+            for one, other in zip(solved, adjusted, strict=True):
+                if one.decision.by_budget:
+                    self.allocation.give_back(one.nbytes - other.nbytes)
         return adjusted
 
-    def _choice_losses(self) -> dict[str, list[float]]:
+    def _choice_losses(self) -> dict[str, list[RelativeLoss]]:
         """The losses of choices that are compared by outputs of the block, by layer name."""
         job, sequential = self.job, self.sequential
         decisions = [d for d in job.block_schemes(self.index) if d.objective == "output"]

@@ -232,6 +232,8 @@ class Job:
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
             "calibration tokens": _hash(tokens),
             "calibration bfloat16": str(self.calibration.bfloat16),
+            # Other devices sum floats in other orders; the CPU is what runs always had.
+            **({} if self.device == CPU else {"device": str(self.device)}),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),

@@ -19,6 +19,7 @@ from quantine.families.layers import Layer
 from quantine.methods.adadim import cheapest, describe_choice
 from quantine.plan.decision import Decision
 from quantine.statistics.hessian import Hessian
+from quantine.statistics.losses import RelativeLoss
 from quantine.statistics.sensitivity_map import sensitivity_map
 
 
@@ -120,7 +121,10 @@ def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved
 
 
 def solve_choice(
-    decision: Decision, weight: Tensor, hessian: Hessian | None, losses: Mapping[str, list[float]]
+    decision: Decision,
+    weight: Tensor,
+    hessian: Hessian | None,
+    losses: Mapping[str, list[RelativeLoss]],
 ) -> Solved:
     """Quantize one matrix with the choice that loses least.
 
@@ -140,7 +144,7 @@ def solve_choice(
         return solve(replace(decision, scheme=decision.choices[number]), weight, hessian)
 
     if decision.layer.name in losses:
-        found = losses[decision.layer.name]
+        found = [loss.value for loss in losses[decision.layer.name]]
         solved = solved_with(cheapest(found))
     else:
         every = [solved_with(number) for number in range(len(decision.choices))]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError
+from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.checkpoint import weight_files
@@ -73,7 +74,7 @@ def load_packed(
         )
     try:
         weight_files(source.directory)
-        config = translated_config(source) if source.quant_method() == "spqr" else None
+        config = translated_config(source) if source.quant_method() == SPQR_METHOD else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.directory, config=config, dtype=dtype, output_loading_info=True
         )

@@ -64,17 +64,17 @@ class TokenLoss:
         return float(torch.cat(self._of_tokens).mean(dtype=torch.float64))
 
 
-def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> RelativeLoss:
     """The `RelativeLoss` between outputs before and after a change, one tensor per batch."""
     loss = RelativeLoss()
     for pair in zip(before, after, strict=True):
         loss.update(*pair)
-    return loss.value
+    return loss
 
 
-def token_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+def token_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> TokenLoss:
     """The `TokenLoss` between outputs ``[..., width]`` before and after a change, one per batch."""
     loss = TokenLoss()
     for pair in zip(before, after, strict=True):
         loss.update(*pair)
-    return loss.value
+    return loss

@@ -29,7 +29,19 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
     Raises:
         SolverError: a scale or a zero point does not fit into float16.
     """
-    if backend.of(columns.weights, columns.upper) == "native":
+    if (
+        backend.of(
+            columns.weights,
+            columns.upper,
+            columns.scales,
+            columns.zeros,
+            columns.groups,
+            columns.codes,
+            columns.errors,
+            columns.kept,
+        )
+        == "native"
+    ):
         cpu.round_block(columns, start, stop)
     else:
         round_block_reference(columns, start, stop)

@@ -53,7 +53,7 @@ def attend(
         isinstance(key, PackedStates)
         and isinstance(value, PackedStates)
         and _few(query, key)
-        and backend.of(query, key.packed, value.packed) == "native"
+        and backend.of(query, mask, *key.tensors(), *value.tensors()) == "native"
     ):
         return cpu.attend(query, key, value, mask, scoring)
     if _in_tiles(query, key):

@@ -48,6 +48,10 @@ class PackedStates(Tensor):
     ) -> None:
         self.packed, self.bits, self.scale, self.zero = packed, bits, scale, zero
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tensors inside: packed codes, scales, zero points."""
+        return self.packed, self.scale, self.zero
+
     def decoded(self) -> Tensor:
         """The floats that the codes stand for, ``[batch, heads, tokens, dim]`` of this dtype."""
         batch, heads, tokens, dim = self.shape

@@ -42,7 +42,7 @@ SIDE: Final = 3
 """Area of the mark of a channel, in points squared."""
 
 Blocks = dict[str, dict[str, Tensor]]
-"""Maps of channels by a block's path and reorder: see `quantine.rptq.clusters.Reordering.maps`."""
+"""Maps by a block's path and reorder: see `quantine.rptq.reordering.Reordering.maps`."""
 
 
 def read_clusters(directory: Path) -> Blocks:
@@ -64,7 +64,7 @@ def clusters_figure(title: str, kinds: Mapping[str, Tensor], width: float = WIDT
 
     Args:
         title: of the figure.
-        kinds: by reorder, see `quantine.rptq.clusters.Reordering.maps`.
+        kinds: by reorder, see `quantine.rptq.reordering.Reordering.maps`.
         width: in inches.
     """
     from matplotlib.figure import Figure
