@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from quantine import FormatError
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
-from quantine.activations.install import rebuild, rounding_points
+from quantine.activations.install import rebuild_block, rounding_points
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families import family_of
@@ -40,7 +40,7 @@ def block() -> nn.Module:
 def test_sites_norms_and_grids_are_those_that_were_stored() -> None:
     rebuilt = block()
     weights = dict(rebuilt.named_parameters())
-    rebuild(rebuilt, PATH, FAMILY, SPEC, stored)
+    rebuild_block(rebuilt, PATH, FAMILY, SPEC, stored)
     modules = dict(rebuilt.named_modules())
     grids = {path: m for path, m in modules.items() if isinstance(m, StaticGrid)}
     assert grids.keys() == {place.grid for place in rounding_points(FAMILY)}
@@ -62,12 +62,12 @@ def test_missing_tensors_are_refused_by_name_but_for_those_that_few_grids_have()
         asked.append(name)
         return stored(name)
 
-    rebuild(block(), PATH, FAMILY, SPEC, noted)
+    rebuild_block(block(), PATH, FAMILY, SPEC, noted)
     needed = [name for name in asked if name.rpartition(".")[2] not in (FEEDBACK, REACH)]
     assert len(needed) < len(asked)
     for missing in needed:
         with pytest.raises(FormatError, match=rf"activations are rounded, but .* holds {missing}$"):
-            rebuild(
+            rebuild_block(
                 block(),
                 PATH,
                 FAMILY,

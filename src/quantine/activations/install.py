@@ -108,7 +108,7 @@ def add_grids(
         _put(block, point, TokenGrid(bits) if token else made(point, bits))
 
 
-def rebuild(
+def rebuild_block(
     block: nn.Module,
     path: str,
     family: Family,

@@ -20,7 +20,7 @@ from quantine.formats import format_named
 from quantine.formats.described import described, kept_linears, packed_entries, read_config
 from quantine.formats.description import Description
 from quantine.formats.floats import as_stored
-from quantine.formats.repack import check_place, repack
+from quantine.formats.repack import check_repackable, repack
 from quantine.formats.shards import read_entries
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.source.checkpoint import Checkpoint, weight_files
@@ -133,7 +133,7 @@ class FinishedDirectory:
         """
         scheme = self.scheme(name)
         rounded = self.description.activations is not None
-        check_place(name, layout_name, f"{name}.bias" in self.kept, rounded, self._family)
+        check_repackable(name, layout_name, f"{name}.bias" in self.kept, rounded, self._family)
         tensors = self.tensors(name)
         qtensor = self._unpacked(name, tensors)
         if scheme["format"] == layout_name:

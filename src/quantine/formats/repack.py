@@ -14,7 +14,9 @@ from quantine.families.family import Family
 from quantine.formats import format_named
 
 
-def check_place(name: str, layout_name: str, biased: bool, rounded: bool, family: Family) -> None:
+def check_repackable(
+    name: str, layout_name: str, biased: bool, rounded: bool, family: Family
+) -> None:
     """Refuse a layout that is never written, or whose readers would misread layer ``name``.
 
     Args:

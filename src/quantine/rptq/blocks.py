@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.install import add_grids, add_sites, rebuild, rounding_points
+from quantine.activations.install import add_grids, add_sites, rebuild_block, rounding_points
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
@@ -72,7 +72,7 @@ def restore_block(
     Raises:
         FormatError: a tensor is missing; the message names it.
     """
-    rebuild(block, path, family, spec, tensors.get)
+    rebuild_block(block, path, family, spec, tensors.get)
     for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
             set_tensor(model, name, tensors[name].to(present.dtype))

@@ -124,7 +124,7 @@ def check_headers(job: Job, checkpoint: Checkpoint) -> None:
             )
 
 
-def check_place(out: Path, resume: bool, needed: int) -> None:
+def check_output_path(out: Path, resume: bool, needed: int) -> None:
     """Check that the output path is free and that the disk has room, before work starts.
 
     Args:

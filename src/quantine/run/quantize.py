@@ -25,7 +25,7 @@ from quantine.run.estimate import Estimate, estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
-from quantine.run.prepare import check_headers, check_place, prepare
+from quantine.run.prepare import check_headers, check_output_path, prepare
 from quantine.run.progress import Progress, Silent
 from quantine.run.store import RunStore, check_identity, clear_remains
 from quantine.source.checkpoint import Checkpoint
@@ -112,7 +112,7 @@ def carry_out(
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
     size = estimate(job, max_ram)
-    check_place(out, resume, size.disk_while_running)
+    check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)
     try:
         return _Run(job, store, size, progress or Silent(), adjust).finished(started)

@@ -46,7 +46,7 @@ def rebuild(
         blocks = dict(model.named_modules()).get(path)
         if isinstance(blocks, nn.ModuleList):
             for index, block in enumerate(blocks):
-                install.rebuild(block, f"{path}.{index}", family, spec, stored)
+                install.rebuild_block(block, f"{path}.{index}", family, spec, stored)
             return
     raise FormatError(f"a model without {family.blocks} has no activations to round")
 
