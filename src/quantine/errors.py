@@ -12,6 +12,27 @@ QuantineError
 └── BackendUnavailable  a kernel or device was asked for that does not exist here
 """
 
+from typing import Final
+
+BRIEF: Final = 120
+"""Largest number of characters that `brief` returns."""
+
+
+def brief(error: BaseException) -> str:
+    """What ``error`` says, short enough to be part of a message: the start of its first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else type(error).__name__
+    return said if len(said) <= BRIEF else said[: BRIEF - 3] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory ran out; PyTorch has no class of its own for the CPU's."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(text in said for text in ("allocate memory", "out of memory", "unable to mmap"))
+    )
+
 
 class QuantineError(Exception):
     """Base of every error that quantine raises on purpose; the message names the remedy."""

@@ -48,10 +48,6 @@ def test_paths_are_module_paths(family: Family) -> None:
     paths = [path for group in family.groups for path in group]
     for path in (*paths, family.blocks, family.embedding, family.head):
         assert all(part.isidentifier() for part in path.split("."))
-    for old, new in family.renames:
-        assert old.endswith(".")
-        assert new.endswith(".")
-        assert old != new
 
 
 @each

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quantine.formats.directory import MAPS, RUN_DIRECTORY, is_finished
 from quantine.run import store as store_module
 from quantine.run.store import RunStore
-from quantine.source.checkpoint import SINGLE, weight_files
+from quantine.source.weight_files import SINGLE, weight_files
 
 WEIGHTS = {"x.codes": torch.ones(2, 2, dtype=torch.uint8)}
 REPORT: dict[str, Any] = {"identity": {}, "layers": []}

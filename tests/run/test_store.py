@@ -20,7 +20,7 @@ from quantine.run.store import (
     clear_remains,
     stored_identity,
 )
-from quantine.source.checkpoint import SINGLE
+from quantine.source.weight_files import SINGLE
 
 IDENTITY = {"plan": "p1", "weights": "w1"}
 TENSORS = {

@@ -37,7 +37,8 @@ from quantine.plan.plan import Plan
 from quantine.run.prepare import prepare
 from quantine.run.quantize import quantize
 from quantine.runtime.load import load_model
-from quantine.source.locate import ModelSource, locate
+from quantine.source.locate import locate
+from quantine.source.model_source import ModelSource
 
 SETTINGS: Final = "settings.json"
 """Name of the file of what all rows of a comparison have in common."""

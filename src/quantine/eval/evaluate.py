@@ -28,7 +28,8 @@ from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import TaskRequest, Tasks, TaskScore, compare_tasks
 from quantine.runtime.load import load_model
 from quantine.runtime.modules import packed_modules
-from quantine.source.locate import ModelSource, locate
+from quantine.source.locate import locate
+from quantine.source.model_source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from quantine.calibrate.segments import token_stream
 from quantine.calibrate.text import read_text
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error
-from quantine.source.locate import ModelSource
+from quantine.source.model_source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -28,7 +28,7 @@ from quantine.formats.directory import read_json, write_json
 from quantine.formats.shards import write_tensors
 from quantine.kernels import backend
 from quantine.runtime.load import load_model
-from quantine.source.locate import ModelSource
+from quantine.source.model_source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -54,7 +54,6 @@ class Family:
         embedding: path of the token embedding.
         head: path of the output head.
         returns_tuple: whether blocks return ``(hidden, ...)`` instead of the hidden states alone.
-        renames: ``(old, new)`` prefixes of tensor names in older checkpoints.
         links: the reorders that leave a block's function unchanged; empty where they are not known.
         links_need: fields of ``config.json`` with the values without which ``links`` are wrong.
         attention: path, inside a block, of the module that transformers hands to attention
@@ -69,7 +68,6 @@ class Family:
     embedding: str
     head: str = "lm_head"
     returns_tuple: bool = False
-    renames: tuple[tuple[str, str], ...] = ()
     links: tuple[Link, ...] = ()
     links_need: tuple[tuple[str, object], ...] = ()
     attention: str = "self_attn"

@@ -31,6 +31,5 @@ GPT_NEOX = Family(
         Link("R5", "weights", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
     ),
     attention="attention",
-    renames=(("embed_out.", "lm_head."),),
 )
 """The family of GPT-NeoX and Pythia models."""

@@ -23,7 +23,8 @@ from quantine.formats.floats import as_stored
 from quantine.formats.repack import check_repackable, repack
 from quantine.formats.shards import read_entries
 from quantine.formats.stored_config import check_description, spec_of
-from quantine.source.checkpoint import Checkpoint, weight_files
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.weight_files import weight_files
 
 
 class FinishedDirectory:

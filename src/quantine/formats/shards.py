@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quantine.errors import FormatError
-from quantine.source.checkpoint import INDEX, SINGLE
+from quantine.source.weight_files import INDEX, SINGLE
 
 METADATA: Final = {"format": "pt"}
 """The ``__metadata__`` that transformers asks for in a weight file."""

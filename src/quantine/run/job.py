@@ -28,7 +28,7 @@ from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.source.checkpoint import Checkpoint
-from quantine.source.locate import ModelSource
+from quantine.source.model_source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,11 +96,7 @@ class Job:
             directory: where they are if they were converted, as those of a GGUF file; otherwise
                 they are in the source's directory.
         """
-        return Checkpoint(
-            directory or self.source.directory,
-            self.model.base_model_prefix,
-            self.family.renames,
-        )
+        return Checkpoint(directory or self.source.directory, self.model)
 
     def calibration_setup(
         self,
@@ -134,8 +130,7 @@ class Job:
             checkpoint: the float weights of the source.
             name: what the model calls the tensor.
         """
-        stored = self.stored_name(name)
-        return checkpoint.read([stored])[stored]
+        return checkpoint.read([name])[name]
 
     def float_weight(self, checkpoint: Checkpoint, layer: Layer) -> Tensor:
         """The weight of a layer before quantization, ``[out, in]`` float32, on `device`.
@@ -213,11 +208,6 @@ class Job:
     def shares_table(self, layer: Layer) -> bool:
         """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
-
-    def stored_name(self, name: str) -> str:
-        """The name in the source's files of the tensor that the model calls ``name``."""
-        head = f"{self.family.head}.weight"
-        return f"{self.family.embedding}.weight" if self.is_tied() and name == head else name
 
     def identity(self, weights: str) -> dict[str, str]:
         """Hashes and versions of all that decides the bytes of the output, by what they describe.

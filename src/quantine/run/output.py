@@ -135,7 +135,8 @@ def _config(job: Job, described: Description) -> bytes:
         # Without it transformers would take the dtype of the first float it finds: a float16 scale.
         config.dtype = str(dtype or torch.float32).removeprefix("torch.")
     value = json.loads(config.to_json_string(use_diff=True))
-    value.pop("_name_or_path", None)
+    for name in ("_name_or_path", "transformers_weights"):  # which say where the source's were
+        value.pop(name, None)
     layouts = [d.scheme.layout for d in job.decisions if d.scheme is not None]
     fields = layouts[0].config(described) if layouts else own_config(described)
     return json.dumps({**value, **fields}, indent=2, sort_keys=True).encode() + b"\n"

@@ -15,7 +15,14 @@ from quantine.calibrate.skeleton import skeleton
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.device import device_named
 from quantine.core.spec import CLUSTERS
-from quantine.errors import CalibrationError, CheckpointError, FamilyError, OutputError, PlanError
+from quantine.errors import (
+    CalibrationError,
+    CheckpointError,
+    FamilyError,
+    OutputError,
+    PlanError,
+    brief,
+)
 from quantine.families import family_of
 from quantine.families.family import Family
 from quantine.families.layers import find_layers
@@ -27,7 +34,11 @@ from quantine.rptq.clusters import check_installed
 from quantine.run.job import Job
 from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
-from quantine.source.locate import ModelSource, locate
+from quantine.source.gguf.weights import check_gguf_weights
+from quantine.source.locate import locate
+from quantine.source.model_source import BAD_VALUES, ModelSource
+from quantine.source.names import listed
+from quantine.source.weight_files import float_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -43,6 +54,8 @@ def prepare(
     device: str | torch.device = "cpu",
 ) -> Job:
     """Check a request against a model, without reading weights.
+
+    There is one exception: a head that is stored beside its table is compared with it.
 
     Args:
         model: where the model is, see `quantine.source.locate.locate`.
@@ -70,6 +83,10 @@ def prepare(
         if plan.activations.reorders:
             check_installed()
     bare = _skeleton(source, config, plan.activations is not None)
+    if source.gguf_file is None and _has_own_head(source, bare):
+        # The contents count: transformers, too, ties only what is equal.
+        config.tie_word_embeddings = False
+        bare = _skeleton(source, config, plan.activations is not None)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
@@ -95,6 +112,8 @@ def prepare(
     )
     if source.gguf_file is None:
         check_headers(job, job.checkpoint())
+    else:
+        check_gguf_weights(source.gguf_parts, bare)
     return job
 
 
@@ -106,22 +125,27 @@ def check_headers(job: Job, checkpoint: Checkpoint) -> None:
         checkpoint: the float weights of the source, of which only headers are read.
 
     Raises:
-        CheckpointError: a tensor is missing, has another shape, or is not floating point.
+        CheckpointError: a tensor is missing, has another shape, is not floating point, or has no
+            place in the model.
     """
     for name, tensor in job.model.state_dict().items():
-        stored = job.stored_name(name)
-        shape = checkpoint.shapes([stored]).get(stored)
+        shape = checkpoint.shapes([name]).get(name)
         if shape is None:
             raise CheckpointError(
-                f"{job.source.name} holds no tensor {stored}: the download may be incomplete, or "
+                f"{job.source.name} holds no tensor {name}: the download may be incomplete, or "
                 "the weights belong to another architecture"
             )
         if tensor.is_floating_point():
-            checkpoint.dtype(stored)
+            checkpoint.dtype(name)
         if shape != tuple(tensor.shape):
             raise CheckpointError(
-                f"{stored} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
+                f"{name} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
             )
+    if checkpoint.unused:
+        raise CheckpointError(
+            f"{job.source.name} holds {listed(checkpoint.unused)} for which the model that "
+            "config.json describes has no place: give the weights' own config.json, or remove them"
+        )
 
 
 def check_output_path(out: Path, resume: bool, needed: int) -> None:
@@ -201,14 +225,30 @@ def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> Pr
     Raises:
         CheckpointError: ``config.json`` does not describe a model.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
+    if rounds:
+        attention.register()
     try:
-        if rounds:
-            attention.register()
         return skeleton(config, attention.NAME if rounds else None)
-    except Exception as error:  # a damaged value fails wherever the architecture first uses it
+    except (StrictDataclassError, ValueError, RuntimeError, *BAD_VALUES) as error:
         raise CheckpointError(
-            f"{source.name}: config.json does not describe a model ({error!r}): download it again"
+            f"{source.name}: config.json does not describe a model ({brief(error)}): download it "
+            "again"
         ) from error
+
+
+def _has_own_head(source: ModelSource, model: PreTrainedModel) -> bool:
+    """Whether the files of a model that ``config.json`` calls tied hold a head unlike its table.
+
+    Raises:
+        CheckpointError: the files cannot be read.
+    """
+    float_files(source.directory)
+    checkpoint = Checkpoint(source.directory, model)
+    pairs = model.all_tied_weights_keys.items()
+    there = [pair for pair in pairs if pair[0] in checkpoint and pair[1] in checkpoint]
+    return not all(checkpoint.are_equal(*pair) for pair in there)
 
 
 def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], bool]:

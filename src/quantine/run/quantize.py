@@ -165,7 +165,7 @@ class _Run:
     def _converted(self) -> Path:
         """Convert a GGUF model to float32 safetensors, which can be read one block at a time."""
         directory = self.store.scratch / "source"
-        model = self.job.source.float_model(torch.float32)
+        model = self.job.source.float_model(torch.float32, self.store.scratch)
         model.save_pretrained(directory, max_shard_size="2GB")
         self.job.tokenizer.save_pretrained(directory)
         return directory

@@ -11,8 +11,9 @@ from quantine.errors import FormatError, PlanError, QuantineError
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
-from quantine.source.checkpoint import weight_files
-from quantine.source.locate import ModelSource, locate
+from quantine.source.locate import locate
+from quantine.source.model_source import ModelSource
+from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
     import torch

@@ -18,12 +18,12 @@ from quantine.formats.description import METHOD
 from quantine.formats.foreign.spqr.layout import ADDED, ARITHMETIC, MARK
 from quantine.formats.foreign.spqr.settings import describe
 from quantine.formats.shards import read_entries
-from quantine.source.checkpoint import weight_files
+from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from quantine.source.locate import ModelSource
+    from quantine.source.model_source import ModelSource
 
 
 def translated_config(source: ModelSource) -> PretrainedConfig:

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantine.errors import CheckpointError
+from quantine.errors import CheckpointError, brief, is_out_of_memory
+from quantine.source.names import match_names
+from quantine.source.weight_files import weight_files
 
-SINGLE: Final = "model.safetensors"
-"""The weight file of a model that has only one."""
-INDEX: Final = "model.safetensors.index.json"
-"""The file that says which of several weight files holds which tensor."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FLOATS: Final = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+"""Dtypes of weights that can be quantized, by safetensors' names."""
+COMPARED: Final = 2**22
+"""Numbers of two tensors that are compared at once, and so are in memory."""
 
 
 class Checkpoint:
@@ -27,27 +37,32 @@ class Checkpoint:
     Files are opened for each read and closed after it, so nothing stays mapped.
 
     Args:
-        directory: holds ``model.safetensors`` or ``model.safetensors.index.json`` with its shards.
-        prefix: base-model prefix, which checkpoints of the bare model leave out.
-        renames: ``(old, new)`` prefixes of tensor names.
+        directory: holds the files, see `quantine.source.weight_files.weight_files`.
+        model: the model that they belong to, for its names; ``None`` takes names as they are.
+
+    Attributes:
+        directory: that holds the files.
+        unused: names of stored tensors for which the model has no use.
 
     Raises:
-        CheckpointError: no safetensors weights, a shard is missing, or a header is unreadable.
+        CheckpointError: no safetensors weights, a file is missing, a header is unreadable, or a
+            tensor is there twice.
     """
 
-    def __init__(
-        self, directory: Path, prefix: str = "", renames: Iterable[tuple[str, str]] = ()
-    ) -> None:
+    def __init__(self, directory: Path, model: PreTrainedModel | None = None) -> None:
         self.directory = directory
-        self._prefix = f"{prefix}." if prefix else ""
-        self._renames = tuple(renames)
         self._file_of: dict[str, Path] = {}
         for file in weight_files(directory):
             with _opened(file) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), file))
+        self._stored = {name: name for name in self._file_of}
+        self.unused: tuple[str, ...] = ()
+        if model is not None:
+            names = match_names(model, self._file_of)
+            self._stored, self.unused = names.stored, names.unused
 
     def __contains__(self, name: str) -> bool:
-        return self._stored_name(name) is not None
+        return name in self._stored
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors ``names``, in their stored dtypes, as copies that own their memory.
@@ -58,11 +73,6 @@ class Checkpoint:
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             stored = self._stored_name(name)
-            if stored is None:
-                raise CheckpointError(
-                    f"{self.directory} holds no tensor {name}: the download may be incomplete, "
-                    "or the weights belong to another architecture"
-                )
             by_file.setdefault(self._file_of[stored], []).append((name, stored))
         tensors = {}
         for file, pairs in by_file.items():
@@ -75,10 +85,9 @@ class Checkpoint:
         """Shapes by name, of those of ``names`` that exist; only headers are read."""
         shapes = {}
         for name in names:
-            stored = self._stored_name(name)
-            if stored is not None:
-                with _opened(self._file_of[stored]) as shard:
-                    shapes[name] = tuple(shard.get_slice(stored).get_shape())
+            if name in self._stored:
+                with _opened(self._file_of[self._stored[name]]) as shard:
+                    shapes[name] = tuple(shard.get_slice(self._stored[name]).get_shape())
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
@@ -88,16 +97,35 @@ class Checkpoint:
             CheckpointError: there is no such tensor, or it is not floating-point.
         """
         stored = self._stored_name(name)
-        if stored is None:
-            raise CheckpointError(f"{self.directory} holds no tensor {name}")
         with _opened(self._file_of[stored]) as shard:
             code = str(shard.get_slice(stored).get_dtype())
-        dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
-        if code not in {*dtypes, "BF16"}:
+        if code not in FLOATS:
             raise CheckpointError(
-                f"{name} is stored as {code}: only floating-point checkpoints can be quantized"
+                f"{name} is stored as {code}: only checkpoints in floating-point numbers of 16, 32 "
+                "or 64 bits can be quantized"
             )
-        return dtypes.get(code, torch.bfloat16)
+        return FLOATS[code]
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Whether two matrices hold the same float32 numbers; some rows are read at a time.
+
+        Raises:
+            CheckpointError: one is missing, or its file unreadable.
+        """
+        stored = self._stored_name(name), self._stored_name(other)
+        if stored[0] == stored[1]:
+            return True
+        shapes = self.shapes([name, other])
+        if shapes[name] != shapes[other]:
+            return False
+        rows, *columns = shapes[name] or (1,)
+        step = max(1, COMPARED // max(1, math.prod(columns)))
+        with _opened(self._file_of[stored[0]]) as one, _opened(self._file_of[stored[1]]) as two:
+            pair = one.get_slice(stored[0]), two.get_slice(stored[1])
+            return all(
+                torch.equal(*(part[start : start + step].float() for part in pair))
+                for start in range(0, rows, step)
+            )
 
     def digest(self) -> str:
         """Hash of every tensor's name, dtype, shape and bytes, after checking each is finite.
@@ -109,7 +137,7 @@ class Checkpoint:
         for name in sorted(self._file_of):
             with _opened(self._file_of[name]) as shard:
                 tensor = shard.get_tensor(name)
-                if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                if tensor.dtype in FLOATS.values() and not bool(torch.isfinite(tensor).all()):
                     raise CheckpointError(
                         f"{name} in {self._file_of[name].name} holds non-finite weights: "
                         "the checkpoint is damaged or overflowed in its dtype"
@@ -118,42 +146,14 @@ class Checkpoint:
                 total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
         return total.hexdigest()
 
-    def _stored_name(self, name: str) -> str | None:
-        candidates = [name, self._prefix + name, name.removeprefix(self._prefix)]
-        for old, new in self._renames:
-            if name.startswith(new):
-                candidates.append(old + name.removeprefix(new))
-        return next((c for c in candidates if c in self._file_of), None)
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of ``directory``.
-
-    Raises:
-        CheckpointError: there are none, or the index names files that do not exist.
-    """
-    if (directory / INDEX).is_file():
-        try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
-            files = [directory / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{directory / INDEX} is damaged: download it again") from error
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
+    def _stored_name(self, name: str) -> str:
+        """The name in the files of the tensor ``name``."""
+        if name not in self._stored:
             raise CheckpointError(
-                f"{directory} is incomplete: {INDEX} names {len(files)} files, but "
-                f"{', '.join(missing)} are missing; download the model again"
+                f"{self.directory} holds no tensor {name}: the download may be incomplete, "
+                "or the weights belong to another architecture"
             )
-        return files
-    if (directory / SINGLE).is_file():
-        return [directory / SINGLE]
-    pickles = [*directory.glob("*.bin"), *directory.glob("*.pt"), *directory.glob("*.pth")]
-    if pickles:
-        raise CheckpointError(
-            f"{directory} holds only pickled weights ({pickles[0].name}), which can run code when "
-            "opened and are never read: convert them to safetensors first"
-        )
-    raise CheckpointError(f"{directory} holds neither {SINGLE} nor {INDEX}")
+        return self._stored[name]
 
 
 @contextmanager
@@ -163,5 +163,12 @@ def _opened(file: Path) -> Iterator[safe_open]:
             yield shard
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}): it is damaged or half downloaded"
+            f"{file} cannot be read ({brief(error)}): it is damaged or half downloaded"
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{file} of {file.stat().st_size / 1e9:.1f} GB does not fit into the memory that this "
+            "process may take: save the model in smaller files (max_shard_size)"
         ) from error

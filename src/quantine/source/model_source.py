@@ -1,0 +1,247 @@
+"""A model on this machine, whatever kind of files hold it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from safetensors import SafetensorError
+
+from quantine.errors import CheckpointError, FamilyError, brief, is_out_of_memory
+from quantine.source.gguf.config import gguf_config
+from quantine.source.gguf.header import GGUFFile
+from quantine.source.gguf.parts import join, read_parts
+from quantine.source.gguf.weights import check_gguf_weights
+from quantine.source.names import listed, not_understood
+from quantine.source.weight_files import float_files, read_config, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+UNREADABLE: Final = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
+"""Errors in which transformers ends when weights are damaged, or lie in other shapes than the
+model's."""
+BAD_VALUES: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+"""Errors in which a value of another kind in ``config.json`` ends, beside ``ValueError``, wherever
+an architecture first uses it."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        name: what the user called it.
+        directory: where its files are.
+        gguf_file: name of its file in ``directory`` if it is a GGUF, the first where it is split
+            into several, else ``None``.
+    """
+
+    name: str
+    directory: Path
+    gguf_file: str | None = None
+
+    @cached_property
+    def gguf_parts(self) -> list[GGUFFile]:
+        """The headers of the model's GGUF files, in order; the source must be one."""
+        assert self.gguf_file is not None
+        return read_parts(self.directory / self.gguf_file)
+
+    def config(self) -> PretrainedConfig:
+        """The model's configuration.
+
+        Raises:
+            CheckpointError: it is missing or damaged, or a GGUF file says what is not understood.
+            FamilyError: transformers does not know the architecture.
+        """
+        if self.gguf_file is not None:
+            return gguf_config(self.gguf_parts)
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
+
+        known = read_config(self.directory)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(self.directory)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.name}: no readable configuration: {brief(error)}"
+            ) from error
+        except ValueError as error:
+            if _is_known(known.get("model_type")):
+                raise CheckpointError(
+                    f"{self.name}: config.json is damaged: {brief(error)}"
+                ) from error
+            raise FamilyError(f"{self.name}: {brief(error)}") from error
+        except (StrictDataclassError, *BAD_VALUES) as error:
+            raise CheckpointError(f"{self.name}: config.json is damaged: {brief(error)}") from error
+        config.__dict__.pop("_model_name_or_path", None)
+        return config
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        from transformers import AutoTokenizer
+
+        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        try:
+            return AutoTokenizer.from_pretrained(self.directory, **gguf)
+        except MemoryError:
+            raise
+        except Exception as error:  # tokenizer backends raise bare exceptions of their own
+            raise CheckpointError(
+                f"{self.name}: the tokenizer in {self.directory} cannot be read ({brief(error)}): "
+                "tokenizer.json and tokenizer_config.json belong beside the weights"
+            ) from error
+
+    def float_model(self, dtype: torch.dtype, scratch: Path | None = None) -> PreTrainedModel:
+        """The whole model with float weights in ``dtype``.
+
+        Args:
+            dtype: of the weights.
+            scratch: directory for the joined file of a GGUF model in several; ``None`` takes the
+                system's.
+
+        Raises:
+            CheckpointError: weights are missing, unreadable, or not all used.
+        """
+        from transformers import AutoModelForCausalLM
+
+        with self._loadable(scratch) as (directory, options):
+            try:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    directory, dtype=dtype, output_loading_info=True, **options
+                )
+            except (*UNREADABLE, MemoryError) as error:
+                fits = not is_out_of_memory(error)
+                said = f"cannot be loaded: {brief(error)}" if fits else "does not fit in memory"
+                raise CheckpointError(f"{self.name} {said}") from error
+        model, info = loaded
+        self._check_loaded(model, info)
+        model.eval()
+        if self.gguf_file is not None:
+            # The weights are dequantized by now; the mark would forbid saving them.
+            model.hf_quantizer.remove_quantization_config(model)
+        whole: PreTrainedModel = model
+        return whole
+
+    @contextmanager
+    def _loadable(self, scratch: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The directory, and further arguments, from which transformers loads the whole model."""
+        if self.gguf_file is None:
+            float_files(self.directory)
+            yield self.directory, {}
+            return
+        config = self.config()
+        check_gguf_weights(self.gguf_parts, _without_weights(config))
+        if len(self.gguf_parts) == 1:
+            yield self.directory, {"gguf_file": self.gguf_file, "config": config}
+            return
+        with tempfile.TemporaryDirectory(dir=scratch) as name:  # transformers reads one file only
+            join(self.gguf_parts, Path(name) / self.gguf_file)
+            yield Path(name), {"gguf_file": self.gguf_file, "config": config}
+
+    def _check_loaded(self, model: PreTrainedModel, info: dict[str, Any]) -> None:
+        """Refuse a model that transformers completed with random weights, or took only parts of.
+
+        Raises:
+            CheckpointError: names of weights are missing, mismatched or unexpected.
+        """
+        unused = not_understood(model, info["unexpected_keys"])
+        for kind, names in (
+            ("lacks", info["missing_keys"]),
+            ("has other shapes for", [name for name, *_ in info["mismatched_keys"]]),
+            ("holds", unused),
+        ):
+            if names:
+                raise CheckpointError(
+                    f"{self.name} {kind} {listed(sorted(names))} unlike its config.json: they "
+                    "belong to different models, or the download is incomplete"
+                )
+
+    def weight_bytes(self) -> int:
+        """Bytes of the files that hold weights, headers and metadata included."""
+        return sum(file.stat().st_size for file in self._files())
+
+    def gguf_digest(self) -> str:
+        """Hash of the GGUF file, BLAKE2b of 128 bits in hex; the source must be one.
+
+        That of a model in several files is the hash of their hashes.
+        """
+        digests = [_file_digest(part.path) for part in self.gguf_parts]
+        return digests[0] if len(digests) == 1 else _digest("".join(digests))
+
+    def file_digests(self) -> dict[str, str]:
+        """Hashes, like that of `gguf_digest`, of the files that decide what the model computes.
+
+        Returns:
+            Hashes by file name.
+        """
+        config = [] if self.gguf_file is not None else [self.directory / "config.json"]
+        return {file.name: _file_digest(file) for file in [*config, *self._files()]}
+
+    def is_quantized(self) -> bool:
+        """Whether quantine reads this as packed weights: an output, or a checkpoint of SpQR."""
+        return self.quant_method() in {"quantine", "spqr"}
+
+    def quant_method(self) -> str | None:
+        """``quant_method`` in config.json, ``None`` where there is none.
+
+        Raises:
+            CheckpointError: config.json is damaged.
+        """
+        if self.gguf_file is not None:
+            return None
+        found = read_config(self.directory).get("quantization_config")
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        return method if isinstance(method, str) else None
+
+    def tokenizer_digest(self, tokenizer: Any) -> str:
+        """Hash of everything that decides how ``tokenizer`` splits text; see `gguf_digest`."""
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            return _digest(backend.to_str())
+        return _digest(json.dumps(tokenizer.get_vocab(), sort_keys=True))
+
+    def _files(self) -> list[Path]:
+        """The files that hold weights."""
+        if self.gguf_file is not None:
+            return [part.path for part in self.gguf_parts]
+        return weight_files(self.directory)
+
+
+def _is_known(model_type: object) -> bool:
+    """Whether transformers knows the architecture."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of ``config`` on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    own = copy.deepcopy(config)  # which the model marks with its dtype
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+    return model
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -1,0 +1,104 @@
+"""What a model calls the tensors in weight files; the rules are those of transformers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from quantine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COMPUTED: Final = re.compile(
+    r"\brotary_emb\.(inv_freq|cos_cached|sin_cached)$|\b(attn|attention)\.masked_bias$"
+)
+"""Tensors that older versions of transformers stored, and that every model computes by itself."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Which stored tensor is which of the model's.
+
+    Attributes:
+        stored: names in the files, by the model's names. Both names of a tied tensor are there.
+        unused: names in the files for which the model has no use.
+    """
+
+    stored: dict[str, str]
+    unused: tuple[str, ...]
+
+
+def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
+    """Find the tensors of ``model`` among those that files hold.
+
+    Args:
+        model: only its names and settings matter; weights may be on the meta device.
+        found: all names in the files.
+
+    Raises:
+        CheckpointError: files hold a tensor twice, or as parts of what the model has.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        rename_source_key,
+    )
+
+    tensors, prefix = model.state_dict(), model.base_model_prefix
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    conversions = [change for change in changes if isinstance(change, WeightConverter)]
+    stored: dict[str, str] = {}
+    unused = []
+    for old in sorted(found):
+        name, converted = rename_source_key(old, renamings, conversions, prefix, tensors)
+        if name not in tensors and old in tensors:
+            name, converted = old, None
+        if name not in tensors:
+            unused.append(old)
+        elif converted is not None:
+            raise CheckpointError(
+                f"{old} is stored in another layout than the model's: load the model with "
+                "transformers and save it again"
+            )
+        elif name in stored:
+            raise CheckpointError(
+                f"{name} is there twice, as {stored[name]} and as {old}: which one counts is open"
+            )
+        else:
+            stored[name] = old
+    for target, source in model.all_tied_weights_keys.items():
+        for name, other in ((target, source), (source, target)):
+            if name not in stored and other in stored:
+                stored[name] = stored[other]
+    return Names(stored, tuple(not_understood(model, unused)))
+
+
+def not_understood(model: PreTrainedModel, unused: Collection[str]) -> list[str]:
+    """Those of ``unused`` that neither transformers nor `COMPUTED` declares to be superfluous."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(unused),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)
+    return sorted(name for name in info.unexpected_keys if not COMPUTED.search(name))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, for a message, and how many there are if that is more.
+
+    Args:
+        names: at least one.
+    """
+    first = ", ".join(name[:60] for name in names[:2])
+    return first if len(names) < 3 else f"{first} and others, {len(names)} tensors in all,"
