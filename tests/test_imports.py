@@ -56,7 +56,7 @@ TRANSFORMERS_INSIDE: Final = (
     "run/job.py",
     "run/prepare.py",
     "runtime/",
-    "source/locate.py",
+    "source/",
 )
 
 

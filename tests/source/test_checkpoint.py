@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from quantine.calibrate.skeleton import skeleton
 from quantine.errors import CheckpointError
-from quantine.source.checkpoint import INDEX, SINGLE, Checkpoint, weight_files
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.weight_files import INDEX, SINGLE
+from tiny_models import tiny_config
 
 TENSORS = {
     "model.a.weight": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -73,26 +79,65 @@ def test_missing_tensor_is_named(single: Path) -> None:
         Checkpoint(single).dtype("model.c.weight")
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("a.weight", "model.a.weight"), ("model.a", "a")])
-def test_the_base_prefix_may_be_left_out_on_either_side(
-    tmp_path: Path, stored: str, asked: str
-) -> None:
-    save_file({stored: torch.ones(2)}, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path, prefix="model")
-    assert checkpoint.read([asked])[asked].tolist() == [1, 1]
-    assert asked not in Checkpoint(tmp_path)
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return skeleton(tiny_config("llama"))
 
 
-def test_renamed_prefixes_are_found(tmp_path: Path) -> None:
+def test_the_base_prefix_may_be_left_out(tmp_path: Path, llama: Any) -> None:
+    save_file({"norm.weight": torch.ones(2), "lm_head.weight": torch.ones(3)}, tmp_path / SINGLE)
+    checkpoint = Checkpoint(tmp_path, llama)
+    assert checkpoint.read(["model.norm.weight"])["model.norm.weight"].tolist() == [1, 1]
+    assert "lm_head.weight" in checkpoint
+    assert checkpoint.unused == ()
+    assert "model.norm.weight" not in Checkpoint(tmp_path)
+
+
+def test_older_names_are_found(tmp_path: Path) -> None:
     save_file({"embed_out.weight": torch.ones(2)}, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path, renames=[("embed_out.", "lm_head.")])
+    checkpoint = Checkpoint(tmp_path, skeleton(tiny_config("neox_parallel")))
     assert checkpoint.read(["lm_head.weight"])["lm_head.weight"].tolist() == [1, 1]
-    assert "model.lm_head.weight" not in checkpoint
 
 
-def test_an_exact_name_wins_over_a_rename(tmp_path: Path) -> None:
-    save_file({"old.w": torch.zeros(1), "new.w": torch.ones(1)}, tmp_path / SINGLE)
-    assert Checkpoint(tmp_path, renames=[("old.", "new.")]).read(["new.w"])["new.w"].item() == 1
+def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path, llama: Any) -> None:
+    save_file(
+        {"norm.weight": torch.zeros(1), "model.norm.weight": torch.ones(1)}, tmp_path / SINGLE
+    )
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is there twice"):
+        Checkpoint(tmp_path, llama)
+
+
+def test_rows_are_compared_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantine.source.checkpoint.COMPARED", 8)
+    table = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tensors = {"a": table, "b": table.float(), "c": table.clone(), "d": table[:8].clone()}
+    tensors["c"][8, 3] += 1
+    save_file(tensors, tmp_path / SINGLE)
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.are_equal("a", "a")
+    assert checkpoint.are_equal("a", "b")
+    assert not checkpoint.are_equal("a", "c")
+    assert not checkpoint.are_equal("a", "d")
+
+
+def test_a_file_that_does_not_fit_in_memory_is_named(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(30_000_000)}, tmp_path / SINGLE)
+    script = f"""
+import resource
+from pathlib import Path
+from quantine.errors import CheckpointError
+from quantine.source.checkpoint import Checkpoint
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for room in (20_000_000, 150_000_000):
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
+    try:
+        Checkpoint(Path({str(tmp_path)!r})).read(["w"])
+    except CheckpointError as error:
+        print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout.count("does not fit into the memory") == 2
+    assert run.stdout.count(SINGLE) == 2
 
 
 def test_missing_shard_is_named(sharded: Path) -> None:
@@ -117,44 +162,9 @@ def test_a_file_that_vanishes_later_is_reported(single: Path) -> None:
         checkpoint.read(["model.a.weight"])
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pickles_are_never_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"only pickled weights.*{name}.*safetensors first"):
-        Checkpoint(tmp_path)
-
-
-def test_safetensors_beside_pickles_are_read(single: Path) -> None:
-    (single / "pytorch_model.bin").write_bytes(b"")
-    assert weight_files(single) == [single / SINGLE]
-
-
-def test_empty_directory_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"holds neither {SINGLE} nor {INDEX}"):
-        Checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "index",
-    [
-        b"",
-        b"\xff\xfe",
-        b"[]",
-        b"{}",
-        b'{"weight_map": []}',
-        b'{"weight_map": {"w": 1}}',
-        b'{"weight_map": {"w": null, "v": "model.safetensors"}}',
-    ],
-)
-def test_damaged_index_is_refused(single: Path, index: bytes) -> None:
-    (single / INDEX).write_bytes(index)
-    with pytest.raises(CheckpointError, match=f"{INDEX} is damaged"):
-        Checkpoint(single)
-
-
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2, dtype=torch.int8)}, tmp_path / SINGLE)
-    with pytest.raises(CheckpointError, match="w is stored as I8: only floating-point"):
+    with pytest.raises(CheckpointError, match="w is stored as I8: only checkpoints in floating"):
         Checkpoint(tmp_path).dtype("w")
 
 

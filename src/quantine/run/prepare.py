@@ -83,7 +83,9 @@ def prepare(
         if plan.activations.reorders:
             check_installed()
     bare = _skeleton(source, config, plan.activations is not None)
-    if source.gguf_file is None and _has_own_head(source, bare):
+    if source.gguf_file is not None:
+        check_gguf_weights(source.gguf_parts, bare)
+    elif _has_own_head(source, bare):
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, plan.activations is not None)
@@ -112,8 +114,6 @@ def prepare(
     )
     if source.gguf_file is None:
         check_headers(job, job.checkpoint())
-    else:
-        check_gguf_weights(source.gguf_parts, bare)
     return job
 
 
