@@ -21,7 +21,6 @@ from quantine.errors import (
     FamilyError,
     OutputError,
     PlanError,
-    brief,
 )
 from quantine.families import family_of
 from quantine.families.family import Family
@@ -36,7 +35,7 @@ from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.locate import locate
-from quantine.source.model_source import BAD_VALUES, ModelSource
+from quantine.source.model_source import ModelSource, described_by
 from quantine.source.names import listed
 from quantine.source.weight_files import float_files
 
@@ -225,17 +224,10 @@ def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> Pr
     Raises:
         CheckpointError: ``config.json`` does not describe a model.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     if rounds:
         attention.register()
-    try:
+    with described_by(source.name):
         return skeleton(config, attention.NAME if rounds else None)
-    except (StrictDataclassError, ValueError, RuntimeError, *BAD_VALUES) as error:
-        raise CheckpointError(
-            f"{source.name}: config.json does not describe a model ({brief(error)}): download it "
-            "again"
-        ) from error
 
 
 def _has_own_head(source: ModelSource, model: PreTrainedModel) -> bool:

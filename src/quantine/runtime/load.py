@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
-from quantine.errors import FormatError, PlanError, QuantineError
+from quantine.errors import FormatError, PlanError, QuantineError, brief, is_out_of_memory
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.locate import locate
-from quantine.source.model_source import ModelSource
+from quantine.source.model_source import UNREADABLE, ModelSource
+from quantine.source.names import listed
 from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def load(
         BackendUnavailable: there is no such device.
         CheckpointError: there is no such directory.
         FormatError: it holds no quantized model, or is damaged.
-        PlanError: there is no such arithmetic.
+        PlanError: there is no such arithmetic or dtype.
     """
     source = locate(directory)
     return load_packed(source, dtype, arithmetic, device), source.tokenizer()
@@ -66,6 +67,7 @@ def load_packed(
     from transformers import AutoModelForCausalLM
 
     where = device_named(device)
+    wanted = _dtype_named(dtype)
     if arithmetic is not None and not is_arithmetic(arithmetic):
         raise PlanError(f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}")
     if not source.is_quantized():
@@ -75,25 +77,50 @@ def load_packed(
         )
     try:
         weight_files(source.directory)
-        config = translated_config(source) if source.quant_method() == SPQR_METHOD else None
+        is_spqr = source.quant_method() == SPQR_METHOD
+        config = translated_config(source) if is_spqr else source.config()
+        source.bare_model(config)  # whose errors are those of config.json, and not of weights
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.directory, config=config, dtype=dtype, output_loading_info=True
+            source.directory, config=config, dtype=wanted, output_loading_info=True
         )
     except QuantineError:
         raise
-    except Exception as error:  # damage shows in many places inside transformers
-        raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {error}") from error
+    except (*UNREADABLE, MemoryError) as error:
+        fits = not is_out_of_memory(error)
+        said = (
+            f"cannot be loaded, it is damaged: {brief(error)}" if fits else "does not fit in memory"
+        )
+        raise FormatError(f"{source.directory} {said}") from error
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
+            names = sorted(key if isinstance(key, str) else key[0] for key in info[kind])
             raise FormatError(
-                f"{source.directory} is damaged: {kind.replace('_', ' ')} {sorted(info[kind])[:4]}"
+                f"{source.directory} is damaged: {kind.replace('_', ' ')} {listed(names)}"
             )
     if arithmetic is not None:
         for _, module in packed_modules(model):
             module.arithmetic = arithmetic
     packed: PreTrainedModel = model.eval().to(where)
     return packed
+
+
+def _dtype_named(dtype: torch.dtype | str) -> torch.dtype | str:
+    """The dtype that PyTorch calls ``dtype``, or ``"auto"``.
+
+    Raises:
+        PlanError: there is no such dtype, or it holds no fractions.
+    """
+    import torch
+
+    if dtype == "auto":
+        return "auto"
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise PlanError(
+            f"activations cannot be {dtype!r}: dtype must be auto, float32, bfloat16 or float16"
+        )
+    return found
 
 
 def load_model(

@@ -7,10 +7,8 @@ own quantizer loads the directory, on any device and in any dtype.
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from quantine.core.arithmetic import UNSTATED
@@ -38,20 +36,15 @@ def translated_config(source: ModelSource) -> PretrainedConfig:
     arithmetic = config.__dict__.pop(ARITHMETIC, UNSTATED)
     files = weight_files(source.directory)
     entries = {entry.name: entry for file in files for entry in read_entries(file)}
-    found = describe(settings, added, entries, _linears(config))
+    found = describe(settings, added, entries, _linears(source, config))
     config.quantization_config = {"quant_method": METHOD, **found, "arithmetic": arithmetic}
     return config
 
 
-def _linears(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+def _linears(source: ModelSource, config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     """The shape ``(out, in)`` of every ``Linear`` of the model, by full name."""
-    from transformers import AutoModelForCausalLM
-
-    own = copy.deepcopy(config)  # which the model marks with its dtype
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
     return {
         name: (module.out_features, module.in_features)
-        for name, module in model.named_modules()
+        for name, module in source.bare_model(config).named_modules()
         if isinstance(module, nn.Linear)
     }

@@ -83,8 +83,25 @@ class ModelSource:
             raise FamilyError(f"{self.name}: {brief(error)}") from error
         except (StrictDataclassError, *BAD_VALUES) as error:
             raise CheckpointError(f"{self.name}: config.json is damaged: {brief(error)}") from error
+        if not isinstance(config.dtype, torch.dtype | None):
+            raise CheckpointError(
+                f"{self.name}: config.json is damaged: there is no dtype {config.dtype!r}"
+            )
         config.__dict__.pop("_model_name_or_path", None)
         return config
+
+    def bare_model(self, config: PretrainedConfig) -> PreTrainedModel:
+        """The model of ``config``, which is not changed, with float32 weights on the meta device.
+
+        Raises:
+            CheckpointError: ``config`` does not describe a model.
+        """
+        from transformers import AutoModelForCausalLM
+
+        own = copy.deepcopy(config)  # which the model marks with its dtype
+        with described_by(self.name), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+        return model
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -144,7 +161,7 @@ class ModelSource:
             yield self.directory, {}
             return
         config = self.config()
-        check_gguf_weights(self.gguf_parts, _without_weights(config))
+        check_gguf_weights(self.gguf_parts, self.bare_model(config))
         if len(self.gguf_parts) == 1:
             yield self.directory, {"gguf_file": self.gguf_file, "config": config}
             return
@@ -228,14 +245,24 @@ def _is_known(model_type: object) -> bool:
     return model_type in CONFIG_MAPPING
 
 
-def _without_weights(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of ``config`` on the meta device."""
-    from transformers import AutoModelForCausalLM
+@contextmanager
+def described_by(name: str) -> Iterator[None]:
+    """Inside of this context, errors of an architecture are explained by its ``config.json``.
 
-    own = copy.deepcopy(config)  # which the model marks with its dtype
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
-    return model
+    Args:
+        name: what the user called the model.
+
+    Raises:
+        CheckpointError: ``config.json`` does not describe a model.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, RuntimeError, *BAD_VALUES) as error:
+        raise CheckpointError(
+            f"{name}: config.json does not describe a model ({brief(error)}): download it again"
+        ) from error
 
 
 def _digest(text: str) -> str:

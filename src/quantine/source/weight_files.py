@@ -94,7 +94,7 @@ def _named(directory: Path) -> str | None:
         return None
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
         return named
-    if config.get("quantization_config"):
+    if isinstance(named, str) and config.get("quantization_config"):
         return None  # formats.description.LOCK, which keeps transformers from loading it alone
     raise CheckpointError(
         f"{directory / 'config.json'} names weights in {str(named)[:60]!r}, which is neither a "
