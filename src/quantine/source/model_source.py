@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from quantine.errors import CheckpointError, FamilyError, brief, is_out_of_memory
-from quantine.source.gguf.config import gguf_config
+from quantine.source.gguf.config import MOST_BLOCKS, gguf_config
 from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
 from quantine.source.gguf.weights import check_gguf_weights
@@ -69,6 +69,12 @@ class ModelSource:
         from transformers import AutoConfig
 
         known = read_config(self.directory)
+        for key in ("num_hidden_layers", "n_layer"):
+            blocks = known.get(key)
+            if isinstance(blocks, int | float) and blocks > MOST_BLOCKS:
+                raise CheckpointError(
+                    f"{self.name}: config.json is damaged: no model has {key} {blocks}"
+                )
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.directory)
         except OSError as error:
@@ -83,9 +89,11 @@ class ModelSource:
             raise FamilyError(f"{self.name}: {brief(error)}") from error
         except (StrictDataclassError, *BAD_VALUES) as error:
             raise CheckpointError(f"{self.name}: config.json is damaged: {brief(error)}") from error
-        if not isinstance(config.dtype, torch.dtype | None):
+        window = getattr(config, "sliding_window", None)
+        if not isinstance(config.dtype, torch.dtype | None) or (window is not None and window < 1):
             raise CheckpointError(
-                f"{self.name}: config.json is damaged: there is no dtype {config.dtype!r}"
+                f"{self.name}: config.json is damaged: dtype is {config.dtype}, and a sliding "
+                f"window of {window} tokens"
             )
         config.__dict__.pop("_model_name_or_path", None)
         return config

@@ -57,6 +57,8 @@ TOKENS: Final = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 """What llama.cpp calls the ids of special tokens, by field of ``config.json``."""
+MOST_BLOCKS: Final = 2000
+"""Number of blocks beyond which a file is damaged, as building the model would take for ever."""
 THETA: Final = 10000.0
 """Base of rotary embeddings where metadata do not say it."""
 
@@ -194,6 +196,10 @@ def _fields(
 ) -> dict[str, Any]:
     """Take the shape of the model, and how it computes, out of ``metadata``."""
     counts = {key: metadata.count(key) for key in known.counts}
+    if counts["block_count"] > MOST_BLOCKS:
+        raise CheckpointError(
+            f"{metadata.path} is damaged: no model has {counts['block_count']} blocks"
+        )
     fields: dict[str, Any] = {f: counts[key] for key, f in known.counts.items() if f is not None}
     fields[known.epsilon[1]] = metadata.number(known.epsilon[0])
     heads, width = counts["attention.head_count"], counts["embedding_length"]
