@@ -105,6 +105,8 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     scratch = activations if spills else 0
     if job.source.gguf_file is not None:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
+        if len(job.source.gguf_parts) > 1:
+            scratch += job.source.weight_bytes()  # all parts joined
     if job.plan.bits_per_weight is not None:
         blocks = len(block_list(job.model, job.family))
         length = job.segment_length()

@@ -236,6 +236,12 @@ def test_metadata_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
     assert locate(path).config().num_hidden_layers == 2
 
 
+def test_phi_4_has_a_window_of_0_tokens_which_means_none(tmp_path: Path) -> None:
+    changes = {"attention.sliding_window": 0}
+    path = write_gguf(tmp_path / "m.gguf", model_of("phi3"), changes=changes)
+    assert locate(path).config().sliding_window is None
+
+
 @pytest.mark.parametrize(
     "key",
     ["block_count", "embedding_length", "attention.head_count", "attention.layer_norm_rms_epsilon"],

@@ -44,6 +44,7 @@ LAYER_NORM: Final = ("attention.layer_norm_epsilon", "layer_norm_epsilon")
 NEUTRAL: Final = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
+    "attention.sliding_window": (0,),
     "expert_count": (0,),
     "expert_used_count": (0,),
     "rope.scaling.attn_factor": (1.0,),
@@ -227,8 +228,10 @@ def _fields(
         fields["rope_parameters"] = _rope(metadata, known, tensors, counts["context_length"])
         if rotated != head:
             fields["rope_parameters"]["partial_rotary_factor"] = rotated / head
-    taken = {f: metadata.number(key) for key, f in known.optional.items() if key in metadata.rest}
-    return fields | taken
+    for key, name in known.optional.items():
+        if key in metadata.rest and metadata.rest[key] not in NEUTRAL.get(key, ()):
+            fields[name] = metadata.number(key)
+    return fields
 
 
 def _rope(
