@@ -69,7 +69,7 @@ def quantize(
         resume: whether to continue the unfinished run in ``out``. The result has the same bytes
             (apart from measured times) as that of an uninterrupted run.
         max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
-            disk; default is a quarter of the machine's memory.
+            disk; default is a quarter of what the process may use, in a container of its limit.
         progress: receives the events of the run; default shows nothing.
         device: where matrices are solved and blocks run, by PyTorch's name.
 
