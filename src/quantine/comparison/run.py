@@ -34,6 +34,7 @@ from quantine.eval.speed import decode_speed
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
 from quantine.formats.directory import read_json, write_json
 from quantine.plan.plan import Plan
+from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 from quantine.run.prepare import prepare
 from quantine.run.quantize import quantize
 from quantine.runtime.load import load_model
@@ -102,30 +103,37 @@ def compare(
     cut = cut_texts(source, measured.texts, measured.window, measured.limit)
     for each in plans.values():
         prepare(model, each, calibration)
-    _open(out, _settings(source, calibration, cut, tasks))
-    reference = Predictions(source, torch.float32, out / PREDICTIONS)
-    reference.reserve(cut.values())
-    rows = []
-    wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
-    for name, plan in wanted.items():
-        path = out / ROWS / f"{name}.json"
-        row = _finished(path, plan)
-        if row is None:
-            on_step(name)
-            if plan is None:
-                row = _float_row(reference, cut, tasks, on_window)
-                reference = Predictions(source, torch.float32, out / PREDICTIONS)  # frees the model
-            else:
-                row = _row(model, plan, out, name, calibration, measured, on_window)
-            write_json(path, row)
-        rows.append(row)
-    return rows
-
-
-def _open(out: Path, settings: dict[str, Any]) -> None:
-    """Make ``out``, or check that it was made for the same comparison."""
+    lock = DirectoryLock(out)
     try:
-        if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        _open(out, lock, _settings(source, calibration, cut, tasks))
+        reference = Predictions(source, torch.float32, out / PREDICTIONS)
+        reference.reserve(cut.values())
+        rows = []
+        wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
+        for name, plan in wanted.items():
+            path = out / ROWS / f"{name}.json"
+            row = _finished(path, plan)
+            if row is None:
+                on_step(name)
+                if plan is None:
+                    row = _float_row(reference, cut, tasks, on_window)
+                    # A new one, without the model in memory.
+                    reference = Predictions(source, torch.float32, out / PREDICTIONS)
+                else:
+                    row = _row(model, plan, out, name, calibration, measured, on_window)
+                write_json(path, row)
+            rows.append(row)
+        return rows
+    finally:
+        lock.release()
+
+
+def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
+    """Make ``out``, or check that it was made for the same comparison, and take its ``lock``."""
+    try:
+        lock.take()
+        found = {path.name for path in out.iterdir()} - {LOCK_FILE}
+        if found and SETTINGS not in found:
             raise OutputError(f"{out} is not empty and no comparison: choose another directory")
         (out / ROWS).mkdir(parents=True, exist_ok=True)
         (out / MODELS).mkdir(exist_ok=True)
@@ -133,8 +141,8 @@ def _open(out: Path, settings: dict[str, Any]) -> None:
             write_json(out / SETTINGS, settings)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
-    found = read_json(out / SETTINGS)
-    keys = [key for key in settings if found.get(key) != settings[key]]
+    stored = read_json(out / SETTINGS)
+    keys = [key for key in settings if stored.get(key) != settings[key]]
     if keys:
         raise ResumeMismatch(
             f"the comparison in {out} was started with another {', '.join(keys)}: its rows could "

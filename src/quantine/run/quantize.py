@@ -27,7 +27,7 @@ from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_headers, check_output_path, prepare
 from quantine.run.progress import Progress, Silent
-from quantine.run.store import RunStore, check_identity, clear_remains
+from quantine.run.store import RunStore, check_identity, check_output, clear_remains
 from quantine.source.checkpoint import Checkpoint
 
 PROBE: Final = "probe"
@@ -115,7 +115,7 @@ def carry_out(
     check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)
     try:
-        return _Run(job, store, size, progress or Silent(), adjust).finished(started)
+        return _Run(job, store, resume, size, progress or Silent(), adjust).finished(started)
     except OSError as error:
         full = error.errno == errno.ENOSPC
         said = "the disk is full: free some space and" if full else f"{error}: mend that and"
@@ -130,6 +130,7 @@ class _Run:
 
     job: Job
     store: RunStore
+    resume: bool
     size: Estimate
     progress: Progress
     adjust: Adjustment | None
@@ -141,6 +142,10 @@ class _Run:
         gguf = job.source.gguf_file is not None
         identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
         check_identity(out, identity)
+        if not is_finished(out):
+            store.lock()
+            check_output(out, self.resume)  # again: another process may have come first
+            check_identity(out, identity)
         if is_finished(out):
             clear_remains(out)
             self.progress.note(f"{out} is finished already")
