@@ -11,6 +11,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
 from quantine.methods.column_loop import ColumnLoop, Groups
+from quantine.methods.small_weights import solve_multiplied
 from quantine.statistics.hessian import Hessian
 
 
@@ -75,5 +76,7 @@ class GPTQ:
             SolverError: there is no Hessian, or it cannot be factored; or a scale does not fit into
                 float16.
         """
-        factor = self.loop.factor(hessian, spec)
-        return self.loop.solve(weight, factor, spec, GridCost(self.clip))
+        factor, cost = self.loop.factor(hessian, spec), GridCost(self.clip)
+        return solve_multiplied(
+            weight, spec, lambda multiple: self.loop.solve(multiple, factor, spec, cost)
+        )

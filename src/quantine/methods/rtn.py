@@ -11,6 +11,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit import fit_groups, fit_rows
 from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS, Clip, GridCost
+from quantine.methods.small_weights import solve_multiplied
 from quantine.statistics.hessian import Hessian
 
 
@@ -57,6 +58,9 @@ class RTN:
         Raises:
             SolverError: a scale does not fit into float16.
         """
+        return solve_multiplied(weight, spec, lambda multiple: self._rounded(multiple, spec))
+
+    def _rounded(self, weight: Tensor, spec: QuantSpec) -> QTensor:
         same = weight.new_ones(weight.shape[1])
         if spec.group_axis == "in":
             grid = fit_rows(weight, same, spec, GridCost(self.clip))
