@@ -11,7 +11,9 @@ from quantine.core.memory_limit import memory_limit
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 V2 = "25 1 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw\n"
 V1 = "35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n"
-OTHER = "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n21 1 0:5 / /proc rw - proc p rw\n"
+OTHER = (
+    "32 31 0:29 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n21 1 0:5 / /proc rw - proc p rw\n"
+)
 
 
 def machine(root: Path, cgroup: str, mountinfo: str, files: dict[str, str]) -> Path:
@@ -87,7 +89,11 @@ def machine(root: Path, cgroup: str, mountinfo: str, files: dict[str, str]) -> P
             id="spaces",
         ),
         pytest.param(
-            "4:cpu:/a\n", OTHER, {"sys/fs/cgroup/cpu/a/memory.max": "1\n"}, None, id="no memory group"
+            "4:cpu:/a\n",
+            OTHER,
+            {"sys/fs/cgroup/cpu/a/memory.max": "1\n"},
+            None,
+            id="no memory group",
         ),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantine.calibrate.segments import Calibration
 from quantine.comparison.short_forms import FLOAT
+from quantine.core.ambient import own_state
 from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
@@ -68,6 +69,7 @@ class Measured:
     tasks: TaskRequest | None = None
 
 
+@own_state()
 def compare(
     model: str | Path,
     plans: Mapping[str, Plan],

@@ -32,8 +32,8 @@ NARROW: Final = 2.0**-10
 """Width of a range, as a share of its largest magnitude, up to which all its values are stored as
 one: float16 could not tell its ends apart."""
 SMALLEST_ACTIVATION_SHARE: Final = 2.0**-22
-"""Smallest scale of activations, as a share of the largest magnitude in the range, so that a
-channel with only one value in calibration still has a grid, with a zero point that float32 holds."""
+"""Smallest scale of activations, as a share of the largest magnitude in the range: a channel with
+only one value in calibration still has a grid, and a zero point that float32 holds."""
 SMALLEST_ACTIVATION_SCALE: Final = 1e-30
 """Smallest scale of activations that are all zero."""
 

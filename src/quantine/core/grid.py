@@ -110,7 +110,7 @@ class Grid:
 
     def _of_weights(self, statistic: Tensor) -> Tensor:
         """Repeat scales or zeros ``[lines, groups]`` for each weight, ``[lines, columns]``."""
-        sizes = torch.tensor(self.sizes, device=statistic.device)
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device=statistic.device)
         return statistic.repeat_interleave(sizes, 1)
 
     def _lines(self, x: Tensor) -> Tensor:

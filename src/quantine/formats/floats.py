@@ -73,7 +73,7 @@ def _squares(stored: Tensor | None, tensor: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         values = matrix[part].double()
-        square = (values if other is None else values - other[part]).square_()
+        square = (values if other is None else values - other[part]).square()
         rows.append(square.sum(1))
         columns += square.sum(0)
     return torch.cat(rows), columns

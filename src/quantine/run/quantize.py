@@ -15,6 +15,7 @@ from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, probe
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.core.ambient import own_state
 from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
 from quantine.errors import OutputError
 from quantine.families.layers import block_list
@@ -47,6 +48,7 @@ class Result:
     report: dict[str, Any]
 
 
+@own_state()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -85,6 +87,7 @@ def quantize(
     return carry_out(job, Path(out), resume, max_ram, progress or Silent(), started=started)
 
 
+@own_state()
 def carry_out(
     job: Job,
     out: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantine.core.ambient import own_state
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@own_state()
 def load(
     directory: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -52,6 +54,7 @@ def load(
     return load_packed(source, dtype, arithmetic, device), source.tokenizer()
 
 
+@own_state()
 def load_packed(
     source: ModelSource,
     dtype: torch.dtype | str = "auto",
@@ -95,6 +98,7 @@ def load_packed(
     return packed
 
 
+@own_state()
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:

@@ -134,7 +134,7 @@ def weight_files(directory: Path) -> list[Path]:
     """
     if (directory / INDEX).is_file():
         try:
-            weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+            weight_map = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
             files = [directory / name for name in sorted(set(weight_map.values()))]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{directory / INDEX} is damaged: download it again") from error

@@ -138,7 +138,7 @@ class ModelSource:
         if self.gguf_file is not None or not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text()).get("quantization_config") or {}
+            found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config") or {}
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged: {error}") from error
         method = found.get("quant_method") if isinstance(found, dict) else None

@@ -56,7 +56,7 @@ def packed_matrix(qtensor: QTensor) -> Matrix:
         None if qtensor.in_perm is None else qtensor.in_perm.long(),
         outliers,
         pool(),
-        torch.tensor(grid.sizes, device="cpu") if grid.sizes else None,
+        torch.tensor(grid.sizes, dtype=torch.int64, device="cpu") if grid.sizes else None,
     )
 
 

@@ -169,7 +169,7 @@ class Spqr:
         """
         if spec != SPEC:
             raise FormatError(f"spqr tensors need {SPEC}, not {spec}")
-        words = tensors.get("dense_weights", torch.empty(0, device="cpu"))
+        words = tensors.get("dense_weights", torch.empty(0, dtype=torch.int64, device="cpu"))
         out_features = words.numel() * TILE // max(1, in_features)
         check_layout("spqr", tensors, _layout_like(tensors, out_features, in_features), spec)
         reason = self.refusal(spec, out_features, in_features)
