@@ -70,7 +70,7 @@ def test_the_error_does_not_depend_on_the_size_of_weights(
         return
     expected = relative_error(solver, spec, layout, WEIGHT)
     if layout == "spqr" and power < -12:
-        with pytest.raises(FormatError, match="weights are so small .* use sparse"):
+        with pytest.raises(FormatError, match=r"weights are so small .* use sparse"):
             relative_error(solver, spec, layout, WEIGHT * 2.0**power)
         return
     if layout == "spqr" and power < -7:

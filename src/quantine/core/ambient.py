@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -22,8 +22,6 @@ EXACT: Final = "ieee"
 """PyTorch's name for products of float32 that are computed in float32."""
 UNSET: Final = "none"
 """Its name for a precision that nobody has set, and so is `EXACT`."""
-ERRORS: Final = {"divide": "warn", "over": "warn", "under": "ignore", "invalid": "warn"}
-"""NumPy's own treatment of floating point errors."""
 
 
 @contextmanager
@@ -41,12 +39,14 @@ def own_state() -> Iterator[None]:
                 stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device() != CPU:
             stack.enter_context(CPU)
-        stack.enter_context(np.errstate(**ERRORS))
+        # NumPy's own defaults.
+        stack.enter_context(np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"))
         dtype = torch.get_default_dtype()
         if dtype != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
-        for products in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
+        backends: Any = torch.backends  # whose types know no products of oneDNN
+        for products in (backends.mkldnn.matmul, backends.cuda.matmul):
             precision = products.fp32_precision
             if precision not in {EXACT, UNSET}:
                 stack.callback(setattr, products, "fp32_precision", precision)
