@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from ambient_states import STATES
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
@@ -115,6 +116,17 @@ def test_result_is_whole_and_repeatable(solver: Solver, spec: QuantSpec) -> None
     assert torch.equal(solved.codes, again.codes)
     assert torch.equal(solved.grid.scale, again.grid.scale)
     assert torch.equal(solved.dequantize(), again.dequantize())
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_what_the_caller_has_set_finds_the_same_bits(solver: Solver, state: str) -> None:
+    weight, inputs = random_weight(ROWS, COLUMNS), correlated_inputs(COLUMNS, TOKENS)
+    expected = solver(weight, observed(inputs), QuantSpec(3, 16)).dequantize()
+    hessian = observed(inputs)
+    with STATES[state]():
+        found = solver(weight, hessian, QuantSpec(3, 16))
+    assert torch.equal(found.dequantize(), expected)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import quantine
-from core.test_ambient import STATES
+from ambient_states import STATES
 from quantine import Calibration, Plan, evaluate, quantize
 from quantine.formats.directory import REPORT, read_json
 from tiny_models import byte_tokenizer

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
@@ -64,6 +65,7 @@ class GPTQ:
         """0: GPTQ rounds every weight and keeps no outliers."""
         return 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Quantize one matrix with error feedback.
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit import fit_groups, fit_rows
@@ -47,6 +48,7 @@ class RTN:
         """0: RTN rounds every weight and keeps no outliers."""
         return 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round every weight to the nearest code of its group's grid.
 

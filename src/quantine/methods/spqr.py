@@ -17,6 +17,7 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
@@ -113,6 +114,7 @@ class SpQR:
             return self.outliers
         return None if self.threshold < math.inf else 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Quantize one matrix with error feedback and outliers.
 
@@ -141,6 +143,7 @@ class SpQR:
             )
         return solved
 
+    @own_state()
     def predict(
         self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
     ) -> tuple[Tensor, float]:
