@@ -109,6 +109,8 @@ class Packed(FixedDtypes):
             return self._product(x)
 
     def _product(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16 and "exponent" in self.tensor_names:
+            return self._product(x.float()).to(x.dtype)  # float16 would not hold the weights
         matrix = self.matrix() if _takes_native(x) else None
         if matrix is None:
             return linear(x, self.dequantize().to(x.dtype))
