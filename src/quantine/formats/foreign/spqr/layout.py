@@ -18,6 +18,7 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.description import Description
+from quantine.formats.foreign.spqr.small_scales import regridded, without_exponent
 from quantine.formats.foreign.spqr.words import BITS, TILE, pack_words, unpack_words
 from quantine.formats.layout import Layout, check_layout, nbytes_of, read_order
 
@@ -37,10 +38,6 @@ SIZES: Final = {"bits": BITS, "beta1": TILE, "beta2": TILE}
 LARGEST_WIDTH: Final = 32767
 """Most inputs: the authors' converter and kernel take the column of an outlier as a signed 16-bit
 number, and turn its value into NaN beyond."""
-
-LARGEST_CHANGE: Final = 2.0**-7
-"""Share of a matrix, by norms, that rounding the steps of small scales may change. Codes of 3 bits
-change about a tenth, to whose square this adds less than one percent."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +122,7 @@ class Spqr:
         gives the same tensors again, see `unpack`.
 
         Raises:
-            FormatError: another shape or grid, weights too small for it, or an outlier too far from
-                its decoded code.
+            FormatError: another shape or grid, too small weights, or an outlier far from its code.
         """
         grid, (rows, columns) = qtensor.grid, qtensor.codes.shape
         scale, zero = grid.scale, grid.zero_point
@@ -142,8 +138,8 @@ class Spqr:
         ):
             raise FormatError(f"the spqr layout holds only {SPEC}: use sparse")
         if grid.exponent:
-            scale = _without_exponent(scale, grid.exponent)
-            qtensor = _regridded(qtensor, replace(grid, scale=scale, exponent=0))
+            scale = without_exponent(scale, grid.exponent)
+            qtensor = regridded(qtensor, replace(grid, scale=scale, exponent=0))
         return {
             "dense_weights": pack_words(qtensor.codes, scale, zero),
             **self._pack_outliers(qtensor),
@@ -261,29 +257,6 @@ def _layout_like(tensors: dict[str, Tensor], out_features: int, in_features: int
     if length.get("col_vals") == 0:  # the authors' converter makes these float32
         layout["col_vals"] = ((0,), tensors["col_vals"].dtype)
     return layout
-
-
-def _without_exponent(scale: Statistic, exponent: int) -> Statistic:
-    """The same scales with ``2**exponent`` in the float16 steps, as far as these have digits."""
-    assert isinstance(scale.grid.scale, Tensor)
-    steps = (scale.grid.scale.float() * 2.0**exponent).half()
-    return replace(scale, grid=replace(scale.grid, scale=steps))
-
-
-def _regridded(qtensor: QTensor, grid: Grid) -> QTensor:
-    """``qtensor`` with a grid whose scales are rounded.
-
-    Raises:
-        FormatError: its weights change by more than `LARGEST_CHANGE`.
-    """
-    before, after = qtensor.grid.decode(qtensor.codes), grid.decode(qtensor.codes)
-    change = float((after - before).norm() / before.norm())
-    if change > LARGEST_CHANGE:
-        raise FormatError(
-            f"its weights are so small (at most {before.abs().max().item():.2g}) that float16, in "
-            f"which the spqr layout holds steps of scales, changes them by {change:.1%}: use sparse"
-        )
-    return replace(qtensor, grid=grid)
 
 
 def _in_rows(offsets: Tensor, words: Tensor, rows: int) -> tuple[Tensor, Tensor]:
