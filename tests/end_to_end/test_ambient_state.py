@@ -54,8 +54,14 @@ def usual(
     return directory
 
 
+SLOW = {"budget", "W4A4"}
+"""Plans that take more than a moment in each of the states."""
+
+
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", [pytest.param(plan, marks=pytest.mark.slow if plan in SLOW else ()) for plan in PLANS]
+)
 def test_outputs_have_the_same_bytes(
     plan: str,
     state: str,
