@@ -1,4 +1,7 @@
-"""No tensor of the package is made on a device that nobody named, and none strays to C++."""
+"""No tensor of the package is made on a device or of a dtype that nobody named.
+
+And none strays to C++.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,33 @@ def parsed() -> Iterator[tuple[str, ast.Module]]:
         yield str(path.relative_to(SOURCES)), ast.parse(path.read_text(encoding="utf-8"))
 
 
+def untyped(tree: ast.Module) -> list[int]:
+    """Lines of ``tree`` that make a tensor of PyTorch's default dtype, or of whatever comes."""
+    found = []
+    for name, call in called(tree):
+        module, _, leaf = name.rpartition(".")
+        named = any(keyword.arg == "dtype" for keyword in call.keywords)
+        whole = leaf in {"arange", "randint", "randperm", "tril_indices", "triu_indices"}
+        if module == "torch" and leaf in FACTORIES and not whole and not named:
+            found.append(call.lineno)
+    return sorted(found)
+
+
+def unencoded(tree: ast.Module) -> list[int]:
+    """Lines of ``tree`` that read or write text in the encoding of the user's locale."""
+    found = []
+    for name, call in called(tree):
+        leaf = name.rpartition(".")[2]
+        values = [*call.args, *(keyword.value for keyword in call.keywords)]
+        strings = [value.value for value in values if isinstance(value, ast.Constant)]
+        binary = leaf == "open" and any(isinstance(s, str) and "b" in s for s in strings)
+        text = (leaf in {"read_text", "write_text"} and "." in name) or leaf == "open"
+        named = any(keyword.arg == "encoding" for keyword in call.keywords)
+        if text and not named and not binary and not name.startswith(("os.", "store.")):
+            found.append(call.lineno)
+    return sorted(found)
+
+
 def called(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
     """Every call of a dotted name in ``tree``, with the name."""
     for node in ast.walk(tree):
@@ -83,6 +113,42 @@ def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
 )
 def test_the_look_at_sources_finds_unnamed_devices(code: str, lines: list[int]) -> None:
     assert unnamed(ast.parse(code)) == lines
+
+
+def test_every_tensor_is_made_of_a_dtype_that_is_named() -> None:
+    found = {name: lines for name, tree in parsed() if (lines := untyped(tree))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("x = torch.zeros(2, device=d)", [1]),
+        ("x = torch.zeros(2, device=d, dtype=t)", []),
+        ("x = torch.arange(2, device=d)", []),
+        ("x = numpy.zeros(2)\ny = torch.tensor([1.0], device=d)", [2]),
+    ],
+)
+def test_the_look_at_sources_finds_unnamed_dtypes(code: str, lines: list[int]) -> None:
+    assert untyped(ast.parse(code)) == lines
+
+
+def test_text_is_read_and_written_in_an_encoding_that_is_named() -> None:
+    found = {name: lines for name, tree in parsed() if (lines := unencoded(tree))}
+    assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [
+        ("path.read_text()", [1]),
+        ('path.read_text(encoding="utf-8")', []),
+        ('path.write_text("b")\nopen(path)', [1, 2]),
+        ('path.open("rb")', []),
+    ],
+)
+def test_the_look_at_sources_finds_unnamed_encodings(code: str, lines: list[int]) -> None:
+    assert unencoded(ast.parse(code)) == lines
 
 
 def test_no_device_is_made_the_default_but_for_skeletons() -> None:

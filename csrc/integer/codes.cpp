@@ -12,7 +12,8 @@ namespace {
 
 constexpr std::size_t kTogether = 16;     // rows that a thread rounds at once
 constexpr std::size_t kWhole = 32;        // rows that kernels may read at once
-constexpr float kSmallestStep = 1e-8f;    // SMALLEST_ACTIVATION_SCALE of quantine.core.fit_range
+// SMALLEST_ACTIVATION_SHARE and SMALLEST_ACTIVATION_SCALE of quantine.core.fit_range.
+constexpr float kSmallestShare = 0x1p-22f, kSmallestStep = 1e-30f;
 // Of quantine.kernels.integer.token_factors.
 constexpr float kSmallestFactor = 1e-30f, kLargestFactor = 4.0f;
 constexpr float kFinite = std::numeric_limits<float>::max();
@@ -130,7 +131,9 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
   const float *scales = grid_.scale.data(), *zeros = grid_.zero.data();
   if (own_grids()) {
     const Ends ends = ends_of(x, w.columns);
-    own_scale_[row] = larger((ends.high - ends.low) / top, kSmallestStep);
+    const float reach = larger(std::fabs(ends.low), std::fabs(ends.high));
+    const float least = larger(reach * kSmallestShare, kSmallestStep);
+    own_scale_[row] = larger((ends.high - ends.low) / top, least);
     own_zero_[row] = std::nearbyint(-ends.low / own_scale_[row]);
     scales = &own_scale_[row];
     zeros = &own_zero_[row];

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <utility>
@@ -32,11 +33,13 @@ struct Statistic {
   std::optional<Halves> steps, zeros;
   int bits;
   std::size_t span;
+  int exponent;
 };
 
 quantine::StatisticSource source_of(const Statistic& s, std::size_t lines, std::size_t groups) {
   quantine::StatisticSource found;
   found.bits = s.bits;
+  found.factor = std::ldexp(1.0f, s.exponent);
   if (s.bits < 1 || s.bits > 16) throw nb::value_error("bits of a statistic must be 1 to 16");
   if (s.halves) {
     if (s.halves->shape(0) != lines || s.halves->shape(1) != groups)
@@ -198,13 +201,13 @@ void bind_matrix(nb::module_& m) {
       .def("__init__",
            [](Statistic* self, std::optional<Halves> halves, std::optional<Codes> codes,
               std::optional<Halves> steps, std::optional<Halves> zeros, int bits,
-              std::size_t span) {
+              std::size_t span, int exponent) {
              new (self) Statistic{std::move(halves), std::move(codes), std::move(steps),
-                                  std::move(zeros), bits, span};
+                                  std::move(zeros), bits, span, exponent};
            },
            nb::arg("halves").none() = nb::none(), nb::arg("codes").none() = nb::none(),
            nb::arg("steps").none() = nb::none(), nb::arg("zeros").none() = nb::none(),
-           nb::arg("bits") = 8, nb::arg("span") = 0);
+           nb::arg("bits") = 8, nb::arg("span") = 0, nb::arg("exponent") = 0);
   nb::class_<Outliers>(m, "Outliers")
       .def("__init__",
            [](Outliers* self, Vector<const std::int64_t> offsets,

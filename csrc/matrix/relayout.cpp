@@ -60,25 +60,28 @@ float value_of(const StatisticSource& source, std::size_t line, std::size_t grou
                std::size_t lines, std::size_t groups) {
   switch (source.kept) {
     case Kept::kHalf:
-      return half_to_float(source.halves[line * groups + group]);
+      return half_to_float(source.halves[line * groups + group]) * source.factor;
     case Kept::kWhole:
       return source.codes[line * groups + group];
     case Kept::kCoded: {
       const std::size_t place = group * up(lines, source.span) + line / source.span;
       const float code = source.codes[group * lines + line];
-      return (code - half_to_float(source.zeros[place])) * half_to_float(source.steps[place]);
+      return (code - half_to_float(source.zeros[place])) *
+             (half_to_float(source.steps[place]) * source.factor);
     }
     default:
       return static_cast<float>(1 << (source.bits - 1));
   }
 }
 
-// How a kernel reads a statistic. A second grid has to be that of 16 whole lines.
+// How a kernel reads a statistic. A second grid has to be that of 16 whole lines, and float16 has
+// no room for a factor.
 StatisticLayout plan(const StatisticSource& source, std::size_t lines, std::size_t groups,
                      bool along_outputs) {
   StatisticLayout found;
   found.kept = source.kept;
   found.bits = source.bits;
+  if (source.kept == Kept::kHalf && source.factor != 1.0f) found.kept = Kept::kFloat;
   if (source.kept != Kept::kCoded) return found;
   found.span = source.span;
   if (source.span % kTile != 0 && source.span < lines) {
@@ -91,7 +94,7 @@ StatisticLayout plan(const StatisticSource& source, std::size_t lines, std::size
     for (std::size_t group = 0; group < groups; ++group) {
       const std::size_t place = along_outputs ? group * spans + span : span * groups + group;
       float* pair = &found.second[place * 2];
-      pair[0] = half_to_float(source.steps[group * spans + span]);
+      pair[0] = half_to_float(source.steps[group * spans + span]) * source.factor;
       pair[1] = half_to_float(source.zeros[group * spans + span]);
     }
   return found;

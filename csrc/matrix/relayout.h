@@ -19,6 +19,7 @@ struct StatisticSource {
   const std::uint16_t* steps = nullptr;   // [groups, spans] float16; kCoded
   const std::uint16_t* zeros = nullptr;   // likewise
   std::size_t span = 0;                   // lines that share a second grid; kCoded
+  float factor = 1.0f;                    // of every value; kHalf and kCoded
 };
 
 // A QTensor: row-major arrays, columns in stored order.

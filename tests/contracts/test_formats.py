@@ -223,6 +223,46 @@ def assert_size(name: str, tensors: dict[str, Tensor], qtensor: QTensor, spec: Q
         assert fixed <= size <= 1.01 * most + 8
 
 
+def times(qtensor: QTensor, exponent: int) -> QTensor:
+    """The matrix times ``2**exponent``, as a solver gives it whose weights were that small."""
+    kept = qtensor.outliers
+    if kept is not None:
+        kept = replace(kept, values=kept.values.float() * 2.0**exponent)
+    return replace(qtensor, grid=replace(qtensor.grid, exponent=exponent), outliers=kept)
+
+
+@names
+@quick
+@given(case=qtensors(), exponent=st.integers(-100, -1))
+def test_small_weights_are_held_exactly_or_refused(
+    name: str, case: tuple[QTensor, QuantSpec], exponent: int
+) -> None:
+    qtensor, spec = case
+    layout, shape = format_named(name), shape_of(qtensor)
+    if not holds(name, spec, qtensor.outliers is not None, shape):
+        return
+    small = times(qtensor, exponent)
+    tensors, reason = {}, ""
+    try:
+        tensors = layout.pack(small)
+    except FormatError as error:
+        reason = str(error)
+    if not tensors:
+        assert reason.endswith("use sparse")
+        assert name not in {"dense", "sparse"}
+        return
+    held = layout.unpack(tensors, spec, shape[1])
+    if held.grid.exponent:
+        assert torch.equal(held.dequantize(), small.dequantize())
+        rows = torch.arange(0, shape[0], 3)
+        part = layout.unpack(tensors, spec, shape[1], rows).dequantize()
+        assert torch.equal(part, small.dequantize()[rows])
+    else:  # folded into what the layout has
+        expected = replace(small, outliers=None).dequantize()
+        change = replace(held, outliers=None).dequantize() - expected
+        assert float(change.norm()) <= 0.01 * float(expected.norm())
+
+
 @names
 @quick
 @given(case=qtensors(), picked=st.lists(st.integers(0, 31), max_size=8))

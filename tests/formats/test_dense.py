@@ -148,3 +148,21 @@ def test_golden_bytes_along_outputs() -> None:
     packed = DENSE.pack(unpacked)
     assert packed.keys() == tensors.keys()
     assert all(torch.equal(packed[key], tensors[key]) for key in tensors)
+
+
+def test_an_exponent_multiplies_scales() -> None:
+    tensors = {
+        "codes": torch.tensor([[0xE4], [0x1B]], dtype=torch.uint8),  # 0 1 2 3 | 3 2 1 0
+        "scale": torch.tensor([[0.5], [3.0]], dtype=torch.float16),
+        "exponent": torch.tensor([-40], dtype=torch.int8),
+    }
+    spec = QuantSpec(2, -1, sym=True)
+    qtensor = Sparse(plain=True).unpack(tensors, spec, 4)
+    expected = [[-1.0, -0.5, 0.0, 0.5], [3.0, 0.0, -3.0, -6.0]]
+    assert (qtensor.dequantize() * 2.0**40).tolist() == expected
+    packed = Sparse(plain=True).pack(qtensor)
+    assert packed.keys() == tensors.keys()
+    assert all(torch.equal(packed[name], tensors[name]) for name in tensors)
+    for damaged in (torch.tensor([-40.0]), torch.tensor([-40, 1], dtype=torch.int8)):
+        with pytest.raises(FormatError, match="exponent"):
+            Sparse(plain=True).unpack({**tensors, "exponent": damaged}, spec, 4)

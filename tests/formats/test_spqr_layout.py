@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -465,3 +466,19 @@ def test_nothing_is_made_on_another_device_than_the_tensors(kind: str) -> None:
     with torch.device("meta"):
         weight = ADDS.unpack(tensors, SPEC, COLUMNS).dequantize()
     assert torch.equal(weight, ADDS.unpack(tensors, SPEC, COLUMNS).dequantize())
+
+
+@pytest.mark.parametrize("power", [-12, -30, -100])
+def test_weights_too_small_for_float16_steps_are_refused_with_the_remedy(power: int) -> None:
+    solved = FAITHFUL(random_weight(32, 48), observed(correlated_inputs(48, 80)), FAITHFUL_SPEC)
+    small = replace(solved, grid=replace(solved.grid, exponent=power), outliers=None)
+    with pytest.raises(FormatError, match=r"its weights are so small .*%: use sparse"):
+        Spqr().pack(small)
+
+
+def test_scales_that_float16_steps_hold_need_no_exponent() -> None:
+    solved = FAITHFUL(random_weight(32, 48), observed(correlated_inputs(48, 80)), FAITHFUL_SPEC)
+    small = replace(solved, grid=replace(solved.grid, exponent=-3), outliers=None)
+    held = Spqr().unpack(Spqr().pack(small), FAITHFUL_SPEC, 48)
+    assert held.grid.exponent == 0
+    torch.testing.assert_close(held.dequantize(), small.dequantize(), rtol=1e-3, atol=1e-6)

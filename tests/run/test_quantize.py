@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 import quantine
 from quantine import Calibration, Plan
 from quantine.calibrate.segments import calibration_segments
+from quantine.run.store import RunStore
 from tiny_models import FAMILIES, byte_tokenizer, matrices_of, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]
@@ -221,3 +223,55 @@ def test_tokenizer_and_generation_settings_travel_along(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         source = tiny("llama") / name
         assert (packed("llama", "gptq") / name).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_who_comes_between_the_check_and_the_lock_is_seen(
+    resume: bool, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run finishes in OUT after this one found it empty, and before this one locks it."""
+    out, lock = tmp_path / "out", RunStore.lock
+    other = Plan.preset("rtn", bits=2, group_size=32)
+
+    def late(store: RunStore) -> None:
+        monkeypatch.setattr(RunStore, "lock", lock)
+        quantine.quantize(tiny("llama"), out, other, short)
+        lock(store)
+
+    monkeypatch.setattr(RunStore, "lock", late)
+    kind = quantine.ResumeMismatch if resume else quantine.OutputError
+    with pytest.raises(kind, match=r"another plan|is not empty"):
+        quantine.quantize(tiny("llama"), out, PLAN, short, resume=resume)
+    report = json.loads((out / "quantine_report.json").read_text(encoding="utf-8"))
+    assert report["plan"] == other.as_dict()
+    assert not list(out.glob(".quantine*"))
+    quantine.load(out)
+
+
+def test_of_runs_that_begin_together_one_makes_the_output(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out, together = tmp_path / "out", threading.Barrier(4)
+    ended: list[object] = []
+
+    def run(bits: int) -> None:
+        plan = Plan.preset("rtn", bits=bits, group_size=32)
+        together.wait()
+        try:
+            ended.append(quantine.quantize(tiny("llama"), out, plan, short, resume=True))
+        except (quantine.OutputError, quantine.ResumeMismatch) as error:
+            ended.append(error)
+
+    tiny("llama")
+    threads = [threading.Thread(target=run, args=(bits,)) for bits in (2, 3, 4, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ended) == 4
+    assert sum(not isinstance(one, Exception) for one in ended) == 1
+    report = json.loads((out / "quantine_report.json").read_text(encoding="utf-8"))
+    bits = {layer["scheme"]["bits"] for layer in report["layers"]}
+    assert len(bits) == 1
+    assert not list(out.glob(".quantine*"))
+    quantine.load(out)

@@ -196,7 +196,7 @@ class TestIdentity:
 def test_killed_while_the_working_files_are_removed(
     out: Path, removed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(path: Path) -> None:
+    def killed(path: Path, ignore_errors: bool) -> None:
         (path / removed).unlink()
         raise KeyboardInterrupt
 

@@ -254,3 +254,22 @@ class TestRoundedInputs:
             module.scale.mul_(2)
         twin = copy.deepcopy(module)
         torch.testing.assert_close(twin(x), self.simulated(module, x), atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_too_small_for_float16_multiply_activations_of_any_dtype(
+    rows: int, dtype: torch.dtype
+) -> None:
+    generator, spec = torch.Generator().manual_seed(3), QuantSpec(8, 16)
+    qtensor = RTN()(torch.randn(OUT, IN, generator=generator) * 2.0**-30, None, spec)
+    module = QuantLinear("dense", spec, OUT, IN, format_named("dense").pack(qtensor))
+    assert "exponent" in module.tensor_names
+    x = (torch.randn(rows, IN, generator=generator) * 2.0**13).to(dtype)
+    expected = (x.double() @ qtensor.dequantize().double().T).float()
+    for copied in (module, copy.deepcopy(module).to(dtype)):
+        found = copied(x)
+        assert found.dtype == dtype
+        assert float((found.float() - expected).norm() / expected.norm()) < 0.01
+    wanted = module(x.clone().requires_grad_()).detach()
+    assert float((wanted.float() - expected).norm() / expected.norm()) < 0.01

@@ -29,7 +29,7 @@ class Replay(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._nobodys = torch.empty(0, device="cpu")
+        self._nobodys = torch.empty(0, dtype=torch.float32, device="cpu")
         self._calls: list[tuple[Any, Any]] = []  # function, and result as `_loosened`
         self._stopped = 0  # calls that are repeated
         self._place = 0

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from quantine.calibrate.segments import Calibration
 from quantine.comparison.short_forms import FLOAT
+from quantine.core.ambient import own_state
 from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
@@ -34,6 +35,7 @@ from quantine.eval.speed import decode_speed
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
 from quantine.formats.directory import read_json, write_json
 from quantine.plan.plan import Plan
+from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 from quantine.run.prepare import prepare
 from quantine.run.quantize import quantize
 from quantine.runtime.load import load_model
@@ -68,6 +70,7 @@ class Measured:
     tasks: TaskRequest | None = None
 
 
+@own_state()
 def compare(
     model: str | Path,
     plans: Mapping[str, Plan],
@@ -103,30 +106,37 @@ def compare(
     cut = cut_texts(source, measured.texts, measured.window, measured.limit)
     for each in plans.values():
         prepare(model, each, calibration)
-    _open(out, _settings(source, calibration, cut, tasks))
-    reference = Predictions(source, torch.float32, out / PREDICTIONS)
-    reference.reserve(cut.values())
-    rows = []
-    wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
-    for name, plan in wanted.items():
-        path = out / ROWS / f"{name}.json"
-        row = _finished(path, plan)
-        if row is None:
-            on_step(name)
-            if plan is None:
-                row = _float_row(reference, cut, tasks, on_window)
-                reference = Predictions(source, torch.float32, out / PREDICTIONS)  # frees the model
-            else:
-                row = _row(model, plan, out, name, calibration, measured, on_window)
-            write_json(path, row)
-        rows.append(row)
-    return rows
-
-
-def _open(out: Path, settings: dict[str, Any]) -> None:
-    """Make ``out``, or check that it was made for the same comparison."""
+    lock = DirectoryLock(out)
     try:
-        if out.is_dir() and any(out.iterdir()) and not (out / SETTINGS).is_file():
+        _open(out, lock, _settings(source, calibration, cut, tasks))
+        reference = Predictions(source, torch.float32, out / PREDICTIONS)
+        reference.reserve(cut.values())
+        rows = []
+        wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
+        for name, plan in wanted.items():
+            path = out / ROWS / f"{name}.json"
+            row = _finished(path, plan)
+            if row is None:
+                on_step(name)
+                if plan is None:
+                    row = _float_row(reference, cut, tasks, on_window)
+                    # A new one, without the model in memory.
+                    reference = Predictions(source, torch.float32, out / PREDICTIONS)
+                else:
+                    row = _row(model, plan, out, name, calibration, measured, on_window)
+                write_json(path, row)
+            rows.append(row)
+        return rows
+    finally:
+        lock.release()
+
+
+def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
+    """Make ``out``, or check that it was made for the same comparison, and take its ``lock``."""
+    try:
+        lock.take()
+        found = {path.name for path in out.iterdir()} - {LOCK_FILE}
+        if found and SETTINGS not in found:
             raise OutputError(f"{out} is not empty and no comparison: choose another directory")
         (out / ROWS).mkdir(parents=True, exist_ok=True)
         (out / MODELS).mkdir(exist_ok=True)
@@ -134,8 +144,8 @@ def _open(out: Path, settings: dict[str, Any]) -> None:
             write_json(out / SETTINGS, settings)
     except OSError as error:
         raise OutputError(f"{out} cannot be written: {error}") from error
-    found = read_json(out / SETTINGS)
-    keys = [key for key in settings if found.get(key) != settings[key]]
+    stored = read_json(out / SETTINGS)
+    keys = [key for key in settings if stored.get(key) != settings[key]]
     if keys:
         raise ResumeMismatch(
             f"the comparison in {out} was started with another {', '.join(keys)}: its rows could "

@@ -19,7 +19,7 @@ def device_named(name: str | torch.device) -> torch.device:
         BackendUnavailable: this machine, or the installed PyTorch, has no such device.
     """
     try:
-        device = torch.empty(0, device=torch.device(name)).device
+        device = torch.empty(0, dtype=torch.float32, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise BackendUnavailable(

@@ -31,11 +31,11 @@ need a zero point too large for float16."""
 NARROW: Final = 2.0**-10
 """Width of a range, as a share of its largest magnitude, up to which all its values are stored as
 one: float16 could not tell its ends apart."""
-SMALLEST_ACTIVATION_SCALE: Final = 1e-8
-"""Smallest scale of activations, so that a channel with only one value in calibration still has a
-grid."""
-SMALLEST_PUBLISHED_SCALE: Final = 1e-4
-"""Smallest scale of activations in RPTQ's published code."""
+SMALLEST_ACTIVATION_SHARE: Final = 2.0**-22
+"""Smallest scale of activations, as a share of the largest magnitude in the range: a channel with
+only one value in calibration still has a grid, and a zero point that float32 holds."""
+SMALLEST_ACTIVATION_SCALE: Final = 1e-30
+"""Smallest scale of activations that are all zero."""
 
 
 def fit_whole(low: Tensor, high: Tensor, bits: int, sym: bool) -> tuple[Tensor, Tensor]:
@@ -132,7 +132,7 @@ def fit_activations(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
         ``(scale, zero)``, float32 of that shape. Zero points are integers of any size, also outside
         of the code range.
     """
-    scale = _step(low, high, bits).clamp_(min=SMALLEST_ACTIVATION_SCALE)
+    scale = torch.maximum(_step(low, high, bits), _least_step(low, high))
     return scale, (-low / scale).round_()
 
 
@@ -145,9 +145,10 @@ def fit_activations_as_published(low: Tensor, high: Tensor, bits: int) -> tuple[
     """Scale and integer zero point of activations, computed as in RPTQ's published code.
 
     The range is divided into ``2**bits`` steps although codes have only ``2**bits - 1``, so one
-    step of the range is lost. Arguments and result are those of `fit_activations`.
+    step of the range is lost. The least scale differs: it is 1e-4 there, which would round small
+    activations to nothing. Arguments and result are those of `fit_activations`.
     """
-    scale = ((high - low) / 2**bits).clamp_(min=SMALLEST_PUBLISHED_SCALE)
+    scale = torch.maximum((high - low) / 2**bits, _least_step(low, high))
     zero = (-(high + low) / (2 * scale)).round_() + 2 ** (bits - 1)
     return scale, zero
 
@@ -197,6 +198,12 @@ def _step(low: Tensor, high: Tensor, bits: int) -> Tensor:
     """The distance between neighbouring values of a grid that reaches from ``low`` to ``high``."""
     step: Tensor = (high - low) / (2**bits - 1)
     return step
+
+
+def _least_step(low: Tensor, high: Tensor) -> Tensor:
+    """The least scale of activations between ``low`` and ``high``."""
+    reach = torch.maximum(low.abs(), high.abs())
+    return reach.mul_(SMALLEST_ACTIVATION_SHARE).clamp_(min=SMALLEST_ACTIVATION_SCALE)
 
 
 def _half_above(step: Tensor) -> Tensor:

@@ -24,14 +24,24 @@ class FixedDtypes(nn.Module):
     """Names of the buffers that keep their dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        fixed = {name: self._buffers.pop(name) for name in self.fixed_names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in fixed.items():
-            if tensor is None:
-                self._buffers[name] = None
-                continue
-            # A cast leaves integers alone but a move does not, so a float is moved as an integer.
-            word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
-            bits = fn(tensor if word is None else tensor.view(word))
-            self._buffers[name] = bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits
+        before = {name: self._buffers[name] for name in self.fixed_names}
+        # What can fail, such as for want of memory, comes before anything is taken away.
+        held = {name: None if b is None else _moved(fn, b) for name, b in before.items()}
+        for name in before:
+            del self._buffers[name]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        except BaseException:
+            held = before
+            raise
+        finally:
+            self._buffers.update(held)
         return self
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn`` makes of ``tensor``, in the dtype of ``tensor``."""
+    # A cast leaves integers alone but a move does not, so a float is moved as an integer.
+    word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
+    bits = fn(tensor if word is None else tensor.view(word))
+    return bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits

@@ -42,6 +42,8 @@ class Grid:
             `quantine.core.spec.QuantSpec.group_axis`.
         sizes: number of weights of each group, where groups differ in size; ``group_size`` is then
             not used. Empty otherwise.
+        exponent: scales are ``2**exponent`` times what ``scale`` holds. It is 0 but for weights
+            that are too small for scales in float16.
     """
 
     scale: Tensor | Statistic
@@ -50,10 +52,12 @@ class Grid:
     group_size: int
     axis: GroupAxis = "in"
     sizes: tuple[int, ...] = ()
+    exponent: int = 0
 
     def scales(self) -> Tensor:
         """The scales, decoded if they are stored as codes, as float32 ``[lines, groups]``."""
-        return _values(self.scale)
+        found = _values(self.scale)
+        return found * 2.0**self.exponent if self.exponent else found
 
     def zeros(self) -> Tensor:
         """The zero points as float32 ``[lines, groups]``, also those a symmetric grid implies."""
@@ -106,7 +110,7 @@ class Grid:
 
     def _of_weights(self, statistic: Tensor) -> Tensor:
         """Repeat scales or zeros ``[lines, groups]`` for each weight, ``[lines, columns]``."""
-        sizes = torch.tensor(self.sizes, device=statistic.device)
+        sizes = torch.tensor(self.sizes, dtype=torch.int64, device=statistic.device)
         return statistic.repeat_interleave(sizes, 1)
 
     def _lines(self, x: Tensor) -> Tensor:

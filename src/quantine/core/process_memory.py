@@ -40,7 +40,11 @@ KEPT_FREE: Final = 2**28
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
     # The peak that getrusage gives a new process includes that of the process that started it.
-    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    lines = (
+        STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
+        if STATUS.is_file()
+        else []
+    )
     for line in lines:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -51,7 +55,7 @@ def peak_memory() -> int:
 def forget_peak_memory() -> None:
     """Make `peak_memory` start again from the memory used now, where the system can (Linux)."""
     if RESET.exists():
-        RESET.write_text("5")
+        RESET.write_text("5", encoding="utf-8")
 
 
 def reuse_freed_memory() -> None:

@@ -16,7 +16,8 @@ class Csr:
         row_offsets: ``[rows + 1]`` int64: the entries of row ``r`` are numbers ``row_offsets[r]``
             to ``row_offsets[r + 1] - 1``.
         columns: ``[entries]`` int64, the column of each entry.
-        values: ``[entries]`` float16, as solvers give them. Float32 where a layout stores outliers
+        values: ``[entries]`` float16, as solvers give them. Float32 where the grid of the codes has
+            an exponent, which the stored values then have, too; and where a layout stores outliers
             as float16 differences from the decoded codes: their sums need more digits.
         shape: ``(rows, columns)`` of the matrix.
     """

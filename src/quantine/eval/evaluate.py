@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quantine.calibrate.text import BUILTIN
+from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error, perplexity_recovery
@@ -39,6 +40,7 @@ OnWindow = Callable[[str, int, int, float], None]
 in all, and the perplexity so far."""
 
 
+@own_state()
 def evaluate(
     model: str | Path,
     texts: str | Sequence[str] = BUILTIN,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantine.calibrate.segments import token_stream
 from quantine.calibrate.text import BUILTIN, read_text
+from quantine.core.ambient import own_state
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.generate import continue_tokens
@@ -23,6 +24,7 @@ WRITTEN: Final = 40
 """Number of tokens written after each prompt, always the most likely one."""
 
 
+@own_state()
 def decode_samples(
     model: PreTrainedModel, reference: PreTrainedModel, tokenizer: Any
 ) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from quantine.core.ambient import own_state
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.kernels import backend
@@ -45,6 +46,7 @@ Timed = dict[str, float]
 """``median``, ``low`` and ``high`` of several measurements."""
 
 
+@own_state()
 def measure(
     directory: str | Path,
     *,
@@ -114,6 +116,7 @@ def measure(
     }
 
 
+@own_state()
 def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
     """The speed of decoding in tokens/s.
 
@@ -272,9 +275,10 @@ def _text(
 
 
 def _decode(decoder: Decoder | ModuleDecoder) -> None:
-    token = torch.tensor([3], device="cpu")
+    token = torch.tensor([3], dtype=torch.int64, device="cpu")
     for _ in range(DECODED):
-        token = torch.tensor([most_likely(decoder.append(token))], device="cpu")
+        chosen = most_likely(decoder.append(token))
+        token = torch.tensor([chosen], dtype=torch.int64, device="cpu")
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -15,8 +15,9 @@ from quantine.formats.directory import REPORT, RUN_DIRECTORY, read_json
 from quantine.formats.shards import Entry
 from quantine.formats.stored_config import spec_of
 
-OF_ANY_LENGTH: Final = ("outlier_gap", "outlier_value", "col_vals")
-"""Tensors whose length only the file says: how many outliers a matrix has."""
+OF_ANY_LENGTH: Final = ("outlier_gap", "outlier_value", "col_vals", "exponent")
+"""Tensors of which only the file says how long they are, if they are there: those of outliers, and
+the exponent of small weights."""
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from quantine.core.arithmetic import Arithmetic
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Version of docs/format.md that this package writes."""
 METHOD: Final = "quantine"
 """``quant_method`` of quantine's own layouts."""

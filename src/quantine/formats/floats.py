@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
-from quantine.core.fit_range import LARGEST_SCALE
 from quantine.errors import FormatError
+
+SHARE: Final = 2.0**-11
+"""Share of its norm by which a row or a column may change when it is stored: what float16 rounds
+off a number that is not too small for it."""
+NEGLIGIBLE: Final = 2.0**-21
+"""Norm of a row or column, as a share of the largest in its matrix, below which it may change by
+more, as it does not matter beside the others."""
+ROWS_AT_ONCE: Final = 4096
+"""Number of rows that are compared at once, which bounds temporary memory."""
 
 
 def as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A float tensor that is not quantized, as the output stores it.
 
-    A float32 matrix becomes float16 unless it overflows there; vectors keep their dtype.
+    A float32 matrix becomes float16 where float16 holds it: nothing overflows, and no row or column
+    changes by more than `SHARE` of its norm, but for those that are `NEGLIGIBLE`. Vectors keep
+    their dtype.
 
     Args:
         name: of the tensor, for the error.
@@ -20,7 +32,8 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Te
             `quantine.formats.format.Format.float_dtype`.
 
     Raises:
-        FormatError: ``tensor`` overflows in ``dtype``, but has to be stored so.
+        FormatError: ``tensor`` overflows in ``dtype``, or as a whole changes by more than `SHARE`,
+            but has to be stored so.
     """
     if dtype is not None and tensor.is_floating_point():
         stored = tensor.to(dtype)
@@ -29,9 +42,38 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Te
                 f"{name} reaches {tensor.abs().max().item():.4g}, but the plan's format needs "
                 f"every float in {dtype} (at most {torch.finfo(dtype).max:g}): use format sparse"
             )
+        change, size = (float(_squares(of, tensor)[0].sum()) for of in (stored, None))
+        if change > SHARE**2 * size:
+            raise FormatError(
+                f"{name} reaches only {tensor.abs().max().item():.2g}, but the plan's format needs "
+                f"every float in {dtype}, which changes it by {(change / size) ** 0.5:.1%}: use "
+                "format sparse"
+            )
         return stored
     if tensor.ndim < 2 or tensor.dtype not in {torch.float32, torch.float64}:
         return tensor
-    low, high = tensor.aminmax()
-    fits = float(low) >= -LARGEST_SCALE and float(high) <= LARGEST_SCALE
-    return tensor.half() if fits else tensor.float()
+    half = tensor.half()
+    return half if _holds(half, tensor) else tensor.float()
+
+
+def _holds(stored: Tensor, tensor: Tensor) -> bool:
+    """Whether ``stored`` is near enough to ``tensor``, row by row and column by column."""
+    changes, sizes = _squares(stored, tensor), _squares(None, tensor)
+    return all(
+        bool(((change <= SHARE**2 * size) | (size <= NEGLIGIBLE**2 * size.max())).all())
+        for change, size in zip(changes, sizes, strict=True)
+    )
+
+
+def _squares(stored: Tensor | None, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares of rows and of columns: of ``tensor``, or of what ``stored`` lacks of it."""
+    matrix = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+    other = None if stored is None else stored.reshape(matrix.shape)
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=tensor.device)
+    for start in range(0, len(matrix), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        values = matrix[part].double()
+        square = (values if other is None else values - other[part]).square()
+        rows.append(square.sum(1))
+        columns += square.sum(0)
+    return torch.cat(rows), columns

@@ -41,7 +41,7 @@ def expected_bytes(share: float) -> float:
 
 
 def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
-    """Invert `encode_gaps`; ``values`` ``[entries]`` float16.
+    """Invert `encode_gaps`; ``values`` ``[entries]`` float.
 
     Raises:
         FormatError: the stream does not hold one place for each value, or leaves the matrix.

@@ -95,12 +95,14 @@ def _with_short_outliers(name: str, qtensor: QTensor, rounds: bool) -> QTensor:
     outliers = qtensor.outliers
     if outliers is None or not outliers.entries:
         return replace(qtensor, outliers=None)
-    short = outliers.values.half()
+    exponent = qtensor.grid.exponent
+    short = (outliers.values.float() * 2.0**-exponent).half()
     if rounds and not bool(torch.isfinite(short).all()):
         raise FormatError(
             f"{name} has an outlier of {outliers.values.abs().max().item():.4g}, which float16 "
             "does not hold: keep its format"
         )
-    if rounds or torch.equal(short.to(outliers.values.dtype), outliers.values):
-        return replace(qtensor, outliers=replace(outliers, values=short))
+    held = short.float() * 2.0**exponent if exponent else short
+    if rounds or torch.equal(held.to(outliers.values.dtype), outliers.values):
+        return replace(qtensor, outliers=replace(outliers, values=held))
     return qtensor

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ COPY_BYTES: Final = 2**24
 """Bytes that are copied at once, and so are in memory, when files are merged."""
 HEADER_ALIGNMENT: Final = 8
 """Bytes of which the length of a header is a multiple, so that tensors can be mapped."""
+
+TEMPORARY: Final = ".tmp"
+"""How the names of files end that are still being written."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,18 @@ class Entry:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that exists whole or not at all, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        _flush(file)
-    temporary.replace(path)
+    """Write a file that exists whole or not at all, also after a crash.
+
+    Of several that write the same file at once, the last one's content stays.
+    """
+    temporary = path.with_name(f"{path.name}.{threading.get_native_id()}{TEMPORARY}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            _flush(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -144,7 +154,7 @@ def _write_shard(entries: Sequence[Entry], path: Path) -> None:
         position += entry.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as target:
         target.write(struct.pack("<Q", len(raw)) + raw)
         for entry in ordered:

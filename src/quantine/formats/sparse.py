@@ -34,9 +34,10 @@ ALL_NAMES: Final = (
     "outlier_gap",
     "outlier_value",
     "in_perm",
+    "exponent",
 )
 """Every tensor that the layout ``sparse`` may have."""
-PLAIN_NAMES: Final = ("codes", "scale", "zero", "in_perm")
+PLAIN_NAMES: Final = ("codes", "scale", "zero", "in_perm", "exponent")
 """Every tensor that the layout ``dense`` may have."""
 
 
@@ -49,7 +50,8 @@ class Sparse:
     ``zero_zero``) float16 ``[groups, tiles]``; whole zero points uint8 ``[bytes]``, only of
     asymmetric grids; ``outlier_gap`` uint8 or int16 ``[items]`` and ``outlier_value`` float16
     ``[entries]``; ``in_perm`` int16 or int32 ``[in]``, only where columns are stored in another
-    order than the inputs'.
+    order than the inputs'; ``exponent`` int8 ``[1]``, only where weights are too small for float16
+    and so stored as multiples.
 
     Attributes:
         plain: the layout ``dense``, with scales in float16, whole zero points, and no outliers.
@@ -102,8 +104,6 @@ class Sparse:
             raise FormatError(
                 "the dense layout holds neither outliers nor second-level statistics: use sparse"
             )
-        if qtensor.outliers is not None and qtensor.outliers.values.dtype != torch.float16:
-            raise FormatError("the sparse layout holds outliers in float16 only: keep their layout")
         tensors = {"codes": pack(qtensor.codes, grid.bits), **_pack_statistic("scale", grid.scale)}
         if isinstance(grid.zero_point, Tensor) and grid.zero_point.dtype == torch.uint8:
             tensors["zero"] = pack(grid.zero_point.reshape(1, -1), grid.bits).view(-1)
@@ -111,9 +111,11 @@ class Sparse:
             tensors.update(_pack_statistic("zero", grid.zero_point))
         if qtensor.outliers is not None:
             tensors["outlier_gap"] = encode_gaps(qtensor.outliers)
-            tensors["outlier_value"] = qtensor.outliers.values
+            tensors["outlier_value"] = _pack_values(qtensor.outliers.values, grid.exponent)
         if qtensor.in_perm is not None:
             tensors["in_perm"] = qtensor.in_perm.to(index_dtype(qtensor.codes.shape[1]))
+        if grid.exponent:
+            tensors["exponent"] = qtensor.codes.new_tensor([grid.exponent], dtype=torch.int8)
         return tensors
 
     def unpack(
@@ -131,12 +133,15 @@ class Sparse:
         out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
         expected = self.layout(spec, out_features, in_features, "in_perm" in tensors)
         outliers = {} if self.plain else _outlier_tensors(tensors)
+        if "exponent" in tensors:
+            expected["exponent"] = ((1,), torch.int8)
         name = "dense" if self.plain else "sparse"
         check_layout(name, tensors, {**expected, **outliers}, spec)
         kept = None
         if outliers:
             shape = (out_features, in_features)
-            kept = decode_gaps(tensors["outlier_gap"], tensors["outlier_value"], shape)
+            values = _unpack_values(tensors["outlier_value"], _exponent(tensors))
+            kept = decode_gaps(tensors["outlier_gap"], values, shape)
         grid = _unpack_grid(tensors, spec, out_features, in_features)
         packed = tensors["codes"]
         if rows is not None:
@@ -153,7 +158,7 @@ class Sparse:
         stores_order: bool,
         outlier_share: float = 0.0,
     ) -> int:
-        """Bytes of all tensors; exact without outliers."""
+        """Bytes of all tensors; exact without outliers and ``exponent``."""
         fixed = nbytes_of(self.layout(spec, out_features, in_features, stores_order))
         kept = out_features * in_features * outlier_share
         return fixed + math.ceil(kept * expected_bytes(outlier_share))
@@ -236,7 +241,30 @@ def _unpack_grid(
         zero = unpack(stream, spec.bits, lines * groups).view(lines, groups)
     scale = statistic("scale", spec.scale_bits)
     length = spec.group_length(length)
-    return Grid(scale, zero, spec.bits, length, spec.group_axis, spec.cluster_sizes)
+    return Grid(
+        scale, zero, spec.bits, length, spec.group_axis, spec.cluster_sizes, _exponent(tensors)
+    )
+
+
+def _exponent(tensors: dict[str, Tensor]) -> int:
+    return int(tensors["exponent"]) if "exponent" in tensors else 0
+
+
+def _pack_values(values: Tensor, exponent: int) -> Tensor:
+    """Values of outliers in float16, divided by ``2**exponent``.
+
+    Raises:
+        FormatError: they have more digits.
+    """
+    stored = (values.float() * 2.0**-exponent).half()
+    if not torch.equal(_unpack_values(stored, exponent).float(), values.float()):
+        raise FormatError("the sparse layout holds outliers in float16 only: keep their layout")
+    return stored
+
+
+def _unpack_values(stored: Tensor, exponent: int) -> Tensor:
+    """Invert `_pack_values`: float16, or float32 where there is an exponent."""
+    return stored.float() * 2.0**exponent if exponent else stored
 
 
 def _outlier_tensors(tensors: dict[str, Tensor]) -> Layout:

@@ -155,5 +155,5 @@ def _groups_of(spec: QuantSpec, inputs: Tensor) -> Tensor:
     """The number of the group of each of ``inputs``, ``[in]`` int64 as ``inputs`` are."""
     if not spec.clustered:
         return inputs // spec.group_length(len(inputs))
-    sizes = torch.tensor(spec.cluster_sizes, device=inputs.device)
+    sizes = torch.tensor(spec.cluster_sizes, dtype=torch.int64, device=inputs.device)
     return torch.arange(len(sizes), device=inputs.device).repeat_interleave(sizes)[inputs]

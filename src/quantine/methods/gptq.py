@@ -7,10 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
 from quantine.methods.column_loop import ColumnLoop, Groups
+from quantine.methods.small_weights import solve_multiplied
 from quantine.statistics.hessian import Hessian
 
 
@@ -63,6 +65,7 @@ class GPTQ:
         """0: GPTQ rounds every weight and keeps no outliers."""
         return 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Quantize one matrix with error feedback.
 
@@ -75,5 +78,7 @@ class GPTQ:
             SolverError: there is no Hessian, or it cannot be factored; or a scale does not fit into
                 float16.
         """
-        factor = self.loop.factor(hessian, spec)
-        return self.loop.solve(weight, factor, spec, GridCost(self.clip))
+        factor, cost = self.loop.factor(hessian, spec), GridCost(self.clip)
+        return solve_multiplied(
+            weight, spec, lambda multiple: self.loop.solve(multiple, factor, spec, cost)
+        )

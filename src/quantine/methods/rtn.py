@@ -7,10 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit import fit_groups, fit_rows
 from quantine.kernels.fit.grid_cost import DATA_FREE_CLIPS, Clip, GridCost
+from quantine.methods.small_weights import solve_multiplied
 from quantine.statistics.hessian import Hessian
 
 
@@ -46,6 +48,7 @@ class RTN:
         """0: RTN rounds every weight and keeps no outliers."""
         return 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Round every weight to the nearest code of its group's grid.
 
@@ -57,6 +60,9 @@ class RTN:
         Raises:
             SolverError: a scale does not fit into float16.
         """
+        return solve_multiplied(weight, spec, lambda multiple: self._rounded(multiple, spec))
+
+    def _rounded(self, weight: Tensor, spec: QuantSpec) -> QTensor:
         same = weight.new_ones(weight.shape[1])
         if spec.group_axis == "in":
             grid = fit_rows(weight, same, spec, GridCost(self.clip))

@@ -17,6 +17,7 @@ from typing import ClassVar, Final, Literal
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
@@ -24,6 +25,7 @@ from quantine.errors import PlanError, SolverError
 from quantine.kernels.fit import fit_groups
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost, importance_of, squared_errors
 from quantine.methods.column_loop import ColumnLoop, Groups
+from quantine.methods.small_weights import exponent_of, solve_multiplied
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import InverseFactor
 
@@ -112,6 +114,7 @@ class SpQR:
             return self.outliers
         return None if self.threshold < math.inf else 0.0
 
+    @own_state()
     def __call__(self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec) -> QTensor:
         """Quantize one matrix with error feedback and outliers.
 
@@ -125,7 +128,13 @@ class SpQR:
                 float16; or a threshold keeps more outliers than `LARGEST_SHARE`.
         """
         factor = self.loop.factor(hessian, spec)
-        solved = self._solve(weight, factor, spec, self._price(weight, factor, spec))
+        solved = solve_multiplied(
+            weight,
+            spec,
+            lambda multiple: self._solve(
+                multiple, factor, spec, self._price(multiple, factor, spec)
+            ),
+        )
         share = 0.0 if solved.outliers is None else solved.outliers.entries / weight.numel()
         if self.outlier_share is None and share > LARGEST_SHARE:
             raise SolverError(
@@ -134,6 +143,7 @@ class SpQR:
             )
         return solved
 
+    @own_state()
     def predict(
         self, weight: Tensor, hessian: Hessian | None, spec: QuantSpec
     ) -> tuple[Tensor, float]:
@@ -157,6 +167,8 @@ class SpQR:
         """
         factor = self.loop.factor(hessian, spec)
         assert hessian is not None
+        exponent = exponent_of(weight, spec)
+        weight = weight * 2.0**-exponent
         price = self._price(weight, factor, spec)
         length = spec.group_length(spec.lines(*weight.shape)[1])
         spread = factor.upper.diagonal()
@@ -173,7 +185,7 @@ class SpQR:
         losses.masked_fill_(kept, 0.0)
         of_outputs = losses.sum((0, 1)) if spec.group_axis == "in" else losses.sum(2).flatten()
         # The factor belongs to the Hessian in units of its mean diagonal, summed over tokens.
-        unit = float(hessian.matrix.diagonal().mean()) / hessian.tokens
+        unit = float(hessian.matrix.diagonal().mean()) / hessian.tokens * 4.0**exponent
         return of_outputs * unit, float(kept.float().mean())
 
     def _solve(

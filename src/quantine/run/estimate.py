@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +9,7 @@ from quantine.budget.probe import probe_segments
 from quantine.calibrate.backward import LOGITS
 from quantine.calibrate.sequential import batch_samples
 from quantine.calibrate.submodules import OUTPUT_TOKENS
+from quantine.core.memory_limit import memory_limit
 from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
 from quantine.errors import PlanError
@@ -20,7 +20,7 @@ from quantine.run.job import Job
 FLOAT: Final = 4
 """Bytes of a float32, the dtype of weights, hidden states and Hessians during a run."""
 DEFAULT_SHARE: Final = 0.25
-"""Share of the machine's memory that calibration activations may take by default."""
+"""Share of the memory that the process may use which calibration activations take by default."""
 GGUF_COPIES: Final = 1.5
 """Number of float32 copies of the model in memory while transformers dequantizes a GGUF file (1.3
 measured)."""
@@ -89,9 +89,9 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
             `quantine.run.quantize.quantize`.
 
     Raises:
-        PlanError: ``max_ram`` is negative.
+        PlanError: ``max_ram`` is negative, or not a number.
     """
-    if max_ram is not None and max_ram < 0:
+    if max_ram is not None and not max_ram >= 0:
         raise PlanError(f"max_ram must not be negative, not {max_ram} GB")
     packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
     kept = _kept_bytes(job)
@@ -99,7 +99,7 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     tokens = 0 if job.segments is None else job.segments.numel()
     activations = tokens * _width(job) * FLOAT
     stopped = tokens * _stopped_width(job) * FLOAT
-    limit = _machine_memory() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
+    limit = memory_limit() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
     spills = activations > limit
     resumes = job.plan.true_sequential and activations + stopped <= limit
     scratch = activations if spills else 0
@@ -193,8 +193,3 @@ def _stopped_width(job: Job) -> int:
     """Number of floats per token that a block keeps when it stops to be observed."""
     inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
     return STOPPED_TENSORS * _width(job) + max(inside)
-
-
-def _machine_memory() -> int:
-    """Bytes of physical memory of the machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,6 +13,7 @@ from quantine.activations import attention
 from quantine.calibrate.segments import Calibration, calibration_segments
 from quantine.calibrate.skeleton import skeleton
 from quantine.core.activation_spec import ActivationSpec
+from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.core.spec import CLUSTERS
 from quantine.errors import (
@@ -46,6 +47,7 @@ DISK_RESERVE: Final = 64_000_000
 """Bytes of disk space that a run leaves free beside what it is expected to write."""
 
 
+@own_state()
 def prepare(
     model: str | Path,
     plan: Plan,

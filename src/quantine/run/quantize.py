@@ -15,6 +15,7 @@ from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, probe
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.core.ambient import own_state
 from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
 from quantine.errors import OutputError
 from quantine.families.layers import block_list
@@ -27,7 +28,7 @@ from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_headers, check_output_path, prepare
 from quantine.run.progress import Progress, Silent
-from quantine.run.store import RunStore, check_identity, clear_remains
+from quantine.run.store import RunStore, check_identity, check_output, clear_remains
 from quantine.source.checkpoint import Checkpoint
 
 PROBE: Final = "probe"
@@ -47,6 +48,7 @@ class Result:
     report: dict[str, Any]
 
 
+@own_state()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -69,7 +71,7 @@ def quantize(
         resume: whether to continue the unfinished run in ``out``. The result has the same bytes
             (apart from measured times) as that of an uninterrupted run.
         max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
-            disk; default is a quarter of the machine's memory.
+            disk; default is a quarter of what the process may use, in a container of its limit.
         progress: receives the events of the run; default shows nothing.
         device: where matrices are solved and blocks run, by PyTorch's name.
 
@@ -85,6 +87,7 @@ def quantize(
     return carry_out(job, Path(out), resume, max_ram, progress or Silent(), started=started)
 
 
+@own_state()
 def carry_out(
     job: Job,
     out: Path,
@@ -115,7 +118,7 @@ def carry_out(
     check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)
     try:
-        return _Run(job, store, size, progress or Silent(), adjust).finished(started)
+        return _Run(job, store, resume, size, progress or Silent(), adjust).finished(started)
     except OSError as error:
         full = error.errno == errno.ENOSPC
         said = "the disk is full: free some space and" if full else f"{error}: mend that and"
@@ -130,6 +133,7 @@ class _Run:
 
     job: Job
     store: RunStore
+    resume: bool
     size: Estimate
     progress: Progress
     adjust: Adjustment | None
@@ -141,6 +145,10 @@ class _Run:
         gguf = job.source.gguf_file is not None
         identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
         check_identity(out, identity)
+        if not is_finished(out):
+            store.lock()
+            check_output(out, self.resume)  # again: another process may have come first
+            check_identity(out, identity)
         if is_finished(out):
             clear_remains(out)
             self.progress.note(f"{out} is finished already")

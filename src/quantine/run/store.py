@@ -8,8 +8,6 @@ last act.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +26,7 @@ from quantine.formats.directory import (
     write_json,
 )
 from quantine.formats.shards import (
+    TEMPORARY,
     Entry,
     merge_into,
     merge_parts,
@@ -35,6 +34,7 @@ from quantine.formats.shards import (
     write_atomically,
     write_tensors,
 )
+from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
@@ -59,18 +59,25 @@ class RunStore:
         self._run = out / RUN_DIRECTORY
         self._parts = self._run / "parts"
         self._maps = self._run / "maps"
-        self._lock: int | None = None
+        self._lock = DirectoryLock(out)
 
     @property
     def scratch(self) -> Path:
         """A directory for temporary files, which the next process deletes."""
         return self._run / "scratch"
 
-    def open(self, identity: Mapping[str, str]) -> None:
-        """Start a run, or continue the one on disk, and lock it for this process.
+    def lock(self) -> None:
+        """Lock the output directory for this run, until `close` or the end of the process.
 
-        The lock ends with the process, however that ends. Scratch files of an earlier process are
-        deleted.
+        Raises:
+            OutputError: another process is working on it.
+        """
+        self._lock.take()
+
+    def open(self, identity: Mapping[str, str]) -> None:
+        """Start a run, or continue the one on disk, with the lock of this process.
+
+        Scratch files of an earlier process are deleted.
 
         Args:
             identity: the result of `quantine.run.job.Job.identity`.
@@ -78,14 +85,9 @@ class RunStore:
         Raises:
             OutputError: another process is working on the run.
         """
+        self.lock()
         self._parts.mkdir(parents=True, exist_ok=True)
         self._maps.mkdir(exist_ok=True)
-        self._lock = os.open(self._run / "lock", os.O_CREAT | os.O_RDWR)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            raise OutputError(f"another process is working on {self.out}: let it finish") from error
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         write_json(self._run / IDENTITY, dict(identity))
@@ -151,21 +153,23 @@ class RunStore:
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
+        for left in self.out.glob(f"*{TEMPORARY}"):  # by a process killed while it wrote them
+            left.unlink()
         # One rename ends the run; if the deletion is interrupted, `clear_remains` completes it.
         remains = self.out / REMAINS
         self._run.replace(remains)
         self.close()
-        shutil.rmtree(remains)
+        clear_remains(self.out)
 
     def close(self) -> None:
         """Release the lock, so that another process may continue the run."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
 
 def check_output(out: Path, resume: bool) -> None:
     """Check that writing to an output path destroys nothing.
+
+    The answer holds for as long as the caller has the lock of the path, see `RunStore.lock`.
 
     Args:
         out: the path; it must be new or an empty directory, or with ``resume`` hold a run of
@@ -177,7 +181,7 @@ def check_output(out: Path, resume: bool) -> None:
     """
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise OutputError(f"{out} exists and is not a directory: choose another output path")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(entry.name == LOCK_FILE for entry in out.iterdir()):
         return
     if (out / RUN_DIRECTORY).is_dir():
         if not resume:
@@ -220,5 +224,5 @@ def stored_identity(out: Path) -> dict[str, str] | None:
 
 
 def clear_remains(out: Path) -> None:
-    """Delete what a process killed at the very end of a run left behind."""
+    """Delete what a run that has ended left behind, which several processes may do at once."""
     shutil.rmtree(out / REMAINS, ignore_errors=True)

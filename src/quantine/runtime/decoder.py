@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
@@ -70,6 +71,7 @@ class Decoder:
         self._native.reset()
 
 
+@own_state()
 def decoder_for(
     model: PreTrainedModel,
     capacity: int,

@@ -224,8 +224,14 @@ class _Parts:
             weight, bias = module.weight, module.bias
             width = module.normalized_shape
             return self.native.Norm(
-                _vector(torch.ones(width, device="cpu") if weight is None else weight),
-                _vector(torch.zeros(width, device="cpu") if bias is None else bias),
+                _vector(
+                    torch.ones(width, dtype=torch.float32, device="cpu")
+                    if weight is None
+                    else weight
+                ),
+                _vector(
+                    torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias
+                ),
                 module.eps,
             )
         if hasattr(module, "variance_epsilon"):

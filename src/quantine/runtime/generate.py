@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
@@ -122,7 +123,7 @@ def continue_tokens(
         if token in ends:
             return
         yield token
-        step = torch.tensor([token], device=ids.device)
+        step = torch.tensor([token], dtype=torch.int64, device=ids.device)
 
 
 class ModuleDecoder:
@@ -136,7 +137,7 @@ class ModuleDecoder:
         """Forget all tokens seen, so that a new text can begin."""
         self._cache = None
 
-    @torch.no_grad()
+    @own_state()
     def append(self, tokens: Tensor) -> Tensor:
         """Run the model on further tokens.
 

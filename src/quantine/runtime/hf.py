@@ -21,7 +21,7 @@ from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
-from quantine.formats.shards import Entry, read_entries
+from quantine.formats.shards import Entry, read_entries, write_atomically
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.hf_generate import Generate
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
@@ -145,8 +145,8 @@ def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: 
     type(model).save_pretrained(model, save_directory, **options)
     path = Path(save_directory) / "config.json"
     if path.is_file():
-        config = json.loads(path.read_text()) | {"transformers_weights": LOCK}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": LOCK}
+        write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
 def _packed_entries(files: list[str]) -> dict[str, Entry]:

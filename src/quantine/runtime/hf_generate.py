@@ -213,4 +213,4 @@ def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     if sample:
         return torch.multinomial(scores.softmax(-1), num_samples=1)
-    return torch.tensor([[most_likely(scores[0])]], device=scores.device)
+    return torch.tensor([[most_likely(scores[0])]], dtype=torch.int64, device=scores.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantine.core.ambient import own_state
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError, brief, is_out_of_memory
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@own_state()
 def load(
     directory: str | Path,
     dtype: torch.dtype | str = "auto",
@@ -54,6 +56,7 @@ def load(
     return load_packed(source, dtype, arithmetic, device), source.tokenizer()
 
 
+@own_state()
 def load_packed(
     source: ModelSource,
     dtype: torch.dtype | str = "auto",
@@ -123,6 +126,7 @@ def _dtype_named(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
+@own_state()
 def load_model(
     source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
 ) -> PreTrainedModel:

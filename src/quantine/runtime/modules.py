@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from quantine.activations.grids import StaticGrid, TokenGrid
+from quantine.core.ambient import without_autocast
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.spec import QuantSpec
@@ -95,12 +96,21 @@ class Packed(FixedDtypes):
         part. The whole matrix is decoded where there is no native matrix, where PyTorch needs
         gradients or records the computation, and for float64.
 
+        Autocast changes nothing: like a function that it does not list, this computes in the dtype
+        of its input.
+
         Args:
             x: ``[..., in]`` of any float dtype.
 
         Returns:
             ``[..., out]`` in the dtype of ``x``.
         """
+        with without_autocast(x.device):
+            return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16 and "exponent" in self.tensor_names:
+            return self._product(x.float()).to(x.dtype)  # float16 would not hold the weights
         matrix = self.matrix() if _takes_native(x) else None
         if matrix is None:
             return linear(x, self.dequantize().to(x.dtype))

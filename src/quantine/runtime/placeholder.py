@@ -11,6 +11,7 @@ from quantine.formats.shards import Entry
 
 DTYPES: Final = {
     "U8": torch.uint8,
+    "I8": torch.int8,
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,

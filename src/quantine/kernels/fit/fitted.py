@@ -30,8 +30,8 @@ class _Statistics:
 
     @classmethod
     def empty(cls, groups: int, rows: int, run: int, device: torch.device) -> _Statistics:
-        values = torch.empty(groups, rows, device=device)
-        second = torch.empty(groups, -(-rows // run), device=device)
+        values = torch.empty(groups, rows, dtype=torch.float32, device=device)
+        second = torch.empty(groups, -(-rows // run), dtype=torch.float32, device=device)
         return cls(values, torch.empty_like(values, dtype=torch.uint8), second, second.clone())
 
     def put(self, group: int, values: Tensor, stored: Tensor | Statistic | None) -> None:

@@ -133,7 +133,7 @@ def _fit_range(
     if cost.clip == "minmax":
         return cover(low, high, spec, "minmax")
     middle = (low + high) / 2 if spec.zero_bits else torch.zeros_like(low)
-    shares = torch.tensor(SHRINKS, device=low.device).view(-1, 1, 1)
+    shares = torch.tensor(SHRINKS, dtype=low.dtype, device=low.device).view(-1, 1, 1)
     lows, highs = (middle + (end - middle) * shares for end in (low, high))
     scales, zeros = cover(lows, highs, spec, cost.clip)
     best = cost.cheapest(columns, spread, scales, zeros, spec.bits).unsqueeze(0)

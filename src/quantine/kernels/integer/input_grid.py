@@ -72,7 +72,7 @@ class InputGrid:
             low, high = x.aminmax(dim=1, keepdim=True)
             scale, zero = fit_activations(low, high, self.bits)
         else:
-            spread = torch.tensor(lengths, device=self.scale.device)
+            spread = torch.tensor(lengths, dtype=torch.int64, device=self.scale.device)
             scale = self.scale.repeat_interleave(spread).unsqueeze(0)
             zero = self.zero.repeat_interleave(spread).unsqueeze(0)
         return scale.expand_as(x), zero.expand_as(x)

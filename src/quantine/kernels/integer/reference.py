@@ -77,7 +77,9 @@ def _without_outliers(qtensor: QTensor) -> tuple[Tensor, Tensor | None]:
         return qtensor.codes, None
     codes, places = qtensor.codes.clone(), (kept.row_indices(), kept.columns)
     if has_exact_zero(qtensor.grid):
-        lengths = torch.tensor(qtensor.grid.lengths(codes.shape[1]), device=codes.device)
+        lengths = torch.tensor(
+            qtensor.grid.lengths(codes.shape[1]), dtype=torch.int64, device=codes.device
+        )
         zeros = qtensor.grid.zeros().repeat_interleave(lengths, 1)
         codes[places] = zeros[places].to(torch.uint8)
     added = torch.zeros_like(codes, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import without_autocast
 from quantine.core.grid import encode
 from quantine.kernels import backend
 from quantine.kernels.bits.reference import pack_reference, packed_bytes
@@ -49,7 +50,8 @@ def pack_states_reference(
         codes = encode(floats, scale.unsqueeze(1), zero.unsqueeze(1), bits)
     else:
         tokens_first = floats.transpose(1, 2)
-        codes = encode_fed(tokens_first, scale, zero, feedback.float(), bits).transpose(1, 2)
+        with without_autocast(states.device):
+            codes = encode_fed(tokens_first, scale, zero, feedback.float(), bits).transpose(1, 2)
     rows = codes.byte().reshape(-1, states.shape[3])
     return pack_reference(rows, bits).view(*states.shape[:3], packed_bytes(states.shape[3], bits))
 

@@ -51,12 +51,12 @@ def packed_matrix(qtensor: QTensor) -> Matrix:
         grid.bits,
         grid.group_size,
         grid.axis == "out",
-        _statistic(grid.scale),
+        _statistic(grid.scale, grid.exponent),
         _statistic(grid.zero_point),
         None if qtensor.in_perm is None else qtensor.in_perm.long(),
         outliers,
         pool(),
-        torch.tensor(grid.sizes, device="cpu") if grid.sizes else None,
+        torch.tensor(grid.sizes, dtype=torch.int64, device="cpu") if grid.sizes else None,
     )
 
 
@@ -68,7 +68,8 @@ def float_matrix(weight: Tensor) -> Matrix:
     return native.Matrix.from_float(weight.float().contiguous(), pool())
 
 
-def _statistic(stored: Tensor | Statistic | None) -> Any:
+def _statistic(stored: Tensor | Statistic | None, exponent: int = 0) -> Any:
+    """The native form of scales or zero points, which are ``2**exponent`` times ``stored``."""
     native = backend.extension()
     if stored is None:
         return native.Statistic()
@@ -80,10 +81,11 @@ def _statistic(stored: Tensor | Statistic | None) -> Any:
             zeros=_half_bits(second.zero_point),
             bits=second.bits,
             span=second.group_size,
+            exponent=exponent,
         )
     if stored.dtype == torch.uint8:
         return native.Statistic(codes=stored.contiguous())
-    return native.Statistic(halves=_half_bits(stored))
+    return native.Statistic(halves=_half_bits(stored), exponent=exponent)
 
 
 def _half_bits(stored: Tensor | Statistic | None) -> Tensor:

@@ -67,7 +67,8 @@ def _of_weights(statistics: Tensor, grid: Grid, shape: torch.Size) -> Tensor:
     """
     along_inputs = grid.axis == "in"
     lengths = grid.lengths(shape[1] if along_inputs else shape[0])
-    spread = statistics.repeat_interleave(torch.tensor(lengths, device=statistics.device), 1)
+    repeats = torch.tensor(lengths, dtype=torch.int64, device=statistics.device)
+    spread = statistics.repeat_interleave(repeats, 1)
     return spread if along_inputs else spread.T
 
 

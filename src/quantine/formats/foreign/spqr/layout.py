@@ -6,7 +6,7 @@ Byte by byte in docs/format.md, section "spqr".
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -18,6 +18,7 @@ from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.description import Description
+from quantine.formats.foreign.spqr.small_scales import regridded, without_exponent
 from quantine.formats.foreign.spqr.words import BITS, TILE, pack_words, unpack_words
 from quantine.formats.layout import Layout, check_layout, nbytes_of, read_order
 
@@ -121,7 +122,7 @@ class Spqr:
         gives the same tensors again, see `unpack`.
 
         Raises:
-            FormatError: another shape or grid, or an outlier too far from its decoded code.
+            FormatError: another shape or grid, too small weights, or an outlier far from its code.
         """
         grid, (rows, columns) = qtensor.grid, qtensor.codes.shape
         scale, zero = grid.scale, grid.zero_point
@@ -136,6 +137,9 @@ class Spqr:
             and (zero.grid.bits, zero.grid.group_size) == (BITS, TILE)
         ):
             raise FormatError(f"the spqr layout holds only {SPEC}: use sparse")
+        if grid.exponent:
+            scale = without_exponent(scale, grid.exponent)
+            qtensor = regridded(qtensor, replace(grid, scale=scale, exponent=0))
         return {
             "dense_weights": pack_words(qtensor.codes, scale, zero),
             **self._pack_outliers(qtensor),
@@ -161,7 +165,7 @@ class Spqr:
         """
         if spec != SPEC:
             raise FormatError(f"spqr tensors need {SPEC}, not {spec}")
-        words = tensors.get("dense_weights", torch.empty(0, device="cpu"))
+        words = tensors.get("dense_weights", torch.empty(0, dtype=torch.int64, device="cpu"))
         out_features = words.numel() * TILE // max(1, in_features)
         check_layout("spqr", tensors, _layout_like(tensors, out_features, in_features), spec)
         reason = self.refusal(spec, out_features, in_features)
