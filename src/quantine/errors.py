@@ -13,6 +13,15 @@ QuantineError
 """
 
 
+def cut(value: object, most: int = 100) -> str:
+    """``value`` in one line of at most ``most`` characters, as it may stand in a message.
+
+    What users give, files hold and libraries say may be of any length.
+    """
+    text = " ".join(str(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 class QuantineError(Exception):
     """Base of every error that quantine raises on purpose; the message names the remedy."""
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from quantine.errors import FormatError
 from quantine.formats import shards
-from quantine.formats.shards import merge_parts, read_entries, write_atomically, write_tensors
+from quantine.formats.headers import read_entries
+from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 from quantine.source.checkpoint import INDEX, SINGLE, Checkpoint
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.core.arithmetic import UNSTATED
-from quantine.errors import FormatError
+from quantine.errors import FormatError, cut
 from quantine.families.family import Family
 from quantine.formats import FORMATS, format_named
 from quantine.formats.description import METHOD
 from quantine.formats.directory import REPORT, RUN_DIRECTORY, read_json
-from quantine.formats.shards import Entry
+from quantine.formats.headers import Entry
 from quantine.formats.stored_config import spec_of
 
 OF_ANY_LENGTH: Final = ("outlier_gap", "outlier_value", "col_vals")
@@ -80,7 +80,7 @@ def _described_by_report(path: Path) -> dict[str, Any]:
             },
         }
     except (LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path / REPORT} is damaged ({error!r}): copy it again") from error
+        raise FormatError(f"{path / REPORT} is damaged ({cut(error)}): copy it again") from error
 
 
 def packed_entries(

@@ -14,7 +14,7 @@ import yaml
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16
-from quantine.errors import PlanError
+from quantine.errors import PlanError, cut
 from quantine.families.layers import Layer
 from quantine.methods import METHODS
 from quantine.methods.adadim import ADADIM, AdaDim
@@ -235,8 +235,8 @@ class Plan:
             text = path.read_text(encoding="utf-8")
             # PyYAML takes neither tabs nor numbers such as 1e-05, which are fine JSON.
             value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise PlanError(f"plan {path} cannot be read: {error}") from error
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise PlanError(f"plan {path} cannot be read: {cut(error, 200)}") from error
         return cls.from_dict(value, path.stem)
 
     def as_dict(self) -> dict[str, Any]:

@@ -27,14 +27,8 @@ from quantine.formats.directory import (
     read_json,
     write_json,
 )
-from quantine.formats.shards import (
-    Entry,
-    merge_into,
-    merge_parts,
-    read_entries,
-    write_atomically,
-    write_tensors,
-)
+from quantine.formats.headers import Entry, read_entries
+from quantine.formats.shards import merge_into, merge_parts, write_atomically, write_tensors
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""

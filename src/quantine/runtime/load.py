@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
-from quantine.errors import FormatError, PlanError, QuantineError
+from quantine.errors import FormatError, PlanError, QuantineError, cut
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
@@ -81,12 +81,13 @@ def load_packed(
     except QuantineError:
         raise
     except Exception as error:  # damage shows in many places inside transformers
-        raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {error}") from error
+        said = cut(error, 200)
+        raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {said}") from error
     model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise FormatError(
-                f"{source.directory} is damaged: {kind.replace('_', ' ')} {sorted(info[kind])[:4]}"
+                f"{source.directory} is damaged: {kind.replace('_', ' ')} {cut(sorted(info[kind]))}"
             )
     if arithmetic is not None:
         for _, module in packed_modules(model):

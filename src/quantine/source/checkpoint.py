@@ -136,7 +136,7 @@ def weight_files(directory: Path) -> list[Path]:
         try:
             weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
             files = [directory / name for name in sorted(set(weight_map.values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{directory / INDEX} is damaged: download it again") from error
         missing = [file.name for file in files if not file.is_file()]
         if missing:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from quantine.errors import CheckpointError, FamilyError
+from quantine.errors import CheckpointError, FamilyError, cut
 from quantine.source.checkpoint import weight_files
 
 if TYPE_CHECKING:
@@ -55,11 +55,13 @@ class ModelSource:
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.directory, **self._gguf())
         except (OSError, json.JSONDecodeError, struct.error) as error:
-            raise CheckpointError(f"{self.name}: no readable configuration: {error}") from error
+            said = cut(error, 200)
+            raise CheckpointError(f"{self.name}: no readable configuration: {said}") from error
         except ValueError as error:
-            raise FamilyError(f"{self.name}: {error}") from error
+            raise FamilyError(f"{self.name}: {cut(error, 200)}") from error
         except Exception as error:  # a damaged value fails in the architecture's own checks
-            raise CheckpointError(f"{self.name}: config.json is damaged: {error}") from error
+            said = cut(error, 200)
+            raise CheckpointError(f"{self.name}: config.json is damaged: {said}") from error
         config.__dict__.pop("_model_name_or_path", None)
         return config
 
@@ -75,7 +77,7 @@ class ModelSource:
             return AutoTokenizer.from_pretrained(self.directory, **self._gguf())
         except Exception as error:  # tokenizer backends raise bare exceptions of their own
             raise CheckpointError(
-                f"{self.name}: the tokenizer in {self.directory} cannot be read ({error}): "
+                f"{self.name}: the tokenizer in {self.directory} cannot be read ({cut(error)}): "
                 "tokenizer.json and tokenizer_config.json belong beside the weights"
             ) from error
 
@@ -139,8 +141,8 @@ class ModelSource:
             return None
         try:
             found = json.loads(path.read_text()).get("quantization_config") or {}
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {cut(error)}") from error
         method = found.get("quant_method") if isinstance(found, dict) else None
         return method if isinstance(method, str) else None
 
