@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import resource
@@ -28,7 +29,7 @@ LONGEST: Final = 20.0
 MEMORY: Final = 4 * 2**30
 """Bytes of addresses that a worker may take beyond what it starts with."""
 LONGEST_MESSAGE: Final = 300
-"""Characters that the message of an error may have, paths not counted."""
+"""Characters that a line of an error's message may have, paths not counted."""
 RAN: Final = "loaded and ran"
 FORK: Final = multiprocessing.get_context("fork")
 
@@ -115,6 +116,7 @@ def _quietly(function: Callable[..., Any], *arguments: Any) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.disable()
     function(*arguments)
 
 
@@ -180,7 +182,7 @@ def _tried(mutant: Mutant, root: Path, place: Path) -> tuple[str, str]:
     except QuantineError as error:
         said = str(error).replace(str(place), "P")
         name = f"refused: {type(error).__name__}"
-        if len(said) > LONGEST_MESSAGE or not said:
+        if max(map(len, said.split("\n"))) > LONGEST_MESSAGE or not said:
             return "message too long", f"{name} of {len(said)} characters: {said[:600]}"
         return name, ""
     except BaseException as error:  # also panics of Rust, which are no Exception

@@ -21,6 +21,18 @@ from tiny_models import build, matrices_of, mixed_rules, tiny_config
 
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
+FIELDS: Final = (
+    "sliding_window", "use_sliding_window", "layer_types", "rope_scaling", "rope_parameters",
+    "rope_theta", "head_dim", "return_dict", "torchscript", "output_hidden_states",
+    "output_attentions", "use_cache", "attention_chunk_size", "attn_logit_softcapping", "auto_map",
+    "architectures", "_attn_implementation", "attn_implementation", "dtype", "torch_dtype",
+    "is_encoder_decoder", "is_decoder", "add_cross_attention", "cache_implementation",
+    "chunk_size_feed_forward", "pad_token_id", "eos_token_id", "bos_token_id", "hidden_act",
+    "rms_norm_eps", "layerdrop", "attention_dropout", "initializer_range", "pretraining_tp",
+    "max_length", "num_beams", "use_return_dict", "quantization_config", "transformers_weights",
+    "max_position_embeddings", "final_logit_softcapping", "spqr_outliers", "quantine_arithmetic",
+)  # fmt: skip
+"""Fields of config.json that some model has."""
 PASSES: Final = (5, 70)
 """Numbers of tokens of the forwards: few rows, which native kernels multiply straight with codes,
 and many, for which they decode weights and multiply integers."""
@@ -38,6 +50,8 @@ def _plans() -> dict[str, tuple[str, Plan]]:
         "factors": ("llama", Plan.scheme("W8A8")),
         "opt": ("opt", Plan.scheme("W4A4")),
         "floats": ("llama", Plan.scheme("W16A4")),
+        "sliding": ("mistral", Plan.preset("rtn", bits=4, group_size=32)),
+        "typed": ("gemma3", Plan.preset("rtn", bits=4, group_size=32)),
     }
 
 
@@ -52,12 +66,15 @@ def build_bases(root: Path) -> None:
     text = root / "text.txt"
     text.write_text("".join(f"Line {n}: {n * n % 97} apples.\n" for n in range(400)))
     short = Calibration(str(text), samples=2, seqlen=32)
-    models = {name: build(tiny_config(name), root / f"model-{name}") for name in
-              ("llama", "llama_tied", "opt")}  # fmt: skip
-    plans = {**_plans(), "mixed": ("llama", _mixed(models["llama"]))}
-    for name, (model, plan) in plans.items():
-        quantine.quantize(models[model], root / "bases" / name, plan, short)
+    models: dict[str, Path] = {}
+    for name, (kind, plan) in _plans().items():
+        if kind not in models:
+            models[kind] = build(tiny_config(kind), root / f"model-{kind}")
+        quantine.quantize(models[kind], root / "bases" / name, plan, short)
+    quantine.quantize(models["llama"], root / "bases" / "mixed", _mixed(models["llama"]), short)
     _split(root / "bases" / "sparse", root / "bases" / "sharded")
+    for base in (root / "bases").iterdir():
+        use(base)
 
 
 def _split(whole: Path, directory: Path) -> None:
@@ -92,10 +109,18 @@ def damage(random: Random, place: Path) -> None:
         below = ("quantization_config",)
         _rewrite(random, place / "config.json", lambda r, d: values.mutated_json(r, d, below))
     elif kind < 0.82:
-        _rewrite(random, place / "config.json", values.mutated_json)
+        mutate = random.choice((values.mutated_json, _with_field))
+        _rewrite(random, place / "config.json", mutate)
     else:
         file = random.choice(sorted(place.iterdir()))
         _whole_file(random, file) if random.random() < 0.3 else _content(random, file)
+
+
+def _with_field(random: Random, data: bytes) -> bytes:
+    """A configuration with a field more, which transformers knows, and any value."""
+    value = json.loads(data)
+    value[random.choice(FIELDS)] = values.any_value(random)
+    return json.dumps(value).encode()
 
 
 def _content(random: Random, file: Path) -> None:
@@ -146,7 +171,8 @@ def _loaded(place: Path) -> None:
     for count in PASSES:
         model(input_ids=torch.arange(count).unsqueeze(0))
     prompt = tokenizer("apples", return_tensors="pt")["input_ids"]
-    model.generate(prompt, max_new_tokens=3, do_sample=False)
+    if prompt.numel():
+        model.generate(prompt, max_new_tokens=3, do_sample=False)
 
 
 DIRECTORIES: Final = Target("directories", 0.55, build_bases, attempt)

@@ -63,7 +63,7 @@ def _change(random: Random, owner: Any, key: Any) -> None:
         owner[key], other = copy.deepcopy(owner[random.choice(list(owner))]), old
         owner[f"{key}_"] = other
     elif kind <= 4:
-        owner[key] = random.choice((*NUMBERS, *FLOATS, *WORDS, *OTHERS))
+        owner[key] = any_value(random)
     else:
         owner[key] = _like(random, old)
 
@@ -82,6 +82,11 @@ def _like(random: Random, old: Any) -> Any:
         return random.choice((old[1:], old[:-1], old + old, old[::-1], [*old, None], []))
     if isinstance(old, dict):
         return dict(list(old.items())[random.randrange(len(old) + 1) :])
+    return any_value(random)
+
+
+def any_value(random: Random) -> Any:
+    """A value of any type, most often one that is at the end of something."""
     return random.choice((*NUMBERS, *FLOATS, *WORDS, *OTHERS))
 
 

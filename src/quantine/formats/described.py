@@ -51,7 +51,9 @@ def described(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == METHOD:
         return dict(settings)
-    if method in {layout.quant_method for layout in FORMATS.values() if layout.exclusive}:
+    if isinstance(method, str) and method in {
+        layout.quant_method for layout in FORMATS.values() if layout.exclusive
+    }:
         return _described_by_report(path)
     raise FormatError(f"{path} was not written by quantine")
 

@@ -13,6 +13,7 @@ from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.checkpoint import weight_files
 from quantine.source.locate import ModelSource, locate
+from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +75,8 @@ def load_packed(
         )
     try:
         weight_files(source.directory)
-        config = translated_config(source) if source.quant_method() == SPQR_METHOD else None
+        foreign = source.quant_method() == SPQR_METHOD
+        config = translated_config(source) if foreign else source.config()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.directory, config=config, dtype=dtype, output_loading_info=True
         )
@@ -84,6 +86,7 @@ def load_packed(
         said = cut(error, 200)
         raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {said}") from error
     model, info = loaded
+    check_generation(model.generation_config)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise FormatError(

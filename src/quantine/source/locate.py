@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quantine.errors import CheckpointError, FamilyError, cut
 from quantine.source.checkpoint import weight_files
+from quantine.source.settings import check_settings
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,10 @@ class ModelSource:
             said = cut(error, 200)
             raise CheckpointError(f"{self.name}: config.json is damaged: {said}") from error
         config.__dict__.pop("_model_name_or_path", None)
+        try:
+            check_settings(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from error
         return config
 
     def tokenizer(self) -> Any:
@@ -74,7 +79,9 @@ class ModelSource:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.directory, **self._gguf())
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, **self._gguf())
+            tokenizer.decode(tokenizer("a")["input_ids"])  # damage may show only in use
+            return tokenizer
         except Exception as error:  # tokenizer backends raise bare exceptions of their own
             raise CheckpointError(
                 f"{self.name}: the tokenizer in {self.directory} cannot be read ({cut(error)}): "
