@@ -22,6 +22,11 @@ def cut(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def shown(value: object) -> str:
+    """``repr(value)`` as `cut` gives it, for a value that is not what it should be."""
+    return cut(repr(value))
+
+
 class QuantineError(Exception):
     """Base of every error that quantine raises on purpose; the message names the remedy."""
 

@@ -7,6 +7,7 @@ offsets cost 21 for a matrix of 600 inputs. Byte by byte in docs/format.md, sect
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import torch
@@ -36,8 +37,11 @@ def expected_bytes(share: float) -> float:
     """Bytes of one outlier, value and gap, where a random ``share`` of weights are outliers."""
     if share <= 0:
         return 0.0
-    gaps = [dtype.itemsize / (1 - (1 - share) ** longest) for dtype, longest in GAP_TYPES.items()]
-    return torch.float16.itemsize + min(gaps)
+    # A gap goes on after an item with probability (1 - share) ** longest: for few outliers so near
+    # to 1 that the difference needs functions of its own.
+    inlier = math.log1p(-share) if share < 1 else -math.inf
+    ends = {dtype: -math.expm1(longest * inlier) for dtype, longest in GAP_TYPES.items()}
+    return torch.float16.itemsize + min(dtype.itemsize / end for dtype, end in ends.items())
 
 
 def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:

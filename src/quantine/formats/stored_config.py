@@ -8,7 +8,7 @@ from typing import Any
 from quantine.core.activation_spec import activations_from
 from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, PlanError, cut
+from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.layout import check_groups
@@ -26,7 +26,7 @@ def check_description(found: Mapping[str, Any]) -> None:
     """
     version, schemes, layers = (found.get(k) for k in ("format_version", "schemes", "layers"))
     if type(version) is not int or version < 1:
-        raise FormatError(f"format_version must be a positive number, not {cut(repr(version))}")
+        raise FormatError(f"format_version must be a positive number, not {shown(version)}")
     if version > FORMAT_VERSION:
         raise FormatError(
             f"written in format version {cut(version)}, but this quantine reads {FORMAT_VERSION}: "
@@ -45,7 +45,7 @@ def check_description(found: Mapping[str, Any]) -> None:
     arithmetic = found.get("arithmetic", UNSTATED)
     if not is_arithmetic(arithmetic):
         raise FormatError(
-            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {cut(repr(arithmetic))}: the "
+            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {shown(arithmetic)}: the "
             "directory may need a newer quantine"
         )
     specs = [_checked_spec(number, scheme) for number, scheme in enumerate(schemes)]
@@ -53,11 +53,11 @@ def check_description(found: Mapping[str, Any]) -> None:
         index = layer.get("scheme") if isinstance(layer, Mapping) else None
         shape = layer.get("shape") if isinstance(layer, Mapping) else None
         if type(index) is not int or not 0 <= index < len(specs):
-            said = cut(repr(index))
+            said = shown(index)
             raise FormatError(f"{cut(name)} has scheme {said}, but there are {len(specs)}")
         sizes = shape if isinstance(shape, list) else []
         if len(sizes) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-            raise FormatError(f"{cut(name)} has no shape [out, in], but {cut(repr(shape))}")
+            raise FormatError(f"{cut(name)} has no shape [out, in], but {shown(shape)}")
         try:
             check_groups(specs[index], sizes[0], sizes[1])
         except FormatError as error:

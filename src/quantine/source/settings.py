@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, TypeGuard
+from typing import Any, Final, TypeGuard
 
-from quantine.errors import CheckpointError, cut
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig
+from quantine.errors import CheckpointError, shown
 
 MOST_BLOCKS: Final = 2000
 """Most decoder blocks of a model; with many more it would take minutes only to say that weights are
@@ -22,8 +19,11 @@ TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that name tokens: a number, a list of them, or nothing."""
 
 
-def check_settings(config: PretrainedConfig) -> None:
+def check_settings(config: Any) -> None:
     """Refuse values with which a model of ``config`` would fail, or never end, only when it runs.
+
+    Args:
+        config: a model's configuration in transformers.
 
     Raises:
         CheckpointError: names the field and its value.
@@ -43,7 +43,7 @@ def check_settings(config: PretrainedConfig) -> None:
             _refuse(path, number, "a finite number")
 
 
-def check_generation(config: PretrainedConfig | GenerationConfig) -> None:
+def check_generation(config: Any) -> None:
     """Refuse flags that are none, and special tokens that are no token ids.
 
     Args:
@@ -64,9 +64,7 @@ def check_generation(config: PretrainedConfig | GenerationConfig) -> None:
 
 
 def _refuse(name: str, value: object, needed: str) -> None:
-    raise CheckpointError(
-        f"{name} is {cut(repr(value))} in the configuration, but must be {needed}"
-    )
+    raise CheckpointError(f"{name} is {shown(value)} in the configuration, but must be {needed}")
 
 
 def _is_whole(value: object) -> TypeGuard[int]:

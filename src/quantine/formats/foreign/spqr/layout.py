@@ -16,7 +16,7 @@ from quantine.core.grid import Grid, Statistic, decode
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError
+from quantine.errors import FormatError, shown
 from quantine.formats.description import Description
 from quantine.formats.foreign.spqr.words import (
     BITS,
@@ -189,10 +189,10 @@ class Spqr:
         self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
     ) -> None:
         """Refuse other tensors, shapes and dtypes than those of a matrix ``[out, in]``."""
-        if spec != SPEC:
-            raise FormatError(
-                f"layout spqr has {BITS} bits and groups of {TILE} only, and scheme says otherwise"
-            )
+        for name, needed in vars(SPEC).items():
+            if getattr(spec, name) != needed:
+                found = shown(getattr(spec, name))
+                raise FormatError(f"layout spqr needs {name} {needed}, not {found}")
         check_layout("spqr", tensors, _layout_like(tensors, out_features, in_features), spec)
         reason = self.refusal(spec, out_features, in_features)
         if reason is not None or not out_features:

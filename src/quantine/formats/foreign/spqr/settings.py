@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from quantine.errors import FormatError, cut
+from quantine.errors import FormatError, cut, shown
 from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.foreign.spqr.layout import METHOD, SIZES, SPEC, Spqr
 from quantine.formats.headers import Entry
@@ -36,12 +36,12 @@ def describe(
     for key, expected in SIZES.items():
         if settings.get(key) != expected:
             raise FormatError(
-                f"quantization_config says {key} {cut(repr(settings.get(key)))}, but format spqr "
+                f"quantization_config says {key} {shown(settings.get(key))}, but format spqr "
                 f"is defined for {expected} only"
             )
     shapes = settings.get("shapes") or {}
     if not isinstance(shapes, Mapping):
-        raise FormatError(f"quantization_config has no table of shapes, but {cut(repr(shapes))}")
+        raise FormatError(f"quantization_config has no table of shapes, but {shown(shapes)}")
     layers = {}
     for name, shape in linears.items():
         names = [f"{name}.{key}" for key in Spqr().tensor_names]
