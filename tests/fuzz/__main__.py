@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,8 @@ from fuzz.plans import PLANS
 from fuzz.texts import TEXTS
 
 TARGETS: Final = {target.name: target for target in (DIRECTORIES, PLANS, TEXTS, GGUFS)}
-SHOWN: Final = 30
-"""Largest number of faults that are shown in full."""
+SHOWN: Final = 10
+"""Largest number of faults of a target that are shown in full."""
 
 
 def main() -> int:
@@ -39,7 +40,11 @@ def main() -> int:
     for line in campaign.table(outcomes):
         sys.stdout.write(f"{line}\n")
     faults = [outcome for outcome in outcomes if outcome.fault]
-    for outcome in faults[:SHOWN]:
+    seen: Counter[str] = Counter()
+    for outcome in faults:
+        seen[outcome.mutant.target.name] += 1
+        if seen[outcome.mutant.target.name] > SHOWN:
+            continue
         again = f"--only {outcome.mutant.target.name} --seed {outcome.mutant.seed} --count 1"
         sys.stdout.write(f"\n== python -m fuzz {again}\n{outcome.fault}\n")
     seconds = time.monotonic() - started

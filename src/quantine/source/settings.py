@@ -11,8 +11,13 @@ from quantine.errors import CheckpointError, shown
 MOST_BLOCKS: Final = 2000
 """Most decoder blocks of a model; with many more it would take minutes only to say that weights are
 missing."""
-SPANS: Final = ("sliding_window", "attention_chunk_size")
-"""Fields that count the tokens which attention looks back."""
+SPANS: Final = {
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}
+"""Fields that count the tokens which attention looks back, by the type of layers that need them."""
+FIXED: Final = {"return_dict": True, "is_encoder_decoder": False}
+"""Fields without which models return tuples, or wait for the output of an encoder."""
 FLAGS: Final = ("output_attentions", "output_hidden_states", "use_cache")
 """Fields that are true or false."""
 TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -31,12 +36,16 @@ def check_settings(config: Any) -> None:
     blocks = getattr(config, "num_hidden_layers", 0)
     if not (_is_whole(blocks) and 0 <= blocks <= MOST_BLOCKS):
         _refuse("num_hidden_layers", blocks, f"a whole number up to {MOST_BLOCKS}")
-    for name in SPANS:
+    kinds = getattr(config, "layer_types", None) or []
+    for kind, name in SPANS.items():
         span = getattr(config, name, None)
         if span is not None and not (_is_whole(span) and span > 0):
             _refuse(name, span, "a positive whole number, or null")
-    if getattr(config, "return_dict", True) is not True:
-        _refuse("return_dict", config.return_dict, "true, as models return tuples without it")
+        if span is None and kind in kinds:
+            _refuse(name, span, f"a positive whole number, as some layers are of type {kind}")
+    for name, needed in FIXED.items():
+        if getattr(config, name, needed) is not needed:
+            _refuse(name, getattr(config, name), str(needed).lower())
     check_generation(config)
     for path, number in _floats(config.to_dict(), ""):
         if not math.isfinite(number):
