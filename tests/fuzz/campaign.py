@@ -80,13 +80,16 @@ def mutants(targets: Sequence[Target], count: int, seed: int) -> list[Mutant]:
     return found
 
 
-def run(root: Path, todo: Sequence[Mutant], workers: int) -> list[Outcome]:
+def run(
+    root: Path, todo: Sequence[Mutant], workers: int, longest: float = LONGEST
+) -> list[Outcome]:
     """Try every mutant.
 
     Args:
         root: an empty folder.
         todo: the mutants.
         workers: number of processes.
+        longest: seconds after which a mutant counts as hanging.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -97,9 +100,9 @@ def run(root: Path, todo: Sequence[Mutant], workers: int) -> list[Outcome]:
     started = [_Lane(root / f"worker{n}", root, lane) for n, lane in enumerate(lanes) if lane]
     while any(lane.process is not None for lane in started):
         open_lanes = [lane for lane in started if lane.process is not None]
-        ready = wait([lane.results for lane in open_lanes], timeout=1.0)
+        ready = wait([lane.results for lane in open_lanes], timeout=0.5)
         for lane in open_lanes:
-            lane.step(lane.results in ready)
+            lane.step(lane.results in ready, longest)
     return [outcome for lane in started for outcome in lane.outcomes]
 
 
@@ -140,7 +143,7 @@ class _Lane:
             theirs.close()
             self._since = time.monotonic()
 
-    def step(self, ready: bool) -> None:
+    def step(self, ready: bool, longest: float) -> None:
         """Take one result; or see to a worker that died or hangs."""
         if ready:
             try:
@@ -151,12 +154,12 @@ class _Lane:
             except EOFError:
                 self.process.join()
                 how = f"the process died with exit status {self.process.exitcode}"
-        elif time.monotonic() - self._since < LONGEST:
+        elif time.monotonic() - self._since < longest:
             return
         else:
             self.process.kill()
             self.process.join()
-            how = f"no end after {LONGEST:.0f} s"
+            how = f"no end after {longest:g} s"
         if len(self.outcomes) < len(self._todo):
             self.outcomes.append(Outcome(self._todo[len(self.outcomes)], "died or hung", how))
         self._start()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import quantine
@@ -33,6 +35,10 @@ FIELDS: Final = (
     "max_position_embeddings", "final_logit_softcapping", "spqr_outliers", "quantine_arithmetic",
 )  # fmt: skip
 """Fields of config.json that some model has."""
+THROUGH_TRANSFORMERS: Final = 0.2
+"""Share of mutants that are loaded with ``from_pretrained``."""
+SOURCES: Final = str(Path(quantine.__file__).parent)
+"""Where quantine's own code is."""
 PASSES: Final = (5, 70)
 """Numbers of tokens of the forwards: few rows, which native kernels multiply straight with codes,
 and many, for which they decode weights and multiply integers."""
@@ -96,7 +102,10 @@ def attempt(random: Random, root: Path, place: Path) -> None:
     base = random.choice(sorted((root / "bases").iterdir()))
     shutil.copytree(base, place)
     damage(random, place)
-    use(place)
+    if random.random() < THROUGH_TRANSFORMERS:
+        use_through_transformers(place)
+    else:
+        use(place)
 
 
 def damage(random: Random, place: Path) -> None:
@@ -165,14 +174,32 @@ def _listed(place: Path) -> None:
         finished.qtensor(name).dequantize()
 
 
-@torch.no_grad()
+def use_through_transformers(place: Path) -> None:
+    """Load with transformers alone, and run. What it refuses by itself is not quantine's."""
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(place)
+    except quantine.QuantineError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if SOURCES in frames[-1].filename:
+            raise
+        raise quantine.CheckpointError("refused by transformers") from error
+    _run(model)
+
+
 def _loaded(place: Path) -> None:
     model, tokenizer = quantine.load(place)
-    for count in PASSES:
-        model(input_ids=torch.arange(count).unsqueeze(0))
+    _run(model)
     prompt = tokenizer("apples", return_tensors="pt")["input_ids"]
     if prompt.numel():
         model.generate(prompt, max_new_tokens=3, do_sample=False)
+
+
+@torch.no_grad()
+def _run(model: Any) -> None:
+    for count in PASSES:
+        model(input_ids=torch.arange(count).unsqueeze(0))
 
 
 DIRECTORIES: Final = Target("directories", 0.55, build_bases, attempt)

@@ -30,6 +30,7 @@ from quantine.runtime.loaded import check_loaded
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
+from quantine.source.settings import check_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -99,6 +100,7 @@ class QuantineQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        check_settings(model.config)
         entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config
         assert isinstance(config, QuantineConfig)

@@ -13,7 +13,6 @@ from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.checkpoint import weight_files
 from quantine.source.locate import ModelSource, locate
-from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +85,6 @@ def load_packed(
         said = cut(error, 200)
         raise FormatError(f"{source.directory} cannot be loaded, it is damaged: {said}") from error
     model, info = loaded
-    check_generation(model.generation_config)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info[kind]:
             raise FormatError(

@@ -18,13 +18,14 @@ from quantine.families import family_of
 from quantine.families.heads import Heads
 from quantine.families.layers import INPUTS_NAME
 from quantine.runtime.modules import Packed
+from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 def check_loaded(model: PreTrainedModel) -> None:
-    """Refuse a model whose tensors are not what docs/format.md says.
+    """Refuse a model whose tensors or settings for generation are not what docs/format.md says.
 
     Codes of weights are not read, as any are valid, and neither are float matrices. What
     transformers has put on disk or left without memory is passed over.
@@ -34,7 +35,10 @@ def check_loaded(model: PreTrainedModel) -> None:
 
     Raises:
         FormatError: names the tensor.
+        CheckpointError: names the field of generation_config.json.
     """
+    if model.generation_config is not None:
+        check_generation(model.generation_config)
     for name, module in model.named_modules():
         if any(tensor.is_meta for tensor in module.buffers(recurse=False)):
             continue
