@@ -117,7 +117,7 @@ class QuantineQuantizer(HfQuantizer):
         _tie_head(model)
         if hasattr(config, "activations"):
             rebuild(model, config.activations, entries)
-        _check_floats(model, entries)
+        _check_kept(model, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         check_loaded(model)
@@ -203,15 +203,22 @@ def _check_place(name: str, old: nn.Module, shape: list[int]) -> None:
         )
 
 
-def _check_floats(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
-    """Refuse files that hold anything but floats where the model has floats.
+def _check_kept(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
+    """Refuse tensors that are not packed if they are no floats, or not as the model has them.
 
     Raises:
         FormatError: names the tensor.
     """
     for name, parameter in model.named_parameters():
         entry = entries.get(name)
-        if entry is not None and parameter.is_floating_point() and entry.dtype not in FLOATS:
+        if entry is None:
+            continue
+        if entry.shape != tuple(parameter.shape):
+            raise FormatError(
+                f"{name} is {list(entry.shape)} in the files, but {list(parameter.shape)} in the "
+                "model that config.json describes: it is damaged"
+            )
+        if parameter.is_floating_point() and entry.dtype not in FLOATS:
             raise FormatError(
                 f"{name} is stored as {entry.dtype}, but the model needs one of "
                 f"{', '.join(sorted(FLOATS))}: it is damaged"

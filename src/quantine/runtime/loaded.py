@@ -37,8 +37,9 @@ def check_loaded(model: PreTrainedModel) -> None:
         FormatError: names the tensor.
         CheckpointError: names the field of generation_config.json.
     """
-    if model.generation_config is not None:
-        check_generation(model.generation_config)
+    generation = getattr(model, "generation_config", None)  # a bare model has none
+    if generation is not None:
+        check_generation(generation)
     for name, module in model.named_modules():
         if any(tensor.is_meta for tensor in module.buffers(recurse=False)):
             continue
