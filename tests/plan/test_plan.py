@@ -506,7 +506,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("long", ["é" * 5000, 10**400], ids=["text", "number"])
     @pytest.mark.parametrize(
-        "field", ["bits", "method", "group_size", "group_axis", "sym", "format", "clip"]
+        "field", ["bits", "method", "scale_bits", "group_axis", "sym", "format", "clip"]
     )
     def test_values_of_any_length_are_cut_in_messages(self, field: str, long: object) -> None:
         with pytest.raises(PlanError, match=field) as raised:

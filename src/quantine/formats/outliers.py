@@ -7,7 +7,6 @@ offsets cost 21 for a matrix of 600 inputs. Byte by byte in docs/format.md, sect
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 import torch
@@ -18,6 +17,8 @@ from quantine.errors import FormatError
 
 GAP_TYPES: Final = {torch.uint8: 2**8 - 1, torch.int16: 2**16 - 1}
 """Item types of a stream, and the item that means: as many inliers, and no outlier after them."""
+FEWEST: Final = 2.0**-32
+"""Smallest share that is reckoned with: below it a matrix has no outliers to speak of."""
 
 
 def encode_gaps(outliers: Csr) -> Tensor:
@@ -37,11 +38,9 @@ def expected_bytes(share: float) -> float:
     """Bytes of one outlier, value and gap, where a random ``share`` of weights are outliers."""
     if share <= 0:
         return 0.0
-    # A gap goes on after an item with probability (1 - share) ** longest: for few outliers so near
-    # to 1 that the difference needs functions of its own.
-    inlier = math.log1p(-share) if share < 1 else -math.inf
-    ends = {dtype: -math.expm1(longest * inlier) for dtype, longest in GAP_TYPES.items()}
-    return torch.float16.itemsize + min(dtype.itemsize / end for dtype, end in ends.items())
+    share = max(share, FEWEST)
+    gaps = [dtype.itemsize / (1 - (1 - share) ** longest) for dtype, longest in GAP_TYPES.items()]
+    return torch.float16.itemsize + min(gaps)
 
 
 def decode_gaps(stream: Tensor, values: Tensor, shape: tuple[int, int]) -> Csr:
