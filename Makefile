@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check sanitize bench wheel docs clean
+.PHONY: help install demo demo-model test check sanitize fuzz bench wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -19,6 +19,7 @@ help:
 	@echo "make test      the whole test suite"
 	@echo "make check     formatting, lint, types, and which module may import which"
 	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
+	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
 	@echo "make bench     time the kernels"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
@@ -66,6 +67,11 @@ sanitize: install
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 		$(BIN)/python -m pytest -p no:cacheprovider $(NATIVE_TESTS)
+
+# What a mutant is made of depends on its seed alone: SEED=1 tries others.
+SEED = 0
+fuzz: install
+	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 10000 --seed $(SEED)
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py

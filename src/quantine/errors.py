@@ -12,18 +12,6 @@ QuantineError
 └── BackendUnavailable  a kernel or device was asked for that does not exist here
 """
 
-from typing import Final
-
-BRIEF: Final = 120
-"""Largest number of characters that `brief` returns."""
-
-
-def brief(error: BaseException) -> str:
-    """What ``error`` says, short enough to be part of a message: the start of its first line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0] if lines else type(error).__name__
-    return said if len(said) <= BRIEF else said[: BRIEF - 3] + "..."
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out; PyTorch has no class of its own for the CPU's."""
@@ -32,6 +20,21 @@ def is_out_of_memory(error: BaseException) -> bool:
         isinstance(error, RuntimeError)
         and any(text in said for text in ("allocate memory", "out of memory", "unable to mmap"))
     )
+
+
+def cut(value: object, most: int = 120) -> str:
+    """``value`` in one line of at most ``most`` characters, as it may stand in a message.
+
+    What users give, files hold and libraries say may be of any length; an error that says nothing
+    is named by its class.
+    """
+    text = " ".join(str(value).split()) or type(value).__name__
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def shown(value: object) -> str:
+    """``repr(value)`` as `cut` gives it, for a value that is not what it should be."""
+    return cut(repr(value))
 
 
 class QuantineError(Exception):

@@ -23,7 +23,7 @@ SPEC = ActivationSpec(norm=8, attention=8, hidden=8, query=8, key=8, value=8, so
 def stored(name: str) -> Tensor | None:
     """Tensors of a block whose grids have two clusters of channels, and nothing that few have."""
     kinds = {
-        "order": torch.arange(WIDTH).flip(0),
+        "order": torch.arange(WIDTH, dtype=torch.int32).flip(0),
         "scale": torch.tensor([0.5, 2.0]),
         "zero": torch.tensor([1.0, 3.0]),
         "labels": torch.zeros(WIDTH, dtype=torch.int32),

@@ -16,8 +16,8 @@ from quantine.activations.reorder import reorder
 from quantine.core.activation_spec import REORDERS, ActivationSpec
 from quantine.families import family_of
 from quantine.families.family import Family, Link
+from quantine.families.heads import Heads
 from quantine.families.layers import block_list, is_transposed
-from quantine.rptq.reordering import Heads
 from tiny_models import FAMILIES, VOCAB, random_model, tiny_config
 
 LINKED = [

@@ -342,6 +342,7 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
 ) -> None:
     layout = format_named(name)
     tensors = layout.pack(solve(solver, spec, shape))
+    layout.check(tensors, spec, *shape)
     for key, tensor in tensors.items():
         damaged = [{**tensors, key: tensor.unsqueeze(-1)}]
         if tensor.numel():
@@ -354,6 +355,11 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
         for broken in damaged:
             with pytest.raises(FormatError, match=key):
                 layout.unpack(broken, spec, shape[1])
+            with pytest.raises(FormatError, match=key):
+                layout.check(broken, spec, *shape)
+    for rows, columns in ((shape[0] + 16, shape[1]), (shape[0], shape[1] + 16), shape[::-1]):
+        with pytest.raises(FormatError):
+            layout.check(tensors, spec, rows, columns)
     others = (QuantSpec(4, 8), QuantSpec(3, 20), QuantSpec(3, 8, sym=True))
     statistics = [replace(spec, scale_bits=5), replace(spec, zero_bits=4)]
     for other in (*others, *(one for one in statistics if layout.supports(one, False))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quantine.core.permute import input_order, inverse
+from quantine.core.permute import input_order, inverse, is_order
 
 STRENGTH = torch.tensor([1.0, 4.0, 1.0, 9.0, 7.0, 8.0])
 
@@ -34,3 +34,11 @@ def test_every_input_is_named_once(group_size: int | None) -> None:
     if group_size is not None:
         runs = order.view(-1, group_size) // group_size
         assert bool((runs == runs[:, :1]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
+def test_only_permutations_are_orders(dtype: torch.dtype) -> None:
+    for order in ([], [0], [2, 0, 1]):
+        assert is_order(torch.tensor(order, dtype=dtype))
+    for order in ([1], [-1], [0, 0], [0, 2], [0, 1, 2**15 - 1], [-1, 0, 1], [1, 2, 3]):
+        assert not is_order(torch.tensor(order, dtype=dtype))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantine.core.sparse import Csr
 from quantine.errors import FormatError
-from quantine.formats.outliers import decode_gaps, encode_gaps
+from quantine.formats.outliers import decode_gaps, encode_gaps, expected_bytes
 from samples import quick
 
 
@@ -136,3 +136,19 @@ def test_a_place_costs_about_a_byte(share: float) -> None:
     kept = Csr.where(mask, torch.zeros(256, 600))
     bits = 8 * encode_gaps(kept).nbytes / kept.entries
     assert bits <= (16.5 if share < 0.002 else 11 if share < 0.01 else 8.1)
+
+
+@pytest.mark.parametrize("share", [2.0**-32, 1e-9, 1e-7])
+def test_few_outliers_cost_the_items_that_pass_over_all_others(share: float) -> None:
+    per_weight = share * (expected_bytes(share) - 2)
+    assert per_weight == pytest.approx(2 / (2**16 - 1), rel=0.01)
+
+
+@pytest.mark.parametrize("share", [5e-324, 1e-45, 1e-17])
+def test_next_to_no_outliers_cost_next_to_nothing(share: float) -> None:
+    assert 0 <= 1e12 * share * expected_bytes(share) < 4
+
+
+def test_all_or_no_outliers() -> None:
+    assert expected_bytes(0.0) == 0.0
+    assert expected_bytes(1.0) == 3.0

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from quantine.errors import FormatError
 from quantine.formats import shards
-from quantine.formats.shards import merge_parts, read_entries, write_atomically, write_tensors
+from quantine.formats.headers import read_entries
+from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.weight_files import INDEX, SINGLE
 

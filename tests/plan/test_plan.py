@@ -494,12 +494,28 @@ class TestFiles:
         path.write_text("rules: [{match: '*', method: rtn}]")
         assert Plan.from_file(path).name == "careful"
 
-    @pytest.mark.parametrize("data", [b"rules: [", b"\xff\xfe\xff", b"a: b: c", b"\x00"])
-    def test_unreadable_files_are_named(self, tmp_path: Path, data: bytes) -> None:
-        path = tmp_path / "broken.yaml"
+    @pytest.mark.parametrize("name", ["broken.yaml", "broken.json"])
+    @pytest.mark.parametrize(
+        "data", [b"rules: [", b"\xff\xfe\xff", b"a: b: c", b"\x00", b"[" * 10**5]
+    )
+    def test_unreadable_files_are_named(self, tmp_path: Path, data: bytes, name: str) -> None:
+        path = tmp_path / name
         path.write_bytes(data)
-        with pytest.raises(PlanError, match=r"plan .*broken\.yaml cannot be read"):
+        with pytest.raises(PlanError, match=r"plan .*broken\..* cannot be read"):
             Plan.from_file(path)
+
+    @pytest.mark.parametrize("long", ["é" * 5000, 10**400], ids=["text", "number"])
+    @pytest.mark.parametrize(
+        "field", ["bits", "method", "scale_bits", "group_axis", "sym", "format", "clip"]
+    )
+    def test_values_of_any_length_are_cut_in_messages(self, field: str, long: object) -> None:
+        with pytest.raises(PlanError, match=field) as raised:
+            Plan.from_dict({"rules": [{"match": "*", "method": "rtn", field: long}]})
+        assert len(str(raised.value)) < 300
+
+    def test_names_are_short(self) -> None:
+        with pytest.raises(PlanError, match="at most 80 characters"):
+            Plan.from_dict({"name": "x" * 81, "rules": [{"match": "*", "method": "rtn"}]})
 
     def test_missing_files_are_named(self, tmp_path: Path) -> None:
         for path in (tmp_path / "none.yaml", tmp_path):

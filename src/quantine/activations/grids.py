@@ -7,9 +7,11 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.stored import check_tensor, check_within
 from quantine.core.fit_range import fit_activations
 from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.grid import decode, encode
+from quantine.errors import FormatError
 from quantine.kernels.integer.token_factors import factors, steepness
 from quantine.kernels.kv_attention.packing import round_states
 
@@ -17,6 +19,8 @@ FEEDBACK: Final = "feedback"
 """Name of the optional tensor of a `StaticGrid` for error feedback among channels."""
 REACH: Final = "reach"
 """Name of the optional tensor of a `StaticGrid` that sets the factors of tokens."""
+SMALLEST: Final = 2.0**-149
+"""Smallest positive number in float32."""
 LABELS: Final = torch.int32
 """Dtype in which the clusters of channels are stored."""
 
@@ -94,6 +98,39 @@ class StaticGrid(FixedDtypes):
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return decode(encode(x, scale, zero, self.bits), scale, zero)
+
+    def check(self, name: str, channels: int, heads: int | None = None) -> None:
+        """Refuse tensors, as they were read from files, that do not round so many channels.
+
+        Args:
+            name: full name of this module, for errors.
+            channels: number of channels of what is rounded.
+            heads: number of heads that the channels of queries, keys or values are of, which may
+                have error feedback but no factors of tokens; ``None`` for the inputs of a matrix,
+                with which it is the other way round.
+
+        Raises:
+            FormatError: names the tensor.
+        """
+        scale, zero, labels = (self.get_buffer(tensor) for tensor in self.tensor_names)
+        clusters = (max(1, scale.numel()),)
+        check_tensor(f"{name}.scale", scale, torch.float32, clusters)
+        check_within(f"{name}.scale", scale, SMALLEST, torch.finfo(torch.float32).max)
+        check_tensor(f"{name}.zero", zero, torch.float32, clusters)
+        check_tensor(f"{name}.labels", labels, LABELS, (channels,))
+        check_within(f"{name}.labels", labels, 0, clusters[0] - 1)
+        feedback, reach = self.fed(), self.reached()
+        if feedback is not None:
+            if heads is None:
+                raise FormatError(f"{name}.feedback is there, but only attention has feedback")
+            dim = channels // heads
+            check_tensor(f"{name}.{FEEDBACK}", feedback, torch.float16, (heads, dim, dim))
+        if reach is not None:
+            if heads is not None:
+                raise FormatError(f"{name}.reach is there, but only inputs of matrices have it")
+            check_tensor(f"{name}.{REACH}", reach, torch.float32, (1,))
+            check_within(f"{name}.{REACH}", reach, SMALLEST, torch.finfo(torch.float32).max)
+            check_within(f"{name}.zero", zero, 0, 2**self.bits - 1)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: bits, channels, clusters, and factors of tokens if any."""

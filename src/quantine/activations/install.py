@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedLinear
 from quantine.activations.reorder import permute_norm
+from quantine.activations.stored import check_tensor
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
 from quantine.errors import FormatError
 from quantine.families.family import Family, Link
@@ -129,7 +131,7 @@ def rebuild_block(
             where there is none.
 
     Raises:
-        FormatError: a tensor is missing; the message names it.
+        FormatError: a tensor is missing, or an order is not int32; the message names it.
     """
 
     def needed(name: str) -> Tensor:
@@ -140,13 +142,18 @@ def rebuild_block(
             )
         return found
 
+    def order(norm: str) -> Tensor:
+        found = needed(f"{norm}.order")
+        check_tensor(f"{path}.{norm}.order", found, torch.int32, tuple(found.shape))
+        return found
+
     def grid(point: RoundingPoint, bits: int) -> StaticGrid:
         scale, zero, labels = (needed(f"{point.grid}.{name}") for name in StaticGrid.tensor_names)
         more = (tensor_of(f"{path}.{point.grid}.{name}") for name in (FEEDBACK, REACH))
         return StaticGrid(bits, scale, zero, labels, *more)
 
     add_sites(block, family, spec)
-    add_norms(block, family, spec, lambda norm: needed(f"{norm}.order"))
+    add_norms(block, family, spec, order)
     add_grids(block, family, spec, grid)
 
 

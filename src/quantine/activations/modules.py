@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quantine.activations.stored import check_tensor
 from quantine.core.activation_spec import UNQUANTIZED
+from quantine.core.permute import is_order
+from quantine.errors import FormatError
 
 SITES_NAME: Final = "sites"
 """Name of the child of an attention module that holds its `AttentionSites`."""
@@ -25,6 +29,21 @@ class PermutedNorm(nn.Module):
         super().__init__()
         self.norm = norm
         self.register_buffer("order", order)
+
+    def check(self, name: str) -> None:
+        """Refuse an order, as it was read from files, that is none of the norm's channels.
+
+        Args:
+            name: full name of this module, for errors.
+
+        Raises:
+            FormatError: names the tensor.
+        """
+        order = self.get_buffer("order")
+        channels = len(self.norm.get_parameter("weight"))
+        check_tensor(f"{name}.order", order, torch.int32, (channels,))
+        if not is_order(order):
+            raise FormatError(f"{name}.order is damaged: it does not name every channel once")
 
     def forward(self, x: Tensor) -> Tensor:
         """The norm of ``x`` ``[..., channels]``, its channels reordered."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from quantine.core.spec import MAX_BITS, MIN_BITS, check_choice
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 
 Granularity = Literal["cluster", "tensor", "token"]
 """Name of a way to share grids between values, one of `GRANULARITIES`."""
@@ -97,12 +97,12 @@ class ActivationSpec:
             if not _is_whole(bits) or not (MIN_BITS <= bits <= MAX_BITS or bits == UNQUANTIZED):
                 raise PlanError(
                     f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
-                    f"for none, not {bits!r}"
+                    f"for none, not {shown(bits)}"
                 )
         for name in ("relative", "token_factors"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(
-                    f"activations: {name} must be true or false, not {getattr(self, name)!r}"
+                    f"activations: {name} must be true or false, not {shown(getattr(self, name))}"
                 )
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("range", self.range, RANGES)
@@ -111,12 +111,13 @@ class ActivationSpec:
         ):
             raise PlanError(
                 f"activations: clusters must be {len(REORDERS)} positive numbers, for "
-                f"{', '.join(REORDERS)}, not {self.clusters!r}"
+                f"{', '.join(REORDERS)}, not {shown(self.clusters)}"
             )
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
-                f"activations: value_clusters must be a positive number, or null, not {count!r}"
+                "activations: value_clusters must be a positive number, or null, not "
+                f"{shown(count)}"
             )
 
     @property
@@ -158,7 +159,7 @@ def activations_from(value: Any, where: str) -> ActivationSpec:
     fields = dict(value)
     if "clusters" in fields:
         if not isinstance(fields["clusters"], list | tuple):
-            raise PlanError(f"{where}: clusters must be a list, not {fields['clusters']!r}")
+            raise PlanError(f"{where}: clusters must be a list, not {shown(fields['clusters'])}")
         fields["clusters"] = tuple(fields["clusters"])
     try:
         return ActivationSpec(**fields)

@@ -31,6 +31,14 @@ def input_order(strength: Tensor, act_order: bool, group_size: int | None = None
     return (within + starts)[first].flatten()
 
 
+def is_order(order: Tensor) -> bool:
+    """Whether the integers ``order`` ``[n]`` name every place from 0 to ``n - 1`` once."""
+    places = order.long()
+    if not bool(((places >= 0) & (places < len(places))).all()):
+        return False
+    return bool((places.bincount(minlength=len(places)) == 1).all())
+
+
 def inverse(order: Tensor) -> Tensor:
     """The position that ``order`` gives each input: ``inverse(order)[order[j]] == j``."""
     result = torch.empty_like(order)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 
 GroupAxis = Literal["in", "out"]
 """Name of an axis along which groups extend, one of `GROUP_AXES`."""
@@ -71,22 +71,22 @@ class QuantSpec:
         for name in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise PlanError(f"{name} must be a whole number, not {value!r}")
+                raise PlanError(f"{name} must be a whole number, not {shown(value)}")
         if not isinstance(self.sym, bool):
-            raise PlanError(f"sym must be true or false, not {self.sym!r}")
+            raise PlanError(f"sym must be true or false, not {shown(self.sym)}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise PlanError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {self.bits}")
+            raise PlanError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {shown(self.bits)}")
         check_choice("group_axis", self.group_axis, GROUP_AXES)
         for name, whole in (("group_size", "the whole line"), ("stat_group_size", "all lines")):
             value = getattr(self, name)
             clusters = name == "group_size" and value == CLUSTERS
             if value != WHOLE_ROW and value < 1 and not clusters:
-                raise PlanError(f"{name} must be positive, or -1 for {whole}, not {value}")
+                raise PlanError(f"{name} must be positive, or -1 for {whole}, not {shown(value)}")
         widths = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT16}"
         if not (MIN_BITS <= self.scale_bits <= MAX_BITS or self.scale_bits == FLOAT16):
-            raise PlanError(f"scale_bits must be {widths}, not {self.scale_bits}")
+            raise PlanError(f"scale_bits must be {widths}, not {shown(self.scale_bits)}")
         if not (MIN_BITS <= self.zero_bits <= MAX_BITS or self.zero_bits in {0, FLOAT16}):
-            raise PlanError(f"zero_bits must be 0, {widths}, not {self.zero_bits}")
+            raise PlanError(f"zero_bits must be 0, {widths}, not {shown(self.zero_bits)}")
         if self.sym and self.zero_bits:
             raise PlanError(
                 f"zero_bits {self.zero_bits} and sym exclude each other: a symmetric grid has no "
@@ -143,4 +143,4 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         PlanError: it is not; the message names the choices.
     """
     if value not in choices:
-        raise PlanError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise PlanError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}")

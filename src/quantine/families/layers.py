@@ -162,11 +162,11 @@ def find_layers(model: nn.Module, family: Family) -> list[Layer]:
             dimensions that the family does not name (which would stay in 16 bit unnoticed).
     """
     embedding = model.get_submodule(family.embedding)
-    layers = [Layer(family.embedding, *_shape(embedding, family.embedding), role="embedding")]
+    layers = [Layer(family.embedding, *matrix_shape(embedding, family.embedding), role="embedding")]
     for index, block in enumerate(block_list(model, family)):
         layers.extend(_block_layers(block, index, family))
     head = model.get_submodule(family.head)
-    layers.append(Layer(family.head, *_shape(head, family.head), role="head"))
+    layers.append(Layer(family.head, *matrix_shape(head, family.head), role="head"))
     return layers
 
 
@@ -190,7 +190,7 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
             name = f"{prefix}.{path}"
             if path not in modules:
                 raise FamilyError(f"family {family.name!r} expects {name}, which does not exist")
-            out_features, in_features = _shape(modules[path], name)
+            out_features, in_features = matrix_shape(modules[path], name)
             transposed = is_transposed(modules[path])
             yield Layer(name, out_features, in_features, "block", index, group, transposed)
 
@@ -200,7 +200,7 @@ def is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+def matrix_shape(module: nn.Module, name: str) -> tuple[int, int]:
     """Shape ``[out, in]`` of the weight of ``module``.
 
     Raises:

@@ -1,6 +1,6 @@
 """Packed layouts and the files that hold them."""
 
-from quantine.errors import FormatError
+from quantine.errors import FormatError, shown
 from quantine.formats.foreign.spqr.layout import Spqr
 from quantine.formats.format import Format
 from quantine.formats.sparse import Sparse
@@ -23,7 +23,7 @@ def format_named(name: str) -> Format:
     """
     if name not in FORMATS:
         raise FormatError(
-            f"unknown format {name!r} (known: {', '.join(FORMATS)}): "
+            f"unknown format {shown(name)} (known: {', '.join(FORMATS)}): "
             "the directory may need a newer quantine"
         )
     return FORMATS[name]

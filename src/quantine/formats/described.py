@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.core.arithmetic import UNSTATED
-from quantine.errors import FormatError
+from quantine.errors import FormatError, cut
 from quantine.families.family import Family
 from quantine.formats import FORMATS, format_named
 from quantine.formats.description import METHOD
 from quantine.formats.directory import REPORT, RUN_DIRECTORY, read_json
-from quantine.formats.shards import Entry
+from quantine.formats.headers import Entry
 from quantine.formats.stored_config import spec_of
 
 OF_ANY_LENGTH: Final = ("outlier_gap", "outlier_value", "col_vals", "exponent")
@@ -52,7 +52,9 @@ def described(path: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method == METHOD:
         return dict(settings)
-    if method in {layout.quant_method for layout in FORMATS.values() if layout.exclusive}:
+    if isinstance(method, str) and method in {
+        layout.quant_method for layout in FORMATS.values() if layout.exclusive
+    }:
         return _described_by_report(path)
     raise FormatError(f"{path} was not written by quantine")
 
@@ -81,7 +83,7 @@ def _described_by_report(path: Path) -> dict[str, Any]:
             },
         }
     except (LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"{path / REPORT} is damaged ({error!r}): copy it again") from error
+        raise FormatError(f"{path / REPORT} is damaged ({cut(error)}): copy it again") from error
 
 
 def packed_entries(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.errors import OutputError
+from quantine.errors import OutputError, cut
 from quantine.formats.shards import write_atomically
 
 RUN_DIRECTORY: Final = ".quantine"
@@ -30,8 +30,8 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is damaged ({error}): delete the directory") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise OutputError(f"{path} is damaged ({cut(error)}): delete the directory") from error
 
 
 def write_json(path: Path, value: object) -> None:

@@ -20,8 +20,8 @@ from quantine.formats import format_named
 from quantine.formats.described import described, kept_linears, packed_entries, read_config
 from quantine.formats.description import Description
 from quantine.formats.floats import as_stored
+from quantine.formats.headers import entries_of
 from quantine.formats.repack import check_repackable, repack
-from quantine.formats.shards import read_entries
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.weight_files import weight_files
@@ -58,7 +58,7 @@ class FinishedDirectory:
         found = described(path, config)
         check_description(found)
         self.files = weight_files(path)
-        entries = {entry.name: entry for file in self.files for entry in read_entries(file)}
+        entries = entries_of(self.files)
         self._checkpoint = Checkpoint(path)
         self._family = family_of(config.get("model_type", ""))
         self._packed = {

@@ -100,6 +100,17 @@ class Format(Protocol):
         """
         ...
 
+    def check(
+        self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> None:
+        """Refuse tensors that hold no matrix of ``spec`` and this shape, whatever their codes are.
+
+        Everything is checked that `unpack` and kernels compute places from, and that scales, zero
+        points and outliers are values that `pack` writes. Codes are not decoded: any are valid.
+        Raises `FormatError`, which names the tensor.
+        """
+        ...
+
     def nbytes(
         self,
         spec: QuantSpec,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantine.core.spec import FLOAT16
+from quantine.errors import FormatError, cut
 from quantine.formats.directory import REPORT, read_json
 from quantine.formats.finished import FinishedDirectory
 from quantine.kernels import backend
@@ -72,7 +73,11 @@ def _layer_reports(directory: Path) -> dict[str, dict[str, Any]]:
     """The report's layers by name; a copied or re-saved directory may lack it."""
     if not (directory / REPORT).is_file():
         return {}
-    return {layer["name"]: layer for layer in read_json(directory / REPORT)["layers"]}
+    try:
+        found = {layer["name"]: layer for layer in read_json(directory / REPORT)["layers"]}
+        return {name: dict(layer) for name, layer in found.items()}
+    except (LookupError, TypeError, ValueError) as error:
+        raise FormatError(f"{directory / REPORT} is damaged ({cut(error)}): remove it") from error
 
 
 def _totals(

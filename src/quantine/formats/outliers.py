@@ -17,6 +17,8 @@ from quantine.errors import FormatError
 
 GAP_TYPES: Final = {torch.uint8: 2**8 - 1, torch.int16: 2**16 - 1}
 """Item types of a stream, and the item that means: as many inliers, and no outlier after them."""
+FEWEST: Final = 2.0**-32
+"""Smallest share that is reckoned with: below it a matrix has no outliers to speak of."""
 
 
 def encode_gaps(outliers: Csr) -> Tensor:
@@ -36,6 +38,7 @@ def expected_bytes(share: float) -> float:
     """Bytes of one outlier, value and gap, where a random ``share`` of weights are outliers."""
     if share <= 0:
         return 0.0
+    share = max(share, FEWEST)
     gaps = [dtype.itemsize / (1 - (1 - share) ** longest) for dtype, longest in GAP_TYPES.items()]
     return torch.float16.itemsize + min(gaps)
 

@@ -8,7 +8,6 @@ import os
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -16,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from quantine.errors import FormatError
+from quantine.formats.headers import Entry, read_entries
 from quantine.source.weight_files import INDEX, SINGLE
 
 METADATA: Final = {"format": "pt"}
@@ -27,27 +27,6 @@ HEADER_ALIGNMENT: Final = 8
 
 TEMPORARY: Final = ".tmp"
 """How the names of files end that are still being written."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where one tensor's bytes lie.
-
-    Attributes:
-        name: full name of the tensor.
-        dtype: as safetensors spells it, such as ``"F16"``.
-        shape: of the tensor.
-        file: that holds it.
-        offset: of its first byte, counted from the start of the file.
-        nbytes: number of its bytes.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    nbytes: int
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -68,40 +47,6 @@ def write_atomically(path: Path, data: bytes) -> None:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors``, by name, as one safetensors file, like `write_atomically`."""
     write_atomically(path, save(dict(tensors), metadata=METADATA))
-
-
-def read_entries(file: Path) -> list[Entry]:
-    """Where the tensors of a safetensors file lie; only its header is read.
-
-    Raises:
-        FormatError: the header is damaged.
-    """
-    with file.open("rb") as stream:
-        raw = stream.read(8)
-        size = struct.unpack("<Q", raw)[0] if len(raw) == 8 else -1
-        if not 0 < size <= file.stat().st_size - 8:
-            raise FormatError(f"{file} is not a safetensors file")
-        data = stream.read(size)
-    found = file.stat().st_size - 8 - size
-    try:
-        header = json.loads(data)
-        header.pop("__metadata__", None)
-        expected = max((info["data_offsets"][1] for info in header.values()), default=0)
-        if expected != found:
-            raise FormatError(f"{file} holds {found} bytes of tensors, not {expected}: cut off?")
-        return [
-            Entry(
-                name,
-                info["dtype"],
-                tuple(info["shape"]),
-                file,
-                8 + size + info["data_offsets"][0],
-                info["data_offsets"][1] - info["data_offsets"][0],
-            )
-            for name, info in header.items()
-        ]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise FormatError(f"{file} is not a safetensors file: its header is damaged") from error
 
 
 def merge_parts(parts: Sequence[Path], directory: Path, shard_bytes: int) -> None:

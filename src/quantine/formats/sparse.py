@@ -18,7 +18,16 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import FLOAT16, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.description import METHOD, Description, own_config
-from quantine.formats.layout import Layout, check_layout, index_dtype, nbytes_of, read_order
+from quantine.formats.layout import (
+    Layout,
+    check_finite,
+    check_groups,
+    check_layout,
+    check_scales,
+    index_dtype,
+    nbytes_of,
+    read_order,
+)
 from quantine.formats.outliers import GAP_TYPES, decode_gaps, encode_gaps, expected_bytes
 from quantine.kernels.bits import pack, unpack
 from quantine.kernels.bits.reference import packed_bytes
@@ -39,6 +48,9 @@ ALL_NAMES: Final = (
 """Every tensor that the layout ``sparse`` may have."""
 PLAIN_NAMES: Final = ("codes", "scale", "zero", "in_perm", "exponent")
 """Every tensor that the layout ``dense`` may have."""
+
+LEAST_EXPONENT: Final = -126
+"""Smallest exponent of small weights: that of the smallest normal float32."""
 
 
 @dataclass(frozen=True)
@@ -130,15 +142,11 @@ class Sparse:
         Raises:
             FormatError: a tensor is missing, or its shape or dtype is not what ``spec`` implies.
         """
-        out_features = tensors["codes"].shape[0] if "codes" in tensors else 0
-        expected = self.layout(spec, out_features, in_features, "in_perm" in tensors)
-        outliers = {} if self.plain else _outlier_tensors(tensors)
-        if "exponent" in tensors:
-            expected["exponent"] = ((1,), torch.int8)
-        name = "dense" if self.plain else "sparse"
-        check_layout(name, tensors, {**expected, **outliers}, spec)
+        codes = tensors.get("codes")
+        out_features = codes.shape[0] if codes is not None and codes.ndim else 0
+        self._check_layout(tensors, spec, out_features, in_features)
         kept = None
-        if outliers:
+        if "outlier_gap" in tensors:
             shape = (out_features, in_features)
             values = _unpack_values(tensors["outlier_value"], _exponent(tensors))
             kept = decode_gaps(tensors["outlier_gap"], values, shape)
@@ -149,6 +157,24 @@ class Sparse:
             kept = None if kept is None else kept.rows(rows)
         in_perm = read_order(tensors["in_perm"]) if "in_perm" in tensors else None
         return QTensor(unpack(packed, spec.bits, in_features), grid, in_perm, kept)
+
+    def check(
+        self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> None:
+        """See `quantine.formats.format.Format.check`."""
+        self._check_layout(tensors, spec, out_features, in_features)
+        for key, tensor in tensors.items():
+            if key == "scale" and spec.scale_bits == FLOAT16:
+                check_scales(key, tensor)
+            elif tensor.dtype == torch.float16:
+                check_finite(key, tensor)
+        if "outlier_gap" in tensors:
+            shape = (out_features, in_features)
+            decode_gaps(tensors["outlier_gap"], tensors["outlier_value"], shape)
+        if "in_perm" in tensors:
+            read_order(tensors["in_perm"])
+        if not LEAST_EXPONENT <= _exponent(tensors) <= 0:
+            raise FormatError(f"exponent is {_exponent(tensors)}: damaged, it would be negative")
 
     def nbytes(
         self,
@@ -162,6 +188,17 @@ class Sparse:
         fixed = nbytes_of(self.layout(spec, out_features, in_features, stores_order))
         kept = out_features * in_features * outlier_share
         return fixed + math.ceil(kept * expected_bytes(outlier_share))
+
+    def _check_layout(
+        self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> None:
+        """Refuse other tensors, shapes and dtypes than those of a matrix ``[out, in]``."""
+        check_groups(spec, out_features, in_features)
+        expected = self.layout(spec, out_features, in_features, "in_perm" in tensors)
+        if "exponent" in tensors:
+            expected["exponent"] = ((1,), torch.int8)
+        outliers = {} if self.plain else _outlier_tensors(tensors)
+        check_layout("dense" if self.plain else "sparse", tensors, {**expected, **outliers}, spec)
 
     def layout(
         self, spec: QuantSpec, out_features: int, in_features: int, stores_order: bool

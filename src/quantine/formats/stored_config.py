@@ -8,9 +8,10 @@ from typing import Any
 from quantine.core.activation_spec import activations_from
 from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, PlanError
+from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION
+from quantine.formats.layout import check_groups
 
 
 def check_description(found: Mapping[str, Any]) -> None:
@@ -24,11 +25,11 @@ def check_description(found: Mapping[str, Any]) -> None:
         FormatError: names the layer or field.
     """
     version, schemes, layers = (found.get(k) for k in ("format_version", "schemes", "layers"))
-    if not isinstance(version, int) or version < 1:
-        raise FormatError(f"format_version must be a positive number, not {version!r}")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"format_version must be a positive number, not {shown(version)}")
     if version > FORMAT_VERSION:
         raise FormatError(
-            f"written in format version {version}, but this quantine reads {FORMAT_VERSION}: "
+            f"written in format version {cut(version)}, but this quantine reads {FORMAT_VERSION}: "
             "install a newer one"
         )
     if not isinstance(schemes, list) or not isinstance(layers, Mapping):
@@ -38,29 +39,48 @@ def check_description(found: Mapping[str, Any]) -> None:
         try:
             activations_from(activations, "quantization_config")
         except (PlanError, TypeError) as error:
-            raise FormatError(f"damaged activations: {error}") from error
+            raise FormatError(f"damaged activations: {cut(error, 200)}") from error
     elif not layers:
         raise FormatError("quantization_config lists no layers and no activations")
     arithmetic = found.get("arithmetic", UNSTATED)
     if not is_arithmetic(arithmetic):
         raise FormatError(
-            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {arithmetic!r}: the "
+            f"arithmetic must be one of {', '.join(ARITHMETICS)}, not {shown(arithmetic)}: the "
             "directory may need a newer quantine"
         )
-    for scheme in schemes:
-        try:
-            spec_of(scheme)
-            format_named(scheme["format"])
-        except (LookupError, TypeError, PlanError) as error:
-            raise FormatError(f"damaged scheme {scheme!r}: {error!r}") from error
+    specs = [_checked_spec(number, scheme) for number, scheme in enumerate(schemes)]
     for name, layer in layers.items():
         index = layer.get("scheme") if isinstance(layer, Mapping) else None
         shape = layer.get("shape") if isinstance(layer, Mapping) else None
-        if not isinstance(index, int) or not 0 <= index < len(schemes):
-            raise FormatError(f"{name} has scheme {index!r}, but there are {len(schemes)}")
+        if type(index) is not int or not 0 <= index < len(specs):
+            said = shown(index)
+            raise FormatError(f"{cut(name)} has scheme {said}, but there are {len(specs)}")
         sizes = shape if isinstance(shape, list) else []
-        if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise FormatError(f"{name} has no shape [out, in], but {shape!r}")
+        if len(sizes) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+            raise FormatError(f"{cut(name)} has no shape [out, in], but {shown(shape)}")
+        try:
+            check_groups(specs[index], sizes[0], sizes[1])
+        except FormatError as error:
+            raise FormatError(f"{cut(name)} and its scheme disagree: {error}") from error
+
+
+def _checked_spec(number: int, scheme: Any) -> QuantSpec:
+    """The spec of scheme ``number``.
+
+    Raises:
+        FormatError: the scheme is damaged.
+    """
+    try:
+        spec = spec_of(scheme)
+    except KeyError as error:
+        raise FormatError(f"scheme {number} is damaged: it has no field {error}") from error
+    except (TypeError, AttributeError, PlanError) as error:
+        raise FormatError(f"scheme {number} is damaged: {cut(error)}") from error
+    if not all(type(size) is int and size > 0 for size in spec.cluster_sizes):
+        raise FormatError(f"scheme {number} is damaged: cluster_sizes are no positive numbers")
+    if spec.clustered != bool(spec.cluster_sizes):
+        raise FormatError(f"scheme {number} is damaged: cluster_sizes belong to group_size 0 only")
+    return spec
 
 
 def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:

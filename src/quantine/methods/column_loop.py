@@ -20,7 +20,7 @@ from torch import Tensor
 from quantine.core.permute import input_order, inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.errors import PlanError, SolverError
+from quantine.errors import PlanError, SolverError, shown
 from quantine.kernels.columns import round_block
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.fit import fit_rows
@@ -70,9 +70,9 @@ class ColumnLoop:
     def __post_init__(self) -> None:
         check_choice("groups", self.groups, GROUPS)
         if not 0 < self.damp <= 1:
-            raise PlanError(f"damp must be above 0 and at most 1, not {self.damp!r}")
+            raise PlanError(f"damp must be above 0 and at most 1, not {shown(self.damp)}")
         if self.block_size < 1:
-            raise PlanError(f"block_size must be positive, not {self.block_size!r}")
+            raise PlanError(f"block_size must be positive, not {shown(self.block_size)}")
 
     def stores_order(self, spec: QuantSpec) -> bool:
         """Whether groups consist of inputs in act-order, which is then stored with the layer."""

@@ -21,7 +21,7 @@ from quantine.core.ambient import own_state
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
-from quantine.errors import PlanError, SolverError
+from quantine.errors import PlanError, SolverError, shown
 from quantine.kernels.fit import fit_groups
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost, importance_of, squared_errors
 from quantine.methods.column_loop import ColumnLoop, Groups
@@ -87,10 +87,12 @@ class SpQR:
         check_choice("detect", self.detect, DETECTS)
         _ = self.loop  # refuses bad values
         if not self.threshold > 0:
-            raise PlanError(f"threshold must be positive, or inf for none, not {self.threshold!r}")
+            raise PlanError(
+                f"threshold must be positive, or inf for none, not {shown(self.threshold)}"
+            )
         if not 0 <= self.outliers <= LARGEST_SHARE:
             raise PlanError(
-                f"outliers must be a share from 0 to {LARGEST_SHARE}, not {self.outliers!r}"
+                f"outliers must be a share from 0 to {LARGEST_SHARE}, not {shown(self.outliers)}"
             )
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantine.core.spec import nearest_group_sizes
-from quantine.errors import PlanError
+from quantine.errors import PlanError, cut
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision
 
@@ -34,7 +34,7 @@ def check_groups(decisions: Sequence[Decision]) -> None:
         sizes = ", ".join(map(str, nearest_group_sizes(length, group_size)))
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         lines.append(
-            f"  group size {group_size} does not divide {length} {kind} of {shown}; "
+            f"  group size {cut(group_size, 20)} does not divide {length} {kind} of {shown}; "
             f"nearest sizes that do: {sizes}, or -1 for all of them"
         )
     raise PlanError("groups must tile the lines of a layer:\n" + "\n".join(lines))

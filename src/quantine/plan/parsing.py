@@ -7,7 +7,7 @@ from typing import Any
 
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec, activations_from
 from quantine.core.spec import CLUSTERS
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 from quantine.plan.presets import CLUSTERED, PUBLISHED_RPTQ
 from quantine.plan.scheme import KEEP, Scheme
 from quantine.plan.scheme_parsing import is_a, scheme_from
@@ -26,7 +26,7 @@ def budget_field(value: Mapping[str, Any], name: str) -> float | None:
     """
     bits = value.get("bits_per_weight")
     if bits is not None and not is_a(bits, float):
-        raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {bits!r}")
+        raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {shown(bits)}")
     return None if bits is None else float(bits)
 
 

@@ -14,7 +14,7 @@ import yaml
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16
-from quantine.errors import PlanError
+from quantine.errors import PlanError, cut, shown
 from quantine.families.layers import Layer
 from quantine.methods import METHODS
 from quantine.methods.adadim import ADADIM, AdaDim
@@ -30,6 +30,8 @@ from quantine.plan.shorthand import parse_shorthand
 
 FLAGS: Final = ("true_sequential", "float_inputs")
 """Boolean fields of a plan that say on which model calibration inputs are observed."""
+LONGEST_NAME: Final = 80
+"""Most characters of the name of a plan."""
 OPTIONS: Final = (*FLAGS, "arithmetic")
 """Fields of a plan that presets and plan files may set and may leave out."""
 
@@ -69,14 +71,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         for key in FLAGS:
-            if not isinstance(getattr(self, key), bool):
+            value = getattr(self, key)
+            if not isinstance(value, bool):
                 raise PlanError(
-                    f"plan {self.name!r}: {key} must be true or false, not {getattr(self, key)!r}"
+                    f"plan {self.name!r}: {key} must be true or false, not {shown(value)}"
                 )
         if not is_arithmetic(self.arithmetic):
             raise PlanError(
                 f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "
-                f"{self.arithmetic!r}"
+                f"{shown(self.arithmetic)}"
             )
         if not self.activations and not any(r.scheme or r.by_budget for r in self.rules):
             raise PlanError(f"plan {self.name!r} quantizes nothing: it has no rule with a method")
@@ -205,7 +208,12 @@ class Plan:
         known = {field.name for field in dataclasses.fields(cls)} | {"scheme"}
         if unknown := set(value) - known:
             raise PlanError(
-                f"plan {name!r} has unknown keys: {', '.join(sorted(map(str, unknown)))}"
+                f"plan {name!r} has unknown keys: {cut(', '.join(sorted(map(str, unknown))))}"
+            )
+        title = str(value.get("name", name))
+        if len(title) > LONGEST_NAME:
+            raise PlanError(
+                f"a plan's name has at most {LONGEST_NAME} characters, not {cut(title)}"
             )
         rules = [
             rule_from(rule, f"rule {number} of plan {name!r}")
@@ -213,7 +221,7 @@ class Plan:
         ]
         return cls(
             tuple(rules),
-            str(value.get("name", name)),
+            title,
             budget_field(value, name),
             choices_field(value, name),
             **{key: value[key] for key in OPTIONS if key in value},
@@ -235,8 +243,8 @@ class Plan:
             text = path.read_text(encoding="utf-8")
             # PyYAML takes neither tabs nor numbers such as 1e-05, which are fine JSON.
             value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise PlanError(f"plan {path} cannot be read: {error}") from error
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            raise PlanError(f"plan {path} cannot be read: {cut(error, 200)}") from error
         return cls.from_dict(value, path.stem)
 
     def as_dict(self) -> dict[str, Any]:
@@ -270,7 +278,7 @@ class Plan:
         for number, rule in enumerate(self.rules, 1):
             if not any(rule.matches(layer) for layer in layers):
                 raise PlanError(
-                    f"rule {number} ({rule.match!r}) of plan {self.name!r} matches no layer; "
+                    f"rule {number} ({shown(rule.match)}) of plan {self.name!r} matches no layer; "
                     f"layers are called like {layers[len(layers) // 2].name!r}"
                 )
         decisions = [self._decide(layer) for layer in layers]

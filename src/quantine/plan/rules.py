@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 from quantine.families.layers import Layer
 from quantine.methods.adadim import ADADIM, AdaDim
 from quantine.plan.scheme import KEEP, Scheme
@@ -39,7 +39,7 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.match.startswith("@") and self.match not in SETS:
-            raise PlanError(f"unknown set {self.match!r} (known: {', '.join(SETS)})")
+            raise PlanError(f"unknown set {shown(self.match)} (known: {', '.join(SETS)})")
 
     def matches(self, layer: Layer) -> bool:
         """Whether the rule applies to ``layer``."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from quantine.core.spec import FLOAT16, QuantSpec
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 from quantine.families.layers import Layer
 from quantine.formats import format_named
 from quantine.formats.format import Format
@@ -56,7 +56,7 @@ class Scheme:
             raise PlanError(f"{AVERAGE} is for method spqr without `outliers`, which would decide")
         if not 0 < self.average_bits <= FLOAT16:
             raise PlanError(
-                f"{AVERAGE} must be above 0 and at most {FLOAT16}, not {self.average_bits!r}"
+                f"{AVERAGE} must be above 0 and at most {FLOAT16}, not {shown(self.average_bits)}"
             )
 
     @property

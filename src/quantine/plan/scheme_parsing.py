@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from quantine.core.spec import CLUSTERS, GROUP_AXES, QuantSpec
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 from quantine.formats import FORMATS
 from quantine.methods import METHODS
 from quantine.methods.adadim import ADADIM, AdaDim
@@ -39,7 +39,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
         return None
     if not isinstance(method, str) or method not in METHODS:
         raise PlanError(
-            f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {method!r}"
+            f"{where}: method must be one of {', '.join([*METHODS, KEEP])}, not {shown(method)}"
         )
     kind = METHODS[method]
     spec_types, solver_types = _field_types(QuantSpec), _field_types(kind)
@@ -63,10 +63,10 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
     fitting = [n for n, f in FORMATS.items() if f.writable and f.supports(spec, keeps)]
     layout = value.get("format", fitting[0])
     if not isinstance(layout, str) or layout not in FORMATS:
-        raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {layout!r}")
+        raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {shown(layout)}")
     if layout not in fitting:
         raise PlanError(
-            f"{where}: format {layout!r} cannot hold what is asked for; {fitting[0]!r} can"
+            f"{where}: format {shown(layout)} cannot hold what is asked for; {fitting[0]!r} can"
         )
     try:
         return Scheme(solver, spec, layout, average)
@@ -82,9 +82,9 @@ def _check_types(
         expected = types.get(key)
         if expected is None:
             known = ", ".join(types)
-            raise PlanError(f"{where}: {method} has no parameter {key!r} (it has {known})")
+            raise PlanError(f"{where}: {method} has no parameter {shown(key)} (it has {known})")
         if expected in {int, float, bool} and not is_a(item, expected):
-            raise PlanError(f"{where}: {key} must be {expected.__name__}, not {item!r}")
+            raise PlanError(f"{where}: {key} must be {expected.__name__}, not {shown(item)}")
 
 
 def _special(item: Any) -> Any:

@@ -14,7 +14,7 @@ from quantine.core.activation_spec import (
     Granularity,
 )
 from quantine.core.spec import MAX_BITS, MIN_BITS
-from quantine.errors import PlanError
+from quantine.errors import PlanError, shown
 
 NAME: Final = re.compile(r"W([1-9]\d*)A([1-9]\d*)(KV)?((?:-[a-z]+)*)")
 """Pattern of such names: bits of weights, bits of activations, ``KV``, suffixes."""
@@ -63,7 +63,7 @@ def parse_shorthand(name: str) -> Shorthand:
     if match is None or not set(suffixes) <= set(VARIANTS) or {"tensor", "token"} <= set(suffixes):
         raise PlanError(
             f"scheme must be like W4A8, W4A4 or W4A4KV, perhaps with -{', -'.join(VARIANTS)}, not "
-            f"{name!r}"
+            f"{shown(name)}"
         )
     weight_bits, bits, only_kv = int(match[1]), int(match[2]), bool(match[3])
     if not (MIN_BITS <= weight_bits <= MAX_BITS or weight_bits == UNQUANTIZED):

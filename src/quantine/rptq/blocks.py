@@ -11,9 +11,10 @@ from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
 from quantine.families.family import Family
+from quantine.families.heads import Heads
 from quantine.formats.floats import as_stored
 from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
-from quantine.rptq.reordering import Heads, Reordering
+from quantine.rptq.reordering import Reordering
 from quantine.source.checkpoint import Checkpoint
 
 

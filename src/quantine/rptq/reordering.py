@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,42 +18,13 @@ from quantine.core.fit_range import (
 )
 from quantine.core.permute import order_within_heads
 from quantine.families.family import Family, Link
+from quantine.families.heads import Heads
 from quantine.rptq.clusters import Clusters, cluster_channels
 from quantine.rptq.ranges import widened
 from quantine.statistics.channel_ranges import ChannelRanges
 
 Ranges = Mapping[str, ChannelRanges]
 """Calibration ranges of all points in a block, by `RoundingPoint.path`."""
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Numbers of attention heads of a model.
-
-    Attributes:
-        queries: number of heads of queries.
-        keys: number of heads of keys and values, which divides ``queries``.
-    """
-
-    queries: int
-    keys: int
-
-    @classmethod
-    def of(cls, config: Any, family: Family) -> Heads:
-        """Read them from a model's configuration in transformers.
-
-        Architectures of one matrix for query, key and value of each head count as having as many
-        heads of keys as of queries.
-        """
-        queries = int(config.num_attention_heads)
-        if any(link.rows == "interleaved" for link in family.links):
-            return cls(queries, queries)  # one matrix has query, key and value of each head
-        return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
-
-    @property
-    def copies(self) -> int:
-        """Number of heads of queries that share a head of keys and values."""
-        return self.queries // self.keys
 
 
 class Reordering:

@@ -16,13 +16,13 @@ from quantine.budget.allocation import Allocation
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.submodules import SubmoduleOutputs, judged_module
 from quantine.core.qtensor import QTensor
+from quantine.families.heads import Heads
 from quantine.families.layers import Layer
 from quantine.formats.floats import as_stored
 from quantine.methods.adadim import Candidate, output_losses
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.scheme_parsing import scheme_from
 from quantine.rptq.blocks import float_tensors, reorder_block, restore_block
-from quantine.rptq.reordering import Heads
 from quantine.run.job import Job
 from quantine.run.layer import Solved, packed_tensors, sensitivity, solve, solve_choice, unpack
 from quantine.run.progress import Progress

@@ -13,7 +13,7 @@ import torch
 
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
-from quantine.formats.shards import Entry
+from quantine.formats.headers import Entry
 from quantine.run.card import model_card
 from quantine.run.job import NO_LAYER, Job
 

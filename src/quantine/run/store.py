@@ -25,12 +25,11 @@ from quantine.formats.directory import (
     read_json,
     write_json,
 )
+from quantine.formats.headers import Entry, read_entries
 from quantine.formats.shards import (
     TEMPORARY,
-    Entry,
     merge_into,
     merge_parts,
-    read_entries,
     write_atomically,
     write_tensors,
 )

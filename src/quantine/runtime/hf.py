@@ -18,15 +18,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
-from quantine.errors import FormatError
+from quantine.errors import FamilyError, FormatError, cut
+from quantine.families import family_of
+from quantine.families.layers import matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
-from quantine.formats.shards import Entry, read_entries, write_atomically
+from quantine.formats.headers import FLOATS, Entry, entries_of
+from quantine.formats.shards import write_atomically
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.hf_generate import Generate
+from quantine.runtime.loaded import check_loaded
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
+from quantine.source.settings import check_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -96,22 +101,27 @@ class QuantineQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        entries = _packed_entries(checkpoint_files or [])
+        check_settings(model.config)
+        entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config
         assert isinstance(config, QuantineConfig)
         for name, layer in config.layers.items():
             place = _place(model, name)
             if place is not None:
                 scheme = config.schemes[layer["scheme"]]
+                old = model.get_submodule(place)
+                _check_place(name, old, layer["shape"])
                 tensors = _placeholders(scheme["format"], (name, place), entries)
-                module = _packed(model.get_submodule(place), scheme, layer["shape"], tensors)
+                module = _packed(old, scheme, layer["shape"], tensors)
                 module.arithmetic = config.arithmetic
                 _replace(model, place, module)
         _tie_head(model)
         if hasattr(config, "activations"):
             rebuild(model, config.activations, entries)
+        _check_kept(model, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        check_loaded(model)
         if hasattr(self.quantization_config, "activations"):
             register_attention()
             model.set_attn_implementation(ATTENTION)
@@ -149,14 +159,13 @@ def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: 
         write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
 
 
-def _packed_entries(files: list[str]) -> dict[str, Entry]:
-    return {entry.name: entry for file in files for entry in read_entries(Path(file))}
-
-
 def _place(model: PreTrainedModel, name: str) -> str | None:
-    """Path of the layer ``name`` in ``model``, or ``None`` where the model does not have it.
+    """Path of the layer ``name`` in ``model``, or ``None`` for the head of a model without it.
 
-    A model without its head lacks the head, and the prefix of all other names.
+    Such a model lacks the prefix of all other names, too.
+
+    Raises:
+        FormatError: the model has no such layer.
     """
     for candidate in (name, name.removeprefix(f"{model.base_model_prefix}.")):
         try:
@@ -164,7 +173,57 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
         except AttributeError:
             continue
         return candidate
-    return None
+    if model.get_output_embeddings() is None and name == family_of(model.config.model_type).head:
+        return None
+    raise FormatError(
+        f"config.json lists {cut(name)} as quantized, but the model it describes has no such layer"
+    )
+
+
+def _check_place(name: str, old: nn.Module, shape: list[int]) -> None:
+    """Refuse to put a packed matrix in the place of a module that is none, or of another shape.
+
+    Args:
+        name: of the layer in config.json.
+        old: what the model has there.
+        shape: ``[out, in]``, as config.json has it.
+
+    Raises:
+        FormatError: says what the model has there.
+    """
+    if isinstance(old, Packed):
+        raise FormatError(f"config.json lists {cut(name)} twice, under two names")
+    try:
+        found = list(matrix_shape(old, cut(name)))
+    except FamilyError as error:
+        raise FormatError(f"config.json lists as quantized what is no matrix: {error}") from error
+    if found != shape:
+        raise FormatError(
+            f"config.json says that {name} is {cut(shape)}, but it is {found} in the model that it "
+            "describes: it is damaged"
+        )
+
+
+def _check_kept(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
+    """Refuse tensors that are not packed if they are no floats, or not as the model has them.
+
+    Raises:
+        FormatError: names the tensor.
+    """
+    for name, parameter in model.named_parameters():
+        entry = entries.get(name)
+        if entry is None:
+            continue
+        if entry.shape != tuple(parameter.shape):
+            raise FormatError(
+                f"{name} is {list(entry.shape)} in the files, but {list(parameter.shape)} in the "
+                "model that config.json describes: it is damaged"
+            )
+        if parameter.is_floating_point() and entry.dtype not in FLOATS:
+            raise FormatError(
+                f"{name} is stored as {entry.dtype}, but the model needs one of "
+                f"{', '.join(sorted(FLOATS))}: it is damaged"
+            )
 
 
 def _packed(

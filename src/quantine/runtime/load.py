@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from quantine.core.ambient import own_state
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
-from quantine.errors import FormatError, PlanError, QuantineError, brief, is_out_of_memory
+from quantine.errors import FormatError, PlanError, QuantineError, cut, is_out_of_memory
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
 from quantine.runtime.modules import packed_modules
 from quantine.runtime.spqr_directory import translated_config
@@ -91,7 +91,7 @@ def load_packed(
     except (*UNREADABLE, MemoryError) as error:
         fits = not is_out_of_memory(error)
         said = (
-            f"cannot be loaded, it is damaged: {brief(error)}" if fits else "does not fit in memory"
+            f"cannot be loaded, it is damaged: {cut(error)}" if fits else "does not fit in memory"
         )
         raise FormatError(f"{source.directory} {said}") from error
     model, info = loaded

@@ -14,6 +14,7 @@ from quantine.core.ambient import without_autocast
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError
 from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import backend, integer
@@ -69,6 +70,21 @@ class Packed(FixedDtypes):
     def packed_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by their name in the layout."""
         return {name: self.get_buffer(name) for name in self.tensor_names}
+
+    def check(self, name: str) -> None:
+        """Refuse packed tensors, as they were read from files, that hold no matrix of this shape.
+
+        Args:
+            name: full name of this module, for errors.
+
+        Raises:
+            FormatError: names the tensor, see `quantine.formats.format.Format.check`.
+        """
+        shape = (self.out_features, self.in_features)
+        try:
+            format_named(self.format_name).check(self.packed_tensors(), self.spec, *shape)
+        except FormatError as error:
+            raise FormatError(f"{name} is damaged: {error}") from error
 
     def dequantize(self) -> Tensor:
         """The matrix decoded to float32, ``[out, in]``, columns in the model's order of inputs."""

@@ -7,7 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantine.formats.shards import Entry
+from quantine.errors import FormatError
+from quantine.formats.headers import Entry
 
 DTYPES: Final = {
     "U8": torch.uint8,
@@ -22,5 +23,14 @@ DTYPES: Final = {
 
 
 def placeholder(entry: Entry) -> Tensor:
-    """A tensor on the meta device with the shape and dtype of ``entry``, from a file's header."""
+    """A tensor on the meta device with the shape and dtype of ``entry``, from a file's header.
+
+    Raises:
+        FormatError: nothing that is packed has that dtype.
+    """
+    if entry.dtype not in DTYPES:
+        raise FormatError(
+            f"{entry.name} is stored as {entry.dtype}, but packed tensors are of "
+            f"{', '.join(DTYPES)}: it is damaged"
+        )
     return torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")

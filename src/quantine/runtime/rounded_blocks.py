@@ -12,7 +12,7 @@ from quantine.core.activation_spec import activations_from
 from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.family import Family
-from quantine.formats.shards import Entry
+from quantine.formats.headers import Entry
 from quantine.runtime.placeholder import placeholder
 
 if TYPE_CHECKING:

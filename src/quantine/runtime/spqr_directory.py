@@ -15,7 +15,7 @@ from quantine.core.arithmetic import UNSTATED
 from quantine.formats.description import METHOD
 from quantine.formats.foreign.spqr.layout import ADDED, ARITHMETIC, MARK
 from quantine.formats.foreign.spqr.settings import describe
-from quantine.formats.shards import read_entries
+from quantine.formats.headers import entries_of
 from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
@@ -34,8 +34,7 @@ def translated_config(source: ModelSource) -> PretrainedConfig:
     settings = config.__dict__.pop("quantization_config")
     added = config.__dict__.pop(MARK, None) == ADDED
     arithmetic = config.__dict__.pop(ARITHMETIC, UNSTATED)
-    files = weight_files(source.directory)
-    entries = {entry.name: entry for file in files for entry in read_entries(file)}
+    entries = entries_of(weight_files(source.directory))
     found = describe(settings, added, entries, _linears(source, config))
     config.quantization_config = {"quant_method": METHOD, **found, "arithmetic": arithmetic}
     return config

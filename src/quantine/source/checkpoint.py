@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantine.errors import CheckpointError, brief, is_out_of_memory
+from quantine.errors import CheckpointError, cut, is_out_of_memory
 from quantine.source.names import match_names
 from quantine.source.weight_files import weight_files
 
@@ -163,7 +163,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
             yield shard
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({brief(error)}): it is damaged or half downloaded"
+            f"{file} cannot be read ({cut(error)}): it is damaged or half downloaded"
         ) from error
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

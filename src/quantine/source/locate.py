@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Final
 
-from quantine.errors import CheckpointError, brief
+from quantine.errors import CheckpointError, cut
 from quantine.source.gguf.parts import read_parts
 from quantine.source.model_source import ModelSource
 
@@ -69,7 +69,7 @@ def _from_hub(name: str) -> ModelSource:
         raise
     except Exception as error:  # the hub's clients have errors of their own; all mean "not there"
         raise CheckpointError(
-            f"{name}: no such directory, and the hub cannot deliver it ({brief(error)}): check the "
+            f"{name}: no such directory, and the hub cannot deliver it ({cut(error)}): check the "
             "name and the connection, or download the model and give its directory"
         ) from error
     return ModelSource(name, Path(directory))

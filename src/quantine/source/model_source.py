@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors import SafetensorError
 
-from quantine.errors import CheckpointError, FamilyError, brief, is_out_of_memory
-from quantine.source.gguf.config import MOST_BLOCKS, gguf_config
+from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory
+from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
+from quantine.source.settings import MOST_BLOCKS, check_settings
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -79,23 +80,21 @@ class ModelSource:
             config: PretrainedConfig = AutoConfig.from_pretrained(self.directory)
         except OSError as error:
             raise CheckpointError(
-                f"{self.name}: no readable configuration: {brief(error)}"
+                f"{self.name}: no readable configuration: {cut(error)}"
             ) from error
         except ValueError as error:
             if _is_known(known.get("model_type")):
                 raise CheckpointError(
-                    f"{self.name}: config.json is damaged: {brief(error)}"
+                    f"{self.name}: config.json is damaged: {cut(error)}"
                 ) from error
-            raise FamilyError(f"{self.name}: {brief(error)}") from error
+            raise FamilyError(f"{self.name}: {cut(error)}") from error
         except (StrictDataclassError, *BAD_VALUES) as error:
-            raise CheckpointError(f"{self.name}: config.json is damaged: {brief(error)}") from error
-        window = getattr(config, "sliding_window", None)
-        if not isinstance(config.dtype, torch.dtype | None) or (window is not None and window < 1):
-            raise CheckpointError(
-                f"{self.name}: config.json is damaged: dtype is {config.dtype}, and a sliding "
-                f"window of {window} tokens"
-            )
+            raise CheckpointError(f"{self.name}: config.json is damaged: {cut(error)}") from error
         config.__dict__.pop("_model_name_or_path", None)
+        try:
+            check_settings(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.name}: {error}") from error
         return config
 
     def bare_model(self, config: PretrainedConfig) -> PreTrainedModel:
@@ -121,12 +120,14 @@ class ModelSource:
 
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         try:
-            return AutoTokenizer.from_pretrained(self.directory, **gguf)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory, **gguf)
+            tokenizer.decode(tokenizer("a")["input_ids"])  # damage may show only in use
+            return tokenizer
         except MemoryError:
             raise
         except Exception as error:  # tokenizer backends raise bare exceptions of their own
             raise CheckpointError(
-                f"{self.name}: the tokenizer in {self.directory} cannot be read ({brief(error)}): "
+                f"{self.name}: the tokenizer in {self.directory} cannot be read ({cut(error)}): "
                 "tokenizer.json and tokenizer_config.json belong beside the weights"
             ) from error
 
@@ -150,7 +151,7 @@ class ModelSource:
                 )
             except (*UNREADABLE, MemoryError) as error:
                 fits = not is_out_of_memory(error)
-                said = f"cannot be loaded: {brief(error)}" if fits else "does not fit in memory"
+                said = f"cannot be loaded: {cut(error)}" if fits else "does not fit in memory"
                 raise CheckpointError(f"{self.name} {said}") from error
         model, info = loaded
         self._check_loaded(model, info)
@@ -269,7 +270,7 @@ def described_by(name: str) -> Iterator[None]:
         yield
     except (StrictDataclassError, ValueError, RuntimeError, *BAD_VALUES) as error:
         raise CheckpointError(
-            f"{name}: config.json does not describe a model ({brief(error)}): download it again"
+            f"{name}: config.json does not describe a model ({cut(error)}): download it again"
         ) from error
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.errors import CheckpointError, brief
+from quantine.errors import CheckpointError, cut
 
 SINGLE: Final = "model.safetensors"
 """The weight file of a model that has only one."""
@@ -114,7 +114,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged: {brief(error)}") from error
+        raise CheckpointError(f"{path} is damaged: {cut(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: it holds no table")
     return found

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from quantine.errors import CheckpointError, FamilyError, brief
+from quantine.errors import CheckpointError, FamilyError, cut
 from quantine.source.gguf.header import GGUFFile, GGUFTensor, Length
 from quantine.source.gguf.metadata import Metadata
 from quantine.source.gguf.rope import FREQUENCIES, frequency_factors, scaled_rope
+from quantine.source.settings import MOST_BLOCKS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,8 +59,6 @@ TOKENS: Final = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 """What llama.cpp calls the ids of special tokens, by field of ``config.json``."""
-MOST_BLOCKS: Final = 2000
-"""Number of blocks beyond which a file is damaged, as building the model would take for ever."""
 THETA: Final = 10000.0
 """Base of rotary embeddings where metadata do not say it."""
 
@@ -187,7 +186,7 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.for_model(ARCHITECTURES[name].model_type, **fields)
     except (ValueError, TypeError, ArithmeticError, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{path} has metadata that contradict each other: {brief(error)}"
+            f"{path} has metadata that contradict each other: {cut(error)}"
         ) from error
     return config
 

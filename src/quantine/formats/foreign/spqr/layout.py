@@ -16,10 +16,16 @@ from quantine.core.grid import Grid, Statistic, decode
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError
+from quantine.errors import FormatError, shown
 from quantine.formats.description import Description
 from quantine.formats.foreign.spqr.small_scales import regridded, without_exponent
-from quantine.formats.foreign.spqr.words import BITS, TILE, pack_words, unpack_words
+from quantine.formats.foreign.spqr.words import (
+    BITS,
+    TILE,
+    check_words,
+    pack_words,
+    unpack_words,
+)
 from quantine.formats.layout import Layout, check_layout, nbytes_of, read_order
 
 SPEC: Final = QuantSpec(3, 16, scale_bits=3, zero_bits=3, stat_group_size=16)
@@ -163,16 +169,9 @@ class Spqr:
             FormatError: a tensor is missing or damaged, or its shape or dtype is not what ``spec``
                 implies.
         """
-        if spec != SPEC:
-            raise FormatError(f"spqr tensors need {SPEC}, not {spec}")
         words = tensors.get("dense_weights", torch.empty(0, dtype=torch.int64, device="cpu"))
         out_features = words.numel() * TILE // max(1, in_features)
-        check_layout("spqr", tensors, _layout_like(tensors, out_features, in_features), spec)
-        reason = self.refusal(spec, out_features, in_features)
-        if reason is not None or not out_features:
-            raise FormatError(
-                f"spqr tensors cannot be {out_features} x {in_features}: {reason or 'empty'}"
-            )
+        self._check_layout(tensors, spec, out_features, in_features)
         codes, grid = unpack_words(words, out_features, in_features)
         kept = self._unpack_outliers(tensors, codes, grid)
         in_perm = _unpack_order(tensors["in_perm"])
@@ -180,6 +179,30 @@ class Spqr:
             codes, grid = codes[rows], grid.rows(rows)
             kept = None if kept is None else kept.rows(rows)
         return QTensor(codes, grid, in_perm, kept)
+
+    def check(
+        self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> None:
+        """See `quantine.formats.format.Format.check`."""
+        self._check_layout(tensors, spec, out_features, in_features)
+        check_words(tensors["dense_weights"])
+        self._stored_outliers(tensors, out_features, in_features)
+        _unpack_order(tensors["in_perm"])
+
+    def _check_layout(
+        self, tensors: dict[str, Tensor], spec: QuantSpec, out_features: int, in_features: int
+    ) -> None:
+        """Refuse other tensors, shapes and dtypes than those of a matrix ``[out, in]``."""
+        for name, needed in vars(SPEC).items():
+            if getattr(spec, name) != needed:
+                found = shown(getattr(spec, name))
+                raise FormatError(f"layout spqr needs {name} {needed}, not {found}")
+        check_layout("spqr", tensors, _layout_like(tensors, out_features, in_features), spec)
+        reason = self.refusal(spec, out_features, in_features)
+        if reason is not None or not out_features:
+            raise FormatError(
+                f"spqr tensors cannot be {out_features} x {in_features}: {reason or 'empty'}"
+            )
 
     def nbytes(
         self,
@@ -218,22 +241,32 @@ class Spqr:
 
     def _unpack_outliers(self, tensors: dict[str, Tensor], codes: Tensor, grid: Grid) -> Csr | None:
         """Invert `_pack_outliers`; ``codes`` and ``grid`` are what the outliers lie on."""
+        outliers = self._stored_outliers(tensors, codes.shape[0], codes.shape[1])
+        if outliers is None or not self.added:
+            return outliers
+        replaced = outliers.values.float() + _decoded_under(outliers, codes, grid)
+        return Csr(outliers.row_offsets, outliers.columns, replaced, outliers.shape)
+
+    def _stored_outliers(
+        self, tensors: dict[str, Tensor], out_features: int, in_features: int
+    ) -> Csr | None:
+        """The places of outliers with the float16 values that are stored there."""
         words = tensors["col_vals"]
+        offsets = tensors["row_offsets"]
         if not words.numel():
+            if bool(offsets.any()):
+                raise FormatError("row_offsets is damaged: it counts outliers, but there are none")
             return None
-        offsets, words = _in_rows(tensors["row_offsets"], words, len(codes))
+        offsets, words = _in_rows(offsets, words, out_features)
         columns, values = (words & 0xFFFF).long(), (words >> 16).to(torch.int16).view(torch.float16)
-        outliers = Csr(offsets, columns, values, (codes.shape[0], codes.shape[1]))
-        places = outliers.row_indices() * codes.shape[1] + columns
-        ordered = bool((places.diff() > 0).all()) and bool((columns < codes.shape[1]).all())
+        outliers = Csr(offsets, columns, values, (out_features, in_features))
+        places = outliers.row_indices() * in_features + columns
+        ordered = bool((places.diff() > 0).all()) and bool((columns < in_features).all())
         if not ordered or not bool(torch.isfinite(values).all()):
             raise FormatError(
                 "col_vals is damaged: columns do not ascend within rows, or values are not finite"
             )
-        if not self.added:
-            return outliers
-        replaced = values.float() + _decoded_under(outliers, codes, grid)
-        return Csr(offsets, columns, replaced, outliers.shape)
+        return outliers
 
 
 def layout_of(out_features: int, in_features: int, stores_order: bool, entries: int) -> Layout:

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from quantine.errors import FormatError
+from quantine.errors import FormatError, cut, shown
 from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.foreign.spqr.layout import METHOD, SIZES, SPEC, Spqr
-from quantine.formats.shards import Entry
+from quantine.formats.headers import Entry
 
 
 def describe(
@@ -36,12 +36,12 @@ def describe(
     for key, expected in SIZES.items():
         if settings.get(key) != expected:
             raise FormatError(
-                f"quantization_config says {key} {settings.get(key)!r}, but format spqr is "
-                f"defined for {expected} only"
+                f"quantization_config says {key} {shown(settings.get(key))}, but format spqr "
+                f"is defined for {expected} only"
             )
     shapes = settings.get("shapes") or {}
     if not isinstance(shapes, Mapping):
-        raise FormatError(f"quantization_config has no table of shapes, but {shapes!r}")
+        raise FormatError(f"quantization_config has no table of shapes, but {shown(shapes)}")
     layers = {}
     for name, shape in linears.items():
         names = [f"{name}.{key}" for key in Spqr().tensor_names]
@@ -63,6 +63,6 @@ def _check_tensor(name: str, entries: Mapping[str, Entry], shapes: Mapping[str, 
     found, said = list(entries[name].shape), shapes.get(f"{name}.shape")
     if len(found) != 1 or said not in (None, *found):
         raise FormatError(
-            f"{name} has shape {found}, but quantization_config.shapes says {said}: the files do "
-            "not belong together"
+            f"{name} has shape {found}, but quantization_config.shapes says {cut(said)}: the files "
+            "do not belong together"
         )

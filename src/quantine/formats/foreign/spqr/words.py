@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.finite import is_finite
 from quantine.core.grid import Grid, Statistic
 from quantine.errors import FormatError
 from quantine.kernels.bits import pack, unpack
@@ -20,8 +21,8 @@ FIELDS: Final = 21
 are a byte of the second level."""
 WORD_BYTES: Final = 8
 """Bytes of a word, which is an int64."""
-UNUSED_BITS: Final = 62
-"""From this bit on a word is zero."""
+SECOND_LEVEL: Final = 54
+"""From this bit on a word has a byte of the second level, and then bits that are zero."""
 
 
 def pack_words(codes: Tensor, scale: Statistic, zero: Statistic) -> Tensor:
@@ -51,24 +52,36 @@ def _tiled(codes: Tensor) -> Tensor:
     return torch.unflatten(codes, 1, (-1, TILE)).transpose(0, 1)
 
 
+def check_words(words: Tensor) -> None:
+    """Refuse ``words`` that `pack_words` does not make.
+
+    Raises:
+        FormatError: says what is wrong with them.
+    """
+    # The last byte but two bits of each word, and one more bit of the byte before.
+    octets = (words >> SECOND_LEVEL).view(-1, 2)
+    pairs = (octets[:, 0] == octets[:, 1]) & (octets[:, 0] >> 8 == 0)
+    halves = octets[:, 0].to(torch.uint8).view(torch.float16)
+    if not bool(pairs.all()) or not is_finite(halves):
+        raise FormatError(
+            "dense_weights is damaged: unused bits are set, the two copies of the second level "
+            "differ, or it is not finite"
+        )
+
+
 def unpack_words(words: Tensor, out_features: int, in_features: int) -> tuple[Tensor, Grid]:
     """Invert `pack_words`: codes ``[out, in]`` uint8 and their grid.
 
     Raises:
         FormatError: the words are none that `pack_words` makes.
     """
+    check_words(words)
     octets = words.contiguous().view(torch.uint8).view(-1, WORD_BYTES)
     fields = unpack(octets, BITS, FIELDS)
     fields = fields.view(out_features // TILE, in_features // TILE, TILE, FIELDS)
     twice = fields[..., 18] | fields[..., 19] << BITS | (fields[..., 20] & 3) << 2 * BITS
     twice = twice.unflatten(-1, (-1, 2))
     halves = twice[..., 0].contiguous().view(torch.float16).transpose(0, 1)
-    damaged = (words >> UNUSED_BITS).any() | (twice[..., 0] != twice[..., 1]).any()
-    if bool(damaged) or not bool(torch.isfinite(halves).all()):
-        raise FormatError(
-            "dense_weights is damaged: unused bits are set, the two copies of the second level "
-            "differ, or it is not finite"
-        )
 
     def statistic(index: int) -> Statistic:
         step, zero = halves[..., index].contiguous(), halves[..., index + 2].contiguous()
