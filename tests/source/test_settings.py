@@ -13,9 +13,9 @@ from transformers import GenerationConfig
 
 import quantine
 from quantine import Calibration, CheckpointError, Plan
-from quantine.source.checkpoint import INDEX, weight_files
 from quantine.source.locate import locate
 from quantine.source.settings import MOST_BLOCKS, check_generation, check_settings
+from quantine.source.weight_files import INDEX, weight_files
 from tiny_models import FAMILIES, tiny_config
 
 Tiny = Callable[[str], Path]

@@ -94,7 +94,7 @@ class ModelSource:
         try:
             check_settings(config)
         except CheckpointError as error:
-            raise CheckpointError(f"{self.name}: {error}") from error
+            raise CheckpointError(f"{self.name}: config.json is damaged: {error}") from error
         return config
 
     def bare_model(self, config: PretrainedConfig) -> PreTrainedModel:
