@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +34,22 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} is damaged ({error}): delete the directory") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which a failure of the system is one to write ``path``.
+
+    Raises:
+        OutputError: the system refuses something, as where the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}: mend that, or choose another "
+            "place"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:

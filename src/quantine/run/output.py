@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from quantine.calibrate.text import text_name
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.shards import Entry
@@ -53,11 +54,12 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
         "family": job.family.name,
         "plan": job.plan.as_dict(),
         "calibration": {
-            "source": Path(calibration.source).name,
+            "source": text_name(calibration.source),
             "samples": calibration.samples,
             "seqlen": 0 if job.segments is None else job.segments.shape[1],
             "seed": calibration.seed,
             "bfloat16": calibration.bfloat16,
+            "bos": job.begun(),
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
         "identity": identity,
