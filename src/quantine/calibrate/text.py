@@ -9,15 +9,13 @@ from typing import Any, Final, Literal
 
 from quantine.calibrate.text_files import TextFile, read_file, text_file
 from quantine.calibrate.token_stream import shown
-from quantine.errors import CalibrationError
+from quantine.errors import CalibrationError, brief
 
 Split = Literal["calibration", "heldout"]
 """The part of a text: ``"calibration"``, or ``"heldout"`` for evaluation."""
 
 BUILTIN: Final = "builtin"
 """Name of the text that needs no file: the help topics of Python's standard library."""
-LONGEST_REASON: Final = 100
-"""Number of characters that are shown of what the hub's library says is wrong."""
 HELDOUT_EVERY: Final = 4
 """Number of topics of the built-in text of which one, on average, is held out for evaluation."""
 
@@ -186,8 +184,7 @@ def _from_hub(name: str, split: Split) -> str:
             row[text.column] for _, row in zip(range(count), rows, strict=False)
         )
     except Exception as error:  # the library raises many types; none of them names a remedy
-        said = next(iter(str(error).splitlines()), type(error).__name__)[:LONGEST_REASON]
         raise CalibrationError(
-            f"{text.data_set} cannot be read from the hub ({said}): check the connection, or give "
-            "a local file"
+            f"{text.data_set} cannot be read from the hub ({brief(error)}): check the connection, "
+            "or give a local file"
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantine.eval.comparison_row import COMPARISON_STEM, Row, loss_of_quality
 from quantine.eval.score_text import measured_on, number, task_cells, text_cells, with_range
-from quantine.formats.directory import writing
+from quantine.formats.directory import encoded, writing
 from quantine.formats.shards import write_atomically
 
 
@@ -24,7 +24,7 @@ def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:
     files = {"md": markdown(rows), "csv": as_csv(rows), "json": as_json(rows)}
     with writing(out):
         for suffix, text in files.items():
-            write_atomically(out / f"{COMPARISON_STEM}.{suffix}", text.encode())
+            write_atomically(out / f"{COMPARISON_STEM}.{suffix}", encoded(text))
     return [out / f"{COMPARISON_STEM}.{suffix}" for suffix in files]
 
 

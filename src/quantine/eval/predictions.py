@@ -94,9 +94,13 @@ class Predictions:
         if self._device.type != "cpu":  # whose sums round otherwise
             about["device"] = self._device.type
         path = self._cache / _hash(json.dumps(about, sort_keys=True).encode())
-        with writing(path):
+        try:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / ABOUT, {"model": self.source.name, **about})
+        except OSError as error:
+            raise OutputError(
+                f"predictions cannot be kept in {path} ({error.strerror}): choose another cache"
+            ) from error
         return path
 
     def reserve(self, texts: Iterable[Windows]) -> None:

@@ -36,6 +36,11 @@ def read_json(path: Path) -> Any:
         raise OutputError(f"{path} is damaged ({error}): delete the directory") from error
 
 
+def encoded(text: str) -> bytes:
+    r"""``text`` as UTF-8, with ``\udcXX`` for bytes of file names that are no UTF-8."""
+    return text.encode(errors="backslashreplace")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A context in which a failure of the system is one to write ``path``.
@@ -54,4 +59,4 @@ def writing(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as a JSON file that exists whole or not at all, also after a crash."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(path, encoded(json.dumps(value, indent=2, ensure_ascii=False)) + b"\n")

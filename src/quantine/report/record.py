@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from quantine.errors import FormatError
 from quantine.eval.score_text import measured_on, task_cells, text_cells
-from quantine.formats.directory import REPORT, is_finished, read_json, write_json, writing
+from quantine.formats.directory import REPORT, encoded, is_finished, read_json, write_json, writing
 from quantine.formats.shards import write_atomically
 from quantine.run.card import model_card
 
@@ -59,7 +59,7 @@ def record(
     card = model_card(read_json(directory / REPORT), quality_section(kept))
     with writing(directory):
         write_json(directory / SCORES, kept)
-        write_atomically(directory / CARD, card.encode())
+        write_atomically(directory / CARD, encoded(card))
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import torch
 from quantine.calibrate.text import text_name
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
+from quantine.formats.directory import encoded
 from quantine.formats.shards import Entry
 from quantine.run.card import model_card
 from quantine.run.job import NO_LAYER, Job
@@ -96,7 +97,7 @@ def output_files(
         name: (directory / name).read_bytes() for name in COPIED if (directory / name).is_file()
     }
     files["config.json"] = _config(job, describe(job, report, entries))
-    files["README.md"] = model_card(report).encode()
+    files["README.md"] = encoded(model_card(report))
     return files
 
 
