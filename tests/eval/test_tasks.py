@@ -138,7 +138,7 @@ def test_a_tokenizer_that_ends_every_text_is_refused(tiny: Tiny, task_path: Path
     )
     model = locate(tiny("llama")).float_model(torch.float32)
     tasks = Tasks(TaskRequest(("tiny_odd",), 2, task_path))
-    with pytest.raises(PlanError, match="ends every text.*bos first"):
+    with pytest.raises(PlanError, match=r"ends every text.*bos first"):
         tasks.run(model, tokenizer)
     assert tasks.run(model, tokenizer, "first") == tasks.run(model, byte_tokenizer(bos=False))
 
