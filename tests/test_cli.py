@@ -178,7 +178,7 @@ def test_how_windows_and_segments_begin_is_said_everywhere(
     assert len(digests) == 2
     again = ["quantize", tiny("llama"), tmp_path / "each", *request, "--bos", "first", "--resume"]
     assert cli.main([str(part) for part in again]) == 2
-    assert "another calibration tokens" in capsys.readouterr().err
+    assert "another calibration bos, calibration tokens" in capsys.readouterr().err
 
 
 def test_an_interruption_says_how_to_go_on(

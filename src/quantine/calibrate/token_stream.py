@@ -13,10 +13,9 @@ from torch import Tensor
 from quantine.calibrate.bos import BOS_DEFAULT, Bos, check_bos
 from quantine.errors import CalibrationError
 
-PROBE: Final = "a"
-"""The text that shows what a tokenizer puts before and after every text."""
-PROBE_LENGTH: Final = 64
-"""Number of characters of a text that show it where the tokenizer knows no letter of `PROBE`."""
+PROBE: Final = "a1\u03b1\u0431\u05d0\u0628\u0905\u0e01\u3042\u4e2d\uac00"
+"""The text that shows what a tokenizer puts around every text: letters of many scripts, so that
+every tokenizer knows one."""
 LONGEST_NAME: Final = 100
 """Number of characters of a name that are shown in a message, the last ones."""
 
@@ -109,7 +108,7 @@ def token_stream(
     check_characters(text, f"the text {shown(source)!r}")
     try:
         ids = _ids(tokenizer, text)
-        frame = frame_of(tokenizer, text)
+        frame = frame_of(tokenizer)
     except (CalibrationError, MemoryError):
         raise
     except Exception as error:  # tokenizer backends raise bare exceptions of their own
@@ -140,26 +139,24 @@ def begun(tokenizer: Any, bos: Bos) -> str:
     return bos if frame_of(tokenizer).before else "none"
 
 
-def frame_of(tokenizer: Any, text: str = "") -> Frame:
+def frame_of(tokenizer: Any) -> Frame:
     """What ``tokenizer`` puts around every text, as it does it.
 
     Args:
         tokenizer: a tokenizer of transformers.
-        text: a text whose begin shows it if the tokenizer knows no Latin letters.
 
     Raises:
-        CalibrationError: a text has other tokens inside when something is put around it.
+        CalibrationError: it cannot be told from the text, because a text has other tokens inside
+            when something is put around it, or none at all.
     """
-    probes = (PROBE, text[:PROBE_LENGTH])
-    probe = next((each for each in probes if _ids(tokenizer, each, plain=True)), "")
-    inner, whole = _ids(tokenizer, probe, plain=True), _ids(tokenizer, probe)
+    inner, whole = _ids(tokenizer, PROBE, plain=True), _ids(tokenizer, PROBE)
     for start in range(len(whole) - len(inner) + 1):
         end = start + len(inner)
-        if whole[start:end] == inner:
+        if whole[start:end] == inner and (inner or not whole):
             return Frame(tuple(whole[:start]), tuple(whole[end:]))
     raise CalibrationError(
-        "the tokenizer changes a text when it marks where the text begins, so that segments cannot "
-        "begin alike: use the tokenizer that belongs to the model"
+        "the tokenizer does not show what it puts around a text, so that segments cannot begin "
+        "alike: use the tokenizer that belongs to the model"
     )
 
 
