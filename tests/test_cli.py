@@ -149,6 +149,38 @@ def test_resume_through_the_command_line(
     assert "another calibration tokens" in capsys.readouterr().err
 
 
+def test_how_windows_and_segments_begin_is_said_everywhere(
+    tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept, clauses = {}, {"each": "every window begins", "first": "only the first window of a text"}
+    segments = {"each": "in segments, each begun with BOS", "first": "not begun with BOS"}
+    request = ["--calibration", text_file, *FAST]
+    window = ["--text", text_file, "--window", 32, "--limit", 4]
+    for bos, clause in clauses.items():
+        out = tmp_path / bos
+        succeed("quantize", tiny("llama"), out, *request, "--bos", bos, "--quiet")
+        succeed("eval", out, *window, "--bos", bos, "--record", "--json", tmp_path / "eval.json")
+        assert clause in capsys.readouterr().out
+        kept[bos] = json.loads((tmp_path / "eval.json").read_text())
+        assert kept[bos]["bos"] == bos
+        report = json.loads((out / "quantine_report.json").read_text())
+        assert report["calibration"]["bos"] == report["identity"]["calibration bos"] == bos
+        card = (out / "README.md").read_text()
+        assert clause in card
+        assert segments[bos] in card
+        succeed("report", out)
+        page = (out / "quantine_report.html").read_text()
+        assert clause in page
+        assert segments[bos].removeprefix("in segments") in page
+        succeed("plan", tiny("llama"), *request, "--bos", bos)
+        assert segments[bos] in capsys.readouterr().out
+    digests = {found["texts"]["text.txt"]["digest"] for found in kept.values()}
+    assert len(digests) == 2
+    again = ["quantize", tiny("llama"), tmp_path / "each", *request, "--bos", "first", "--resume"]
+    assert cli.main([str(part) for part in again]) == 2
+    assert "another calibration bos, calibration tokens" in capsys.readouterr().err
+
+
 def test_an_interruption_says_how_to_go_on(
     tiny: Tiny,
     text_file: Path,

@@ -45,6 +45,7 @@ ONLY_INSIDE_FUNCTIONS: Final = (
     "pydoc_data",
     "sklearn",
     "triton",
+    "zstandard",
 )
 TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py", "runtime/kv_cache.py")
 TRANSFORMERS_INSIDE: Final = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -21,7 +22,8 @@ from quantine.commands import (
     report,
     timing,
 )
-from quantine.errors import QuantineError
+from quantine.commands.standard_streams import checked_streams
+from quantine.errors import OutputError, QuantineError
 
 EXIT_REFUSED: Final = 2
 """Exit status after a `QuantineError`, which is also that of ``argparse`` for wrong arguments."""
@@ -38,21 +40,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; those of this process if ``None``.
     """
-    arguments = build_parser().parse_args(argv)
-    _quiet_libraries()
+    with checked_streams():
+        try:
+            status = _run(argv)
+        except QuantineError as error:
+            _say(str(error))
+            status = EXIT_REFUSED
+        except KeyboardInterrupt:
+            _say("interrupted; --resume continues a run")
+            status = EXIT_INTERRUPTED
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    """Run one command; what it printed has arrived when this returns."""
     try:
-        status: int | None = arguments.run(arguments)
-    except QuantineError as error:
-        print(f"quantine: {error}", file=sys.stderr)
-        return EXIT_REFUSED
-    except KeyboardInterrupt:
-        print("quantine: interrupted; --resume continues a run", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader (such as `head`) has what it wanted.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        arguments = build_parser().parse_args(argv)
+    except SystemExit:  # after help, or what is wrong with the arguments
+        _flush()
+        raise
+    _quiet_libraries()
+    status: int | None = arguments.run(arguments)
+    _flush()
     return status or 0
+
+
+def _flush() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def _say(message: str) -> None:
+    """Print a message on standard error, or nothing where that cannot be written either."""
+    with contextlib.suppress(OutputError):
+        sys.stdout.flush()
+    with contextlib.suppress(OutputError):
+        print(f"quantine: {message}", file=sys.stderr, flush=True)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -22,12 +22,6 @@ def test_txt_is_read_verbatim(tmp_path: Path) -> None:
     assert read_text(str(path), "calibration") == "\n Größe \r\n\n tail "
 
 
-def test_an_unknown_suffix_is_text(tmp_path: Path) -> None:
-    path = tmp_path / "a.md"
-    path.write_text("# Title")
-    assert read_text(str(path), "heldout") == "# Title"
-
-
 def test_jsonl_rows_are_joined_with_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "id": 1}\n\n{"text": "two\\n"}\n')
@@ -41,39 +35,6 @@ def test_only_newlines_end_a_jsonl_row(tmp_path: Path, odd: str) -> None:
     legal = odd if ord(odd) > 0x1F else json.dumps(odd)[1:-1]
     path.write_text(f'{{"text": "a{legal}b"}}\r\n{{"text": "c"}}', encoding="utf-8", newline="")
     assert read_text(str(path), "calibration") == f"a{odd}b\n\nc"
-
-
-def test_parquet_rows_are_joined_with_blank_lines(tmp_path: Path) -> None:
-    from pyarrow import table
-    from pyarrow.parquet import write_table
-
-    path = tmp_path / "a.parquet"
-    write_table(table({"text": ["one", None, "", "two"], "id": [1, 2, 3, 4]}), path)
-    assert read_text(str(path), "calibration") == "one\n\ntwo"
-    write_table(table({"body": ["one"]}), path)
-    with pytest.raises(CalibrationError, match="need a `text` field"):
-        read_text(str(path), "calibration")
-    path.write_bytes(b"PAR1 not really")
-    with pytest.raises(CalibrationError, match=r"cannot be read as \.parquet"):
-        read_text(str(path), "calibration")
-
-
-@pytest.mark.parametrize(
-    ("name", "data"),
-    [
-        ("a.txt", b"\xff\xfe\x00"),
-        ("a.jsonl", b"\xff\xfe\x00"),
-        ("a.jsonl", b"{broken"),
-        ("a.jsonl", b'{"body": "no text"}'),
-        ("a.jsonl", b'{"text": 3}'),
-        ("a.jsonl", b'["text"]'),
-        ("a.jsonl", b"3"),
-    ],
-)
-def test_unreadable_files_are_named(tmp_path: Path, name: str, data: bytes) -> None:
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(CalibrationError, match=rf"{name} cannot be read as"):
-        read_text(str(tmp_path / name), "calibration")
 
 
 def test_a_file_that_may_not_be_read_is_named(
@@ -188,9 +149,13 @@ def without(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_libraries_give_the_install_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "a.parquet"
-    path.write_bytes(b"PAR1")
-    for library, source in (("datasets", "wikitext2"), ("pyarrow", str(path))):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    (tmp_path / "a.txt.zst").write_bytes(b"")
+    for library, source in (
+        ("datasets", "wikitext2"),
+        ("pyarrow", str(tmp_path / "a.parquet")),
+        ("zstandard", str(tmp_path / "a.txt.zst")),
+    ):
         with monkeypatch.context() as patched:
             without(library, patched)
             with pytest.raises(CalibrationError, match=r"pip install 'quantine\[hub\]'"):

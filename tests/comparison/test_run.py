@@ -147,6 +147,13 @@ def test_other_conditions_are_refused(
         "model": (tiny("llama_tied"), plans, out, short, measured),
         "calibration": (tiny("llama"), plans, out, Calibration(short.source, 5, 32), measured),
         "texts": (tiny("llama"), plans, out, short, Measured(measured.texts, 32, 5)),
+        "another bos": (
+            tiny("llama"),
+            plans,
+            out,
+            short,
+            Measured(measured.texts, 32, 6, bos="first"),
+        ),
         "another plan of this name": (
             tiny("llama"),
             {next(iter(plans)): Plan.preset("rtn", bits=5, group_size=32)},

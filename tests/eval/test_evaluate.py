@@ -72,6 +72,31 @@ def test_two_texts_of_one_name_are_refused(tiny: Tiny, text_file: Path) -> None:
         quantine.evaluate(tiny("llama"), [str(text_file)] * 2, **SIZES)
 
 
+def test_predictions_of_the_other_protocol_are_not_taken(
+    tiny: Tiny, packed: Packed, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SIZES, "reference": tiny("llama"), "cache": tmp_path / "cache"}
+    each = quantine.evaluate(packed("llama", "gptq"), str(text_file), **options)
+    live = quantine.evaluate(
+        packed("llama", "gptq"), str(text_file), **{**options, "cache": None, "bos": "first"}
+    )
+    first = quantine.evaluate(packed("llama", "gptq"), str(text_file), **options, bos="first")
+    found, expected = (one["texts"]["text.txt"] for one in (first, live))
+    assert found["kl"] == pytest.approx(expected["kl"], abs=2e-4)
+    assert found["reference_perplexity"] == expected["reference_perplexity"]
+    assert found["digest"] != each["texts"]["text.txt"]["digest"]
+    # Only the first window is the same: it begins with <s> in both.
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 11
+
+
+def test_predictions_of_several_context_tokens_are_kept_apart(tiny: Tiny, tmp_path: Path) -> None:
+    kept = Predictions(locate(tiny("llama")), torch.float32, tmp_path)
+    tokens = torch.arange(9)
+    for context in (1, 3, 1, 3):
+        made = kept(tokens, context)
+        assert len(made.top) == len(made.logits) == 9 - context
+
+
 def refuse_to_run(*_: Any) -> Any:
     raise AssertionError("the reference is computed again")
 
@@ -165,7 +190,7 @@ def test_a_disk_that_is_too_small_is_found_before_work_starts(
 def test_a_cache_that_cannot_be_made_is_refused(
     tiny: Tiny, packed: Packed, text_file: Path
 ) -> None:
-    with pytest.raises(OutputError, match="cannot be kept"):
+    with pytest.raises(OutputError, match=r"cannot be kept .*choose another"):
         quantine.evaluate(
             packed("llama", "rtn"),
             str(text_file),

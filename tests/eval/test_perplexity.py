@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantine
 from quantine import CalibrationError, cli
+from quantine.calibrate.bos import BOS_CHOICES, Bos
 from quantine.calibrate.text import BUILTIN, read_text
 from quantine.eval.perplexity import cut_windows
 from quantine.source.locate import locate
-from tiny_models import BOS, CONTEXT, build, byte_tokenizer, tiny_config
+from tiny_models import BOS, CONTEXT, EOS, build, byte_tokenizer, tiny_config
 
 Tiny = Callable[[str], Path]
 WINDOW = 48
@@ -30,12 +32,23 @@ def measured(model: Path, text: str, **options: Any) -> dict[str, Any]:
     return {**found, **found["texts"][Path(text).name]}
 
 
-def expected_losses(model: Path, ids: list[int], window: int, limit: int) -> list[float]:
+def expected_windows(text: str, window: int, bos: str) -> list[list[int]]:
+    """Token ids of all windows: every one, or only the first, has ``<s>`` in front."""
+    ids = byte_tokenizer(bos=False)(text)["input_ids"]
+    if bos == "first":
+        ids, begin = [BOS, *ids], []
+    else:
+        begin = [BOS]
+    step = window - len(begin)
+    return [begin + ids[start : start + step] for start in range(0, len(ids) - step + 1, step)]
+
+
+def expected_losses(model: Path, windows: list[list[int]]) -> list[float]:
     """Mean loss of each window as transformers computes it from labels."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     losses = []
-    for start in range(0, len(ids) - window + 1, window)[:limit]:
-        tokens = torch.tensor([ids[start : start + window]])
+    for window in windows:
+        tokens = torch.tensor([window])
         with torch.no_grad():
             losses.append(float(loaded(input_ids=tokens, labels=tokens).loss))
     return losses
@@ -43,12 +56,14 @@ def expected_losses(model: Path, ids: list[int], window: int, limit: int) -> lis
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("window", [WINDOW, 2, CONTEXT])
+@pytest.mark.parametrize("bos", BOS_CHOICES)
 def test_perplexity_is_the_exponential_of_the_mean_loss(
-    name: str, window: int, tiny: Tiny, text_file: Path
+    name: str, window: int, bos: Bos, tiny: Tiny, text_file: Path
 ) -> None:
-    ids = byte_tokenizer()(text_file.read_text())["input_ids"]
-    losses = expected_losses(tiny(name), ids, window, 5)
-    scores = measured(tiny(name), str(text_file), window=window, limit=5)
+    windows = expected_windows(text_file.read_text(), window, bos)[:5]
+    losses = expected_losses(tiny(name), windows)
+    scores = measured(tiny(name), str(text_file), window=window, limit=5, bos=bos)
+    assert scores["bos"] == bos
     mean = sum(losses) / len(losses)
     assert scores["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
     # Delta method: the error of exp(m) is exp(m) times the error of m.
@@ -62,14 +77,19 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(
 
 def test_the_last_incomplete_window_is_dropped(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("abcdefghij" * 10)  # 101 tokens with <s>
-    assert measured(tiny("llama"), str(text), window=50)["windows"] == 2
-    assert measured(tiny("llama"), str(text), window=51)["windows"] == 1
+    text.write_text("abcdefghij" * 10)  # 100 tokens, and <s> before each window
+    assert measured(tiny("llama"), str(text), window=51)["windows"] == 2
+    assert measured(tiny("llama"), str(text), window=52)["windows"] == 1
     assert measured(tiny("llama"), str(text), window=101)["windows"] == 1
     one = measured(tiny("llama"), str(text), window=101)
     assert one["stderr"] is None
-    with pytest.raises(CalibrationError, match="has 101 tokens, fewer than one window of 102"):
+    with pytest.raises(CalibrationError, match="has 100 tokens, fewer than one window of 102"):
         measured(tiny("llama"), str(text), window=102)
+    # With <s> before the first only, it is a token of the text.
+    assert measured(tiny("llama"), str(text), window=50, bos="first")["windows"] == 2
+    assert measured(tiny("llama"), str(text), window=51, bos="first")["windows"] == 1
+    with pytest.raises(CalibrationError, match="has 101 tokens, fewer than one window of 102"):
+        measured(tiny("llama"), str(text), window=102, bos="first")
 
 
 @pytest.mark.parametrize("reference", ["llama", "packed"])
@@ -87,12 +107,12 @@ def test_divergence_and_agreement_against_plain_formulas(
 ) -> None:
     out = packed("llama", "gptq")
     scores = measured(out, str(text_file), window=WINDOW, limit=3, reference=tiny("llama"))
-    ids = torch.tensor(byte_tokenizer()(text_file.read_text())["input_ids"])
+    windows = expected_windows(text_file.read_text(), WINDOW, "each")[:3]
     tested, _ = quantine.load(out)
     reference = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
     divergences, agreements = [], []
-    for start in range(0, 3 * WINDOW, WINDOW):
-        tokens = ids[start : start + WINDOW].unsqueeze(0)
+    for window in windows:
+        tokens = torch.tensor([window])
         with torch.no_grad():
             q = tested(input_ids=tokens).logits[0, :-1].double().softmax(-1)
             p = reference(input_ids=tokens).logits[0, :-1].double().softmax(-1)
@@ -105,9 +125,9 @@ def test_divergence_and_agreement_against_plain_formulas(
     assert 0 < scores["top1"] < 1
 
 
-def windows_of(model: Path, text: Path, window: int = 8) -> Tensor:
-    """The token ids that are scored."""
-    return cut_windows(locate(model), str(text), window, None, 300)
+def windows_of(model: Path, text: Path, window: int = 8, bos: Bos = "first") -> Tensor:
+    """The token ids that the model is shown."""
+    return cut_windows(locate(model), str(text), window, None, 300, bos).tokens
 
 
 def test_a_text_file_is_read_verbatim(tiny: Tiny, tmp_path: Path) -> None:
@@ -138,6 +158,50 @@ def test_a_beginning_token_only_where_the_tokenizer_adds_one(bos: bool, tmp_path
     ids = windows_of(model, tmp_path / "text.txt").flatten()
     assert (ids == BOS).sum() == int(bos)
     assert (int(ids[0]) == BOS) == bos
+    every = windows_of(model, tmp_path / "text.txt", bos="each")
+    assert ((every == BOS).sum(1) == int(bos)).all()
+    assert ((every[:, 0] == BOS) == bos).all()
+
+
+def test_without_bos_both_protocols_are_one(text_file: Path, tmp_path: Path) -> None:
+    model = build(tiny_config("llama"), tmp_path / "model", bos=False)
+    options: dict[str, Any] = {"window": WINDOW, "limit": 4}
+    each, first = (measured(model, str(text_file), **options, bos=bos) for bos in BOS_CHOICES)
+    assert each["bos"] == first["bos"] == "none"
+    ids = byte_tokenizer(bos=False)(text_file.read_text())["input_ids"]
+    windows = [ids[start : start + WINDOW] for start in range(0, 4 * WINDOW, WINDOW)]
+    losses = expected_losses(model, windows)
+    assert each["perplexity"] == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5)
+    for key in ("perplexity", "tokens", "windows", "digest"):
+        assert each[key] == first[key]
+
+
+def two_tokens_before(model: Path) -> Path:
+    """Let the tokenizer of ``model`` begin every text with ``<s></s>``."""
+    tokenizer = byte_tokenizer(bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def test_nothing_that_the_tokenizer_puts_before_is_scored(text_file: Path, tmp_path: Path) -> None:
+    model = two_tokens_before(build(tiny_config("llama"), tmp_path / "model"))
+    found = measured(model, str(text_file), window=WINDOW, limit=3, reference=model)
+    assert found["tokens"] == 3 * (WINDOW - 2)
+    ids = byte_tokenizer(bos=False)(text_file.read_text())["input_ids"]
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    losses = []
+    for start in range(0, 3 * (WINDOW - 2), WINDOW - 2):
+        tokens = torch.tensor([[BOS, EOS, *ids[start : start + WINDOW - 2]]])
+        labels = tokens.masked_fill(torch.arange(WINDOW) < 2, -100)
+        with torch.no_grad():
+            losses.append(float(loaded(input_ids=tokens, labels=labels).loss))
+    assert found["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+    assert (found["kl"], found["top1"]) == (0, 1)
+    with pytest.raises(CalibrationError, match="window of 2 tokens has no room for text"):
+        measured(model, str(text_file), window=2)
 
 
 def test_builtin_text_is_split(tiny: Tiny) -> None:
@@ -150,7 +214,7 @@ def test_builtin_text_is_split(tiny: Tiny) -> None:
     assert not paragraphs["calibration"] & paragraphs["heldout"]
     assert all(len(text) > 50_000 for text in parts.values())
     heldout = byte_tokenizer()(parts["heldout"][:200])["input_ids"]
-    ids = cut_windows(locate(tiny("llama")), BUILTIN, 8, 4, 300).flatten().tolist()
+    ids = cut_windows(locate(tiny("llama")), BUILTIN, 8, 4, 300, "first").tokens.flatten().tolist()
     assert ids == heldout[: len(ids)]
 
 

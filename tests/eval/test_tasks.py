@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 import quantine
 from local_tasks import QUESTIONS, write_tasks
 from quantine import PlanError, QuantineError, cli
+from quantine.calibrate.bos import BOS_CHOICES, Bos
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import BATCH, FEWSHOT, TaskRequest, Tasks
 from quantine.source.locate import locate
-from tiny_models import oracle_weights, with_weights
+from tiny_models import BOS, EOS, byte_tokenizer, oracle_weights, with_weights
 
 pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
 # What lm-eval and the libraries below it warn of is theirs.
@@ -99,6 +101,46 @@ def test_recovery_is_the_ratio_of_scores_and_the_reference_answers_once(
     fewer = {**options, "tasks": TaskRequest(NAMES, limit=3, path=task_path)}
     with pytest.raises(AssertionError, match="asked again"):
         quantine.evaluate(packed("llama", "gptq"), [], **fewer)
+
+
+@pytest.mark.parametrize("bos", BOS_CHOICES)
+def test_questions_begin_as_the_tokenizer_begins_a_text(
+    bos: Bos, tiny: Tiny, task_path: Path
+) -> None:
+    source = locate(tiny("llama"))
+    model = source.float_model(torch.float32)
+    seen: list[int] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: seen.extend(args[0][:, 0].tolist()))
+    Tasks(TaskRequest(("tiny_odd",), path=task_path)).run(model, source.tokenizer(), bos)
+    assert seen
+    assert {token == BOS for token in seen} == {bos == "each"}
+
+
+def test_answers_of_the_other_protocol_are_not_taken(
+    tiny: Tiny, packed: Packed, task_path: Path, tmp_path: Path
+) -> None:
+    request = TaskRequest(("tiny_odd",), path=task_path)
+    options: dict[str, Any] = {"reference": tiny("llama"), "cache": tmp_path, "tasks": request}
+    for bos in BOS_CHOICES:
+        found = quantine.evaluate(packed("llama", "gptq"), [], **options, bos=bos)
+        plain = quantine.evaluate(tiny("llama"), [], tasks=request, bos=bos)
+        assert found["bos"] == bos
+        expected = plain["tasks"]["tiny_odd"]["score"]
+        assert found["tasks"]["tiny_odd"]["reference_score"] == expected
+    assert len(list(tmp_path.glob("*/tasks-*.json"))) == 2
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused(tiny: Tiny, task_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    model = locate(tiny("llama")).float_model(torch.float32)
+    tasks = Tasks(TaskRequest(("tiny_odd",), 2, task_path))
+    with pytest.raises(PlanError, match=r"ends every text.*bos first"):
+        tasks.run(model, tokenizer)
+    assert tasks.run(model, tokenizer, "first") == tasks.run(model, byte_tokenizer(bos=False))
 
 
 def test_the_limit_takes_the_first_questions(tiny: Tiny, task_path: Path) -> None:

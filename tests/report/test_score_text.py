@@ -9,7 +9,14 @@ import pytest
 from rich.console import Console
 
 from quantine.comparison.table import markdown
-from quantine.eval.score_text import IN_FULL, measured_on, task_cells, text_cells, with_range
+from quantine.eval.score_text import (
+    IN_FULL,
+    beginnings,
+    measured_on,
+    task_cells,
+    text_cells,
+    with_range,
+)
 from quantine.report.tables.scores import print_scores
 
 CLOSE = {
@@ -73,8 +80,19 @@ def test_an_interval_may_be_missing() -> None:
 
 def test_notes_say_what_was_asked() -> None:
     noted = "a.txt: 24 windows of 1024 tokens; piqa: 1,838 questions, 5 examples each"
-    assert measured_on({"a.txt": TEXT}, {"piqa": TASK}) == noted
-    assert measured_on({}, {"piqa": TASK}) == noted.partition("; ")[2]
+    both = {"texts": {"a.txt": TEXT}, "tasks": {"piqa": TASK}}
+    assert measured_on(both) == noted
+    assert measured_on({**both, "texts": {}}) == noted.partition("; ")[2]
+
+
+def test_notes_say_how_windows_and_questions_began() -> None:
+    both = {"texts": {"a.txt": TEXT}, "tasks": {"piqa": TASK}}
+    assert beginnings({**both, "bos": "none"}) == beginnings(both) == ""
+    each, first = ({**both, "bos": bos} for bos in ("each", "first"))
+    assert beginnings(each) == "every window begins with BOS, every question begins with BOS"
+    assert beginnings({**first, "tasks": {}}) == "only the first window of a text begins with BOS"
+    assert beginnings({**first, "texts": {}}) == "no question begins with BOS"
+    assert measured_on(each) == f"{measured_on(both)}; {beginnings(each)}"
 
 
 def test_a_range_follows_its_unit() -> None:

@@ -77,6 +77,7 @@ def test_the_report_says_everything(
         "seqlen": 32,
         "seed": 0,
         "bfloat16": False,
+        "bos": "each",
         "tokens": 128,
     }
     assert report["kept"] == [

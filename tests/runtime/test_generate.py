@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
+from quantine import CalibrationError
 from quantine.runtime import generate
 from quantine.runtime.generate import continue_tokens, stream
 from tiny_models import BOS, EOS, byte_tokenizer, logits_of, some_tokens, with_weights
@@ -92,7 +94,21 @@ def test_a_character_of_several_tokens_is_written_whole(
 def test_the_chat_template_wraps_the_prompt_once() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    ids = generate._prompt_ids(tokenizer, "Hi", chat=True)[0].tolist()
+    ids = generate._prompt_ids(tokenizer, "Hi", chat=True, vocabulary=300)[0].tolist()
     assert ids.count(BOS) == 1
     assert tokenizer.decode(ids) == "<s>[user] Hi"
-    assert generate._prompt_ids(tokenizer, "Hi", chat=False)[0].tolist()[0] == BOS
+    assert generate._prompt_ids(tokenizer, "Hi", chat=False, vocabulary=300)[0].tolist()[0] == BOS
+
+
+def test_a_prompt_is_not_ended() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    ids = generate._prompt_ids(tokenizer, "Hi", chat=False, vocabulary=300)[0].tolist()
+    assert ids == byte_tokenizer()("Hi")["input_ids"]
+
+
+def test_a_prompt_of_another_vocabulary_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="do not belong together"):
+        generate._prompt_ids(byte_tokenizer(), "Hi", chat=False, vocabulary=60)

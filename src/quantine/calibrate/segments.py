@@ -6,10 +6,11 @@ import random
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 
+from quantine.calibrate.bos import BOS_DEFAULT, Bos, check_bos
 from quantine.calibrate.text import BUILTIN, read_text
+from quantine.calibrate.token_stream import TokenStream, shown, token_stream
 from quantine.errors import CalibrationError
 
 DEFAULT_SAMPLES: Final = 64
@@ -25,7 +26,7 @@ profit from."""
 class Calibration:
     """A request for calibration: which text, how much of it, and in which precision.
 
-    Raises `CalibrationError` if ``samples`` is negative or ``seqlen`` below 1.
+    Raises `CalibrationError` if ``samples`` is negative, ``seqlen`` below 1, or ``bos`` unknown.
 
     Attributes:
         source: a text, named as for `quantine.calibrate.text.read_text`.
@@ -35,6 +36,8 @@ class Calibration:
         seed: seed of the local generator that places the segments in the text.
         bfloat16: multiply matrices in bfloat16 while calibrating: several times faster where the
             processor can. Weights, norms, hidden states and statistics stay in float32.
+        bos: which segments begin as the tokenizer begins a text, see
+            `quantine.calibrate.bos.Bos`.
     """
 
     source: str = BUILTIN
@@ -42,12 +45,14 @@ class Calibration:
     seqlen: int | None = None
     seed: int = 0
     bfloat16: bool = False
+    bos: Bos = BOS_DEFAULT
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise CalibrationError(f"samples must not be negative, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 1:
             raise CalibrationError(f"seqlen must be positive, not {self.seqlen}")
+        check_bos(self.bos)
 
     def segment_length(self, longest_context: int | None) -> int:
         """Tokens per segment for a model with a context of at most ``longest_context`` tokens.
@@ -68,39 +73,13 @@ class Calibration:
         return self.seqlen
 
 
-def token_stream(tokenizer: Any, text: str, vocabulary: int, source: str) -> Tensor:
-    """Tokenize a whole text into one stream of token ids.
-
-    A beginning-of-sequence token is there only if the tokenizer adds it.
-
-    Args:
-        tokenizer: the model's tokenizer of transformers.
-        text: the text.
-        vocabulary: number of tokens that the model knows.
-        source: name of the text, for messages.
-
-    Returns:
-        ``[tokens]`` int64 on the CPU.
-
-    Raises:
-        CalibrationError: an id lies outside the model's vocabulary.
-    """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64, device="cpu")
-    if ids.numel() and int(ids.max()) >= vocabulary:
-        raise CalibrationError(
-            f"the tokenizer gives id {int(ids.max())} for text {source!r}, but the model knows "
-            f"{vocabulary} tokens: tokenizer and model do not belong together"
-        )
-    return ids
-
-
-def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: str) -> Tensor:
+def draw_segments(stream: TokenStream, samples: int, length: int, seed: int, source: str) -> Tensor:
     """Draw calibration segments at random places of a text.
 
     Places are drawn with replacement by ``random.Random(seed)``. Segments are never padded.
 
     Args:
-        stream: ``[tokens]`` int64 token ids of the text.
+        stream: the tokens of the text, and those that every segment begins with.
         samples: number of segments.
         length: tokens of a segment.
         seed: seed of the local generator.
@@ -110,18 +89,23 @@ def draw_segments(stream: Tensor, samples: int, length: int, seed: int, source: 
         ``[samples, length]`` int64.
 
     Raises:
-        CalibrationError: the text is shorter than one segment.
+        CalibrationError: the text is shorter than one segment, or a segment has no room for text.
     """
-    if len(stream) < length:
+    available, needed = len(stream.tokens), stream.text_length(length)
+    if needed < 1:
         raise CalibrationError(
-            f"the text {source!r} has {len(stream)} tokens, too few for one segment of {length}: "
-            "use a longer text or a smaller seqlen"
+            f"a segment of {length} tokens has no room for text, as the tokenizer begins it with "
+            f"{len(stream.begin)}: use a larger seqlen"
+        )
+    if available < needed:
+        raise CalibrationError(
+            f"the text {shown(source)!r} has {available} tokens, too few for one segment of "
+            f"{length}: use a longer text or a smaller seqlen"
         )
     generator = random.Random(seed)
     # The last window is never drawn, as in GPTQ's published calibration, unless it is the only one.
-    last = max(0, len(stream) - length - 1)
-    starts = [generator.randint(0, last) for _ in range(samples)]
-    return torch.stack([stream[start : start + length] for start in starts])
+    last = max(0, available - needed - 1)
+    return stream.pieces([generator.randint(0, last) for _ in range(samples)], length)
 
 
 def calibration_segments(
@@ -149,6 +133,7 @@ def calibration_segments(
             f"{calibration.samples} samples of {length} tokens are more than {MOST_TOKENS:,} "
             "tokens: use fewer"
         )
-    text = read_text(calibration.source, "calibration")
-    stream = token_stream(tokenizer, text, vocabulary, calibration.source)
-    return draw_segments(stream, calibration.samples, length, calibration.seed, calibration.source)
+    source = calibration.source
+    text = read_text(source, "calibration", tokenizer)
+    stream = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
+    return draw_segments(stream, calibration.samples, length, calibration.seed, source)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from quantine.errors import CalibrationError
+from quantine.calibrate.text_files import TextFile, read_file, text_file
+from quantine.calibrate.token_stream import shown
+from quantine.errors import CalibrationError, brief
 
 Split = Literal["calibration", "heldout"]
 """The part of a text: ``"calibration"``, or ``"heldout"`` for evaluation."""
@@ -103,14 +104,15 @@ HUB_TEXTS: Final[dict[str, HubText]] = {
 """Texts on the hub by the names that plans and commands know them by."""
 
 
-def read_text(source: str, split: Split) -> str:
+def read_text(source: str, split: Split, tokenizer: Any = None) -> str:
     """Read a text by its name or path.
 
     Args:
-        source: ``builtin``, a name in `HUB_TEXTS`, or the path of a ``.txt``, ``.jsonl`` or
-            ``.parquet`` file. A ``.txt`` file is read verbatim; the others by their ``text``
-            field, rows joined with blank lines. Files are UTF-8.
+        source: ``builtin``, a name in `HUB_TEXTS`, or the path of a file of one of the kinds in
+            `quantine.calibrate.text_files.KINDS`, perhaps compressed, and perhaps followed by a
+            colon and the name of the field that holds the text.
         split: the part wanted of a built-in or hub text; a file is read whole.
+        tokenizer: the model's tokenizer of transformers, which only conversations need.
 
     Raises:
         CalibrationError: there is no such text, it is empty or cannot be read, or a package to read
@@ -121,10 +123,25 @@ def read_text(source: str, split: Split) -> str:
     elif source in HUB_TEXTS:
         text = _from_hub(source, split)
     else:
-        text = _from_file(Path(source))
+        text = read_file(_file(source), tokenizer)
     if not text.strip():
-        raise CalibrationError(f"the text {source!r} is empty")
+        raise CalibrationError(f"the text {shown(source)!r} is empty: give one with words in it")
     return text
+
+
+def text_name(source: str) -> str:
+    """What results call the text ``source``: a file's name without its directory."""
+    file = text_file(source)
+    return Path(source).name if file is None else file.name
+
+
+def _file(source: str) -> TextFile:
+    file = text_file(source)
+    if file is None:
+        raise CalibrationError(
+            f"no text file {shown(source)} (known names: {', '.join([BUILTIN, *HUB_TEXTS])})"
+        )
+    return file
 
 
 def _builtin(split: Split) -> str:
@@ -142,38 +159,6 @@ def _builtin(split: Split) -> str:
     # Topics quote each other, up to indentation: what calibration has seen is not held out.
     seen = {" ".join(paragraph.split()) for paragraph in joined(False).split("\n\n")}
     return "\n\n".join(p for p in joined(True).split("\n\n") if " ".join(p.split()) not in seen)
-
-
-def _from_file(path: Path) -> str:
-    if not path.is_file():
-        raise CalibrationError(
-            f"no text file {path} (known names: {', '.join([BUILTIN, *HUB_TEXTS])})"
-        )
-    try:
-        if path.suffix == ".parquet":
-            return "\n\n".join(_parquet_rows(path))
-        text = path.read_bytes().decode("utf-8")  # verbatim: no line end is translated
-        if path.suffix == ".jsonl":
-            lines = text.split("\n")
-            return "\n\n".join(json.loads(line)["text"] for line in lines if line.strip())
-        return text
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(
-            f"{path} cannot be read as {path.suffix or 'text'}: {error!r}; .jsonl and .parquet "
-            "need a `text` field of strings, files must be UTF-8"
-        ) from error
-
-
-def _parquet_rows(path: Path) -> list[str]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError as error:
-        raise CalibrationError(f"{path} needs pyarrow: pip install 'quantine[hub]'") from error
-    try:
-        return [row for row in read_table(path, columns=["text"])["text"].to_pylist() if row]
-    except (ArrowException, OSError) as error:
-        raise ValueError(str(error)) from error
 
 
 def _from_hub(name: str, split: Split) -> str:
@@ -200,6 +185,6 @@ def _from_hub(name: str, split: Split) -> str:
         )
     except Exception as error:  # the library raises many types; none of them names a remedy
         raise CalibrationError(
-            f"{text.data_set} cannot be read from the hub ({error}): check the connection, or give "
-            "a local file"
+            f"{text.data_set} cannot be read from the hub ({brief(error)}): check the connection, "
+            "or give a local file"
         ) from error

@@ -6,8 +6,15 @@ import argparse
 from collections.abc import Callable
 from typing import Any, Final
 
+from quantine.calibrate.bos import BOS_CHOICES, BOS_DEFAULT
+
 MODEL_HELP: Final = "a Hugging Face directory, a .gguf file, a hub id, or `demo`"
 """Help for the argument MODEL."""
+TEXT_FILES_HELP: Final = (
+    "a .txt (verbatim), .json, .jsonl or .parquet file, each also .gz or .zst; FILE:FIELD names "
+    "the field with the text, else text, messages or conversations"
+)
+"""Help for files of text."""
 DTYPES: Final = ("float32", "bfloat16", "float16")
 """What the option --dtype takes."""
 
@@ -35,6 +42,17 @@ def add_verb(verbs: Any, name: str, run: Run, text: str, examples: str) -> argpa
     )
     parser.set_defaults(run=run)
     return parser
+
+
+def add_bos(parser: argparse.ArgumentParser, pieces: str) -> None:
+    """Add the option that says which ``pieces`` of text begin as the tokenizer begins a text."""
+    parser.add_argument(
+        "--bos",
+        choices=BOS_CHOICES,
+        default=BOS_DEFAULT,
+        help=f"which {pieces} begin with what the tokenizer puts before a text: each, as in use "
+        "(default), or only the first of a text, as in papers",
+    )
 
 
 def comma_list(text: str) -> list[str]:

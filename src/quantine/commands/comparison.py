@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.arguments import MODEL_HELP, add_verb, comma_list
+from quantine.commands.arguments import MODEL_HELP, add_bos, add_verb, comma_list
 from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
 
 
@@ -46,6 +46,7 @@ def add(verbs: Any) -> None:
     )
     add_texts(parser)
     add_tasks(parser)
+    add_bos(parser, "segments and windows")
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -55,6 +56,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from quantine.comparison.short_forms import plans_of
     from quantine.comparison.table import markdown, pareto_front, write_tables
     from quantine.eval.comparison_row import loss_of_quality
+    from quantine.formats.directory import writing
     from quantine.report.plots.pareto import pareto_figure, save_figure
     from quantine.report.tables.console import make_console
 
@@ -69,8 +71,15 @@ def _run(arguments: argparse.Namespace) -> None:
             arguments.seqlen,
             arguments.seed,
             arguments.bfloat16,
+            arguments.bos,
         ),
-        Measured(tuple(arguments.text), arguments.window, arguments.limit, tasks_of(arguments)),
+        Measured(
+            tuple(arguments.text),
+            arguments.window,
+            arguments.limit,
+            tasks_of(arguments),
+            arguments.bos,
+        ),
         on_step=lambda name: console.print(f"now: {name}"),
     )
     files = write_tables(rows, arguments.out)
@@ -80,7 +89,9 @@ def _run(arguments: argparse.Namespace) -> None:
         if row["plan"] is not None and (loss := loss_of_quality(row)) is not None
     ]
     if points and find_spec("matplotlib") is not None:
-        files += save_figure(pareto_figure(points, pareto_front(rows)), arguments.out / "pareto")
+        figure = pareto_figure(points, pareto_front(rows))
+        with writing(arguments.out):
+            files += save_figure(figure, arguments.out / "pareto")
     elif points:
         console.print("no picture: that needs matplotlib: pip install 'quantine[plot]'")
     console.print(markdown(rows))

@@ -6,7 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.arguments import DTYPES, MODEL_HELP, add_verb, comma_list
+from quantine.commands.arguments import (
+    DTYPES,
+    MODEL_HELP,
+    TEXT_FILES_HELP,
+    add_bos,
+    add_verb,
+    comma_list,
+)
 from quantine.commands.json_output import check_writable, json_numbers, write_json_output
 
 if TYPE_CHECKING:
@@ -29,6 +36,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
     add_texts(parser)
     add_tasks(parser)
+    add_bos(parser, "windows and questions")
     parser.add_argument("--reference", metavar="MODEL", help="also closeness to this model")
     parser.add_argument(
         "--cache",
@@ -53,8 +61,8 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
         type=comma_list,
         default=["builtin"],
         metavar="NAME|FILE,...",
-        help="builtin (its held-out part), wikitext2, ptb, c4, ptb-validation, pile-val, or .txt "
-        "(verbatim), .jsonl or .parquet files; default builtin",
+        help="builtin (its held-out part), wikitext2, ptb, c4, ptb-validation, pile-val, or "
+        f"{TEXT_FILES_HELP}; default builtin",
     )
     parser.add_argument("--window", type=int, metavar="N", help="tokens per window; default 2048")
     parser.add_argument("--limit", type=int, metavar="N", help="windows of each text at most")
@@ -123,6 +131,7 @@ def _run(arguments: argparse.Namespace) -> None:
         cache=arguments.cache,
         dtype=getattr(torch, arguments.dtype),
         tasks=tasks_of(arguments),
+        bos=arguments.bos,
         on_window=on_window,
     )
     print_scores(scores, console)

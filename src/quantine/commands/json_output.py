@@ -24,14 +24,14 @@ def write_json_output(path: Path | None, value: object) -> None:
     """Write ``value`` to ``path``, with null for numbers that JSON lacks; ``None`` is no file.
 
     Raises:
-        PlanError: it cannot be written.
+        OutputError: it cannot be written.
     """
     if path is not None:
-        try:
-            text = json.dumps(json_numbers(value), indent=2, allow_nan=False)
+        from quantine.formats.directory import writing
+
+        text = json.dumps(json_numbers(value), indent=2, allow_nan=False)
+        with writing(path):
             path.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"{path} cannot be written: {error}") from error
 
 
 def json_numbers(value: Any) -> Any:

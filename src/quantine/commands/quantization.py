@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.arguments import MODEL_HELP, add_verb
+from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_bos, add_verb
 from quantine.commands.json_output import check_writable, write_json_output
 from quantine.errors import PlanError
 
@@ -102,12 +102,12 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default="builtin",
         metavar="NAME|FILE",
-        help="builtin, wikitext2, c4, ptb, pile-val, or a .txt, .jsonl or .parquet file; "
-        "default builtin",
+        help=f"builtin, wikitext2, c4, ptb, pile-val, or {TEXT_FILES_HELP}; default builtin",
     )
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
     parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    add_bos(parser, "segments")
     parser.add_argument(
         "--bfloat16",
         action="store_true",
@@ -176,6 +176,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         arguments.seqlen,
         arguments.seed,
         arguments.bfloat16,
+        arguments.bos,
     )
     flags = _scheme_flags(arguments)
     if arguments.plan is not None:

@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
+from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.segments import Calibration
+from quantine.calibrate.text import text_name
+from quantine.calibrate.text_files import text_file
+from quantine.calibrate.token_stream import begun
 from quantine.comparison.short_forms import FLOAT
 from quantine.core.ambient import own_state
 from quantine.core.process_memory import forget_peak_memory
@@ -29,11 +32,11 @@ from quantine.eval.evaluate import (
     reference_answers,
     summary,
 )
-from quantine.eval.perplexity import Score
+from quantine.eval.perplexity import Score, Windows
 from quantine.eval.predictions import Predictions
 from quantine.eval.speed import decode_speed
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
-from quantine.formats.directory import read_json, write_json
+from quantine.formats.directory import read_json, write_json, writing
 from quantine.plan.plan import Plan
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 from quantine.run.prepare import prepare
@@ -50,6 +53,8 @@ MODELS: Final = "models"
 """Name of the directory of quantized models."""
 PREDICTIONS: Final = "predictions"
 """Name of the directory of what the float model predicts."""
+COMMON: Final = ("bits_per_weight", "model_bytes", "bos", "texts", "tasks")
+"""What rows have of the result of `quantine.eval.evaluate.evaluate`."""
 CONTEXT: Final = 128
 """Number of tokens before those whose decoding is timed."""
 RUNS: Final = 5
@@ -61,13 +66,14 @@ class Measured:
     """The texts and tasks that every row is measured on.
 
     Attributes:
-        texts, window, limit, tasks: see `quantine.eval.evaluate.evaluate`.
+        texts, window, limit, tasks, bos: see `quantine.eval.evaluate.evaluate`.
     """
 
     texts: tuple[str, ...]
     window: int | None = None
     limit: int | None = None
     tasks: TaskRequest | None = None
+    bos: Bos = BOS_DEFAULT
 
 
 @own_state()
@@ -93,22 +99,23 @@ def compare(
 
     Returns:
         Rows, that of the model first. Each has ``name``, ``plan`` (``None`` for the model),
-        ``bits_per_weight`` and ``model_bytes`` (from the files), ``texts`` and ``tasks`` (see
-        `quantine.eval.evaluate.evaluate`), ``tokens_per_second`` (``median``, ``low``, ``high``
-        after a prompt of `CONTEXT` tokens), ``seconds`` and ``peak_memory_bytes`` of quantizing
-        (after an interruption, of the last part), and ``outlier_share`` of the quantized weights.
+        ``bits_per_weight`` and ``model_bytes`` (from the files), ``bos``, ``texts`` and ``tasks``
+        (see `quantine.eval.evaluate.evaluate`), ``tokens_per_second`` (``median``, ``low`` and
+        ``high`` after a prompt of `CONTEXT` tokens), ``seconds`` and ``peak_memory_bytes`` of
+        quantizing (after an interruption, of the last part), and ``outlier_share`` of the quantized
+        weights.
 
     Raises:
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     out, source = Path(out), locate(model)
     tasks = None if measured.tasks is None else Tasks(measured.tasks)
-    cut = cut_texts(source, measured.texts, measured.window, measured.limit)
+    cut = cut_texts(source, measured.texts, measured.window, measured.limit, measured.bos)
     for each in plans.values():
         prepare(model, each, calibration)
     lock = DirectoryLock(out)
     try:
-        _open(out, lock, _settings(source, calibration, cut, tasks))
+        _open(out, lock, _settings(source, calibration, cut, tasks, measured.bos))
         reference = Predictions(source, torch.float32, out / PREDICTIONS)
         reference.reserve(cut.values())
         rows = []
@@ -119,12 +126,13 @@ def compare(
             if row is None:
                 on_step(name)
                 if plan is None:
-                    row = _float_row(reference, cut, tasks, on_window)
+                    row = _float_row(reference, cut, tasks, measured.bos, on_window)
                     # A new one, without the model in memory.
                     reference = Predictions(source, torch.float32, out / PREDICTIONS)
                 else:
                     row = _row(model, plan, out, name, calibration, measured, on_window)
-                write_json(path, row)
+                with writing(path):
+                    write_json(path, row)
             rows.append(row)
         return rows
     finally:
@@ -133,7 +141,7 @@ def compare(
 
 def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
     """Make ``out``, or check that it was made for the same comparison, and take its ``lock``."""
-    try:
+    with writing(out):
         lock.take()
         found = {path.name for path in out.iterdir()} - {LOCK_FILE}
         if found and SETTINGS not in found:
@@ -142,8 +150,6 @@ def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
         (out / MODELS).mkdir(exist_ok=True)
         if not (out / SETTINGS).is_file():
             write_json(out / SETTINGS, settings)
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error}") from error
     stored = read_json(out / SETTINGS)
     keys = [key for key in settings if stored.get(key) != settings[key]]
     if keys:
@@ -154,15 +160,23 @@ def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
 
 
 def _settings(
-    source: ModelSource, calibration: Calibration, cut: dict[str, Tensor], tasks: Tasks | None
+    source: ModelSource,
+    calibration: Calibration,
+    cut: dict[str, Windows],
+    tasks: Tasks | None,
+    bos: Bos,
 ) -> dict[str, Any]:
     """What all rows of a comparison have in common, as plain values."""
-    path = Path(calibration.source)
-    data = hashlib.blake2b(path.read_bytes()).hexdigest() if path.is_file() else ""
+    file = text_file(calibration.source)
+    data = "" if file is None else hashlib.blake2b(file.path.read_bytes()).hexdigest()
+    named = {**asdict(calibration), "source": text_name(calibration.source), "digest": data}
+    begins = [named.pop("bos"), bos]
     return {
         "model": source.file_digests(),
-        "calibration": {**asdict(calibration), "source": path.name, "digest": data},
-        "texts": {name: digest_of(windows) for name, windows in cut.items()},
+        "calibration": named,
+        # Where the tokenizer begins texts with nothing, both values of bos are the same.
+        **({} if begun(source.tokenizer(), bos) == "none" else {"bos": begins}),
+        "texts": {name: digest_of(windows.tokens) for name, windows in cut.items()},
         "tasks": None if tasks is None else tasks.request.identity(),
         "threads": torch.get_num_threads(),
     }
@@ -186,23 +200,30 @@ def _finished(path: Path, plan: Plan | None) -> dict[str, Any] | None:
 
 
 def _float_row(
-    reference: Predictions, cut: dict[str, Tensor], tasks: Tasks | None, on_window: OnWindow
+    reference: Predictions,
+    cut: dict[str, Windows],
+    tasks: Tasks | None,
+    bos: Bos,
+    on_window: OnWindow,
 ) -> dict[str, Any]:
     """The row of the model itself, from predictions that later rows are compared with."""
     source = reference.source
 
-    def scores(windows: Tensor) -> Iterable[Score]:
-        return (Score(reference(tokens).loss, 0.0, 0, len(tokens) - 1) for tokens in windows)
+    def scores(windows: Windows) -> Iterator[Score]:
+        for tokens in windows.tokens:
+            made = reference(tokens, windows.context)
+            yield Score(made.loss, 0.0, 0, len(made.top))
 
     texts = {
         name: summary(name, scores(windows), windows, on_window) for name, windows in cut.items()
     }
-    answers = None if tasks is None else reference_answers(reference, tasks)
+    answers = None if tasks is None else reference_answers(reference, tasks, bos)
     return {
         "name": FLOAT,
         "plan": None,
         "bits_per_weight": bits_per_weight(reference.model, source),
         "model_bytes": source.weight_bytes(),
+        "bos": begun(source.tokenizer(), bos),
         "texts": texts,
         "tasks": {} if answers is None else compare_tasks(answers, None),
         "tokens_per_second": decode_speed(reference.model, CONTEXT, RUNS),
@@ -233,13 +254,14 @@ def _row(
         reference=model,
         cache=out / PREDICTIONS,
         tasks=measured.tasks,
+        bos=measured.bos,
         on_window=on_window,
     )
     packed = load_model(locate(directory), torch.float32)
     return {
         "name": name,
         "plan": plan.as_dict(),
-        **{key: scores[key] for key in ("bits_per_weight", "model_bytes", "texts", "tasks")},
+        **{key: scores[key] for key in COMMON},
         "tokens_per_second": decode_speed(packed, CONTEXT, RUNS),
         "seconds": report["run"]["seconds"],
         "peak_memory_bytes": report["run"]["peak_memory_bytes"],

@@ -11,14 +11,20 @@ from typing import Any
 
 from quantine.eval.comparison_row import COMPARISON_STEM, Row, loss_of_quality
 from quantine.eval.score_text import measured_on, number, task_cells, text_cells, with_range
+from quantine.formats.directory import encoded, writing
 from quantine.formats.shards import write_atomically
 
 
 def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:
-    """Write ``OUT/comparison.md``, ``.csv`` and ``.json``, and return their paths."""
+    """Write ``OUT/comparison.md``, ``.csv`` and ``.json``, and return their paths.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     files = {"md": markdown(rows), "csv": as_csv(rows), "json": as_json(rows)}
-    for suffix, text in files.items():
-        write_atomically(out / f"{COMPARISON_STEM}.{suffix}", text.encode())
+    with writing(out):
+        for suffix, text in files.items():
+            write_atomically(out / f"{COMPARISON_STEM}.{suffix}", encoded(text))
     return [out / f"{COMPARISON_STEM}.{suffix}" for suffix in files]
 
 
@@ -106,7 +112,7 @@ def _line(cells: Sequence[str]) -> str:
 def _notes(row: Row) -> str:
     """The note below the table: what was measured, and what its columns mean."""
     return (
-        f"\n{measured_on(row['texts'], row['tasks'])}. ± is one standard error; recovery is the "
+        f"\n{measured_on(row)}. ± is one standard error; recovery is the "
         "float model's perplexity over the row's, with its 95% interval. Bold: no other row is "
         "both smaller and better. Bits are counted from the files, over quantized weights; for "
         "`float`, over all. Seconds and peak memory are those of quantizing.\n"

@@ -56,7 +56,8 @@ def passes(program: str, seconds: int = SECONDS, memory: int = MEMORY) -> bool:
             start_new_session=True,
         )
         try:
-            process.communicate(program.encode(), timeout=seconds)
+            # Half of a character is an error of the program, which Python finds.
+            process.communicate(program.encode(errors="surrogatepass"), timeout=seconds)
         except subprocess.TimeoutExpired:
             return False
         finally:

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from quantine.calibrate.text import BUILTIN
+from quantine.calibrate.bos import BOS_DEFAULT, Bos
+from quantine.calibrate.text import BUILTIN, text_name
+from quantine.calibrate.token_stream import begun
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error, perplexity_recovery
 from quantine.eval.perplexity import (
     Score,
+    Windows,
     cut_windows,
     perplexity_from,
     perplexity_of,
@@ -51,6 +54,7 @@ def evaluate(
     cache: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     tasks: TaskRequest | None = None,
+    bos: Bos = BOS_DEFAULT,
     on_window: OnWindow = lambda *_: None,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
@@ -67,13 +71,17 @@ def evaluate(
             many models; see `quantine.eval.predictions`. Without one both models are in memory.
         dtype: dtype of activations and of weights that are not quantized.
         tasks: tasks to run after the texts.
+        bos: which windows begin as the tokenizer begins a text: ``"each"``, as prompts do in use,
+            or only the ``"first"`` of a text, as in the papers' tables, where no question of a task
+            does either.
         on_window: called after each window.
         device: device of the computation, by PyTorch's name.
 
     Returns:
-        The names ``model``, ``dtype`` and ``reference``; ``bits_per_weight``, and ``model_bytes``,
-        the size of the weight files; ``tasks`` by name, see `quantine.eval.tasks.compare_tasks`;
-        and ``texts`` by the name of a text (of a file, without its directory):
+        The names ``model``, ``dtype`` and ``reference``; ``bos``, or ``"none"`` if the tokenizer
+        begins texts with nothing; ``bits_per_weight``, and ``model_bytes``, the size of the weight
+        files; ``tasks`` by name, see `quantine.eval.tasks.compare_tasks`; and ``texts`` by the name
+        of a text (of a file, without its directory):
 
         * ``perplexity``, its standard error ``stderr`` (delta method over window means),
           ``tokens`` scored, ``windows``, ``window``, ``digest`` of the scored tokens, ``seconds``;
@@ -92,7 +100,8 @@ def evaluate(
     where = device_named(device)
     asked = None if tasks is None else Tasks(tasks)
     source = locate(model)
-    cut = cut_texts(source, texts, window, limit)
+    begins = begun(source.tokenizer(), bos)
+    cut = cut_texts(source, texts, window, limit, bos)
     compared = None
     if reference is not None:
         compared = reference_of(source, reference, dtype, cache, where)
@@ -102,25 +111,30 @@ def evaluate(
         "model": source.name,
         "dtype": str(dtype).removeprefix("torch."),
         "reference": None if reference is None else str(reference),
+        "bos": begins,
         "bits_per_weight": bits_per_weight(tested, source),
         "model_bytes": source.weight_bytes(),
         "texts": {
             name: summary(name, score_windows(tested, compared, windows), windows, on_window)
             for name, windows in cut.items()
         },
-        "tasks": {} if asked is None else measure_tasks(tested, source, compared, asked),
+        "tasks": {} if asked is None else measure_tasks(tested, source, compared, asked, bos),
     }
 
 
 def cut_texts(
-    source: ModelSource, texts: str | Sequence[str], window: int | None, limit: int | None
-) -> dict[str, Tensor]:
+    source: ModelSource,
+    texts: str | Sequence[str],
+    window: int | None,
+    limit: int | None,
+    bos: Bos = BOS_DEFAULT,
+) -> dict[str, Windows]:
     """Tokenize texts and cut them into windows.
 
     Arguments are those of `evaluate`.
 
     Returns:
-        By name of the text, or of its file, token ids ``[windows, window]`` int64.
+        The windows by name of the text, or of its file.
 
     Raises:
         CalibrationError: a text is too short, given twice, or belongs to another tokenizer; or
@@ -128,12 +142,12 @@ def cut_texts(
     """
     config = source.config()
     window = window_length(window, getattr(config, "max_position_embeddings", None))
-    cut: dict[str, Tensor] = {}
+    cut: dict[str, Windows] = {}
     for text in [texts] if isinstance(texts, str) else texts:
-        name = Path(text).name
+        name = text_name(text)
         if name in cut:
             raise CalibrationError(f"two texts are called {name!r}: leave out or rename one")
-        cut[name] = cut_windows(source, text, window, limit, config.vocab_size)
+        cut[name] = cut_windows(source, text, window, limit, config.vocab_size, bos)
     return cut
 
 
@@ -160,29 +174,29 @@ def reference_of(
 
 
 def summary(
-    name: str, scored: Iterable[Score], windows: Tensor, on_window: OnWindow
+    name: str, scored: Iterable[Score], windows: Windows, on_window: OnWindow
 ) -> dict[str, Any]:
     """The measurements of one text, as `evaluate` returns them.
 
     Args:
         name: name of the text, for ``on_window``.
         scored: a score for each window, computed as it is asked for.
-        windows: token ids ``[windows, window]`` int64.
+        windows: the windows.
         on_window: called after each window.
     """
     started = time.perf_counter()
     scores: list[Score] = []
     for score in scored:
         scores.append(score)
-        on_window(name, len(scores), len(windows), perplexity_of(scores)[0])
+        on_window(name, len(scores), len(windows.tokens), perplexity_of(scores)[0])
     perplexity, stderr = perplexity_of(scores)
     return {
         "perplexity": perplexity,
         "stderr": stderr,
         "tokens": sum(score.tokens for score in scores),
         "windows": len(scores),
-        "window": windows.shape[1],
-        "digest": digest_of(windows),
+        "window": windows.tokens.shape[1],
+        "digest": digest_of(windows.tokens),
         **_closeness(scores),
         "seconds": time.perf_counter() - started,
     }
@@ -194,7 +208,11 @@ def digest_of(windows: Tensor) -> str:
 
 
 def measure_tasks(
-    model: PreTrainedModel, source: ModelSource, reference: Predictions | None, tasks: Tasks
+    model: PreTrainedModel,
+    source: ModelSource,
+    reference: Predictions | None,
+    tasks: Tasks,
+    bos: Bos,
 ) -> dict[str, Any]:
     """Run tasks and return their results as `evaluate` has them.
 
@@ -203,24 +221,25 @@ def measure_tasks(
         source: the model's files, which hold its tokenizer.
         reference: the model to compare with; ``None`` for none.
         tasks: the tasks.
+        bos: whether questions begin as the tokenizer begins a text, see `Tasks.run`.
 
     Raises:
         PlanError: a task fails.
     """
-    other = None if reference is None else reference_answers(reference, tasks)
-    return compare_tasks(tasks.run(model, source.tokenizer()), other)
+    other = None if reference is None else reference_answers(reference, tasks, bos)
+    return compare_tasks(tasks.run(model, source.tokenizer(), bos), other)
 
 
-def reference_answers(reference: Predictions, tasks: Tasks) -> dict[str, TaskScore]:
+def reference_answers(reference: Predictions, tasks: Tasks, bos: Bos) -> dict[str, TaskScore]:
     """The task scores of a reference model by task, which its cache keeps.
 
     Raises:
         PlanError: a task fails.
     """
-    kept = f"tasks-{tasks.request.identity()}"
+    kept = f"tasks-{tasks.request.identity()}-{bos}"
     plain = reference.recall(kept)
     if plain is None:
-        answered = tasks.run(reference.model, reference.source.tokenizer())
+        answered = tasks.run(reference.model, reference.source.tokenizer(), bos)
         plain = {name: asdict(score) for name, score in answered.items()}
         reference.remember(kept, plain)
     return {name: TaskScore(**values) for name, values in plain.items()}

@@ -1,7 +1,9 @@
 """Perplexity as GPTQ measures it, and closeness to a reference model.
 
 The whole text is one token stream, cut into windows that do not overlap; the last, incomplete one
-is dropped. A window's first token is context only, so a window of ``n`` tokens scores ``n - 1``.
+is dropped. Every window begins as the tokenizer begins a text, or, as in the papers, only the first
+does. What the tokenizer puts there, or else a window's first token, is context only: with at most
+one such token, a window of ``n`` tokens scores ``n - 1``.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.segments import token_stream
+from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.text import read_text
+from quantine.calibrate.token_stream import shown, token_stream
 from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error
 from quantine.source.model_source import ModelSource
@@ -30,13 +33,26 @@ ROWS_AT_ONCE: Final = 256
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A model's prediction of the next token, after each token of a window but the last.
+class Windows:
+    """Windows of a text.
 
     Attributes:
-        logits: ``[window - 1, vocabulary]`` of any float dtype; a constant may have been added to
-            each row.
-        top: ``[window - 1]`` int64, the most likely next tokens.
+        tokens: token ids ``[windows, window]`` int64 on the CPU.
+        context: number of first tokens of each window that are not scored, at least 1.
+    """
+
+    tokens: Tensor
+    context: int = 1
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's prediction of each scored token of a window, with ``scored = window - context``.
+
+    Attributes:
+        logits: ``[scored, vocabulary]`` of any float dtype; a constant may have been added to each
+            row.
+        top: ``[scored]`` int64, the most likely tokens.
         loss: negative log-likelihood, in nats, of the tokens that really come next, summed.
     """
 
@@ -89,8 +105,13 @@ def window_length(window: int | None, longest_context: int | None) -> int:
 
 
 def cut_windows(
-    source: ModelSource, text: str, window: int, limit: int | None, vocabulary: int
-) -> Tensor:
+    source: ModelSource,
+    text: str,
+    window: int,
+    limit: int | None,
+    vocabulary: int,
+    bos: Bos = BOS_DEFAULT,
+) -> Windows:
     """Tokenize the held-out part of a text and cut it into windows.
 
     Args:
@@ -99,38 +120,49 @@ def cut_windows(
         window: tokens per window.
         limit: largest number of windows; ``None`` keeps all.
         vocabulary: number of tokens that the model knows.
-
-    Returns:
-        Token ids ``[windows, window]`` int64.
+        bos: which windows begin as the tokenizer begins a text.
 
     Raises:
-        CalibrationError: the text cannot be read or does not fill one window, the tokenizer belongs
-            to another model, or ``limit`` is below 1.
+        CalibrationError: the text cannot be read or does not fill one window, a window has no room
+            for text, the tokenizer belongs to another model, or ``limit`` is below 1.
     """
     if limit is not None and limit < 1:
         raise CalibrationError(f"the limit must be at least 1 window, not {limit}")
-    stream = token_stream(source.tokenizer(), read_text(text, "heldout"), vocabulary, text)
-    count = len(stream) // window
+    tokenizer = source.tokenizer()
+    words = read_text(text, "heldout", tokenizer)
+    stream = token_stream(tokenizer, words, vocabulary, text, bos)
+    step = stream.text_length(window)
+    if step < 1:
+        raise CalibrationError(
+            f"a window of {window} tokens has no room for text, as the tokenizer begins it with "
+            f"{len(stream.begin)}: use a larger window"
+        )
+    count = len(stream.tokens) // step
     if count == 0:
         raise CalibrationError(
-            f"the text {text!r} has {len(stream)} tokens, fewer than one window of {window}: use a "
-            "longer text or a smaller window"
+            f"the text {shown(text)!r} has {len(stream.tokens)} tokens, fewer than one window of "
+            f"{window}: use a longer text or a smaller window"
         )
     count = min(count, limit or count)
-    return stream[: count * window].view(count, window)
+    return Windows(stream.pieces(range(0, count * step, step), window), max(1, len(stream.begin)))
 
 
 @torch.no_grad()
-def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
-    """Run ``model`` on one window of token ids ``[window]`` int64.
+def predict(model: PreTrainedModel, tokens: Tensor, context: int = 1) -> Prediction:
+    """Run ``model`` on one window.
 
     The prediction's tensors are on the device of the model.
+
+    Args:
+        model: the model.
+        tokens: token ids ``[window]`` int64.
+        context: number of first tokens that are not scored, at least 1.
     """
     tokens = tokens.to(model.device)
     logits: Tensor = model(
         input_ids=tokens.unsqueeze(0), use_cache=False, output_attentions=False
-    ).logits[0, :-1]
-    targets, loss = tokens[1:], 0.0
+    ).logits[0, context - 1 : -1]
+    targets, loss = tokens[context:], 0.0
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = logits[rows].float().log_softmax(-1)
@@ -139,22 +171,24 @@ def predict(model: PreTrainedModel, tokens: Tensor) -> Prediction:
 
 
 def score_windows(
-    model: PreTrainedModel, reference: Callable[[Tensor], Prediction] | None, windows: Tensor
+    model: PreTrainedModel,
+    reference: Callable[[Tensor, int], Prediction] | None,
+    windows: Windows,
 ) -> Iterator[Score]:
     """Score a model on windows of text, one after another as they are asked for.
 
     Args:
         model: the model.
         reference: gives the reference's prediction, on any device, for the token ids ``[window]``
-            of a window; ``None`` for no reference.
-        windows: token ids ``[windows, window]`` int64.
+            of a window and its `Windows.context`; ``None`` for no reference.
+        windows: the windows.
     """
-    for tokens in windows:
-        own = predict(model, tokens)
+    for tokens in windows.tokens:
+        own = predict(model, tokens, windows.context)
         if reference is None:
             yield Score(own.loss, 0.0, 0, len(own.top))
             continue
-        other = reference(tokens)
+        other = reference(tokens, windows.context)
         agree = int((own.top == other.top.to(own.top.device)).sum())
         yield Score(own.loss, divergence(own, other), agree, len(own.top), other.loss)
 

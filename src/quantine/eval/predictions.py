@@ -23,8 +23,8 @@ from torch import Tensor
 
 from quantine.core.device import device_named
 from quantine.errors import OutputError
-from quantine.eval.perplexity import ROWS_AT_ONCE, Prediction, predict
-from quantine.formats.directory import read_json, write_json
+from quantine.eval.perplexity import ROWS_AT_ONCE, Prediction, Windows, predict
+from quantine.formats.directory import read_json, write_json, writing
 from quantine.formats.shards import write_tensors
 from quantine.kernels import backend
 from quantine.runtime.load import load_model
@@ -45,8 +45,9 @@ class Predictions:
     Called with a window's tokens, it gives the prediction. With a cache, a model's predictions are
     in a directory named by a hash of the model's files, the dtype, the backend, the type of device
     and the versions of the libraries that compute; a window's file is named by a hash of its
-    tokens. So a window of the same tokens is found again, whatever text, tokenizer and limit it
-    comes from.
+    tokens, and by how many of them are context if these are several. So a window of the same tokens
+    is found again, whatever text, tokenizer and limit it comes from, and none is that begins
+    otherwise.
 
     Args:
         source: the reference model.
@@ -97,14 +98,16 @@ class Predictions:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / ABOUT, {"model": self.source.name, **about})
         except OSError as error:
-            raise OutputError(f"predictions cannot be kept in {path}: {error}") from error
+            raise OutputError(
+                f"predictions cannot be kept in {path} ({error.strerror}): choose another cache"
+            ) from error
         return path
 
-    def reserve(self, texts: Iterable[Tensor]) -> None:
+    def reserve(self, texts: Iterable[Windows]) -> None:
         """Check that the predictions that are not on disk yet will fit there.
 
         Args:
-            texts: token ids ``[windows, window]`` int64 of each text.
+            texts: the windows of each text.
 
         Raises:
             OutputError: the disk has too little room.
@@ -113,10 +116,10 @@ class Predictions:
             return
         vocabulary = self.source.config().vocab_size
         needed = sum(
-            (len(tokens) - 1) * (2 * vocabulary + 8)
+            (len(tokens) - windows.context) * (2 * vocabulary + 8)
             for windows in texts
-            for tokens in windows
-            if not self._path(tokens).is_file()
+            for tokens in windows.tokens
+            if not self._path(tokens, windows.context).is_file()
         )
         free = shutil.disk_usage(self.directory).free
         if needed > free:
@@ -126,18 +129,22 @@ class Predictions:
                 "another cache"
             )
 
-    def __call__(self, tokens: Tensor) -> Prediction:
-        """The prediction for a window of token ids ``[window]`` int64, from disk if it is there.
+    def __call__(self, tokens: Tensor, context: int = 1) -> Prediction:
+        """The prediction for a window, from disk if it is there.
+
+        Args:
+            tokens: token ids ``[window]`` int64.
+            context: number of first tokens that are not scored.
 
         Raises:
             OutputError: a file in the cache is damaged, or the disk is full.
         """
         if self.directory is None:
-            return predict(self.model, tokens)
-        path = self._path(tokens)
+            return predict(self.model, tokens, context)
+        path = self._path(tokens, context)
         if path.is_file():
             return _read(path)
-        made = predict(self.model, tokens)
+        made = predict(self.model, tokens, context)
         _write(path, made)
         return made
 
@@ -147,13 +154,20 @@ class Predictions:
         return read_json(path) if path is not None and path.is_file() else None
 
     def remember(self, name: str, value: object) -> None:
-        """Store plain data as ``name`` beside the predictions; without a cache, do nothing."""
-        if self.directory is not None:
-            write_json(self.directory / f"{name}.json", value)
+        """Store plain data as ``name`` beside the predictions; without a cache, do nothing.
 
-    def _path(self, tokens: Tensor) -> Path:
+        Raises:
+            OutputError: it cannot be stored.
+        """
+        if self.directory is not None:
+            path = self.directory / f"{name}.json"
+            with writing(path):
+                write_json(path, value)
+
+    def _path(self, tokens: Tensor, context: int) -> Path:
         assert self.directory is not None
-        return self.directory / f"{_hash(tokens.contiguous().numpy().tobytes())}.safetensors"
+        name = _hash(tokens.contiguous().numpy().tobytes())
+        return self.directory / f"{name}{'' if context == 1 else f'-{context}'}.safetensors"
 
 
 def _read(path: Path) -> Prediction:
@@ -170,10 +184,8 @@ def _write(path: Path, made: Prediction) -> None:
         rows = slice(start, start + ROWS_AT_ONCE)
         log_probs[rows] = made.logits[rows].float().log_softmax(-1).clamp(min=LEAST).half()
     loss = torch.tensor(made.loss, dtype=torch.float64, device="cpu")
-    try:
+    with writing(path):
         write_tensors(path, {"log_probs": log_probs, "top": made.top.cpu(), "loss": loss})
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}") from error
 
 
 def _hash(data: bytes) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.segments import token_stream
 from quantine.calibrate.text import BUILTIN, read_text
+from quantine.calibrate.token_stream import token_stream
 from quantine.core.ambient import own_state
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for
@@ -47,7 +47,7 @@ def decode_samples(
     for length in PROMPTS:
         if length + WRITTEN > longest:
             continue
-        prompt = stream[:length]
+        (prompt,) = stream.pieces([0], length)
         own, other = _written(model, prompt), _written(reference, prompt)
         pairs = zip(own, other, strict=False)
         same = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(own), len(other)))

@@ -33,6 +33,16 @@ RECOVERY: Final = ".1%"
 """Format specification of a recovery and its interval, everywhere."""
 JUDGED: Final = ".2%"
 """Format specification of a number that is compared with a required minimum, and of that."""
+WINDOWS_BEGIN: Final = {
+    "each": "every window begins with BOS",
+    "first": "only the first window of a text begins with BOS",
+}
+"""Clauses on the windows of texts, by the ``bos`` of a measurement."""
+QUESTIONS_BEGIN: Final = {
+    "each": "every question begins with BOS",
+    "first": "no question begins with BOS",
+}
+"""Clauses on the questions of tasks, by the ``bos`` of a measurement."""
 
 
 @dataclass(frozen=True)
@@ -113,11 +123,28 @@ def task_cells(task: Mapping[str, Any], precision: Precision = IN_TABLES) -> Tas
     )
 
 
-def measured_on(texts: Mapping[str, Any], tasks: Mapping[str, Any]) -> str:
-    """The windows of every text and the questions of every task, for a note below a table."""
+def measured_on(measured: Mapping[str, Any]) -> str:
+    """The windows of every text and the questions of every task, for a note below a table.
+
+    Args:
+        measured: a result of `quantine.eval.evaluate.evaluate`, or a row of a comparison. It lacks
+            ``bos`` if an earlier version made it; then nothing is said of that.
+    """
+    texts, tasks = measured["texts"], measured["tasks"]
     notes = [f"{name}: {text_cells(text).windows} tokens" for name, text in texts.items()]
     notes += [f"{name}: {task_cells(task).questions}" for name, task in tasks.items()]
-    return "; ".join(notes)
+    begins = beginnings(measured)
+    return "; ".join([*notes, begins] if begins else notes)
+
+
+def beginnings(measured: Mapping[str, Any]) -> str:
+    """Which windows and questions began with BOS, as a clause; empty if the tokenizer has none."""
+    bos = measured.get("bos", "none")
+    if bos == "none":
+        return ""
+    clauses = [WINDOWS_BEGIN[bos]] if measured["texts"] else []
+    clauses += [QUESTIONS_BEGIN[bos]] if measured["tasks"] else []
+    return ", ".join(clauses)
 
 
 def number(value: float | None, form: str) -> str:

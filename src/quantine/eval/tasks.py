@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
-from quantine.errors import PlanError, QuantineError
+from quantine.calibrate.bos import BOS_DEFAULT, Bos
+from quantine.calibrate.token_stream import frame_of
+from quantine.errors import PlanError, QuantineError, brief
 from quantine.eval.code import passes
 from quantine.eval.interval import mean_with_error, score_recovery
 
@@ -139,7 +141,9 @@ class Tasks:
                 "with --run-code, on a machine that holds nothing dear"
             )
 
-    def run(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, TaskScore]:
+    def run(
+        self, model: PreTrainedModel, tokenizer: Any, bos: Bos = BOS_DEFAULT
+    ) -> dict[str, TaskScore]:
         """Score a model on every task.
 
         Programs that the model writes are run by `quantine.eval.code`, not by lm-eval.
@@ -147,16 +151,28 @@ class Tasks:
         Args:
             model: the model.
             tokenizer: its tokenizer.
+            bos: ``"each"``: every question begins as the tokenizer begins a text; ``"first"``: none
+                does, as in the lm-eval of the papers.
 
         Returns:
             The scores by name of the task.
 
         Raises:
-            PlanError: a task fails.
+            PlanError: a task fails, or the tokenizer ends every text, so that answers would follow
+                the end.
         """
         from lm_eval.models.huggingface import HFLM
 
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH)
+        frame = frame_of(tokenizer)
+        begins = bos == "each" and bool(frame.before)
+        if begins and frame.after:
+            raise PlanError(
+                "the tokenizer ends every text, and lm-eval would let answers follow the end: use "
+                "bos first for tasks, which leaves out what it puts before and after"
+            )
+        wrapped = HFLM(
+            pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=begins
+        )
         scores = {}
         for name in self.request.names:
             with _seeded():
@@ -183,7 +199,9 @@ class Tasks:
                 confirm_run_unsafe_code=unsafe,
             )
         except Exception as error:  # definitions fail in many ways, none of them typed
-            raise PlanError(f"task {name} cannot be run: {error!r}") from error
+            raise PlanError(
+                f"task {name} cannot be run ({brief(error)}): check its definition and data"
+            ) from error
         return _score_of_code(name, results) if unsafe else _score_of(name, results)
 
 
@@ -256,8 +274,8 @@ def _load(name: str, manager: Any) -> Any:
         return manager.load([name])
     except Exception as error:  # definitions and data sets fail in many ways, none of them typed
         raise PlanError(
-            f"task {name} cannot be loaded ({error!r}): its data may need a connection to the hub; "
-            "a task path can have a definition that reads local files"
+            f"task {name} cannot be loaded ({brief(error)}): its data may need a connection to the "
+            "hub; a task path can have a definition that reads local files"
         ) from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +36,27 @@ def read_json(path: Path) -> Any:
         raise OutputError(f"{path} is damaged ({cut(error)}): delete the directory") from error
 
 
+def encoded(text: str) -> bytes:
+    r"""``text`` as UTF-8, with ``\udcXX`` for bytes of file names that are no UTF-8."""
+    return text.encode(errors="backslashreplace")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which a failure of the system is one to write ``path``.
+
+    Raises:
+        OutputError: the system refuses something, as where the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror or error}: mend that, or choose another "
+            "place"
+        ) from error
+
+
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as a JSON file that exists whole or not at all, also after a crash."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_atomically(path, encoded(json.dumps(value, indent=2, ensure_ascii=False)) + b"\n")

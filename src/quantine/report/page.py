@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from quantine.errors import PlanError, QuantineError
+from quantine.formats.directory import encoded
 from quantine.formats.shards import write_atomically
 from quantine.report.facts import Facts
 from quantine.report.sections import SECTIONS
@@ -86,6 +87,6 @@ def write_page(facts: Facts, path: Path) -> None:
     if find_spec("matplotlib") is None:
         raise QuantineError("the page needs matplotlib: pip install 'quantine[plot]'")
     try:
-        write_atomically(path, page(facts).encode())
+        write_atomically(path, encoded(page(facts)))
     except OSError as error:
         raise PlanError(f"{path} cannot be written: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from quantine.errors import FormatError
 from quantine.eval.score_text import measured_on, task_cells, text_cells
-from quantine.formats.directory import REPORT, is_finished, read_json, write_json
+from quantine.formats.directory import REPORT, encoded, is_finished, read_json, write_json, writing
 from quantine.formats.shards import write_atomically
 from quantine.run.card import model_card
 
@@ -44,6 +44,10 @@ def record(
         scores: of `quantine.eval.evaluate.evaluate`, with numbers that JSON has.
         samples: of `quantine.eval.samples.decode_samples`.
         digests: hashes of the files that were measured.
+
+    Raises:
+        FormatError: quantine did not write the directory.
+        OutputError: it cannot be written.
     """
     check_recordable(directory)
     kept = {
@@ -52,9 +56,10 @@ def record(
         "files": dict(digests),
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
     }
-    write_json(directory / SCORES, kept)
     card = model_card(read_json(directory / REPORT), quality_section(kept))
-    write_atomically(directory / CARD, card.encode())
+    with writing(directory):
+        write_json(directory / SCORES, kept)
+        write_atomically(directory / CARD, encoded(card))
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:
@@ -85,7 +90,7 @@ def quality_section(scores: dict[str, Any]) -> str:
 
 {chr(10).join(lines)}
 
-{measured_on(scores["texts"], scores["tasks"])}. ± is one standard error. {meaning}
+{measured_on(scores)}. ± is one standard error. {meaning}
 """
 
 

@@ -7,9 +7,17 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Final
 
+from quantine.calibrate.bos import SEGMENTS_BEGUN
 from quantine.core.activation_spec import UNQUANTIZED
 from quantine.eval.comparison_row import loss_of_quality
-from quantine.eval.score_text import IN_SHORT, JUDGED, task_cells, text_cells, with_interval
+from quantine.eval.score_text import (
+    IN_SHORT,
+    JUDGED,
+    beginnings,
+    task_cells,
+    text_cells,
+    with_interval,
+)
 from quantine.report.byte_text import megabytes
 from quantine.report.facts import Facts
 from quantine.report.plots.clusters import clusters_figure
@@ -80,7 +88,7 @@ def quality(facts: Facts) -> str:
     if facts.scores is None:
         return ""
     heads = ["", "this model", "float model", "recovery (95%)", "KL, nats per token"]
-    rows = []
+    rows, begins = [], beginnings(facts.scores)
     for name, text in facts.scores["texts"].items():
         cells = text_cells(text)
         label = f"perplexity, {name}: {cells.windows} tokens"
@@ -92,7 +100,8 @@ def quality(facts: Facts) -> str:
         rows.append([label, asked.score, asked.reference, asked.recovery, ""])
     return _table(heads, rows) + (
         "<p>± is one standard error. Recovery is the float model's perplexity over this model's, "
-        "or this model's score over the float model's; windows and questions are paired.</p>"
+        "or this model's score over the float model's; windows and questions are paired"
+        f"{'; ' if begins else ''}{begins}.</p>"
     )
 
 
@@ -241,7 +250,8 @@ def reproduce(facts: Facts) -> str:
         [
             "calibration",
             f"{calibration['samples']} segments of {calibration['seqlen']} tokens of "
-            f"{calibration['source']}, seed {calibration['seed']}",
+            f"{calibration['source']}, seed {calibration['seed']}"
+            f"{SEGMENTS_BEGUN.get(calibration.get('bos'), '')}",
         ],
     ]
     if facts.scores is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from quantine.calibrate.bos import SEGMENTS_BEGUN
 from quantine.formats import format_named
 
 AUTO: Final = (
@@ -26,6 +27,7 @@ def model_card(report: dict[str, Any], quality: str = "") -> str:
     totals, calibration = report["totals"], report["calibration"]
     formats = [format_named(layer["scheme"]["format"]) for layer in report["layers"]]
     others_read = bool(formats) and all(layout.exclusive for layout in formats)
+    begun = SEGMENTS_BEGUN.get(calibration.get("bos"), "")
     rows = "\n".join(
         f"| {key} | {value} |"
         for key, value in {
@@ -34,7 +36,8 @@ def model_card(report: dict[str, Any], quality: str = "") -> str:
             "bits per quantized weight": f"{totals['bits_per_weight']:.3f} (counted from the file)",
             "arithmetic": report["plan"]["arithmetic"],
             "quantized weights": f"{totals['quantized_weights']:,}",
-            "calibration": f"{calibration['tokens']:,} tokens of {calibration['source']}",
+            "calibration": f"{calibration['tokens']:,} tokens of {calibration['source']}"
+            f"{' in segments' * bool(begun)}{begun}",
             "written by": f"quantine {report['versions']['quantine']}",
         }.items()
     )

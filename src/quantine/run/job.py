@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup
 from quantine.calibrate.share import EVERYTHING, Share
+from quantine.calibrate.token_stream import begun
 from quantine.core.device import CPU
 from quantine.families.family import Family
 from quantine.families.layers import Layer
@@ -186,6 +187,10 @@ class Job:
         """Number of tokens of a calibration segment; 0 without calibration."""
         return 0 if self.segments is None else self.segments.shape[1]
 
+    def begun(self) -> str:
+        """How segments begin, see `quantine.calibrate.token_stream.begun`; ``"none"`` without."""
+        return "none" if self.segments is None else begun(self.tokenizer, self.calibration.bos)
+
     def packed_bytes(self, decision: Decision) -> int:
         """Bytes that a quantized layer will take.
 
@@ -222,6 +227,7 @@ class Job:
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
             "calibration tokens": _hash(tokens),
             "calibration bfloat16": str(self.calibration.bfloat16),
+            **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.
             **({} if self.device == CPU else {"device": str(self.device)}),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),

@@ -11,8 +11,10 @@ from typing import Any, Final
 
 import torch
 
+from quantine.calibrate.text import text_name
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
+from quantine.formats.directory import encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
 from quantine.run.job import NO_LAYER, Job
@@ -53,11 +55,12 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
         "family": job.family.name,
         "plan": job.plan.as_dict(),
         "calibration": {
-            "source": Path(calibration.source).name,
+            "source": text_name(calibration.source),
             "samples": calibration.samples,
             "seqlen": 0 if job.segments is None else job.segments.shape[1],
             "seed": calibration.seed,
             "bfloat16": calibration.bfloat16,
+            "bos": job.begun(),
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
         "identity": identity,
@@ -94,7 +97,7 @@ def output_files(
         name: (directory / name).read_bytes() for name in COPIED if (directory / name).is_file()
     }
     files["config.json"] = _config(job, describe(job, report, entries))
-    files["README.md"] = model_card(report).encode()
+    files["README.md"] = encoded(model_card(report))
     return files
 
 

@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from quantine.calibrate.token_stream import token_stream
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
@@ -55,6 +56,7 @@ def stream(
 
     Raises:
         BackendUnavailable: there is no such device.
+        CalibrationError: the tokenizer cannot read the prompt, or belongs to another model.
         PlanError: the prompt is empty, too long for the model, or an option is out of range.
         CheckpointError, FormatError: the model cannot be read.
     """
@@ -65,8 +67,9 @@ def stream(
     where = device_named(device)
     source = locate(model)
     tokenizer = source.tokenizer()
-    ids = _prompt_ids(tokenizer, prompt, chat)
-    longest = getattr(source.config(), "max_position_embeddings", None)
+    config = source.config()
+    ids = _prompt_ids(tokenizer, prompt, chat, config.vocab_size)
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and ids.shape[1] + tokens > longest:
         raise PlanError(
             f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the model's context of "
@@ -176,15 +179,17 @@ def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> i
     return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
 
 
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> Tensor:
+    """Token ids ``[1, n]`` int64 of a prompt: what the tokenizer puts behind texts is left out."""
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise PlanError("the tokenizer has no chat template: leave out --chat")
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    stream = token_stream(tokenizer, prompt, vocabulary, "PROMPT")
+    # A chat template brings its own beginning.
+    ids = stream.tokens if chat else torch.cat([stream.begin, stream.tokens])
     if ids.numel() == 0:
         raise PlanError("the prompt is empty: nothing to continue")
-    prompt_ids: Tensor = ids.long()
-    return prompt_ids
+    return ids.unsqueeze(0)

@@ -11,13 +11,6 @@ PLAIN_WIDTH: Final = 200
 """Characters in a line where output goes to a file or a pipe."""
 
 
-class _Console(Console):
-    """A console that leaves a closed pipe to the program."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
 def make_console(quiet: bool = False, stderr: bool = False) -> Console:
     """A console that prints text as it is; lines are `PLAIN_WIDTH` wide where it is no terminal.
 
@@ -25,7 +18,7 @@ def make_console(quiet: bool = False, stderr: bool = False) -> Console:
         quiet: print nothing at all.
         stderr: print to standard error, not to standard output.
     """
-    console = _Console(quiet=quiet, stderr=stderr, highlight=False, markup=False)
+    console = Console(quiet=quiet, stderr=stderr, highlight=False, markup=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from quantine.calibrate.bos import SEGMENTS_BEGUN
 from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
@@ -69,6 +70,7 @@ def _cells(job: Job, row: LayerRow[Decision]) -> list[str]:
 def plan_lines(job: Job, size: Estimate) -> list[str]:
     """Lines on the sizes of what the run ``job`` makes, and on what it takes."""
     place = "on disk" if size.spills else "in memory"
+    begun = SEGMENTS_BEGUN.get(job.begun(), "")
     tokens = f"{size.tokens:,} tokens of {job.calibration.source}" if size.tokens else "none"
     return [
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
@@ -79,7 +81,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"{megabytes(size.disk_while_running)}",
         f"peak memory: about {megabytes(size.peak_memory)} "
         f"(activations {megabytes(size.activations)} {place})",
-        f"calibration: {tokens}",
+        f"calibration: {tokens}{' in segments' * bool(begun)}{begun}",
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from quantine.eval.score_text import IN_FULL, number, task_cells, text_cells
+from quantine.eval.score_text import IN_FULL, beginnings, number, task_cells, text_cells
 from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import new_table
 
@@ -29,6 +29,7 @@ def print_scores(scores: Mapping[str, Any], console: Console) -> None:
         f"{scores['bits_per_weight']:.3f} bits per weight, weight files "
         f"{megabytes(scores['model_bytes'])}"
         + (f"; compared with {scores['reference']}" if compared else "")
+        + (f"; {begins}" if (begins := beginnings(scores)) else "")
     )
 
 
