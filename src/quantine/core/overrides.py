@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MethodType
+
 from torch import nn
 
 
@@ -13,10 +15,15 @@ def is_overridden(module: nn.Module) -> bool:
 def own_methods(module: nn.Module) -> list[str]:
     """Names of the methods of its class that ``module`` itself replaces.
 
-    accelerate's hooks, adapters and patches set ``module.forward`` and the like. The call that
-    ``module.compile()`` makes counts as one.
+    accelerate's hooks, adapters and patches set ``module.forward`` and the like; what they put back
+    when they are removed is the method of the class again. The call that ``module.compile()`` makes
+    counts as a method.
     """
     kind = type(module)
-    found = [name for name in vars(module) if callable(getattr(kind, name, None))]
+    found = [
+        name
+        for name, value in vars(module).items()
+        if callable(method := getattr(kind, name, None)) and value != MethodType(method, module)
+    ]
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     return [*found, "__call__"] if compiled else found

@@ -74,7 +74,9 @@ def check_decodes(model: PreTrainedModel) -> None:
     classes_of(model)
     check_model(model)
     expect(model, type(model), "the model", {"model", "lm_head"})
-    if not getattr(model.config, "is_causal", True):
+    config: Any = model.config
+    ahead = getattr(config, "use_bidirectional_attention", None)
+    if ahead or not getattr(config, "is_causal", True):
         refuse("attention looks ahead")
 
 

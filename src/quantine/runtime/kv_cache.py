@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.overrides import is_overridden
+from quantine.errors import FamilyError
 from quantine.families import family_of
 from quantine.families.layers import block_list
 from quantine.kernels.bits.reference import packed_bytes
@@ -129,17 +130,16 @@ def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
     grids that compute what their class says. Without the cache, attention rounds them.
     """
     family = family_of(model.config.model_type)
-    found = []
-    for block in block_list(model, family):
-        try:
-            layer = _layer(block.get_submodule(family.attention))
-        except AttributeError:  # somebody put something around the block
-            return None
-        if layer is None:
-            return None
-        found.append(layer)
+    try:
+        modules = [block.get_submodule(family.attention) for block in block_list(model, family)]
+    except (AttributeError, FamilyError):  # somebody put something around blocks or their list
+        return None
     cache = DynamicCache()
-    cache.layers.extend(found)
+    for index, attention in enumerate(modules):
+        layer = _layer(attention)
+        if layer is None or getattr(attention, "layer_idx", None) != index:
+            return None
+        cache.layers.append(layer)
     return cache
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from quantine.runtime.definitions import Definitions
 from quantine.runtime.modules import Packed
@@ -83,8 +84,10 @@ def _tree(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _objects(modules: list[nn.Module]) -> list[Any]:
-    """All attributes of all modules, and their hooks: any other object is a change."""
+    """All attributes of all modules, and all hooks: any other object is a change."""
     found: list[Any] = []
+    found += torch_modules._global_forward_hooks.values()
+    found += torch_modules._global_forward_pre_hooks.values()
     for module in modules:
         attributes = module.__dict__
         found.append(type(module))
@@ -128,10 +131,10 @@ def _values(modules: list[nn.Module]) -> list[Any]:
     found: list[Any] = [os.getpid(), torch.get_num_threads()]
     for module in modules:
         found.append(id(module))
-        for tensors in (module._parameters, module._buffers):
-            found += tensors
-            if not isinstance(module, Packed):
-                found += (_content(tensor) for tensor in tensors.values())
+        found += (*module._parameters, *module._buffers)
+        found += map(_content, module._parameters.values())
+        if not isinstance(module, Packed):  # whose matrix is shared, not copied
+            found += map(_content, module._buffers.values())
     return found
 
 
