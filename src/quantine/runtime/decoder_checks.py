@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_modules
 
 from quantine.core.overrides import own_methods
 from quantine.errors import BackendUnavailable
-from quantine.runtime.definitions import Definitions
+from quantine.runtime.definitions import LIBRARIES, Definitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +97,10 @@ def check_model(model: PreTrainedModel) -> None:
 
 
 def _check_module(name: str, module: nn.Module, known: frozenset[str]) -> None:
-    if module.training:
+    kind = type(module)
+    if kind.__module__.partition(".")[0] not in LIBRARIES:
+        refuse(f"{name} is a {kind.__name__} of {kind.__module__}")
+    if module.training and any(module.children()):  # single layers compute the same in it
         refuse(f"{name} is in training mode")
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if not all(map(_only_captures, hooks)):

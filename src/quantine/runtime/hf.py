@@ -6,9 +6,7 @@ is, see ``quantine/__init__.py``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -16,14 +14,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantine.activations.attention import NAME as ATTENTION
-from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.shards import Entry, read_entries
 from quantine.formats.stored_config import check_description, spec_of
-from quantine.runtime.hf_generate import Generate
+from quantine.runtime.methods import replace_methods
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
@@ -113,12 +110,8 @@ class QuantineQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if hasattr(self.quantization_config, "activations"):
-            register_attention()
             model.set_attn_implementation(ATTENTION)
-        # transformers drops the lock when it saves a configuration: see `_save_locked`.
-        model.save_pretrained = MethodType(_save_locked, model)  # type: ignore[method-assign]
-        if hasattr(model, "generate"):  # not so a bare model without its head
-            model.generate = Generate(model)  # type: ignore[assignment]
+        replace_methods(model)
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""
@@ -138,15 +131,6 @@ def register(auto: Any) -> None:
     """
     auto.register_quantization_config(METHOD)(QuantineConfig)
     auto.register_quantizer(METHOD)(QuantineQuantizer)
-
-
-def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """Replaces ``save_pretrained`` of a quantized model: writes `LOCK` into the copy as well."""
-    type(model).save_pretrained(model, save_directory, **options)
-    path = Path(save_directory) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text()) | {"transformers_weights": LOCK}
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _packed_entries(files: list[str]) -> dict[str, Entry]:
