@@ -25,6 +25,7 @@ NATIVE: Final = ("llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma3",
 NEVER: Final = frozenset({"gemma2"})
 """Model types of these families that do not."""
 
+
 def test_every_model_type_is_tried() -> None:
     families = {*LLAMA.model_types, *GEMMA.model_types, *OPT.model_types}
     assert {FAMILIES[name][0] for name in NATIVE} | NEVER == families
@@ -183,9 +184,7 @@ def scores(model: Any, generate: Callable[..., Tensor]) -> Tensor:
         seen.append(found[0].clone())
         return found
 
-    made = generate(
-        some_tokens(6, 1), max_new_tokens=2, do_sample=False, logits_processor=[look]
-    )
+    made = generate(some_tokens(6, 1), max_new_tokens=2, do_sample=False, logits_processor=[look])
     assert made.shape == (1, 8)
     return torch.stack(seen)
 

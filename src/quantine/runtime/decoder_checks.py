@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 

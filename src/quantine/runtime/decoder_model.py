@@ -114,7 +114,9 @@ def _llama_block(
     normed = config.model_type in NORMED_HEADS
     projections = PROJECTIONS | HEAD_NORMS if normed else PROJECTIONS
     expect(attention, parts.classes.named("Attention"), "attention", projections)
-    expect(mlp, parts.classes.named("MLP"), "an MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"})
+    expect(
+        mlp, parts.classes.named("MLP"), "an MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    )
     _check_attention(config, index, attention)
     kind, window = _mask(config, index)
     rotates = attention.use_rope if config.model_type in CHOOSES_ROPE else True

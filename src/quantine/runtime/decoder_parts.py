@@ -30,6 +30,8 @@ PROBE: Final = (-9.0, 9.0, 37)
 CLOSE: Final = 1e-5
 """Largest difference of an activation function from the native one, at these values."""
 
+SCALED: Final = "TextScaledWordEmbedding"
+"""What the names of embeddings end with that multiply their rows by a factor."""
 STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
 """Types of rotary embeddings whose angles do not depend on the length of the text."""
 
@@ -75,23 +77,20 @@ class Parts:
     def _linear(self, module: nn.Module, bias: Tensor | None) -> Any:
         return self.native.Linear(self._matrix(module), None if bias is None else vector(bias))
 
-    def embedding(self, module: nn.Module) -> tuple[Any, float]:
+    def embedding(self, module: Any) -> tuple[Any, float]:
         """The native matrix of a token embedding, and the factor on its rows.
 
         Raises:
             BackendUnavailable: it is of an unknown class, or rescales its rows.
         """
-        scaled = getattr(self.classes.home, f"{self.classes.prefix}TextScaledWordEmbedding", None)
         kind = type(module)
         if kind is QuantEmbedding:
             return self._matrix(module), module.factor
-        if kind not in (nn.Embedding, scaled):
+        if kind is nn.Embedding:
+            return self.table(module), 1.0
+        if kind is not self.classes.home.__dict__.get(f"{self.classes.prefix}{SCALED}"):
             refuse(f"the embedding is a {kind.__name__}")
-        matrix = self.table(module)
-        return matrix, 1.0 if kind is nn.Embedding else self._scale(module)
-
-    def _scale(self, module: Any) -> float:
-        return float(module.embed_scale.to(module.weight.dtype))
+        return self.table(module), float(module.embed_scale.to(module.weight.dtype))
 
     def table(self, module: Any) -> Any:
         """The native matrix of an embedding with float rows.
@@ -134,7 +133,7 @@ class Parts:
                 vector(torch.zeros(width, device="cpu") if bias is None else bias),
                 module.eps,
             )
-        if type(module) is not getattr(self.classes.home, f"{self.classes.prefix}RMSNorm", None):
+        if type(module) is not self.classes.home.__dict__.get(f"{self.classes.prefix}RMSNorm"):
             refuse(f"a norm is a {type(module).__name__}")
         if plus_one:
             return self.native.Norm(vector(module.weight) + 1.0, None, module.eps)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -111,6 +112,7 @@ class QuantineQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         if hasattr(self.quantization_config, "activations"):
             model.set_attn_implementation(ATTENTION)
+        _part_empty_tensors(model)
         replace_methods(model)
 
     def is_serializable(self) -> bool:
@@ -131,6 +133,17 @@ def register(auto: Any) -> None:
     """
     auto.register_quantization_config(METHOD)(QuantineConfig)
     auto.register_quantizer(METHOD)(QuantineQuantizer)
+
+
+def _part_empty_tensors(model: nn.Module) -> None:
+    """Give every empty buffer, such as the outliers of a matrix without any, a place of its own.
+
+    Those of a file are all in one place, which ``torch.save`` refuses if their dtypes differ.
+    """
+    for module in model.modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            if tensor.numel() == 0:
+                module._buffers[name] = torch.empty_like(tensor)
 
 
 def _packed_entries(files: list[str]) -> dict[str, Entry]:

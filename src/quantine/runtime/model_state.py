@@ -145,4 +145,4 @@ def _content(tensor: Tensor | None) -> int | None:
     values = tensor.detach().reshape(-1)
     if tensor.nbytes > SMALL:
         values = values[:: tensor.numel() // SAMPLED | 1].contiguous()
-    return zlib.crc32(values.view(torch.uint8).numpy())
+    return zlib.crc32(values.view(torch.uint8).numpy().data)

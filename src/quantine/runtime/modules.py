@@ -160,11 +160,12 @@ class QuantLinear(Packed):
         It is made at first use, and again when a tensor of the grid or of the matrix is replaced or
         written to.
         """
-        if type(self.inputs) not in (StaticGrid, TokenGrid) or is_overridden(self.inputs):
+        inputs: Any = self.inputs
+        if type(inputs) not in (StaticGrid, TokenGrid) or is_overridden(inputs):
             return None
-        found = [*self.inputs.buffers(), *self.packed_tensors().values()]
+        found = [*inputs.buffers(), *self.packed_tensors().values()]
         if self._gridded_from is None or not self._gridded_from.holds(found):
-            self._grid = self._made_grid(self.inputs)
+            self._grid = self._made_grid(inputs)
             self._gridded_from = Snapshot(found)
         return self._grid
 
