@@ -226,3 +226,17 @@ def test_pruned_and_repeated_blocks(model: Any) -> None:
 def test_a_compiled_call_is_left_to_it(model: Any) -> None:
     model.model.norm._compiled_call_impl = model.model.norm.forward
     check_follows(model)
+
+
+def test_inference_mode_is_no_reason(model: Any) -> None:
+    with torch.inference_mode():
+        check_follows(model, native=True)
+    check_follows(model, native=True)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_of_other_layouts_are_left_to_pytorch(model: Any) -> None:
+    weight = model.lm_head.weight.data.to_sparse_csr()
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(BackendUnavailable, match="lm_head has a tensor of layout"):
+        decoder_for(model, 8)

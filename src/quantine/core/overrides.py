@@ -23,7 +23,8 @@ def own_methods(module: nn.Module) -> list[str]:
     found = [
         name
         for name, value in vars(module).items()
-        if callable(method := getattr(kind, name, None)) and value != MethodType(method, module)
+        if callable(method := getattr(kind, name, None))
+        and not (isinstance(value, MethodType) and value == MethodType(method, module))
     ]
     compiled = getattr(module, "_compiled_call_impl", None) is not None
     return [*found, "__call__"] if compiled else found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
@@ -110,10 +111,17 @@ def _check_module(name: str, module: nn.Module, known: frozenset[str]) -> None:
     if any(isinstance(value, Tensor) for value in vars(module).values()):
         refuse(f"{name} has a tensor that is no parameter")
     for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None and tensor.device.type != "cpu":
-            refuse(f"the model is not on the CPU, but on {tensor.device}")
-        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
-            refuse(f"{name} has a tensor of type {type(tensor).__name__}")
+        if tensor is not None:
+            _check_tensor(name, tensor)
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        refuse(f"the model is not on the CPU, but on {tensor.device}")
+    if type(tensor) not in PLAIN_TENSORS:
+        refuse(f"{name} has a tensor of type {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        refuse(f"{name} has a tensor of layout {tensor.layout}")
 
 
 def _only_captures(hook: Callable[..., Any]) -> bool:
