@@ -7,6 +7,7 @@
 
 Importing quantine imports neither torch nor transformers. It teaches transformers to load what
 quantine writes: ``AutoModelForCausalLM.from_pretrained("out")`` works after ``import quantine``.
+Loaded models that were pickled need quantine, too; Python imports it by itself.
 """
 
 from __future__ import annotations
@@ -113,3 +114,10 @@ def _register(auto: Any) -> None:
     from quantine.runtime.hf import register
 
     register(auto)
+
+
+@wrapt.when_imported("transformers.modeling_utils")
+def _register_attention(_: Any) -> None:
+    from quantine.activations.attention import register
+
+    register()

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quantine.activations.attention import attention
+from quantine.activations.modules import AttentionSites
 
 
 def test_a_mask_of_booleans_hides_tokens() -> None:
@@ -17,3 +18,16 @@ def test_a_mask_of_booleans_hides_tokens() -> None:
     expected, _ = attention(nn.Module(), query, key, value, added)
     assert torch.allclose(found, expected)
     assert not probabilities.masked_select(~seen).any()
+
+
+def test_what_is_put_onto_an_unrounded_site_counts() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    module = nn.Module()
+    module.sites = AttentionSites()
+    before, _ = attention(module, query, key, value, None)
+    hook = module.sites.value.register_forward_hook(lambda site, args, output: output * 2)
+    assert torch.allclose(attention(module, query, key, value, None)[0], before * 2)
+    hook.remove()
+    module.sites.value.forward = lambda x: x * 3
+    assert torch.allclose(attention(module, query, key, value, None)[0], before * 3)

@@ -279,3 +279,61 @@ def test_attention_of_transformers_meets_floats(rounding: Callable[[str, str], A
     largest = float(found[own].abs().max())
     for name in ("eager", "sdpa"):
         assert torch.allclose(found[name], found[own], atol=1e-4 * largest)
+
+
+class Doubling(StaticGrid):
+    """A grid of somebody else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def wrapped(model: Any) -> None:
+    class Around(torch.nn.Module):
+        def __init__(self, block: torch.nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.block(*args, **kwargs) + torch.linspace(-3, 3, 64)
+
+    model.model.layers[1] = Around(model.model.layers[1])
+
+
+def patched(model: Any) -> None:
+    grid = model.model.layers[0].self_attn.sites.key
+    old = grid.forward
+    grid.forward = lambda x: old(x) * 2
+
+
+def hooked(model: Any) -> None:
+    grid = model.model.layers[0].self_attn.sites.value
+    grid.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def replaced(model: Any) -> None:
+    model.model.layers[1].self_attn.sites.key.__class__ = Doubling
+
+
+def exchanged(model: Any) -> None:
+    model.model.layers = torch.nn.ModuleList([model.model.layers[1], model.model.layers[0]])
+
+
+def removed(model: Any) -> None:
+    del model.model.layers[0].self_attn.sites
+
+
+@pytest.mark.parametrize("change", [wrapped, patched, hooked, replaced, exchanged, removed])
+def test_changed_models_round_in_attention(
+    change: Callable[[Any], None], rounding: Callable[[str, str], Any]
+) -> None:
+    model = rounding("llama", "W16A4KV")
+    tokens = tokens_of(TEXT[:12])
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(tokens, **asked)
+    change(model)
+    floats = DynamicCache(config=model.config)
+    expected = model.generate(tokens, past_key_values=floats, **asked)
+    assert not torch.equal(expected, before)
+    assert packed_cache(model) is None
+    assert torch.equal(model.generate(tokens, **asked), expected)

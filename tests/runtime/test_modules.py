@@ -255,6 +255,29 @@ class TestRoundedInputs:
         twin = copy.deepcopy(module)
         torch.testing.assert_close(twin(x), self.simulated(module, x), atol=5e-5, rtol=5e-5)
 
+    @pytest.mark.parametrize("kind", ["static", "token"])
+    @pytest.mark.parametrize("way", ["patch", "subclass", "hook", "pre-hook"])
+    def test_overridden_grids_count(self, kind: str, way: str) -> None:
+        module = self.gridded(kind)
+        x = torch.randn(20, IN, generator=torch.Generator().manual_seed(1))
+        before = module(x)
+        grid = module.inputs
+        assert grid is not None
+        old = grid.forward
+        if way == "patch":
+            grid.forward = lambda x: old(x) * 2  # type: ignore[method-assign]
+        elif way == "subclass":
+            forward = type(grid).forward
+            other = {"forward": lambda self, x: forward(self, x) * 2}
+            grid.__class__ = type("Other", (type(grid),), other)
+        elif way == "hook":
+            grid.register_forward_hook(lambda module, args, output: output * 2)
+        else:
+            grid.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        found = module(x)
+        assert not torch.allclose(found, before, atol=1e-2)
+        torch.testing.assert_close(found, self.simulated(module, x), atol=2e-5, rtol=2e-5)
+
 
 @pytest.mark.parametrize("rows", [1, 17, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

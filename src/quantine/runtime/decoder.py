@@ -27,9 +27,8 @@ class Decoder:
     """A model together with the tokens it has seen (its KV cache); everything is in float32.
 
     It shares packed weights with the model it was made from, but copies float weights and settings:
-    make another decoder after changing any of them. ``model.generate`` makes one by itself when
-    parameters or ``model.config`` change, but does not notice a change of what modules keep to
-    themselves, such as the ``eps`` of a norm.
+    make another decoder after changing any of them. ``model.generate`` does so by itself, see
+    `quantine.runtime.model_state.ModelState`.
 
     Args:
         native: a ``quantine._native.Decoder``.
@@ -97,10 +96,21 @@ def decoder_for(
         raise BackendUnavailable("the native extension is not there, or turned off")
     arguments = arguments_for(model, native, capacity)
     threads_pool = pool() if threads is None else native.Pool(threads)
-    if arithmetic is None:
-        arithmetic = next((module.arithmetic for _, module in packed_modules(model)), UNSTATED)
-    exact = arithmetic == "exact"
-    return Decoder(native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool))
+    exact = (_arithmetic(model) if arithmetic is None else arithmetic) == "exact"
+    try:
+        made = native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool)
+    except ValueError as error:  # a shape that modules may broadcast
+        raise BackendUnavailable(f"no native decoder: {error}") from error
+    return Decoder(made)
+
+
+def _arithmetic(model: PreTrainedModel) -> Arithmetic:
+    found = {module.arithmetic for _, module in packed_modules(model)}
+    if len(found) > 1:
+        raise BackendUnavailable(
+            f"no native decoder: some matrices have {' and others '.join(sorted(found))} arithmetic"
+        )
+    return found.pop() if found else UNSTATED
 
 
 def most_likely(logits: Tensor) -> int:

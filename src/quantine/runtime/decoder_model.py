@@ -1,49 +1,38 @@
 """Describing a model of transformers to the native decoder.
 
-Every module is checked. If one is missing, unknown or of another type than expected, the model is
-refused, since the native decoder might compute something else.
+Every module is checked. If one is missing, unknown or of another class than expected, or an
+attribute says something that the native decoder does not know, the model is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quantine.errors import BackendUnavailable
 from quantine.families.gemma import GEMMA
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
-from quantine.kernels.matrix import float_matrix
-from quantine.kernels.matrix.cpu import TILE
-from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.decoder_checks import check_model, classes_of, expect, refuse
+from quantine.runtime.decoder_parts import Angles, Parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ACTIVATIONS: Final = {
-    "ReLU": "relu",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "FastGELUActivation": "gelu_tanh",
-    "AccurateGELUActivation": "gelu_tanh",
-}
-"""Native names of activation functions by the name of their class in torch or transformers."""
-
-STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Types of rotary embeddings whose angles do not depend on the length of the text."""
-
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 """Types of attention in ``config.layer_types`` that the native decoder has."""
-ATTENTION: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
+ONE_MASK: Final = frozenset({"llama", "mistral"})
+"""Model types whose layers all have the same mask, whatever ``config.layer_types`` says."""
+NORMED_HEADS: Final = frozenset({"qwen3", "gemma3_text"})
+"""Model types that normalize the queries and keys of each head."""
+CHOOSES_ROPE: Final = frozenset({"smollm3"})
+"""Model types in which ``use_rope`` of an attention module says whether it rotates."""
+
+PROJECTIONS: Final = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 """Children that an attention module of the llama and gemma families must have."""
+HEAD_NORMS: Final = frozenset({"q_norm", "k_norm"})
+"""Further ones, where queries and keys are normalized."""
 BLOCK: Final = frozenset({"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
 """Children that a decoder block of the llama family must have."""
 GEMMA_BLOCK: Final = BLOCK | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
@@ -65,106 +54,167 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     Raises:
         BackendUnavailable: the native decoder would not compute the same; the message says why.
     """
-    check_state(model)
-    parts = _Parts(native)
+    check_decodes(model)
+    describe = _opt if model.config.model_type in OPT.model_types else _llama
+    try:
+        return describe(model, Parts(native, classes_of(model)), capacity)
+    except AttributeError as error:
+        return refuse(f"something is missing: {error}")
+
+
+def check_decodes(model: PreTrainedModel) -> None:
+    """Check what needs no look at single blocks: the kind of model, and that it has no overrides.
+
+    Raises:
+        BackendUnavailable: there is no native decoder for this model; the message says why.
+    """
     kind = model.config.model_type
-    if kind in (*LLAMA.model_types, *GEMMA.model_types):
-        return _llama(model, parts, capacity)
-    if kind in OPT.model_types:
-        return _opt(model, parts, capacity)
-    return _refuse(f"there is none for model type {kind!r}")
+    if kind not in (*LLAMA.model_types, *GEMMA.model_types, *OPT.model_types):
+        refuse(f"there is none for model type {kind!r}")
+    classes_of(model)
+    check_model(model)
+    expect(model, type(model), "the model", {"model", "lm_head"})
+    config: Any = model.config
+    ahead = getattr(config, "use_bidirectional_attention", None)
+    if ahead or not getattr(config, "is_causal", True):
+        refuse("attention looks ahead")
 
 
-def _llama(model: Any, parts: _Parts, capacity: int) -> dict[str, Any]:
+def _llama(model: Any, parts: Parts, capacity: int) -> dict[str, Any]:
     config, body = model.config, model.model
-    _expect(body, "the model", {"embed_tokens", "layers", "norm", "rotary_emb"})
+    children = {"embed_tokens", "layers", "norm", "rotary_emb"}
+    expect(body, parts.classes.named("TextModel", "Model"), "the model", children)
+    expect(body.rotary_emb, parts.classes.named("RotaryEmbedding"), "the rotary embedding", ())
     if getattr(config, "final_logit_softcapping", None) is not None:
-        _refuse("logits are capped")
-    angles = _Angles(body.rotary_emb, parts.native, capacity)
-    blocks = [_llama_block(config, layer, parts, angles) for layer in body.layers]
-    attention = body.layers[0].self_attn
+        refuse("logits are capped")
+    angles = Angles(body.rotary_emb, parts.native, capacity)
+    gemma = config.model_type in GEMMA.model_types
+    blocks = [
+        _llama_block(config, index, layer, parts, angles, gemma)
+        for index, layer in enumerate(_layers(body.layers, config))
+    ]
+    matrix, factor = parts.embedding(body.embed_tokens)
     return {
-        **_heads(attention, attention.head_dim),
-        "embedding": parts.matrix(body.embed_tokens),
-        "embedding_factor": _embedding_factor(body.embed_tokens),
+        **_heads([layer.self_attn for layer in body.layers]),
+        "embedding": matrix,
+        "embedding_factor": factor,
         "positions": None,
         "position_offset": 0,
         "blocks": blocks,
-        "norm": parts.norm(body.norm),
-        "head": parts.linear(model.lm_head),
+        "norm": parts.norm(body.norm, gemma),
+        "head": parts.head(model.lm_head, body.embed_tokens),
     }
 
 
-def _llama_block(config: Any, layer: Any, parts: _Parts, angles: _Angles) -> Any:
-    gemma = hasattr(layer, "pre_feedforward_layernorm")
+def _llama_block(
+    config: Any, index: int, layer: Any, parts: Parts, angles: Angles, gemma: bool
+) -> Any:
+    expect(layer, parts.classes.named("DecoderLayer"), "a block", GEMMA_BLOCK if gemma else BLOCK)
     attention, mlp = layer.self_attn, layer.mlp
-    _expect(layer, "a block", GEMMA_BLOCK if gemma else BLOCK)
-    _expect(attention, "attention", ATTENTION, {"q_norm", "k_norm"})
-    _expect(mlp, "an MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"})
-    if getattr(attention, "attn_logit_softcapping", None) is not None:
-        _refuse("attention scores are capped")
-    if not attention.is_causal:
-        _refuse("attention looks ahead")
-    kind = _layer_type(config, attention.layer_idx)
+    normed = config.model_type in NORMED_HEADS
+    projections = PROJECTIONS | HEAD_NORMS if normed else PROJECTIONS
+    expect(attention, parts.classes.named("Attention"), "attention", projections)
+    expect(
+        mlp, parts.classes.named("MLP"), "an MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    )
+    _check_attention(config, index, attention)
+    kind, window = _mask(config, index)
+    rotates = attention.use_rope if config.model_type in CHOOSES_ROPE else True
+
+    def norm(module: nn.Module) -> Any:
+        return parts.norm(module, gemma)
+
     after = layer.post_attention_layernorm
     return parts.native.Block(
-        attention_norm=parts.norm(layer.input_layernorm),
-        after_attention=parts.norm(after) if gemma else None,
-        mlp_norm=parts.norm(layer.pre_feedforward_layernorm if gemma else after),
-        after_mlp=parts.norm(layer.post_feedforward_layernorm) if gemma else None,
+        attention_norm=norm(layer.input_layernorm),
+        after_attention=norm(after) if gemma else None,
+        mlp_norm=norm(layer.pre_feedforward_layernorm if gemma else after),
+        after_mlp=norm(layer.post_feedforward_layernorm) if gemma else None,
         q=parts.linear(attention.q_proj),
         k=parts.linear(attention.k_proj),
         v=parts.linear(attention.v_proj),
         o=parts.linear(attention.o_proj),
-        q_norm=parts.norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        k_norm=parts.norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        rotary=angles.of(kind, attention.head_dim) if getattr(attention, "use_rope", 1) else None,
+        q_norm=norm(attention.q_norm) if normed else None,
+        k_norm=norm(attention.k_norm) if normed else None,
+        rotary=angles.of(kind, attention.head_dim) if rotates else None,
         attention_scale=attention.scaling,
-        window=config.sliding_window if kind == "sliding_attention" else None,
+        window=window,
         gate=parts.linear(mlp.gate_proj),
         up=parts.linear(mlp.up_proj),
         down=parts.linear(mlp.down_proj),
-        activation=_activation(mlp.act_fn),
+        activation=parts.activation(mlp.act_fn),
     )
 
 
-def _layer_type(config: Any, index: int) -> str:
-    # Where each layer has a type, it decides on masks; Mistral has a window for all or for none.
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        slides = config.model_type == "mistral" and config.sliding_window is not None
-        return "sliding_attention" if slides else "full_attention"
-    if types[index] not in LAYER_TYPES:
-        _refuse(f"layer {index} is of type {types[index]!r}")
-    return str(types[index])
+def _check_attention(config: Any, index: int, attention: Any) -> None:
+    if getattr(attention, "attn_logit_softcapping", None) is not None:
+        refuse("attention scores are capped")
+    if not attention.is_causal:
+        refuse("attention looks ahead")
+    if attention.layer_idx != index:
+        refuse(f"layer {index} keeps its keys as if it were layer {attention.layer_idx}")
+    if attention.config is not config:
+        refuse(f"layer {index} has a configuration of its own")
 
 
-def _opt(model: Any, parts: _Parts, capacity: int) -> dict[str, Any]:
-    body = model.model.decoder
-    if not model.config.do_layer_norm_before:
-        _refuse("norms come after attention and MLP (do_layer_norm_before is false)")
-    if body.project_in is not None or body.project_out is not None:
-        _refuse("the embedding is narrower than the model")
-    _expect(body, "the model", {"embed_tokens", "embed_positions", "layers", "final_layer_norm"})
+def _mask(config: Any, index: int) -> tuple[str, int | None]:
+    """The type of a layer's attention, and its window if it has one."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        refuse("attention is in chunks")
+    if config.model_type in ONE_MASK:
+        slides = config.model_type == "mistral" and window is not None
+        kind = "sliding_attention" if slides else "full_attention"
+        # The cache goes by these fields, too.
+        if any(other != kind for other in types or ()) or (window is not None and not slides):
+            refuse(f"masks and cache of a {config.model_type} with these layer types would differ")
+    else:
+        kind = "full_attention" if types is None else types[index]
+    if kind not in LAYER_TYPES:
+        refuse(f"layer {index} is of type {kind!r}")
+    if kind == "full_attention":
+        return kind, None
+    if window is None or window < 1:
+        refuse(f"layer {index} has a window of {window}")
+    return kind, window
+
+
+def _opt(model: Any, parts: Parts, capacity: int) -> dict[str, Any]:
+    config, outer = model.config, model.model
+    expect(outer, parts.classes.named("Model"), "the model", {"decoder"})
+    body, kind = outer.decoder, parts.classes.named("Decoder")
+    if not config.do_layer_norm_before:
+        refuse("norms come after attention and MLP (do_layer_norm_before is false)")
+    if type(body) is kind and (body.project_in is not None or body.project_out is not None):
+        refuse("the embedding is narrower than the model")
+    children = {"embed_tokens", "embed_positions", "layers", "final_layer_norm"}
+    expect(body, kind, "the model", children)
     positions = body.embed_positions
+    expect(positions, parts.classes.named("LearnedPositionalEmbedding"), "the positions", ())
     if positions.weight.shape[0] < positions.offset + capacity:
-        _refuse(f"the model has fewer than {capacity} positions")
+        refuse(f"the model has fewer than {capacity} positions")
+    layers = _layers(body.layers, config)
+    matrix, factor = parts.embedding(body.embed_tokens)
     return {
-        **_heads(body.layers[0].self_attn, body.layers[0].self_attn.head_dim),
-        "embedding": parts.matrix(body.embed_tokens),
-        "embedding_factor": _embedding_factor(body.embed_tokens),
-        "positions": parts.float_matrix(positions.weight),
+        "embedding": matrix,
+        "embedding_factor": factor,
+        "positions": parts.table(positions),
         "position_offset": positions.offset,
-        "blocks": [_opt_block(layer, parts) for layer in body.layers],
+        "blocks": [_opt_block(config, index, layer, parts) for index, layer in enumerate(layers)],
+        **_heads([layer.self_attn for layer in layers]),
         "norm": parts.norm(body.final_layer_norm),
-        "head": parts.linear(model.lm_head),
+        "head": parts.head(model.lm_head, body.embed_tokens),
     }
 
 
-def _opt_block(layer: Any, parts: _Parts) -> Any:
+def _opt_block(config: Any, index: int, layer: Any, parts: Parts) -> Any:
+    expect(layer, parts.classes.named("DecoderLayer"), "a block", OPT_BLOCK)
     attention = layer.self_attn
-    _expect(layer, "a block", OPT_BLOCK)
-    _expect(attention, "attention", {"q_proj", "k_proj", "v_proj", "out_proj"})
+    projections = {"q_proj", "k_proj", "v_proj", "out_proj"}
+    expect(attention, parts.classes.named("Attention"), "attention", projections)
+    _check_attention(config, index, attention)
+    if not layer.do_layer_norm_before:
+        refuse("norms come after attention and MLP (do_layer_norm_before is false)")
     return parts.native.Block(
         attention_norm=parts.norm(layer.self_attn_layer_norm),
         mlp_norm=parts.norm(layer.final_layer_norm),
@@ -178,157 +228,33 @@ def _opt_block(layer: Any, parts: _Parts) -> Any:
         gate=None,
         up=parts.linear(layer.fc1),
         down=parts.linear(layer.fc2),
-        activation=_activation(layer.activation_fn),
+        activation=parts.activation(layer.activation_fn),
     )
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Turns modules into parts of the native decoder.
-
-    Attributes:
-        native: the module ``quantine._native``.
-        matrices: native matrices by the identity of the float weight, so that a weight which two
-            modules share becomes one matrix.
-    """
-
-    native: ModuleType
-    matrices: dict[int, Any] = field(default_factory=dict)
-
-    def linear(self, module: nn.Module) -> Any:
-        bias = getattr(module, "bias", None)
-        return self.native.Linear(self.matrix(module), None if bias is None else _vector(bias))
-
-    def matrix(self, module: nn.Module) -> Any:
-        if isinstance(module, TiedHead):
-            module = module.table
-        if isinstance(module, QuantLinear | QuantEmbedding):
-            matrix = module.matrix()
-            if matrix is None:
-                size = module.spec.group_size
-                _refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
-            return matrix
-        plain = type(module) in (nn.Linear, nn.Embedding)
-        if not plain and not hasattr(module, "scalar_embed_scale"):  # Gemma's embedding
-            _refuse(f"a matrix is in a {type(module).__name__}")
-        weight: Any = module.weight
-        return self.float_matrix(weight)
-
-    def float_matrix(self, weight: Tensor) -> Any:
-        if id(weight) not in self.matrices:
-            self.matrices[id(weight)] = float_matrix(weight.detach())
-        return self.matrices[id(weight)]
-
-    def norm(self, module: Any) -> Any:
-        if type(module) is nn.LayerNorm:
-            weight, bias = module.weight, module.bias
-            width = module.normalized_shape
-            return self.native.Norm(
-                _vector(
-                    torch.ones(width, dtype=torch.float32, device="cpu")
-                    if weight is None
-                    else weight
-                ),
-                _vector(
-                    torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias
-                ),
-                module.eps,
-            )
-        if hasattr(module, "variance_epsilon"):
-            return self.native.Norm(_vector(module.weight), None, module.variance_epsilon)
-        if type(module).__name__ in {"Gemma2RMSNorm", "Gemma3RMSNorm"}:
-            return self.native.Norm(_vector(module.weight) + 1.0, None, module.eps)
-        return _refuse(f"a norm is a {type(module).__name__}")
+def _layers(layers: nn.Module, config: Any) -> nn.ModuleList:
+    if type(layers) is not nn.ModuleList:
+        refuse(f"the list of blocks is a {type(layers).__name__}")
+    if len(layers) != config.num_hidden_layers:
+        refuse(f"the model has {len(layers)} blocks, but runs {config.num_hidden_layers}")
+    return layers
 
 
-@dataclass(frozen=True)
-class _Angles:
-    """Native tables of the cosines and sines of rotary embeddings, one for each type of layer.
-
-    Attributes:
-        rotary: the model's module of rotary embeddings.
-        native: the module ``quantine._native``.
-        capacity: number of positions in a table.
-        tables: the tables made so far, by type of layer.
-    """
-
-    rotary: Any
-    native: ModuleType
-    capacity: int
-    tables: dict[str, Any] = field(default_factory=dict)
-
-    def of(self, layer_type: str, head_dim: int) -> Any:
-        if layer_type not in self.tables:
-            self.tables[layer_type] = self._table(layer_type, head_dim)
-        return self.tables[layer_type]
-
-    def _table(self, layer_type: str, head_dim: int) -> Any:
-        several = isinstance(self.rotary.rope_type, dict)
-        kind = self.rotary.rope_type[layer_type] if several else self.rotary.rope_type
-        if kind not in STATIC_ROPE:
-            _refuse(f"rotary embeddings are of type {kind!r}")
-        probe = torch.empty(0, dtype=torch.float32, device="cpu")
-        positions = torch.arange(self.capacity, device="cpu").unsqueeze(0)
-        cos, sin = self.rotary(probe, positions, *([layer_type] if several else []))
-        if cos.shape[-1] != head_dim:
-            _refuse("only a part of each head is rotated")
-        half = head_dim // 2  # the second half repeats the first
-        return self.native.Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
-
-
-def check_state(model: PreTrainedModel) -> None:
-    """Check that ``model``, of whatever family, is in a state that the native decoder reproduces.
-
-    Raises:
-        BackendUnavailable: it is in training mode, not on the CPU, has hooks, or has another
-            attention function than ``eager`` or ``sdpa``.
-    """
-    if model.training:
-        _refuse("the model is in training mode")
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    elsewhere = sorted(str(device) for device in devices if device.type != "cpu")
-    if elsewhere:
-        _refuse(f"the model is not on the CPU, but on {', '.join(elsewhere)}")
-    if model.config._attn_implementation not in {None, "eager", "sdpa"}:
-        _refuse(f"attention is {model.config._attn_implementation!r}")
-    for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            _refuse(f"{name or 'the model'} has hooks")
-
-
-def _heads(attention: Any, dim: int) -> dict[str, int]:
-    def heads(projection: Any) -> int:
-        return int(projection.out_features) // dim
-
-    return {"heads": heads(attention.q_proj), "kv_heads": heads(attention.k_proj), "dim": dim}
-
-
-def _embedding_factor(module: Any) -> float:
-    if isinstance(module, QuantEmbedding):
-        return module.factor
-    factor = getattr(module, "embed_scale", None)
-    return 1.0 if factor is None else float(factor.to(module.weight.dtype))
-
-
-def _activation(module: nn.Module) -> str:
-    name = type(module).__name__
-    if name not in ACTIVATIONS:
-        _refuse(f"the activation is a {name}")
-    return ACTIVATIONS[name]
-
-
-def _expect(
-    module: nn.Module, what: str, needed: Iterable[str], possible: Iterable[str] = ()
-) -> None:
-    names = {name for name, _ in module.named_children()}
-    odd = (names - {*needed, *possible}) | ({*needed} - names)
-    if odd:
-        _refuse(f"{what} ({type(module).__name__}) differs in {', '.join(sorted(odd))}")
-
-
-def _vector(tensor: Tensor) -> Tensor:
-    return tensor.detach().float().contiguous()
-
-
-def _refuse(reason: str) -> NoReturn:
-    raise BackendUnavailable(f"no native decoder: {reason}")
+def _heads(attentions: list[Any]) -> dict[str, int]:
+    """Numbers of heads and their width, which all attention modules share."""
+    found = set()
+    for attention in attentions:
+        dim = attention.head_dim
+        heads, kv_heads = (
+            int(projection.out_features) // dim
+            for projection in (attention.q_proj, attention.k_proj)
+        )
+        if getattr(attention, "num_key_value_groups", heads // kv_heads) != heads // kv_heads:
+            refuse("attention modules do not share keys among heads as their matrices say")
+        if getattr(attention, "num_heads", heads) != heads:
+            refuse("attention modules do not have as many heads as their matrices say")
+        found.add((heads, kv_heads, dim))
+    if len(found) != 1:
+        refuse("blocks differ in their heads")
+    heads, kv_heads, dim = found.pop()
+    return {"heads": heads, "kv_heads": kv_heads, "dim": dim}

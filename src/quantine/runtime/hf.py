@@ -6,17 +6,15 @@ is, see ``quantine/__init__.py``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantine.activations.attention import NAME as ATTENTION
-from quantine.activations.attention import register as register_attention
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
 from quantine.families import family_of
@@ -24,10 +22,9 @@ from quantine.families.layers import matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
-from quantine.formats.shards import write_atomically
 from quantine.formats.stored_config import check_description, spec_of
-from quantine.runtime.hf_generate import Generate
 from quantine.runtime.loaded import check_loaded
+from quantine.runtime.methods import replace_methods
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
@@ -123,12 +120,9 @@ class QuantineQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         check_loaded(model)
         if hasattr(self.quantization_config, "activations"):
-            register_attention()
             model.set_attn_implementation(ATTENTION)
-        # transformers drops the lock when it saves a configuration: see `_save_locked`.
-        model.save_pretrained = MethodType(_save_locked, model)  # type: ignore[method-assign]
-        if hasattr(model, "generate"):  # not so a bare model without its head
-            model.generate = Generate(model)  # type: ignore[assignment]
+        _part_empty_tensors(model)
+        replace_methods(model)
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""
@@ -150,13 +144,15 @@ def register(auto: Any) -> None:
     auto.register_quantizer(METHOD)(QuantineQuantizer)
 
 
-def _save_locked(model: PreTrainedModel, save_directory: str | Path, **options: Any) -> None:
-    """Replaces ``save_pretrained`` of a quantized model: writes `LOCK` into the copy as well."""
-    type(model).save_pretrained(model, save_directory, **options)
-    path = Path(save_directory) / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8")) | {"transformers_weights": LOCK}
-        write_atomically(path, json.dumps(config, indent=2, sort_keys=True).encode() + b"\n")
+def _part_empty_tensors(model: nn.Module) -> None:
+    """Give every empty buffer, such as the outliers of a matrix without any, a place of its own.
+
+    Those of a file are all in one place, which ``torch.save`` refuses if their dtypes differ.
+    """
+    for module in model.modules():
+        for name, tensor in module.named_buffers(recurse=False):
+            if tensor.numel() == 0:
+                module._buffers[name] = torch.empty_like(tensor)
 
 
 def _place(model: PreTrainedModel, name: str) -> str | None:

@@ -10,10 +10,7 @@ The native loop computes in float32, whatever the dtype of the model.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +18,8 @@ from torch import Tensor
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
-from quantine.runtime.decoder_model import check_state
-from quantine.runtime.snapshot import Snapshot
+from quantine.runtime.decoder_model import check_decodes
+from quantine.runtime.model_state import ModelState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,13 +56,16 @@ OUTPUTS: Final = (
 
 
 class _Elsewhere(Exception):
-    """Raised where the native loop does not cover a call, which is then left to transformers."""
+    """Raised where the native loop does not cover a call, which is then left to transformers.
+
+    Its message is empty where the call asks for something else; else it says what the model has.
+    """
 
 
 class Generate:
     """Takes the place of ``model.generate``.
 
-    A decoder is kept from one call to the next, as long as the model does not change.
+    A decoder is kept from one call to the next, as long as nothing that it was made from changes.
 
     Args:
         model: a quantized model of transformers.
@@ -73,9 +73,7 @@ class Generate:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._decoder: Decoder | None = None
-        self._made_from: Snapshot | None = None
-        self._made_in: object = None
+        self._kept: _Kept | None = None
         self._said = ""
 
     def __call__(self, *args: Any, streamer: Any = None, **options: Any) -> Any:
@@ -83,12 +81,17 @@ class Generate:
         ordinary: Any = type(self._model).generate  # type: ignore[attr-defined]
         plain = len(args) <= 2 and not any(options.get(name) is not None for name in ELSEWHERE)
         if plain:
-            # Not given to transformers: a call that turns out to go elsewhere begins again.
-            loop = self._loop(streamer)
+            # A call from another thread meanwhile gets a decoder of its own.
+            kept, self._kept = self._kept, None
+            loop = _Loop(self._model, kept, streamer)
             try:
+                loop.check()
+                # No streamer for transformers: a call that turns out to go elsewhere begins again.
                 return ordinary(self._model, *args, custom_generate=loop, **options)
-            except _Elsewhere:
-                pass
+            except _Elsewhere as reason:
+                self._say(str(reason))
+            finally:
+                self._kept = loop.kept
         return ordinary(self._model, *args, streamer=streamer, **self._with_cache(options))
 
     def _with_cache(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -111,80 +114,105 @@ class Generate:
         cache = packed_cache(self._model)
         return options if cache is None else {**options, "past_key_values": cache}
 
+    def _say(self, reason: str) -> None:
+        if reason and reason != self._said:
+            logging.getLogger("quantine").warning(
+                "generating with the modules of transformers: %s", reason
+            )
+            self._said = reason
+
     def __getstate__(self) -> dict[str, Any]:
         """The state without the decoder: copies make one of their own."""
-        return self.__dict__ | {"_decoder": None, "_made_from": None}
+        return self.__dict__ | {"_kept": None}
 
-    def _loop(self, streamer: Any) -> Any:
-        def loop(
-            model: PreTrainedModel,
-            input_ids: Tensor,
-            logits_processor: Any,
-            stopping_criteria: Any,
-            generation_config: Any,
-            **inputs: Any,
-        ) -> Tensor:
-            _check(input_ids, generation_config, inputs)
-            with self._borrowed(generation_config.max_length) as decoder:
-                if streamer is not None:
-                    streamer.put(input_ids.cpu())
-                step = input_ids
-                while True:
-                    logits = decoder.append(step[0]).clone().unsqueeze(0)
-                    step = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
-                    input_ids = torch.cat([input_ids, step], dim=1)
-                    if streamer is not None:
-                        streamer.put(step[0].cpu())
-                    if bool(stopping_criteria(input_ids, None).all()):
-                        break
-                if streamer is not None:
-                    streamer.end()
-                return input_ids
 
-        return loop
+class _Kept(NamedTuple):
+    """A decoder, and the state of the model that it was made from."""
 
-    @contextmanager
-    def _borrowed(self, capacity: int) -> Iterator[Decoder]:
-        """A context that lends a decoder which has seen no tokens.
+    decoder: Decoder
+    made_from: ModelState
 
-        A call from another thread meanwhile gets a decoder of its own.
 
-        Args:
-            capacity: largest number of tokens, prompt included.
+class _Loop:
+    """The native loop over tokens of one call of ``generate``.
+
+    Args:
+        model: the model.
+        kept: the decoder of an earlier call.
+        streamer: gets the prompt, and tokens as they are made; or ``None``.
+
+    Attributes:
+        kept: the decoder for later calls.
+    """
+
+    def __init__(self, model: PreTrainedModel, kept: _Kept | None, streamer: Any) -> None:
+        self._model = model
+        self._streamer = streamer
+        self.kept = kept
+
+    def check(self) -> None:
+        """Forget a decoder that no longer computes what the model does.
 
         Raises:
-            _Elsewhere: the model has fewer positions, or no native decoder computes the same.
+            _Elsewhere: no native decoder does; the message says why.
+        """
+        if self.kept is not None and not self.kept.made_from.holds(self._model):
+            self.kept = None  # frees its memory
+        try:
+            if self.kept is None:
+                check_decodes(self._model)
+        except BackendUnavailable as error:
+            raise _Elsewhere(str(error)) from error
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **inputs: Any,
+    ) -> Tensor:
+        """Generate tokens; transformers calls it with everything prepared.
+
+        Raises:
+            _Elsewhere: the call asks for something that this loop does not have, or no native
+                decoder computes what the model does.
+        """
+        _check(input_ids, generation_config, inputs)
+        decoder = self._decoder(generation_config.max_length)
+        if self._streamer is not None:
+            self._streamer.put(input_ids.cpu())
+        step = input_ids
+        while True:
+            logits = decoder.append(step[0]).clone().unsqueeze(0)
+            step = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
+            input_ids = torch.cat([input_ids, step], dim=1)
+            if self._streamer is not None:
+                self._streamer.put(step[0].cpu())
+            if bool(stopping_criteria(input_ids, None).all()):
+                break
+        if self._streamer is not None:
+            self._streamer.end()
+        return input_ids
+
+    def _decoder(self, capacity: int) -> Decoder:
+        """A decoder that has seen no tokens, with room for ``capacity``, prompt included.
+
+        Errors are those of the call.
         """
         longest = getattr(self._model.config, "max_position_embeddings", None)
         if longest is not None and capacity > longest:
             raise _Elsewhere  # transformers may end long before, without room for all of it
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        # Threads do not survive a fork; a changed configuration may describe another model.
-        config = self._model.config.to_json_string()
-        surroundings = (os.getpid(), torch.get_num_threads(), config)
-        decoder, self._decoder = self._decoder, None
-        kept = self._made_from is not None and self._made_from.holds(tensors)
-        try:
-            check_state(self._model)
-            if (
-                decoder is None
-                or decoder.capacity < capacity
-                or not kept
-                or (self._made_in != surroundings)
-            ):
-                decoder = None  # frees its memory
+        if self.kept is None or self.kept.decoder.capacity < capacity:
+            self.kept = None  # frees its memory
+            try:
                 decoder = decoder_for(self._model, capacity)
-        except BackendUnavailable as error:
-            self._say(f"generating with the modules of transformers: {error}")
-            raise _Elsewhere from error
-        decoder.reset()
-        yield decoder
-        self._decoder, self._made_from, self._made_in = decoder, Snapshot(tensors), surroundings
-
-    def _say(self, message: str) -> None:
-        if message != self._said:
-            logging.getLogger("quantine").warning("%s", message)
-        self._said = message
+            except BackendUnavailable as error:
+                raise _Elsewhere(str(error)) from error
+            self.kept = _Kept(decoder, ModelState(self._model))
+        self.kept.decoder.reset()
+        return self.kept.decoder
 
 
 def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
-from quantine.errors import FormatError
+from quantine.core.overrides import is_overridden
+from quantine.errors import FamilyError
 from quantine.families import family_of
 from quantine.families.layers import block_list
 from quantine.kernels.bits.reference import packed_bytes
@@ -123,20 +124,22 @@ class PackedLayer(DynamicLayer):
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty packed cache for ``model``, or ``None`` if keys and values have no static grids.
+    """An empty packed cache for ``model``, or ``None`` where not all of it can be packed.
 
-    Raises:
-        FormatError: some blocks have these grids and others have not.
+    Every block must be found where its family has it, and must round keys and values with static
+    grids that compute what their class says. Without the cache, attention rounds them.
     """
     family = family_of(model.config.model_type)
-    layers = [_layer(block.get_submodule(family.attention)) for block in block_list(model, family)]
-    found = [layer for layer in layers if layer is not None]
-    if not found:
+    try:
+        modules = [block.get_submodule(family.attention) for block in block_list(model, family)]
+    except (AttributeError, FamilyError):  # somebody put something around blocks or their list
         return None
-    if len(found) < len(layers):
-        raise FormatError("keys and values are rounded in some blocks only: the model is damaged")
     cache = DynamicCache()
-    cache.layers.extend(found)
+    for index, attention in enumerate(modules):
+        layer = _layer(attention)
+        if layer is None or getattr(attention, "layer_idx", None) != index:
+            return None
+        cache.layers.append(layer)
     return cache
 
 
@@ -145,6 +148,9 @@ def _layer(attention: nn.Module) -> PackedLayer | None:
     if not isinstance(sites, AttentionSites):
         return None
     key, value = sites.key, sites.value
-    if isinstance(key, StaticGrid) and isinstance(value, StaticGrid):
-        return PackedLayer(key, value)
-    return None
+    for grid in (key, value):
+        if type(grid) is not StaticGrid or is_overridden(grid):
+            return None
+    assert isinstance(key, StaticGrid)
+    assert isinstance(value, StaticGrid)
+    return PackedLayer(key, value)

@@ -13,6 +13,7 @@ from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.ambient import without_autocast
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.fixed_dtypes import FixedDtypes
+from quantine.core.overrides import is_overridden
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.families.layers import multiplied_input
@@ -180,14 +181,17 @@ class QuantLinear(Packed):
     def input_grid(self) -> Any:
         """The native grid of the inputs, or ``None`` where floats have to be multiplied.
 
+        They have to be where inputs are rounded by anything else than a plain grid.
+
         It is made at first use, and again when a tensor of the grid or of the matrix is replaced or
         written to.
         """
-        if not isinstance(self.inputs, StaticGrid | TokenGrid):
+        inputs: Any = self.inputs
+        if type(inputs) not in (StaticGrid, TokenGrid) or is_overridden(inputs):
             return None
-        found = [*self.inputs.buffers(), *self.packed_tensors().values()]
+        found = [*inputs.buffers(), *self.packed_tensors().values()]
         if self._gridded_from is None or not self._gridded_from.holds(found):
-            self._grid = self._made_grid(self.inputs)
+            self._grid = self._made_grid(inputs)
             self._gridded_from = Snapshot(found)
         return self._grid
 

@@ -1,0 +1,214 @@
+"""Turning modules into parts of the native decoder: matrices, norms, angles and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.kernels.matrix import float_matrix
+from quantine.kernels.matrix.cpu import TILE
+from quantine.runtime.decoder_checks import Classes, expect, refuse
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+
+ACTIVATIONS: Final = {
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+}
+"""Native names of activation functions by the name of their class in torch or transformers."""
+PROBE: Final = (-9.0, 9.0, 37)
+"""First and last value at which an activation function is compared, and how many there are."""
+CLOSE: Final = 1e-5
+"""Largest difference of an activation function from the native one, at these values."""
+
+SCALED: Final = "TextScaledWordEmbedding"
+"""What the names of embeddings end with that multiply their rows by a factor."""
+STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
+"""Types of rotary embeddings whose angles do not depend on the length of the text."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Turns modules into parts of the native decoder.
+
+    Attributes:
+        native: the module ``quantine._native``.
+        classes: the classes that transformers defines for the model.
+        matrices: native matrices by the identity of the float weight, so that a weight which two
+            modules share becomes one matrix.
+    """
+
+    native: ModuleType
+    classes: Classes
+    matrices: dict[int, Any] = field(default_factory=dict)
+
+    def linear(self, module: nn.Module) -> Any:
+        """The native ``Linear`` of a ``nn.Linear`` or `QuantLinear`.
+
+        Raises:
+            BackendUnavailable: it is something else, or rounds its inputs.
+        """
+        if type(module) not in (nn.Linear, QuantLinear):
+            refuse(f"a matrix is in a {type(module).__name__}")
+        return self._linear(module, getattr(module, "bias", None))
+
+    def head(self, module: nn.Module, embedding: nn.Module) -> Any:
+        """The native ``Linear`` of an output head, which may share the table of ``embedding``.
+
+        Raises:
+            BackendUnavailable: it is something else, or shares another table.
+        """
+        if type(module) is not TiedHead:
+            return self.linear(module)
+        expect(module, TiedHead, "the head", ())
+        if module.table is not embedding:
+            refuse("the head shares a table that the embedding does not have")
+        return self._linear(embedding, None)
+
+    def _linear(self, module: nn.Module, bias: Tensor | None) -> Any:
+        return self.native.Linear(self._matrix(module), None if bias is None else vector(bias))
+
+    def embedding(self, module: Any) -> tuple[Any, float]:
+        """The native matrix of a token embedding, and the factor on its rows.
+
+        Raises:
+            BackendUnavailable: it is of an unknown class, or rescales its rows.
+        """
+        kind = type(module)
+        if kind is QuantEmbedding:
+            return self._matrix(module), module.factor
+        if kind is nn.Embedding:
+            return self.table(module), 1.0
+        if kind is not self.classes.home.__dict__.get(f"{self.classes.prefix}{SCALED}"):
+            refuse(f"the embedding is a {kind.__name__}")
+        return self.table(module), float(module.embed_scale.to(module.weight.dtype))
+
+    def table(self, module: Any) -> Any:
+        """The native matrix of an embedding with float rows.
+
+        Raises:
+            BackendUnavailable: rows are rescaled when they are looked up.
+        """
+        if module.max_norm is not None:
+            refuse("an embedding rescales its rows (max_norm)")
+        return self._matrix(module)
+
+    def _matrix(self, module: Any) -> Any:
+        expect(module, type(module), "a matrix", ())
+        if not isinstance(module, QuantLinear | QuantEmbedding):
+            weight = module.weight
+            if id(weight) not in self.matrices:
+                self.matrices[id(weight)] = float_matrix(weight.detach())
+            return self.matrices[id(weight)]
+        matrix = module.matrix()
+        if matrix is None:
+            size = module.spec.group_size
+            refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
+        return matrix
+
+    def norm(self, module: Any, plus_one: bool = False) -> Any:
+        """The native ``Norm`` of a ``nn.LayerNorm`` or of the model's own RMS norm.
+
+        Args:
+            plus_one: whether the model's own norm multiplies by ``1 + weight``, as Gemma's does.
+
+        Raises:
+            BackendUnavailable: it is something else.
+        """
+        expect(module, type(module), "a norm", ())
+        if type(module) is nn.LayerNorm:
+            weight, bias = module.weight, module.bias
+            width = module.normalized_shape
+            return self.native.Norm(
+                vector(
+                    torch.ones(width, dtype=torch.float32, device="cpu")
+                    if weight is None
+                    else weight
+                ),
+                vector(
+                    torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias
+                ),
+                module.eps,
+            )
+        if type(module) is not self.classes.home.__dict__.get(f"{self.classes.prefix}RMSNorm"):
+            refuse(f"a norm is a {type(module).__name__}")
+        if plus_one:
+            return self.native.Norm(vector(module.weight) + 1.0, None, module.eps)
+        return self.native.Norm(vector(module.weight), None, module.variance_epsilon)
+
+    def activation(self, module: nn.Module) -> str:
+        """The native name of an activation function.
+
+        Raises:
+            BackendUnavailable: there is none that computes the same.
+        """
+        from transformers import activations
+
+        kind = type(module)
+        name = ACTIVATIONS.get(kind.__name__)
+        if name is None or kind not in (
+            getattr(activations, kind.__name__, None),
+            getattr(nn, kind.__name__, None),
+        ):
+            refuse(f"the activation is a {kind.__name__}")
+        x = torch.linspace(*PROBE, dtype=torch.float32, device="cpu")
+        found, wanted = x.clone(), module(x.clone())
+        self.native.activate(name, found)
+        if not torch.allclose(found, wanted, rtol=0.0, atol=CLOSE * PROBE[1]):
+            refuse(f"the activation, a {kind.__name__}, computes something else than {name}")
+        return name
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Native tables of the cosines and sines of rotary embeddings, one for each type of layer.
+
+    Attributes:
+        rotary: the model's module of rotary embeddings.
+        native: the module ``quantine._native``.
+        capacity: number of positions in a table.
+        tables: the tables made so far, by type of layer.
+    """
+
+    rotary: Any
+    native: ModuleType
+    capacity: int
+    tables: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, layer_type: str, head_dim: int) -> Any:
+        """The table of layers of one type.
+
+        Raises:
+            BackendUnavailable: angles depend on the length of the text, or do not rotate all of a
+                head.
+        """
+        if layer_type not in self.tables:
+            self.tables[layer_type] = self._table(layer_type, head_dim)
+        return self.tables[layer_type]
+
+    def _table(self, layer_type: str, head_dim: int) -> Any:
+        several = isinstance(self.rotary.rope_type, dict)
+        kind = self.rotary.rope_type[layer_type] if several else self.rotary.rope_type
+        if kind not in STATIC_ROPE:
+            refuse(f"rotary embeddings are of type {kind!r}")
+        probe = torch.empty(0, dtype=torch.float32, device="cpu")
+        positions = torch.arange(self.capacity, device="cpu").unsqueeze(0)
+        cos, sin = self.rotary(probe, positions, *([layer_type] if several else []))
+        if cos.shape[-1] != head_dim:
+            refuse("only a part of each head is rotated")
+        half = head_dim // 2  # the second half repeats the first
+        return self.native.Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
+
+
+def vector(tensor: Tensor) -> Tensor:
+    """A vector as the native decoder takes it: float32 and contiguous."""
+    return tensor.detach().float().contiguous()
