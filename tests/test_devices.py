@@ -26,7 +26,7 @@ FACTORIES = frozenset(
 """Functions of `torch` that make a tensor out of no other one."""
 SKELETONS = {
     "calibrate/skeleton.py": "a model of transformers is built without memory for its weights",
-    "runtime/spqr_directory.py": "a model is built only to know the shapes of its matrices",
+    "source/model_source.py": "a model is built only to know the names and shapes of its tensors",
 }
 """Where a block ``with torch.device("meta")`` may stand: what is built there is not quantine's."""
 NATIVE = {

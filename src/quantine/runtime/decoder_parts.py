@@ -209,6 +209,13 @@ class Angles:
         return self.native.Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
 
+def _or_filled(tensor: Tensor | None, value: float, size: tuple[int, ...]) -> Tensor:
+    """``tensor`` as a native vector; one of ``value`` in its place where there is none."""
+    if tensor is None:
+        return torch.full(size, value, dtype=torch.float32, device="cpu")
+    return vector(tensor)
+
+
 def vector(tensor: Tensor) -> Tensor:
     """A vector as the native decoder takes it: float32 and contiguous."""
     return tensor.detach().float().contiguous()

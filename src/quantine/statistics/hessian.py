@@ -99,4 +99,9 @@ class Hessian:
         Args:
             delta: the change, ``[out, in]`` float32.
         """
-        return float(((delta @ self.matrix) * delta).sum(dtype=torch.float64))
+        largest = float(delta.abs().max())
+        if not 0 < largest < math.inf:
+            return 0.0 if largest == 0 else math.nan
+        unit = delta / largest  # squares of small changes would be zero in float32
+        energy = ((unit @ self.matrix) * unit).sum(dtype=torch.float64)
+        return float(energy) * largest**2
