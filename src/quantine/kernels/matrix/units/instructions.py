@@ -11,7 +11,7 @@ import functools
 import struct
 from typing import Final
 
-from quantine.kernels.matrix.units import HALF_BITS, PAIRS, Piece, pieces
+from quantine.kernels.matrix.units.layout import HALF_BITS, PAIRS, Piece, pieces
 
 MANTISSA: Final = 10
 """Bits of the mantissa of a float16."""
@@ -37,11 +37,43 @@ def unit_product(bits: int) -> tuple[str, str]:
     Returns:
         The text of the instructions, and that of the constraints on their operands.
     """
-    text = _Text(bits)
+    text = _Text(bits, results=2)
     for pair, places in enumerate(pieces(bits)):
-        text.multiply(pair, *text.taken_out(places))
-    constraints = ",".join(["=r", "=r", *["r"] * (bits + PAIRS)])
-    return text.finished(), constraints
+        code = text.centered(*text.taken_out(places))
+        text.multiply(pair, code, f"${2 + bits + pair}")
+    text.give_sum()
+    return text.finished(), _constraints(2, bits + PAIRS)
+
+
+@functools.cache
+def unit_codes(bits: int) -> tuple[str, str]:
+    """Instructions that decode a unit: `PAIRS` words of two float16, codes less the middle code.
+
+    Operands are these words, then the ``bits`` words of the unit; results are as of `unit_product`.
+    """
+    text = _Text(bits, results=PAIRS)
+    for pair, places in enumerate(pieces(bits)):
+        code = text.centered(*text.taken_out(places))
+        text.say(f"mov.b32 ${pair}, {code};")
+    return text.finished(), _constraints(PAIRS, bits)
+
+
+@functools.cache
+def pairs_product() -> tuple[str, str]:
+    """Instructions for sums of products of `PAIRS` words with `PAIRS` words, as `unit_product`'s."""
+    text = _Text(0, results=2)
+    for pair in range(PAIRS):
+        text.multiply(pair, f"${2 + pair}", f"${2 + PAIRS + pair}")
+    text.give_sum()
+    return text.finished(), _constraints(2, 2 * PAIRS)
+
+
+PAIR_TIMES_PAIR: Final = ("mul.rn.f16x2 $0, $1, $2;", "=r,r,r")
+"""The instruction that multiplies two words of two float16, and its constraints."""
+
+
+def _constraints(results: int, operands: int) -> str:
+    return ",".join([*["=r"] * results, *["r"] * operands])
 
 
 class _Text:
@@ -50,13 +82,15 @@ class _Text:
     Attributes:
         lines: instructions.
         shifted: names of words after a shift, by word and number of bits.
+        constants: names of registers by the word that they hold.
     """
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, results: int) -> None:
         self.bits = bits
-        self.middle = float(2 ** (bits - 1))
+        self.results = results
         self.lines: list[str] = []
         self.shifted: dict[tuple[int, int], str] = {}
+        self.constants: dict[str, str] = {}
 
     def taken_out(self, places: list[Piece]) -> tuple[str, int]:
         """The name of a word of two floats ``1024 + code * 2**offset``, and that offset."""
@@ -66,7 +100,7 @@ class _Text:
             offset = place.offset - by
             word = self._word(place.word, by)
             mask = _twice(((1 << self.bits) - 1) << offset)
-            self._say(f"lop3.b32 code, {word}, {mask}, {_twice(_half(ONE))}, {AND_OR};")
+            self.say(f"lop3.b32 code, {word}, {mask}, {_twice(_half(ONE))}, {AND_OR};")
             return "code", offset
         offset = self._best_offset(places)
         joined = _twice(_half(ONE))
@@ -74,9 +108,9 @@ class _Text:
             word = self._word(place.word, place.offset - place.first - offset)
             mask = _twice(((1 << place.width) - 1) << (place.first + offset))
             if joined == "code":
-                self._say(f"lop3.b32 code, code, {word}, {mask}, {OR_AND};")
+                self.say(f"lop3.b32 code, code, {word}, {mask}, {OR_AND};")
             else:
-                self._say(f"lop3.b32 code, {word}, {mask}, {joined}, {AND_OR};")
+                self.say(f"lop3.b32 code, {word}, {mask}, {joined}, {AND_OR};")
             joined = "code"
         return joined, offset
 
@@ -89,32 +123,45 @@ class _Text:
 
         return min(range(MANTISSA - self.bits + 1), key=shifts)
 
-    def multiply(self, pair: int, code: str, offset: int) -> None:
-        """Center the two codes and add their products with the activations of ``pair``."""
+    def centered(self, code: str, offset: int) -> str:
+        """The name of a word of two codes less the middle code, from `taken_out`'s results."""
+        middle = float(2 ** (self.bits - 1))
         if offset == 0:
-            self._say(f"sub.rn.f16x2 code, {code}, {self._constant(ONE + self.middle)};")
+            self.say(f"sub.rn.f16x2 {code}, {code}, {self._constant(ONE + middle)};")
         else:
             factor = self._constant(2.0**-offset)
-            off = self._constant(-(ONE * 2.0**-offset) - self.middle)
-            self._say(f"fma.rn.f16x2 code, {code}, {factor}, {off};")
-        x = f"${2 + self.bits + pair}"
+            off = self._constant(-(ONE * 2.0**-offset) - middle)
+            self.say(f"fma.rn.f16x2 {code}, {code}, {factor}, {off};")
+        return code
+
+    def multiply(self, pair: int, word: str, x: str) -> None:
+        """Add the products of two words to the sum; the first pair begins it."""
         if pair == 0:
-            self._say(f"mul.rn.f16x2 sum, code, {x};")
+            self.say(f"mul.rn.f16x2 sum, {word}, {x};")
         else:
-            self._say(f"fma.rn.f16x2 sum, code, {x}, sum;")
+            self.say(f"fma.rn.f16x2 sum, {word}, {x}, sum;")
+
+    def give_sum(self) -> None:
+        """Write both halves of the sum to the first two results, as float32."""
+        self.say("mov.b32 {low, high}, sum;")
+        self.say("cvt.f32.f16 $0, low;")
+        self.say("cvt.f32.f16 $1, high;")
+
+    def say(self, line: str) -> None:
+        """Add an instruction."""
+        self.lines.append(line)
 
     def finished(self) -> str:
         """The whole text."""
-        names = ["code", "sum", *self.shifted.values()]
+        names = ["code", "sum", *self.shifted.values(), *self.constants.values()]
+        held = [f"mov.b32 {name}, {word};" for word, name in self.constants.items()]
         return "\n".join(
             [
                 "{",
                 f".reg .b32 {', '.join(names)};",
                 ".reg .f16 low, high;",
+                *held,
                 *self.lines,
-                "mov.b32 {low, high}, sum;",
-                "cvt.f32.f16 $0, low;",
-                "cvt.f32.f16 $1, high;",
                 "}",
             ]
         )
@@ -129,21 +176,20 @@ class _Text:
         return far[0] if offset + self.bits > MANTISSA else 0
 
     def _word(self, word: int, by: int) -> str:
-        source = f"${2 + word}"
+        source = f"${self.results + word}"
         if by == 0:
             return source
         key = (word, by)
         if key not in self.shifted:
             self.shifted[key] = f"word{word}{'down' if by > 0 else 'up'}{abs(by)}"
             way = "shr.b32" if by > 0 else "shl.b32"
-            self._say(f"{way} {self.shifted[key]}, {source}, {abs(by)};")
+            self.say(f"{way} {self.shifted[key]}, {source}, {abs(by)};")
         return self.shifted[key]
 
     def _constant(self, value: float) -> str:
-        return _twice(_half(value))
-
-    def _say(self, line: str) -> None:
-        self.lines.append(line)
+        """The name of a register that holds ``value`` twice: arithmetic takes no literals."""
+        word = _twice(_half(value))
+        return self.constants.setdefault(word, f"constant{len(self.constants)}")
 
 
 def _half(value: float) -> int:

@@ -1,0 +1,141 @@
+"""A packed matrix as GPUs read it: codes in units, statistics of groups, outliers by program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.qtensor import QTensor
+from quantine.kernels.matrix.reference import has_exact_zero
+from quantine.kernels.matrix.units.layout import HALF_BITS, PAIRS, UNIT, pack_units, units_of
+from quantine.kernels.matrix.units.statistics import (
+    ColumnGroups,
+    RowGroups,
+    column_groups,
+    half_bits,
+    row_groups,
+)
+
+MOST_COLUMNS: Final = 2**16
+"""Largest number of columns, those included that fill up the last units: an outlier's place among
+them has 16 bits."""
+LONG: Final = 2**12
+"""Columns from which on programs of rows with outliers are larger."""
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Outliers: what has to be added to the weights of the codes.
+
+    Attributes:
+        words: ``[entries]`` int32, the value as float16 in the low half, and in the high half the
+            place of the input, in float16 numbers, among the arranged activations. Entries of a
+            program's rows stand together, in the order of their inputs, so that a gather of
+            activations touches few lines of the cache.
+        rows: ``[entries]`` uint8, row within the program.
+        bounds: ``[programs + 1]`` int32: entries of program ``i`` are numbers ``bounds[i]`` to
+            ``bounds[i + 1] - 1``.
+    """
+
+    words: Tensor
+    rows: Tensor
+    bounds: Tensor
+
+
+@dataclass(frozen=True)
+class UnitMatrix:
+    """A packed matrix ``[rows, columns]`` as `quantine.kernels.matrix.triton` reads it.
+
+    Attributes:
+        words: ``[rows, bits, units]`` int32, see `quantine.kernels.matrix.units.layout`.
+        bits: number of bits of one code.
+        columns: number of inputs.
+        groups: the statistics, of groups along inputs or along outputs.
+        entries: the outliers, ``None`` where there are none.
+        source: ``[columns]`` int32: the input of each stored column; ``None`` in input order.
+        program: number of rows that one program multiplies, a power of two.
+    """
+
+    words: Tensor
+    bits: int
+    columns: int
+    groups: RowGroups | ColumnGroups
+    entries: Entries | None
+    source: Tensor | None
+    program: int
+
+    @property
+    def rows(self) -> int:
+        """Number of outputs."""
+        return len(self.words)
+
+    @property
+    def units(self) -> int:
+        """Number of units of a row."""
+        return self.words.shape[2]
+
+
+def unit_matrix(qtensor: QTensor) -> UnitMatrix | None:
+    """Arrange ``qtensor``, on whatever device it is, or return ``None`` where this layout cannot.
+
+    It holds groups of one size: along inputs multiples of 16 or all inputs, along outputs any. There
+    are at most `MOST_COLUMNS` columns. Outliers whose grid has no exact zero are stored as float16
+    differences from what their codes mean, all others exactly.
+    """
+    grid, columns = qtensor.grid, qtensor.codes.shape[1]
+    if grid.sizes or units_of(columns) * UNIT > MOST_COLUMNS:
+        return None
+    groups = row_groups(qtensor) if grid.axis == "in" else column_groups(qtensor)
+    if groups is None:
+        return None
+    program = _program(groups, columns, qtensor.outliers is not None)
+    codes, entries = qtensor.codes, None
+    if qtensor.outliers is not None:
+        codes, entries = _entries(qtensor, program)
+    source = None if qtensor.in_perm is None else qtensor.in_perm.int()
+    words = pack_units(codes, grid.bits)
+    return UnitMatrix(words, grid.bits, columns, groups, entries, source, program)
+
+
+def _program(groups: RowGroups | ColumnGroups, columns: int, outliers: bool) -> int:
+    """Rows of a program: the fastest number, see docs/gpu.md, that keeps to one set of grids."""
+    if isinstance(groups, ColumnGroups):
+        wanted, together = 16, groups.size
+    else:
+        wanted, together = 2 if outliers and columns <= LONG else 4, groups.tile
+    while wanted > 1 and together % wanted:
+        wanted //= 2
+    return wanted
+
+
+def _entries(qtensor: QTensor, program: int) -> tuple[Tensor, Entries]:
+    """The codes, those under outliers changed, and the outliers as what has to be added."""
+    grid, kept, codes = qtensor.grid, qtensor.outliers, qtensor.codes
+    assert kept is not None
+    rows, columns = kept.row_indices(), kept.columns
+    if has_exact_zero(grid):
+        zeros = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
+        codes = codes.clone()
+        codes[rows, columns] = grid.encode(zeros)[rows, columns]
+        added = kept.values.float()
+    else:
+        added = kept.values.float() - grid.decode(codes)[rows, columns]
+    programs = rows // program
+    order = (programs * codes.shape[1] + columns).argsort(stable=True)
+    places = _places(columns[order], units_of(codes.shape[1]))
+    words = half_bits(added[order]) | places.int() << HALF_BITS
+    counts = programs.bincount(minlength=-(-len(codes) // program))
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    return codes, Entries(words, (rows % program)[order].to(torch.uint8), bounds)
+
+
+def _places(columns: Tensor, units: int) -> Tensor:
+    """Places of stored columns among arranged activations, in float16 numbers.
+
+    See `quantine.kernels.matrix.units.activations.Arranged`.
+    """
+    unit, within = columns // UNIT, columns % UNIT
+    return ((within % PAIRS) * units + unit) * 2 + within // PAIRS
