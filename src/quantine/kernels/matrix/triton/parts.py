@@ -103,9 +103,17 @@ def codes_times(words, pairs, BITS: tl.constexpr, TEXT: tl.constexpr, CONSTRAINT
 
 @triton.jit
 def on_grid(code, grids):
-    """Scales or zero points ``[m, n]`` float32 from their codes and second grids ``[n]``."""
-    step, zero = low_half(grids).to(tl.float32), high_half(grids).to(tl.float32)
-    return step[None, :] * (code.to(tl.float32) - zero[None, :])
+    """Scales or zero points ``[m, n]`` float32 from their codes and second grids of that shape."""
+    return low_half(grids).to(tl.float32) * (code.to(tl.float32) - high_half(grids).to(tl.float32))
+
+
+@triton.jit
+def take_grids(grids, tile, plane: tl.constexpr, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
+    """The second grids of groups ``[n]``, ``[1, n]`` for one tile and ``[m, n]`` for ``[m]``."""
+    at = (tile * PLANES + plane) * GROUPS
+    if at.shape:
+        at = at[:, None]
+    return tl.load(grids + at + group[None, :], mask=(group < GROUPS)[None, :], other=0)
 
 
 @triton.jit
@@ -127,7 +135,7 @@ def take_statistics(
 ):
     """Scales, and zero points less the middle code, of groups ``group`` ``[n]`` of rows ``[m]``.
 
-    Both are float32 ``[m, n]``. ``OWN`` is the number of groups of the units that a thread has: it
+    Both are float32 ``[m, n]``. ``tile`` is the tile of all rows, or ``[m]`` of each. ``OWN`` is the number of groups of the units that a thread has: it
     reads the statistics of these and no others, so that they need not move between threads.
     """
     held = group < GROUPS
@@ -135,15 +143,14 @@ def take_statistics(
     at = fields + (plane * rows + row[:, None]) * GROUPS + group[None, :]
     at = tl.max_contiguous(tl.multiple_of(at, [1, OWN * size]), [1, OWN])
     field = tl.load(at, mask=held[None, :], other=0).to(tl.int32)
-    grid_at = (tile * PLANES + plane) * GROUPS + group
     scale = field & ((1 << SCALE_BITS) - 1)
     if scale_grids is not None:
-        scale = on_grid(scale, tl.load(scale_grids + grid_at, mask=held, other=0))
+        scale = on_grid(scale, take_grids(scale_grids, tile, plane, group, PLANES, GROUPS))
     else:
         scale = low_half(scale).to(tl.float32)
     zero = (field >> SCALE_BITS) & ((1 << ZERO_BITS) - 1)
     if zero_grids is not None:
-        zero = on_grid(zero, tl.load(zero_grids + grid_at, mask=held, other=0))
+        zero = on_grid(zero, take_grids(zero_grids, tile, plane, group, PLANES, GROUPS))
     elif ZERO_BITS == 16:
         zero = low_half(zero).to(tl.float32)
     else:

@@ -1,0 +1,237 @@
+"""Products of a packed matrix with many rows of activations, by tensor cores.
+
+A program computes a tile of the result. It decodes the codes of a few units of its rows in
+registers, makes weights of them in float16, and hands them to the tensor cores, which sum in
+float32; the matrix is never in memory as floats. Sums are in one order, so results are the same
+whenever a program runs.
+
+The meaning is `quantine.kernels.matrix.reference.multiply_reference` (``exact``), with weights and
+activations rounded to float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantine.kernels.matrix.triton.parts import (
+    code_of,
+    high_half,
+    is_interpreted,
+    low_half,
+    take_statistics,
+    take_words,
+)
+from quantine.kernels.matrix.units.activations import Arranged
+from quantine.kernels.matrix.units.instructions import unit_codes
+from quantine.kernels.matrix.units.statistics import ColumnGroups, RowGroups
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+
+TILE: Final = 64
+"""Rows of the matrix that a program multiplies."""
+MOST: Final = 64
+"""Largest number of rows of activations that a program multiplies."""
+LEAST: Final = 16
+"""Smallest number, those included that are not there: tensor cores take no fewer."""
+CHUNK: Final = 4
+"""Units that a program decodes at once: 128 inputs."""
+OUTLIERS: Final = 32
+"""Outliers that a program reads at once."""
+
+
+def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
+    """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
+    result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
+    kernel, operands, settings = call(matrix, x, result)
+    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(len(x.words), settings["BATCH"]))
+    kernel[grid](*operands, **settings)
+    return result
+
+
+def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The kernel for ``matrix``, its operands in order, and what is fixed when it is compiled."""
+    entries, groups, batch = matrix.entries, matrix.groups, LEAST
+    while batch < min(MOST, len(x.words)):
+        batch *= 2
+    settings: dict[str, Any] = {
+        "BITS": matrix.bits,
+        "UNITS": matrix.units,
+        "BATCH": batch,
+        "ROWS": TILE,
+        "PROGRAM": matrix.program,
+        "WIDTH": CHUNK,
+        "CHUNK": OUTLIERS,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    if isinstance(groups, RowGroups):
+        of_groups = [groups.words, groups.scale_grids, groups.zero_grids]
+        settings |= {
+            "ALONG_OUTPUTS": False,
+            "SIZE": groups.tile,
+            "SPAN": groups.span,
+            "PLANES": groups.planes,
+            "SCALE_BITS": groups.scale_bits,
+            "ZERO_BITS": groups.zero_bits,
+        }
+    else:
+        assert isinstance(groups, ColumnGroups)
+        of_groups = [groups.scales, groups.zeros, None]
+        settings |= {"ALONG_OUTPUTS": True, "SIZE": groups.size}
+        settings |= {"SPAN": 32, "PLANES": 1, "SCALE_BITS": 16, "ZERO_BITS": 0}
+    of_outliers = [None, None, None]
+    if entries is not None:
+        of_outliers = [entries.words, entries.rows, entries.bounds]
+    settings["TEXT"], settings["CONSTRAINTS"] = (
+        ("", "") if is_interpreted(_tiles) else unit_codes(matrix.bits)
+    )
+    of_x = [x.words.view(torch.float16), x.factors, len(x.words)]
+    operands = [matrix.words, *of_groups, groups.factor, *of_outliers, *of_x, result, matrix.rows]
+    return _tiles, operands, settings
+
+
+@triton.jit
+def _codes(words, BITS: tl.constexpr, TEXT: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    # The codes of a unit less the middle one, float16: those of low halves, then of high halves.
+    low, high = (), ()
+    if TEXT != "":
+        pairs = tl.inline_asm_elementwise(
+            TEXT, CONSTRAINTS, words, dtype=(tl.int32,) * 16, is_pure=True, pack=1
+        )
+        for pair in tl.static_range(16):
+            low, high = low + (low_half(pairs[pair]),), high + (high_half(pairs[pair]),)
+    else:
+        middle: tl.constexpr = 2 ** (BITS - 1)
+        for pair in tl.static_range(16):
+            low = low + ((code_of(words, pair, 0, BITS) - middle).to(tl.float16),)
+            high = high + ((code_of(words, pair, 1, BITS) - middle).to(tl.float16),)
+    return low, high
+
+
+@triton.jit
+def _side_by_side(low, high, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    # Each join adds the next lower bit of a weight's number in its unit: its half, then its pair.
+    level = ()
+    for pair in tl.static_range(16):
+        level = level + (tl.join(low[pair], high[pair]),)
+    for step in tl.static_range(4):
+        half: tl.constexpr = 8 >> step
+        joined = ()
+        for pair in tl.static_range(half):
+            joined = joined + (tl.join(level[pair], level[pair + half]),)
+        level = joined
+    return tl.reshape(level[0], [ROWS, WIDTH * 32])
+
+
+@triton.jit
+def _tiles(
+    words,
+    fields,
+    scale_grids,
+    zero_grids,
+    factor,
+    entry_words,
+    entry_rows,
+    bounds,
+    halves,
+    factors,
+    batch,
+    result,
+    rows,
+    BITS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BATCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    PROGRAM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALONG_OUTPUTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    SPAN: tl.constexpr,
+    PLANES: tl.constexpr,
+    SCALE_BITS: tl.constexpr,
+    ZERO_BITS: tl.constexpr,
+    TEXT: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+):
+    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(number, rows - 1)
+    taker = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
+    there = taker < batch
+    units_of_group: tl.constexpr = SPAN // 32 if SPAN >= 32 else 1
+    groups: tl.constexpr = UNITS // units_of_group
+    total = tl.zeros([ROWS, BATCH], tl.float32)
+    for start in range(0, UNITS, WIDTH):
+        unit = start + tl.arange(0, WIDTH)
+        low, high = _codes(take_words(words, row, unit, UNITS, BITS, True), BITS, TEXT, CONSTRAINTS)
+        low_weights, high_weights = (), ()
+        if ALONG_OUTPUTS:
+            for pair in tl.static_range(16):
+                at = ((row // SIZE * 16 + pair) * UNITS)[:, None] + unit[None, :]
+                scale = tl.load(fields + at)
+                one, other = low[pair], high[pair]
+                if scale_grids is not None:  # these are the zero points
+                    zero = tl.load(scale_grids + at)
+                    one, other = one - low_half(zero), other - high_half(zero)
+                low_weights = low_weights + (one * low_half(scale),)
+                high_weights = high_weights + (other * high_half(scale),)
+        else:
+            scales, zeros = (), ()
+            for plane in tl.static_range(PLANES):
+                scale, zero = take_statistics(
+                    fields,
+                    scale_grids,
+                    zero_grids,
+                    row,
+                    rows,
+                    row // SIZE,
+                    plane,
+                    unit // units_of_group,
+                    BITS,
+                    groups,
+                    PLANES,
+                    SCALE_BITS,
+                    ZERO_BITS,
+                    1,
+                )
+                scales = scales + ((scale / factor).to(tl.float16),)
+                zeros = zeros + (zero,)
+            for pair in tl.static_range(16):
+                one, other = low[pair].to(tl.float32), high[pair].to(tl.float32)
+                if ZERO_BITS != 0:
+                    one, other = one - zeros[0], other - zeros[PLANES - 1]
+                low_weights = low_weights + (one.to(tl.float16) * scales[0],)
+                high_weights = high_weights + (other.to(tl.float16) * scales[PLANES - 1],)
+        weights = _side_by_side(low_weights, high_weights, ROWS, WIDTH)
+        place = tl.arange(0, WIDTH * 32)
+        within = place % 32
+        at = (within % 16 * UNITS + start + place // 32) * 2 + within // 16
+        at = at[:, None] + taker[None, :].to(tl.int64) * (32 * UNITS)
+        met = tl.load(halves + at, mask=there[None, :], other=0.0)
+        total = tl.dot(weights, met, total)
+    total *= factor
+    if bounds is not None:
+        for part in range(0, ROWS // PROGRAM):
+            program = tl.program_id(0) * (ROWS // PROGRAM) + part
+            held = program * PROGRAM < rows
+            first = tl.load(bounds + program, mask=held, other=0)
+            last = tl.load(bounds + program + 1, mask=held, other=0)
+            for start in range(first, last, CHUNK):
+                entry_number = start + tl.arange(0, CHUNK)
+                kept = entry_number < last
+                entry = tl.load(entry_words + entry_number, mask=kept, other=0)
+                of_row = tl.load(entry_rows + entry_number, mask=kept, other=0).to(tl.int32)
+                at = ((entry >> 16) & 0xFFFF)[:, None] + taker[None, :].to(tl.int64) * (32 * UNITS)
+                met = tl.load(halves + at, mask=kept[:, None] & there[None, :], other=0.0)
+                mine = (part * PROGRAM + of_row)[None, :] == tl.arange(0, ROWS)[:, None]
+                added = tl.where(mine & kept[None, :], low_half(entry)[None, :], 0.0)
+                total = tl.dot(added.to(tl.float16), met, total)
+    total *= tl.load(factors + taker, mask=there, other=0.0)[None, :]
+    at = result + taker[None, :].to(tl.int64) * rows + number[:, None]
+    tl.store(
+        at, total.to(result.dtype.element_ty), mask=(number < rows)[:, None] & there[None, :]
+    )
