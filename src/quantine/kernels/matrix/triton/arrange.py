@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantine.kernels.matrix.units.activations import LARGEST, Arranged
+from quantine.kernels.matrix.units.activations import LARGEST, Arranged, Rows
 from quantine.kernels.matrix.units.layout import PAIRS, UNIT
 from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
@@ -25,28 +25,42 @@ def arrange(x: Tensor, matrix: UnitMatrix) -> Arranged:
         x: ``[batch, columns]`` float32, float16 or bfloat16, contiguous.
         matrix: the matrix that it is arranged for.
     """
-    batch, groups = len(x), matrix.groups
-    words = x.new_empty(batch, PAIRS, matrix.units, dtype=torch.int32)
-    factors = x.new_empty(batch, dtype=torch.float32)
-    sums = None
-    span, planes = UNIT, 1
+    groups, sums = matrix.groups, None
+    words = x.new_empty(len(x), PAIRS, matrix.units, dtype=torch.int32)
+    factors = x.new_empty(len(x), dtype=torch.float32)
     if isinstance(groups, RowGroups):
-        span, planes = groups.span, groups.planes
-        sums = x.new_empty(batch, planes, groups.words.shape[2], dtype=torch.float32)
-    _arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), batch)](
+        sums = x.new_empty(len(x), groups.planes, groups.words.shape[2], dtype=torch.float32)
+    _launch(x, matrix, words.view(torch.float16), factors, sums)
+    return Arranged(words, sums, factors)
+
+
+def arrange_rows(x: Tensor, matrix: UnitMatrix) -> Rows:
+    """`quantine.kernels.matrix.units.activations.rows_reference` on a GPU, ``x`` as of `arrange`."""
+    halves = x.new_empty(len(x), matrix.units * UNIT, dtype=torch.float16)
+    factors = x.new_empty(len(x), dtype=torch.float32)
+    _launch(x, matrix, halves, factors, None)
+    return Rows(halves, factors)
+
+
+def _launch(
+    x: Tensor, matrix: UnitMatrix, halves: Tensor, factors: Tensor, sums: Tensor | None
+) -> None:
+    groups = matrix.groups
+    grouped = isinstance(groups, RowGroups)
+    _arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](
         x,
         matrix.source,
-        words.view(torch.float16),
+        halves,
         sums,
         factors,
         matrix.columns,
         UNITS=matrix.units,
-        SPAN=span,
-        PLANES=planes,
+        SPAN=groups.span if grouped else UNIT,
+        PLANES=groups.planes if grouped else 1,
         WIDTH=WIDTH,
         LARGEST=LARGEST,
+        IN_PAIRS=halves.dim() == 3,
     )
-    return Arranged(words, sums, factors)
 
 
 @triton.jit
@@ -62,6 +76,7 @@ def _arrange(
     PLANES: tl.constexpr,
     WIDTH: tl.constexpr,
     LARGEST: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
 ):
     chunk, row = tl.program_id(0), tl.program_id(1)
     x += row * columns
@@ -84,8 +99,10 @@ def _arrange(
     if source is not None:
         at = tl.load(source + place, mask=inside, other=0)
     half = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) * inverse).to(tl.float16)
-    unit, within = place // 32, place % 32
-    target = ((row * 16 + within % 16) * UNITS + unit) * 2 + within // 16
+    target = row * 32 * UNITS + place
+    if IN_PAIRS:
+        unit, within = place // 32, place % 32
+        target = ((row * 16 + within % 16) * UNITS + unit) * 2 + within // 16
     tl.store(halves + target, half, mask=place < UNITS * 32)
     if sums is not None:
         total = tl.sum(tl.reshape(half.to(tl.float32), [WIDTH // SPAN, SPAN]), 1)

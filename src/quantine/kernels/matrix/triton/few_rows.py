@@ -138,7 +138,7 @@ def _rows(
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
     number = program * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(number, rows - 1)
-    tile = program * ROWS // TILE
+    tile = program * ROWS // TILE + tl.zeros([1], tl.int32)
     units_of_group: tl.constexpr = SPAN // 32 if SPAN >= 32 else 1
     groups: tl.constexpr = UNITS // units_of_group
     totals = ()

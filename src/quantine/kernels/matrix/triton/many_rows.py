@@ -26,7 +26,7 @@ from quantine.kernels.matrix.triton.parts import (
     take_statistics,
     take_words,
 )
-from quantine.kernels.matrix.units.activations import Arranged
+from quantine.kernels.matrix.units.activations import Rows
 from quantine.kernels.matrix.units.instructions import unit_codes
 from quantine.kernels.matrix.units.statistics import ColumnGroups, RowGroups
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
@@ -43,19 +43,19 @@ OUTLIERS: Final = 32
 """Outliers that a program reads at once."""
 
 
-def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
+def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
-    result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
+    result = torch.empty(len(x.halves), matrix.rows, dtype=dtype, device=x.halves.device)
     kernel, operands, settings = call(matrix, x, result)
-    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(len(x.words), settings["BATCH"]))
+    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(len(x.halves), settings["BATCH"]))
     kernel[grid](*operands, **settings)
     return result
 
 
-def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+def call(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
     """The kernel for ``matrix``, its operands in order, and what is fixed when it is compiled."""
     entries, groups, batch = matrix.entries, matrix.groups, LEAST
-    while batch < min(MOST, len(x.words)):
+    while batch < min(MOST, len(x.halves)):
         batch *= 2
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
@@ -89,7 +89,7 @@ def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any
     settings["TEXT"], settings["CONSTRAINTS"] = (
         ("", "") if is_interpreted(_tiles) else unit_codes(matrix.bits)
     )
-    of_x = [x.words.view(torch.float16), x.factors, len(x.words)]
+    of_x = [x.halves, x.factors, len(x.halves)]
     operands = [matrix.words, *of_groups, groups.factor, *of_outliers, *of_x, result, matrix.rows]
     return _tiles, operands, settings
 
@@ -119,10 +119,9 @@ def _side_by_side(low, high, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     for pair in tl.static_range(16):
         level = level + (tl.join(low[pair], high[pair]),)
     for step in tl.static_range(4):
-        half: tl.constexpr = 8 >> step
         joined = ()
-        for pair in tl.static_range(half):
-            joined = joined + (tl.join(level[pair], level[pair + half]),)
+        for pair in tl.static_range(8 >> step):
+            joined = joined + (tl.join(level[pair], level[pair + (8 >> step)]),)
         level = joined
     return tl.reshape(level[0], [ROWS, WIDTH * 32])
 
@@ -137,7 +136,7 @@ def _tiles(
     entry_words,
     entry_rows,
     bounds,
-    halves,
+    x,
     factors,
     batch,
     result,
@@ -162,6 +161,7 @@ def _tiles(
     row = tl.minimum(number, rows - 1)
     taker = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     there = taker < batch
+    line = taker.to(tl.int64) * (32 * UNITS)
     units_of_group: tl.constexpr = SPAN // 32 if SPAN >= 32 else 1
     groups: tl.constexpr = UNITS // units_of_group
     total = tl.zeros([ROWS, BATCH], tl.float32)
@@ -207,11 +207,8 @@ def _tiles(
                 low_weights = low_weights + (one.to(tl.float16) * scales[0],)
                 high_weights = high_weights + (other.to(tl.float16) * scales[PLANES - 1],)
         weights = _side_by_side(low_weights, high_weights, ROWS, WIDTH)
-        place = tl.arange(0, WIDTH * 32)
-        within = place % 32
-        at = (within % 16 * UNITS + start + place // 32) * 2 + within // 16
-        at = at[:, None] + taker[None, :].to(tl.int64) * (32 * UNITS)
-        met = tl.load(halves + at, mask=there[None, :], other=0.0)
+        at = start * 32 + tl.arange(0, WIDTH * 32)
+        met = tl.load(x + at[:, None] + line[None, :], mask=there[None, :], other=0.0)
         total = tl.dot(weights, met, total)
     total *= factor
     if bounds is not None:
@@ -225,8 +222,10 @@ def _tiles(
                 kept = entry_number < last
                 entry = tl.load(entry_words + entry_number, mask=kept, other=0)
                 of_row = tl.load(entry_rows + entry_number, mask=kept, other=0).to(tl.int32)
-                at = ((entry >> 16) & 0xFFFF)[:, None] + taker[None, :].to(tl.int64) * (32 * UNITS)
-                met = tl.load(halves + at, mask=kept[:, None] & there[None, :], other=0.0)
+                pair = ((entry >> 16) & 0xFFFF) // 2
+                at = pair % UNITS * 32 + ((entry >> 16) & 1) * 16 + pair // UNITS
+                seen = kept[:, None] & there[None, :]
+                met = tl.load(x + at[:, None] + line[None, :], mask=seen, other=0.0)
                 mine = (part * PROGRAM + of_row)[None, :] == tl.arange(0, ROWS)[:, None]
                 added = tl.where(mine & kept[None, :], low_half(entry)[None, :], 0.0)
                 total = tl.dot(added.to(tl.float16), met, total)

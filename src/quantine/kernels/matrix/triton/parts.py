@@ -109,11 +109,9 @@ def on_grid(code, grids):
 
 @triton.jit
 def take_grids(grids, tile, plane: tl.constexpr, group, PLANES: tl.constexpr, GROUPS: tl.constexpr):
-    """The second grids of groups ``[n]``, ``[1, n]`` for one tile and ``[m, n]`` for ``[m]``."""
-    at = (tile * PLANES + plane) * GROUPS
-    if at.shape:
-        at = at[:, None]
-    return tl.load(grids + at + group[None, :], mask=(group < GROUPS)[None, :], other=0)
+    """The second grids of groups ``[n]`` in the tiles ``[m]`` (1 where all rows have one)."""
+    at = (tile[:, None] * PLANES + plane) * GROUPS + group[None, :]
+    return tl.load(grids + at, mask=(group < GROUPS)[None, :], other=0)
 
 
 @triton.jit
@@ -135,7 +133,7 @@ def take_statistics(
 ):
     """Scales, and zero points less the middle code, of groups ``group`` ``[n]`` of rows ``[m]``.
 
-    Both are float32 ``[m, n]``. ``tile`` is the tile of all rows, or ``[m]`` of each. ``OWN`` is the number of groups of the units that a thread has: it
+    Both are float32 ``[m, n]``. ``tile`` is the tile of each row, ``[m]``, or of all, ``[1]``. ``OWN`` is the number of groups of the units that a thread has: it
     reads the statistics of these and no others, so that they need not move between threads.
     """
     held = group < GROUPS

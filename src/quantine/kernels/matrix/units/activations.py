@@ -35,23 +35,37 @@ class Arranged:
     factors: Tensor
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of activations in stored order.
+
+    Attributes:
+        halves: ``[batch, 32 * units]`` float16, divided by the row's factor; zero where they fill up
+            the last units.
+        factors: ``[batch]`` float32, powers of two.
+    """
+
+    halves: Tensor
+    factors: Tensor
+
+
 def arrange_reference(x: Tensor, matrix: UnitMatrix) -> Arranged:
     """Arrange ``x`` ``[batch, columns]`` of any float dtype for ``matrix``."""
-    halves, factors = stored_halves(x, matrix)
-    sums = None
+    rows, sums = rows_reference(x, matrix), None
     if isinstance(matrix.groups, RowGroups):
         planes, span = matrix.groups.planes, matrix.groups.span
-        filled = halves.new_zeros(len(x), matrix.units * UNIT, dtype=torch.float32)
-        filled[:, : matrix.columns] = halves
-        sums = filled.view(len(x), -1, planes, span).sum(3).transpose(1, 2).contiguous()
-    return Arranged(as_pairs(halves, matrix.columns), sums, factors)
+        runs = rows.halves.float().view(len(x), -1, planes, span)
+        sums = runs.sum(3).transpose(1, 2).contiguous()
+    return Arranged(as_pairs(rows.halves, matrix.units * UNIT), sums, rows.factors)
 
 
-def stored_halves(x: Tensor, matrix: UnitMatrix) -> tuple[Tensor, Tensor]:
-    """``x`` ``[batch, columns]`` in stored order as float16, divided by the returned factors."""
+def rows_reference(x: Tensor, matrix: UnitMatrix) -> Rows:
+    """Bring ``x`` ``[batch, columns]`` of any float dtype into the stored order of ``matrix``."""
     stored = x.float() if matrix.source is None else x.float()[:, matrix.source.long()]
     factors = row_factors(stored)
-    return (stored / factors.unsqueeze(1)).half(), factors
+    halves = x.new_zeros(len(x), matrix.units * UNIT, dtype=torch.float16)
+    halves[:, : matrix.columns] = stored / factors.unsqueeze(1)
+    return Rows(halves, factors)
 
 
 def row_factors(x: Tensor) -> Tensor:
