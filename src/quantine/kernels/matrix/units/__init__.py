@@ -1,1 +1,1 @@
-"""Packed matrices as GPUs read them, in plain PyTorch; `quantine.kernels.matrix.triton` computes."""
+"""Packed matrices as GPUs read them, in plain PyTorch."""

@@ -13,9 +13,9 @@ from quantine.kernels.matrix.units.statistics import RowGroups, as_pairs
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 
 LARGEST: Final = 3
-"""Activations of a row are divided by a power of two so that the largest is below 2 to this. Sums of
-16 products with codes of 8 bits, less the middle one, then stay below 2**14, far from the largest
-float16."""
+"""Activations of a row are divided by a power of two so that the largest is below 2 to this. Sums
+of 16 products with codes of 8 bits, less the middle one, then stay at most 2**14, far from the
+largest float16."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Rows:
     """Rows of activations in stored order.
 
     Attributes:
-        halves: ``[batch, 32 * units]`` float16, divided by the row's factor; zero where they fill up
-            the last units.
+        halves: ``[batch, 32 * units]`` float16, divided by the row's factor; zero where they fill
+            up the last units.
         factors: ``[batch]`` float32, powers of two.
     """
 
@@ -69,7 +69,10 @@ def rows_reference(x: Tensor, matrix: UnitMatrix) -> Rows:
 
 
 def row_factors(x: Tensor) -> Tensor:
-    """The power of two for each row ``[batch, columns]`` float32; 1 for rows of zeros."""
+    """The power of two for each row ``[batch, columns]`` float32.
+
+    It is 1 for rows of zeros, and for those that are not finite.
+    """
     largest = x.abs().amax(1)
-    exponent = torch.frexp(largest).exponent
-    return torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent - LARGEST), 1.0)
+    factors = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - LARGEST)
+    return torch.where((largest > 0) & (largest < torch.inf), factors, 1.0)

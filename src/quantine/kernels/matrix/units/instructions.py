@@ -1,8 +1,9 @@
 """Instructions of NVIDIA's GPUs that decode a unit of codes and multiply it with activations.
 
 Two codes are decoded and multiplied by each instruction: in a word of two float16, or-ing a code
-into the mantissa of 1024 gives ``1024 + code * 2**offset`` exactly, for offsets up to ``10 - bits``.
-One subtraction or fused multiplication then leaves the code minus the middle of its range.
+into the mantissa of 1024 gives ``1024 + code * 2**offset`` exactly, for offsets up to
+``10 - bits``. One subtraction or fused multiplication then leaves the code minus the middle of its
+range.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def unit_product(bits: int) -> tuple[str, str]:
 
 @functools.cache
 def unit_codes(bits: int) -> tuple[str, str]:
-    """Instructions that decode a unit: `PAIRS` words of two float16, codes less the middle code.
+    """Instructions that decode a unit: `PAIRS` words of two float16, codes less the middle.
 
     Operands are these words, then the ``bits`` words of the unit; results are as of `unit_product`.
     """
@@ -60,7 +61,7 @@ def unit_codes(bits: int) -> tuple[str, str]:
 
 @functools.cache
 def pairs_product() -> tuple[str, str]:
-    """Instructions for sums of products of `PAIRS` words with `PAIRS` words, as `unit_product`'s."""
+    """Instructions that multiply `PAIRS` words with `PAIRS` words; results as `unit_product`'s."""
     text = _Text(0, results=2)
     for pair in range(PAIRS):
         text.multiply(pair, f"${2 + pair}", f"${2 + PAIRS + pair}")

@@ -9,7 +9,6 @@ docs/gpu.md has the reasons.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch

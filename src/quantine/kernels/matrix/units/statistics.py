@@ -117,8 +117,8 @@ def column_groups(qtensor: QTensor) -> ColumnGroups:
 def as_pairs(values: Tensor, columns: int) -> Tensor:
     """Numbers ``[lines, columns]`` as float16, placed in pairs: ``[lines, 16, units]`` int32.
 
-    Word ``p`` of a unit holds its numbers ``p`` (low half) and ``16 + p`` (high half); what fills up
-    the last units is zero.
+    Word ``p`` of a unit holds its numbers ``p`` (low half) and ``16 + p`` (high half); what fills
+    up the last units is zero.
     """
     units = units_of(columns)
     halves = values.new_zeros(len(values), units * UNIT, dtype=torch.float16)
@@ -153,7 +153,8 @@ def _field(stored: Tensor | Statistic, bits: int) -> tuple[Tensor, int, Tensor |
     """
     if isinstance(stored, Statistic):
         second = stored.grid
-        assert isinstance(second.scale, Tensor) and isinstance(second.zero_point, Tensor)
+        assert isinstance(second.scale, Tensor)
+        assert isinstance(second.zero_point, Tensor)
         grids = half_bits(second.scale) | half_bits(second.zero_point) << HALF_BITS
         return stored.codes.T.int(), second.bits, grids.T
     if stored.dtype == torch.uint8:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,8 +23,10 @@ from quantine.kernels.matrix.units.statistics import (
 MOST_COLUMNS: Final = 2**16
 """Largest number of columns, those included that fill up the last units: an outlier's place among
 them has 16 bits."""
+SEVERAL: Final = 2**14
+"""Columns above which a row takes several tiles, and registers hold the sums of few rows."""
 LONG: Final = 2**12
-"""Columns from which on programs of rows with outliers are larger."""
+"""Columns up to which a program with outliers has fewer rows."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,47 @@ class UnitMatrix:
         """Number of units of a row."""
         return self.words.shape[2]
 
+    def parts(self) -> tuple[list[Tensor | None], list[int], float]:
+        """All that the matrix consists of, as an operator of PyTorch takes it; see `of_parts`."""
+        groups, entries = self.groups, self.entries
+        numbers = [self.bits, self.columns, self.program]
+        if isinstance(groups, RowGroups):
+            tensors = [groups.words, groups.scale_grids, groups.zero_grids]
+            numbers += [groups.tile, groups.span, groups.scale_bits, groups.zero_bits]
+        else:
+            tensors = [groups.scales, groups.zeros]
+            numbers += [groups.size]
+        kept = (None,) * 3 if entries is None else (entries.words, entries.rows, entries.bounds)
+        return [self.words, self.source, *kept, *tensors], numbers, groups.factor
+
+    @classmethod
+    def of_parts(
+        cls, tensors: Sequence[Tensor | None], numbers: Sequence[int], factor: float
+    ) -> UnitMatrix:
+        """Put together what `parts` took apart."""
+        words, source, *kept = tensors[:5]
+        bits, columns, program, *rest = numbers
+        assert words is not None
+        entries = None
+        if kept[0] is not None and kept[1] is not None and kept[2] is not None:
+            entries = Entries(kept[0], kept[1], kept[2])
+        first, *others = tensors[5:]
+        assert first is not None
+        groups: RowGroups | ColumnGroups
+        if len(others) == 2:
+            tile, span, scale_bits, zero_bits = rest
+            grids = (others[0], others[1])
+            groups = RowGroups(first, span, scale_bits, zero_bits, *grids, tile, factor)
+        else:
+            groups = ColumnGroups(first, others[0], rest[0], factor)
+        return cls(words, bits, columns, groups, entries, source, program)
+
 
 def unit_matrix(qtensor: QTensor) -> UnitMatrix | None:
     """Arrange ``qtensor``, on whatever device it is, or return ``None`` where this layout cannot.
 
-    It holds groups of one size: along inputs multiples of 16 or all inputs, along outputs any. There
-    are at most `MOST_COLUMNS` columns. Outliers whose grid has no exact zero are stored as float16
+    It holds groups of one size: along inputs multiples of 16 or all inputs, along outputs any; and
+    at most `MOST_COLUMNS` columns. Outliers whose grid has no exact zero are stored as float16
     differences from what their codes mean, all others exactly.
     """
     grid, columns = qtensor.grid, qtensor.codes.shape[1]
@@ -103,7 +141,7 @@ def unit_matrix(qtensor: QTensor) -> UnitMatrix | None:
 def _program(groups: RowGroups | ColumnGroups, columns: int, outliers: bool) -> int:
     """Rows of a program: the fastest number, see docs/gpu.md, that keeps to one set of grids."""
     if isinstance(groups, ColumnGroups):
-        wanted, together = 16, groups.size
+        wanted, together = 16 if columns <= SEVERAL else 4, groups.size
     else:
         wanted, together = 2 if outliers and columns <= LONG else 4, groups.tile
     while wanted > 1 and together % wanted:

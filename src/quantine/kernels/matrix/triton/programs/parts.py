@@ -1,20 +1,13 @@
 """What several kernels do with words of codes, statistics and activations.
 
-Each kernel runs in Triton's interpreter too, which knows no instructions of a GPU; there ``TEXT`` is
-empty, and plain operations compute the same in float32.
+Each program runs in Triton's interpreter too, which knows no instructions of a GPU; there ``TEXT``
+is empty, and plain operations compute the same in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-
-
-def is_interpreted(kernel: Any) -> bool:
-    """Whether ``kernel`` runs in Triton's interpreter."""
-    return not isinstance(kernel, triton.JITFunction)
 
 
 @triton.jit
@@ -133,8 +126,9 @@ def take_statistics(
 ):
     """Scales, and zero points less the middle code, of groups ``group`` ``[n]`` of rows ``[m]``.
 
-    Both are float32 ``[m, n]``. ``tile`` is the tile of each row, ``[m]``, or of all, ``[1]``. ``OWN`` is the number of groups of the units that a thread has: it
-    reads the statistics of these and no others, so that they need not move between threads.
+    Both are float32 ``[m, n]``. ``tile`` is the tile of each row, ``[m]``, or of all, ``[1]``.
+    ``OWN`` is the number of groups of the units that a thread has: it reads the statistics of these
+    and no others, so that they need not move between threads.
     """
     held = group < GROUPS
     size: tl.constexpr = fields.dtype.element_ty.primitive_bitwidth // 8
