@@ -144,3 +144,14 @@ def test_the_operator_is_whole_to_compilers() -> None:
     operands = (activations(2, 2, 160, 1.0), *arranged(q).parts())
     outcomes = torch.library.opcheck(torch.ops.quantine.multiply_units.default, operands)
     assert set(outcomes.values()) == {"SUCCESS"}
+
+
+@settings(max_examples=60)
+@given(q=matrices, dtype=dtypes)
+def test_decoding(q: QTensor, dtype: torch.dtype) -> None:
+    found = many_rows.decode(arranged(q), dtype)
+    expected, size = q.dequantize(), reach(q)
+    assert found.dtype == dtype
+    # Tiny weights among large ones of the same matrix are rounded to multiples of a subnormal.
+    bound = (torch.finfo(dtype).eps + 2e-3) * size + 2.0**-22 * size.max()
+    assert bool(((found.float() - expected).abs() <= bound).all())

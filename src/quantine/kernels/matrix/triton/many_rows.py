@@ -18,10 +18,10 @@ import triton
 from torch import Tensor
 
 from quantine.kernels.matrix.triton import instructions
-from quantine.kernels.matrix.triton.programs.tiles import multiply_tiles
+from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
 from quantine.kernels.matrix.units.activations import Rows
 from quantine.kernels.matrix.units.instructions import unit_codes
-from quantine.kernels.matrix.units.statistics import ColumnGroups, RowGroups
+from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 
 TILE: Final = 64
@@ -45,24 +45,50 @@ def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     return result
 
 
+def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
+    """The whole matrix ``[rows, columns]`` in ``dtype``, columns in the order of inputs.
+
+    Weights are rounded to float16 on the way, outliers of ``matrix`` are added to them.
+    """
+    result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
+    operands, settings = _matrix_of(matrix)
+    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(matrix.units, CHUNK))
+    more = [matrix.source, result, matrix.rows, matrix.columns]
+    decode_tiles[grid](*operands, *more, **settings)
+    if matrix.entries is not None:
+        rows, columns, added = matrix.entries.placed(matrix)
+        result[rows, columns] = (result[rows, columns].float() + added).to(dtype)
+    return result
+
+
 def call(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
-    """The kernel for ``matrix``, its operands in order, and what is fixed when it is compiled."""
-    entries, groups, batch = matrix.entries, matrix.groups, LEAST
+    """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
+    entries, batch = matrix.entries, LEAST
     while batch < min(MOST, len(x.halves)):
         batch *= 2
+    operands, settings = _matrix_of(matrix)
+    settings |= {"BATCH": batch, "PROGRAM": matrix.program, "CHUNK": OUTLIERS}
+    settings |= instructions.settings(multiply_tiles, UNIT=unit_codes(matrix.bits))
+    of_outliers: list[Tensor | None] = [None, None, None]
+    if entries is not None:
+        of_outliers = [entries.words, entries.rows, entries.bounds]
+    of_x = [x.halves, x.factors, len(x.halves)]
+    return multiply_tiles, [*operands, *of_outliers, *of_x, result, matrix.rows], settings
+
+
+def _matrix_of(matrix: UnitMatrix) -> tuple[list[Any], dict[str, Any]]:
+    """What programs need to decode ``matrix``: first operands, and settings."""
+    groups = matrix.groups
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
-        "BATCH": batch,
         "ROWS": TILE,
-        "PROGRAM": matrix.program,
         "WIDTH": CHUNK,
-        "CHUNK": OUTLIERS,
         "num_warps": 4,
         "num_stages": 3,
     }
     if isinstance(groups, RowGroups):
-        of_groups = [groups.words, groups.scale_grids, groups.zero_grids]
         settings |= {
             "ALONG_OUTPUTS": False,
             "SIZE": groups.tile,
@@ -71,16 +97,9 @@ def call(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], d
             "SCALE_BITS": groups.scale_bits,
             "ZERO_BITS": groups.zero_bits,
         }
-    else:
-        assert isinstance(groups, ColumnGroups)
-        of_groups = [groups.scales, groups.zeros, None]
-        settings |= {"ALONG_OUTPUTS": True, "SIZE": groups.size}
-        settings |= {"SPAN": 32, "PLANES": 1, "SCALE_BITS": 16, "ZERO_BITS": 0}
-        settings["num_stages"] = 2  # each stage holds the scales of all its weights
-    of_outliers: list[Tensor | None] = [None, None, None]
-    if entries is not None:
-        of_outliers = [entries.words, entries.rows, entries.bounds]
-    settings |= instructions.settings(multiply_tiles, UNIT=unit_codes(matrix.bits))
-    of_x = [x.halves, x.factors, len(x.halves)]
-    operands = [matrix.words, *of_groups, groups.factor, *of_outliers, *of_x, result, matrix.rows]
-    return multiply_tiles, operands, settings
+        grids = [groups.scale_grids, groups.zero_grids]
+        return [matrix.words, groups.words, *grids, groups.factor], settings
+    settings |= {"ALONG_OUTPUTS": True, "SIZE": groups.size}
+    settings |= {"SPAN": 32, "PLANES": 1, "SCALE_BITS": 16, "ZERO_BITS": 0}
+    settings["num_stages"] = 2  # each stage holds the scales of all its weights
+    return [matrix.words, groups.scales, groups.zeros, None, groups.factor], settings

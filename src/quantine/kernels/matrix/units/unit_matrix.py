@@ -47,6 +47,19 @@ class Entries:
     rows: Tensor
     bounds: Tensor
 
+    def placed(self, matrix: UnitMatrix) -> tuple[Tensor, Tensor, Tensor]:
+        """Row and input of each entry of ``matrix``, int64, and its value, float32."""
+        counts = self.bounds.diff().long()
+        programs = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        rows = programs * matrix.program + self.rows.long()
+        place = (self.words >> HALF_BITS).long() & 0xFFFF
+        pair, half = place // 2, place % 2
+        columns = pair % matrix.units * UNIT + half * PAIRS + pair // matrix.units
+        if matrix.source is not None:
+            columns = matrix.source.long()[columns]
+        values = (self.words & 0xFFFF).to(torch.int16).view(torch.float16)
+        return rows, columns, values.float()
+
 
 @dataclass(frozen=True)
 class UnitMatrix:
