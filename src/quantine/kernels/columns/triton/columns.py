@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import torch
 import triton
 
 from quantine.kernels.columns.columns import Columns
@@ -11,8 +12,8 @@ from quantine.kernels.columns.reference import fit_if_first
 from quantine.kernels.columns.triton.programs.run import round_run
 from quantine.kernels.fit.grid_cost import SMALLEST_DIVISOR
 
-ROWS: Final = 32
-"""Rows of a program."""
+ROWS: Final = 8
+"""Rows of a program, which is one warp."""
 
 
 def round_block(columns: Columns, start: int, stop: int) -> None:
@@ -55,4 +56,5 @@ def _round_run(columns: Columns, start: int, stop: int) -> None:
         ROWS=ROWS,
         WIDTH=triton.next_power_of_2(stop - start),
         SMALLEST=SMALLEST_DIVISOR,
+        num_warps=1,
     )
