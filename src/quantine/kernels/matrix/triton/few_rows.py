@@ -33,7 +33,7 @@ FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 LANES: Final = 32
 """Threads of a warp."""
-MOST_WARPS: Final = 4
+MOST_WARPS: Final = 8
 """Warps of a program where rows are long."""
 CHUNK: Final = 128
 """Outliers that a program reads at once."""

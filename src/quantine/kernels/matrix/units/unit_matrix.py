@@ -23,7 +23,7 @@ from quantine.kernels.matrix.units.statistics import (
 MOST_COLUMNS: Final = 2**16
 """Largest number of columns, those included that fill up the last units: an outlier's place among
 them has 16 bits."""
-SEVERAL: Final = 2**14
+SEVERAL: Final = 2**15
 """Columns above which a row takes several tiles, and registers hold the sums of few rows."""
 LONG: Final = 2**12
 """Columns up to which a program with outliers has fewer rows."""
