@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Before anything imports Triton: without a GPU its programs run in an interpreter.
+# Before anything imports Triton: its programs run in an interpreter, which needs no GPU. `make gpu`
+# sets the variable to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from gpu_device import DEVICE, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_columns import CPU, columns_of, copied, factor, grids, share_differing
@@ -39,13 +41,13 @@ def test_known_grids_round_alike(
 ) -> None:
     weight = torch.randn(rows, n, generator=generator(seed)) * 0.1
     groups = torch.randint(0, 3, (n,), generator=generator(seed))
-    found = columns_of(weight, factor(n, seed), bits, grids(3, rows, bits, seed), groups, price)
-    expected = copied(found)
+    expected = columns_of(weight, factor(n, seed), bits, grids(3, rows, bits, seed), groups, price)
+    found = moved(copied(expected))
     cut = data.draw(st.integers(0, n))
     for start, stop in ((0, cut), (cut, n)):
         round_block(found, start, stop)
         round_block_reference(expected, start, stop)
-    assert share_differing(found, expected, n) <= max(ROUNDED_ALIKE, 1.5 / rows)
+    assert share_differing(moved(found, "cpu"), expected, n) <= max(ROUNDED_ALIKE, 1.5 / rows)
 
 
 @settings(max_examples=60)
@@ -65,15 +67,20 @@ def test_groups_are_fitted_when_they_are_reached(
     spec = QuantSpec(3, length, scale_bits=scale_bits)
     upper = factor(inputs, seed)
 
-    def started() -> tuple[Columns, FittedGroups]:
+    def started(device: str) -> tuple[Columns, FittedGroups]:
         fitted = FittedGroups.empty(groups, rows, length, spec, CPU)
         at_reach = AtReach(fitted, upper.upper.diagonal().clone(), GridCost("hessian", price, True))
         values = fitted.scale.values, fitted.zero.values
         number = torch.arange(inputs) // length
-        return columns_of(weight, upper, 3, values, number, price, at_reach), fitted
+        columns = moved(columns_of(weight, upper, 3, values, number, price, at_reach), device)
+        # What was one tensor before it moved has to be one after.
+        of_loop = columns.at_reach.fitted
+        places = {"scales": of_loop.scale.values, "zeros": of_loop.zero.values}
+        return replace(columns, **places), of_loop
 
-    (found, fitted), (expected, reference) = started(), started()
+    (found, fitted), (expected, reference) = started(DEVICE), started("cpu")
     round_block(found, 0, inputs)
+    found, fitted = moved(found, "cpu"), moved(fitted, "cpu")
     round_block_reference(expected, 0, inputs)
     total = expected.errors.square().sum()
     torch.testing.assert_close(found.errors.square().sum(), total, rtol=0.05, atol=1e-6)
