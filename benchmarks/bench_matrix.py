@@ -29,10 +29,9 @@ from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import GroupAxis
 from quantine.kernels import backend
-from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix, read_words
+from quantine.kernels.matrix import FEW_ROWS, multiply, multiply_panels, packed_matrix, read_words
 from quantine.kernels.matrix.cpu import Matrix
 from quantine.kernels.matrix.reference import multiply_reference
-from quantine.runtime.modules import FEW_ROWS
 
 COLD_BYTES: Final = 2**28
 """Bytes of the copies of a matrix, at least."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Before anything imports Triton: its programs run in an interpreter, which needs no GPU. `make gpu`
+# sets the variable to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

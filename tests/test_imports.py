@@ -44,7 +44,6 @@ ONLY_INSIDE_FUNCTIONS: Final = (
     "pyarrow",
     "pydoc_data",
     "sklearn",
-    "triton",
     "zstandard",
 )
 TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py", "runtime/kv_cache.py")
@@ -190,6 +189,24 @@ def test_optional_libraries_are_imported_inside_functions() -> None:
     assert wrong == []
 
 
+def in_triton(path: str) -> bool:
+    """Whether a file belongs to a stem's package of programs for GPUs."""
+    parts = Path(path).parts
+    return parts[0] == "kernels" and parts[2:3] == ("triton",)
+
+
+def test_triton_is_imported_at_first_use() -> None:
+    """Programs import Triton on top; what launches them imports them inside of functions."""
+    wrong = [
+        f"{found.file}:{found.line} imports {found.target} ({found.where})"
+        for found in imports()
+        if (found.target.split(".")[0] == "triton" or ".triton" in found.target)
+        and found.where != "function"
+        and not in_triton(found.file)
+    ]
+    assert wrong == []
+
+
 def test_the_scan_sees_what_it_should() -> None:
     # A test of absence is worth something only if presence would be seen.
     kinds = {(f.file, f.target, f.where) for f in imports()}
@@ -198,6 +215,7 @@ def test_the_scan_sees_what_it_should() -> None:
     assert ("calibrate/skeleton.py", "transformers", "function") in kinds
     assert ("calibrate/text.py", "datasets", "function") in kinds
     assert ("kernels/bits/__init__.py", "quantine.kernels.backend", "top") in kinds
+    assert ("kernels/matrix/triton/few_rows.py", "triton", "top") in kinds
 
 
 @pytest.mark.parametrize(

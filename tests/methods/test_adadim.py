@@ -24,8 +24,8 @@ from quantine.families.gpt2 import GPT2
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.formats.inventory import inventory
+from quantine.kernels.matrix import FEW_ROWS
 from quantine.plan.rules import Rule
-from quantine.runtime.modules import FEW_ROWS
 from tiny_models import byte_tokenizer, matrices_of, with_weights
 
 Tiny = Callable[[str], Path]

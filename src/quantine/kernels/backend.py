@@ -1,8 +1,9 @@
 """Which kernels run on which tensors, and whether the native extension can be used.
 
 The native extension ``quantine._native`` is C++ and reads tensors on the CPU only, so every kernel
-asks `of` before it hands a tensor to it. The environment variable ``QUANTINE_BACKEND`` may be
-``auto`` (the default: native where the extension is installed), ``reference`` (never native) or
+asks `of` before it hands a tensor to it. NVIDIA's GPUs have programs in Triton, for the kernels
+that have a package ``triton``. The environment variable ``QUANTINE_BACKEND`` may be ``auto`` (the
+default: native where the extension is installed, Triton where it is), ``reference`` (neither) or
 ``native`` (an error where the extension is missing).
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
 import warnings
 from types import ModuleType
@@ -20,8 +22,12 @@ from torch import Tensor
 
 from quantine.errors import BackendUnavailable
 
-Backend = Literal["native", "reference"]
-"""``"native"``: C++ on the CPU. ``"reference"``: plain PyTorch, which runs on any device."""
+Backend = Literal["native", "triton", "reference"]
+"""``"native"``: C++ on the CPU. ``"triton"``: programs on a GPU of NVIDIA, for kernels that have
+them. ``"reference"``: plain PyTorch, which runs on any device."""
+
+CAPABILITY: Final = (8, 0)
+"""Least compute capability of a GPU that programs in Triton are for (Ampere)."""
 
 VARIABLE: Final = "QUANTINE_BACKEND"
 """Environment variable that chooses the backend."""
@@ -30,7 +36,9 @@ CHOICES: Final = ("auto", "native", "reference")
 
 
 def of(*tensors: Tensor | None) -> Backend:
-    """The kernels that run on ``tensors``: native ones on the CPU, else the reference.
+    """The kernels that run on ``tensors``: native ones on the CPU, Triton's on NVIDIA's GPUs.
+
+    Elsewhere, and where these are not installed, it is the reference.
 
     Args:
         tensors: all tensors of one call; ``None`` stands for one that is left out.
@@ -42,8 +50,19 @@ def of(*tensors: Tensor | None) -> Backend:
     if len(devices) != 1:
         listed = ", ".join(sorted(map(str, devices))) or "no device"
         raise BackendUnavailable(f"a kernel got tensors on {listed}: move them to one device")
-    on_cpu = devices.pop().type == "cpu"
-    return "native" if on_cpu and native() is not None else "reference"
+    device = devices.pop()
+    if device.type == "cuda":
+        return "triton" if _takes_triton(device) else "reference"
+    return "native" if device.type == "cpu" and native() is not None else "reference"
+
+
+@functools.cache
+def _takes_triton(device: torch.device) -> bool:
+    """Whether programs in Triton run on ``device``, one of CUDA's."""
+    if os.environ.get(VARIABLE, "auto") == "reference" or torch.version.hip is not None:
+        return False
+    installed = importlib.util.find_spec("triton") is not None
+    return installed and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def check_native(*tensors: Tensor | None) -> None:

@@ -20,11 +20,9 @@ from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import backend, integer
 from quantine.kernels.integer.input_grid import InputGrid
-from quantine.kernels.matrix import multiply, multiply_panels, packed_matrix
+from quantine.kernels.matrix import packed_matrix, product
 from quantine.runtime.snapshot import Snapshot
 
-FEW_ROWS: Final = 64
-"""Largest number of rows of activations that native kernels multiply straight with the codes."""
 INTEGER_ROWS: Final = 12
 """Number of rows of rounded activations from which integer products are faster than float ones.
 With fewer, unpacking weights to bytes costs more than it saves."""
@@ -108,10 +106,10 @@ class Packed(FixedDtypes):
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T``, with ``W`` the packed matrix.
 
-        Up to `FEW_ROWS` rows are multiplied straight with the codes, with weights decoded in
-        registers and sums in float32. More are multiplied by PyTorch, with weights decoded part by
-        part. The whole matrix is decoded where there is no native matrix, where PyTorch needs
-        gradients or records the computation, and for float64.
+        Few rows are multiplied straight with the codes, with weights decoded in registers and sums
+        in float32. More are multiplied by PyTorch, with weights decoded before, see
+        `quantine.kernels.matrix.product`. The whole matrix is decoded by PyTorch where no kernel
+        reads it, where gradients are needed or the computation is recorded, and for float64.
 
         Autocast changes nothing: like a function that it does not list, this computes in the dtype
         of its input.
@@ -128,15 +126,11 @@ class Packed(FixedDtypes):
     def _product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 and "exponent" in self.tensor_names:
             return self._product(x.float()).to(x.dtype)  # float16 would not hold the weights
-        matrix = self.matrix() if _takes_native(x) else None
+        matrix = self.matrix() if _takes_kernels(x) else None
         if matrix is None:
             return linear(x, self.dequantize().to(x.dtype))
-        rows = x.reshape(-1, self.in_features)
-        if len(rows) > FEW_ROWS:
-            result = multiply_panels(matrix, rows, self.arithmetic)
-        else:
-            (result,) = multiply([matrix], rows.float().contiguous(), self.arithmetic)
-        return result.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        rows = product(matrix, x.reshape(-1, self.in_features), self.arithmetic)
+        return rows.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: shape, layout and spec."""
@@ -209,7 +203,7 @@ class QuantLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
         rows = x.reshape(-1, self.in_features)
-        many = len(rows) >= INTEGER_ROWS and _takes_native(x)
+        many = len(rows) >= INTEGER_ROWS and _takes_kernels(x)
         grid = self.input_grid() if many else None
         if grid is None:
             product = self.product(multiplied_input(self, x))
@@ -231,15 +225,16 @@ class QuantLinear(Packed):
         return {**super().__getstate__(), "_grid": None, "_gridded_from": None}
 
 
-def _takes_native(x: Tensor) -> bool:
-    """Whether native kernels can multiply ``x``.
+def _takes_kernels(x: Tensor) -> bool:
+    """Whether kernels can multiply ``x``.
 
-    It must be on the CPU and of a dtype in `COMPUTED`, and PyTorch must neither need its gradient
-    nor record the computation.
+    There must be some for its device, it must be of a dtype in `COMPUTED`, and PyTorch must neither
+    need its gradient nor record the computation.
     """
     wanted = torch.is_grad_enabled() and x.requires_grad
-    computed = x.device.type == "cpu" and x.dtype in COMPUTED
-    return computed and not wanted and not backend.is_recorded()
+    if wanted or x.dtype not in COMPUTED or backend.is_recorded():
+        return False
+    return backend.of(x) != "reference"
 
 
 class QuantEmbedding(Packed):

@@ -29,19 +29,22 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
     Raises:
         SolverError: a scale or a zero point does not fit into float16.
     """
-    if (
-        backend.of(
-            columns.weights,
-            columns.upper,
-            columns.scales,
-            columns.zeros,
-            columns.groups,
-            columns.codes,
-            columns.errors,
-            columns.kept,
-        )
-        == "native"
-    ):
+    kind = backend.of(
+        columns.weights,
+        columns.upper,
+        columns.scales,
+        columns.zeros,
+        columns.groups,
+        columns.codes,
+        columns.errors,
+        columns.kept,
+    )
+    found = columns.at_reach
+    if kind == "native":
         cpu.round_block(columns, start, stop)
+    elif kind == "triton" and (found is None or found.fitted.spec.group_axis == "in"):
+        from quantine.kernels.columns.triton import columns as programs
+
+        programs.round_block(columns, start, stop)
     else:
         round_block_reference(columns, start, stop)

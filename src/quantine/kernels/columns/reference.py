@@ -14,13 +14,13 @@ def round_block_reference(columns: Columns, start: int, stop: int) -> None:
     """See `quantine.kernels.columns.round_block`."""
     for j in range(start, stop):
         if columns.at_reach is not None:
-            _fit_if_first(columns, columns.at_reach, j)
+            fit_if_first(columns, columns.at_reach, j)
         _round_column(columns, j)
         behind = columns.weights[j + 1 : stop]
         behind.addr_(columns.upper[j, j + 1 : stop], columns.errors[j], alpha=-1)
 
 
-def _fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
+def fit_if_first(columns: Columns, at_reach: AtReach, j: int) -> None:
     """Fit the group that begins at column ``j``, if one does.
 
     Where groups run along outputs, fit all groups of outputs of column ``j``.

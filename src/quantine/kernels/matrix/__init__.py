@@ -1,5 +1,7 @@
 """Products of packed weight matrices with float activations.
 
+On NVIDIA's GPUs the programs of `quantine.kernels.matrix.triton` compute; see docs/gpu.md.
+
 The native kernels read codes in an order of their own. A `Matrix` holds a copy of the tensors of a
 `QTensor` in that order, made once; see docs/kernels.md.
 
@@ -13,6 +15,7 @@ once for each group. `quantine.kernels.matrix.reference.multiply_reference` is t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from torch import Tensor
 
@@ -21,17 +24,49 @@ from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
 from quantine.kernels.matrix import cpu
 from quantine.kernels.matrix.cpu import Matrix
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+
+FEW_ROWS: Final = 64
+"""Largest number of rows of activations that native kernels multiply straight with the codes."""
+TILED_ROWS: Final = 256
+"""Likewise on GPUs; for more, the matrix is decoded once, and PyTorch multiplies."""
 
 
-def packed_matrix(qtensor: QTensor) -> Matrix | None:
-    """The native matrix of ``qtensor``, or ``None`` where there can be none.
+def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
+    """``qtensor`` as the kernels of its device read it, or ``None`` where there can be none.
 
-    There is none without the native extension, off the CPU, and where groups run along outputs but
+    There is none on the CPU without the native extension, nor where groups run along outputs but
     are neither multiples of `quantine.kernels.matrix.cpu.TILE` rows nor all rows, so that tiles of
-    the native layout would cross groups.
+    the native layout would cross groups. On GPUs `unit_matrix` says what there can be, and
+    elsewhere there is nothing.
     """
-    native = backend.of(qtensor.codes) == "native" and cpu.tiles_fit(qtensor)
-    return cpu.packed_matrix(qtensor) if native else None
+    kind = backend.of(qtensor.codes)
+    if kind == "triton":
+        return unit_matrix(qtensor)
+    return cpu.packed_matrix(qtensor) if kind == "native" and cpu.tiles_fit(qtensor) else None
+
+
+def product(matrix: Matrix | UnitMatrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:
+    """``x @ W.T`` by whichever way is fastest for the number of rows of ``x``.
+
+    Args:
+        matrix: what `packed_matrix` made of ``W`` ``[out, in]``, on the device of ``x``.
+        x: ``[batch, in]`` float32, bfloat16 or float16.
+        arithmetic: of products on the CPU, see the module; those on GPUs are of float16.
+
+    Returns:
+        ``[batch, out]`` in the dtype of ``x``.
+    """
+    if isinstance(matrix, UnitMatrix):
+        from quantine.kernels.matrix.triton.many_rows import decode
+        from quantine.kernels.matrix.triton.product import multiply as multiply_units
+
+        if len(x) > TILED_ROWS:
+            return x @ decode(matrix, x.dtype).T
+        return multiply_units(matrix, x)
+    if len(x) > FEW_ROWS:
+        return multiply_panels(matrix, x, arithmetic)
+    return multiply([matrix], x.float().contiguous(), arithmetic)[0].to(x.dtype)
 
 
 def float_matrix(weight: Tensor) -> Matrix | None:

@@ -1,0 +1,1 @@
+"""GPTQ's column loop on NVIDIA's GPUs by Triton; imported at first use."""

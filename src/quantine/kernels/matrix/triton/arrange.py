@@ -1,0 +1,64 @@
+"""Activations brought into the order in which a matrix's units meet them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+import triton
+from torch import Tensor
+
+from quantine.kernels.matrix.triton.programs import arrangement
+from quantine.kernels.matrix.units.activations import LARGEST, Arranged, Rows
+from quantine.kernels.matrix.units.layout import PAIRS, UNIT
+from quantine.kernels.matrix.units.statistics import RowGroups
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+
+WIDTH: Final = 1024
+"""Activations that a program arranges."""
+
+
+def arrange(x: Tensor, matrix: UnitMatrix) -> Arranged:
+    """`quantine.kernels.matrix.units.activations.arrange_reference` on a GPU.
+
+    Args:
+        x: ``[batch, columns]`` float32, float16 or bfloat16, contiguous.
+        matrix: the matrix that it is arranged for.
+    """
+    groups, sums = matrix.groups, None
+    words = x.new_empty(len(x), PAIRS, matrix.units, dtype=torch.int32)
+    factors = x.new_empty(len(x), dtype=torch.float32)
+    if isinstance(groups, RowGroups):
+        sums = x.new_empty(len(x), groups.planes, groups.words.shape[2], dtype=torch.float32)
+    _launch(x, matrix, words.view(torch.float16), factors, sums)
+    return Arranged(words, sums, factors)
+
+
+def arrange_rows(x: Tensor, matrix: UnitMatrix) -> Rows:
+    """`quantine.kernels.matrix.units.activations.rows_reference` on a GPU; ``x`` as `arrange`'s."""
+    halves = x.new_empty(len(x), matrix.units * UNIT, dtype=torch.float16)
+    factors = x.new_empty(len(x), dtype=torch.float32)
+    _launch(x, matrix, halves, factors, None)
+    return Rows(halves, factors)
+
+
+def _launch(
+    x: Tensor, matrix: UnitMatrix, halves: Tensor, factors: Tensor, sums: Tensor | None
+) -> None:
+    groups, span, planes = matrix.groups, UNIT, 1
+    if isinstance(groups, RowGroups):
+        span, planes = groups.span, groups.planes
+    arrangement.arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](
+        x,
+        matrix.source,
+        halves,
+        sums,
+        factors,
+        matrix.columns,
+        UNITS=matrix.units,
+        SPAN=span,
+        PLANES=planes,
+        WIDTH=WIDTH,
+        LARGEST=LARGEST,
+        IN_PAIRS=halves.dim() == 3,
+    )

@@ -1,0 +1,97 @@
+"""Products of a packed matrix with few rows of activations: as fast as the codes can be read.
+
+A program multiplies a few whole rows of the matrix, so nothing is split, nothing has to be summed
+between programs, and results do not depend on the order in which programs run. Activations are read
+once for all rows of the program. See docs/gpu.md.
+
+The meaning is `quantine.kernels.matrix.reference.multiply_reference` (``exact``), to the precision
+of float16: products of 16 codes are summed in float16, everything else in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from quantine.kernels.matrix.triton import instructions
+from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
+from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
+from quantine.kernels.matrix.units.activations import Arranged
+from quantine.kernels.matrix.units.instructions import (
+    PAIR_TIMES_PAIR,
+    pairs_product,
+    unit_product,
+)
+from quantine.kernels.matrix.units.layout import TOGETHER
+from quantine.kernels.matrix.units.statistics import ColumnGroups, RowGroups
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+
+FEW: Final = 4
+"""Largest number of rows of activations that are multiplied so."""
+LANES: Final = 32
+"""Threads of a warp."""
+MOST_WARPS: Final = 8
+"""Warps of a program where rows are long."""
+CHUNK: Final = 128
+"""Outliers that a program reads at once."""
+BLOCK: Final = 4
+"""Rows that a program of groups along outputs multiplies at once."""
+
+
+def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
+    """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
+    result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
+    kernel, operands, settings = call(matrix, x, result)
+    kernel[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+    return result
+
+
+def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The kernel for ``matrix``, its operands in order, and what is fixed when it is compiled."""
+    entries, groups = matrix.entries, matrix.groups
+    warps = 1
+    while warps < MOST_WARPS and warps * LANES * TOGETHER < matrix.units:
+        warps *= 2
+    settings: dict[str, Any] = {
+        "BITS": matrix.bits,
+        "UNITS": matrix.units,
+        "BATCH": len(x.words),
+        "ROWS": matrix.program,
+        "WIDTH": warps * LANES * TOGETHER,
+        "CHUNK": CHUNK,
+        "num_warps": warps,
+    }
+    of_outliers: list[Tensor | None] = [None, None, None]
+    if entries is not None:
+        of_outliers = [entries.words, entries.rows, entries.bounds]
+    of_x = [x.words, x.words.view(torch.float16), x.factors]
+    if isinstance(groups, RowGroups):
+        kernel: Any = multiply_row_groups
+        of_groups: list[Any] = [groups.words, groups.scale_grids, groups.zero_grids, x.sums]
+        settings |= {
+            "TILE": groups.tile,
+            "SPAN": groups.span,
+            "PLANES": groups.planes,
+            "SCALE_BITS": groups.scale_bits,
+            "ZERO_BITS": groups.zero_bits,
+        }
+    else:
+        assert isinstance(groups, ColumnGroups)
+        kernel = multiply_column_groups
+        of_groups = [groups.scales, groups.zeros, groups.factor]
+        settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
+        settings |= instructions.settings(kernel, SUM=pairs_product(), PAIR=PAIR_TIMES_PAIR)
+    settings |= instructions.settings(kernel, UNIT=unit_product(matrix.bits))
+    operands = [
+        matrix.words,
+        *of_groups,
+        *of_outliers,
+        *of_x,
+        matrix.multiplier,
+        result,
+        matrix.rows,
+    ]
+    return kernel, operands, settings

@@ -1,0 +1,111 @@
+"""Products of a packed matrix with many rows of activations, by tensor cores.
+
+A program computes a tile of the result. It decodes the codes of a few units of its rows in
+registers, makes weights of them in float16, and hands them to the tensor cores, which sum in
+float32; the matrix is never in memory as floats. Sums are in one order, so results are the same
+whenever a program runs.
+
+The meaning is `quantine.kernels.matrix.reference.multiply_reference` (``exact``), with weights and
+activations rounded to float16.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from quantine.kernels.matrix.triton import instructions
+from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
+from quantine.kernels.matrix.units.activations import Rows
+from quantine.kernels.matrix.units.instructions import unit_codes
+from quantine.kernels.matrix.units.statistics import RowGroups
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+
+TILE: Final = 64
+"""Rows of the matrix that a program multiplies."""
+MOST: Final = 64
+"""Largest number of rows of activations that a program multiplies."""
+LEAST: Final = 16
+"""Smallest number, those included that are not there: tensor cores take no fewer."""
+CHUNK: Final = 4
+"""Units that a program decodes at once: 128 inputs."""
+OUTLIERS: Final = 32
+"""Outliers that a program reads at once."""
+
+
+def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
+    """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
+    result = torch.empty(len(x.halves), matrix.rows, dtype=dtype, device=x.halves.device)
+    kernel, operands, settings = call(matrix, x, result)
+    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(len(x.halves), settings["BATCH"]))
+    kernel[grid](*operands, **settings)
+    return result
+
+
+def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
+    """The whole matrix ``[rows, columns]`` in ``dtype``, columns in the order of inputs.
+
+    Weights are rounded to float16 on the way, outliers of ``matrix`` are added to them.
+    """
+    result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
+    operands, settings = _matrix_of(matrix)
+    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(matrix.units, CHUNK))
+    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
+    decode_tiles[grid](*operands, *more, **settings)
+    if matrix.entries is not None:
+        rows, columns, added = matrix.entries.placed(matrix)
+        result[rows, columns] = (result[rows, columns].float() + added * matrix.multiplier).to(
+            dtype
+        )
+    return result
+
+
+def call(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
+    entries, batch = matrix.entries, LEAST
+    while batch < min(MOST, len(x.halves)):
+        batch *= 2
+    operands, settings = _matrix_of(matrix)
+    settings |= {"BATCH": batch, "PROGRAM": matrix.program, "CHUNK": OUTLIERS}
+    settings |= instructions.settings(multiply_tiles, UNIT=unit_codes(matrix.bits))
+    of_outliers: list[Tensor | None] = [None, None, None]
+    if entries is not None:
+        of_outliers = [entries.words, entries.rows, entries.bounds]
+    of_x = [x.halves, x.factors, len(x.halves)]
+    return (
+        multiply_tiles,
+        [*operands, *of_outliers, *of_x, matrix.multiplier, result, matrix.rows],
+        settings,
+    )
+
+
+def _matrix_of(matrix: UnitMatrix) -> tuple[list[Any], dict[str, Any]]:
+    """What programs need to decode ``matrix``: first operands, and settings."""
+    groups = matrix.groups
+    settings: dict[str, Any] = {
+        "BITS": matrix.bits,
+        "UNITS": matrix.units,
+        "ROWS": TILE,
+        "WIDTH": CHUNK,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+    if isinstance(groups, RowGroups):
+        settings |= {
+            "ALONG_OUTPUTS": False,
+            "SIZE": groups.tile,
+            "SPAN": groups.span,
+            "PLANES": groups.planes,
+            "SCALE_BITS": groups.scale_bits,
+            "ZERO_BITS": groups.zero_bits,
+        }
+        grids = [groups.scale_grids, groups.zero_grids]
+        return [matrix.words, groups.words, *grids, groups.factor], settings
+    settings |= {"ALONG_OUTPUTS": True, "SIZE": groups.size}
+    settings |= {"SPAN": 32, "PLANES": 1, "SCALE_BITS": 16, "ZERO_BITS": 0}
+    settings["num_stages"] = 2  # each stage holds the scales of all its weights
+    return [matrix.words, groups.scales, groups.zeros, None, groups.factor], settings

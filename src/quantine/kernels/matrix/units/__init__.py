@@ -1,0 +1,1 @@
+"""Packed matrices as GPUs read them, in plain PyTorch."""

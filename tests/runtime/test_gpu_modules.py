@@ -1,0 +1,45 @@
+"""Packed modules where a GPU's programs compute, which Triton interprets here on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantine import load
+from quantine.kernels import backend
+from quantine.kernels.matrix import TILED_ROWS
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+from quantine.runtime.modules import packed_modules
+from tiny_models import logits_of, some_tokens
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+Packed = Callable[[str, str], Path]
+
+
+@pytest.mark.parametrize("plan", ["gptq", "mixed"])
+def test_logits_are_those_of_the_modules(
+    packed: Packed, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(packed("llama", plan), arithmetic="exact")
+    tokens = some_tokens(3)
+    expected = logits_of(model, tokens)
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    model, _ = load(packed("llama", plan))
+    found = logits_of(model, tokens)
+    assert any(isinstance(module.matrix(), UnitMatrix) for _, module in packed_modules(model))
+    assert float((found - expected).abs().max()) <= 1e-2 * float(expected.abs().max())
+
+
+def test_very_many_rows_meet_a_decoded_matrix(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(packed("llama", "gptq"), arithmetic="exact")
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    _, module = next(iter(packed_modules(model)))
+    x = torch.randn(TILED_ROWS + 1, module.in_features, generator=torch.Generator().manual_seed(1))
+    expected = x @ module.dequantize().T
+    assert float((module.product(x) - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
