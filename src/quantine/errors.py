@@ -39,6 +39,12 @@ def cut(value: object, most: int = 120) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
+def ending(name: object, most: int = 100) -> str:
+    """The name of a file or text in a message, of which only the end is left if it is long."""
+    text = str(name)
+    return text if len(text) <= most else f"…{text[-most:]}"
+
+
 def shown(value: object) -> str:
     """``repr(value)`` as `cut` gives it, for a value that is not what it should be."""
     return cut(repr(value))

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos, check_bos
 from quantine.calibrate.text import BUILTIN, read_text
-from quantine.calibrate.token_stream import TokenStream, shown, token_stream
-from quantine.errors import CalibrationError
+from quantine.calibrate.token_stream import TokenStream, token_stream
+from quantine.errors import CalibrationError, ending
 
 DEFAULT_SAMPLES: Final = 64
 """Number of calibration segments where nothing else is asked for."""
@@ -99,7 +99,7 @@ def draw_segments(stream: TokenStream, samples: int, length: int, seed: int, sou
         )
     if available < needed:
         raise CalibrationError(
-            f"the text {shown(source)!r} has {available} tokens, too few for one segment of "
+            f"the text {ending(source)!r} has {available} tokens, too few for one segment of "
             f"{length}: use a longer text or a smaller seqlen"
         )
     generator = random.Random(seed)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from quantine.calibrate.text_files import TextFile, read_file, text_file
-from quantine.calibrate.token_stream import shown
-from quantine.errors import CalibrationError, brief
+from quantine.errors import CalibrationError, brief, ending
 
 Split = Literal["calibration", "heldout"]
 """The part of a text: ``"calibration"``, or ``"heldout"`` for evaluation."""
@@ -125,7 +124,7 @@ def read_text(source: str, split: Split, tokenizer: Any = None) -> str:
     else:
         text = read_file(_file(source), tokenizer)
     if not text.strip():
-        raise CalibrationError(f"the text {shown(source)!r} is empty: give one with words in it")
+        raise CalibrationError(f"the text {ending(source)!r} is empty: give one with words in it")
     return text
 
 
@@ -139,7 +138,7 @@ def _file(source: str) -> TextFile:
     file = text_file(source)
     if file is None:
         raise CalibrationError(
-            f"no text file {shown(source)} (known names: {', '.join([BUILTIN, *HUB_TEXTS])})"
+            f"no text file {ending(source)} (known names: {', '.join([BUILTIN, *HUB_TEXTS])})"
         )
     return file
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.calibrate.conversations import conversation_text
-from quantine.calibrate.token_stream import check_characters, shown
-from quantine.errors import CalibrationError
+from quantine.calibrate.token_stream import check_characters
+from quantine.errors import CalibrationError, ending
 
 KINDS: Final = (".txt", ".jsonl", ".json", ".parquet")
 """Suffixes of the files that can be read."""
@@ -82,7 +82,7 @@ def read_file(file: TextFile, tokenizer: Any = None) -> str:
         CalibrationError: the file cannot be read or used; the message names the file and, where
             there is one, the line or row, and never quotes what is in it.
     """
-    kind, where = _kind(file.path), shown(file.path)
+    kind, where = _kind(file.path), ending(file.path)
     data = _content(file.path)
     if kind == ".parquet":
         return _joined(_parquet_rows(file, data), tokenizer)
@@ -108,7 +108,7 @@ def _kind(path: Path) -> str:
         name = name.removesuffix(compression)
     if Path(name).suffix not in KINDS:
         raise CalibrationError(
-            f"{shown(path)} has no suffix that says what is in it: {', '.join(KINDS)} are known, "
+            f"{ending(path)} has no suffix that says what is in it: {', '.join(KINDS)} are known, "
             f"each also with {' or '.join(COMPRESSIONS)}; name plain text .txt"
         )
     return Path(name).suffix
@@ -119,7 +119,7 @@ def _content(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise CalibrationError(f"{shown(path)} cannot be read: {error.strerror}") from error
+        raise CalibrationError(f"{ending(path)} cannot be read: {error.strerror}") from error
     compression = path.suffix.lower()
     try:
         if compression == ".gz":
@@ -127,7 +127,7 @@ def _content(path: Path) -> bytes:
         return _from_zstandard(data, path) if compression == ".zst" else data
     except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(
-            f"{shown(path)} is not a whole {compression} file: copy or download it again"
+            f"{ending(path)} is not a whole {compression} file: copy or download it again"
         ) from error
 
 
@@ -141,7 +141,7 @@ def _from_zstandard(data: bytes, path: Path) -> bytes:
         from zstandard import ZstdDecompressor, ZstdError
     except ImportError as error:
         raise CalibrationError(
-            f"{shown(path)} needs zstandard: pip install 'quantine[hub]', or decompress it"
+            f"{ending(path)} needs zstandard: pip install 'quantine[hub]', or decompress it"
         ) from error
     parts: list[bytes] = []
     frame = None
@@ -245,7 +245,7 @@ def _field(file: TextFile, names: Iterable[str]) -> str:
 
 def _no_field(where: str, field: str) -> CalibrationError:
     return CalibrationError(
-        f"{where} has no field {shown(field)!r}: name the field that holds the text as FILE:FIELD"
+        f"{where} has no field {ending(field)!r}: name the field that holds the text as FILE:FIELD"
     )
 
 
@@ -255,7 +255,7 @@ def _parquet_rows(file: TextFile, data: bytes) -> Iterator[Row]:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise CalibrationError(
-            f"{shown(file.path)} needs pyarrow: pip install 'quantine[hub]'"
+            f"{ending(file.path)} needs pyarrow: pip install 'quantine[hub]'"
         ) from error
     try:
         table = ParquetFile(BytesIO(data))
@@ -264,13 +264,13 @@ def _parquet_rows(file: TextFile, data: bytes) -> Iterator[Row]:
         values = table.read([field])[field].to_pylist() if field in names else None
     except (ArrowException, OSError, ValueError, KeyError) as error:
         raise CalibrationError(
-            f"{shown(file.path)} is not a whole parquet file of strings in UTF-8: copy or download "
-            "it again"
+            f"{ending(file.path)} is not a whole parquet file of strings in UTF-8: copy or "
+            "download it again"
         ) from error
     if values is None:
-        raise _no_field(shown(file.path), field)
+        raise _no_field(ending(file.path), field)
     for number, value in enumerate(values, 1):
-        yield f"{shown(file.path)}: row {number}", value
+        yield f"{ending(file.path)}: row {number}", value
 
 
 def _joined(rows: Iterable[Row], tokenizer: Any) -> str:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos, check_bos
-from quantine.errors import CalibrationError
+from quantine.errors import CalibrationError, ending
 
 PROBE: Final = "a1\u03b1\u0431\u05d0\u0628\u0905\u0e01\u3042\u4e2d\uac00"
 """The text that shows what a tokenizer puts around every text: letters of many scripts, so that
 every tokenizer knows one."""
-LONGEST_NAME: Final = 100
-"""Number of characters of a name that are shown in a message, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,6 @@ class TokenStream:
         return torch.stack([torch.cat([self.begin, text]) for text in texts])
 
 
-def shown(name: str | Path) -> str:
-    """The name of a text or file for messages, of which only the end is left if it is long."""
-    text = str(name)
-    return text if len(text) <= LONGEST_NAME else f"…{text[-LONGEST_NAME:]}"
-
-
 def check_characters(text: str, where: str) -> str:
     """Return ``text``, all of whose characters can be written as UTF-8.
 
@@ -105,7 +96,7 @@ def token_stream(
             vocabulary.
     """
     check_bos(bos)
-    check_characters(text, f"the text {shown(source)!r}")
+    check_characters(text, f"the text {ending(source)!r}")
     try:
         ids = _ids(tokenizer, text)
         frame = frame_of(tokenizer)
@@ -113,14 +104,14 @@ def token_stream(
         raise
     except Exception as error:  # tokenizer backends raise bare exceptions of their own
         raise CalibrationError(
-            f"the tokenizer fails on the text {shown(source)!r} ({type(error).__name__}): try "
+            f"the tokenizer fails on the text {ending(source)!r} ({type(error).__name__}): try "
             "another text, and compare the tokenizer's files with those of the model's source"
         ) from error
     stream = torch.tensor(ids, dtype=torch.int64, device="cpu")
     if stream.numel() and not 0 <= int(stream.min()) <= int(stream.max()) < vocabulary:
         outside = next(number for number in ids if not 0 <= number < vocabulary)
         raise CalibrationError(
-            f"the tokenizer gives id {outside} for text {shown(source)!r}, but the model knows "
+            f"the tokenizer gives id {outside} for text {ending(source)!r}, but the model knows "
             f"{vocabulary} tokens: tokenizer and model do not belong together"
         )
     before, after = len(frame.before), len(frame.after)

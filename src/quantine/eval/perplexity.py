@@ -18,8 +18,8 @@ from torch import Tensor
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.text import read_text
-from quantine.calibrate.token_stream import shown, token_stream
-from quantine.errors import CalibrationError
+from quantine.calibrate.token_stream import token_stream
+from quantine.errors import CalibrationError, ending
 from quantine.eval.interval import mean_with_error
 from quantine.source.model_source import ModelSource
 
@@ -140,7 +140,7 @@ def cut_windows(
     count = len(stream.tokens) // step
     if count == 0:
         raise CalibrationError(
-            f"the text {shown(text)!r} has {len(stream.tokens)} tokens, fewer than one window of "
+            f"the text {ending(text)!r} has {len(stream.tokens)} tokens, fewer than one window of "
             f"{window}: use a longer text or a smaller window"
         )
     count = min(count, limit or count)
