@@ -120,7 +120,11 @@ def test_integers_predict_what_the_simulation_does(
     errors = (found - expected).abs() / expected.abs().max()
     assert float(errors.median()) < 1e-5
     assert float(errors.max()) < 0.03
-    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    # So may two tokens that are about as likely, and no others.
+    differ = found.argmax(-1) != expected.argmax(-1)
+    best = expected.topk(2).values[differ]
+    assert int(differ.sum()) <= 1
+    assert ((best[:, 0] - best[:, 1]) < 0.03 * expected.abs().max()).all()
 
 
 def test_what_runs_is_what_was_solved_for(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
