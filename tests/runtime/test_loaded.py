@@ -118,7 +118,7 @@ WEIGHTS = [
     ("rtn", f"{QUERY}.scale", filled(INF), "scale"),
     ("rtn", f"{QUERY}.scale", lambda t: t.bfloat16(), "BF16"),
     ("rtn", f"{QUERY}.codes", lambda t: t[:-1], "codes"),
-    ("rtn", f"{QUERY}.codes", lambda t: t.view(torch.int8), "I8"),
+    ("rtn", f"{QUERY}.codes", lambda t: t.view(torch.int8), "int8"),
     ("rtn", f"{QUERY}.codes", lambda t: t > 0, "BOOL"),
     ("rtn", f"{QUERY}.codes", lambda t: t.view(torch.float8_e4m3fn), "F8_E4M3"),
     ("rtn", f"{QUERY}.codes", lambda t: t.view(torch.float8_e5m2), "F8_E5M2"),

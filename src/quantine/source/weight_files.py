@@ -75,7 +75,7 @@ def _of_index(index: Path, directory: Path) -> list[Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = [directory / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: download it again") from error
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -113,7 +113,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {cut(error)}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: it holds no table")
