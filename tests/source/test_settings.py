@@ -79,6 +79,7 @@ def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text("[" * 10**5)
     with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
         locate(tmp_path).quant_method()
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=f"{INDEX} is damaged"):
         weight_files(tmp_path)
 

@@ -55,6 +55,17 @@ def add_bos(parser: argparse.ArgumentParser, pieces: str) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says on which device is computed."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 or another of PyTorch's devices; auto (default) is cuda where "
+        "there is one, else cpu",
+    )
+
+
 def comma_list(text: str) -> list[str]:
     """The parts of ``text`` between commas; empty ones are left out."""
     return [name for name in text.split(",") if name]

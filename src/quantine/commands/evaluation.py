@@ -11,6 +11,7 @@ from quantine.commands.arguments import (
     MODEL_HELP,
     TEXT_FILES_HELP,
     add_bos,
+    add_device,
     add_verb,
     comma_list,
 )
@@ -37,6 +38,7 @@ def add(verbs: Any) -> None:
     add_texts(parser)
     add_tasks(parser)
     add_bos(parser, "windows and questions")
+    add_device(parser)
     parser.add_argument("--reference", metavar="MODEL", help="also closeness to this model")
     parser.add_argument(
         "--cache",
@@ -132,6 +134,7 @@ def _run(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype),
         tasks=tasks_of(arguments),
         bos=arguments.bos,
+        device=arguments.device,
         on_window=on_window,
     )
     print_scores(scores, console)

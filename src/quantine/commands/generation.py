@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from quantine.commands.arguments import DTYPES, MODEL_HELP, add_verb
+from quantine.commands.arguments import DTYPES, MODEL_HELP, add_device, add_verb
 
 
 def add(verbs: Any) -> None:
@@ -28,6 +28,7 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of sampling; default 0")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
+    add_device(parser)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -45,4 +46,5 @@ def _run(arguments: argparse.Namespace) -> None:
         dtype=getattr(torch, arguments.dtype),
         out=sys.stdout,
         log=sys.stderr,
+        device=arguments.device,
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_bos, add_verb
+from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_bos, add_device, add_verb
 from quantine.commands.json_output import check_writable, write_json_output
 from quantine.errors import PlanError
 
@@ -108,6 +108,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
     add_bos(parser, "segments")
+    add_device(parser)
     parser.add_argument(
         "--bfloat16",
         action="store_true",
@@ -137,6 +138,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             resume=arguments.resume,
             max_ram=arguments.max_ram,
             progress=shown,
+            device=arguments.device,
         )
     finally:
         if shown is not None:
@@ -157,7 +159,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from quantine.run.prepare import prepare
 
     plan, calibration = _request(arguments)
-    job = prepare(arguments.model, plan, calibration)
+    job = prepare(arguments.model, plan, calibration, arguments.device)
     size = estimate(job, arguments.max_ram)
     print_plan(job, size, arguments.layers)
     write_json_output(arguments.json, plan_as_json(job, size))

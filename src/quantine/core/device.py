@@ -10,14 +10,18 @@ from quantine.errors import BackendUnavailable
 
 CPU: Final = torch.device("cpu")
 """The device that everything is on unless a caller asks for another one."""
+AUTO: Final = "auto"
+"""Stands for the fastest device here: a GPU that PyTorch calls ``cuda``, else the CPU."""
 
 
 def device_named(name: str | torch.device) -> torch.device:
-    """The device that PyTorch calls ``name``, such as ``cpu`` or ``cuda:1``.
+    """The device that PyTorch calls ``name``, such as ``cpu`` or ``cuda:1``; or that of `AUTO`.
 
     Raises:
         BackendUnavailable: this machine, or the installed PyTorch, has no such device.
     """
+    if name == AUTO:
+        name = "cuda" if torch.cuda.is_available() else CPU
     try:
         device = torch.empty(0, dtype=torch.float32, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:

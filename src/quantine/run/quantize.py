@@ -141,7 +141,7 @@ class _Run:
     def finished(self, started: float) -> Result:
         """Do all that is left to do, which may be nothing, and return the finished directory."""
         job, store, out = self.job, self.store, self.store.out
-        self.progress.note(f"reading {job.source.name}")
+        self.progress.note(f"reading {job.source.name}; computing on {job.device}")
         gguf = job.source.gguf_file is not None
         identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
         check_identity(out, identity)
