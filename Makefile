@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check sanitize fuzz bench wheel docs clean
+.PHONY: help install demo demo-model test check sanitize fuzz gpu bench wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -20,6 +20,7 @@ help:
 	@echo "make check     formatting, lint, types, and which module may import which"
 	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
 	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
+	@echo "make gpu       test and time the programs for GPUs, on a GPU"
 	@echo "make bench     time the kernels"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
@@ -72,6 +73,10 @@ sanitize: install
 SEED = 0
 fuzz: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 10000 --seed $(SEED)
+
+# Says what it would do where there is no GPU.
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py

@@ -1,0 +1,36 @@
+"""`make gpu` where there is no GPU, and the parts of it that need none."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_without_a_gpu_it_says_what_it_would_do() -> None:
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, check=True
+    )
+    assert "There is no GPU here" in found.stdout
+    assert "gpu-NAME.json" in found.stdout
+
+
+def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
+    code = (
+        "import dataclasses, torch, gpu\n"
+        "for kind in gpu.KINDS:\n"
+        "    part = gpu.qtensor_of(dataclasses.replace(kind, columns=128))\n"
+        "    whole = gpu.repeated(part, 3)\n"
+        "    assert torch.equal(whole.dequantize(), part.dequantize().repeat(3, 1))\n"
+    )
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
+    subprocess.run([sys.executable, "-c", code], env=surroundings, check=True)
