@@ -14,11 +14,6 @@ QuantineError
 
 from __future__ import annotations
 
-from typing import Final
-
-LONGEST_REASON: Final = 120
-"""Number of characters of another library's message that `brief` keeps."""
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out; PyTorch has no class of its own for the CPU's."""
@@ -88,10 +83,3 @@ class ResumeMismatch(OutputError):
 
 class BackendUnavailable(QuantineError):
     """The requested kernel backend or device does not exist on this machine."""
-
-
-def brief(error: Exception) -> str:
-    """What another library says is wrong, in one short line, for a message of quantine."""
-    lines = str(error).split("\n")
-    said = next((line.strip() for line in lines if line.strip()), type(error).__name__)
-    return said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}…"

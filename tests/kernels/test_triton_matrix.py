@@ -174,3 +174,18 @@ def test_weights_too_small_for_float16(axis: GroupAxis, zero: str) -> None:
     decoded = x.cpu() @ many_rows.decode(matrix, torch.float32).cpu().T
     for found in (few, many, decoded):
         assert_close(found * 2.0**40, q, x, FEW_TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_small_rows_are_as_precise_as_large_ones(axis: GroupAxis) -> None:
+    q = qtensor_of(5, 32 if axis == "in" else 64, 4, 16, 4, "half", "whole", 0.0, False, axis)
+    small = 2.0 ** -torch.arange(len(q.grid.scale) if axis == "in" else 4).mul(4).clamp(max=12)
+    scale = q.grid.scale * (small[:, None] if axis == "in" else small[None, :])
+    q = replace(q, grid=replace(q.grid, scale=scale.half()))
+    matrix, x = arranged(q), activations(2, 8, q.codes.shape[1], 1.0)
+    expected = x.cpu() @ q.dequantize().T
+    decoded = x.cpu() @ many_rows.decode(matrix, torch.float32).cpu().T
+    many = many_rows.multiply(matrix, arrange_rows(x, matrix), torch.float32).cpu()
+    for found in (many, decoded):
+        error = (found - expected).norm(dim=0) / expected.norm(dim=0)
+        assert float(error.max()) <= 2e-3

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from quantine.calibrate.text_files import TextFile, read_file, text_file
-from quantine.errors import CalibrationError, brief, ending
+from quantine.errors import CalibrationError, cut, ending
 
 Split = Literal["calibration", "heldout"]
 """The part of a text: ``"calibration"``, or ``"heldout"`` for evaluation."""
@@ -184,6 +184,6 @@ def _from_hub(name: str, split: Split) -> str:
         )
     except Exception as error:  # the library raises many types; none of them names a remedy
         raise CalibrationError(
-            f"{text.data_set} cannot be read from the hub ({brief(error)}): check the connection, "
+            f"{text.data_set} cannot be read from the hub ({cut(error)}): check the connection, "
             "or give a local file"
         ) from error

@@ -19,7 +19,7 @@ import torch
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.token_stream import frame_of
-from quantine.errors import PlanError, QuantineError, brief
+from quantine.errors import PlanError, QuantineError, cut
 from quantine.eval.code import passes
 from quantine.eval.interval import mean_with_error, score_recovery
 
@@ -200,7 +200,7 @@ class Tasks:
             )
         except Exception as error:  # definitions fail in many ways, none of them typed
             raise PlanError(
-                f"task {name} cannot be run ({brief(error)}): check its definition and data"
+                f"task {name} cannot be run ({cut(error)}): check its definition and data"
             ) from error
         return _score_of_code(name, results) if unsafe else _score_of(name, results)
 
@@ -274,7 +274,7 @@ def _load(name: str, manager: Any) -> Any:
         return manager.load([name])
     except Exception as error:  # definitions and data sets fail in many ways, none of them typed
         raise PlanError(
-            f"task {name} cannot be loaded ({brief(error)}): its data may need a connection to the "
+            f"task {name} cannot be loaded ({cut(error)}): its data may need a connection to the "
             "hub; a task path can have a definition that reads local files"
         ) from error
 

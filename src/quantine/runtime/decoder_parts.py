@@ -129,14 +129,8 @@ class Parts:
             weight, bias = module.weight, module.bias
             width = module.normalized_shape
             return self.native.Norm(
-                vector(
-                    torch.ones(width, dtype=torch.float32, device="cpu")
-                    if weight is None
-                    else weight
-                ),
-                vector(
-                    torch.zeros(width, dtype=torch.float32, device="cpu") if bias is None else bias
-                ),
+                _or_filled(weight, 1.0, width),
+                _or_filled(bias, 0.0, width),
                 module.eps,
             )
         if type(module) is not self.classes.home.__dict__.get(f"{self.classes.prefix}RMSNorm"):

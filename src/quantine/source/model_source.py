@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 UNREADABLE: Final = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 """Errors in which transformers ends when weights are damaged, or lie in other shapes than the
 model's."""
-BAD_VALUES: Final = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+BAD_VALUES: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,  # of a package with the attention function that the file names
+    LookupError,
+    TypeError,
+)
 """Errors in which a value of another kind in ``config.json`` ends, beside ``ValueError``, wherever
 an architecture first uses it."""
 

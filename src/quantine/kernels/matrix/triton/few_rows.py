@@ -81,7 +81,7 @@ def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any
     else:
         assert isinstance(groups, ColumnGroups)
         kernel = multiply_column_groups
-        of_groups = [groups.scales, groups.zeros, groups.factor]
+        of_groups = [groups.scales, groups.zeros, groups.factors]
         settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
         settings |= instructions.settings(kernel, SUM=pairs_product(), PAIR=PAIR_TIMES_PAIR)
     settings |= instructions.settings(kernel, UNIT=unit_product(matrix.bits))

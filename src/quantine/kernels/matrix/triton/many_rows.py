@@ -104,8 +104,8 @@ def _matrix_of(matrix: UnitMatrix) -> tuple[list[Any], dict[str, Any]]:
             "ZERO_BITS": groups.zero_bits,
         }
         grids = [groups.scale_grids, groups.zero_grids]
-        return [matrix.words, groups.words, *grids, groups.factor], settings
+        return [matrix.words, groups.words, *grids, groups.factors], settings
     settings |= {"ALONG_OUTPUTS": True, "SIZE": groups.size}
     settings |= {"SPAN": 32, "PLANES": 1, "SCALE_BITS": 16, "ZERO_BITS": 0}
     settings["num_stages"] = 2  # each stage holds the scales of all its weights
-    return [matrix.words, groups.scales, groups.zeros, None, groups.factor], settings
+    return [matrix.words, groups.scales, groups.zeros, None, groups.factors], settings

@@ -31,9 +31,9 @@ def multiply(matrix: UnitMatrix, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("quantine::multiply_units", mutates_args=())
 def _multiply(
-    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], factors: Sequence[float]
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], multiplier: float
 ) -> Tensor:
-    matrix, x = UnitMatrix.of_parts(tensors, numbers, factors), x.contiguous()
+    matrix, x = UnitMatrix.of_parts(tensors, numbers, multiplier), x.contiguous()
     if len(x) == 0:
         return x.new_empty(0, matrix.rows)
     if len(x) <= few_rows.FEW:
@@ -43,7 +43,7 @@ def _multiply(
 
 @_multiply.register_fake
 def _shape(
-    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], factors: Sequence[float]
+    x: Tensor, tensors: Sequence[Tensor | None], numbers: Sequence[int], multiplier: float
 ) -> Tensor:
     words = tensors[0]
     assert words is not None

@@ -31,7 +31,8 @@ class RowGroups:
         scale_grids, zero_grids: second grids, ``[tiles, planes, groups]`` int32: the bits of the
             step below those of the zero point, both float16. ``None`` where there are none.
         tile: number of rows that share a second grid; all rows where there are none.
-        factor: a power of two; scales divided by it are at most 1.
+        factors: ``[rows]`` float32, a power of two for each row; its scales divided by it are at
+            most 1.
     """
 
     words: Tensor
@@ -41,7 +42,7 @@ class RowGroups:
     scale_grids: Tensor | None
     zero_grids: Tensor | None
     tile: int
-    factor: float
+    factors: Tensor
 
     @property
     def planes(self) -> int:
@@ -55,16 +56,17 @@ class ColumnGroups:
 
     Attributes:
         scales: ``[groups, 16, units]`` int32, placed as activations are, see
-            `quantine.kernels.matrix.units.activations.Arranged`; divided by ``factor``.
+            `quantine.kernels.matrix.units.activations.Arranged`; divided by their factor.
         zeros: placed likewise, less ``2**(bits - 1)``; ``None`` where that is zero everywhere.
         size: number of rows of a group.
-        factor: a power of two; scales divided by it are at most 1.
+        factors: ``[groups]`` float32, a power of two for each group of rows; its scales divided by
+            it are at most 1.
     """
 
     scales: Tensor
     zeros: Tensor | None
     size: int
-    factor: float
+    factors: Tensor
 
 
 def row_groups(qtensor: QTensor) -> RowGroups | None:
@@ -98,20 +100,21 @@ def row_groups(qtensor: QTensor) -> RowGroups | None:
         None if scale_grids is None else placed(scale_grids).transpose(0, 1).contiguous(),
         None if zero_grids is None else placed(zero_grids).transpose(0, 1).contiguous(),
         _tile(grid, rows),
-        _factor(grid.scales()),
+        _factors(grid.scales()),
     )
 
 
 def column_groups(qtensor: QTensor) -> ColumnGroups:
     """The statistics of ``qtensor``, whose groups run along outputs."""
     grid, (rows, columns) = qtensor.grid, qtensor.codes.shape
-    scales = grid.scales()
-    factor = _factor(scales)
+    scales = grid.scales().T
+    factors = _factors(scales)
     zeros = None
     if grid.zero_point is not None:
         zeros = as_pairs(grid.zeros().T - 2 ** (grid.bits - 1), columns)
     size = min(grid.group_size, rows)
-    return ColumnGroups(as_pairs(scales.T / factor, columns), zeros, size, factor)
+    pairs = as_pairs(scales / factors.unsqueeze(1), columns)
+    return ColumnGroups(pairs, zeros, size, factors)
 
 
 def as_pairs(values: Tensor, columns: int) -> Tensor:
@@ -132,10 +135,15 @@ def half_bits(values: Tensor) -> Tensor:
     return values.half().view(torch.int16).int() & 0xFFFF
 
 
-def _factor(scales: Tensor) -> float:
-    """The power of two above the largest magnitude of ``scales``; 1 where all are zero."""
-    largest = scales.abs().max()
-    return 2.0 ** int(torch.frexp(largest).exponent) if float(largest) > 0 else 1.0
+def _factors(scales: Tensor) -> Tensor:
+    """The power of two above the largest magnitude of each line of ``scales``, 1 for zeros.
+
+    Args:
+        scales: ``[lines, values]`` float32.
+    """
+    largest = scales.abs().amax(1)
+    powers = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return torch.where(largest > 0, powers, 1.0)
 
 
 def _tile(grid: Grid, rows: int) -> int:

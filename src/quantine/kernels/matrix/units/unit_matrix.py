@@ -96,44 +96,43 @@ class UnitMatrix:
         """Number of units of a row."""
         return self.words.shape[2]
 
-    def parts(self) -> tuple[list[Tensor | None], list[int], list[float]]:
+    def parts(self) -> tuple[list[Tensor | None], list[int], float]:
         """All that the matrix consists of, as an operator of PyTorch takes it; see `of_parts`."""
         groups, entries = self.groups, self.entries
         numbers = [self.bits, self.columns, self.program]
         if isinstance(groups, RowGroups):
-            tensors = [groups.words, groups.scale_grids, groups.zero_grids]
+            tensors = [groups.words, groups.factors, groups.scale_grids, groups.zero_grids]
             numbers += [groups.tile, groups.span, groups.scale_bits, groups.zero_bits]
         else:
-            tensors = [groups.scales, groups.zeros]
+            tensors = [groups.scales, groups.factors, groups.zeros]
             numbers += [groups.size]
         kept = (None,) * 3 if entries is None else (entries.words, entries.rows, entries.bounds)
-        factors = [groups.factor, self.multiplier]
-        return [self.words, self.source, *kept, *tensors], numbers, factors
+        return [self.words, self.source, *kept, *tensors], numbers, self.multiplier
 
     @classmethod
     def of_parts(
         cls,
         tensors: Sequence[Tensor | None],
         numbers: Sequence[int],
-        factors: Sequence[float],
+        multiplier: float,
     ) -> UnitMatrix:
         """Put together what `parts` took apart."""
         words, source, *kept = tensors[:5]
         bits, columns, program, *rest = numbers
-        factor, multiplier = factors
         assert words is not None
         entries = None
         if kept[0] is not None and kept[1] is not None and kept[2] is not None:
             entries = Entries(kept[0], kept[1], kept[2])
-        first, *others = tensors[5:]
+        first, factors, *others = tensors[5:]
         assert first is not None
+        assert factors is not None
         groups: RowGroups | ColumnGroups
         if len(others) == 2:
             tile, span, scale_bits, zero_bits = rest
             grids = (others[0], others[1])
-            groups = RowGroups(first, span, scale_bits, zero_bits, *grids, tile, factor)
+            groups = RowGroups(first, span, scale_bits, zero_bits, *grids, tile, factors)
         else:
-            groups = ColumnGroups(first, others[0], rest[0], factor)
+            groups = ColumnGroups(first, others[0], rest[0], factors)
         return cls(words, bits, columns, groups, entries, source, program, multiplier)
 
 

@@ -46,7 +46,7 @@ def multiply_column_groups(
     words,
     scales,
     zeros,
-    factor,
+    group_factors,
     entry_words,
     entry_rows,
     bounds,
@@ -76,7 +76,9 @@ def multiply_column_groups(
     first, last = 0, 0
     if bounds is not None:
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
-    line = program * ROWS // SIZE * 16 * UNITS
+    group = program * ROWS // SIZE
+    factor = tl.load(group_factors + group)
+    line = group * 16 * UNITS
     # Loops, not unrolled: else the compiler would hold what all of their turns read at once.
     for m in range(BATCH):
         # All rows of the program are of one group: activations are multiplied by its scales once.

@@ -15,7 +15,7 @@ def multiply_tiles(
     fields,
     scale_grids,
     zero_grids,
-    factor,
+    row_factors,
     entry_words,
     entry_rows,
     bounds,
@@ -47,6 +47,7 @@ def multiply_tiles(
     taker = tl.program_id(1) * BATCH + tl.arange(0, BATCH)
     there = taker < batch
     line = taker.to(tl.int64) * (32 * UNITS)
+    factor = tl.load(row_factors + (row // SIZE if ALONG_OUTPUTS else row))
     total = tl.zeros([ROWS, BATCH], tl.float32)
     for start in range(0, UNITS, WIDTH):
         unit = start + tl.arange(0, WIDTH)
@@ -75,7 +76,7 @@ def multiply_tiles(
         at = start * 32 + tl.arange(0, WIDTH * 32)
         met = tl.load(x + at[:, None] + line[None, :], mask=there[None, :], other=0.0)
         total = tl.dot(weights, met, total)
-    total *= factor
+    total *= factor[:, None]
     if bounds is not None:
         for part in range(ROWS // PROGRAM):
             program = tl.program_id(0) * (ROWS // PROGRAM) + part
@@ -105,7 +106,7 @@ def decode_tiles(
     fields,
     scale_grids,
     zero_grids,
-    factor,
+    row_factors,
     multiplier,
     source,
     result,
@@ -128,6 +129,7 @@ def decode_tiles(
     number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row = tl.minimum(number, rows - 1)
     unit = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    factor = tl.load(row_factors + (row // SIZE if ALONG_OUTPUTS else row))
     weights = take_weights(
         words,
         fields,
@@ -155,5 +157,5 @@ def decode_tiles(
     if source is not None:
         place = tl.load(source + place, mask=inside, other=0)
     at = result + number.to(tl.int64)[:, None] * columns + place[None, :]
-    value = (weights.to(tl.float32) * factor * multiplier).to(result.dtype.element_ty)
+    value = (weights.to(tl.float32) * factor[:, None] * multiplier).to(result.dtype.element_ty)
     tl.store(at, value, mask=(number < rows)[:, None] & inside[None, :])

@@ -69,8 +69,9 @@ def take_weights(
     UNIT_TEXT: tl.constexpr,
     UNIT_CONSTRAINTS: tl.constexpr,
 ):
-    """Weights of units ``[WIDTH]`` of rows ``[ROWS]`` over ``factor``: ``[ROWS, 32 * WIDTH]``.
+    """Weights of units ``[WIDTH]`` of rows ``[ROWS]`` over ``factor`` ``[ROWS]``.
 
+    Returns ``[ROWS, 32 * WIDTH]``.
     They are float16, without outliers, in stored order. Where groups run along outputs, ``fields``
     are their scales and ``scale_grids`` their zero points, see `ColumnGroups`.
     """
@@ -109,7 +110,7 @@ def take_weights(
                 ZERO_BITS,
                 1,
             )
-            scales = scales + ((scale / factor).to(tl.float16),)
+            scales = scales + ((scale / factor[:, None]).to(tl.float16),)
             zeros = zeros + (zero,)
         for pair in tl.static_range(16):
             one, other = low[pair].to(tl.float32), high[pair].to(tl.float32)
