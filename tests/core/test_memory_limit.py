@@ -114,3 +114,18 @@ def test_without_control_groups_it_is_the_machine_or_the_limit_of_the_process(
 
 def test_this_machine_has_a_limit() -> None:
     assert 0 < memory_limit() <= MACHINE
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "9 8 0:1 / /Docker/host rw - 9p drvfs rw,path=C:\\Program Files\\Docker\\x,uid=0\n",
+        "9 8 0:1 / /mnt rw - tmpfs  rw\n",
+        "9 8 -\n",
+        "nothing\n",
+    ],
+)
+def test_lines_of_other_file_systems_are_passed_over(tmp_path: Path, line: str) -> None:
+    files = {"sys/fs/cgroup/a/memory.max": "1048576\n"}
+    root = machine(tmp_path, "no colon\n0::/a\n", line + V2 + line, files)
+    assert memory_limit(root) == 2**20

@@ -250,3 +250,19 @@ def test_json_is_utf8_and_ends_with_a_newline(tmp_path: Path) -> None:
     assert data.endswith(b"}\n")
     assert "Größe".encode() in data
     assert read_json(path) == json.loads(data) == {"name": "Größe", "n": [1, 2]}
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"identity": null}', '{"identity": [1]}'])
+def test_a_report_that_says_nothing_of_a_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / REPORT).write_text(text, encoding="utf-8")
+    with pytest.raises(OutputError, match="says nothing of a run"):
+        check_identity(tmp_path, {"weights": "1"})
+
+
+@pytest.mark.parametrize("text", ["null", "5", '"ab"', '{"weights": 1}'])
+def test_an_unfinished_run_without_identity_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / RUN_DIRECTORY / "identity.json"
+    path.parent.mkdir()
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(OutputError, match="says nothing of a run"):
+        check_identity(tmp_path, {"weights": "1"})

@@ -39,7 +39,7 @@ def sharded(tmp_path: Path) -> Path:
         file = f"model-{number:05}-of-00003.safetensors"
         save_file({name: tensor}, tmp_path / file)
         weight_map[name] = file
-    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return tmp_path
 
 
@@ -191,7 +191,7 @@ def test_digest_is_that_of_the_tensors_however_they_are_sharded(
     for number, name in enumerate(TENSORS):
         save_file({name: TENSORS[name]}, other / f"{number}.safetensors")
     weight_map = {name: f"{number}.safetensors" for number, name in enumerate(TENSORS)}
-    (other / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (other / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     assert Checkpoint(single).digest() == Checkpoint(other).digest()
 
 

@@ -78,6 +78,9 @@ def test_empty_directory_says_what_is_missing(tmp_path: Path) -> None:
         b"{}",
         b'{"weight_map": []}',
         b'{"weight_map": {"w": 1}}',
+        b'{"weight_map": {"w": "model.safetensors"}}',
+        b'{"metadata": null, "weight_map": {"w": "model.safetensors"}}',
+        b'{"metadata": {}, "weight_map": {"w": "' + b"n" * 300 + b'"}}',
         b'{"weight_map": {"w": null, "v": "model.safetensors"}}',
     ],
 )

@@ -32,6 +32,10 @@ def memory_limit(root: Path = Path("/")) -> int:
     return min(limits if own == resource.RLIM_INFINITY else [*limits, own])
 
 
+MOUNT_FIELDS: Final = 6
+"""Fewest fields of a line of mountinfo before its dash."""
+
+
 class _Mount(NamedTuple):
     """A mounted tree of control groups: its type, the group that is on top, and where it is."""
 
@@ -59,7 +63,10 @@ def _own_groups(file: Path) -> dict[str, str]:
     """Paths of the groups that limit this process's memory, by file system type of the version."""
     found = {}
     for line in _lines(file):
-        _, controllers, path = line.split(":", 2)
+        parts = line.split(":", 2)
+        if len(parts) < 3:
+            continue  # none of the kernel's
+        _, controllers, path = parts
         if not controllers:
             found["cgroup2"] = path
         elif "memory" in controllers.split(","):
@@ -71,7 +78,10 @@ def _mounts(file: Path) -> Iterator[_Mount]:
     """The trees of control groups that can limit memory; see proc(5) for the fields of a line."""
     for line in _lines(file):
         before, _, after = line.partition(" - ")
-        fields, (kind, _, options) = before.split(" "), after.split(" ")
+        # Other file systems put what they like behind their type, spaces included.
+        fields, kind, options = before.split(" "), after.split(" ")[0], after.split(" ")[-1]
+        if len(fields) < MOUNT_FIELDS:
+            continue
         if kind == "cgroup2" or (kind == "cgroup" and "memory" in options.split(",")):
             yield _Mount(kind, _unescaped(fields[3]), _unescaped(fields[4]))
 

@@ -6,10 +6,7 @@ import ctypes
 import resource
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    pass
+from typing import Final
 
 STATUS: Final = Path("/proc/self/status")
 """File in which Linux tells about this process, its peak memory included."""

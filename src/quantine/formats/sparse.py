@@ -174,7 +174,9 @@ class Sparse:
         if "in_perm" in tensors:
             read_order(tensors["in_perm"])
         if not LEAST_EXPONENT <= _exponent(tensors) <= 0:
-            raise FormatError(f"exponent is {_exponent(tensors)}: damaged, it would be negative")
+            raise FormatError(
+                f"exponent is {_exponent(tensors)}: damaged, it lies from {LEAST_EXPONENT} to 0"
+            )
 
     def nbytes(
         self,

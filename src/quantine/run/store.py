@@ -209,17 +209,29 @@ def check_identity(out: Path, identity: Mapping[str, str]) -> None:
     keys = [key for key in {**found, **identity} if found.get(key) != identity.get(key)]
     if keys:
         raise ResumeMismatch(
-            f"the run in {out} was started with another {', '.join(sorted(keys))}: repeat the "
+            f"the run in {out} was started with another {', '.join(sorted(keys)[:4])}: repeat the "
             "first command exactly, or use another output path"
         )
 
 
 def stored_identity(out: Path) -> dict[str, str] | None:
-    """The identity of the run in ``out``, unfinished or finished; ``None`` if there is none."""
-    run = out / RUN_DIRECTORY
-    if (run / IDENTITY).is_file():
-        return dict(read_json(run / IDENTITY))
-    return dict(read_json(out / REPORT)["identity"]) if is_finished(out) else None
+    """The identity of the run in ``out``, unfinished or finished; ``None`` if there is none.
+
+    Raises:
+        OutputError: what is stored is no identity.
+    """
+    path = out / RUN_DIRECTORY / IDENTITY
+    if path.is_file():
+        found = read_json(path)
+    elif is_finished(out):
+        path = out / REPORT
+        report = read_json(path)
+        found = report.get("identity") if isinstance(report, dict) else None
+    else:
+        return None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise OutputError(f"{path} says nothing of a run: use another output path, or delete it")
+    return found
 
 
 def clear_remains(out: Path) -> None:

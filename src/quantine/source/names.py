@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 COMPUTED: Final = re.compile(
     r"\brotary_emb\.(inv_freq|cos_cached|sin_cached)$|\b(attn|attention)\.masked_bias$"
+    r"|\bdecoder\.version$"
 )
 """Tensors that older versions of transformers stored, and that every model computes by itself."""
 

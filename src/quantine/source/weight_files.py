@@ -14,6 +14,8 @@ SINGLE: Final = "model.safetensors"
 """The weight file of a model that has only one."""
 INDEX: Final = "model.safetensors.index.json"
 """The file that says which of several weight files holds which tensor."""
+LONGEST_NAME: Final = 255
+"""Most characters of the name of a file; where it is longer the system has an error of its own."""
 ADAPTER: Final = "adapter_config.json"
 """The file that makes transformers change a model's weights by those of an adapter."""
 DISTRIBUTED: Final = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -38,7 +40,11 @@ def weight_files(directory: Path) -> list[Path]:
     named = _named(directory)
     if named is not None:
         path = Path(os.path.abspath(directory / named))
-        if not path.is_file() or not path.is_relative_to(os.path.abspath(directory)):
+        if (
+            len(named) > LONGEST_NAME
+            or not path.is_file()
+            or not path.is_relative_to(os.path.abspath(directory))
+        ):
             raise CheckpointError(
                 f"{directory / 'config.json'} names weights in {named[:60]}, which is not there"
             )
@@ -73,15 +79,18 @@ def float_files(directory: Path) -> list[Path]:
 def _of_index(index: Path, directory: Path) -> list[Path]:
     """The files in ``directory`` that an index names."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [directory / name for name in sorted(set(weight_map.values()))]
+        found = json.loads(index.read_text(encoding="utf-8"))
+        files = [directory / name for name in sorted(set(found["weight_map"].values()))]
+        missing = [file.name for file in files if not file.is_file()]
+        described = isinstance(found["metadata"], dict)  # without it transformers loads nothing
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: download it again") from error
-    missing = [file.name for file in files if not file.is_file()]
+    if not described:
+        raise CheckpointError(f"{index} is damaged: its metadata is no table; download it again")
     if missing:
         raise CheckpointError(
             f"{directory} is incomplete: {index.name} names {len(files)} files, but "
-            f"{', '.join(missing[:3])} are missing; download the model again"
+            f"{cut(', '.join(missing))} are missing; download the model again"
         )
     return files
 

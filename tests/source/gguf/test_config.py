@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ggufs import divergence, write_gguf
-from quantine.errors import CheckpointError, FamilyError
+from quantine.errors import CheckpointError, FamilyError, QuantineError
 from quantine.source.gguf.config import ARCHITECTURES
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
@@ -261,11 +262,43 @@ def test_numbers_of_a_scaling_must_make_sense(value: Any, tmp_path: Path) -> Non
         locate(path).config()
 
 
-def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_token_beyond_the_vocabulary_is_none(tmp_path: Path) -> None:
     changes = {".tokenizer.ggml.padding_token_id": 300}
     path = write_gguf(tmp_path / "m.gguf", model_of("llama"), changes=changes)
-    with pytest.raises(CheckpointError, match="padding_token_id = 300, but 300 tokens"):
+    assert locate(path).config().pad_token_id is None
+
+
+@pytest.mark.parametrize("values", [[0.0] * 8, [math.inf] + [1.0] * 7, [1.0] * 4])
+def test_frequencies_that_are_none_are_refused(tmp_path: Path, values: list[float]) -> None:
+    added = {"rope_freqs.weight": torch.tensor(values)}
+    path = write_gguf(tmp_path / "m.gguf", model_of("llama"), added=added)
+    with pytest.raises(CheckpointError, match=r"rope_freqs"):
         locate(path).config()
+
+
+def test_a_part_of_a_head_is_not_rotated_where_the_model_rotates_all(tmp_path: Path) -> None:
+    model = model_of("qwen2")
+    width = model.config.hidden_size // model.config.num_attention_heads
+    changes = {"rope.dimension_count": width // 2}
+    path = write_gguf(tmp_path / "m.gguf", model, changes=changes)
+    with pytest.raises(CheckpointError, match="of other widths"):
+        locate(path).config()
+
+
+def test_what_only_yarn_reads_does_not_matter_elsewhere(tmp_path: Path) -> None:
+    changes = {"rope.scaling.type": "none", "rope.scaling.original_context_length": 64}
+    path = write_gguf(tmp_path / "m.gguf", model_of("llama"), changes=changes)
+    assert locate(path).config().rope_parameters["rope_type"] == "default"
+
+
+@pytest.mark.parametrize(
+    "key", [".general.type", ".general.architecture", ".general.alignment", "x" * 2000]
+)
+def test_messages_stay_short_whatever_metadata_say(tmp_path: Path, key: str) -> None:
+    path = write_gguf(tmp_path / "m.gguf", model_of("llama"), changes={key: "v" * 2000})
+    with pytest.raises(QuantineError) as refusal:
+        locate(path).config()
+    assert len(str(refusal.value).replace(str(path), "")) < 300
 
 
 def test_a_head_that_is_the_table_is_tied_and_another_is_not(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ by name, since whoever leaves them out gets another model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from quantine.errors import CheckpointError, FamilyError, cut
+from quantine.errors import CheckpointError, FamilyError, cut, shown
 from quantine.source.gguf.header import GGUFFile, GGUFTensor, Length
 from quantine.source.gguf.metadata import Metadata
 from quantine.source.gguf.rope import FREQUENCIES, frequency_factors, scaled_rope
@@ -74,7 +75,8 @@ class Architecture:
         epsilon: what llama.cpp and transformers call the epsilon of norms.
         optional: fields by metadata, where transformers has the same defaults as llama.cpp.
         groups: field for the number of heads of keys; ``None`` where there is none.
-        head_dim: whether there is a field ``head_dim``, and all channels of a head are rotated.
+        head_dim: whether there is a field ``head_dim``.
+        partial: whether only some channels of a head may be rotated.
         rotary: whether positions are rotary embeddings.
         local: whether blocks with a sliding window have rotary embeddings of their own.
         scaled_blocks: number of blocks of the one model whose attention scores are scaled by its
@@ -88,6 +90,7 @@ class Architecture:
     optional: Mapping[str, str] = field(default_factory=dict)
     groups: str | None = "num_key_value_heads"
     head_dim: bool = False
+    partial: bool = False
     rotary: bool = True
     local: bool = False
     scaled_blocks: int | None = None
@@ -103,6 +106,7 @@ ARCHITECTURES: Final = {
     ),
     "phi3": Architecture(
         "phi3",
+        partial=True,
         optional={
             "attention.sliding_window": "sliding_window",
             "rope.scaling.original_context_length": "original_max_position_embeddings",
@@ -160,10 +164,12 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
     path, said = parts[0].path, parts[0].metadata
     name, kind = said.get("general.architecture"), said.get("general.type", "model")
     if kind != "model":
-        raise CheckpointError(f"{path} is a GGUF file of type {kind!r}: give the model's own file")
+        raise CheckpointError(
+            f"{path} is a GGUF file of type {shown(kind)}: give the model's own file"
+        )
     if name not in ARCHITECTURES:
         raise FamilyError(
-            f"{path}: GGUF files of architecture {name!r} are not read, only those of "
+            f"{path}: GGUF files of architecture {shown(name)} are not read, only those of "
             f"{', '.join(ARCHITECTURES)}: quantize the model that it was made from"
         )
     own = {k.removeprefix(f"{name}."): v for k, v in said.items() if k.startswith(f"{name}.")}
@@ -173,7 +179,9 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
     fields["vocab_size"] = metadata.count("vocab_size", _vocabulary(said, tensors))
     unknown = {k: v for k, v in metadata.rest.items() if v not in NEUTRAL.get(k, ())}
     if unknown:
-        listed = ", ".join(f"{name}.{key} = {str(unknown[key])[:20]}" for key in [*unknown][:3])
+        listed = ", ".join(
+            f"{name}.{cut(key, 40)} = {cut(unknown[key], 20)}" for key in [*unknown][:3]
+        )
         raise CheckpointError(
             f"{path} has {len(unknown)} metadata that are not understood ({listed}): quantize the "
             "model that it was made from"
@@ -211,7 +219,8 @@ def _fields(
     rotated = metadata.count("rope.dimension_count", width // heads or 1)
     head = metadata.count("attention.key_length", rotated if known.head_dim else width // heads)
     lengths = {head, metadata.count("attention.value_length", head)}
-    lengths |= {rotated} if known.head_dim else {width // heads}
+    lengths |= set() if known.partial else {rotated}
+    lengths |= set() if known.head_dim else {width // heads}
     if len(lengths) > 1:
         raise CheckpointError(
             f"{metadata.path} has heads of {width // heads} channels with keys, values and rotary "
@@ -223,6 +232,11 @@ def _fields(
     if known.scaled_blocks is not None:
         large = counts["block_count"] == known.scaled_blocks
         fields["query_pre_attn_scalar"] = width // heads if large else head
+    if FREQUENCIES in tensors and math.prod(tensors[FREQUENCIES].shape) != rotated // 2:
+        raise CheckpointError(
+            f"{FREQUENCIES} in {metadata.path} has shape {tensors[FREQUENCIES].shape}, but "
+            f"{rotated} channels of a head are rotated"
+        )
     if known.rotary:
         fields["rope_parameters"] = _rope(metadata, known, tensors, counts["context_length"])
         if rotated != head:
@@ -262,15 +276,16 @@ def _vocabulary(said: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> i
 
 
 def _token(file: GGUFFile, key: str, fields: Mapping[str, Any]) -> int | None:
-    """The id of a special token, ``None`` where there is none."""
+    """The id of a special token; ``None`` where there is none.
+
+    Files whose tokenizer has no such token name one that is not there, as llama.cpp lets them.
+    """
     value = file.metadata.get(key)
     if value is None:
         return None
-    if not isinstance(value, int) or not 0 <= value < fields["vocab_size"]:
-        raise CheckpointError(
-            f"{file.path} has {key} = {str(value)[:20]}, but {fields['vocab_size']} tokens"
-        )
-    return value
+    if not isinstance(value, int):
+        raise CheckpointError(f"{file.path} has {key} = {cut(value, 20)}, which is no token")
+    return value if 0 <= value < fields["vocab_size"] else None
 
 
 def _are_equal(head: GGUFTensor, table: GGUFTensor | None) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from quantine.errors import CheckpointError
+from quantine.errors import CheckpointError, shown
 
 MAGIC: Final = b"GGUF"
 """The first four bytes of every file."""
@@ -126,8 +126,11 @@ class _Header:
             stored[key] = self._bytes(end - start)
         infos = [self._tensor() for _ in range(count)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise CheckpointError(f"{self._path} is damaged: general.alignment is {alignment!r}")
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise CheckpointError(
+                f"{self._path} is damaged: general.alignment is {shown(alignment)}, which is no "
+                "power of two"
+            )
         data = self._file.tell()
         data += -data % alignment
         tensors = tuple(self._placed(*info, data) for info in infos)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from quantine.errors import CheckpointError
+from quantine.errors import CheckpointError, cut
 from quantine.source.gguf.header import (
     ALIGNMENT,
     MAGIC,
@@ -36,8 +36,8 @@ def read_parts(path: Path) -> list[GGUFFile]:
     if found is None:
         if count != 1:
             raise CheckpointError(
-                f"{path} is one of {count} parts of a model, but its name does not say which: name "
-                "it as llama.cpp does, NAME-00001-of-00002.gguf"
+                f"{path} is one of {cut(count, 20)} parts of a model, but its name does not say "
+                "which: name it as llama.cpp does, NAME-00001-of-00002.gguf"
             )
         return [first]
     total = int(found["count"])
@@ -53,8 +53,8 @@ def read_parts(path: Path) -> list[GGUFFile]:
         said = part.metadata.get("split.count", total), part.metadata.get("split.no", number)
         if said != (total, number):
             raise CheckpointError(
-                f"{part.path} calls itself part {said[1]} of {said[0]}, counted from 0, unlike its "
-                "name: download it again"
+                f"{part.path} calls itself part {cut(said[1], 20)} of {cut(said[0], 20)}, counted "
+                "from 0, unlike its name: download it again"
             )
     tensors = [tensor.name for part in parts for tensor in part.tensors]
     expected = parts[0].metadata.get("split.tensors.count", len(tensors))

@@ -45,6 +45,8 @@ def scaled_rope(metadata: Metadata, context: int) -> dict[str, Any]:
     old = metadata.number("rope.scale_linear", 1.0)
     factor = metadata.number("rope.scaling.factor", old)
     kind = metadata.text("rope.scaling.type", "linear")
+    if kind != "yarn":
+        metadata.rest.pop("rope.scaling.original_context_length", None)  # which only yarn reads
     if kind == "none" or (kind == "linear" and factor == 1.0):
         return {"rope_type": "default"}
     if kind == "linear":
@@ -87,6 +89,8 @@ def frequency_factors(tensor: GGUFTensor, theta: float) -> dict[str, Any]:
     factors = torch.frombuffer(bytearray(data), dtype=torch.float32).tolist()
     if all(factor == 1.0 for factor in factors):
         return {"rope_type": "default"}
+    if not all(0 < factor < math.inf for factor in factors):
+        raise CheckpointError(f"{tensor.name} in {tensor.file} holds what is no factor: damaged")
     if not _close(factors, _llama3(max(factors), len(factors), theta)):
         raise CheckpointError(
             f"{tensor.name} in {tensor.file} scales rotary embeddings in a way that is not "
