@@ -54,6 +54,14 @@ def test_libraries_as_they_are_count_as_their_own(name: str) -> None:
     assert definitions.hold()
 
 
+def test_what_a_compiler_leaves_behind_changes_nothing(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("__compiled_fn_1_ab", "__resume_at_40_5"):
+        monkeypatch.setattr(modeling(model), name, lambda: None, raising=False)
+    check_follows(model, native=True)
+
+
 def backwards(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with the last of its results, or the only one, upside down."""
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import quantine
 from quantine import Calibration, CheckpointError, FormatError, Plan, QuantineError
@@ -288,3 +288,27 @@ def test_two_files_with_one_tensor_are_refused(copy: Directory) -> None:
     (damaged / "model.safetensors.index.json").write_text(index)
     with pytest.raises(QuantineError, match=r"model\.norm\.weight is in a\.safe.* and in b\.safe"):
         quantine.load(damaged)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+)
+def test_transformers_does_not_make_up_what_is_lost(copy: Directory, name: str) -> None:
+    directory = copy("rtn")
+    with_tensor(directory, name, lambda _: None)
+    for loader in (quantine.load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(FormatError, match=name):
+            loader(directory)
+
+
+def test_transformers_does_not_leave_out_what_is_there(copy: Directory) -> None:
+    directory = copy("rtn")
+    with_tensor(directory, "model.layers.2.more.weight", lambda _: torch.ones(2, 2))
+    with pytest.raises(FormatError, match=r"model\.layers\.2\.more\.weight"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_a_class_with_another_head_gets_it_trained_anew(made: Directory) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(made("rtn"), num_labels=3)
+    assert model.score.weight.shape == (3, WIDTH)
+    assert AutoModel.from_pretrained(made("rtn")).get_output_embeddings() is None

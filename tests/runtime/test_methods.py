@@ -205,3 +205,18 @@ def test_other_dtypes_and_checkpointing(packed: Packed) -> None:
     assert torch.equal(made(model), wanted)
     model.gradient_checkpointing_disable()
     assert torch.equal(made(model), wanted)
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_that_rounds_is_not_exchanged(rounding: Path, name: str) -> None:
+    model, _ = load(rounding)
+    before = made(model)
+    with pytest.raises(FormatError, match=name):
+        model.set_attn_implementation(name)
+    assert torch.equal(made(model), before)
+
+
+def test_attention_that_does_not_round_may_be_exchanged(packed: Packed) -> None:
+    model, _ = load(packed("llama", "gptq"))
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"

@@ -225,11 +225,11 @@ def test_missing_and_surplus_layers_are_refused(copied: Path) -> None:
     layer = "model.layers.1.mlp.up_proj"
     without = {name: t for name, t in tensors.items() if not name.startswith(layer)}
     save_file(without, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=rf"missing keys.*{layer}.weight"):
+    with pytest.raises(FormatError, match=rf"no file holds {layer}.weight"):
         quantine.load(copied)
     more = {f"model.extra.{key}": tensors[f"{layer}.{key}"].clone() for key in KEYS}
     save_file(tensors | more, copied / "model.safetensors", {"format": "pt"})
-    with pytest.raises(FormatError, match=r"unexpected keys.*model.extra"):
+    with pytest.raises(FormatError, match=r"files hold model\.extra"):
         quantine.load(copied)
     plain = {n: t for n, t in tensors.items() if n.split(".")[-1] not in KEYS}
     save_file(plain, copied / "model.safetensors", {"format": "pt"})

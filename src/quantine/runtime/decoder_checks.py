@@ -24,7 +24,15 @@ from quantine.runtime.definitions import LIBRARIES, Definitions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OURS: Final = frozenset({"generate", "save_pretrained", "resize_token_embeddings", "tie_weights"})
+OURS: Final = frozenset(
+    {
+        "generate",
+        "resize_token_embeddings",
+        "save_pretrained",
+        "set_attn_implementation",
+        "tie_weights",
+    }
+)
 """Methods that quantine replaces in a model that it loads; they change nothing of what it computes.
 """
 PLAIN_TENSORS: Final = frozenset({Tensor, nn.Parameter})

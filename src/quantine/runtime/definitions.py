@@ -45,8 +45,12 @@ FUNCTIONAL: Final = (
 CACHES: Final = ("DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer")
 """Classes of the KV cache that these models use, in ``transformers.cache_utils``."""
 
-LIBRARIES: Final = frozenset({"quantine", "torch", "transformers"})
-"""Packages whose classes and functions count as originals."""
+LIBRARIES: Final = frozenset({"kernels", "quantine", "torch", "transformers"})
+"""Packages whose classes and functions count as originals. transformers itself decorates classes
+and functions by ``kernels`` where that is installed; what it then replaces in a model is seen
+there."""
+COMPILED: Final = ("__compiled_fn", "__resume_at", "__import_", "__builtins_dict__")
+"""What the names begin with that ``torch.compile`` adds to the modules of functions it compiles."""
 
 
 class Definitions:
@@ -68,7 +72,12 @@ class Definitions:
     def _found(self) -> list[Any]:
         owners = [*self._classes, *self._modules]
         return [
-            *(value for owner in owners for value in tuple(vars(owner).values())),
+            *(
+                value
+                for owner in owners
+                for name, value in tuple(vars(owner).items())
+                if not name.startswith(COMPILED)
+            ),
             *(getattr(torch.nn.functional, name) for name in FUNCTIONAL),
             *(value for table in _tables(self._modules) for value in table.values()),
         ]
@@ -86,7 +95,7 @@ class Definitions:
                 return f"{kind.__module__}.{kind.__qualname__}.{name}"
         for module in self._modules:
             for name, value in vars(module).items():
-                if not _is_own(value, name):
+                if not name.startswith(COMPILED) and not _is_own(value, name):
                     return f"{module.__name__}.{name}"
         for name in FUNCTIONAL:
             value = getattr(torch.nn.functional, name)
@@ -158,7 +167,7 @@ def _is_own(value: Any, name: str | None) -> bool:
     package = source.__module__.partition(".")[0]
     if isinstance(value, type):
         return package in LIBRARIES or package in sys.stdlib_module_names
-    return package == "typing"
+    return package in {"kernels", "typing"}
 
 
 def _layers(function: FunctionType) -> list[FunctionType]:
@@ -175,7 +184,8 @@ def _is_named(function: FunctionType, name: str) -> bool:
 
 @functools.cache
 def _is_library(file: str) -> bool:
-    folders = (Path(str(sys.modules[name].__file__)).parent for name in LIBRARIES)
+    loaded = (sys.modules[name] for name in LIBRARIES if name in sys.modules)
+    folders = (Path(str(module.__file__)).parent for module in loaded)
     return _is_standard(file) or file.startswith(tuple(f"{folder}{os.sep}" for folder in folders))
 
 

@@ -28,6 +28,7 @@ from quantine.runtime.methods import replace_methods
 from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
+from quantine.source.names import listed, not_understood
 from quantine.source.settings import check_settings
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class QuantineQuantizer(HfQuantizer):
         if hasattr(config, "activations"):
             rebuild(model, config.activations, entries)
         _check_kept(model, entries)
+        _check_names(model, entries)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         check_loaded(model)
@@ -220,6 +222,39 @@ def _check_kept(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
                 f"{name} is stored as {entry.dtype}, but the model needs one of "
                 f"{', '.join(sorted(FLOATS))}: it is damaged"
             )
+
+
+def _check_names(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
+    """Refuse files that lack a tensor of the model, or hold one that it has no place for.
+
+    transformers only warns, and leaves what is missing as it finds it in memory. A class with
+    another head than that of a language model gets it trained anew, and a bare model has none.
+
+    Raises:
+        FormatError: names the tensors.
+    """
+    prefix, stored = f"{model.base_model_prefix}.", set(entries)
+    stored |= {name.removeprefix(prefix) for name in entries} | {prefix + name for name in entries}
+    names = set(model.state_dict())
+    whole = type(model).__name__.endswith("ForCausalLM")
+    bare = not hasattr(model, model.base_model_prefix)
+    tied = model.all_tied_weights_keys
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in stored
+        and tied.get(name) not in stored
+        and (whole or bare or name.startswith(prefix))
+    ]
+    if missing:
+        raise FormatError(f"no file holds {listed(sorted(missing))}: the directory is damaged")
+    names |= {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}
+    unknown = not_understood(model, sorted(set(entries) - names)) if whole else []
+    if unknown:
+        raise FormatError(
+            f"files hold {listed(unknown)} for which the model that config.json describes has no "
+            "place: the directory is damaged"
+        )
 
 
 def _packed(

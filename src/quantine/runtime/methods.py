@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.errors import FormatError
+from quantine.activations.attention import NAME as ATTENTION
+from quantine.errors import FormatError, cut
 from quantine.formats.description import LOCK
 from quantine.formats.shards import write_atomically
 from quantine.runtime.hf_generate import Generate
@@ -27,6 +28,7 @@ def replace_methods(model: PreTrainedModel) -> None:
     changed.save_pretrained = partial(_save_locked, model)
     changed.resize_token_embeddings = partial(_resize, model)
     changed.tie_weights = partial(_tie, model)
+    changed.set_attn_implementation = partial(_set_attention, model)
     if hasattr(model, "generate"):  # not so a bare model without its head
         changed.generate = Generate(model)
 
@@ -69,6 +71,17 @@ def _tie(model: PreTrainedModel, *args: Any, **options: Any) -> None:
         )
     if not isinstance(head, Packed | TiedHead) and not isinstance(table, Packed):
         type(model).tie_weights(model, *args, **options)
+
+
+def _set_attention(model: PreTrainedModel, attn_implementation: Any, **options: Any) -> None:
+    """Refuses an attention function that would leave queries, keys and values as they are."""
+    rounds = model.config._attn_implementation == ATTENTION
+    if rounds and attn_implementation != ATTENTION:
+        raise FormatError(
+            f"this model rounds what attention reads, which only {ATTENTION!r} does, and not "
+            f"{cut(attn_implementation, 40)}: quantize with a scheme such as W4A16 for another one"
+        )
+    type(model).set_attn_implementation(model, attn_implementation, **options)
 
 
 def _tables(model: PreTrainedModel) -> tuple[Any, Any]:
