@@ -63,7 +63,7 @@ class Product:
         along = "outputs" if self.axis == "out" else "inputs"
         return (
             f"{self.bits} bits, groups of {self.group_size} {along}{statistics}{outliers}; "
-            f"{self.columns} inputs, {self.batch} rows"
+            f"{self.columns} inputs, {self.batch} row{'s' * (self.batch > 1)}"
         )
 
 
@@ -125,18 +125,18 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def call_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
     result = torch.empty(product.batch, ROWS, dtype=torch.float16)
     if product.batch <= few_rows.FEW:
-        return few_rows.call(matrix, arrange_reference(x, matrix), result)
-    return many_rows.call(matrix, rows_reference(x, matrix), result)
+        return few_rows.launch_of(matrix, arrange_reference(x, matrix), result)
+    return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
 def compiled(product: Product, capability: str) -> Outcome:
-    program, operands, settings = call_of(product)
+    program, operands, settings = launch_of(product)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}

@@ -34,13 +34,13 @@ def test_nothing_is_spilled(outcomes: list[dict[str, Any]]) -> None:
 
 def test_codes_and_activations_are_read_16_bytes_at_a_time(outcomes: list[dict[str, Any]]) -> None:
     for o in outcomes:
-        if o["name"].endswith(" 1 rows"):
+        if o["name"].endswith(" 1 row"):
             # A word of the codes of each of two rows at least, and 16 words of activations.
             assert o["wide_loads"] >= 2 * 3 + 16, o["name"]
 
 
 def test_one_warp_never_waits(outcomes: list[dict[str, Any]]) -> None:
-    alone = [o for o in outcomes if o["warps"] == 1 and "inputs; 4096 inputs, 1 rows" in o["name"]]
+    alone = [o for o in outcomes if o["warps"] == 1 and "inputs; 4096 inputs, 1 row" in o["name"]]
     assert len(alone) >= 4
     assert all(o["barriers"] == 0 for o in alone)
 

@@ -44,13 +44,15 @@ BLOCK: Final = 4
 def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
-    kernel, operands, settings = call(matrix, x, result)
-    kernel[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+    program, operands, settings = launch_of(matrix, x, result)
+    program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
     return result
 
 
-def call(matrix: UnitMatrix, x: Arranged, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
-    """The kernel for ``matrix``, its operands in order, and what is fixed when it is compiled."""
+def launch_of(
+    matrix: UnitMatrix, x: Arranged, result: Tensor
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
     entries, groups = matrix.entries, matrix.groups
     warps = 1
     while warps < MOST_WARPS and warps * LANES * TOGETHER < matrix.units:

@@ -24,13 +24,13 @@ from quantine.kernels.matrix.units.instructions import unit_codes
 from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 
-TILE: Final = 64
+OUTPUTS: Final = 64
 """Rows of the matrix that a program multiplies."""
 MOST: Final = 64
 """Largest number of rows of activations that a program multiplies."""
 LEAST: Final = 16
 """Smallest number, those included that are not there: tensor cores take no fewer."""
-CHUNK: Final = 4
+DECODED: Final = 4
 """Units that a program decodes at once: 128 inputs."""
 OUTLIERS: Final = 32
 """Outliers that a program reads at once."""
@@ -39,8 +39,8 @@ OUTLIERS: Final = 32
 def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.halves), matrix.rows, dtype=dtype, device=x.halves.device)
-    kernel, operands, settings = call(matrix, x, result)
-    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(len(x.halves), settings["BATCH"]))
+    kernel, operands, settings = launch_of(matrix, x, result)
+    grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(len(x.halves), settings["BATCH"]))
     kernel[grid](*operands, **settings)
     return result
 
@@ -53,7 +53,7 @@ def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
     result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
     operands, settings = _matrix_of(matrix)
     settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
-    grid = (triton.cdiv(matrix.rows, TILE), triton.cdiv(matrix.units, CHUNK))
+    grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(matrix.units, DECODED))
     more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
     decode_tiles[grid](*operands, *more, **settings)
     if matrix.entries is not None:
@@ -64,7 +64,7 @@ def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def call(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
     """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
     entries, batch = matrix.entries, LEAST
     while batch < min(MOST, len(x.halves)):
@@ -89,8 +89,8 @@ def _matrix_of(matrix: UnitMatrix) -> tuple[list[Any], dict[str, Any]]:
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
-        "ROWS": TILE,
-        "WIDTH": CHUNK,
+        "ROWS": OUTPUTS,
+        "WIDTH": DECODED,
         "num_warps": 4,
         "num_stages": 3,
     }

@@ -23,6 +23,7 @@ def _pairs_times(
     SUM_TEXT: tl.constexpr,
     SUM_CONSTRAINTS: tl.constexpr,
 ):
+    """Sums of products of 16 words of two float16 with 16 others, as float32."""
     if SUM_TEXT != "":
         low, high = tl.inline_asm_elementwise(
             SUM_TEXT,

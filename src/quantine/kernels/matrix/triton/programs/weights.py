@@ -16,7 +16,7 @@ from quantine.kernels.matrix.triton.programs.parts import (
 
 @triton.jit
 def _codes(words, BITS: tl.constexpr, UNIT_TEXT: tl.constexpr, UNIT_CONSTRAINTS: tl.constexpr):
-    # The codes of a unit less the middle one, float16: those of low halves, then of high halves.
+    """Codes of units less the middle one, float16: 16 of low halves, and 16 of high halves."""
     low, high = (), ()
     if UNIT_TEXT != "":
         pairs = tl.inline_asm_elementwise(
@@ -34,6 +34,7 @@ def _codes(words, BITS: tl.constexpr, UNIT_TEXT: tl.constexpr, UNIT_CONSTRAINTS:
 
 @triton.jit
 def _side_by_side(low, high, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Weights of all pairs in stored order, ``[ROWS, 32 * WIDTH]``."""
     # Each join adds the next lower bit of a weight's number in its unit: its half, then its pair.
     level = ()
     for pair in tl.static_range(16):
