@@ -324,3 +324,11 @@ def test_other_architectures_are_refused_with_the_list(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(FamilyError, match="'mamba' are not read, only those of llama, qwen2"):
         locate(tmp_path / "m.gguf").config()
+
+
+@pytest.mark.parametrize("window", [None, 0])
+def test_local_attention_needs_its_window(tmp_path: Path, window: int | None) -> None:
+    changes = {"attention.sliding_window": window}
+    path = write_gguf(tmp_path / "m.gguf", model_of("gemma3"), changes=changes)
+    with pytest.raises(CheckpointError, match="sliding_window"):
+        locate(path).config()

@@ -242,7 +242,11 @@ def _fields(
         if rotated != head:
             fields["rope_parameters"]["partial_rotary_factor"] = rotated / head
     for key, name in known.optional.items():
-        if key in metadata.rest and metadata.rest[key] not in NEUTRAL.get(key, ()):
+        # Where some blocks always have a window, its size is no 0, which elsewhere is none.
+        windowed = known.scaled_blocks is not None and name == "sliding_window"
+        neutral = () if windowed else NEUTRAL.get(key, ())
+        given = key in metadata.rest and metadata.rest[key] not in neutral
+        if given or (windowed and known.local):
             fields[name] = metadata.number(key)
     return fields
 
