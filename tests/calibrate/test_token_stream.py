@@ -8,8 +8,8 @@ import pytest
 from tokenizers import processors
 
 from quantine.calibrate.bos import BOS_CHOICES, Bos
-from quantine.calibrate.token_stream import Frame, begun, frame_of, shown, token_stream
-from quantine.errors import CalibrationError
+from quantine.calibrate.token_stream import Frame, begun, frame_of, token_stream
+from quantine.errors import CalibrationError, ending
 from tiny_models import BOS, EOS, byte_tokenizer
 
 TEMPLATES: dict[str, tuple[str, Frame]] = {
@@ -115,5 +115,5 @@ def test_halves_of_characters_are_refused() -> None:
 
 
 def test_long_names_are_shown_by_their_end() -> None:
-    assert shown("a.txt") == "a.txt"
-    assert shown("x" * 5000 + "/a.txt") == "…" + "x" * 94 + "/a.txt"
+    assert ending("a.txt") == "a.txt"
+    assert ending("x" * 5000 + "/a.txt") == "…" + "x" * 94 + "/a.txt"

@@ -150,7 +150,7 @@ def test_it_says_what_was_measured_and_how_to_repeat_it(out: Path, html: Path) -
 
 
 def test_the_same_directory_gives_the_same_page(out: Path, comparison: Path, html: Path) -> None:
-    assert page(gather(out, {"recovery": 0.01}, comparison)) == html.read_text()
+    assert page(gather(out, {"recovery": 0.01}, comparison)) == html.read_bytes().decode()
 
 
 def test_what_is_not_there_is_left_out(packed: Packed) -> None:
