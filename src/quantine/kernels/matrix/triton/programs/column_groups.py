@@ -123,9 +123,8 @@ def multiply_column_groups(
             total = (totals[block] - taken_off) * factor
             if bounds is not None:
                 at = halves + m * 32 * UNITS
-                rows_at = entry_rows
                 total = outliers_times(
-                    total, entry_words, rows_at, first, last, at, BLOCK, CHUNK, block * BLOCK
+                    total, entry_words, entry_rows, first, last, at, BLOCK, CHUNK, block * BLOCK
                 )
             number = program * ROWS + block * BLOCK + tl.arange(0, BLOCK)
             total *= tl.load(factors + m) * multiplier
