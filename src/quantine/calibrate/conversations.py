@@ -35,6 +35,8 @@ def conversation_text(messages: list[Any], tokenizer: Any, where: str) -> str:
         )
     try:
         text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except MemoryError:
+        raise
     except Exception as error:  # templates are programs, which fail in many ways
         raise CalibrationError(
             f"{where}: the tokenizer's chat template refuses the conversation: change its roles or "

@@ -182,6 +182,8 @@ def _from_hub(name: str, split: Split) -> str:
         return part.separator.join(
             row[text.column] for _, row in zip(range(count), rows, strict=False)
         )
+    except MemoryError:
+        raise
     except Exception as error:  # the library raises many types; none of them names a remedy
         raise CalibrationError(
             f"{text.data_set} cannot be read from the hub ({cut(error)}): check the connection, "

@@ -198,6 +198,8 @@ class Tasks:
                 bootstrap_iters=0,  # errors of means need none
                 confirm_run_unsafe_code=unsafe,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # definitions fail in many ways, none of them typed
             raise PlanError(
                 f"task {name} cannot be run ({cut(error)}): check its definition and data"
