@@ -57,14 +57,17 @@ class Product:
     batch: int
 
     @property
-    def name(self) -> str:
+    def weights(self) -> str:
+        """How the matrix is packed, in words."""
         statistics = ", SpQR's statistics" if self.coded else ""
         outliers = ", 1% outliers" if self.outliers else ""
         along = "outputs" if self.axis == "out" else "inputs"
-        return (
-            f"{self.bits} bits, groups of {self.group_size} {along}{statistics}{outliers}; "
-            f"{self.columns} inputs, {self.batch} row{'s' * (self.batch > 1)}"
-        )
+        return f"{self.bits} bits, groups of {self.group_size} {along}{statistics}{outliers}"
+
+    @property
+    def name(self) -> str:
+        rows = f"{self.batch} row{'s' * (self.batch > 1)}"
+        return f"{self.weights}; {self.columns} inputs, {rows}"
 
 
 PRODUCTS = (

@@ -32,5 +32,24 @@ def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
         "    whole = gpu.repeated(part, 3)\n"
         "    assert torch.equal(whole.dequantize(), part.dequantize().repeat(3, 1))\n"
     )
+    run(code)
+
+
+def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
+    run("import gpu_page\nassert gpu_page.predictions() in gpu_page.PAGE.read_text()\n")
+
+
+def test_what_was_measured_becomes_a_table() -> None:
+    run(
+        "import gpu_page\n"
+        "row = dict(kind='4 bits', outputs=4096, microseconds=4.6, float16_microseconds=13.2,\n"
+        "           times_float16=2.87, gigabytes_per_second=1900.0)\n"
+        "text = gpu_page.measured(dict(device='a card', torch='2.13', products=[row]))\n"
+        "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
+    )
+
+
+def run(code: str) -> None:
+    """Run ``code`` beside the benchmarks, in a process where Triton compiles."""
     surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
     subprocess.run([sys.executable, "-c", code], env=surroundings, check=True)

@@ -1,0 +1,104 @@
+"""Write the tables of speed in docs/gpu.md: what GPUs allow, and what `make gpu` measured on them.
+
+    python benchmarks/gpu_page.py
+
+Predictions are of benchmarks/roofline.py; measurements are the files benchmarks/results/gpu-*.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gpu_compile import Product
+from roofline import GPUS, float16, packed, seconds
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "gpu.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+"""Outputs and inputs of the predicted products."""
+KINDS = (
+    Product(4, 128, "in", 0, False, False, 1),
+    Product(3, 128, "in", 0, False, False, 1),
+    Product(8, 128, "in", 0, False, False, 1),
+    Product(3, 16, "in", 0, True, True, 1),
+    Product(4, 64, "out", 0, False, False, 1),
+)
+
+
+def main() -> None:
+    page = PAGE.read_text()
+    for name, text in (("predictions", predictions()), ("measurements", measurements())):
+        page = rewritten(page, name, text)
+    PAGE.write_text(page)
+
+
+def rewritten(page: str, name: str, text: str) -> str:
+    """``page`` with ``text`` between the two marks of ``name``."""
+    begin, end = (MARK.format(side, name) for side in ("Begin", "End"))
+    before, _, rest = page.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{PAGE} has no part {name!r} between its two marks")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def predictions() -> str:
+    """Least microseconds of one row of activations, by shape, kind and GPU."""
+    head = ["outputs x inputs", "weights", "MB", "instructions (million)"]
+    head += [f"{gpu.name}: float16, packed, times" for gpu in GPUS]
+    return table(head, (predicted(shape, kind) for shape in SHAPES for kind in KINDS))
+
+
+def predicted(shape: tuple[int, int], kind: Product) -> list[str]:
+    outputs, columns = shape
+    product = replace(kind, columns=columns)
+    work, floats = packed(product, outputs), float16(product, outputs)
+    cells = [
+        f"{outputs} x {columns}",
+        product.weights,
+        f"{work.nbytes / 1e6:.1f}",
+        f"{(work.integer + work.half) / 1e6:.0f}",
+    ]
+    for gpu in GPUS:
+        slow, fast = seconds(floats, gpu), seconds(work, gpu)
+        cells.append(f"{slow * 1e6:.1f}, {fast * 1e6:.1f}, {slow / fast:.1f}")
+    return cells
+
+
+def measurements() -> str:
+    """The products of every file that `make gpu` wrote, or a sentence that there is none."""
+    found = sorted(RESULTS.glob("gpu-*.json"))
+    if not found:
+        return "Not yet measured on any GPU."
+    return "\n\n".join(measured(json.loads(path.read_text())) for path in found)
+
+
+def measured(outcome: dict[str, Any]) -> str:
+    head = ["product", "outputs", "us", "us, cuBLAS float16", "times", "GB/s"]
+    rows = (
+        [
+            row["kind"],
+            str(row["outputs"]),
+            str(row["microseconds"]),
+            str(row["float16_microseconds"]),
+            str(row["times_float16"]),
+            str(row["gigabytes_per_second"]),
+        ]
+        for row in outcome["products"]
+    )
+    return f"{outcome['device']}, PyTorch {outcome['torch']}:\n\n{table(head, rows)}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("| --- ", "|---")
+
+
+if __name__ == "__main__":
+    main()
