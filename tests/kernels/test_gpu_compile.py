@@ -49,3 +49,22 @@ def test_many_rows_take_tensor_cores(outcomes: list[dict[str, Any]]) -> None:
     many = [o for o in outcomes if o["name"].endswith((" 16 rows", " 64 rows"))]
     assert many
     assert all(o["tensor_core"] > 0 for o in many)
+
+
+def test_integers_are_multiplied_four_bytes_at_a_time(outcomes: list[dict[str, Any]]) -> None:
+    integers = [o for o in outcomes if o["name"].startswith("integers")]
+    few = [o for o in integers if o["name"].endswith((" 1 token", " 4 tokens"))]
+    many = [o for o in integers if o not in few]
+    assert few
+    assert many
+    assert all(o["tensor_core"] == 0 and o["byte_products"] >= 64 for o in few)
+    assert all(o["tensor_core"] > 0 and o["byte_products"] > 0 for o in many)
+    # A word of the codes of each of two rows at least, and eight words of activations.
+    assert all(o["wide_loads"] >= 2 * 3 + 8 for o in few)
+
+
+def test_rows_are_rounded_in_one_pass(outcomes: list[dict[str, Any]]) -> None:
+    rounding = [o for o in outcomes if "rounding" in o["name"]]
+    assert len(rounding) == 4
+    # Channels are gathered one by one, what else is known of places is read 16 bytes at a time.
+    assert all(o["wide_loads"] >= 8 for o in rounding)

@@ -16,12 +16,14 @@ import triton
 from torch import Tensor
 
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
-from quantine.kernels.integer.units.gridded_matrix import PROGRAM, GriddedMatrix
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
 from quantine.kernels.matrix.units.layout import TOGETHER
 
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
+AT_ONCE: Final = 2
+"""Rows of activations that meet the same decoded codes."""
 LANES: Final = 32
 """Threads of a warp."""
 MOST_WARPS: Final = 8
@@ -36,7 +38,7 @@ def multiply(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``, for codes of ``x`` in quads."""
     result = torch.empty(len(x.codes), matrix.rows, dtype=dtype, device=x.codes.device)
     program, operands, settings = launch_of(matrix, x, result)
-    program[(triton.cdiv(matrix.rows, PROGRAM),)](*operands, **settings)
+    program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
     return result
 
 
@@ -51,7 +53,8 @@ def launch_of(
         "BITS": matrix.bits,
         "UNITS": matrix.units,
         "BATCH": len(x.codes),
-        "ROWS": PROGRAM,
+        "EACH": min(AT_ONCE, len(x.codes)),
+        "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "COMMON": matrix.common,
         "CHUNK": CHUNK,

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from quantine.kernels.integer.triton.programs.tiles import multiply_tiles
-from quantine.kernels.integer.units.gridded_matrix import PROGRAM, GriddedMatrix
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
 
 OUTPUTS: Final = 64
@@ -51,7 +51,7 @@ def launch_of(
         "UNITS": matrix.units,
         "BATCH": batch,
         "ROWS": OUTPUTS,
-        "PROGRAM": PROGRAM,
+        "PROGRAM": matrix.program,
         "WIDTH": matrix.width,
         "COMMON": matrix.common,
         "CHUNK": OUTLIERS,

@@ -17,8 +17,6 @@ from quantine.kernels.integer.reference import without_outliers
 from quantine.kernels.integer.units.inputs import InputUnits
 from quantine.kernels.integer.units.layout import pack_quads, places_of, units_in_common
 
-PROGRAM: Final = 4
-"""Rows of a program for few rows of activations, by which outliers are sorted."""
 MOST_UNITS: Final = 2**10
 """Largest number of units of a row: a program rounds all its inputs at once."""
 
@@ -29,7 +27,7 @@ class Entries:
 
     Attributes:
         values: ``[entries]`` float32, times the scale of the input's grid where grids are static.
-            Entries of `PROGRAM` rows stand together, in the order of their places.
+            Entries of a program's rows stand together, in the order of their places.
         places: ``[entries]`` int32, place of the input.
         rows: ``[entries]`` int32, row of the matrix.
         bounds: ``[programs + 1]`` int32: entries of program ``i`` are numbers ``bounds[i]`` to
@@ -82,6 +80,11 @@ class GriddedMatrix:
     def units(self) -> int:
         """Number of units of a row."""
         return self.words.shape[2]
+
+    @property
+    def program(self) -> int:
+        """Rows that a program for few rows of activations multiplies, by which outliers stand."""
+        return _program(self.common)
 
     @property
     def width(self) -> int:
@@ -154,6 +157,11 @@ def gridded_matrix(qtensor: QTensor, grid: InputGrid) -> GriddedMatrix | None:
     )
 
 
+def _program(common: int) -> int:
+    """Rows of a program: fewer where each unit needs scales of its own in registers."""
+    return max(2, common)
+
+
 def _width(common: int) -> int:
     """Number of units of a turn: many products for one step in float32, few beyond a group."""
     return max(2, common)
@@ -200,8 +208,9 @@ def _entries(kept: Csr, added: Tensor | None, grid: InputGrid, lengths: tuple[in
         values = values * grid.scale.repeat_interleave(spread)[columns]
     places, _ = places_of(lengths, values.device)
     columns = (places >= 0).nonzero().flatten()[columns]
-    programs = rows // PROGRAM
+    program = _program(units_in_common(lengths))
+    programs = rows // program
     order = (programs * len(places) + columns).argsort(stable=True)
-    counts = programs.bincount(minlength=-(-len(added) // PROGRAM))
+    counts = programs.bincount(minlength=-(-len(added) // program))
     bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     return Entries(values[order], columns[order].int(), rows[order].int(), bounds)
