@@ -126,4 +126,5 @@ INTEGERS = (
     Rounding("RMSNorm", 4096, 1),
     Rounding("LayerNorm", 4096, 256),
     Rounding("", 14336, 1),
+    Rounding("", 28672, 1),
 )

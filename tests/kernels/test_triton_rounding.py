@@ -17,7 +17,7 @@ from quantine.kernels.integer.units.inputs import InputUnits, Norm, Rounded, rou
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from quantine.kernels.integer.triton.rounding import round_inputs  # noqa: E402
+from quantine.kernels.integer.triton.rounding import MOST_UNITS, round_inputs  # noqa: E402
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 EPS = 1e-5
@@ -145,6 +145,20 @@ def test_codes_stand_for_what_the_modules_compute(centred: bool, kind: str) -> N
     off = ((codes - zero) * step - expected).abs() / step
     assert float(off.max()) <= 1.001  # a neighbouring code at most
     assert int((off > 1e-3).sum()) <= 3
+
+
+@pytest.mark.parametrize("kind", ["inside", "factors", "token"])
+@pytest.mark.parametrize("centred", [False, True])
+def test_long_rows_are_rounded_in_parts(centred: bool, kind: str) -> None:
+    lengths = [9001, 8000]
+    inputs = inputs_of(1, kind, lengths, 8)
+    assert inputs.units > MOST_UNITS
+    x = activations(1, 2, sum(lengths), 1.0)
+    found, expected = round_inputs(x, inputs, True), round_reference(x, inputs, True)
+    assert torch.equal(found.codes, expected.codes)
+    inputs = inputs.after(norm_of(1, sum(lengths), centred, True, True))
+    found, expected = round_inputs(x, inputs, True), round_reference(x, inputs, True)
+    assert_next_to(bytes_of(found), bytes_of(expected))
 
 
 def test_a_token_of_zeros() -> None:

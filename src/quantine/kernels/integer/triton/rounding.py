@@ -1,8 +1,8 @@
 """Activations normed, put into the order of units and rounded, in one pass over each row.
 
-A program takes a whole row: it reads it once, in the order of the codes, and writes codes, their
-sums, and the token's factor or the scale of its own grid. Importing this module registers the
-operator ``quantine::round_inputs``.
+A program takes a whole row: it reads it in the order of the codes, and writes codes, their sums,
+and the token's factor or the scale of its own grid. Importing this module registers the operator
+``quantine::round_inputs``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ EACH: Final = 32
 """Inputs of a thread, where a row is long enough."""
 LANES: Final = 32
 """Threads of a warp."""
-MOST_WARPS: Final = 32
-"""Most warps of a program."""
+MOST_UNITS: Final = 512
+"""Units that a program has in registers at once; longer rows are read several times."""
 
 
 def round_inputs(x: Tensor, inputs: InputUnits, in_quads: bool) -> Rounded:
@@ -44,7 +44,7 @@ def launch_of(
     x: Tensor, inputs: InputUnits, rounded: Rounded
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """The program, its operands in order, and what is fixed when it is compiled."""
-    width = triton.next_power_of_2(inputs.units)
+    width = min(MOST_UNITS, triton.next_power_of_2(inputs.units))
     outputs = [rounded.codes.view(torch.int8), rounded.sums, rounded.scale, rounded.shift]
     settings = {
         "UNITS": inputs.units,
@@ -56,7 +56,7 @@ def launch_of(
         "LARGEST": LARGEST,
         "LEAST_SHARE": SMALLEST_ACTIVATION_SHARE,
         "LEAST_SCALE": SMALLEST_ACTIVATION_SCALE,
-        "num_warps": max(1, min(MOST_WARPS, width * UNIT // (EACH * LANES))),
+        "num_warps": max(1, width * UNIT // (EACH * LANES)),
     }
     return round_row, [x, *inputs.parts()[0], inputs.eps, *outputs, inputs.columns], settings
 

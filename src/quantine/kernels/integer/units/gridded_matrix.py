@@ -17,8 +17,8 @@ from quantine.kernels.integer.reference import without_outliers
 from quantine.kernels.integer.units.inputs import InputUnits
 from quantine.kernels.integer.units.layout import pack_quads, places_of, units_in_common
 
-MOST_UNITS: Final = 2**10
-"""Largest number of units of a row: a program rounds all its inputs at once."""
+MOST_WORDS: Final = 2**31 - 1
+"""Largest number of words of codes, which programs count in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class GriddedMatrix:
 def gridded_matrix(qtensor: QTensor, grid: InputGrid) -> GriddedMatrix | None:
     """Arrange ``qtensor`` and ``grid``, on whatever device they are, or return ``None``.
 
-    Groups must run along inputs, and rows be of at most `MOST_UNITS` units.
+    Groups must run along inputs, and codes fill at most `MOST_WORDS` words.
     """
     weights = qtensor.grid
     if weights.axis != "in":
@@ -133,7 +133,7 @@ def gridded_matrix(qtensor: QTensor, grid: InputGrid) -> GriddedMatrix | None:
     lengths = weights.lengths(qtensor.codes.shape[1])
     common = units_in_common(lengths)
     places, groups = places_of(lengths, qtensor.codes.device)
-    if len(groups) > MOST_UNITS:
+    if len(qtensor.codes) * weights.bits * len(groups) > MOST_WORDS:
         return None
     codes, added = without_outliers(qtensor)
     filled = codes[:, places.clamp(min=0)].masked_fill_(places < 0, 0)
