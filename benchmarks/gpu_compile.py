@@ -107,6 +107,7 @@ class Outcome:
     barriers: int
     tensor_core: int
     byte_products: int
+    logic: int
     local: int
 
 
@@ -178,6 +179,7 @@ def compiled(product: Product | IntegerProduct | Rounding, capability: str) -> O
         len(re.findall(r"bar\.sync", text)),
         len(re.findall(r"\b(?:w?g?mma\S*\.sync|tcgen05\.mma)", text)),
         len(re.findall(r"\bdp4a|\b(?:w?g?mma\S*\.s8\.s8)", text)),
+        len(re.findall(r"\b(?:and|or|xor|not|lop3|shl|shr)\.[bsu]32", text)),
         used["LOCAL"],
     )
 

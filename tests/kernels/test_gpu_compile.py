@@ -63,6 +63,17 @@ def test_integers_are_multiplied_four_bytes_at_a_time(outcomes: list[dict[str, A
     assert all(o["wide_loads"] >= 2 * 3 + 8 for o in few)
 
 
+@pytest.mark.parametrize(("bits", "most"), [(3, 18), (4, 10), (8, 1)])
+def test_bytes_are_taken_out_by_few_instructions(
+    bits: int, most: int, outcomes: list[dict[str, Any]]
+) -> None:
+    name = f"integers, {bits} bits, groups of 128 inputs; 4096 inputs, 1 token"
+    (found,) = [o for o in outcomes if o["name"] == name]
+    units = found["byte_products"] / 8
+    assert units == 16  # of a thread: four of each of four rows
+    assert found["logic"] <= most * units
+
+
 def test_a_row_is_read_once_before_it_is_rounded(outcomes: list[dict[str, Any]]) -> None:
     alone = [o for o in outcomes if o["name"].startswith("rounding")]
     wide = {o["name"]: o["wide_loads"] for o in alone}
