@@ -25,14 +25,22 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 from torch import Tensor
 
+import integer_programs
 from gpu_compile import Product, qtensor_of
+from integer_programs import IntegerProduct
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix, gridded_matrix
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_triton_matrix.py", "tests/kernels/test_triton_columns.py")
+TESTS = (
+    "tests/kernels/test_triton_matrix.py",
+    "tests/kernels/test_triton_columns.py",
+    "tests/kernels/test_triton_integer.py",
+    "tests/kernels/test_triton_rounding.py",
+)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the matrices."""
 KINDS = (
@@ -46,6 +54,11 @@ KINDS = (
 )
 """Kinds of packed matrices, which get their inputs and rows of activations below."""
 BATCHES = (1, 4, 16)
+INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
+"""Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
+INTEGER_OUTPUTS = 14336
+"""Outputs of their matrices."""
+INTEGER_BATCHES = (1, 4, 16, 256, 2048)
 ROTATED = 240_000_000
 """Bytes of matrices that a graph goes through: more than a GPU's cache."""
 MOST_MATRICES = 64
@@ -59,6 +72,7 @@ def main() -> int:
         print("There is no GPU here that PyTorch knows. With one, this would")
         print(f"  run {' and '.join(TESTS)} on it,")
         print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
+        print(f"  and {len(INTEGERS)} kinds of integer products for {INTEGER_BATCHES} tokens,")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -66,7 +80,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tests": tested(),
-        "products": [row for shape in SHAPES for row in timed_shape(shape)],
+        "products": [row for shape in SHAPES for row in timed_shape(shape)] + timed_integers(),
     }
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -101,18 +115,54 @@ def timed_kind(
     rows = []
     for batch in BATCHES:
         spent = microseconds(lambda x, matrix: multiply(matrix, x), matrices, batch)
-        rows.append(
-            {
-                "kind": replace(kind, columns=inputs, batch=batch).name,
-                "outputs": outputs,
-                "microseconds": round(spent, 2),
-                "float16_microseconds": round(float16[batch], 2),
-                "times_float16": round(float16[batch] / spent, 2),
-                "gigabytes_per_second": round(moved / spent / 1e3, 1),
-            }
-        )
-        print(rows[-1], flush=True)
+        name = replace(kind, columns=inputs, batch=batch).name
+        rows.append(row_of(name, outputs, spent, float16[batch], moved))
     return rows
+
+
+def timed_integers() -> list[dict[str, Any]]:
+    """Microseconds of integer products beside those of cuBLAS in float16, by tokens."""
+    from quantine.kernels.integer import multiply_gridded
+
+    columns = INTEGERS[0].columns
+    floats = copies(
+        lambda: torch.randn(INTEGER_OUTPUTS, columns, dtype=torch.float16, device="cuda")
+    )
+    transposed = [w.T for w in floats]
+    float16 = {batch: microseconds(torch.matmul, transposed, batch) for batch in INTEGER_BATCHES}
+    del floats, transposed
+    rows = []
+    for kind in INTEGERS:
+        matrices = copies(lambda: gridded(kind))  # noqa: B023
+        moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
+        for batch in INTEGER_BATCHES:
+            spent = microseconds(lambda x, matrix: multiply_gridded(matrix, x), matrices, batch)
+            name = replace(kind, batch=batch).name
+            rows.append(row_of(name, INTEGER_OUTPUTS, spent, float16[batch], moved))
+    return rows
+
+
+def row_of(kind: str, outputs: int, spent: float, float16: float, moved: int) -> dict[str, Any]:
+    """A product's microseconds, and those of cuBLAS in float16."""
+    row = {
+        "kind": kind,
+        "outputs": outputs,
+        "microseconds": round(spent, 2),
+        "float16_microseconds": round(float16, 2),
+        "times_float16": round(float16 / spent, 2),
+        "gigabytes_per_second": round(moved / spent / 1e3, 1),
+    }
+    print(row, flush=True)
+    return row
+
+
+def gridded(product: IntegerProduct) -> GriddedMatrix:
+    """A matrix of random codes and the grid of its inputs, on the GPU."""
+    outputs = INTEGER_OUTPUTS
+    q = integer_programs.qtensor_of(product.bits, product.columns, product.group_size, outputs)
+    matrix = gridded_matrix(on_device(q), on_device(integer_programs.grid_of(8, len(q.grid.sizes))))
+    assert matrix is not None
+    return matrix
 
 
 def packed(product: Product, outputs: int) -> UnitMatrix:
@@ -152,13 +202,12 @@ def repeated(q: QTensor, times: int) -> QTensor:
     return QTensor(q.codes.repeat(times, 1), whole, outliers=kept)
 
 
-def on_device(q: QTensor) -> QTensor:
-    """``q`` with all its tensors on the GPU."""
+def on_device(value: Any) -> Any:
+    """``value``, a matrix or a grid, with all its tensors on the GPU."""
     sys.path.insert(0, str(ROOT / "tests" / "kernels"))
     from gpu_device import moved
 
-    found: QTensor = moved(q, "cuda")
-    return found
+    return moved(value, "cuda")
 
 
 def copies(make: Callable[[], Any]) -> list[Any]:
@@ -172,8 +221,7 @@ def copies(make: Callable[[], Any]) -> list[Any]:
 
 def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int) -> float:
     """Microseconds of one product, all of which run one after another in a CUDA graph."""
-    columns = matrices[0].columns if isinstance(matrices[0], UnitMatrix) else len(matrices[0])
-    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
+    x = torch.randn(batch, columns_of(matrices[0]), dtype=torch.float16, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         for matrix in matrices:
             multiply(x, matrix)
@@ -191,6 +239,13 @@ def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], ba
         torch.cuda.synchronize()
         spent.append(start.elapsed_time(end) * 1e3 / len(matrices))
     return statistics.median(spent)
+
+
+def columns_of(matrix: UnitMatrix | GriddedMatrix | Tensor) -> int:
+    """Number of inputs of a matrix; a float one is transposed."""
+    if isinstance(matrix, Tensor):
+        return len(matrix)
+    return matrix.columns if isinstance(matrix, UnitMatrix) else matrix.inputs.columns
 
 
 if __name__ == "__main__":

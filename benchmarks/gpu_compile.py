@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
-For each product: registers of a thread, bytes that registers were spilled to, shared memory, loads
+For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
 of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table.
 """
 
@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from integer_programs import INTEGERS, IntegerProduct, Rounding
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -38,6 +39,7 @@ ROWS = 64
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -92,7 +94,7 @@ PRODUCTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a product."""
+    """What the compiler made of a program."""
 
     name: str
     capability: str
@@ -104,6 +106,8 @@ class Outcome:
     loads: int
     barriers: int
     tensor_core: int
+    byte_products: int
+    logic: int
     local: int
 
 
@@ -128,7 +132,11 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(
+    product: Product | IntegerProduct | Rounding,
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    if not isinstance(product, Product):
+        return product.launch()
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -138,7 +146,7 @@ def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product, capability: str) -> Outcome:
+def compiled(product: Product | IntegerProduct | Rounding, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
     signature: dict[str, str] = {}
@@ -170,6 +178,8 @@ def compiled(product: Product, capability: str) -> Outcome:
         len(re.findall(r"ld\.global|cp\.async\.c[ag]", text)),
         len(re.findall(r"bar\.sync", text)),
         len(re.findall(r"\b(?:w?g?mma\S*\.sync|tcgen05\.mma)", text)),
+        len(re.findall(r"\bdp4a|\b(?:w?g?mma\S*\.s8\.s8)", text)),
+        len(re.findall(r"\b(?:and|or|xor|not|lop3|shl|shr)\.[bsu]32", text)),
         used["LOCAL"],
     )
 
@@ -197,7 +207,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in PRODUCTS:
+    for product in (*PRODUCTS, *INTEGERS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))
