@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantine.kernels.kv_attention.triton.programs.codes import channels, take_codes
+from quantine.kernels.kv_attention.triton.programs.codes import paired, take_codes, unpaired
 from quantine.kernels.kv_attention.triton.programs.outputs import outputs_of
 
 
@@ -26,7 +26,7 @@ def _prepared(query, held, channel, scale, zero, scaling, BITS: tl.constexpr, DI
     exponent = tl.minimum(tl.maximum(exponent, 1), 253)
     factor = (exponent << 23).to(tl.float32, bitcast=True)
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    return (q * inverse[:, None]).to(tl.float16), factor, offset
+    return paired((q * inverse[:, None]).to(tl.float16), BITS), factor, offset
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def attend_part(
     head = (kv_head * COPIES + row % COPIES).to(tl.int64)
     flat = (sample * heads + head) * tokens + token
 
-    channel = channels(WIDTH, KEY_BITS)
+    channel = tl.arange(0, WIDTH)
     line = sample * query_sample_stride + head * query_head_stride + token * query_token_stride
     halves, factor, offset = _prepared(
         query + line[:, None] + channel[None, :] * query_channel_stride,
@@ -128,6 +128,7 @@ def attend_part(
     if first is not None:
         line = sample * seen_sample_stride + head * seen_head_stride + token * seen_token_stride
         begin, end = _range(first, stop, line, held, context, chunks, CHUNKS)
+    begin = begin // TOKENS * TOKENS  # so that many tokens can be read at once
     length = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), TOKENS) * TOKENS
     begin += part * length
     end = tl.minimum(begin + length, end)
@@ -137,11 +138,11 @@ def attend_part(
     key_bytes: tl.constexpr = (DIM * KEY_BITS + 7) // 8
     value_bytes: tl.constexpr = (DIM * VALUE_BITS + 7) // 8
     mask_line = sample * mask_sample_stride + head * mask_head_stride + token * mask_token_stride
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS, 1], float("-inf"), tl.float32)
     if largest is not None:
-        top = tl.load(largest + flat, mask=held, other=0.0)
-        whole = tl.load(total + flat, mask=held, other=1.0)
-    weight = tl.zeros([ROWS], tl.float32)
+        top = tl.load(largest + flat, mask=held, other=0.0)[:, None]
+        whole = tl.load(total + flat, mask=held, other=1.0)[:, None]
+    weight = tl.zeros([ROWS, 1], tl.float32)
     sum_of_codes = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(begin, end, TOKENS):
         place = start + tl.arange(0, TOKENS)
@@ -152,36 +153,36 @@ def attend_part(
         if softcap is not None:
             score = _bounded(score, softcap)
         if mask is not None:
-            at = mask + mask_line[:, None] + place.to(tl.int64)[None, :] * mask_place_stride
+            at = mask + mask_line[:, None] + place[None, :] * mask_place_stride
             score += tl.load(at, mask=there, other=0.0).to(tl.float32)
         score = tl.where(inside[None, :], score, float("-inf"))
         if scores is not None:
             tl.store(scores + flat[:, None] * context + place[None, :], score, mask=there)
         if largest is not None:
-            share = tl.exp(score - top[:, None])
+            share = tl.exp(score - top)
             if not RELATIVE:
-                share = share / whole[:, None]
+                share = share / whole
             # Adding 1.5 * 2**23 leaves no bits for fractions: steps are whole, ties go to even.
             share = (share * TOP + 12582912.0) - 12582912.0
         else:
-            higher = tl.maximum(top, tl.max(score, 1))
+            higher = tl.maximum(top, tl.max(score, 1, keep_dims=True))
             base = tl.where(higher == float("-inf"), 0.0, higher)
-            share = tl.exp(score - base[:, None])
+            share = tl.exp(score - base)
             fade = tl.exp(top - base)
             weight *= fade
-            sum_of_codes *= fade[:, None]
+            sum_of_codes *= fade
             top = higher
-        weight += tl.sum(share, 1)
+        weight += tl.sum(share, 1, keep_dims=True)
         if mixed is not None or out is not None:
             codes = take_codes(value, place, inside, VALUE_BITS, value_bytes, WIDTH)
             sum_of_codes = tl.dot(share.to(tl.float16), codes, sum_of_codes)
 
-    column = tl.arange(0, WIDTH)
+    if mixed is not None or out is not None:
+        sum_of_codes = unpaired(sum_of_codes, VALUE_BITS)
     if out is not None:
-        channel = channels(WIDTH, VALUE_BITS)
         found = outputs_of(
             sum_of_codes,
-            weight[:, None],
+            weight,
             value_scale + kv_head * DIM + channel[None, :],
             value_zero + kv_head * DIM + channel[None, :],
             (channel < DIM)[None, :],
@@ -192,10 +193,8 @@ def attend_part(
         there = held[:, None] & (channel < DIM)[None, :]
         tl.store(out + at, found.to(out.dtype.element_ty), mask=there)
     else:
-        flat = flat * tl.num_programs(1) + part
-        tl.store(tops + flat, top, mask=held)
-        tl.store(sums + flat, weight, mask=held)
+        flat = flat[:, None] * tl.num_programs(1) + part
+        tl.store(tops + flat, top, mask=held[:, None])
+        tl.store(sums + flat, weight, mask=held[:, None])
         if mixed is not None:
-            tl.store(
-                mixed + flat[:, None] * WIDTH + column[None, :], sum_of_codes, mask=held[:, None]
-            )
+            tl.store(mixed + flat * WIDTH + channel[None, :], sum_of_codes, mask=held[:, None])

@@ -7,15 +7,22 @@ import triton.language as tl
 
 
 @triton.jit
-def channels(WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """The channel of each column of what `take_codes` returns, ``[WIDTH]``.
+def paired(x, BITS: tl.constexpr):
+    """``x`` ``[n, width]`` with its columns, the channels, in the order of `take_codes`.
 
     Columns of a piece are its pairs one after another: code ``p``, then ``p`` of the second half.
     """
-    codes: tl.constexpr = 32 // (BITS & -BITS)
-    place = tl.arange(0, WIDTH)
-    within = place % codes
-    return place - within + within % 2 * (codes // 2) + within // 2
+    half: tl.constexpr = 16 // (BITS & -BITS)
+    pieces = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * half), 2, half])
+    return tl.reshape(tl.trans(pieces, (0, 1, 3, 2)), [x.shape[0], x.shape[1]])
+
+
+@triton.jit
+def unpaired(x, BITS: tl.constexpr):
+    """What `paired` made ``x`` of."""
+    half: tl.constexpr = 16 // (BITS & -BITS)
+    pieces = tl.reshape(x, [x.shape[0], x.shape[1] // (2 * half), half, 2])
+    return tl.reshape(tl.trans(pieces, (0, 1, 3, 2)), [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -79,7 +86,7 @@ def take_codes(
 ):
     """Codes of tokens ``token`` ``[m]`` less the middle code, float16 ``[m, WIDTH]``.
 
-    `channels` says what the columns are. Codes of channels that a row does not have, and of tokens
+    `paired` says what the columns are. Codes of channels that a row does not have, and of tokens
     that are not ``inside``, are those of zeros.
     """
     shared: tl.constexpr = BITS & -BITS

@@ -5,8 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantine.kernels.kv_attention.triton.programs.codes import channels
-
 
 @triton.jit
 def outputs_of(mixed, weight, scale, zero, real, BITS: tl.constexpr, TOP: tl.constexpr):
@@ -50,10 +48,9 @@ def join_parts(
     highest = tl.max(top, 0)
     share = tl.exp(top - tl.where(highest == float("-inf"), 0.0, highest))
     weight = tl.sum(tl.load(sums + at, mask=there, other=0.0) * share, 0)
-    place = at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    codes = tl.load(mixed + place, mask=there[:, None], other=0.0)
+    channel = tl.arange(0, WIDTH)
+    codes = tl.load(mixed + at[:, None] * WIDTH + channel[None, :], mask=there[:, None], other=0.0)
     total = tl.sum(codes * share[:, None], 0)
-    channel = channels(WIDTH, BITS)
     own = head // COPIES * DIM + channel
     found = outputs_of(total, weight, scale + own, zero + own, channel < DIM, BITS, TOP)
     to = ((sample * tokens + token) * heads + head) * DIM + channel
