@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
-For each product: registers of a thread, bytes that registers were spilled to, shared memory, loads
+For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
 of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table.
 """
 
@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kv_programs import KV_PROGRAMS, Attention, Rounding
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -32,6 +33,8 @@ from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""Settings that are Triton's, not a program's own."""
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 ROWS = 64
 """Outputs of the matrices: programs do not depend on how many there are."""
@@ -92,7 +95,7 @@ PRODUCTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a product."""
+    """What the compiler made of a program."""
 
     name: str
     capability: str
@@ -128,7 +131,9 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Product | Attention | Rounding) -> tuple[Any, list[Any], dict[str, Any]]:
+    if not isinstance(product, Product):
+        return product.launch()
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -138,17 +143,21 @@ def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product, capability: str) -> Outcome:
+def compiled(product: Product | Attention | Rounding, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     known: dict[tuple[int], Any] = {}
     for place, (name, value) in enumerate(zip(program.arg_names, operands, strict=False)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+        # As the launcher does, unless a program says that a number changes all the time.
+        whole = isinstance(value, int) and not program.params[place].do_not_specialize
+        if value is None or (whole and value == 1):
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int | float):
             signature[name] = "i32" if isinstance(value, int) else "fp32"
+            if whole and value % 16 == 0:
+                known[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = TYPES[value.dtype]
             known[(place,)] = [["tt.divisibility", 16]]
@@ -197,7 +206,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in PRODUCTS:
+    for product in (*PRODUCTS, *KV_PROGRAMS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

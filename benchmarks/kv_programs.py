@@ -46,6 +46,7 @@ class Attention:
         )
 
     def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """What `quantine.kernels.kv_attention.triton.request.launch_of` says of it."""
         shape = (1, HEADS, self.context, packed_bytes(self.dim, self.bits))
         grid = torch.ones(HEADS, self.dim)
         packed = torch.zeros(shape, dtype=torch.uint8)
@@ -70,17 +71,37 @@ class Attention:
         return launch_of(request, known, None, None, out)
 
 
-ATTENTIONS = (
+@dataclass(frozen=True)
+class Rounding:
+    """Rounding of the keys or values of one token to compile: bits, channels, error feedback."""
+
+    bits: int
+    dim: int
+    fed: bool
+
+    @property
+    def name(self) -> str:
+        fed = ", with feedback" if self.fed else ""
+        return f"rounding of keys, {self.bits} bits{fed}; {self.dim} channels, 1 token"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """What `quantine.kernels.kv_attention.triton.packing.launch_of` says of it."""
+        grid = torch.ones(HEADS, self.dim)
+        packed = torch.zeros(1, HEADS, 1, packed_bytes(self.dim, self.bits), dtype=torch.uint8)
+        feedback = torch.zeros(HEADS, self.dim, self.dim).half() if self.fed else None
+        states = torch.zeros(1, HEADS, 1, self.dim, dtype=torch.float16)
+        return packing.launch_of(states, self.bits, grid, grid, packed, feedback)
+
+
+KV_PROGRAMS: tuple[Attention | Rounding, ...] = (
     Attention(4, 128, 4, 1, 4096),
     Attention(3, 128, 4, 1, 4096),
-    Attention(8, 128, 4, 1, 4096),
     Attention(4, 64, 1, 1, 4096),
-    Attention(4, 96, 8, 1, 4096),
-    Attention(3, 80, 1, 1, 4096),
-    Attention(4, 256, 2, 1, 4096),
     Attention(4, 128, 4, 1, 4096, 8),
+    Attention(4, 256, 2, 1, 4096),
     Attention(4, 128, 4, 4096, 4096),
     Attention(3, 128, 4, 4096, 4096),
     Attention(4, 256, 2, 4096, 4096),
-    Attention(4, 128, 4, 4096, 4096, 8),
+    Rounding(4, 128, True),
+    Rounding(3, 128, False),
 )

@@ -49,3 +49,22 @@ def test_many_rows_take_tensor_cores(outcomes: list[dict[str, Any]]) -> None:
     many = [o for o in outcomes if o["name"].endswith((" 16 rows", " 64 rows"))]
     assert many
     assert all(o["tensor_core"] > 0 for o in many)
+
+
+def test_packed_context_is_read_16_bytes_at_a_time(outcomes: list[dict[str, Any]]) -> None:
+    wholes = [o for o in outcomes if o["name"].startswith("attention, 4 bits")]
+    assert len(wholes) >= 4
+    # Keys and values, of the first turn and of those after it; and queries, masks, outputs.
+    assert all(o["wide_loads"] >= 4 for o in wholes)
+
+
+def test_attention_takes_tensor_cores(outcomes: list[dict[str, Any]]) -> None:
+    found = [o for o in outcomes if o["name"].startswith("attention")]
+    assert found
+    assert all(o["tensor_core"] > 0 for o in found)
+
+
+def test_one_warp_rounds_a_head_and_never_waits(outcomes: list[dict[str, Any]]) -> None:
+    found = [o for o in outcomes if o["name"].startswith("rounding of keys")]
+    assert found
+    assert all(o["barriers"] == 0 for o in found)

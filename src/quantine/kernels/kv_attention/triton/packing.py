@@ -5,7 +5,7 @@ Importing this module registers the operator ``quantine::pack_states``.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -32,28 +32,11 @@ def pack_states(
     One launch rounds all channels of all heads; the channels of a head follow one another in
     registers where errors are fed back.
     """
-    batch, heads, tokens, dim = states.shape
     if states.numel() == 0:
         return
-    pieces, most = pieces_of(bits), min(TOKENS, triton.next_power_of_2(tokens))
-    round_to_codes[(triton.cdiv(tokens, most), heads, batch)](
-        states,
-        scale.contiguous(),
-        zero.contiguous(),
-        None if feedback is None else feedback.contiguous(),
-        packed,
-        tokens,
-        *states.stride(),
-        *packed.stride()[:3],
-        BITS=bits,
-        DIM=dim,
-        WIDTH=width_of(dim),
-        TOKENS=most,
-        WORDS=pieces.words,
-        CODES=pieces.codes,
-        num_warps=1,
-        enable_fp_fusion=False,  # as the reference, which rounds products before it subtracts them
-    )
+    program, operands, settings = launch_of(states, bits, scale, zero, packed, feedback)
+    batch, heads, tokens, _ = states.shape
+    program[(triton.cdiv(tokens, settings["TOKENS"]), heads, batch)](*operands, **settings)
 
 
 @pack_states.register_fake
@@ -66,3 +49,38 @@ def _(
     feedback: Tensor | None,
 ) -> None:
     return None
+
+
+def launch_of(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program, its operands in order, and what is fixed when it is compiled."""
+    tokens, dim = states.shape[2:]
+    pieces = pieces_of(bits)
+    operands = [
+        states,
+        scale.contiguous(),
+        zero.contiguous(),
+        None if feedback is None else feedback.contiguous(),
+        packed,
+        tokens,
+        *states.stride(),
+        *packed.stride()[:3],
+    ]
+    settings = {
+        "BITS": bits,
+        "DIM": dim,
+        "WIDTH": width_of(dim),
+        "TOKENS": min(TOKENS, triton.next_power_of_2(tokens)),
+        "WORDS": pieces.words,
+        "CODES": pieces.codes,
+        "num_warps": 1,
+        # As the reference, which rounds products before it subtracts them.
+        "enable_fp_fusion": False,
+    }
+    return round_to_codes, operands, settings

@@ -15,12 +15,16 @@ from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.triton.pieces import width_of
 from quantine.kernels.kv_attention.triton.programs.attend import attend_part
 
-MOST_ROWS: Final = 64
+MOST_ROWS: Final = 128
 """Rows of a tile, where there are as many."""
 FEWEST_ROWS: Final = 16
 """Fewest rows of a tile, those included that are not there: tensor cores take no fewer."""
 TOKENS: Final = 64
 """Tokens of the context that a program decodes at once."""
+WIDE: Final = 128
+"""Channels from above which tiles are a quarter as high, and decode half as many tokens."""
+IN_FOUR_WARPS: Final = 4096
+"""Rows times channels of a tile that four warps hold in registers; others take eight."""
 PART: Final = 256
 """Fewest tokens of the context worth a part of their own."""
 MOST_PARTS: Final = 64
@@ -71,7 +75,8 @@ class Request:
     def rows(self) -> int:
         """Rows of a tile."""
         wanted: int = triton.next_power_of_2(self.copies * self.query.shape[2])
-        return min(MOST_ROWS, max(FEWEST_ROWS, wanted))
+        most = MOST_ROWS if self.width <= WIDE else MOST_ROWS // 4
+        return min(most, max(FEWEST_ROWS, wanted))
 
     @property
     def tiles(self) -> int:
@@ -169,11 +174,11 @@ def launch_of(
         "WIDTH": request.width,
         "COPIES": request.copies,
         "ROWS": request.rows,
-        "TOKENS": TOKENS,
+        "TOKENS": TOKENS // 2 if request.width > WIDE and request.rows > FEWEST_ROWS else TOKENS,
         "CHUNKS": triton.next_power_of_2(chunks),
         "TOP": 0 if known is None else request.top,
         "RELATIVE": scoring.relative,
-        "num_warps": 4,
+        "num_warps": 4 if request.rows * request.width <= IN_FOUR_WARPS else 8,
         "num_stages": 2,
     }
     return attend_part, operands, settings
