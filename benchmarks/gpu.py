@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import integer_programs
 from gpu_compile import Product, qtensor_of
@@ -32,7 +34,12 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix, gridded_matrix
+from quantine.kernels.bits.reference import packed_bytes
+from quantine.kernels.kv_attention import attend
+from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+from roofline import COPIES, DIM, KV_HEADS
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
@@ -41,6 +48,11 @@ TESTS = (
     "tests/kernels/test_triton_integer.py",
     "tests/kernels/test_triton_rounding.py",
 )
+    "tests/kernels/test_triton_packing.py",
+    "tests/kernels/test_triton_attention.py",
+)
+CONTEXTS = (4096, 32768)
+"""Tokens that one query of attention meets, of the heads that benchmarks/roofline.py names."""
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the matrices."""
 KINDS = (
@@ -73,6 +85,7 @@ def main() -> int:
         print(f"  run {' and '.join(TESTS)} on it,")
         print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
         print(f"  and {len(INTEGERS)} kinds of integer products for {INTEGER_BATCHES} tokens,")
+        print(f"  and attention over {' and '.join(map(str, CONTEXTS))} tokens,")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -81,6 +94,8 @@ def main() -> int:
         "torch": torch.__version__,
         "tests": tested(),
         "products": [row for shape in SHAPES for row in timed_shape(shape)] + timed_integers(),
+        "products": [row for shape in SHAPES for row in timed_shape(shape)],
+        "attention": [timed_attention(context) for context in CONTEXTS],
     }
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -150,6 +165,27 @@ def row_of(kind: str, outputs: int, spent: float, float16: float, moved: int) ->
         "microseconds": round(spent, 2),
         "float16_microseconds": round(float16, 2),
         "times_float16": round(float16 / spent, 2),
+def timed_attention(context: int) -> dict[str, Any]:
+    """Microseconds of one query over 4-bit keys and values, beside PyTorch's over float16."""
+    query = torch.randn(1, KV_HEADS * COPIES, 1, DIM, dtype=torch.float16, device="cuda")
+    shape = (2, 1, KV_HEADS, context, DIM)
+    floats = copies(lambda: torch.randn(shape, dtype=torch.float16, device="cuda"))
+    slow = replayed(
+        [partial(scaled_dot_product_attention, query, *both, enable_gqa=True) for both in floats]
+    )
+    del floats
+    grid = torch.rand(KV_HEADS, DIM, device="cuda") + 0.5
+    shape = (*shape[:4], packed_bytes(DIM, 4))
+    codes = copies(lambda: torch.randint(256, shape, dtype=torch.uint8, device="cuda"))
+    moved = codes[0].nbytes
+    states = [[PackedStates(each, 4, grid, grid, query.dtype) for each in both] for both in codes]
+    scoring = Scoring(DIM**-0.5)
+    spent = replayed([partial(attend, query, *both, None, scoring, keep=False) for both in states])
+    row = {
+        "context": context,
+        "microseconds": round(spent, 2),
+        "float16_microseconds": round(slow, 2),
+        "times_float16": round(slow / spent, 2),
         "gigabytes_per_second": round(moved / spent / 1e3, 1),
     }
     print(row, flush=True)
@@ -222,14 +258,22 @@ def copies(make: Callable[[], Any]) -> list[Any]:
 def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int) -> float:
     """Microseconds of one product, all of which run one after another in a CUDA graph."""
     x = torch.randn(batch, columns_of(matrices[0]), dtype=torch.float16, device="cuda")
+    """Microseconds of one product."""
+    columns = matrices[0].columns if isinstance(matrices[0], UnitMatrix) else len(matrices[0])
+    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
+    return replayed([partial(multiply, x, matrix) for matrix in matrices])
+
+
+def replayed(calls: list[Callable[[], Any]]) -> float:
+    """Microseconds of one of ``calls``, which run one after another in a CUDA graph."""
     with torch.cuda.stream(torch.cuda.Stream()):
-        for matrix in matrices:
-            multiply(x, matrix)
+        for call in calls:
+            call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for matrix in matrices:
-            multiply(x, matrix)
+        for call in calls:
+            call()
     spent = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -237,7 +281,7 @@ def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], ba
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        spent.append(start.elapsed_time(end) * 1e3 / len(matrices))
+        spent.append(start.elapsed_time(end) * 1e3 / len(calls))
     return statistics.median(spent)
 
 

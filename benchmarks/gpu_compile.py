@@ -25,7 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from integer_programs import INTEGERS, IntegerProduct, Rounding
+from integer_programs import INTEGERS
+from kv_programs import KV_PROGRAMS
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -33,6 +34,8 @@ from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""Settings that are Triton's, not a program's own."""
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 ROWS = 64
 """Outputs of the matrices: programs do not depend on how many there are."""
@@ -132,9 +135,7 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(
-    product: Product | IntegerProduct | Rounding,
-) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     if not isinstance(product, Product):
         return product.launch()
     matrix = unit_matrix(qtensor_of(product))
@@ -146,17 +147,21 @@ def launch_of(
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product | IntegerProduct | Rounding, capability: str) -> Outcome:
+def compiled(product: Any, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     known: dict[tuple[int], Any] = {}
     for place, (name, value) in enumerate(zip(program.arg_names, operands, strict=False)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+        # As the launcher does, unless a program says that a number changes all the time.
+        whole = isinstance(value, int) and not program.params[place].do_not_specialize
+        if value is None or (whole and value == 1):
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int | float):
             signature[name] = "i32" if isinstance(value, int) else "fp32"
+            if whole and value % 16 == 0:
+                known[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = TYPES[value.dtype]
             known[(place,)] = [["tt.divisibility", 16]]
@@ -207,7 +212,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*PRODUCTS, *INTEGERS):
+    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_compile import Product
-from roofline import GPUS, float16, packed, seconds
+from quantine.core.activation_spec import UNQUANTIZED
+from roofline import GPUS, attention, float16, packed, seconds, token_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -22,6 +23,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Outputs and inputs of the predicted products."""
+CONTEXTS = (4096, 32768)
+"""Tokens that one query of attention meets."""
 KINDS = (
     Product(4, 128, "in", 0, False, False, 1),
     Product(3, 128, "in", 0, False, False, 1),
@@ -33,8 +36,8 @@ KINDS = (
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, text in (("predictions", predictions()), ("measurements", measurements())):
-        page = rewritten(page, name, text)
+    for write in (predictions, attentions, measurements):
+        page = rewritten(page, write.__name__, write())
     PAGE.write_text(page)
 
 
@@ -71,6 +74,19 @@ def predicted(shape: tuple[int, int], kind: Product) -> list[str]:
     return cells
 
 
+def attentions() -> str:
+    """Least microseconds of attention of one query, by length of the context, bits and GPU."""
+    head = ["context", "bits", "bytes a token and head", "MB", *(gpu.name for gpu in GPUS)]
+    rows = []
+    for context in CONTEXTS:
+        for bits in (UNQUANTIZED, 8, 4, 3):
+            work = attention(bits, context)
+            times = (f"{seconds(work, gpu) * 1e6:.1f}" for gpu in GPUS)
+            size = f"{work.nbytes / 1e6:.1f}"
+            rows.append([str(context), str(bits), str(token_bytes(bits)), size, *times])
+    return table(head, rows)
+
+
 def measurements() -> str:
     """The products of every file that `make gpu` wrote, or a sentence that there is none."""
     found = sorted(RESULTS.glob("gpu-*.json"))
@@ -92,7 +108,15 @@ def measured(outcome: dict[str, Any]) -> str:
         ]
         for row in outcome["products"]
     )
-    return f"{outcome['device']}, PyTorch {outcome['torch']}:\n\n{table(head, rows)}"
+    of_context = ["context", "us, 4 bits", "us, PyTorch float16", "times", "GB/s"]
+    keys = ("context", "microseconds", "float16_microseconds", "times_float16")
+    attended = [
+        [str(row[key]) for key in (*keys, "gigabytes_per_second")] for row in outcome["attention"]
+    ]
+    return (
+        f"{outcome['device']}, PyTorch {outcome['torch']}:\n\n{table(head, rows)}\n\n"
+        f"Attention of one query:\n\n{table(of_context, attended)}"
+    )
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

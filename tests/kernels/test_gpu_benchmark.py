@@ -36,7 +36,12 @@ def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
 
 
 def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
-    run("import gpu_page\nassert gpu_page.predictions() in gpu_page.PAGE.read_text()\n")
+    run(
+        "import gpu_page\n"
+        "page = gpu_page.PAGE.read_text()\n"
+        "assert gpu_page.predictions() in page\n"
+        "assert gpu_page.attentions() in page\n"
+    )
 
 
 def test_what_was_measured_becomes_a_table() -> None:
@@ -44,8 +49,11 @@ def test_what_was_measured_becomes_a_table() -> None:
         "import gpu_page\n"
         "row = dict(kind='4 bits', outputs=4096, microseconds=4.6, float16_microseconds=13.2,\n"
         "           times_float16=2.87, gigabytes_per_second=1900.0)\n"
-        "text = gpu_page.measured(dict(device='a card', torch='2.13', products=[row]))\n"
+        "attended = row | dict(context=32768)\n"
+        "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended])\n"
+        "text = gpu_page.measured(outcome)\n"
         "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
+        "assert '| 32768 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
     )
 
 

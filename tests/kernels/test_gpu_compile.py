@@ -75,7 +75,7 @@ def test_bytes_are_taken_out_by_few_instructions(
 
 
 def test_a_row_is_read_once_before_it_is_rounded(outcomes: list[dict[str, Any]]) -> None:
-    alone = [o for o in outcomes if o["name"].startswith("rounding")]
+    alone = [o for o in outcomes if o["name"].startswith("rounding;")]
     wide = {o["name"]: o["wide_loads"] for o in alone}
     # A thread has 32 channels, which it gathers: their places are read 16 bytes at a time, in rows
     # of up to 16384 places once.
@@ -84,3 +84,22 @@ def test_a_row_is_read_once_before_it_is_rounded(outcomes: list[dict[str, Any]])
         "rounding; 14336 inputs, 1 token": 8,
         "rounding; 28672 inputs, 1 token": 16,
     }
+
+
+def test_packed_context_is_read_16_bytes_at_a_time(outcomes: list[dict[str, Any]]) -> None:
+    wholes = [o for o in outcomes if o["name"].startswith("attention, 4 bits")]
+    assert len(wholes) >= 4
+    # Keys and values, of the first turn and of those after it; and queries, masks, outputs.
+    assert all(o["wide_loads"] >= 4 for o in wholes)
+
+
+def test_attention_takes_tensor_cores(outcomes: list[dict[str, Any]]) -> None:
+    found = [o for o in outcomes if o["name"].startswith("attention")]
+    assert found
+    assert all(o["tensor_core"] > 0 for o in found)
+
+
+def test_one_warp_rounds_a_head_and_never_waits(outcomes: list[dict[str, Any]]) -> None:
+    found = [o for o in outcomes if o["name"].startswith("rounding of keys")]
+    assert found
+    assert all(o["barriers"] == 0 for o in found)
