@@ -2,14 +2,16 @@
 
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
-For each product: registers of a thread, bytes that registers were spilled to, shared memory, loads
-of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table.
+For each product and each column loop: registers of a thread, bytes that registers were spilled to,
+shared memory, loads of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md
+has the table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +30,12 @@ from triton.compiler import ASTSource
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.core.spec import QuantSpec
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.columns.triton import columns as column_loop
+from quantine.kernels.columns.triton.programs.block import round_block
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
@@ -38,6 +46,8 @@ ROWS = 64
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -88,8 +98,44 @@ PRODUCTS = (
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A block of the column loop to compile: the groups that are fitted in it, and outliers.
+
+    ``length`` is 0 where grids are known before the loop.
+    """
+
+    spec: QuantSpec
+    cost: GridCost
+    length: int
+
+    @property
+    def name(self) -> str:
+        spec = self.spec
+        if not self.length:
+            return f"column loop, {spec.bits} bits, known grids"
+        statistics = f", second grids of {spec.stat_group_size} rows" if spec.second_level else ""
+        outliers = ", outliers" if self.cost.price < math.inf else ""
+        return (
+            f"column loop, {spec.bits} bits, groups of {self.length} {spec.group_axis}puts "
+            f"by {self.cost.clip}{statistics}{outliers}"
+        )
+
+
+SPQR = GridCost("hessian", 0.5, look_ahead=True)
+LOOPS = (
+    Loop(QuantSpec(4), GridCost("mse"), 0),
+    Loop(QuantSpec(4, 128), GridCost("mse"), 128),
+    Loop(QuantSpec(3, 16, scale_bits=3), SPQR, 16),
+    Loop(QuantSpec(4, 16, scale_bits=3, stat_group_size=64), SPQR, 16),
+    Loop(QuantSpec(3, 16, scale_bits=3, zero_bits=3), GridCost("minmax", 0.2, True), 16),
+    Loop(QuantSpec(3, 64, scale_bits=4), SPQR, 64),
+    Loop(QuantSpec(3, 64, scale_bits=3, group_axis="out"), SPQR, 64),
+)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a product."""
+    """What the compiler made of a program."""
 
     name: str
     capability: str
@@ -125,7 +171,9 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Product | Loop) -> tuple[Any, list[Any], dict[str, Any]]:
+    if isinstance(product, Loop):
+        return loop_launch_of(product)
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -135,7 +183,24 @@ def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product, capability: str) -> Outcome:
+def loop_launch_of(loop: Loop) -> tuple[Any, list[Any], dict[str, Any]]:
+    rows, inputs, device = 256, 256, torch.device("cpu")
+    spec, fitting, upper = loop.spec, None, torch.eye(inputs)
+    groups = torch.zeros(inputs, dtype=torch.int64)
+    if loop.length:
+        if spec.group_axis == "out":
+            second = Grid(torch.ones(inputs, rows // loop.length), torch.zeros(1, 1), 3, 1)
+            fitted = FittedGroups.of_columns(inputs, rows, spec, (second, None), device)
+        else:
+            fitted = FittedGroups.empty(inputs // loop.length, rows, loop.length, spec, device)
+        fitting = AtReach(fitted, upper.diagonal().clone(), loop.cost)
+    weight, values = torch.zeros(rows, inputs), (torch.ones(1, rows), torch.zeros(1, rows))
+    columns = Columns.of(weight, upper, groups, spec.bits, values, groups, loop.cost.price, fitting)
+    _, operands, settings = column_loop.launch_of(columns, 0, 128, fitting)
+    return round_block, operands, settings
+
+
+def compiled(product: Product | Loop, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
     signature: dict[str, str] = {}
@@ -194,7 +259,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in PRODUCTS:
+    for product in (*PRODUCTS, *LOOPS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

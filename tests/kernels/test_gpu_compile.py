@@ -49,3 +49,15 @@ def test_many_rows_take_tensor_cores(outcomes: list[dict[str, Any]]) -> None:
     many = [o for o in outcomes if o["name"].endswith((" 16 rows", " 64 rows"))]
     assert many
     assert all(o["tensor_core"] > 0 for o in many)
+
+
+def test_a_column_loop_waits_for_no_other_warp_in_narrow_groups(
+    outcomes: list[dict[str, Any]],
+) -> None:
+    loops = {o["name"]: o for o in outcomes if o["name"].startswith("column loop")}
+    alone = [o for o in loops.values() if o["warps"] == 1]
+    assert len(alone) >= 5
+    # The one barrier lets the next part of a block see the errors of this one.
+    assert all(o["barriers"] == 1 for o in alone)
+    assert any("second grids of 64 rows" in o["name"] for o in alone)
+    assert all(o["registers"] < 255 for o in loops.values())

@@ -13,12 +13,14 @@ from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import Clip, GridCost
 from quantine.kernels.fit.reference import SHRINKS, farthest_of
 
-LEAST_LINES: Final = 32
-"""Lines of a program, at least: those of one warp."""
-LARGEST_TILE: Final = 2**14
+LEAST_LINES: Final = 16
+"""Lines of a program, at least."""
+LARGEST_TILE: Final = 2**12
 """Most places of a tile, which is held in registers. PyTorch fits what takes more."""
-OF_A_WARP: Final = 1024
-"""Places of a tile that one warp holds."""
+NARROW: Final = 16
+"""Length of a group up to which a thread can hold it whole, and a warp needs no other."""
+OF_A_WARP: Final = (1024, 512)
+"""Places of a tile that one warp holds: up to `NARROW`, and where groups are longer."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,12 @@ class Share:
 
         ``None`` if such a run takes more than `LARGEST_TILE`.
         """
-        span = triton.next_power_of_2(run)
+        span = int(triton.next_power_of_2(run))
         runs = max(1, LEAST_LINES // span)
-        tile = runs * span * triton.next_power_of_2(length)
+        tile = runs * span * int(triton.next_power_of_2(length))
         if tile > LARGEST_TILE:
             return None
-        return cls(runs, span, run, max(1, tile // OF_A_WARP))
+        return cls(runs, span, run, max(1, tile // OF_A_WARP[length > NARROW]))
 
     def programs(self, lines: int) -> int:
         """Number of programs for so many lines."""

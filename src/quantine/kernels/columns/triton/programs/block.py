@@ -57,10 +57,11 @@ def round_block(
         at = (begin + column).to(tl.int64)[:, None] * rows + row[None, :]
         inside = held[:, None] & there[None, :]
         tile = tl.load(weights + at, mask=inside, other=0.0)
-        for j in range(start, begin):
-            error = tl.load(errors + tl.cast(j, tl.int64) * rows + row, mask=there, other=0.0)
-            line = upper + tl.cast(j, tl.int64) * inputs + begin
-            tile -= tl.load(line + column, mask=held, other=0.0)[:, None] * error[None, :]
+        for number in range(start, begin):
+            j = tl.cast(number, tl.int64)
+            error = tl.load(errors + j * rows + row, mask=there, other=0.0)
+            share = tl.load(upper + j * inputs + begin + column, mask=held, other=0.0)
+            tile -= share[:, None] * error[None, :]
         if FIT is not None and not OUTPUTS:
             d = tl.load(spread + begin + column, mask=held, other=1.0)
             group = tl.cast(begin // PART, tl.int64)
@@ -82,7 +83,6 @@ def round_block(
             )
         for number in range(count):
             j = tl.cast(begin + number, tl.int64)
-            line = upper + j * inputs
             # A register has no number at run time: the column is what others leave if they are 0.
             w = tl.sum(tl.where((column == number)[:, None], tile, 0.0), 0)
             if FIT is None:
@@ -110,7 +110,7 @@ def round_block(
                 )
                 scale = tl.reshape(tl.broadcast_to(scale[:, None], [RUNS, SPAN]), [RUNS * SPAN])
                 zero = tl.reshape(tl.broadcast_to(zero[:, None], [RUNS, SPAN]), [RUNS * SPAN])
-            diagonal = tl.load(line + j)
+            diagonal = tl.load(upper + j * inputs + j)
             code = nearest_code(tl.div_rn(w, scale) + zero, BITS)
             error = tl.div_rn(w - scale * (code - zero), diagonal)
             place = j * rows + row
@@ -122,7 +122,7 @@ def round_block(
             tl.store(codes + place, code.to(tl.uint8), mask=there)
             tl.store(errors + place, error, mask=there)
             later = (column > number) & held
-            share = tl.load(line + begin + column, mask=later, other=0.0)
+            share = tl.load(upper + j * inputs + begin + column, mask=later, other=0.0)
             tile -= share[:, None] * error[None, :]
         tl.store(weights + at, tile, mask=inside)
         tl.debug_barrier()  # the next part reads errors that other threads have written

@@ -84,9 +84,7 @@ def squared_errors(tile, scale, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def cost_of(
-    tile, held, importance, price, scale, zero, BITS: tl.constexpr, POWER: tl.constexpr
-):
+def cost_of(tile, held, importance, price, scale, zero, BITS: tl.constexpr, POWER: tl.constexpr):
     """The cost of a grid of each line: `quantine.kernels.fit.grid_cost.GridCost`.
 
     Args:

@@ -67,12 +67,12 @@ def fit_group(
     SYM: tl.constexpr = FIT.sym
     FARTHEST: tl.constexpr = FIT.farthest
     CLIP: tl.constexpr = FIT.clip
-    poison = tl.sum(tile * 0.0, 0)  # not a number if a weight is not finite
+    needed = tl.sum(tile * 0.0, 0)  # not a number if a weight is not finite
     if FARTHEST is None:
         low = tl.min(tl.where(held, tile, float("inf")), 0)
         high = tl.max(tl.where(held, tile, float("-inf")), 0)
-        needed = whole_scale(low, high, BITS, SYM) + poison
-        report(misfits, 0, needed, (needed <= LARGEST_HALF) | ~there)
+        needed += whole_scale(low, high, BITS, SYM)
+    report(misfits, 0, needed, (needed <= LARGEST_HALF) | ~there)
     inliers = tile
     if FIT.look_ahead:
         inliers = without_outliers(tile, held, importance, price, BITS, SYM, FARTHEST)
@@ -84,17 +84,32 @@ def fit_group(
     one, none = tl.zeros_like(scale) + 1.0, tl.zeros_like(scale)
     if FIT.scale_top > 0:
         scale_code, scale_step, scale_zero = put_on_second(
-            scale, there, at_runs, runs_there, scale_level, misfits, FIT.scale_bits, FIT.given,
-            RUNS, SPAN,
+            scale,
+            there,
+            at_runs,
+            runs_there,
+            scale_level,
+            misfits,
+            FIT.scale_bits,
+            FIT.given,
+            RUNS,
+            SPAN,
         )
     else:
-        needed = scale + poison
-        report(misfits, 0, needed, (needed <= LARGEST_HALF) | ~there)
+        report(misfits, 0, scale, (scale <= LARGEST_HALF) | ~there)
         scale_code, scale_step, scale_zero = to_half(tl.maximum(scale, SMALLEST_SCALE)), one, none
     if FIT.zero_coded:
         zero_code, zero_step, zero_zero = put_on_second(
-            zero, there, at_runs, runs_there, zero_level, misfits, FIT.zero_bits, FIT.given,
-            RUNS, SPAN,
+            zero,
+            there,
+            at_runs,
+            runs_there,
+            zero_level,
+            misfits,
+            FIT.zero_bits,
+            FIT.given,
+            RUNS,
+            SPAN,
         )
     else:
         zero_code, zero_step, zero_zero = zero, one, none
@@ -103,8 +118,20 @@ def fit_group(
             zero_code = to_half(zero)
     if FIT.refines:
         scale_code, zero_code = refined(
-            tile, held, importance, price, scale_code, scale_step, scale_zero,
-            zero_code, zero_step, zero_zero, BITS, CLIP, FIT.scale_top, FIT.zero_top,
+            tile,
+            held,
+            importance,
+            price,
+            scale_code,
+            scale_step,
+            scale_zero,
+            zero_code,
+            zero_step,
+            zero_zero,
+            BITS,
+            CLIP,
+            FIT.scale_top,
+            FIT.zero_top,
         )
     scale, zero = (scale_code - scale_zero) * scale_step, (zero_code - zero_zero) * zero_step
     if FIT.scale_top > 0:

@@ -40,7 +40,11 @@ def fit_matrix(
     line, there = lines_of(program, lines, RUNS, SPAN, RUN)
     number = tl.arange(0, WIDTH)
     held = (number < LENGTH)[:, None]
-    at = group * to_group + number.to(tl.int64)[:, None] * to_weight + line.to(tl.int64)[None, :] * to_line
+    at = (
+        group * to_group
+        + number.to(tl.int64)[:, None] * to_weight
+        + line.to(tl.int64)[None, :] * to_line
+    )
     tile = tl.load(columns + at, mask=held & there[None, :], other=0.0)
     if OF_LINES:
         d = tl.load(spread + line, mask=there, other=1.0)[None, :]
