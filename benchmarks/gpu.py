@@ -2,9 +2,10 @@
 
     make gpu
 
-Without a GPU it says what it would do. With one it runs the tests of the programs on it, and times
-products against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the
-GPU's cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
+Without a GPU it says what it would do. With one it runs the tests of the programs on it, quantizes
+matrices, a block and the demo model on it and on the CPU (gpu_quantizing.py), and times products
+against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the GPU's
+cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +27,25 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 from torch import Tensor
 
+import gpu_quantizing
 from gpu_compile import Product, qtensor_of
+from quantine import Calibration
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.errors import CheckpointError
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_triton_matrix.py", "tests/kernels/test_triton_columns.py")
+TESTS = (
+    "tests/kernels/test_triton_matrix.py",
+    "tests/kernels/test_triton_columns.py",
+    "tests/kernels/test_triton_fit.py",
+)
+CALIBRATION = Calibration(samples=8, seqlen=256)
+"""What models are quantized on: a small text, so that the CPU is soon done, too."""
+TOKENS, SLICE = 2048, 64
+"""Tokens that matrices are quantized on, and rows of them that the CPU quantizes."""
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the matrices."""
 KINDS = (
@@ -59,6 +72,8 @@ def main() -> int:
         print("There is no GPU here that PyTorch knows. With one, this would")
         print(f"  run {' and '.join(TESTS)} on it,")
         print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
+        methods = ", ".join(gpu_quantizing.SOLVERS)
+        print(f"  quantize matrices, a block and the demo model on it by {methods},")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -66,6 +81,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "tests": tested(),
+        "quantizing": quantized(),
         "products": [row for shape in SHAPES for row in timed_shape(shape)],
     }
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
@@ -78,6 +94,24 @@ def tested() -> int:
     """Exit status of the tests of the programs, on the GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def quantized() -> dict[str, Any]:
+    """Seconds of quantizing on the GPU, and how good the result is beside the CPU's."""
+    shape = gpu_quantizing.EIGHT_BILLION
+    with tempfile.TemporaryDirectory() as scratch:
+        block, model = Path(scratch, "one"), Path(scratch, "other")
+        block.mkdir()
+        model.mkdir()
+        found: dict[str, Any] = {
+            "matrices": gpu_quantizing.solved_matrices(shape, "cuda", TOKENS, SLICE),
+            "block": gpu_quantizing.solved_block(shape, "cuda", CALIBRATION, block),
+        }
+        try:
+            found["model"] = gpu_quantizing.solved_model("demo", "cuda", CALIBRATION, 512, model)
+        except CheckpointError as error:
+            found["model"] = str(error)  # the demo model is not installed here
+    return found
 
 
 def timed_shape(shape: tuple[int, int]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_device import DEVICE, moved
+from gpu_device import DEVICE, EXAMPLES, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_columns import CPU, columns_of, copied, factor, grids, share_differing
@@ -111,7 +111,7 @@ def on_device(columns: Columns) -> Columns:
     return replace(columns, scales=fitted.scale.values, zeros=fitted.zero.values)
 
 
-@quick
+@settings(quick, max_examples=EXAMPLES)
 @given(
     groups=st.integers(1, 2),
     length=st.sampled_from([1, 2, 5, 16]),
@@ -145,7 +145,7 @@ def test_groups_are_fitted_when_they_are_reached(
     check_alike(started, [(0, middle), (middle, inputs)], spec)
 
 
-@settings(quick, max_examples=30)
+@settings(quick, max_examples=EXAMPLES // 2)
 @given(
     inputs=st.integers(1, 2),
     groups=st.sampled_from([1, 2, 9]),

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from gpu_device import DEVICE, moved
-from hypothesis import given
+from gpu_device import DEVICE, EXAMPLES, moved
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fit import fractional, groups_of, specs, total_cost
 
@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 from quantine.kernels.fit.triton.groups import fit_groups
 
 
-@quick
+@settings(quick, max_examples=EXAMPLES)
 @given(
     n=st.sampled_from([1, 2, 3, 16, 33]),
     lines=st.sampled_from([1, 2, 17, 33]),

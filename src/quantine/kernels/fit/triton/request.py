@@ -65,7 +65,7 @@ class Request:
     @property
     def scale_top(self) -> int:
         """Largest code of a scale on its second grid; 0 where it has none."""
-        return 0 if self.scale_bits == FLOAT16 else 2**self.scale_bits - 1
+        return 0 if self.scale_bits == FLOAT16 else (1 << self.scale_bits) - 1
 
     @property
     def zero_coded(self) -> bool:
@@ -76,8 +76,8 @@ class Request:
     def zero_top(self) -> int:
         """Largest code of a zero point, or largest whole one; 0 where there is no choice."""
         if self.zero_coded:
-            return 2**self.zero_bits - 1
-        return 0 if self.sym or self.zero_bits else 2**self.bits - 1
+            return (1 << self.zero_bits) - 1
+        return 0 if self.sym or self.zero_bits else (1 << self.bits) - 1
 
     @property
     def refines(self) -> bool:
