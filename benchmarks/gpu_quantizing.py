@@ -61,7 +61,7 @@ EIGHT_BILLION = Shape(4096, 14336, 32, 8)
 
 
 def seconds_of(
-    device: str, function: Callable[Asked, Found], *args: Asked.args, **named: Asked.kwargs
+    device: str, function: Callable[Asked, Found], /, *args: Asked.args, **named: Asked.kwargs
 ) -> tuple[Found, float]:
     """What ``function`` returns, and the seconds until the device has done it."""
     start = time.perf_counter()

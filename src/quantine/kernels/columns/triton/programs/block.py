@@ -5,7 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantine.kernels.fit.triton.programs.grids import SMALLEST_DIVISOR, nearest_code
+from quantine.kernels.fit.triton.programs.grids import (
+    FIRST_INFINITE,
+    SMALLEST_DIVISOR,
+    nearest_code,
+    to_half,
+)
 from quantine.kernels.fit.triton.programs.group import fit_group, lines_of
 
 
@@ -115,8 +120,9 @@ def round_block(
             error = tl.div_rn(w - scale * (code - zero), diagonal)
             place = j * rows + row
             if kept is not None:
-                lost = tl.div_rn(w - w.to(tl.float16).to(tl.float32), diagonal)
+                lost = tl.div_rn(w - to_half(w), diagonal)
                 keep = (error * error > price) & (tl.abs(lost) < tl.abs(error))
+                keep &= tl.abs(w) < FIRST_INFINITE
                 error = tl.where(keep, lost, error)
                 tl.store(kept + place, keep.to(tl.int8), mask=there)
             tl.store(codes + place, code.to(tl.uint8), mask=there)
