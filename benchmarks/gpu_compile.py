@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
-For each product and each column loop: registers of a thread, bytes that registers were spilled to,
+For each product, column loop and fit: registers of a thread, bytes that registers were spilled to,
 shared memory, loads of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md
 has the table.
 """
@@ -36,6 +36,9 @@ from quantine.kernels.columns.triton import columns as column_loop
 from quantine.kernels.columns.triton.programs.block import round_block
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.fit.triton import groups as matrix_fit
+from quantine.kernels.fit.triton.programs.matrix import fit_matrix
+from quantine.kernels.fit.triton.request import Share, run_of
 from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
@@ -134,6 +137,22 @@ LOOPS = (
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A fit to compile of all groups of a matrix, which do not change."""
+
+    spec: QuantSpec
+    cost: GridCost
+
+    @property
+    def name(self) -> str:
+        spec = self.spec
+        return f"fit, {spec.bits} bits, groups of {spec.group_size} inputs by {self.cost.clip}"
+
+
+FITS = (Fit(QuantSpec(4), GridCost("mse")), Fit(QuantSpec(4, 128), GridCost("minmax")))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the compiler made of a program."""
 
@@ -171,9 +190,11 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product | Loop) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Product | Loop | Fit) -> tuple[Any, list[Any], dict[str, Any]]:
     if isinstance(product, Loop):
         return loop_launch_of(product)
+    if isinstance(product, Fit):
+        return fit_launch_of(product)
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -200,7 +221,18 @@ def loop_launch_of(loop: Loop) -> tuple[Any, list[Any], dict[str, Any]]:
     return round_block, operands, settings
 
 
-def compiled(product: Product | Loop, capability: str) -> Outcome:
+def fit_launch_of(fit: Fit) -> tuple[Any, list[Any], dict[str, Any]]:
+    length, device = fit.spec.group_size, torch.device("cpu")
+    groups = torch.zeros(ROWS, 4 * length).T.unflatten(0, (4, length))
+    fitted = FittedGroups.empty(4, ROWS, length, fit.spec, device)
+    share = Share.of(run_of(fit.spec, fitted.run), length)
+    assert share is not None
+    spread = torch.ones(4, length)
+    _, operands, settings = matrix_fit.launch_of(groups, spread, fitted, fit.cost, share)
+    return fit_matrix, operands, settings
+
+
+def compiled(product: Product | Loop | Fit, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
     options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
     signature: dict[str, str] = {}
@@ -259,7 +291,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*PRODUCTS, *LOOPS):
+    for product in (*PRODUCTS, *LOOPS, *FITS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

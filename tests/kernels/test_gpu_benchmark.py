@@ -57,3 +57,16 @@ def test_quantizing_is_timed_and_compared_with_the_cpu(tmp_path: Path) -> None:
     )
     surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
     subprocess.run([sys.executable, "-c", code], env=surroundings, check=True, cwd=tmp_path)
+
+
+def test_the_documentation_has_the_predicted_tables() -> None:
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu_predictions.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()
+    rows = [line for line in found.stdout.splitlines() if line.startswith("|")]
+    assert sum("fits of groups" in row for row in rows) == 2
+    assert all(row in page for row in rows)

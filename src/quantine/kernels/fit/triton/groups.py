@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 from torch import Tensor
 
@@ -21,7 +23,24 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
     share = Share.of(run_of(spec, fitted.run), length)
     if share is None:
         return fit_groups_reference(columns, spread, spec, cost)
-    fit_matrix[(groups, share.programs(lines))](
+    grid, values, settings = launch_of(columns, spread, fitted, cost, share)
+    fit_matrix[grid](*values, **settings)
+    fitted.check()
+    return fitted.grid()
+
+
+def launch_of(
+    columns: Tensor, spread: Tensor, fitted: FittedGroups, cost: GridCost, share: Share
+) -> tuple[tuple[int, int], list[Any], dict[str, Any]]:
+    """Number of programs, their operands in order, and what is fixed when they are compiled.
+
+    Args:
+        columns, spread, cost: as for `fit_groups`.
+        fitted: room for the grids.
+        share: the lines of a program.
+    """
+    groups, length, lines = columns.shape
+    values = [
         columns,
         spread.contiguous(),
         *operands(fitted),
@@ -29,14 +48,15 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
         lines,
         fitted.scale.step.shape[1],
         *columns.stride(),
-        LENGTH=length,
-        WIDTH=triton.next_power_of_2(length),
-        OF_LINES=spread.ndim == 1,
-        FIT=Request.of(fitted, cost),
-        RUNS=share.runs,
-        SPAN=share.span,
-        RUN=share.run,
-        num_warps=share.warps,
-    )
-    fitted.check()
-    return fitted.grid()
+    ]
+    settings = {
+        "LENGTH": length,
+        "WIDTH": triton.next_power_of_2(length),
+        "OF_LINES": spread.ndim == 1,
+        "FIT": Request.of(fitted, cost),
+        "RUNS": share.runs,
+        "SPAN": share.span,
+        "RUN": share.run,
+        "num_warps": share.warps,
+    }
+    return (groups, share.programs(lines)), values, settings
