@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import subprocess
@@ -27,18 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gpu_loops import FITS, LOOPS, Fit, Loop
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
-from quantine.core.spec import QuantSpec
-from quantine.kernels.columns.columns import AtReach, Columns
-from quantine.kernels.columns.triton import columns as column_loop
-from quantine.kernels.columns.triton.programs.block import round_block
-from quantine.kernels.fit.fitted import FittedGroups
-from quantine.kernels.fit.grid_cost import GridCost
-from quantine.kernels.fit.triton import groups as matrix_fit
-from quantine.kernels.fit.triton.programs.matrix import fit_matrix
-from quantine.kernels.fit.triton.request import Share, run_of
 from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
@@ -101,58 +92,6 @@ PRODUCTS = (
 
 
 @dataclass(frozen=True)
-class Loop:
-    """A block of the column loop to compile: the groups that are fitted in it, and outliers.
-
-    ``length`` is 0 where grids are known before the loop.
-    """
-
-    spec: QuantSpec
-    cost: GridCost
-    length: int
-
-    @property
-    def name(self) -> str:
-        spec = self.spec
-        if not self.length:
-            return f"column loop, {spec.bits} bits, known grids"
-        statistics = f", second grids of {spec.stat_group_size} rows" if spec.second_level else ""
-        outliers = ", outliers" if self.cost.price < math.inf else ""
-        return (
-            f"column loop, {spec.bits} bits, groups of {self.length} {spec.group_axis}puts "
-            f"by {self.cost.clip}{statistics}{outliers}"
-        )
-
-
-SPQR = GridCost("hessian", 0.5, look_ahead=True)
-LOOPS = (
-    Loop(QuantSpec(4), GridCost("mse"), 0),
-    Loop(QuantSpec(4, 128), GridCost("mse"), 128),
-    Loop(QuantSpec(3, 16, scale_bits=3), SPQR, 16),
-    Loop(QuantSpec(4, 16, scale_bits=3, stat_group_size=64), SPQR, 16),
-    Loop(QuantSpec(3, 16, scale_bits=3, zero_bits=3), GridCost("minmax", 0.2, True), 16),
-    Loop(QuantSpec(3, 64, scale_bits=4), SPQR, 64),
-    Loop(QuantSpec(3, 64, scale_bits=3, group_axis="out"), SPQR, 64),
-)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A fit to compile of all groups of a matrix, which do not change."""
-
-    spec: QuantSpec
-    cost: GridCost
-
-    @property
-    def name(self) -> str:
-        spec = self.spec
-        return f"fit, {spec.bits} bits, groups of {spec.group_size} inputs by {self.cost.clip}"
-
-
-FITS = (Fit(QuantSpec(4), GridCost("mse")), Fit(QuantSpec(4, 128), GridCost("minmax")))
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What the compiler made of a program."""
 
@@ -191,10 +130,8 @@ def qtensor_of(product: Product) -> QTensor:
 
 
 def launch_of(product: Product | Loop | Fit) -> tuple[Any, list[Any], dict[str, Any]]:
-    if isinstance(product, Loop):
-        return loop_launch_of(product)
-    if isinstance(product, Fit):
-        return fit_launch_of(product)
+    if not isinstance(product, Product):
+        return product.launch()
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -202,34 +139,6 @@ def launch_of(product: Product | Loop | Fit) -> tuple[Any, list[Any], dict[str, 
     if product.batch <= few_rows.FEW:
         return few_rows.launch_of(matrix, arrange_reference(x, matrix), result)
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
-
-
-def loop_launch_of(loop: Loop) -> tuple[Any, list[Any], dict[str, Any]]:
-    rows, inputs, device = 256, 256, torch.device("cpu")
-    spec, fitting, upper = loop.spec, None, torch.eye(inputs)
-    groups = torch.zeros(inputs, dtype=torch.int64)
-    if loop.length:
-        if spec.group_axis == "out":
-            second = Grid(torch.ones(inputs, rows // loop.length), torch.zeros(1, 1), 3, 1)
-            fitted = FittedGroups.of_columns(inputs, rows, spec, (second, None), device)
-        else:
-            fitted = FittedGroups.empty(inputs // loop.length, rows, loop.length, spec, device)
-        fitting = AtReach(fitted, upper.diagonal().clone(), loop.cost)
-    weight, values = torch.zeros(rows, inputs), (torch.ones(1, rows), torch.zeros(1, rows))
-    columns = Columns.of(weight, upper, groups, spec.bits, values, groups, loop.cost.price, fitting)
-    _, operands, settings = column_loop.launch_of(columns, 0, 128, fitting)
-    return round_block, operands, settings
-
-
-def fit_launch_of(fit: Fit) -> tuple[Any, list[Any], dict[str, Any]]:
-    length, device = fit.spec.group_size, torch.device("cpu")
-    groups = torch.zeros(ROWS, 4 * length).T.unflatten(0, (4, length))
-    fitted = FittedGroups.empty(4, ROWS, length, fit.spec, device)
-    share = Share.of(run_of(fit.spec, fitted.run), length)
-    assert share is not None
-    spread = torch.ones(4, length)
-    _, operands, settings = matrix_fit.launch_of(groups, spread, fitted, fit.cost, share)
-    return fit_matrix, operands, settings
 
 
 def compiled(product: Product | Loop | Fit, capability: str) -> Outcome:
