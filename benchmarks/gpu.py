@@ -2,9 +2,10 @@
 
     make gpu
 
-Without a GPU it says what it would do. With one it runs the tests of the programs on it, and times
-products against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the
-GPU's cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
+Without a GPU it says what it would do. With one it runs the tests of the programs on it, quantizes
+matrices, a block and the demo model on it and on the CPU (gpu_quantizing.py), and times products
+against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the GPU's
+cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -38,6 +40,13 @@ from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention import attend
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.scoring import Scoring
+import gpu_quantizing
+from gpu_compile import Product, qtensor_of
+from quantine import Calibration
+from quantine.core.grid import Grid, Statistic
+from quantine.core.qtensor import QTensor
+from quantine.core.sparse import Csr
+from quantine.errors import CheckpointError
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 from roofline import COPIES, DIM, KV_HEADS
 
@@ -53,6 +62,13 @@ TESTS = (
 )
 CONTEXTS = (4096, 32768)
 """Tokens that one query of attention meets, of the heads that benchmarks/roofline.py names."""
+    "tests/kernels/test_triton_fit.py",
+    "tests/kernels/test_triton_solvers.py",
+)
+CALIBRATION = Calibration(samples=8, seqlen=256)
+"""What models are quantized on: a small text, so that the CPU is soon done, too."""
+TOKENS, SLICE = 2048, 64
+"""Tokens that matrices are quantized on, and rows of them that the CPU quantizes."""
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the matrices."""
 KINDS = (
@@ -86,6 +102,8 @@ def main() -> int:
         print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
         print(f"  and {len(INTEGERS)} kinds of integer products for {INTEGER_BATCHES} tokens,")
         print(f"  and attention over {' and '.join(map(str, CONTEXTS))} tokens,")
+        methods = ", ".join(gpu_quantizing.SOLVERS)
+        print(f"  quantize matrices, a block and the demo model on it by {methods},")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -94,6 +112,7 @@ def main() -> int:
         "torch": torch.__version__,
         "tests": tested(),
         "products": [row for shape in SHAPES for row in timed_shape(shape)] + timed_integers(),
+        "quantizing": quantized(),
         "products": [row for shape in SHAPES for row in timed_shape(shape)],
         "attention": [timed_attention(context) for context in CONTEXTS],
     }
@@ -106,7 +125,26 @@ def main() -> int:
 def tested() -> int:
     """Exit status of the tests of the programs, on the GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    on_gpu = os.environ | {"TRITON_INTERPRET": "0"}  # which gpu_compile took out
+    return subprocess.run(command, cwd=ROOT, env=on_gpu, check=False).returncode
+
+
+def quantized() -> dict[str, Any]:
+    """Seconds of quantizing on the GPU, and how good the result is beside the CPU's."""
+    shape = gpu_quantizing.EIGHT_BILLION
+    with tempfile.TemporaryDirectory() as scratch:
+        block, model = Path(scratch, "one"), Path(scratch, "other")
+        block.mkdir()
+        model.mkdir()
+        found: dict[str, Any] = {
+            "matrices": gpu_quantizing.solved_matrices(shape, "cuda", TOKENS, SLICE),
+            "block": gpu_quantizing.solved_block(shape, "cuda", CALIBRATION, block),
+        }
+        try:
+            found["model"] = gpu_quantizing.solved_model("demo", "cuda", CALIBRATION, 512, model)
+        except CheckpointError as error:
+            found["model"] = str(error)  # the demo model is not installed here
+    return found
 
 
 def timed_shape(shape: tuple[int, int]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gpu_loops import FITS, LOOPS
 from integer_programs import INTEGERS
 from kv_programs import KV_PROGRAMS
 from quantine.core.grid import Grid, Statistic
@@ -42,6 +43,7 @@ ROWS = 64
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
@@ -212,7 +214,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS):
+    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

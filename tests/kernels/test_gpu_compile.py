@@ -103,3 +103,13 @@ def test_one_warp_rounds_a_head_and_never_waits(outcomes: list[dict[str, Any]]) 
     found = [o for o in outcomes if o["name"].startswith("rounding of keys")]
     assert found
     assert all(o["barriers"] == 0 for o in found)
+def test_a_column_loop_waits_for_no_other_warp_in_narrow_groups(
+    outcomes: list[dict[str, Any]],
+) -> None:
+    loops = {o["name"]: o for o in outcomes if o["name"].startswith("column loop")}
+    alone = [o for o in loops.values() if o["warps"] == 1]
+    assert len(alone) >= 5
+    # The one barrier lets the next part of a block see the errors of this one.
+    assert all(o["barriers"] == 1 for o in alone)
+    assert any("second grids of 64 rows" in o["name"] for o in alone)
+    assert all(o["registers"] < 255 for o in loops.values())
