@@ -22,7 +22,8 @@ from quantine.runtime.decoder import decoder_for
 from quantine.runtime.generate import stream
 from quantine.runtime.kv_cache import packed_cache
 from quantine.runtime.load import load_model
-from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 from tiny_models import logits_of, some_tokens
 

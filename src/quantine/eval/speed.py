@@ -24,7 +24,8 @@ from quantine.kernels.matrix import multiply, read_words
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.generate import ModuleDecoder
 from quantine.runtime.load import load_model, load_packed
-from quantine.runtime.modules import Packed, QuantLinear, TiedHead, packed_modules
+from quantine.runtime.modules import QuantLinear, TiedHead
+from quantine.runtime.packed import Packed, packed_modules
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
 

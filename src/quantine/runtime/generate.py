@@ -15,7 +15,7 @@ from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.load import load_model
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 
 COLDEST: Final = 0.01

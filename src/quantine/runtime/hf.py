@@ -25,7 +25,8 @@ from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
-from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import Packed
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
 from quantine.source.names import listed, not_understood

@@ -10,7 +10,7 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError, cut, is_out_of_memory
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.locate import locate
 from quantine.source.model_source import UNREADABLE, ModelSource
