@@ -23,6 +23,7 @@ from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
+from quantine.runtime.device_map import computes_on_cpu
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
@@ -96,6 +97,18 @@ class QuantineQuantizer(HfQuantizer):
         if getattr(config, "transformers_weights", None) == LOCK:
             del config.transformers_weights
         return config
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """A map of the caller, if it is one, with which modules on the CPU compute there."""
+        return computes_on_cpu(device_map) if isinstance(device_map, dict) else device_map
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **more: Any) -> None:
+        """Change a map that transformers has computed, as `update_device_map` does a caller's own.
+
+        transformers shows it here, and nothing beside it, before it reads weights.
+        """
+        if isinstance(device_map, dict) and not more:
+            device_map.update(computes_on_cpu(device_map))
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any

@@ -18,6 +18,7 @@ from quantine.errors import FormatError
 from quantine.formats import format_named
 from quantine.kernels import backend
 from quantine.kernels.matrix import packed_matrix, product
+from quantine.runtime.device_map import is_loaded_per_call
 from quantine.runtime.snapshot import Snapshot
 
 COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -149,7 +150,13 @@ class Packed(FixedDtypes):
         if matrix is None:
             return linear(x, self.dequantize(x.device).to(x.dtype))
         rows = product(matrix, x.reshape(-1, self.in_features), self.arithmetic)
+        if is_loaded_per_call(self):
+            self._forget()
         return rows.view(*x.shape[:-1], self.out_features)
+
+    def _forget(self) -> None:
+        """Free the memory of the matrix of kernels."""
+        self._matrix = self._made_from = self._made_for = None
 
     def _packed_on(self, device: torch.device | None) -> dict[str, Tensor]:
         packed = self.packed_tensors()
@@ -163,7 +170,7 @@ class Packed(FixedDtypes):
         super()._apply(fn, recurse)
         stays = place is not None and fn(torch.empty(0, device=place)).device == place
         if not stays:
-            self._matrix = self._made_from = self._made_for = None
+            self._forget()
         after = self.packed_tensors()
         for name, tensor in before.items():
             # The GPU's matrix is made of what is on the CPU: see `matrix`.
