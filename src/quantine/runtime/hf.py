@@ -91,6 +91,7 @@ class QuantineQuantizer(HfQuantizer):
     """Lets transformers build packed modules in place of float ones when it loads a model."""
 
     requires_calibration = True
+    _spread = False  # over several devices
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove `LOCK` from ``config``; transformers calls it before it looks for weight files."""
@@ -100,7 +101,10 @@ class QuantineQuantizer(HfQuantizer):
 
     def update_device_map(self, device_map: Any) -> Any:
         """A map of the caller, if it is one, with which modules on the CPU compute there."""
-        return computes_on_cpu(device_map) if isinstance(device_map, dict) else device_map
+        if not isinstance(device_map, dict):
+            return device_map
+        self._spread = len(set(device_map.values())) > 1
+        return computes_on_cpu(device_map)
 
     def validate_environment(self, *_: Any, device_map: Any = None, **more: Any) -> None:
         """Change a map that transformers has computed, as `update_device_map` does a caller's own.
@@ -108,7 +112,7 @@ class QuantineQuantizer(HfQuantizer):
         transformers shows it here, and nothing beside it, before it reads weights.
         """
         if isinstance(device_map, dict) and not more:
-            device_map.update(computes_on_cpu(device_map))
+            device_map.update(self.update_device_map(device_map))
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -143,6 +147,14 @@ class QuantineQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` compiles the model where it has a static cache.
+
+        Attention that rounds is not compiled, nor are models that are spread over devices.
+        """
+        return not hasattr(self.quantization_config, "activations") and not self._spread
 
     @property
     def is_trainable(self) -> bool:

@@ -19,6 +19,7 @@ from quantine.formats import format_named
 from quantine.kernels import backend
 from quantine.kernels.matrix import packed_matrix, product
 from quantine.runtime.device_map import is_loaded_per_call
+from quantine.runtime.recorded import is_compiled, listed, multiply_packed
 from quantine.runtime.snapshot import Snapshot
 
 COMPUTED: Final = frozenset({torch.float32, torch.bfloat16, torch.float16})
@@ -66,6 +67,7 @@ class Packed(FixedDtypes):
         self._made_from: Snapshot | None = None
         self._made_for: torch.device | None = None
         self._matrix: Any = None
+        self._number = listed(self)
 
     def packed_tensors(self) -> dict[str, Tensor]:
         """The packed tensors by their name in the layout."""
@@ -129,7 +131,8 @@ class Packed(FixedDtypes):
         Few rows are multiplied straight with the codes, with weights decoded in registers and sums
         in float32. More are multiplied by PyTorch, with weights decoded before, see
         `quantine.kernels.matrix.product`. The whole matrix is decoded by PyTorch where no kernel
-        reads it, where gradients are needed or the computation is recorded, and for float64.
+        reads it, where gradients are needed or the computation is traced or exported, and for
+        float64. A compiled graph holds one operator, see `quantine.runtime.recorded`.
 
         Autocast changes nothing: like a function that it does not list, this computes in the dtype
         of its input.
@@ -140,6 +143,10 @@ class Packed(FixedDtypes):
         Returns:
             ``[..., out]`` in the dtype of ``x``.
         """
+        if is_compiled(x):
+            rows = x.reshape(-1, self.in_features)
+            result: Tensor = multiply_packed(rows, self._number, self.out_features)
+            return result.view(*x.shape[:-1], self.out_features)
         with without_autocast(x.device):
             return self._product(x)
 
@@ -185,6 +192,11 @@ class Packed(FixedDtypes):
     def __getstate__(self) -> dict[str, Any]:
         """The state without the matrix of kernels: copies make one of their own."""
         return {**self.__dict__, "_matrix": None, "_made_from": None, "_made_for": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has a number of its own."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = listed(self)
 
 
 def takes_kernels(x: Tensor) -> bool:
