@@ -175,7 +175,10 @@ class Packed(FixedDtypes):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, place = self.packed_tensors(), self._made_for
         super()._apply(fn, recurse)
-        stays = place is not None and fn(torch.empty(0, device=place)).device == place
+        stays = (
+            place is not None
+            and fn(torch.empty(0, dtype=torch.uint8, device=place)).device == place
+        )
         if not stays:
             self._forget()
         after = self.packed_tensors()
