@@ -175,12 +175,10 @@ class Packed(FixedDtypes):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before, place = self.packed_tensors(), self._made_for
         super()._apply(fn, recurse)
-        stays = (
-            place is not None
-            and fn(torch.empty(0, dtype=torch.uint8, device=place)).device == place
-        )
-        if not stays:
-            self._forget()
+        if place is not None:
+            like_matrix = torch.empty(0, dtype=torch.uint8, device=place)
+            if fn(like_matrix).device != place:  # a move, and no cast
+                self._forget()
         after = self.packed_tensors()
         for name, tensor in before.items():
             # The GPU's matrix is made of what is on the CPU: see `matrix`.
