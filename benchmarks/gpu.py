@@ -4,7 +4,8 @@
 
 Without a GPU it says what it would do. With one it runs the tests of the programs on it, and times
 products against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the
-GPU's cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
+GPU's cache holds, and tokens of models of 8B shape (gpu_tokens.py).
+benchmarks/results/gpu-NAME.json keeps the outcome.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 
 from gpu_compile import Product, qtensor_of
+from gpu_tokens import KINDS as MODELS
+from gpu_tokens import LLAMA_8B, timed_models
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -59,6 +62,7 @@ def main() -> int:
         print("There is no GPU here that PyTorch knows. With one, this would")
         print(f"  run {' and '.join(TESTS)} on it,")
         print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
+        print(f"  time tokens of models of 8B shape, {len(MODELS)} kinds and bfloat16,")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
@@ -67,6 +71,7 @@ def main() -> int:
         "torch": torch.__version__,
         "tests": tested(),
         "products": [row for shape in SHAPES for row in timed_shape(shape)],
+        "tokens": timed_models("cuda", LLAMA_8B),
     }
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
