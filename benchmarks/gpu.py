@@ -35,7 +35,11 @@ from quantine.core.sparse import Csr
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_triton_matrix.py", "tests/kernels/test_triton_columns.py")
+TESTS = (
+    "tests/kernels/test_triton_matrix.py",
+    "tests/kernels/test_triton_columns.py",
+    "tests/runtime/test_on_a_gpu.py",
+)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the matrices."""
 KINDS = (

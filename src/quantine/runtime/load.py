@@ -40,8 +40,9 @@ def load(
             source model.
         arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
             ``None`` takes what the directory says (``exact``, if it says nothing).
-        device: device of the model, by PyTorch's name. Native kernels compute on the CPU only;
-            elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
+        device: device of the model, by PyTorch's name; or ``"auto"``. Kernels compute on the CPU
+            and on NVIDIA's GPUs; elsewhere PyTorch decodes the weights of a matrix whenever it is
+            multiplied.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.
