@@ -6,6 +6,7 @@ Every part takes the device and its sizes, so tests run them on the CPU, on litt
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from quantine import Calibration, Plan, evaluate, quantize
 from quantine.core.spec import QuantSpec
+from quantine.errors import CheckpointError
 from quantine.kernels.gram import add_gram
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
@@ -58,6 +60,27 @@ class Shape:
 
 EIGHT_BILLION = Shape(4096, 14336, 32, 8)
 """A block of Llama 3 8B."""
+CALIBRATION = Calibration(samples=8, seqlen=256)
+"""What models are quantized on: a small text, so that the CPU is soon done, too."""
+TOKENS, SLICE = 2048, 64
+"""Tokens that matrices are quantized on, and rows of them that the CPU quantizes."""
+
+
+def quantized(device: str) -> dict[str, Any]:
+    """Seconds of quantizing on ``device``, and how good the result is beside the CPU's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        block, model = Path(scratch, "one"), Path(scratch, "other")
+        block.mkdir()
+        model.mkdir()
+        found: dict[str, Any] = {
+            "matrices": solved_matrices(EIGHT_BILLION, device, TOKENS, SLICE),
+            "block": solved_block(EIGHT_BILLION, device, CALIBRATION, block),
+        }
+        try:
+            found["model"] = solved_model("demo", device, CALIBRATION, 512, model)
+        except CheckpointError as error:
+            found["model"] = str(error)  # the demo model is not installed here
+    return found
 
 
 def seconds_of(

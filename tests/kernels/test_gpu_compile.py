@@ -103,6 +103,8 @@ def test_one_warp_rounds_a_head_and_never_waits(outcomes: list[dict[str, Any]]) 
     found = [o for o in outcomes if o["name"].startswith("rounding of keys")]
     assert found
     assert all(o["barriers"] == 0 for o in found)
+
+
 def test_a_column_loop_waits_for_no_other_warp_in_narrow_groups(
     outcomes: list[dict[str, Any]],
 ) -> None:
