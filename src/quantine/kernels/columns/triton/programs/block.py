@@ -14,7 +14,8 @@ from quantine.kernels.fit.triton.programs.grids import (
 from quantine.kernels.fit.triton.programs.group import fit_group, lines_of
 
 
-@triton.jit
+# Known divisors of rows would make threads hold four of them, and move them between threads.
+@triton.jit(do_not_specialize=["start", "stop", "rows", "inputs", "runs"])
 def round_block(
     weights,
     upper,
