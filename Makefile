@@ -74,9 +74,17 @@ SEED = 0
 fuzz: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 10000 --seed $(SEED)
 
-# Says what it would do where there is no GPU.
-gpu: install
-	$(BIN)/python benchmarks/gpu.py
+# Where PYTHON has a PyTorch that knows a GPU, that one is used, and only what is missing is installed
+# beside it. Elsewhere it says what it would do.
+gpu:
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv-gpu && \
+		{ .venv-gpu/bin/python -m pip install -q . pytest hypothesis scikit-learn || \
+			echo "nothing could be installed: the sources are used as they are"; } && \
+		PYTHONPATH=src .venv-gpu/bin/python benchmarks/gpu.py; \
+	else \
+		$(MAKE) install && $(BIN)/python benchmarks/gpu.py; \
+	fi
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
@@ -94,5 +102,5 @@ docs: install
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf .venv build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

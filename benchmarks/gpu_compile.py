@@ -25,7 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kv_programs import KV_PROGRAMS, Attention, Rounding
+from gpu_loops import FITS, LOOPS
+from integer_programs import INTEGERS
+from kv_programs import KV_PROGRAMS
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -41,6 +43,8 @@ ROWS = 64
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -107,6 +111,8 @@ class Outcome:
     loads: int
     barriers: int
     tensor_core: int
+    byte_products: int
+    logic: int
     local: int
 
 
@@ -131,7 +137,7 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product | Attention | Rounding) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Any) -> tuple[Any, list[Any], dict[str, Any]]:
     if not isinstance(product, Product):
         return product.launch()
     matrix = unit_matrix(qtensor_of(product))
@@ -143,7 +149,7 @@ def launch_of(product: Product | Attention | Rounding) -> tuple[Any, list[Any], 
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product | Attention | Rounding, capability: str) -> Outcome:
+def compiled(product: Any, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
@@ -179,6 +185,8 @@ def compiled(product: Product | Attention | Rounding, capability: str) -> Outcom
         len(re.findall(r"ld\.global|cp\.async\.c[ag]", text)),
         len(re.findall(r"bar\.sync", text)),
         len(re.findall(r"\b(?:w?g?mma\S*\.sync|tcgen05\.mma)", text)),
+        len(re.findall(r"\bdp4a|\b(?:w?g?mma\S*\.s8\.s8)", text)),
+        len(re.findall(r"\b(?:and|or|xor|not|lop3|shl|shr)\.[bsu]32", text)),
         used["LOCAL"],
     )
 
@@ -206,7 +214,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*PRODUCTS, *KV_PROGRAMS):
+    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

@@ -96,27 +96,21 @@ def measurements() -> str:
 
 
 def measured(outcome: dict[str, Any]) -> str:
-    head = ["product", "outputs", "us", "us, cuBLAS float16", "times", "GB/s"]
-    rows = (
-        [
-            row["kind"],
-            str(row["outputs"]),
-            str(row["microseconds"]),
-            str(row["float16_microseconds"]),
-            str(row["times_float16"]),
-            str(row["gigabytes_per_second"]),
-        ]
-        for row in outcome["products"]
-    )
-    of_context = ["context", "us, 4 bits", "us, PyTorch float16", "times", "GB/s"]
-    keys = ("context", "microseconds", "float16_microseconds", "times_float16")
-    attended = [
-        [str(row[key]) for key in (*keys, "gigabytes_per_second")] for row in outcome["attention"]
+    """A table for each list of rows that was found, its columns called as in the JSON."""
+    found = dict(outcome)
+    quantizing = found.pop("quantizing", None)
+    if isinstance(quantizing, dict):
+        found |= {f"quantizing: {name}": rows for name, rows in quantizing.items()}
+    tables = [
+        f"{name.capitalize()}:\n\n{table(list(rows[0]), map(cells, rows))}"
+        for name, rows in found.items()
+        if isinstance(rows, list)
     ]
-    return (
-        f"{outcome['device']}, PyTorch {outcome['torch']}:\n\n{table(head, rows)}\n\n"
-        f"Attention of one query:\n\n{table(of_context, attended)}"
-    )
+    return "\n\n".join([f"{outcome['device']}, PyTorch {outcome['torch']}.", *tables])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [str(value) for value in row.values()]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from quantine import load
 from quantine.kernels import backend
 from quantine.kernels.matrix import TILED_ROWS
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import logits_of, some_tokens
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from quantine.errors import BackendUnavailable
 
@@ -33,3 +34,15 @@ def device_named(name: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise BackendUnavailable("device 'meta' holds no values to compute with: use cpu")
     return device
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether ``device`` computes in float64: Apple's GPUs and some of Intel's do not."""
+    if device.type == "xpu":
+        return bool(torch.xpu.get_device_capability(device).get("has_fp64", True))
+    return device.type != "mps"
+
+
+def for_float64(values: Tensor) -> Tensor:
+    """``values`` where they can be computed with in float64: as they are, or else on the CPU."""
+    return values if has_float64(values.device) else values.to(CPU)

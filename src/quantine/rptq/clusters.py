@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.errors import PlanError
 
 RESTARTS: Final = 10
@@ -88,11 +89,11 @@ def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
     """
     found: list[Tensor] = []
     used = 0
-    for own in points.detach().double().chunk(heads):
+    for own in for_float64(points.detach()).double().chunk(heads):
         labels = _kmeans(own, count) + used
         used = int(labels.max()) + 1
         found.append(labels)
-    return Clusters(torch.cat(found))
+    return Clusters(torch.cat(found).to(points.device))
 
 
 def _kmeans(points: Tensor, count: int) -> Tensor:

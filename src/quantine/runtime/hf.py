@@ -23,9 +23,11 @@ from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
+from quantine.runtime.device_map import computes_on_cpu
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
-from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import Packed
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
 from quantine.source.names import listed, not_understood
@@ -89,12 +91,28 @@ class QuantineQuantizer(HfQuantizer):
     """Lets transformers build packed modules in place of float ones when it loads a model."""
 
     requires_calibration = True
+    _spread = False  # over several devices
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove `LOCK` from ``config``; transformers calls it before it looks for weight files."""
         if getattr(config, "transformers_weights", None) == LOCK:
             del config.transformers_weights
         return config
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """A map of the caller, if it is one, with which modules on the CPU compute there."""
+        if not isinstance(device_map, dict):
+            return device_map
+        self._spread = len(set(device_map.values())) > 1
+        return computes_on_cpu(device_map)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **more: Any) -> None:
+        """Change a map that transformers has computed, as `update_device_map` does a caller's own.
+
+        transformers shows it here, and nothing beside it, before it reads weights.
+        """
+        if isinstance(device_map, dict) and not more:
+            device_map.update(self.update_device_map(device_map))
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -129,6 +147,14 @@ class QuantineQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` compiles the model where it has a static cache.
+
+        Attention that rounds is not compiled, nor are models that are spread over devices.
+        """
+        return not hasattr(self.quantization_config, "activations") and not self._spread
 
     @property
     def is_trainable(self) -> bool:

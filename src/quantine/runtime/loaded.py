@@ -17,7 +17,7 @@ from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.heads import Heads
 from quantine.families.layers import INPUTS_NAME
-from quantine.runtime.modules import Packed
+from quantine.runtime.packed import Packed
 from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
+
 
 class RelativeLoss:
     """Sum of squared changes of an output over its sum of squares before the change.
@@ -23,8 +25,9 @@ class RelativeLoss:
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add outputs of one shape, before and after the change."""
         difference = (after.float() - before.float()).square()
-        self.change += float(difference.sum(dtype=torch.float64))
-        self.total += float(before.float().square().sum(dtype=torch.float64))
+        self.change += float(for_float64(difference).sum(dtype=torch.float64))
+        squares = for_float64(before.float().square())
+        self.total += float(squares.sum(dtype=torch.float64))
 
     def merge(self, other: RelativeLoss) -> None:
         """Add all that ``other`` has seen, of other tokens."""
@@ -61,7 +64,7 @@ class TokenLoss:
     @property
     def value(self) -> float:
         """The mean loss over all tokens added so far; 0 is no change."""
-        return float(torch.cat(self._of_tokens).mean(dtype=torch.float64))
+        return float(for_float64(torch.cat(self._of_tokens)).mean(dtype=torch.float64))
 
 
 def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> RelativeLoss:

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.core.qtensor import QTensor
 
 MAP_CELLS: Final = 128
@@ -64,10 +65,11 @@ def pool_mean(values: Tensor, columns: Tensor | None = None, cells: int = MAP_CE
     Returns:
         ``[min(rows, cells), min(columns, cells)]`` float64.
     """
+    values = for_float64(values)
     rows, width = values.shape
     device = values.device
     row_cells = cell_of(rows, cells, device)
-    column_cells = cell_of(width, cells, device) if columns is None else columns
+    column_cells = cell_of(width, cells, device) if columns is None else columns.to(device)
     row_counts, column_counts = row_cells.bincount(), column_cells.bincount()
     bands = values.new_zeros(len(row_counts), width).index_add_(0, row_cells, values)
     sums = bands.new_zeros(len(row_counts), len(column_counts), dtype=torch.float64)
