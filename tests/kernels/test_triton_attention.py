@@ -32,8 +32,8 @@ MASKS = ("no", "causal", "window", "padding", "heads", "one row", "longer", "one
 widths = st.integers(2, 8)
 shapes = {
     "bits": st.tuples(widths, widths),
-    "batch": st.sampled_from([1, 1, 1, 2]),
-    "heads": st.sampled_from([(1, 1), (1, 3), (1, 8), (2, 1), (2, 4)]),
+    "batch": st.sampled_from([1, 1, 1, 1, 2]),
+    "heads": st.sampled_from([(1, 1), (1, 3), (1, 8), (2, 1), (2, 2)]),
     "dim": st.sampled_from([1, 7, 16, 32, 40, 64, 80, 96, 128]),
     "room": st.sampled_from([0, 3]),
     "seed": st.integers(0, 99),
@@ -158,7 +158,7 @@ def test_few_queries_over_parts_of_the_context(
 
 @settings(max_examples=60)
 @given(
-    tokens=st.sampled_from([17, 33, 40]),
+    tokens=st.sampled_from([17, 20, 33]),
     before=st.sampled_from([0, 0, 1, 32]),
     masked=st.sampled_from(MASKS),
     softcap=st.sampled_from([None, None, 5.0]),
@@ -186,8 +186,8 @@ def test_many_queries_tile_by_tile(
 
 @settings(max_examples=60)
 @given(
-    tokens=st.sampled_from([1, 1, 3, 20]),
-    context=st.sampled_from([1, 20, 41, 50]),
+    tokens=st.sampled_from([1, 1, 3, 17]),
+    context=st.sampled_from([1, 20, 33, 41]),
     masked=st.sampled_from(["no", "causal", "padding"]),
     softmax=widths,
     relative=st.booleans(),
@@ -294,21 +294,22 @@ def test_what_is_seen(context: int, tokens: int, hidden: float, seed: int) -> No
         assert torch.equal(found[1, ..., chunk], torch.where(part, place + 1, 0).amax(-1))
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # NumPy's, beyond the last token that is read
 def test_what_a_mask_hides_is_not_read() -> None:
     query, key, value = drawn((8, 8), 1, (1, 2), 2, 200, 16, 0, 12)
+    # The codes of what may be seen are the zero point; scores of all others would be infinite.
+    key.scale[:], key.zero[:], query[:] = 1e36, 128.0, 1.0
+    key.packed[:] = 255
+    key.packed[:, :, 64:100] = 128
     mask = torch.full((2, 200), LEAST)
-    mask[0, 70:90] = 0.0
-    mask[1, 75:100] = 0.0
-    expected, _ = exact(query, key, value, mask, Scoring(0.3))
-    for states_of in (key, value):  # tokens whose scores would win, were they met
-        states_of.packed[:, :, :64] = 255
-        states_of.packed[:, :, 128:] = 255
-    key.scale[:], value.scale[:] = key.scale * 1e30, value.scale
-    out, _ = computed(query * 1e-30, key, value, mask, Scoring(0.3))
-    assert bool(((out - expected).abs() <= 0.01 * expected.abs().max()).all())
+    mask[0, 70:90] = mask[1, 75:100] = 0.0
+    out, _ = computed(query, key, value, mask, Scoring(1.0))
+    means = [value.decoded()[0, 0, start:stop].mean(0) for start, stop in ((70, 90), (75, 100))]
+    expected = torch.stack(means)[None, :, None].expand_as(out)
+    assert torch.allclose(out, expected, atol=1e-4)
 
 
-def test_no_compiler_is_told_anything_wrong() -> None:
+def test_compilers_are_told_what_it_is() -> None:
     query, key, value = drawn((4, 3), 1, (2, 2), 2, 40, 16, 0, 13)
     operands = (
         query.to(DEVICE),
