@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
-from quantine.calibrate.skeleton import StandIn, drop_weights, materialize, set_tensor
+from quantine.calibrate.skeleton import (
+    StandIn,
+    drop_weights,
+    fill,
+    make_buffers,
+    set_tensor,
+    weight_names,
+)
 from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
@@ -91,8 +98,9 @@ class CalibrationSetup:
 class Sequential:
     """Runs calibration segments through a model, block by block.
 
-    It holds the hidden states that enter the current block. Each block in turn is loaded,
-    observed, quantized by the caller, and passed by `advance` before it is released.
+    It holds the hidden states that enter the current block. Each block in turn gets its weights
+    (see `quantine.calibrate.block_loader`), is observed, quantized by the caller, and passed by
+    `advance` before it is released.
 
     Args:
         setup: model, weights and segments.
@@ -114,17 +122,6 @@ class Sequential:
     def setup(self) -> CalibrationSetup:
         """Model, weights and segments, and how they are computed with."""
         return self._setup
-
-    def load(self, index: int) -> nn.Module:
-        """Read the float32 weights of block ``index`` and return the block."""
-        setup, block = self._setup, self._blocks[index]
-        path = f"{self._family.blocks}.{index}"
-        materialize(setup.model, block, path, setup.checkpoint, setup.device)
-        return block
-
-    def release(self, index: int) -> None:
-        """Drop the weights of block ``index`` and free their memory."""
-        self._blocks[index].to("meta")
 
     @torch.no_grad()
     def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
@@ -315,7 +312,9 @@ class Sequential:
         setup = self._setup
         base, prefix = setup.model.base_model, setup.model.base_model_prefix
         inside = f"{self._family.blocks}."
-        materialize(setup.model, base, prefix, setup.checkpoint, setup.device, skip=inside)
+        make_buffers(setup.model, base, setup.device)
+        names = weight_names(base, prefix, skip=inside)
+        fill(setup.model, setup.checkpoint.read(names), setup.device)
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)

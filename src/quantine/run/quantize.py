@@ -6,6 +6,7 @@ import errno
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import torch
 
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, probe
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
 from quantine.core.ambient import own_state
@@ -192,31 +194,39 @@ class _Run:
 
     def _stage_blocks(self, checkpoint: Checkpoint, parts: list[str]) -> None:
         """Quantize and commit the blocks that no earlier process committed."""
-        setup = self._setup(checkpoint)
-        allocation = None if setup is None else self._allocation(checkpoint, setup)
-        sequential = None if setup is None else Sequential(setup)
-        for index, part in enumerate(parts):
-            if sequential is not None:
-                sequential.load(index)
-            if self.store.is_committed(part):
-                self._restore(index, part, allocation)
-            else:
-                run = BlockRun(
-                    self.job,
-                    checkpoint,
-                    sequential,
-                    index,
-                    allocation,
-                    self.progress,
-                    self.adjust,
-                )
-                result = run.quantize()
-                self.store.commit(part, result.tensors, result.reports, result.maps)
-            if sequential is not None:
-                sequential.advance(index)
-                sequential.release(index)
-            return_freed_memory()
-            self.progress.block(index)
+        job, setup = self.job, self._setup(checkpoint)
+        missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
+        # Calibration runs through finished blocks, too.
+        indices = missing if setup is None else list(range(len(parts)))
+        with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
+            allocation = None if setup is None else self._allocation(checkpoint, setup, loader)
+            sequential = None if setup is None else Sequential(setup)
+            for index, then in zip_longest(indices, indices[1:]):
+                loader.load(index, then)
+                if index in missing:
+                    self._stage_block(checkpoint, parts[index], index, sequential, allocation)
+                else:
+                    self._restore(index, parts[index], allocation)
+                if sequential is not None:
+                    sequential.advance(index)
+                loader.release(index)
+                return_freed_memory()
+                self.progress.block(index)
+
+    def _stage_block(
+        self,
+        checkpoint: Checkpoint,
+        part: str,
+        index: int,
+        sequential: Sequential | None,
+        allocation: Allocation | None,
+    ) -> None:
+        """Quantize and commit a block whose weights are loaded."""
+        run = BlockRun(
+            self.job, checkpoint, sequential, index, allocation, self.progress, self.adjust
+        )
+        result = run.quantize()
+        self.store.commit(part, result.tensors, result.reports, result.maps)
 
     def _restore(self, index: int, part: str, allocation: Allocation | None) -> None:
         """Continue from a block that an earlier process committed."""
@@ -261,7 +271,9 @@ class _Run:
         spill = self.store.scratch / "activations" if self.size.spills else None
         return job.calibration_setup(checkpoint, spill, replaced, self.size.resumes)
 
-    def _allocation(self, checkpoint: Checkpoint, setup: CalibrationSetup) -> Allocation | None:
+    def _allocation(
+        self, checkpoint: Checkpoint, setup: CalibrationSetup, loader: BlockLoader
+    ) -> Allocation | None:
         """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""
         job, plan = self.job, self.job.plan
         if plan.bits_per_weight is None:
@@ -272,7 +284,8 @@ class _Run:
             read = partial(job.read, checkpoint)
             budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
-            table = probe(setup, budgeted, job.observed, read, scratch, seed, self.progress.note)
+            note = self.progress.note
+            table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
             self.store.remember(PROBE, table)
         weights = sum(decision.layer.weights for decision in decisions)
         return Allocation(plan.name, plan.bits_per_weight, weights, table)
