@@ -21,7 +21,7 @@ from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup
 from quantine.calibrate.share import EVERYTHING, Share
 from quantine.calibrate.token_stream import begun
-from quantine.core.device import CPU
+from quantine.core.device import CPU, device_facts
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -229,7 +229,7 @@ class Job:
             "calibration bfloat16": str(self.calibration.bfloat16),
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.
-            **({} if self.device == CPU else {"device": str(self.device)}),
+            **({} if self.device == CPU else device_facts(self.device)),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),
