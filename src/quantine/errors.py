@@ -81,5 +81,9 @@ class ResumeMismatch(OutputError):
     """The unfinished run in the output directory was started with other inputs."""
 
 
+class DeviceMemoryError(QuantineError):
+    """The memory of a device, or what of it may be used, is too small for the run."""
+
+
 class BackendUnavailable(QuantineError):
     """The requested kernel backend or device does not exist on this machine."""

@@ -44,15 +44,13 @@ TOKENS_PER_BATCH: Final = 2048
 """Largest number of tokens that go through a block at once, unless one segment is longer."""
 
 
-def batch_samples(samples: int, seqlen: int) -> int:
+def batch_samples(samples: int, seqlen: int, batch_tokens: int = TOKENS_PER_BATCH) -> int:
     """Number of segments in a batch, of ``samples`` segments of ``seqlen`` tokens.
 
-    The largest divisor of ``samples`` that keeps a batch within `TOKENS_PER_BATCH` tokens; at
-    least 1.
+    The largest divisor of ``samples`` that keeps a batch within ``batch_tokens`` tokens; at least
+    1.
     """
-    fitting = [
-        n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH
-    ]
+    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= batch_tokens]
     return max(fitting, default=1)
 
 
@@ -75,6 +73,10 @@ class CalibrationSetup:
             running the block again from its start; takes a few times the memory of the hidden
             states.
         device: device of blocks and hidden states while they are worked on.
+        kept_on: device of the hidden states between two blocks, where they are in memory; ``None``
+            is ``device``.
+        batch_tokens: largest number of tokens that go through a block at once, unless one segment
+            is longer.
     """
 
     model: PreTrainedModel
@@ -86,6 +88,8 @@ class CalibrationSetup:
     bfloat16: bool = False
     resumes: bool = False
     device: torch.device = CPU
+    kept_on: torch.device | None = None
+    batch_tokens: int = TOKENS_PER_BATCH
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.
@@ -110,9 +114,10 @@ class Sequential:
         self._setup = setup
         self._family = setup.family
         self._blocks = block_list(setup.model, setup.family)
-        size = batch_samples(*setup.segments.shape)
+        samples, seqlen = setup.segments.shape
+        size = batch_samples(samples, seqlen, setup.batch_tokens)
         batches = setup.segments.to(setup.device).split(size)
-        self._hidden = HiddenStates(len(batches), setup.spill, setup.device)
+        self._hidden = HiddenStates(len(batches), setup.spill, setup.device, setup.kept_on)
         self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []

@@ -96,7 +96,7 @@ def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
 
 
 def _kmeans(points: Tensor, count: int) -> Tensor:
-    """The cluster of each of ``points`` ``[n, features]`` on the CPU: ``[n]`` int64, without gaps."""
+    """The cluster of each of ``points`` ``[n, features]``, on the CPU, as ``[n]`` int64 from 0."""
     distinct, same = torch.unique(points, dim=0, return_inverse=True)
     if len(distinct) <= count:
         known: Tensor = same
