@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_page.py
 
-Predictions are of benchmarks/roofline.py; measurements are the files benchmarks/results/gpu-*.json.
+Predictions are of benchmarks/roofline.py and benchmarks/gpu_plans.py; measurements are the files
+benchmarks/results/gpu-*.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_plans
 from gpu_compile import Product
 from roofline import GPUS, float16, packed, seconds
 
@@ -33,7 +35,12 @@ KINDS = (
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, text in (("predictions", predictions()), ("measurements", measurements())):
+    parts = (
+        ("predictions", predictions()),
+        ("measurements", measurements()),
+        ("plans", table(gpu_plans.head(), gpu_plans.rows())),
+    )
+    for name, text in parts:
         page = rewritten(page, name, text)
     PAGE.write_text(page)
 

@@ -92,11 +92,11 @@ def for_float64(tensor: Tensor) -> Tensor:
     What needs float64 is computed in it whatever the device, never in float32 instead: some devices
     (``mps``) have no float64.
     """
-    return tensor if _has_float64(tensor.device) else tensor.cpu()
+    return tensor if has_float64(tensor.device) else tensor.cpu()
 
 
 @functools.cache
-def _has_float64(device: torch.device) -> bool:
+def has_float64(device: torch.device) -> bool:
     """Whether ``device`` computes in float64, found by trying it."""
     try:
         torch.zeros(1, dtype=torch.float64, device=device).add_(1)

@@ -144,13 +144,13 @@ def _residence(job: Job, limit: float, room: int | None) -> Residence:
         resumes = may_resume(job) and hidden_bytes(job) + stopped_bytes(job) <= limit
         return Residence("device" if fits else "disk", resumes)
     found = Residence()
-    for found in _residences(job, limit):
+    for found in residences(job, limit):
         if room is None or working_set(job, found) + WORKSPACE <= room:
             break
     return found
 
 
-def _residences(job: Job, limit: float) -> Iterator[Residence]:
+def residences(job: Job, limit: float) -> Iterator[Residence]:
     """Where hidden states of a run on a GPU may be, the fastest first."""
     if may_resume(job):
         yield Residence("device", True)
