@@ -38,7 +38,10 @@ PLANS: dict[str, Callable[[], Plan]] = {
         {"rules": [{"match": "@blocks", "method": "adadim", "choices": CHOICES}]}
     ),
     "float inputs": lambda: Plan.from_dict(
-        {"rules": [{"match": "@blocks", "method": "gptq", "bits": 4}], "float_inputs": True}
+        {
+            "rules": [{"match": "@blocks", "method": "gptq", "bits": 4, "group_size": 32}],
+            "float_inputs": True,
+        }
     ),
     "W4A8": lambda: Plan.scheme("W4A8"),
     "budget": lambda: Plan.budget(3.5),

@@ -31,9 +31,9 @@ STOPPED_TENSORS: Final = 4
 stops to be observed."""
 ATTENDING_TENSORS: Final = 2
 """The same of a block that has not attended yet."""
-SOLVED_COPIES: Final = 5
-"""Number of copies of a matrix while it is solved: weight, columns, errors, codes, decoded
-weight."""
+SOLVED_COPIES: Final = 6
+"""Number of copies of a matrix when it has been solved: weight, codes, packed and decoded ones, and
+what the error of its output is computed of."""
 SCORES: Final = 3.25
 """Number of tensors as large as the attention scores of a batch that exist at once where attention
 is not fused: scores, their softmax, that with rows of zeros, and which these are."""
@@ -50,7 +50,9 @@ LOGIT_COPIES: Final = 6
 CANDIDATE_TENSORS: Final = 6
 """Number of tensors of candidate ranges, or made of them, that exist at once where the grids of a
 whole matrix are fitted together."""
-SEARCH_COPIES: Final = 8
+FITTED_COPIES: Final = 3
+"""Number of copies of a matrix while grids are fitted to it."""
+SEARCH_COPIES: Final = 5
 """Number of tensors that the search for clipped ranges makes of the weights it compares at once."""
 
 Place = Literal["device", "memory", "disk"]
@@ -142,9 +144,10 @@ def _in_block(job: Job, residence: Residence) -> int:
 
 def _solving(decision: Decision, square: int) -> int:
     """Bytes held while a matrix is solved whose Hessian takes ``square`` bytes."""
-    weights = decision.layer.weights
-    numbers = SOLVED_COPIES * weights + SEARCH_COPIES * min(CHUNK, weights)
-    return FLOAT * (numbers + _candidates(decision)) + 2 * square
+    weights, candidates = decision.layer.weights, _candidates(decision)
+    searched = SEARCH_COPIES * min(CHUNK, weights) + candidates // 3 if candidates else 0
+    fitting = FITTED_COPIES * weights + max(candidates, searched)
+    return FLOAT * max(fitting, SOLVED_COPIES * weights) + 2 * square
 
 
 def _candidates(decision: Decision) -> int:
@@ -153,9 +156,8 @@ def _candidates(decision: Decision) -> int:
     assert scheme is not None
     found = [0]
     for choice in decision.choices or (scheme,):
-        # Solvers without groups of their own round without a column loop.
-        at_once = getattr(choice.solver, "groups", "static") == "static"
-        if at_once or (choice.spec.group_axis == "out" and choice.spec.second_level):
+        static = getattr(choice.solver, "groups", None) == "static"
+        if static or (choice.spec.group_axis == "out" and choice.spec.second_level):
             lines, length = choice.spec.lines(layer.out_features, layer.in_features)
             # Clusters differ in size, so that they are fitted one after another.
             count = 1 if choice.spec.clustered else choice.spec.groups(length)
