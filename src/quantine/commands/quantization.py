@@ -122,13 +122,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-vram",
-        type=_gigabytes,
+        type=gigabytes,
         metavar="GB",
         help="most memory of a GPU, such as 8G; default nine tenths of what is free there",
     )
 
 
-def _gigabytes(text: str) -> float:
+def gigabytes(text: str) -> float:
     """The number of GB in ``text``, such as ``8G``, ``8GB`` or ``8``."""
     return float(text.upper().removesuffix("B").removesuffix("G"))
 
