@@ -227,7 +227,14 @@ def _peak(job: Job, residence: Residence) -> int:
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))
-    return peak_memory() + max(steps)
+    return peak_memory() + _replaced_bytes(job) + max(steps)
+
+
+def _replaced_bytes(job: Job) -> int:
+    """Bytes of the quantized token table, which stays in memory, decoded, while blocks run."""
+    table = next(d for d in job.decisions if d.layer.role == "embedding")
+    stays = table.scheme is not None and job.segments is not None and not job.plan.float_inputs
+    return FLOAT * table.layer.weights if stays else 0
 
 
 def _stored_bytes(job: Job) -> int:

@@ -289,7 +289,9 @@ class _Run:
         for decision in job.scheme_layers():
             if decision.layer.role == "embedding" and not job.plan.float_inputs:
                 packed = self.store.tensors(decision.layer.name)
-                table = unpack(decision, packed).dequantize()
+                packed = {name: tensor.to(job.device) for name, tensor in packed.items()}
+                # A device would hold the table during the whole run.
+                table = unpack(decision, packed).dequantize().cpu()
                 replaced[decision.layer.stored_name] = table
         spill = self.store.scratch / "activations" if self.size.spills else None
         residence = self.size.residence
