@@ -46,6 +46,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "W4A8": lambda: Plan.scheme("W4A8"),
     "budget": lambda: Plan.budget(3.5),
 }
+SLOW = ("spqr", "float inputs", "W4A8", "budget")
 
 
 def measured(model: Path, plan: Plan, calibration: Calibration, out: Path, **options: Any) -> int:
@@ -68,7 +69,10 @@ def check(model: Path, plan: Plan, calibration: Calibration, out: Path, **option
     assert taken <= predicted <= 1.5 * taken
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    ["rtn", "gptq", "adadim", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_plans_predict_the_memory_of_small_runs(
     name: str, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
         ("llama", "spqr"),
         ("llama", "adadim"),
         ("llama", "W4A4KV"),
-        ("llama", "budget"),
+        pytest.param("llama", "budget", marks=pytest.mark.slow),
         ("opt", "gptq"),
     ],
 )
@@ -79,7 +79,7 @@ def layers_of(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
-@pytest.mark.parametrize("name", ["gptq", "W4A4KV"])
+@pytest.mark.parametrize("name", ["gptq", pytest.param("W4A4KV", marks=pytest.mark.slow)])
 def test_a_run_there_can_be_resumed(name: str, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
@@ -138,7 +138,7 @@ def test_where_hidden_states_are_does_not_matter(
             assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-@pytest.mark.parametrize("name", ["adadim", "W4A4KV"])
+@pytest.mark.parametrize("name", ["adadim", pytest.param("W4A4KV", marks=pytest.mark.slow)])
 def test_a_device_without_float64_gives_what_others_give(
     name: str, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

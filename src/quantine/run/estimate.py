@@ -168,14 +168,14 @@ def _device_room(device: torch.device, max_vram: float | None) -> int | None:
     free = free_memory(device)
     bounds = [] if free is None else [int(free * DEVICE_SHARE)]
     if max_vram is not None:
-        bounds.append(int(max_vram * 1e9))
+        bounds.append(round(max_vram * 1e9))
     return min(bounds, default=None)
 
 
 def _too_small(job: Job, needed: int, room: int, max_vram: float | None) -> DeviceMemoryError:
     """The error for a device of ``room`` bytes where at least ``needed`` are needed."""
     least = math.ceil(needed / 1e7) / 100
-    if max_vram is not None and room == int(max_vram * 1e9):
+    if max_vram is not None and room == round(max_vram * 1e9):
         return DeviceMemoryError(
             f"{job.source.name} takes at least {least:.2f} GB on {job.device}, more than max_vram "
             f"{max_vram:g}: give {least:.2f} or more, a smaller seqlen, or device cpu"
