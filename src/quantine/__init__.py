@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         BackendUnavailable,
         CalibrationError,
         CheckpointError,
+        DeviceMemoryError,
         FamilyError,
         FormatError,
         OutputError,
