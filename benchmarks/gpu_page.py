@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_page.py
 
-Predictions are of benchmarks/roofline.py; measurements are the files benchmarks/results/gpu-*.json.
+Predictions are of benchmarks/roofline.py and benchmarks/gpu_plans.py; measurements are the files
+benchmarks/results/gpu-*.json.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_plans
 from gpu_compile import Product
 from quantine.core.activation_spec import UNQUANTIZED
 from roofline import GPUS, attention, float16, packed, seconds, token_bytes
@@ -36,7 +38,7 @@ KINDS = (
 
 def main() -> None:
     page = PAGE.read_text()
-    for write in (predictions, attentions, measurements):
+    for write in (predictions, attentions, plans, measurements):
         page = rewritten(page, write.__name__, write())
     PAGE.write_text(page)
 
@@ -85,6 +87,11 @@ def attentions() -> str:
             size = f"{work.nbytes / 1e6:.1f}"
             rows.append([str(context), str(bits), str(token_bytes(bits)), size, *times])
     return table(head, rows)
+
+
+def plans() -> str:
+    """What quantizing models takes, as `quantine plan` predicts it."""
+    return table(gpu_plans.head(), gpu_plans.rows())
 
 
 def measurements() -> str:

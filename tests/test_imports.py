@@ -50,6 +50,7 @@ TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py", "runtime/kv_cache.py")
 TRANSFORMERS_INSIDE: Final = (
     "activations/attention.py",
     "calibrate/backward.py",
+    "calibrate/block_loader.py",
     "calibrate/sequential.py",
     "calibrate/skeleton.py",
     "eval/",

@@ -55,6 +55,14 @@ def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
     )
 
 
+def test_the_page_has_the_memory_that_plans_predict() -> None:
+    run(
+        "import gpu_page, gpu_plans\n"
+        "text = gpu_page.table(gpu_plans.head(), gpu_plans.rows())\n"
+        "assert text in gpu_page.PAGE.read_text()\n"
+    )
+
+
 def test_what_was_measured_becomes_a_table() -> None:
     run(
         "import gpu_page\n"

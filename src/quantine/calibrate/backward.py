@@ -49,7 +49,7 @@ def replace_by_gradients(
         value = read(name).to(setup.device)
         rounds = setup.bfloat16 and value.ndim >= 2
         set_tensor(model, name, value.bfloat16() if rounds else value.float())
-    generator = torch.Generator(setup.device).manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for batch in range(len(hidden)):
         with setup.autocast():
             hidden[batch] = _gradients(model, setup.family, hidden[batch], generator)
@@ -80,7 +80,8 @@ def _gradient(
         logits = model(input_ids=ids, use_cache=False, output_attentions=False).logits[0]
     # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
     probabilities = logits.detach().float().softmax(-1)
-    drawn = draw(probabilities, generator)
+    # Drawn on the CPU: GPUs do not sum floats along a row in the same order every time.
+    drawn = draw(probabilities.cpu(), generator).to(probabilities.device)
     probabilities.scatter_add_(1, drawn, probabilities.new_full(drawn.shape, -1.0))
     logits.backward(probabilities.to(logits.dtype))
     assert leaf.grad is not None

@@ -120,6 +120,17 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="activations kept in memory before they go to disk; default a quarter of the memory",
     )
+    parser.add_argument(
+        "--max-vram",
+        type=gigabytes,
+        metavar="GB",
+        help="most memory of a GPU, such as 8G; default nine tenths of what is free there",
+    )
+
+
+def gigabytes(text: str) -> float:
+    """The number of GB in ``text``, such as ``8G``, ``8GB`` or ``8``."""
+    return float(text.upper().removesuffix("B").removesuffix("G"))
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -137,6 +148,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             calibration,
             resume=arguments.resume,
             max_ram=arguments.max_ram,
+            max_vram=arguments.max_vram,
             progress=shown,
             device=arguments.device,
         )
@@ -159,8 +171,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from quantine.run.prepare import prepare
 
     plan, calibration = _request(arguments)
-    job = prepare(arguments.model, plan, calibration, arguments.device)
-    size = estimate(job, arguments.max_ram)
+    job = prepare(arguments.model, plan, calibration, arguments.device, planned=True)
+    size = estimate(job, arguments.max_ram, arguments.max_vram)
     print_plan(job, size, arguments.layers)
     write_json_output(arguments.json, plan_as_json(job, size))
 

@@ -167,8 +167,8 @@ def predict(model: PreTrainedModel, tokens: Tensor, context: int = 1) -> Predict
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = logits[rows].float().log_softmax(-1)
-        found = for_float64(log_p.gather(1, targets[rows].unsqueeze(1)))
-        loss -= float(found.sum(dtype=torch.float64))
+        of_targets = log_p.gather(1, targets[rows].unsqueeze(1))
+        loss -= float(for_float64(of_targets).sum(dtype=torch.float64))
     return Prediction(logits, logits.argmax(-1), loss)
 
 

@@ -27,12 +27,11 @@ def feedback_of(moments: Tensor) -> Tensor:
         ``[heads, dim, dim]`` float16: in row ``i`` the factors on the error of channel ``i``, one
         for each later channel; zero on and below the diagonal.
     """
-    place = moments.device
-    moments = for_float64(moments).double()
+    device, moments = moments.device, for_float64(moments).double()
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     unit = torch.eye(moments.shape[1], dtype=torch.float64, device=moments.device)
     damped = moments / mean[:, None, None] + DAMP * unit
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     ratios = upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    found: Tensor = ratios.triu(1).half().contiguous()
-    return found.to(place)
+    found: Tensor = ratios.triu(1).half().contiguous().to(device)
+    return found

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
-from quantine.calibrate.sequential import CalibrationSetup
+from quantine.calibrate.sequential import TOKENS_PER_BATCH, CalibrationSetup, batch_samples
 from quantine.calibrate.share import EVERYTHING, Share
 from quantine.calibrate.token_stream import begun
-from quantine.core.device import CPU
+from quantine.core.device import CPU, device_facts
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -105,6 +105,8 @@ class Job:
         spill: Path | None = None,
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
+        kept_on: torch.device | None = None,
+        batch_tokens: int = TOKENS_PER_BATCH,
     ) -> CalibrationSetup:
         """The calibration segments of this process, and the model they run through.
 
@@ -122,6 +124,8 @@ class Job:
             self.calibration.bfloat16,
             resumes,
             self.device,
+            kept_on,
+            batch_tokens,
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
@@ -214,13 +218,14 @@ class Job:
         """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
 
-    def identity(self, weights: str) -> dict[str, str]:
+    def identity(self, weights: str, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
         """Hashes and versions of all that decides the bytes of the output, by what they describe.
 
         A run may be resumed only with an equal identity.
 
         Args:
             weights: the digest of the source's weight files.
+            batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
         return {
@@ -229,7 +234,13 @@ class Job:
             "calibration bfloat16": str(self.calibration.bfloat16),
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.
-            **({} if self.device == CPU else {"device": str(self.device)}),
+            **({} if self.device == CPU else device_facts(self.device)),
+            # Statistics are summed batch after batch.
+            **(
+                {}
+                if self._batch(batch_tokens) == self._batch()
+                else {"segments at once": str(self._batch(batch_tokens))}
+            ),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),
@@ -239,6 +250,13 @@ class Job:
             "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
             **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
         }
+
+    def _batch(self, batch_tokens: int = TOKENS_PER_BATCH) -> int:
+        """Number of segments that go through a block at once."""
+        if self.segments is None:
+            return 0
+        samples, seqlen = self.segments.shape
+        return batch_samples(samples, seqlen, batch_tokens)
 
 
 def _hash(data: bytes) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from quantine.calibrate.text import text_name
+from quantine.core.device import device_facts
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.directory import encoded
@@ -63,6 +64,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             "bos": job.begun(),
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
+        "device": device_facts(job.device),
         "identity": identity,
         "layers": layers,
         "kept": [

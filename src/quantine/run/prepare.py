@@ -14,7 +14,7 @@ from quantine.calibrate.segments import Calibration, calibration_segments
 from quantine.calibrate.skeleton import skeleton
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.ambient import own_state
-from quantine.core.device import device_named
+from quantine.core.device import device_named, device_to_plan
 from quantine.core.spec import CLUSTERS
 from quantine.errors import (
     CalibrationError,
@@ -53,6 +53,8 @@ def prepare(
     plan: Plan,
     calibration: Calibration,
     device: str | torch.device = "cpu",
+    *,
+    planned: bool = False,
 ) -> Job:
     """Check a request against a model, without reading weights.
 
@@ -63,11 +65,12 @@ def prepare(
         plan: what is done to which matrix.
         calibration: where calibration text comes from and how it is sampled.
         device: where matrices will be solved and blocks run.
+        planned: whether the job is only looked at, so that ``device`` need not be there.
 
     Raises:
         QuantineError: the request cannot be carried out; the class says why, see `quantine.errors`.
     """
-    where = device_named(device)
+    where = device_to_plan(device) if planned else device_named(device)
     source = locate(model)
     if source.is_quantized():
         raise CheckpointError(f"{source.name} is already quantized: give the float model")

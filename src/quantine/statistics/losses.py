@@ -24,10 +24,8 @@ class RelativeLoss:
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add outputs of one shape, before and after the change."""
-        difference = (after.float() - before.float()).square()
-        self.change += float(for_float64(difference).sum(dtype=torch.float64))
-        squares = for_float64(before.float().square())
-        self.total += float(squares.sum(dtype=torch.float64))
+        self.change += _sum((after.float() - before.float()).square())
+        self.total += _sum(before.float().square())
 
     def merge(self, other: RelativeLoss) -> None:
         """Add all that ``other`` has seen, of other tokens."""
@@ -65,6 +63,10 @@ class TokenLoss:
     def value(self) -> float:
         """The mean loss over all tokens added so far; 0 is no change."""
         return float(for_float64(torch.cat(self._of_tokens)).mean(dtype=torch.float64))
+
+
+def _sum(values: Tensor) -> float:
+    return float(for_float64(values).sum(dtype=torch.float64))
 
 
 def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> RelativeLoss:
