@@ -23,7 +23,6 @@ from other_device import (
     without_float64,
 )
 from quantine import Calibration, Plan, quantize
-from quantine.core.device import has_float64
 from quantine.errors import BackendUnavailable
 from quantine.eval.evaluate import evaluate
 from quantine.runtime.decoder import decoder_for
@@ -249,14 +248,3 @@ def test_a_device_without_float64_loads_continues_and_evaluates(
         assert continued(out, NAME)[0] == text
     for name in ("perplexity", "kl", "top1"):
         assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name
-
-
-@pytest.mark.parametrize(
-    ("kind", "known", "capable"),
-    [("cpu", {}, True), ("mps", {}, False), ("xpu", {"has_fp64": False}, False), ("xpu", {}, True)],
-)
-def test_which_devices_have_float64(
-    kind: str, known: dict[str, bool], capable: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.xpu, "get_device_capability", lambda _: known)
-    assert has_float64(torch.device(kind)) == capable
