@@ -33,7 +33,7 @@ widths = st.integers(2, 8)
 shapes = {
     "bits": st.tuples(widths, widths),
     "batch": st.sampled_from([1, 1, 1, 1, 2]),
-    "heads": st.sampled_from([(1, 1), (1, 3), (1, 8), (2, 1), (2, 2)]),
+    "heads": st.sampled_from([(1, 1), (1, 3), (1, 8), (2, 2)]),
     "dim": st.sampled_from([1, 7, 16, 32, 40, 64, 80, 96, 128]),
     "room": st.sampled_from([0, 3]),
     "seed": st.integers(0, 99),
@@ -133,7 +133,7 @@ def score_error(query: Tensor, key: PackedStates, scoring: Scoring) -> float:
 @settings(max_examples=60)
 @given(
     tokens=st.sampled_from([1, 1, 2, 5]),
-    context=st.sampled_from([1, 2, 15, 31, 32, 33, 63, 64, 65, 70]),
+    context=st.sampled_from([1, 2, 15, 31, 32, 33, 41, 64, 65]),
     masked=st.sampled_from(MASKS),
     softcap=st.sampled_from([None, None, 5.0]),
     **shapes,
@@ -191,7 +191,7 @@ def test_many_queries_tile_by_tile(
     masked=st.sampled_from(["no", "causal", "padding"]),
     softmax=widths,
     relative=st.booleans(),
-    **shapes,
+    **(shapes | {"heads": st.just((1, 3)), "dim": st.sampled_from([1, 16, 40, 64])}),
 )
 def test_probabilities_are_rounded(
     tokens: int,
