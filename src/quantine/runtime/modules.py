@@ -19,8 +19,8 @@ from quantine.errors import FormatError
 from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import backend, integer
-from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.matrix import packed_matrix, product
+from quantine.runtime.input_grid import native_input_grid
 from quantine.runtime.snapshot import Snapshot
 
 INTEGER_ROWS: Final = 12
@@ -185,20 +185,11 @@ class QuantLinear(Packed):
             return None
         found = [*inputs.buffers(), *self.packed_tensors().values()]
         if self._gridded_from is None or not self._gridded_from.holds(found):
-            self._grid = self._made_grid(inputs)
+            layout = format_named(self.format_name)
+            qtensor = layout.unpack(self.packed_tensors(), self.spec, self.in_features)
+            self._grid = native_input_grid(inputs, qtensor)
             self._gridded_from = Snapshot(found)
         return self._grid
-
-    def _made_grid(self, inputs: StaticGrid | TokenGrid) -> Any:
-        layout = format_named(self.format_name)
-        qtensor = layout.unpack(self.packed_tensors(), self.spec, self.in_features)
-        if not integer.multiplies_integers(qtensor):
-            return None
-        grid: InputGrid | None = InputGrid(inputs.bits)
-        if isinstance(inputs, StaticGrid):
-            channels = inputs.of_channels()
-            grid = InputGrid.of_channels(inputs.bits, *channels, qtensor, inputs.reached())
-        return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
