@@ -187,12 +187,18 @@ class Stored:
                     return int(getattr(self.activations, site))
         return UNQUANTIZED
 
-    def renamings(self) -> dict[re.Pattern[str], str]:
-        """How names of orders of norms become names of the matrices that read them."""
-        return {
-            re.compile(rf"\.{re.escape(norm)}\.{ORDER}$"): f".{consumer}.{ORDER}"
-            for norm, consumer in self._gathers()
-        }
+    def renamings(self) -> dict[re.Pattern[str], str | None]:
+        """How names in the files are changed before vLLM looks for them; ``None``: passed over.
+
+        Orders of norms become tensors of the matrices that read them. What has the name of a layer
+        is a picture of it, from quantine_maps.safetensors: vLLM reads every such file.
+        """
+        pictures = "|".join(re.escape(matrix.name) for matrix in self.matrices.values())
+        found: dict[re.Pattern[str], str | None] = {re.compile(f"^(?:{pictures})$"): None}
+        for norm, consumer in self._gathers():
+            name = re.compile(rf"\.{re.escape(norm)}\.{ORDER}$")
+            found[name] = f".{consumer}.{ORDER}"
+        return found
 
     def _orders(self) -> dict[str, str]:
         """Name of the stored order of each matrix that gets one, by name of the matrix."""
