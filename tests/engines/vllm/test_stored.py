@@ -112,6 +112,8 @@ def test_names_before_vllm_looks_for_them() -> None:
     assert renamed(stored, f"{BLOCK}.post_attention_layernorm.order") == (
         f"{BLOCK}.mlp.gate_proj.order"
     )
+    weight = renamed(stored, f"{BLOCK}.input_layernorm.norm.weight")
+    assert weight == f"{BLOCK}.input_layernorm.weight"
     assert renamed(stored, Q) is None  # of quantine_maps.safetensors
     for name in (f"{Q}.codes", f"{BLOCK}.input_layernorm.weight", "model.norm.weight"):
         assert renamed(stored, name) == name
@@ -134,3 +136,5 @@ def test_names_follow_those_of_the_model() -> None:
     assert found is not None
     assert found.name == "decoder.fc1"
     assert set(found.dtypes) == {"codes", "scale"}
+    for name in ("decoder.fc1", "model.decoder.fc1"):  # before and after vLLM has renamed it
+        assert renamed(moved, name) is None

@@ -190,14 +190,17 @@ class Stored:
     def renamings(self) -> dict[re.Pattern[str], str | None]:
         """How names in the files are changed before vLLM looks for them; ``None``: passed over.
 
-        Orders of norms become tensors of the matrices that read them. What has the name of a layer
-        is a picture of it, from quantine_maps.safetensors: vLLM reads every such file.
+        Orders of norms become tensors of the matrices that read them, and vLLM's norms are as in
+        models that are not reordered. What has the name of a layer is a picture of it, from
+        quantine_maps.safetensors: vLLM reads every such file.
         """
-        pictures = "|".join(re.escape(matrix.name) for matrix in self.matrices.values())
+        names = {*self.matrices, *(matrix.name for matrix in self.matrices.values())}
+        pictures = "|".join(re.escape(name) for name in sorted(names))
         found: dict[re.Pattern[str], str | None] = {re.compile(f"^(?:{pictures})$"): None}
         for norm, consumer in self._gathers():
-            name = re.compile(rf"\.{re.escape(norm)}\.{ORDER}$")
-            found[name] = f".{consumer}.{ORDER}"
+            path = rf"\.{re.escape(norm)}\."
+            found[re.compile(rf"{path}{ORDER}$")] = f".{consumer}.{ORDER}"
+            found[re.compile(rf"{path}norm\.(weight|bias)$")] = rf".{norm}.\1"
         return found
 
     def _orders(self) -> dict[str, str]:
