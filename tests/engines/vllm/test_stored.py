@@ -114,7 +114,8 @@ def test_names_before_vllm_looks_for_them() -> None:
     )
     weight = renamed(stored, f"{BLOCK}.input_layernorm.norm.weight")
     assert weight == f"{BLOCK}.input_layernorm.weight"
-    assert renamed(stored, Q) is None  # of quantine_maps.safetensors
+    for name in (Q, f"{BLOCK}.R1", f"{BLOCK}.R5"):  # of quantine_maps.safetensors
+        assert renamed(stored, name) is None
     for name in (f"{Q}.codes", f"{BLOCK}.input_layernorm.weight", "model.norm.weight"):
         assert renamed(stored, name) == name
 

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec, activations_from
+from quantine.core.activation_spec import (
+    REORDERS,
+    SITES,
+    UNQUANTIZED,
+    ActivationSpec,
+    activations_from,
+)
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError, cut
@@ -191,12 +197,14 @@ class Stored:
         """How names in the files are changed before vLLM looks for them; ``None``: passed over.
 
         Orders of norms become tensors of the matrices that read them, and vLLM's norms are as in
-        models that are not reordered. What has the name of a layer is a picture of it, from
-        quantine_maps.safetensors: vLLM reads every such file.
+        models that are not reordered. What has the name of a layer, or of a reorder, is a picture
+        of it, from quantine_maps.safetensors: vLLM reads every such file.
         """
         names = {*self.matrices, *(matrix.name for matrix in self.matrices.values())}
         pictures = "|".join(re.escape(name) for name in sorted(names))
-        found: dict[re.Pattern[str], str | None] = {re.compile(f"^(?:{pictures})$"): None}
+        clusters = "|".join(REORDERS)
+        dropped = (f"^(?:{pictures})$", rf"\.(?:{clusters})$")
+        found: dict[re.Pattern[str], str | None] = {re.compile(name): None for name in dropped}
         for norm, consumer in self._gathers():
             path = rf"\.{re.escape(norm)}\."
             found[re.compile(rf"{path}{ORDER}$")] = f".{consumer}.{ORDER}"
