@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -31,7 +30,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
     parser.add_argument("--eager", action="store_true", help="without compiled graphs")
     args = parser.parse_args()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
     engines = {
@@ -41,6 +39,7 @@ def main() -> None:
             max_model_len=PROMPT_TOKENS + args.tokens + 1,
             enforce_eager=args.eager,
             enable_prefix_caching=False,
+            kv_cache_memory_bytes=2**30,
             skip_tokenizer_init=True,
         )
         for directory in args.directories

@@ -40,7 +40,7 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "split": {  # that can be cut in two, along both axes
         "rules": [
             {"match": "*.mlp.*", "method": "rtn", "bits": 5, "group_size": 16},
-            {**SPQR, "group_size": 16},
+            {**SPQR, "stat_group_size": 16},
             TABLE,
             HEAD,
         ]

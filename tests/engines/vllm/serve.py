@@ -20,6 +20,7 @@ DEFAULTS = {
     "max_model_len": 96,
     "enforce_eager": True,
     "distributed_executor_backend": "uni",
+    "kv_cache_memory_bytes": 2**27,  # else vLLM wants nearly all memory to be free
     "skip_tokenizer_init": True,
 }
 
@@ -64,7 +65,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     # In this process, unless a job has several: an engine then starts in seconds.
     if "--processes" not in sys.argv:

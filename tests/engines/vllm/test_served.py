@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from quantine import Calibration  # noqa: E402
 PROGRAM = Path(__file__).with_name("serve.py")
 NOISE = 2e-5
 """How much logarithmic probabilities may differ: sums are in another order."""
+ROUNDED = 0.1
+"""Likewise where activations are rounded: one between two codes may fall to the other side."""
 FAMILIES = (
     "llama",
     "llama_tied",
@@ -33,14 +34,12 @@ FAMILIES = (
     "gemma3",
     "opt",
     "opt_projected",
-    "neox_parallel",
-    "neox_sequential",
     "falcon_old",
     "falcon_new",
     "falcon_alibi",
     "gpt2",
 )
-Serve = Callable[..., Any]
+SETTINGS = "quantization_config"
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +68,10 @@ def job(directory: Path, **options: Any) -> dict[str, Any]:
 
 def check(directory: Path, result: dict[str, Any]) -> None:
     assert "error" not in result, result["error"]
+    rounds = "activations" in json.loads((directory / "config.json").read_text())[SETTINGS]
     for (tokens, logprobs), found in zip(own_answers(directory), result["answers"], strict=True):
         assert found["tokens"] == tokens
-        assert found["logprobs"] == pytest.approx(logprobs, abs=NOISE)
+        assert found["logprobs"] == pytest.approx(logprobs, abs=ROUNDED if rounds else NOISE)
 
 
 def test_families_with_a_scheme_for_every_matrix(directories: Directories, tmp_path: Path) -> None:
@@ -95,6 +95,7 @@ def test_refusals(directories: Directories, tmp_path: Path) -> None:
     expected = {
         ("llama", "keys"): "key, value is not served",
         ("bloom", "mixed"): "rearranges",
+        ("neox_parallel", "mixed"): "not served",
         ("opt", "all"): "in floats only",
     }
     made = [directories.quantized(*what) for what in expected]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -42,10 +41,10 @@ def address(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(directory)]
     command += ["--dtype", "float32", "--max-model-len", "96", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    command += ["--kv-cache-memory-bytes", str(2**27)]
     with (
         log.open("w") as out,
-        subprocess.Popen(command, stdout=out, stderr=out, env=environment) as server,
+        subprocess.Popen(command, stdout=out, stderr=out) as server,
     ):
         try:
             _wait(f"http://127.0.0.1:{port}/health", server, log)

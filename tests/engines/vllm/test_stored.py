@@ -64,6 +64,11 @@ def test_what_vllm_destroys_while_reading_is_refused() -> None:
     assert stored.with_files("falcon", files(name)).matrix(name) is not None
 
 
+def test_models_that_vllm_computes_wrongly_are_refused() -> None:
+    with pytest.raises(PlanError, match="gpt_neox is not served: vLLM's own model answers"):
+        Stored.of(settings(Q)).with_files("gpt_neox", files(Q))
+
+
 def test_what_vllm_computes_itself_is_refused() -> None:
     with pytest.raises(PlanError, match=r"rounding of key, softmax is not.*key: 16, softmax: 16"):
         Stored.of(settings(Q, activations={"norm": 8, "key": 4, "softmax": 8}))

@@ -30,6 +30,10 @@ FLOAT_WEIGHT: Final = "weight"
 """Name of the weight of a matrix that is not packed."""
 SERVED_SITES: Final = ("norm", "attention", "hidden")
 """Fields of `ActivationSpec` whose roundings are served: those of the inputs of matrices."""
+UNSERVED: Final = {
+    "gpt_neox": "answers otherwise than transformers do, quantized or not",
+}
+"""Model types that vLLM 0.32 itself computes wrongly, and what it does."""
 SCRAMBLED: Final = {"bloom": "query_key_value"}
 """Matrices, by model type, whose rows vLLM rearranges while it reads them: in every tensor of the
 matrix, whatever it holds, so that packed ones are destroyed."""
@@ -110,8 +114,10 @@ class Stored:
 
         Raises:
             FormatError: a matrix lacks a tensor.
-            PlanError: vLLM cannot read a matrix.
+            PlanError: vLLM cannot read a matrix, or compute the model.
         """
+        if model_type in UNSERVED:
+            raise PlanError(f"{model_type} is not served: vLLM's own model {UNSERVED[model_type]}")
         found = {}
         for name, matrix in self.matrices.items():
             assert matrix.spec is not None
