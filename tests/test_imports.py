@@ -25,7 +25,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("kernels", "statistics"),
     ("activations", "calibrate", "formats", "methods"),
     ("budget", "plan", "rptq", "runtime"),
-    ("eval", "run"),
+    ("engines", "eval", "run"),
     ("comparison", "report"),
     ("commands",),
     ("cli",),

@@ -7,13 +7,12 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import StaticGrid, TokenGrid
-from quantine.core.overrides import is_overridden
 from quantine.core.spec import QuantSpec
 from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import integer
-from quantine.kernels.integer.input_grid import InputGrid
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
+from quantine.runtime.input_grid import integer_grid, is_plain_grid
 from quantine.runtime.packed import Packed, takes_kernels
 from quantine.runtime.snapshot import Snapshot
 
@@ -25,10 +24,10 @@ With fewer, unpacking weights to bytes costs more than it saves."""
 class QuantLinear(Packed):
     """A linear layer ``y = x @ W.T + bias`` with ``W`` packed.
 
-    Inputs may be rounded first. With `INTEGER_ROWS` rows or more, and where no group of weights
-    spans several clusters of inputs, codes of activations and weights are then multiplied as
-    integers, see `quantine.kernels.integer`. Else rounded activations are floats, and
-    `Packed.product` multiplies.
+    Inputs may be rounded first. With `INTEGER_ROWS` rows or more (on a GPU, with any number), and
+    where no group of weights spans several clusters of inputs, codes of activations and weights are
+    then multiplied as integers, see `quantine.kernels.integer`. Else rounded activations are
+    floats, and `Packed.product` multiplies.
 
     Args:
         format_name, spec, out_features, in_features, tensors: as for `Packed`.
@@ -51,48 +50,54 @@ class QuantLinear(Packed):
         self.bias = bias
         self.inputs: nn.Module | None = None
         self._gridded_from: Snapshot | None = None
+        self._gridded_for: torch.device | None = None
         self._grid: Any = None
 
-    def input_grid(self) -> Any:
-        """The native grid of the inputs, or ``None`` where floats have to be multiplied.
+    def input_grid(self, device: torch.device | None = None) -> Any:
+        """What the inputs are multiplied with in integers, or ``None`` where floats have to be.
 
-        They have to be where inputs are rounded by anything else than a plain grid.
+        See `quantine.runtime.input_grid.integer_grid`. It is made at first use, and again when a
+        tensor of the grid or of the matrix is replaced or written to, or for another device.
 
-        It is made at first use, and again when a tensor of the grid or of the matrix is replaced or
-        written to.
+        Args:
+            device: ``None`` is that of the grid made last, or where the packed tensors are.
         """
-        inputs: Any = self.inputs
-        if type(inputs) not in (StaticGrid, TokenGrid) or is_overridden(inputs):
+        if not is_plain_grid(self.inputs):
             return None
-        found = [*inputs.buffers(), *self.packed_tensors().values()]
-        if self._gridded_from is None or not self._gridded_from.holds(found):
-            self._grid = self._made_grid(inputs)
+        found = [*self.inputs.buffers(), *self.packed_tensors().values()]
+        place = device or self._gridded_for or found[-1].device
+        fresh = self._gridded_from is not None and self._gridded_from.holds(found)
+        if not fresh or place != self._gridded_for:
+            self._grid = None  # frees its memory
+            packed = self._packed_on(place)
+            self._grid = integer_grid(self.inputs, self._unpacked(packed))
+            self._gridded_for = place
+            if isinstance(self._grid, GriddedMatrix):
+                self._leave_to_programs(packed, place)
+            found = [*self.inputs.buffers(), *self.packed_tensors().values()]
             self._gridded_from = Snapshot(found)
         return self._grid
-
-    def _made_grid(self, inputs: StaticGrid | TokenGrid) -> Any:
-        buffers = list(inputs.buffers())
-        qtensor = self.qtensor(buffers[0].device if buffers else None)
-        if not integer.multiplies_integers(qtensor):
-            return None
-        grid: InputGrid | None = InputGrid(inputs.bits)
-        if isinstance(inputs, StaticGrid):
-            channels = inputs.of_channels()
-            grid = InputGrid.of_channels(inputs.bits, *channels, qtensor, inputs.reached())
-        return None if grid is None else integer.native_grid(grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
         rows = x.reshape(-1, self.in_features)
-        many = len(rows) >= INTEGER_ROWS and takes_kernels(x)
-        grid = self.input_grid() if many else None
+        enough = INTEGER_ROWS if x.device.type == "cpu" else 0
+        taken = len(rows) >= enough and self.inputs is not None and takes_kernels(x)
+        grid = self.input_grid(x.device) if taken else None
         if grid is None:
             product = self.product(multiplied_input(self, x))
+        elif isinstance(grid, GriddedMatrix):
+            product = integer.multiply_gridded(grid, rows)
+            product = product.view(*x.shape[:-1], self.out_features)
         else:
             rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(x.device), grid, rows).to(x.dtype)
             product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(x.dtype)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._grid = self._gridded_from = self._gridded_for = None
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: shape, spec, and how rounded inputs are multiplied."""
@@ -102,8 +107,9 @@ class QuantLinear(Packed):
         return f"{shown}, {'floats' if self.input_grid() is None else 'integers'}"
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without the native grid: copies make one of their own."""
-        return {**super().__getstate__(), "_grid": None, "_gridded_from": None}
+        """The state without the grid of kernels: copies make one of their own."""
+        none = {"_grid": None, "_gridded_from": None, "_gridded_for": None}
+        return {**super().__getstate__(), **none}
 
 
 class QuantEmbedding(Packed):

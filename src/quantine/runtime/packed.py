@@ -120,8 +120,7 @@ class Packed(FixedDtypes):
             self._matrix = packed_matrix(self._unpacked(packed))
             self._made_for = place
             if backend.of(*packed.values()) == "triton":
-                leaves = self.leaves_gpus and self._matrix is not None
-                self._buffers.update(self._packed_on(torch.device("cpu")) if leaves else packed)
+                self._leave_to_programs(packed, place, self._matrix is not None)
             self._made_from = Snapshot(self.packed_tensors().values())
         return self._matrix
 
@@ -160,6 +159,14 @@ class Packed(FixedDtypes):
         if is_loaded_per_call(self):
             self._forget()
         return rows.view(*x.shape[:-1], self.out_features)
+
+    def _leave_to_programs(
+        self, packed: dict[str, Tensor], place: torch.device, made: bool = True
+    ) -> None:
+        """Let only what a GPU's programs read take its memory, if it was ``made`` of ``packed``."""
+        leaves = self.leaves_gpus and made
+        self._buffers.update(self._packed_on(torch.device("cpu")) if leaves else packed)
+        self._made_for = place
 
     def _forget(self) -> None:
         """Free the memory of the matrix of kernels."""
