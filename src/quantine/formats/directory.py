@@ -17,6 +17,22 @@ REPORT: Final = "quantine_report.json"
 """The file that says what was done to each layer; a run writes it last."""
 MAPS: Final = "quantine_maps.safetensors"
 """Sensitivity of weights and clusters of channels, for pictures; not a weight file."""
+COPIED: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Names of the source's files that are copied: they describe its tokenizer and generation
+settings."""
 
 
 def is_finished(out: Path) -> bool:
