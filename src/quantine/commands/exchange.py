@@ -1,4 +1,4 @@
-"""The verb `export`."""
+"""The verbs `export` and `import`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,39 @@ if TYPE_CHECKING:
 
 
 def add(verbs: Any) -> None:
-    """Add the verb and its options to the subparsers ``verbs``."""
+    """Add the verbs and their options to the subparsers ``verbs``."""
+    _add_export(verbs)
+    _add_import(verbs)
+
+
+def _add_import(verbs: Any) -> None:
+    parser = add_verb(
+        verbs,
+        "import",
+        _import,
+        "Turn a checkpoint that another program quantized into a directory of quantine's, with the "
+        "same weights.",
+        "  quantine import ./Llama-3.2-1B-GPTQ out\n  quantine import model-Q4_0.gguf out",
+    )
+    parser.add_argument(
+        "model",
+        metavar="SOURCE",
+        help="a .gguf file, or a directory or hub id of GPTQ, AWQ or compressed-tensors",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to write, new or empty")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from quantine.formats.imported import import_model
+
+    imported = import_model(arguments.model, arguments.out)
+    if imported.decoded:
+        names = ", ".join(imported.decoded[:2])
+        print(f"on no grid of quantine's, so in floats: {len(imported.decoded)} layers ({names})")
+    print(f"written: {imported.path}, {imported.layers} layers with the same weights")
+
+
+def _add_export(verbs: Any) -> None:
     parser = add_verb(
         verbs,
         "export",

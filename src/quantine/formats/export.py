@@ -6,8 +6,6 @@ hold is refused by name, or rounded once more where the caller asks for that.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +17,11 @@ from torch import Tensor
 from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, OutputError, cut
+from quantine.errors import FormatError, cut
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.described import read_config
-from quantine.formats.directory import writing
+from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.floats import as_stored
 from quantine.formats.foreign import target_named
@@ -90,7 +88,6 @@ def export(
     """
     path, out = Path(path), Path(out)
     target = target_named(to)
-    _check_free(out)
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
     limits = target_named(weights_of) if weights_of is not None else target
@@ -98,23 +95,10 @@ def export(
     if found and not nearest:
         raise FormatError(refused_text(to, found))
     source = _Source(finished, model, target, limits, {one.name: one for one in found}, dtype)
-    with writing(out):
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.absolute().parent, prefix=f".{out.name[:40]}-"))
-        try:
-            notes = target.write(source.exportable(), temporary)
-            temporary.chmod(0o755)
-            temporary.replace(out)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with whole_directory(out) as temporary:
+        notes = target.write(source.exportable(), temporary)
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return Exported(out, source.converted, notes, nbytes)
-
-
-def _check_free(out: Path) -> None:
-    taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
-    if taken:
-        raise OutputError(f"{out} is there already: choose another output path")
 
 
 @dataclass(frozen=True)

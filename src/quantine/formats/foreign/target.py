@@ -92,8 +92,18 @@ class Readable(Protocol):
         ...
 
     @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """``(out, in)`` of each quantized matrix."""
+        ...
+
+    @property
     def floats(self) -> Sequence[str]:
-        """Names of the tensors that are not quantized, in the model's words."""
+        """Names of the other tensors, in the model's words."""
+        ...
+
+    @property
+    def decoded(self) -> Sequence[str]:
+        """Names of the layers among these that are packed, but on no grid of quantine's."""
         ...
 
     def qtensor(self, name: str) -> QTensor:

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import FormatError, cut, shown
-from quantine.formats.foreign.gguf.blocks import TYPES
+from quantine.formats.foreign.gguf.blocks import KNOWN
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.model_source import ModelSource
 
-KNOWN: Final = {kind.code: (kind.weights, kind.nbytes) for kind in TYPES}
-"""Weights and bytes of a block of every type that is written, by its code."""
 NO_MATTER: Final = frozenset(
     {
         "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
