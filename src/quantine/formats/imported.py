@@ -22,7 +22,7 @@ from quantine.formats.directory import COPIED, REPORT, whole_directory, write_js
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.foreign.checkpoint import SHARD_BYTES
 from quantine.formats.foreign.compressed_tensors.read import LAYOUT as COMPRESSED_TENSORS
-from quantine.formats.foreign.gguf.read import GGUFModel
+from quantine.formats.foreign.gguf.read import FLOATS, GGUFModel
 from quantine.formats.foreign.gptq.read import LAYOUT as GPTQ
 from quantine.formats.foreign.opened import DirectoryLayout, ForeignDirectory
 from quantine.formats.foreign.target import Readable
@@ -55,6 +55,28 @@ class Imported:
     path: Path
     layers: int
     decoded: list[str]
+
+
+def is_foreign(source: ModelSource) -> bool:
+    """Whether ``source`` is a directory that another program quantized, and that is read here."""
+    return source.gguf_file is None and source.quant_method() in READABLE
+
+
+def second_rounding(source: ModelSource) -> str | None:
+    """What users have to know of a source that is rounded already; ``None`` if it is not."""
+    if is_foreign(source):
+        kind: str | None = source.quant_method()
+    elif source.gguf_file is not None:
+        types = {tensor.type for part in source.gguf_parts for tensor in part.tensors}
+        kind = None if types <= set(FLOATS) else "gguf"
+    else:
+        kind = None
+    if kind is None:
+        return None
+    return (
+        f"{source.name} is quantized already ({kind}): its weights are rounded a second time; "
+        "`quantine import` keeps them where their grids allow it"
+    )
 
 
 def open_foreign(source: ModelSource) -> Readable:
@@ -102,6 +124,34 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
         _write_tokenizer(source, temporary)
         write_json(temporary / REPORT, _report(source, opened, described, packed))
     return Imported(out, len(opened.specs), list(opened.decoded))
+
+
+def write_floats(source: ModelSource, out: Path) -> None:
+    """Write a directory of another engine as one of float32, for whoever quantizes it again.
+
+    Args:
+        source: of `is_foreign`.
+        out: the directory to make.
+
+    Raises:
+        QuantineError: as for `open_foreign`; or a tensor is damaged.
+    """
+    opened = open_foreign(source)
+    out.mkdir()
+    with tempfile.TemporaryDirectory(dir=out, prefix=".parts-") as scratch:
+        parts = []
+        for name in [*opened.floats, *opened.specs]:
+            parts.append(Path(scratch) / f"{len(parts):06}.safetensors")
+            if name not in opened.specs:
+                write_tensors(parts[-1], {name: opened.float_tensor(name).contiguous()})
+                continue
+            weight = opened.qtensor(name).dequantize()
+            stored = weight.T if opened.is_transposed(name) else weight
+            write_tensors(parts[-1], {f"{name}.weight": stored.contiguous()})
+        merge_parts(parts, out, SHARD_BYTES)
+    text = json.dumps(dict(opened.settings), indent=2, sort_keys=True) + "\n"
+    write_atomically(out / "config.json", text.encode())
+    _write_tokenizer(source, out)
 
 
 def _write_weights(opened: Readable, out: Path) -> dict[str, dict[str, torch.Tensor]]:

@@ -103,9 +103,9 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
     spills = activations > limit
     resumes = job.plan.true_sequential and activations + stopped <= limit
     scratch = activations if spills else 0
-    if job.source.gguf_file is not None:
+    if job.converts:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
-        if len(job.source.gguf_parts) > 1:
+        if job.source.gguf_file is not None and len(job.source.gguf_parts) > 1:
             scratch += job.source.weight_bytes()  # all parts joined
     if job.plan.bits_per_weight is not None:
         blocks = len(block_list(job.model, job.family))

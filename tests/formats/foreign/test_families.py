@@ -19,8 +19,8 @@ from quantine.formats.imported import import_model
 from tiny_models import FAMILIES, logits_of
 
 Packed = Callable[[str, str], Path]
-GGUF = ("llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "bloom", "gpt2")
-"""Tiny models whose GGUF files say all that there is to say."""
+OWN_DEFAULTS = ("qwen3", "phi3", "gpt2")
+"""Of these transformers' own reader takes some sizes from its defaults, which are not tiny."""
 UNTOLD = {
     "mistral": "sliding_window",
     "smollm3": "model type smollm3",
@@ -30,6 +30,8 @@ UNTOLD = {
     "neox_sequential": "model type gpt_neox",
     "falcon_new": "new_decoder_architecture",
     "falcon_alibi": "alibi",
+    "gemma2": "query_pre_attn_scalar",
+    "gemma3": "query_pre_attn_scalar",
 }
 """What a GGUF file of the others cannot tell, or of which architecture none is written."""
 
@@ -94,6 +96,8 @@ def test_gguf_files_come_back(name: str, kind: str, packed: Packed, tmp_path: Pa
         atol=1e-4,
         rtol=1e-4,
     )
+    if name in OWN_DEFAULTS:
+        return
     model = AutoModelForCausalLM.from_pretrained(exported.path, gguf_file="model.gguf")
     torch.testing.assert_close(logits_of(model), expected, atol=1e-3, rtol=1e-3)
 

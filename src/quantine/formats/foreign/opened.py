@@ -98,6 +98,10 @@ class ForeignDirectory:
         ]
         _check_complete(self.model, self._stored, self.specs, entries)
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
+        return self._layers[name].transposed
+
     def qtensor(self, name: str) -> QTensor:
         """The matrix of layer ``name``.
 

@@ -106,6 +106,10 @@ class Readable(Protocol):
         """Names of the layers among these that are packed, but on no grid of quantine's."""
         ...
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
+        ...
+
     def qtensor(self, name: str) -> QTensor:
         """The matrix of layer ``name``: the same numbers as in the file."""
         ...

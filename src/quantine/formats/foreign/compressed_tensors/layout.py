@@ -63,34 +63,50 @@ def unpack_matrix(
     said = tensors.get("weight_shape")
     if said is not None and said.flatten().tolist() != [rows, columns]:
         raise FormatError(f"{name}.weight_shape says {said.tolist()}, but it is {[rows, columns]}")
-    codes = _unpacked(f"{name}.weight_packed", tensors.get("weight_packed"), spec.bits, shape)
-    stored = tensors.get("weight_scale")
-    scale = _short(f"{name}.weight_scale", stored, (rows, groups))
+    codes, padded = _unpacked(
+        f"{name}.weight_packed", tensors.get("weight_packed"), spec.bits, shape
+    )
+    scale = _short(f"{name}.weight_scale", tensors.get("weight_scale"), (rows, groups))
     if spec.sym:
         zero = torch.full_like(scale, 2 ** (spec.bits - 1), dtype=torch.uint8)
         return Plain(codes, scale, zero, spec.bits)
     points = tensors.get("weight_zero_point")
     flat = None if points is None or points.ndim != 2 else points.T
-    zero = _unpacked(f"{name}.weight_zero_point", flat, spec.bits, (groups, rows)).T.contiguous()
-    return Plain(codes, scale, zero, spec.bits)
+    zero, _ = _unpacked(f"{name}.weight_zero_point", flat, spec.bits, (groups, rows), padded)
+    return Plain(codes, scale, zero.T.contiguous(), spec.bits)
 
 
-def _unpacked(name: str, words: Tensor | None, bits: int, shape: tuple[int, int]) -> Tensor:
-    """Codes ``shape`` in rows of words, in either arrangement."""
+def _unpacked(
+    name: str,
+    words: Tensor | None,
+    bits: int,
+    shape: tuple[int, int],
+    padded: bool | None = None,
+) -> tuple[Tensor, bool]:
+    """Codes ``shape`` in rows of words, and whether words are padded.
+
+    Args:
+        padded: whether they must be; ``None`` lets the shape tell, which it does from 32 codes on.
+    """
     rows, count = shape
     per_word = WORD // bits
-    dense, padded = words_of(count, bits), -(-count // per_word)
+    dense, loose = words_of(count, bits), -(-count // per_word)
+    lengths = {False: dense, True: loose} if padded is None else {padded: (dense, loose)[padded]}
     found = None if words is None else (tuple(words.shape), words.dtype)
-    if words is not None and found == ((rows, dense), torch.int32):
-        return unpack_rows(words, bits, count)
-    if words is not None and found == ((rows, padded), torch.int32):
-        shifts = torch.arange(per_word, device=words.device) * bits
-        fields: Tensor = words.long().unsqueeze(-1) >> shifts & (2**bits - 1)
-        return fields.flatten(1)[:, :count].to(torch.uint8).contiguous()
-    raise FormatError(
-        f"{name} is {'missing' if found is None else f'{found[1]} {list(found[0])}'}, but {bits} "
-        f"bits need torch.int32 {[rows, dense]}: the file is damaged"
-    )
+    fits = [kind for kind, length in lengths.items() if found == ((rows, length), torch.int32)]
+    if words is None or not fits:
+        said = "missing" if found is None else f"{found[1]} {list(found[0])}"
+        raise FormatError(
+            f"{name} is {said}, but {bits} bits need torch.int32 {[rows, dense]}: the file is "
+            "damaged"
+        )
+    if not fits[0]:
+        if len(fits) > 1 and WORD % bits:
+            raise FormatError(f"{name} is so small that its shape does not tell how it is packed")
+        return unpack_rows(words, bits, count), False
+    shifts = torch.arange(per_word, device=words.device) * bits
+    fields: Tensor = words.long().unsqueeze(-1) >> shifts & (2**bits - 1)
+    return fields.flatten(1)[:, :count].to(torch.uint8).contiguous(), True
 
 
 def _short(name: str, scale: Tensor | None, shape: tuple[int, int]) -> Tensor:

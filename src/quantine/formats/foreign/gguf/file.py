@@ -40,6 +40,8 @@ class Stored:
 class GGUFWriter:
     """Collects tensors in a file of their own; `finish` puts header and tensors together.
 
+    As a context it closes that file.
+
     Args:
         scratch: of the file with tensors, which must not exist.
     """
@@ -48,6 +50,12 @@ class GGUFWriter:
         self._scratch = scratch
         self._file: BinaryIO = scratch.open("xb")
         self.tensors: list[Stored] = []
+
+    def __enter__(self) -> GGUFWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, name: str, shape: Sequence[int], kind: int, data: bytes) -> None:
         """Write one tensor.

@@ -57,7 +57,7 @@ def _own(config: Any, architecture: str, known: Architecture) -> dict[str, Value
         values[key] = int(found)
     heads = int(config.num_attention_heads)
     values[known.epsilon[0]] = float(getattr(config, known.epsilon[1]))
-    values["attention.head_count_kv"] = _groups(config, known, heads)
+    values["attention.head_count_kv"] = heads_of_keys(config)
     values["vocab_size"] = int(config.vocab_size)
     head = int(getattr(config, "head_dim", None) or width // heads)
     if known.head_dim:
@@ -71,11 +71,13 @@ def _own(config: Any, architecture: str, known: Architecture) -> dict[str, Value
     return values
 
 
-def _groups(config: Any, known: Architecture, heads: int) -> int:
+def heads_of_keys(config: Any) -> int:
+    """Number of heads of keys and values."""
+    heads = int(config.num_attention_heads)
     if config.model_type == "falcon" and not config.new_decoder_architecture:
         return 1 if config.multi_query else heads
-    found = None if known.groups is None else getattr(config, known.groups, None)
-    return int(found or heads)
+    names = ("num_kv_heads", "num_key_value_heads")
+    return int(next((n for name in names if (n := getattr(config, name, None))), heads))
 
 
 def _rope(config: Any, known: Architecture, head: int) -> dict[str, Value]:

@@ -17,7 +17,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError
 from quantine.families import family_of
-from quantine.families.layers import find_layers
+from quantine.families.layers import find_layers, is_transposed
 from quantine.formats.foreign.gguf.arrange import row_order
 from quantine.formats.foreign.gguf.blocks import KNOWN, TYPES, BlockType
 from quantine.source.gguf.config import gguf_config
@@ -92,6 +92,10 @@ class GGUFModel:
             and f"{layer.name}.weight" in self._tensors
             and self._tensors[f"{layer.name}.weight"].type not in FLOATS
         ]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
+        return is_transposed(self.model.get_submodule(name))
 
     def qtensor(self, name: str) -> QTensor:
         """The matrix of layer ``name``.

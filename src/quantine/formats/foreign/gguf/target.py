@@ -14,16 +14,18 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.arrange import arranged, row_order
-from quantine.formats.foreign.gguf.blocks import LEAST, TYPES, fitting
+from quantine.formats.foreign.gguf.blocks import KNOWN, LEAST, TYPES, fitting
 from quantine.formats.foreign.gguf.file import GGUFWriter
 from quantine.formats.foreign.gguf.metadata import ALIKE, architecture_of, metadata_of
-from quantine.formats.foreign.gguf.same_model import check_same_model
+from quantine.formats.foreign.gguf.same_model import as_read
 from quantine.formats.foreign.gguf.tokenizer import tokenizer_of
 from quantine.formats.foreign.plain import Plain, plain, plain_refusal
 from quantine.formats.foreign.target import Exportable, Matrix
 from quantine.source.gguf.config import ARCHITECTURES
+from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.rope import FREQUENCIES, llama3_factors
-from quantine.source.gguf.weights import model_names
+from quantine.source.gguf.weights import check_gguf_weights, model_names
+from quantine.source.model_source import ModelSource
 
 FILE: Final = "model.gguf"
 """Name of the file in the directory that is written."""
@@ -49,6 +51,10 @@ class GGUFFileTarget:
                 f"GGUF files of model type {config.model_type} are not written, only those of "
                 f"{', '.join(known)}"
             )
+        try:
+            as_read(config)
+        except FormatError as error:
+            return str(error)
         return None
 
     def refusal(self, matrix: Matrix) -> str | None:
@@ -77,22 +83,22 @@ class GGUFFileTarget:
         """See `quantine.formats.foreign.target.Target.write`."""
         architecture = architecture_of(source.config)
         assert architecture is not None
-        names = {name: stored for stored, name in model_names(architecture, source.model).items()}
-        writer = GGUFWriter(out / f"{FILE}.tensors")
-        for name in [*source.floats, *source.matrices]:
-            self._add(writer, source, name, names)
+        model = ModelSource("", source.directory).bare_model(as_read(source.config))
+        names = {name: stored for stored, name in model_names(architecture, model).items()}
         rope = source.config.rope_parameters if ARCHITECTURES[architecture].rotary else None
-        if rope and rope.get("rope_type") == "llama3":
-            self._add_frequencies(writer, source.config, rope)
-        kinds = Counter(tensor.kind for tensor in writer.tensors if len(tensor.shape) > 1)
-        file_type = FILE_TYPES[kinds.most_common(1)[0][0]]
-        settings = source.settings
-        metadata = {
-            **metadata_of(source.config, source.directory.absolute().name, file_type),
-            **tokenizer_of(source.directory, source.config.vocab_size, settings),
-        }
-        writer.finish(out / FILE, metadata)
-        check_same_model(out / FILE, source.config)
+        with GGUFWriter(out / f"{FILE}.tensors") as writer:
+            for name in [*source.floats, *source.matrices]:
+                self._add(writer, source, name, names)
+            if rope and rope.get("rope_type") == "llama3":
+                self._add_frequencies(writer, source.config, rope)
+            kinds = Counter(tensor.kind for tensor in writer.tensors if len(tensor.shape) > 1)
+            file_type = FILE_TYPES[kinds.most_common(1)[0][0]]
+            metadata = {
+                **metadata_of(source.config, source.directory.absolute().name, file_type),
+                **tokenizer_of(source.directory, source.config.vocab_size, source.settings),
+            }
+            writer.finish(out / FILE, metadata)
+        check_gguf_weights(read_parts(out / FILE, KNOWN), model)
         if TYPES[0].code in kinds:
             return [f"{TYPES[0].name} is read by llama.cpp since 2026, and by no other reader yet"]
         return []
