@@ -139,7 +139,7 @@ def write_floats(source: ModelSource, out: Path) -> None:
     opened = open_foreign(source)
     out.mkdir()
     with tempfile.TemporaryDirectory(dir=out, prefix=".parts-") as scratch:
-        parts = []
+        parts: list[Path] = []
         for name in [*opened.floats, *opened.specs]:
             parts.append(Path(scratch) / f"{len(parts):06}.safetensors")
             if name not in opened.specs:
@@ -158,7 +158,7 @@ def _write_weights(opened: Readable, out: Path) -> dict[str, dict[str, torch.Ten
     """Write all weight files; gives the packed tensors of each layer on the meta device."""
     packed: dict[str, dict[str, torch.Tensor]] = {}
     with tempfile.TemporaryDirectory(dir=out, prefix=".parts-") as scratch:
-        parts = []
+        parts: list[Path] = []
         for name in [*opened.floats, *opened.specs]:
             parts.append(Path(scratch) / f"{len(parts):06}.safetensors")
             if name not in opened.specs:

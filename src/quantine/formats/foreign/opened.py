@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
@@ -70,7 +70,7 @@ class ForeignDirectory:
         source = ModelSource(str(path), path)
         config = source.config()
         said = config.__dict__.pop("quantization_config")
-        self.model: nn.Module = source.bare_model(config)
+        self.model: Any = source.bare_model(config)
         self.settings: Mapping[str, Any] = {
             **json.loads(config.to_json_string(use_diff=True)),
             "architectures": [type(self.model).__name__],
@@ -169,7 +169,7 @@ def _specs(
 
 
 def _check_complete(
-    model: nn.Module,
+    model: Any,
     stored: Mapping[str, str],
     specs: Mapping[str, QuantSpec],
     entries: Mapping[str, Entry],

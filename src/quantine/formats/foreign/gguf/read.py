@@ -159,7 +159,8 @@ def _decoded(tensor: GGUFTensor) -> Tensor:
     if tensor.type in PACKED:
         kind = PACKED[tensor.type]
         values, scale = kind.decode(data.reshape(math.prod(tensor.shape[:-1]), -1))
-        decoded = values.unflatten(1, (-1, kind.weights)).float() * scale.float().unsqueeze(2)
+        blocks: Tensor = values.unflatten(1, (-1, kind.weights)).float()
+        decoded = blocks * scale.float().unsqueeze(2)
         return decoded.reshape(tensor.shape)
     from gguf import GGMLQuantizationType, dequantize
 
