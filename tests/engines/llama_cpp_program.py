@@ -10,8 +10,8 @@ from typing import Any
 
 
 def main() -> None:
-    import numpy as np
     import llama_cpp
+    import numpy as np
 
     file, asked = sys.argv[1], json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
     longest = max(map(len, asked["windows"]))

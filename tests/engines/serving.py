@@ -29,7 +29,7 @@ def interpreter(variable: str) -> str:
 
 
 def run_engine(python: str, program: str, *arguments: str) -> Any:
-    """What a program of this folder prints last, as JSON."""
+    """The JSON that a program of this folder prints, between what the engine has to say."""
     done = subprocess.run(
         [python, str(PROGRAMS / program), *arguments],
         capture_output=True,
@@ -38,7 +38,8 @@ def run_engine(python: str, program: str, *arguments: str) -> Any:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1])
 
 
 def windows_of(model: str | Path, length: int, count: int) -> list[list[int]]:
