@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -251,3 +253,16 @@ def test_rounded_activations_are_refused(tiny: Tiny, short: Calibration, tmp_pat
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     with pytest.raises(FormatError, match="rounds activations"):
         export(out, tmp_path / "gguf", "gguf")
+
+
+@pytest.mark.parametrize(("own", "said"), [("float32", "float16"), ("bfloat16", "float16")])
+def test_engines_compute_in_a_dtype_that_holds_scales(
+    own: str, said: str, packed: Packed, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": own}))
+    for to in ("gptq", "compressed-tensors"):
+        exported = export(source, tmp_path / to, to)
+        assert json.loads((exported.path / "config.json").read_text())["dtype"] == said
+        assert bool(exported.notes) == (own == "bfloat16")

@@ -79,9 +79,9 @@ class ScaleDtype:
 
     @classmethod
     def of(cls, source: Exportable) -> ScaleDtype:
-        """That of ``source``."""
+        """That of ``source``: float16 for float32, in which no kernel for such layouts computes."""
         own: torch.dtype = getattr(torch, source.settings["dtype"])
-        return cls(source.dtype or own)
+        return cls(source.dtype or (torch.float16 if own == torch.float32 else own))
 
     def see(self, scale: Tensor) -> None:
         """Take note of the ``scale`` of one matrix, float16."""
