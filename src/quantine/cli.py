@@ -15,6 +15,7 @@ from quantine import __version__
 from quantine.commands import (
     comparison,
     evaluation,
+    exchange,
     generation,
     inspection,
     memory,
@@ -102,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         generation,
         inspection,
+        exchange,
         memory,
         timing,
     ):

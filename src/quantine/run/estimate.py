@@ -189,9 +189,9 @@ def _too_small(job: Job, needed: int, room: int, max_vram: float | None) -> Devi
 def _scratch_bytes(job: Job, residence: Residence) -> int:
     """Bytes of scratch files, at most."""
     scratch = hidden_bytes(job) if residence.hidden == "disk" else 0
-    if job.source.gguf_file is not None:
+    if job.converts:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
-        if len(job.source.gguf_parts) > 1:
+        if job.source.gguf_file is not None and len(job.source.gguf_parts) > 1:
             scratch += job.source.weight_bytes()  # all parts joined
     if job.plan.bits_per_weight is not None:
         blocks = len(block_list(job.model, job.family))

@@ -25,6 +25,7 @@ from quantine.core.device import CPU, device_facts
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
+from quantine.formats.imported import is_foreign
 from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
@@ -71,6 +72,11 @@ class Job:
     unties: bool
     device: torch.device = CPU
     share: Share = EVERYTHING
+
+    @property
+    def converts(self) -> bool:
+        """Whether the source is converted to float weights of its own before they are read."""
+        return self.source.gguf_file is not None or is_foreign(self.source)
 
     def scheme_layers(self) -> list[Decision]:
         """The decisions that quantize their layer, in running order."""

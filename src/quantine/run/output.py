@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -15,27 +15,10 @@ from quantine.calibrate.text import text_name
 from quantine.core.device import device_facts
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
-from quantine.formats.directory import encoded
+from quantine.formats.directory import COPIED, encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
 from quantine.run.job import NO_LAYER, Job
-
-COPIED: Final = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Names of the source's files that are copied: they describe its tokenizer and generation
-settings."""
 
 
 def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from quantine.families import family_of
 from quantine.families.family import Family
 from quantine.families.layers import find_layers
 from quantine.formats.directory import is_finished
+from quantine.formats.imported import is_foreign, open_foreign
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
@@ -75,6 +76,9 @@ def prepare(
     if source.is_quantized():
         raise CheckpointError(f"{source.name} is already quantized: give the float model")
     config = source.config()
+    foreign = is_foreign(source)
+    if foreign:
+        config.__dict__.pop("quantization_config")
     found = getattr(config, "quantization_config", None)
     if found is not None:
         raise CheckpointError(
@@ -89,6 +93,8 @@ def prepare(
     bare = _skeleton(source, config, plan.activations is not None)
     if source.gguf_file is not None:
         check_gguf_weights(source.gguf_parts, bare)
+    elif foreign:
+        open_foreign(source)
     elif _has_own_head(source, bare):
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
@@ -116,7 +122,7 @@ def prepare(
         unties,
         where,
     )
-    if source.gguf_file is None:
+    if not job.converts:
         check_headers(job, job.checkpoint())
     return job
 

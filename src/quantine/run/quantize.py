@@ -24,6 +24,7 @@ from quantine.core.process_memory import peak_memory, return_freed_memory, reuse
 from quantine.errors import DeviceMemoryError, OutputError, cut
 from quantine.families.layers import block_list
 from quantine.formats.directory import REPORT, is_finished, read_json
+from quantine.formats.imported import second_rounding, write_floats
 from quantine.plan.plan import Plan
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
 from quantine.run.estimate import Estimate, estimate
@@ -163,6 +164,9 @@ class _Run:
         """Do all that is left to do, which may be nothing, and return the finished directory."""
         job, store, out = self.job, self.store, self.store.out
         self.progress.note(f"reading {job.source.name}; computing on {described(job.device)}")
+        rounded = second_rounding(job.source)
+        if rounded is not None:
+            self.progress.note(rounded)
         gguf = job.source.gguf_file is not None
         digest = job.source.gguf_digest() if gguf else job.checkpoint().digest()
         identity = job.identity(digest, self.size.residence.batch_tokens)
@@ -177,9 +181,9 @@ class _Run:
             return Result(out, read_json(out / REPORT))
         store.open(identity)
         forget_peak_device_memory(job.device)
-        directory = self._converted() if gguf else job.source.directory
+        directory = self._converted() if job.converts else job.source.directory
         checkpoint = job.checkpoint(directory)
-        if gguf:
+        if job.converts:
             check_headers(job, checkpoint)
             checkpoint.digest()
         parts = self._staged(checkpoint)
@@ -196,8 +200,11 @@ class _Run:
         return Result(out, report)
 
     def _converted(self) -> Path:
-        """Convert a GGUF model to float32 safetensors, which can be read one block at a time."""
+        """Convert the model to float32 safetensors, which can be read one block at a time."""
         directory = self.store.scratch / "source"
+        if self.job.source.gguf_file is None:
+            write_floats(self.job.source, directory)
+            return directory
         model = self.job.source.float_model(torch.float32, self.store.scratch)
         model.save_pretrained(directory, max_shard_size="2GB")
         self.job.tokenizer.save_pretrained(directory)
