@@ -77,7 +77,8 @@ def test_directories_come_back(
     assert imported.layers == len(FinishedDirectory(out).description.layers)
     same_weights(out, imported.path)
     again, expected = (
-        logits_of(quantine.load(path, arithmetic="exact")[0]) for path in (imported.path, out)
+        logits_of(quantine.load(path, "float32", arithmetic="exact")[0])
+        for path in (imported.path, out)
     )
     torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
 
