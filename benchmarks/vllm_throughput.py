@@ -2,9 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/vllm_throughput.py FLOAT QUANTIZED [QUANTIZED ...]
 
-FLOAT is a Hugging Face directory. All engines are there from the beginning; in every round each answers the same prompts, so
-that what else the machine does hits all alike. Printed are medians over rounds, as a table and as
-JSON in the last line.
+FLOAT is a Hugging Face directory. All engines are there from the beginning; in every round each
+answers the same prompts, so that what else the machine does hits all alike. Printed are medians
+over rounds, as a table and as JSON in the last line.
 """
 
 from __future__ import annotations
