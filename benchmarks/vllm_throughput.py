@@ -2,10 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/vllm_throughput.py FLOAT QUANTIZED [QUANTIZED ...]
 
-FLOAT is a Hugging Face directory; it is served in bfloat16, and so are the activations of the
-others. All engines are there from the beginning; in every round each answers the same prompts, so
-that what else the machine does hits all alike. Printed are medians over rounds, as a table and as
-JSON in the last line.
+FLOAT is a Hugging Face directory. All engines are there from the beginning; in every round each
+answers the same prompts, so that what else the machine does hits all alike. Printed are medians
+over rounds, as a table and as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and of the float model")
     parser.add_argument("--eager", action="store_true", help="without compiled graphs")
     args = parser.parse_args()
     from vllm import LLM
@@ -35,7 +35,7 @@ def main() -> None:
     engines = {
         directory: LLM(
             model=directory,
-            dtype="bfloat16",
+            dtype=args.dtype,
             max_model_len=PROMPT_TOKENS + args.tokens + 1,
             enforce_eager=args.eager,
             enable_prefix_caching=False,

@@ -22,7 +22,16 @@ LENGTHS: Final = (1, 3, 17, 40, 41)
 
 HEAD: Final = {"match": "@head", "method": "rtn", "bits": 8, "group_size": 32}
 TABLE: Final = {"match": "@embedding", "method": "rtn", "bits": 6, "group_size": 16}
-SPQR: Final = {"match": "@blocks", "method": "spqr", "bits": 3, "group_size": 16}
+SPQR: Final = {
+    "match": "@blocks",
+    "method": "spqr",
+    "bits": 3,
+    "group_size": 16,
+    "stat_group_size": 16,
+    "scale_bits": 3,
+    "zero_bits": 3,
+    "outliers": 0.02,
+}
 ADADIM: Final = {"match": "@blocks", "method": "adadim", "inner": "gptq", "bits": 3}
 CLUSTERS: Final = [8, 2, 2, 8, 8]
 RPTQ: Final = {"norm": 8, "attention": 8, "hidden": 8, "clusters": CLUSTERS}
@@ -40,7 +49,7 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
     "split": {  # that can be cut in two, along both axes
         "rules": [
             {"match": "*.mlp.*", "method": "rtn", "bits": 5, "group_size": 16},
-            {**SPQR, "stat_group_size": 16},
+            SPQR,
             TABLE,
             HEAD,
         ]

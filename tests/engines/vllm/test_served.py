@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 from directories import TOKENS, Directories, own_answers, prompts  # noqa: E402
 
-from quantine import Calibration  # noqa: E402
+from quantine import Calibration, Plan, quantize  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("serve.py")
 NOISE = 2e-5
@@ -140,3 +140,12 @@ def test_tensor_parallelism(directories: Directories, tmp_path: Path) -> None:
     results = serve(tmp_path, jobs, "--processes")
     for directory, result in zip(made, results, strict=True):
         check(directory, result)
+
+
+@pytest.mark.slow
+def test_the_demo_model(tmp_path: Path) -> None:
+    directory = tmp_path / "demo"
+    plan = Plan.preset("rtn", bits=4, group_size=64, arithmetic="exact")
+    quantize("demo", directory, plan, Calibration(samples=0))
+    [result] = serve(tmp_path, [job(directory)])
+    check(directory, result)

@@ -22,7 +22,7 @@ from directories import TOKENS, Directories, own_answers, prompts  # noqa: E402
 
 from quantine import Calibration  # noqa: E402
 
-SECONDS = 300
+SECONDS = 900
 """How long the server may take to start."""
 
 

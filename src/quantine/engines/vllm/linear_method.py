@@ -63,17 +63,14 @@ class PackedLinearMethod(LinearMethodBase):
         Raises:
             PlanError: a matrix cannot be cut for this number of processes.
         """
-        heads = None
-        if isinstance(layer, QKVParallelLinear) and not self._interleaved(layer):
+        heads, parts = None, list(output_partition_sizes)
+        if self._interleaved(layer):
+            parts = [sum(parts)]  # whole heads with their keys and values stand together
+            self._check_heads(layer)
+        elif isinstance(layer, QKVParallelLinear):
             heads = (layer.total_num_heads, layer.total_num_kv_heads)
-        parts = list(output_partition_sizes)
-        self._shares = shares(
-            self._matrices,
-            [sum(parts)] if self._interleaved(layer) else parts,
-            input_size_per_partition,
-            Process(layer.tp_rank, layer.tp_size),
-            heads,
-        )
+        process = Process(layer.tp_rank, layer.tp_size)
+        self._shares = shares(self._matrices, parts, input_size_per_partition, process, heads)
         self._check_cuts()
         layer.quantine_arrivals = Arrivals(layer, self._matrices)
         layer.quantine_dtype = params_dtype
@@ -114,6 +111,19 @@ class PackedLinearMethod(LinearMethodBase):
         found = linear(rows, layer.quantine_number, layer.quantine_linear.out_features)
         found = found if bias is None else found + bias
         return found.view(*x.shape[:-1], -1)
+
+    def _check_heads(self, layer: Any) -> None:
+        """Refuse to cut interleaved queries, keys and values inside of a head of keys.
+
+        Raises:
+            PlanError: names the matrix.
+        """
+        if layer.total_num_kv_heads % layer.tp_size:
+            raise PlanError(
+                f"{self._matrices[0].name} has queries, keys and values head by head, and cannot "
+                "be cut for this tensor_parallel_size: it must divide "
+                f"{layer.total_num_kv_heads}, the number of heads of keys"
+            )
 
     def _check_cuts(self) -> None:
         """Refuse to cut inputs whose rounding depends on all of them.
