@@ -53,6 +53,8 @@ TRANSFORMERS_INSIDE: Final = (
     "calibrate/sequential.py",
     "calibrate/skeleton.py",
     "eval/",
+    "families/__init__.py",
+    "families/derivation/",
     "run/job.py",
     "run/prepare.py",
     "runtime/",

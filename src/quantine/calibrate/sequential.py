@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
-from quantine.calibrate.skeleton import StandIn, drop_weights, materialize, set_tensor
+from quantine.calibrate.skeleton import drop_weights, materialize, set_tensor
 from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
+from quantine.families.stand_in import StandIn
 from quantine.kernels.gram import add_gram
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
@@ -319,7 +320,7 @@ class Sequential:
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
-        recorders = [StandIn(block, self._family.returns_tuple) for block in blocks]
+        recorders = [StandIn(block, self._family.outputs) for block in blocks]
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder

@@ -17,7 +17,7 @@ from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.directory import encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
-from quantine.run.job import NO_LAYER, Job
+from quantine.run.job import Job
 
 COPIED: Final = (
     "added_tokens.json",
@@ -71,7 +71,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
                 for d in job.decisions
                 if d.scheme is None
             ),
-            *({"name": name, "reason": NO_LAYER} for name in job.other_matrices()),
+            *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
         "totals": {
             "quantized_weights": quantized,

@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
-from quantine.families import family_of
-from quantine.families.layers import matrix_shape
+from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
@@ -171,7 +170,7 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
         except AttributeError:
             continue
         return candidate
-    if model.get_output_embeddings() is None and name == family_of(model.config.model_type).head:
+    if model.get_output_embeddings() is None and not name.startswith(model.base_model_prefix):
         return None
     raise FormatError(
         f"config.json lists {cut(name)} as quantized, but the model it describes has no such layer"
@@ -270,7 +269,9 @@ def _packed(
     """
     layout, spec = scheme["format"], spec_of(scheme)
     if isinstance(old, nn.Embedding):
-        scale = getattr(old, "scalar_embed_scale", 1.0)
+        scale = embedding_scale(old)
+        if scale is None:
+            raise FormatError(f"a {type(old).__name__} looks up more than the rows of its table")
         return QuantEmbedding(layout, spec, shape[0], shape[1], tensors, scale, old.weight.dtype)
     bias: nn.Parameter | None = getattr(old, "bias", None)
     return QuantLinear(layout, spec, shape[0], shape[1], tensors, bias)

@@ -22,6 +22,8 @@ FIXED: Final = {"return_dict": True, "is_encoder_decoder": False}
 """Fields without which models return tuples, or wait for the output of an encoder."""
 FLAGS: Final = ("output_attentions", "output_hidden_states", "use_cache")
 """Fields that are true or false."""
+UNLIMITED: Final = "_limit"
+"""Last part of the names of fields that may be infinite: bounds that bound nothing."""
 TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that name tokens: a number, a list of them, or nothing."""
 
@@ -52,7 +54,7 @@ def check_settings(config: Any) -> None:
         _refuse("dtype", config.dtype, "the name of one of PyTorch's dtypes")
     check_generation(config)
     for path, number in _floats(config.to_dict(), ""):
-        if not math.isfinite(number):
+        if not math.isfinite(number) and not (number > 0 and path.endswith(UNLIMITED)):
             _refuse(path, number, "a finite number")
 
 
