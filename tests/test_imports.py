@@ -26,7 +26,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("activations", "calibrate", "formats", "methods"),
     ("budget", "plan", "rptq", "runtime"),
     ("eval", "run"),
-    ("comparison", "report"),
+    ("comparison", "report", "survey"),
     ("commands",),
     ("cli",),
 )
@@ -59,6 +59,7 @@ TRANSFORMERS_INSIDE: Final = (
     "run/prepare.py",
     "runtime/",
     "source/",
+    "survey/",
 )
 
 

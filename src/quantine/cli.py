@@ -15,6 +15,7 @@ from quantine import __version__
 from quantine.commands import (
     comparison,
     evaluation,
+    families,
     generation,
     inspection,
     memory,
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         generation,
         inspection,
         memory,
+        families,
         timing,
     ):
         command.add(verbs)

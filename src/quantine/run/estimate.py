@@ -13,7 +13,7 @@ from quantine.core.memory_limit import memory_limit
 from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
 from quantine.errors import PlanError
-from quantine.families.layers import block_list
+from quantine.families.layers import Layer, block_list
 from quantine.kernels.fit.grid_cost import CHUNK
 from quantine.run.job import Job
 
@@ -128,7 +128,7 @@ def estimate(job: Job, max_ram: float | None = None) -> Estimate:
 def _kept_bytes(job: Job) -> int:
     """Bytes of the tensors that are not quantized: matrices in 16 bit, other tensors in float32."""
     state = job.model.state_dict()
-    blocks = {d.layer.block for d in job.decisions if d.layer.block is not None}
+    blocks = range(len(block_list(job.model, job.family)))
     names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
     return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
 
@@ -160,7 +160,7 @@ def _in_block(job: Job) -> int:
 
     They are its weights, and the largest of forward pass, factorization and solver.
     """
-    inside = [d.layer for d in job.decisions if d.layer.block == 0]
+    inside = _largest_block(job)
     squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
     largest = FLOAT * max(layer.weights for layer in inside)
     square = max(squares.values())
@@ -186,10 +186,19 @@ def _in_block(job: Job) -> int:
 
 def _width(job: Job) -> int:
     """Width of the hidden states between blocks."""
-    return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
+    return _largest_block(job)[0].in_features
 
 
 def _stopped_width(job: Job) -> int:
     """Number of floats per token that a block keeps when it stops to be observed."""
-    inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
+    inside = [layer.in_features for layer in _largest_block(job)]
     return STOPPED_TENSORS * _width(job) + max(inside)
+
+
+def _largest_block(job: Job) -> list[Layer]:
+    """The layers of the block with most weights, in running order."""
+    blocks: dict[int, list[Layer]] = {}
+    for decision in job.decisions:
+        if decision.layer.block is not None:
+            blocks.setdefault(decision.layer.block, []).append(decision.layer)
+    return max(blocks.values(), key=lambda layers: sum(layer.weights for layer in layers))

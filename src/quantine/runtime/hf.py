@@ -309,7 +309,7 @@ def _tie_head(model: PreTrainedModel) -> None:
         return
     if model.config.tie_word_embeddings and isinstance(table, QuantEmbedding) and head is not None:
         names = {id(module): name for name, module in model.named_modules()}
-        _replace(model, names[id(head)], TiedHead(table))
+        _replace(model, names[id(head)], TiedHead(table, getattr(head, "bias", None)))
     model.all_tied_weights_keys.clear()
 
 

@@ -278,16 +278,19 @@ class TiedHead(nn.Module):
 
     Args:
         table: the embedding.
+        bias: ``[tokens]``, or ``None``.
     """
 
-    def __init__(self, table: QuantEmbedding) -> None:
+    def __init__(self, table: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
+        self.bias = bias
         # In a list, so that the table is registered, saved and moved once, as the embedding.
         self._table = [table]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map hidden states ``[..., in]`` to logits ``[..., tokens]`` of the same dtype."""
-        return self._table[0].product(x)
+        product = self._table[0].product(x)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
 
     @property
     def table(self) -> QuantEmbedding:
