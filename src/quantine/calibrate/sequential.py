@@ -293,7 +293,7 @@ class Sequential:
         args, kwargs = self._calls[index]
         with self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
 
     @torch.no_grad()

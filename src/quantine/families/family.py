@@ -53,8 +53,8 @@ class Family:
             `groups_in`, since blocks of one model may differ.
         embedding: path of the token embedding.
         head: path of the output head.
-        outputs: number of values in the tuples that blocks return, of which hidden states are the
-            first; 0 where they return hidden states alone.
+        outputs: number of values in the tuples or lists that blocks return, of which hidden states
+            are the first; 0 where they return hidden states alone.
         links: the reorders that leave a block's function unchanged; empty where they are not known.
         links_need: fields of ``config.json`` with the values without which ``links`` are wrong.
         attention: path, inside a block, of the module that transformers hands to attention

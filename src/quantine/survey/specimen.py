@@ -24,6 +24,7 @@ UNSTATED: Final[dict[str, dict[str, Any]]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"sliding_window": None},
+    "xmod": {"default_language": "en_XX"},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
 }
 """Fields, by model type, without which the default configuration describes no causal model."""

@@ -79,7 +79,8 @@ def examine(class_name: str, model_type: str) -> Verdict:
     except Exception as error:  # whatever a configuration raises without its required fields
         return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
     with tempfile.TemporaryDirectory() as scratch:
-        return _examined(verdict, config, Path(scratch))
+        found = _examined(verdict, config, Path(scratch))
+    return replace(found, reason=found.reason.replace(f"{scratch}/", ""))
 
 
 def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verdict:

@@ -72,7 +72,7 @@ def check_blocks(model: PreTrainedModel, family: Family, one: Tensor, other: Ten
 
 
 def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

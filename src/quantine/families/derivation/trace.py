@@ -37,7 +37,8 @@ class Trace:
     Attributes:
         products: of modules that are called like matrices, in running order.
         calls: names of all modules that ran, in the order in which they began.
-        outputs: number of values in the tuple that a module returned, by its name; 0 for others.
+        outputs: number of values in the tuple or list that a module returned, by its name; 0 where
+            it returned something else.
         unlike: names of modules that put out something else than the product, or rows of the table,
             that their class suggests.
         uses: names of the functions that read a parameter of two or more dimensions, or an
@@ -104,7 +105,7 @@ class _Recorder(TorchFunctionMode):
         """The hook for what the module ``name`` returns."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.trace.outputs[name] = len(output) if isinstance(output, tuple) else 0
+            self.trace.outputs[name] = len(output) if isinstance(output, tuple | list) else 0
             if is_matrix(module) or isinstance(module, nn.Embedding):
                 if not (args and _does_as_its_class(module, args[0], output)):
                     self.trace.unlike.add(name)
