@@ -101,8 +101,9 @@ def prepare(
     tokenizer = source.tokenizer()
     segments = None
     if calibration.samples:
-        longest = getattr(config, "max_position_embeddings", None)
-        segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        segments = calibration_segments(calibration, tokenizer, text.vocab_size, longest)
     job = Job(
         source,
         config,

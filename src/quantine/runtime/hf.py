@@ -317,7 +317,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     name, _, leaf = path.rpartition(".")
     parent = model.get_submodule(name)
     setattr(parent, leaf, module)
-    if not parent._parameters and not parent._buffers:
+    if not parent._buffers:
         # Keeps transformers from initializing what it does not have: GPT-2's initializer of an
-        # attention or MLP module reaches for the weights of the children.
+        # attention or MLP module reaches for the weights of the children. Parameters are read from
+        # the files, which have been checked to hold them all.
         parent._is_hf_initialized = True  # type: ignore[assignment]

@@ -50,7 +50,7 @@ def _derived(model: PreTrainedModel) -> Family:
         run(model, tokens[0])
     family = _family(model, trace)
     check_blocks(model, family, *tokens)
-    check_buffers(model)
+    check_buffers(model, trace.calls)
     return family
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -92,16 +93,21 @@ def _calls(model: PreTrainedModel, family: Family, tokens: Tensor) -> tuple[Tens
     return entered, [(recorder.args, recorder.kwargs) for recorder in recorders]
 
 
-def check_buffers(model: PreTrainedModel) -> None:
+def check_buffers(model: PreTrainedModel, paths: Sequence[str]) -> None:
     """Check that the model's initializer computes every buffer that no file holds.
 
     Weights of modules with such buffers may be others afterwards.
+
+    Args:
+        model: a small model.
+        paths: paths of the modules that a text needs.
 
     Raises:
         FamilyError: it leaves one as it was.
     """
     stored = set(model.state_dict())
-    for path, module in model.named_modules():
+    for path in dict.fromkeys(paths):
+        module = model.get_submodule(path)
         names = [name for name, _ in module.named_buffers(recurse=False)]
         names = [name for name in names if f"{path}.{name}".lstrip(".") not in stored]
         before = {name: module.get_buffer(name) for name in names}

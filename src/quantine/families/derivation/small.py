@@ -41,6 +41,15 @@ SIZES: Final[tuple[tuple[str, int], ...]] = (
 first pattern that is found in a name counts."""
 BLOCKS: Final = re.compile(r"hidden_layers$|n_layers?$|num_layers$|coder_layers$|num_blocks$")
 """What fields with numbers of blocks are called."""
+ROTARY: Final = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "llama_4_scaling_beta",
+)
+"""Parameters of rotary embeddings that do not belong to a way of scaling them."""
+SINGLE_BLOCKS: Final = "_heterogeneity_spec"
+"""Attribute of configurations that say something of single blocks by their numbers."""
 TOKEN: Final = re.compile(r"_token_id$|_token_ids$|^(pad|bos|eos|unk)_index$")
 """What fields that name tokens are called; they are cut to the last token of a small vocabulary."""
 LAST_TOKEN: Final = 319
@@ -54,8 +63,8 @@ MOST_PARAMETERS: Final = 30_000_000
 def small_config(config: PretrainedConfig, blocks: int | None = None) -> PretrainedConfig:
     """A copy of a configuration with its sizes cut down.
 
-    Only sizes are: what kind of block stands where, and how many experts or heads share something,
-    stays. Scaled rotary embeddings become plain ones, as their lists of factors have sizes, too.
+    What kind of block stands where stays. Scaled rotary embeddings become plain ones, as their
+    lists of factors have sizes, too.
 
     Args:
         config: the configuration of a model in transformers, which is not changed.
@@ -108,8 +117,7 @@ def _plain_rotary(value: dict[str, Any]) -> dict[str, Any]:
     """
     if any(isinstance(one, dict) for one in value.values()):
         return {k: _plain_rotary(v) if isinstance(v, dict) else v for k, v in value.items()}
-    kept = ("rope_theta", "partial_rotary_factor")
-    plain = {name: value[name] for name in kept if name in value}
+    plain: dict[str, Any] = {name: value[name] for name in ROTARY if name in value}
     return {**plain, **({"rope_type": "default"} if "rope_type" in value else {})}
 
 
@@ -136,10 +144,10 @@ def _keep_relations(before: dict[str, Any], fields: dict[str, Any]) -> None:
 
 
 def _cut_blocks(fields: dict[str, Any], blocks: int) -> None:
-    """Leave ``blocks`` blocks, the first of each kind among them, and cut lists of all blocks."""
+    """Leave ``blocks`` blocks, the first of each kind among them, and what lists say of them."""
     counts = {key: value for key, value in fields.items() if BLOCKS.search(str(key))}
     count = max((value for value in counts.values() if type(value) is int), default=0)
-    if count <= blocks:
+    if count <= blocks or SINGLE_BLOCKS in fields:
         return
     lists = {k: v for k, v in fields.items() if isinstance(v, list) and len(v) == count}
     kinds = [str([one[index] for one in lists.values()]) for index in range(count)]
