@@ -31,16 +31,17 @@ when it is quantized, whatever this page says.
 def page() -> str:
     """The whole page."""
     rows = json.loads(SOURCE.read_text(encoding="utf-8"))
-    built = [row for row in rows if not row["reason"].startswith(UNBUILT)]
+    built = [row for row in rows if UNBUILT not in row["reason"]]
     refused = [row for row in built if not row["weights"]]
     experts = [row for row in refused if EXPERTS in row["reason"]]
     done = len(built) - len(refused)
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. "
         f"Weights of {done} of these are quantized ({done / len(built):.0%}; "
-        f"{done / (len(built) - len(experts)):.0%} without mixtures of experts); activations of "
+        f"{done / (len(built) - len(experts)):.0%} without those that have matrices outside of Linear modules); activations of "
         f"{sum(row['activations'] for row in rows)}; {sum(row['native'] for row in rows)} are "
-        f"decoded natively. {len(experts)} are refused for their experts."
+        f"decoded natively. {len(experts)} are refused for experts, or other matrices that no Linear "
+        "module has."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]

@@ -43,7 +43,8 @@ def check_settings(config: Any) -> None:
     kinds = getattr(config, "layer_types", None) or []
     for kind, name in SPANS.items():
         span = getattr(config, name, None)
-        if span is not None and not (_is_whole(span) and span > 0):
+        unused = span == 0 and kinds and kind not in kinds  # as transformers marks it
+        if span is not None and not unused and not (_is_whole(span) and span > 0):
             _refuse(name, span, "a positive whole number, or null")
         if span is None and kind in kinds:
             _refuse(name, span, f"a positive whole number, as some layers are of type {kind}")

@@ -22,7 +22,12 @@ UNSTATED: Final[dict[str, dict[str, Any]]] = {
         }
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": 64},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "num_experts_per_tok": 2,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
