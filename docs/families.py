@@ -35,13 +35,13 @@ def page() -> str:
     refused = [row for row in built if not row["weights"]]
     experts = [row for row in refused if EXPERTS in row["reason"]]
     done = len(built) - len(refused)
+    inside = len(built) - len(experts)
+    rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
     counts = (
-        f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. "
-        f"Weights of {done} of these are quantized ({done / len(built):.0%}; "
-        f"{done / (len(built) - len(experts)):.0%} without those that have matrices outside of Linear modules); activations of "
-        f"{sum(row['activations'] for row in rows)}; {sum(row['native'] for row in rows)} are "
-        f"decoded natively. {len(experts)} are refused for experts, or other matrices that no Linear "
-        "module has."
+        f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
+        f"{done} of these are quantized: {done / len(built):.0%}, and {done / inside:.0%} of those "
+        f"without experts. Activations of {rounded} can be rounded; {native} are decoded natively. "
+        f"{len(experts)} are refused for experts, or other matrices outside of Linear modules."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]
