@@ -15,7 +15,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import quantine
+from quantine.errors import FamilyError
 from quantine.families import family_of
+from quantine.families.derivation.small import small_config
+from quantine.formats.finished import FinishedDirectory
 from quantine.runtime.modules import packed_modules
 from tiny_models import build, logits_of, with_weights
 
@@ -158,3 +161,36 @@ def test_it_is_quantized_and_loaded(
     assert (expected - logits_of(with_weights(source, {}))).abs().mean() > 0.01
     kept = {entry["name"]: entry["reason"] for entry in result.report["kept"]}
     assert kept["fluss.kette.1.mischung"] == "no matrix of a product"
+
+
+def test_a_budget_is_spent_and_the_directory_read_again(
+    tmp_path: Path, short: quantine.Calibration
+) -> None:
+    source = build(StromConfig(), tmp_path / "model", bos=False)
+    choice = {"method": "spqr", "group_size": 16}
+    plan = quantine.Plan.from_dict(
+        {
+            "bits_per_weight": 4.5,
+            "choices": [{**choice, "bits": bits} for bits in (2, 3, 4, 5)],
+            "rules": [{"match": "@blocks", "method": "search"}],
+        }
+    )
+    out = quantine.quantize(source, tmp_path / "out", plan, short).path
+    finished = FinishedDirectory(out)
+    model, _ = quantine.load(out)
+    modules = dict(packed_modules(model))
+    assert len(modules) == len(finished.description.layers) == 12
+    for name, module in modules.items():
+        assert torch.equal(finished.qtensor(name).dequantize(), module.dequantize())
+
+
+def test_tables_that_are_read_elsewhere_are_not_quantized(
+    tmp_path: Path, short: quantine.Calibration
+) -> None:
+    config = small_config(AutoConfig.for_model("mamba"), 2)
+    source = build(config, tmp_path / "model", bos=False)
+    rules = [{"match": "@embedding", "method": "rtn", "bits": 8, "group_size": 16}]
+    with pytest.raises(FamilyError, match=r"backbone\.embeddings cannot be quantized: its weight"):
+        quantine.quantize(
+            source, tmp_path / "out", quantine.Plan.from_dict({"rules": rules}), short
+        )

@@ -109,7 +109,7 @@ def _blocks(model: PreTrainedModel, trace: Trace) -> str:
     ]
     outer = [name for name in lists if not any(name.startswith(f"{one}.") for one in lists)]
     if len(outer) != 1:
-        found = f" but in {', '.join(outer)}" if outer else ""
+        found = f" but in {cut(', '.join(outer), 120)}" if outer else ""
         raise FamilyError(f"blocks do not stand in one ModuleList{found}")
     path: str = outer[0]
     blocks = model.get_submodule(path)
@@ -144,5 +144,5 @@ def _fixed(paths: tuple[str, str], trace: Trace) -> dict[str, str]:
         if path in trace.unlike:
             found[path] = "it does not compute what its class says"
         elif uses:
-            found[path] = f"its weight is read elsewhere, too ({', '.join(sorted(uses))})"
+            found[path] = f"its weight is read elsewhere, too ({cut(', '.join(sorted(uses)), 60)})"
     return found

@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import nn
 
-from quantine.errors import FamilyError
+from quantine.errors import FamilyError, cut
 from quantine.families.derivation.trace import Trace, is_matrix
 
 HARMLESS: Final = frozenset(
@@ -76,10 +76,11 @@ def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
             continue
         unknown = {use for use in uses if not use.startswith(".")} - HARMLESS
         if unknown:
+            functions = cut(", ".join(sorted(unknown)), 60)
             raise FamilyError(
                 f"{prefix}.{path} {tuple(parameter.shape)} in a {type(modules[owner]).__name__} "
-                f"is used by {', '.join(sorted(unknown))}: experts, and other matrices outside of "
-                "Linear modules, are not supported yet"
+                f"is used by {functions}: experts, and other matrices outside of Linear modules, "
+                "are not supported yet"
             )
         found[path] = "no matrix of a product" if uses else "not used for text alone"
     return found
@@ -94,7 +95,7 @@ def _why_kept(
         FamilyError: it did not run although others in the same list did, as experts do.
     """
     if uses:
-        return f"read outside of its module, too ({', '.join(sorted(uses))})"
+        return f"read outside of its module, too ({cut(', '.join(sorted(uses)), 60)})"
     if f"{prefix}.{path}" in trace.unlike:
         return f"its {type(modules[path]).__name__} does not only multiply"
     if f"{prefix}.{path}" in trace.calls:
