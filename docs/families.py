@@ -39,9 +39,10 @@ def page() -> str:
     rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
-        f"{done} of these are quantized: {done / len(built):.0%}, and {done / inside:.0%} of those "
-        f"without experts. Activations of {rounded} can be rounded; {native} are decoded natively. "
-        f"{len(experts)} are refused for experts, or other matrices outside of Linear modules."
+        f"{done} of these are quantized: {done / len(built):.0%}, and {done / inside:.0%} of the "
+        f"{inside} whose matrices are all in Linear modules; the other {len(experts)}, nearly all "
+        f"of them mixtures of experts, are refused. Activations of {rounded} can be rounded; "
+        f"{native} are decoded natively."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]
