@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check sanitize fuzz gpu engines bench wheel docs clean
+.PHONY: help install demo demo-model test check sanitize fuzz gpu engines bench families wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -23,6 +23,7 @@ help:
 	@echo "make gpu       test and time the programs for GPUs, on a GPU"
 	@echo "make engines   test with the real vLLM, on the CPU, in .venv-vllm (3 GB)"
 	@echo "make bench     time the kernels"
+	@echo "make families  try every causal language model of transformers; writes docs/families.md"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
 	@echo "make clean     remove everything that was made here"
@@ -115,6 +116,10 @@ bench: install
 	$(BIN)/python benchmarks/bench_kv.py
 	$(BIN)/python benchmarks/bench_tiled_attention.py
 	$(BIN)/python benchmarks/bench_integer.py
+
+families: install
+	$(BIN)/quantine families --json docs/families.json
+	$(BIN)/python docs/families.py
 
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .

@@ -26,7 +26,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("activations", "calibrate", "formats", "methods"),
     ("budget", "plan", "rptq", "runtime"),
     ("engines", "eval", "run"),
-    ("comparison", "report"),
+    ("comparison", "report", "survey"),
     ("commands",),
     ("cli",),
 )
@@ -54,10 +54,13 @@ TRANSFORMERS_INSIDE: Final = (
     "calibrate/sequential.py",
     "calibrate/skeleton.py",
     "eval/",
+    "families/__init__.py",
+    "families/derivation/",
     "run/job.py",
     "run/prepare.py",
     "runtime/",
     "source/",
+    "survey/",
 )
 
 

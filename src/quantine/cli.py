@@ -16,6 +16,7 @@ from quantine.commands import (
     comparison,
     evaluation,
     exchange,
+    families,
     generation,
     inspection,
     memory,
@@ -105,6 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         inspection,
         exchange,
         memory,
+        families,
         timing,
     ):
         command.add(verbs)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
-from quantine.calibrate.skeleton import StandIn, drop_weights, set_tensor
+from quantine.calibrate.skeleton import drop_weights, set_tensor
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
+from quantine.families.stand_in import StandIn
 from quantine.statistics.gradients import SquaredGradients
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _replayed(model: PreTrainedModel, family: Family, hidden: Tensor) -> Iterato
     originals = list(blocks)
     try:
         for index, block in enumerate(originals):
-            blocks[index] = StandIn(block, family.returns_tuple, hidden)
+            blocks[index] = StandIn(block, family.outputs, hidden)
         yield
     finally:
         for index, block in enumerate(originals):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
 from quantine.calibrate.skeleton import (
-    StandIn,
     drop_weights,
     fill,
     make_buffers,
@@ -28,6 +27,7 @@ from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
+from quantine.families.stand_in import StandIn
 from quantine.kernels.gram import add_gram
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
@@ -294,7 +294,7 @@ class Sequential:
         args, kwargs = self._calls[index]
         with self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
 
     @torch.no_grad()
@@ -323,7 +323,7 @@ class Sequential:
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
-        recorders = [StandIn(block, self._family.returns_tuple) for block in blocks]
+        recorders = [StandIn(block, self._family.outputs) for block in blocks]
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder

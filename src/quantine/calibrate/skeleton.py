@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,45 +30,6 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
         )
     model.eval()
     return model
-
-
-class StandIn(nn.Module):
-    """Takes the place of a decoder block: records the call, and returns hidden states unchanged.
-
-    Args:
-        block: the block, whose attributes the model still finds here.
-        returns_tuple: whether to return ``(hidden,)`` instead of the hidden states alone, as the
-            block does.
-        replay: hidden states to return instead of those that enter.
-
-    Attributes:
-        args, kwargs: the other arguments of the last call.
-    """
-
-    def __init__(self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None) -> None:
-        super().__init__()
-        self._stand_in_for = [block]
-        self._replay = [replay]
-        self._returns_tuple = returns_tuple
-        self._entered: list[Tensor] = []
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_stand_in_for"][0], name)
-
-    def entered(self) -> Tensor:
-        """The hidden states that entered in the last call, ``[batch, tokens, width]``."""
-        return self._entered[0]
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Record the arguments, and return ``hidden`` or what is replayed instead."""
-        self._entered, self.args, self.kwargs = [hidden], args, kwargs
-        hidden = hidden if self._replay[0] is None else self._replay[0]
-        return (hidden,) if self._returns_tuple else hidden
 
 
 def make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:

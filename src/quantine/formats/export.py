@@ -123,7 +123,7 @@ class _Model:
             config.__dict__.pop(name, None)
         settings = {k: v for k, v in read_config(finished.path).items() if k not in OWN_FIELDS}
         bare = source.bare_model(config)
-        layers = {layer.name: layer for layer in find_layers(bare, family_of(config.model_type))}
+        layers = {layer.name: layer for layer in find_layers(bare, family_of(config))}
         matrices = {
             name: _matrix(finished, name, layers.get(name), bare)
             for name in finished.description.layers

@@ -204,7 +204,7 @@ def _scratch_bytes(job: Job, residence: Residence) -> int:
 def _kept_bytes(job: Job) -> int:
     """Bytes of the tensors that are not quantized: matrices in 16 bit, other tensors in float32."""
     state = job.model.state_dict()
-    blocks = {d.layer.block for d in job.decisions if d.layer.block is not None}
+    blocks = range(len(block_list(job.model, job.family)))
     names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
     return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
 

@@ -184,6 +184,12 @@ class Job:
             if tensor.ndim >= 2 and name not in known
         }
 
+    def kept_reason(self, name: str) -> str:
+        """Why the matrix ``name``, one of `other_matrices`, stays in 16 bit."""
+        inside = f"{self.family.blocks}."
+        path = name.removeprefix(inside).partition(".")[2] if name.startswith(inside) else ""
+        return dict(self.family.kept).get(path, NO_LAYER)
+
     def float_dtype(self) -> torch.dtype | None:
         """Dtype of every float tensor in the output, if the format in use demands one."""
         asked = {d.scheme.layout.float_dtype for d in self.scheme_layers() if d.scheme is not None}

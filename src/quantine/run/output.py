@@ -18,7 +18,7 @@ from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.directory import COPIED, encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
-from quantine.run.job import NO_LAYER, Job
+from quantine.run.job import Job
 
 
 def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
                 for d in job.decisions
                 if d.scheme is None
             ),
-            *({"name": name, "reason": NO_LAYER} for name in job.other_matrices()),
+            *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
         "totals": {
             "quantized_weights": quantized,

@@ -25,7 +25,7 @@ from quantine.errors import (
 )
 from quantine.families import family_of
 from quantine.families.family import Family
-from quantine.families.layers import find_layers
+from quantine.families.layers import are_tied, find_layers
 from quantine.formats.directory import is_finished
 from quantine.formats.imported import is_foreign, open_foreign
 from quantine.methods.adadim import ADADIM
@@ -85,7 +85,7 @@ def prepare(
             f"{source.name} is already quantized (its config.json has a quantization_config): "
             "give the float model"
         )
-    family = family_of(config.model_type)
+    family = family_of(config)
     if plan.activations is not None:
         _check_links(family, config)
         if plan.activations.reorders:
@@ -99,16 +99,20 @@ def prepare(
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, plan.activations is not None)
+    if not are_tied(bare, family.embedding, family.head):
+        config.tie_word_embeddings = False  # some architectures never tie, whatever it says
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
+    _check_fixed(decisions, family)
     _check_inputs(decisions, calibration, plan)
     _check_biases(decisions, bare)
     tokenizer = source.tokenizer()
     segments = None
     if calibration.samples:
-        longest = getattr(config, "max_position_embeddings", None)
-        segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        segments = calibration_segments(calibration, tokenizer, text.vocab_size, longest)
     job = Job(
         source,
         config,
@@ -268,6 +272,21 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
         return decisions, True
     shared = replace(head, scheme=None, reason=f"shares the table of {table.layer.name}")
     return [shared if d is head else d for d in decisions], False
+
+
+def _check_fixed(decisions: list[Decision], family: Family) -> None:
+    """Refuse to quantize an embedding or a head that has to stay as it is.
+
+    Raises:
+        FamilyError: names it, and why.
+    """
+    reasons = dict(family.fixed)
+    for decision in decisions:
+        name = decision.layer.name
+        if decision.scheme is not None and name in reasons:
+            raise FamilyError(
+                f"{name} cannot be quantized: {reasons[name]}; keep it ({decision.reason})"
+            )
 
 
 def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:

@@ -107,7 +107,7 @@ def may_resume(job: Job) -> bool:
 
 def stopped_bytes(job: Job) -> int:
     """Bytes that blocks keep when they stop to be observed, at most."""
-    inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
+    inside = [layer.in_features for layer in _largest_block(job)]
     return FLOAT * _tokens(job) * (
         STOPPED_TENSORS * width(job) + max(inside)
     ) + _rounded_scores_kept(job)
@@ -115,12 +115,12 @@ def stopped_bytes(job: Job) -> int:
 
 def width(job: Job) -> int:
     """Width of the hidden states between blocks."""
-    return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
+    return _largest_block(job)[0].in_features
 
 
 def block_weights(job: Job) -> int:
     """Number of weights in the matrices of a block."""
-    return sum(d.layer.weights for d in job.decisions if d.layer.block == 0)
+    return sum(layer.weights for layer in _largest_block(job))
 
 
 def _in_block(job: Job, residence: Residence) -> int:
@@ -128,7 +128,7 @@ def _in_block(job: Job, residence: Residence) -> int:
 
     They are its weights, and the largest of forward pass, factorization and solver.
     """
-    inside = [d.layer for d in job.decisions if d.layer.block == 0]
+    inside = _largest_block(job)
     squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
     square = max(squares.values()) if job.segments is not None else 0
     kept = 0 if may_resume(job) or not square else sum(squares.values()) - square
@@ -211,7 +211,7 @@ def _rounded_scores_kept(job: Job) -> int:
 
 def _probing(job: Job, table: int, residence: Residence) -> list[int]:
     """Bytes held by the steps of a budget's probe, whose hidden states are on disk."""
-    inside = [d.layer for d in job.decisions if d.layer.block == 0]
+    inside = _largest_block(job)
     rows, widest = _batch_tokens(job, residence), max(layer.out_features for layer in inside)
     logits = LOGIT_COPIES * FLOAT * max(min(LOGITS, rows * job.config.vocab_size), 1)
     backward = FLOAT * rows * (GRADIENT_TENSORS * width(job) + GRADIENT_WIDEST * widest)
@@ -235,3 +235,12 @@ def _batch_tokens(job: Job, residence: Residence) -> int:
 
 def _tokens(job: Job) -> int:
     return 0 if job.segments is None else job.segments.numel()
+
+
+def _largest_block(job: Job) -> list[Layer]:
+    """The layers of the block with most weights, in running order."""
+    blocks: dict[int, list[Layer]] = {}
+    for decision in job.decisions:
+        if decision.layer.block is not None:
+            blocks.setdefault(decision.layer.block, []).append(decision.layer)
+    return max(blocks.values(), key=lambda layers: sum(layer.weights for layer in layers))

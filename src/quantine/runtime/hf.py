@@ -17,8 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
-from quantine.families import family_of
-from quantine.families.layers import matrix_shape
+from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
@@ -197,7 +196,7 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
         except AttributeError:
             continue
         return candidate
-    if model.get_output_embeddings() is None and name == family_of(model.config.model_type).head:
+    if model.get_output_embeddings() is None and not name.startswith(model.base_model_prefix):
         return None
     raise FormatError(
         f"config.json lists {cut(name)} as quantized, but the model it describes has no such layer"
@@ -296,7 +295,9 @@ def _packed(
     """
     layout, spec = scheme["format"], spec_of(scheme)
     if isinstance(old, nn.Embedding):
-        scale = getattr(old, "scalar_embed_scale", 1.0)
+        scale = embedding_scale(old)
+        if scale is None:
+            raise FormatError(f"a {type(old).__name__} looks up more than the rows of its table")
         return QuantEmbedding(layout, spec, shape[0], shape[1], tensors, scale, old.weight.dtype)
     bias: nn.Parameter | None = getattr(old, "bias", None)
     return QuantLinear(layout, spec, shape[0], shape[1], tensors, bias)
@@ -334,7 +335,7 @@ def _tie_head(model: PreTrainedModel) -> None:
         return
     if model.config.tie_word_embeddings and isinstance(table, QuantEmbedding) and head is not None:
         names = {id(module): name for name, module in model.named_modules()}
-        _replace(model, names[id(head)], TiedHead(table))
+        _replace(model, names[id(head)], TiedHead(table, getattr(head, "bias", None)))
     model.all_tied_weights_keys.clear()
 
 
@@ -342,7 +343,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     name, _, leaf = path.rpartition(".")
     parent = model.get_submodule(name)
     setattr(parent, leaf, module)
-    if not parent._parameters and not parent._buffers:
+    if not parent._buffers:
         # Keeps transformers from initializing what it does not have: GPT-2's initializer of an
-        # attention or MLP module reaches for the weights of the children.
+        # attention or MLP module reaches for the weights of the children. Parameters are read from
+        # the files, which have been checked to hold them all.
         parent._is_hf_initialized = True  # type: ignore[assignment]

@@ -156,10 +156,12 @@ class TiedHead(nn.Module):
 
     Args:
         table: the embedding.
+        bias: ``[tokens]``, or ``None``.
     """
 
-    def __init__(self, table: QuantEmbedding) -> None:
+    def __init__(self, table: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
+        self.bias = bias
         # In a list, so that the table is registered, saved and moved once, as the embedding.
         self._table = [table]
 
@@ -169,7 +171,8 @@ class TiedHead(nn.Module):
         A map of devices knows nothing of the table, and may put the head elsewhere.
         """
         table = self._table[0]
-        return table.product(x.to(table.get_buffer("output_like").device)).to(x.device)
+        product = table.product(x.to(table.get_buffer("output_like").device)).to(x.device)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
 
     @property
     def table(self) -> QuantEmbedding:

@@ -17,7 +17,7 @@ from quantine.core.activation_spec import (
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError, cut
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.family import Family
 from quantine.families.layers import INPUTS_NAME
 from quantine.formats import format_named
@@ -131,7 +131,7 @@ class Stored:
                     "were floats: keep these matrices in floats for vLLM, by a rule with keep"
                 )
             found[name] = matrix
-        return replace(self, matrices=found, family=family_of(model_type), files=dict(files))
+        return replace(self, matrices=found, family=described_family(model_type), files=dict(files))
 
     def renamed(self, rename: Callable[[str], str | None]) -> Stored:
         """With the names that vLLM's model has for the modules of the files."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.formats.foreign.target import Matrix
 
 VLLM_GROUPS: Final = (-1, 32, 64, 128)
@@ -41,7 +41,7 @@ def split_refusals(model_type: str, matrices: Mapping[str, Matrix]) -> dict[str,
 
     Such layers must have one scheme, or all be float.
     """
-    family = family_of(model_type)
+    family = described_family(model_type)
     refused: dict[str, str] = {}
     for name, matrix in matrices.items():
         number, _, path = name.removeprefix(f"{family.blocks}.").partition(".")

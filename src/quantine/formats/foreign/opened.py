@@ -75,9 +75,7 @@ class ForeignDirectory:
             **json.loads(config.to_json_string(use_diff=True)),
             "architectures": [type(self.model).__name__],
         }
-        self._layers = {
-            layer.name: layer for layer in find_layers(self.model, family_of(config.model_type))
-        }
+        self._layers = {layer.name: layer for layer in find_layers(self.model, family_of(config))}
         self._checkpoint, self._unpack = Checkpoint(path), layout.unpack(said)
         entries = entries_of(weight_files(path))
         self._packed = _packed(entries, layout.names)

@@ -11,7 +11,6 @@ from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
-from quantine.run.job import NO_LAYER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -33,7 +32,8 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
         table.add_row(*_cells(job, row))
     for name, sizes in job.other_matrices().items():
         shape = " x ".join(map(str, sizes))
-        table.add_row(name, shape, "16 bit", "16", megabytes(2 * math.prod(sizes)), NO_LAYER)
+        size_text = megabytes(2 * math.prod(sizes))
+        table.add_row(name, shape, "16 bit", "16", size_text, job.kept_reason(name))
     console.print(table)
     for line in plan_lines(job, size):
         console.print(line)
@@ -129,7 +129,7 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
             for d in job.decisions
         ],
         "other_matrices": [
-            {"name": name, "shape": list(shape), "reason": NO_LAYER}
+            {"name": name, "shape": list(shape), "reason": job.kept_reason(name)}
             for name, shape in job.other_matrices().items()
         ],
         "predicted": {

@@ -66,7 +66,7 @@ class GGUFModel:
         names = model_names(parts[0].metadata["general.architecture"], self.model)
         tensors = [tensor for part in parts for tensor in part.tensors if tensor.name in names]
         self._tensors = {names[tensor.name]: tensor for tensor in tensors}
-        layers = find_layers(self.model, family_of(self._config.model_type))
+        layers = find_layers(self.model, family_of(self._config))
         self.specs: dict[str, QuantSpec] = {}
         for layer in layers:
             tensor = self._tensors.get(f"{layer.name}.weight")
