@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from quantine import Calibration, Plan
 from quantine.calibrate.skeleton import skeleton
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.layers import find_layers
 from quantine.run.estimate import WORKSPACE, estimate, residences
 from quantine.run.job import Job
@@ -93,7 +93,7 @@ def rows() -> Iterator[list[str]]:
 def job_of(shape: Shape, plan: Plan) -> Job:
     """The job to quantize a model of ``shape``, with the default calibration."""
     config = shape.config()
-    bare, family, calibration = skeleton(config), family_of("llama"), Calibration()
+    bare, family, calibration = skeleton(config), described_family("llama"), Calibration()
     segments = torch.zeros(calibration.samples, 512, dtype=torch.int64)
     return Job(
         ModelSource(shape.name, Path()),
