@@ -79,14 +79,7 @@ fuzz: install
 # Where PYTHON has a PyTorch that knows a GPU, that one is used, and only what is missing is installed
 # beside it. Elsewhere it says what it would do.
 gpu:
-	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages .venv-gpu && \
-		{ .venv-gpu/bin/python -m pip install -q . pytest hypothesis scikit-learn || \
-			echo "nothing could be installed: the sources are used as they are"; } && \
-		PYTHONPATH=src .venv-gpu/bin/python benchmarks/gpu.py; \
-	else \
-		$(MAKE) install && $(BIN)/python benchmarks/gpu.py; \
-	fi
+	@PYTHON=$(PYTHON) sh benchmarks/gpu.sh
 
 # vLLM has an environment of its own: it pins other versions than constraints.txt.
 VLLM = .venv-vllm

@@ -25,6 +25,19 @@ gpu_tokens: Any = importlib.import_module("gpu_tokens")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_make_gpu_says_so_without_a_gpu_and_installs_nothing() -> None:
+    found = subprocess.run(
+        ["sh", str(BENCHMARKS / "gpu.sh")],
+        env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "no PyTorch that knows a GPU" in found.stdout
+    assert not (BENCHMARKS.parent / ".venv-gpu").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
 def test_without_a_gpu_it_says_what_it_would_do() -> None:
     found = subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, check=True

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from gpu_device import DEVICE
+from gpu_device import DEVICE, EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_attention import exact, states
@@ -130,7 +130,7 @@ def score_error(query: Tensor, key: PackedStates, scoring: Scoring) -> float:
     return 2.0**-11 * scoring.scaling * float(products.max()) + 1e-5
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([1, 1, 2, 5]),
     context=st.sampled_from([1, 2, 15, 31, 32, 33, 41, 64, 65]),
@@ -156,7 +156,7 @@ def test_few_queries_over_parts_of_the_context(
         assert_attention(query, key, value, mask, Scoring(0.5, softcap))
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([17, 20, 33]),
     before=st.sampled_from([0, 0, 1, 32]),
@@ -184,7 +184,7 @@ def test_many_queries_tile_by_tile(
         assert_attention(query, key, value, mask, Scoring(0.5, softcap))
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([1, 1, 3, 17]),
     context=st.sampled_from([1, 20, 33, 41]),
@@ -276,7 +276,7 @@ def test_probabilities_that_nobody_reads_are_not_computed() -> None:
     assert torch.equal(out, attend(*on_gpu, None, Scoring(0.3), keep=True)[0])
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     context=st.sampled_from([1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7]),
     tokens=st.integers(1, 6),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_device import DEVICE, moved
+from gpu_device import DEVICE, EXAMPLES, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_integer import grid_of
@@ -50,7 +50,7 @@ def bytes_of(rounded: Rounded) -> Tensor:
     return codes.int()
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     lengths=sizes,
     kind=kinds,
@@ -78,7 +78,7 @@ def test_rounding(
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     lengths=sizes,
     kind=kinds,

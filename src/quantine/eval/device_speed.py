@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -67,11 +68,16 @@ def _copied(matrix: Any) -> Any:
 
 def timer_of(device: torch.device) -> Timer:
     """The way to time work on ``device``."""
-    return graph_seconds if device.type == "cuda" else launched_seconds(device)
+    return partial(graph_seconds, device) if device.type == "cuda" else launched_seconds(device)
 
 
-def graph_seconds(work: Callable[[], Any]) -> float:
-    """Seconds of ``work`` on the GPU in use, recorded as one CUDA graph."""
+def graph_seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """Seconds of ``work`` on the GPU ``device``, recorded as one CUDA graph."""
+    with torch.cuda.device(device):
+        return _recorded_seconds(work)
+
+
+def _recorded_seconds(work: Callable[[], Any]) -> float:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -9,6 +9,7 @@ or whose caches grow, cannot be recorded, and are refused with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -155,7 +156,7 @@ def graph_decoder_for(model: PreTrainedModel, capacity: int) -> StaticDecoder:
     reason = _refusal(model)
     if reason is None:
         try:
-            return StaticDecoder(model, capacity, cuda_graph)
+            return StaticDecoder(model, capacity, partial(cuda_graph, model.device))
         except BackendUnavailable as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -183,20 +184,27 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def cuda_graph(step: Step) -> Step:
-    """Record ``step``, which then runs with the same memory whenever the result is called."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+def cuda_graph(device: torch.device, step: Step) -> Step:
+    """Record ``step``, which then runs with the same memory whenever the result is called.
+
+    Args:
+        device: where ``step`` computes: streams and graphs are those of the current device.
+        step: what is recorded.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
 
     def replay() -> Tensor:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return logits
 
     return replay

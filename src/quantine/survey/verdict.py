@@ -146,7 +146,7 @@ def _put(module: nn.Module, weight: Tensor) -> None:
 
 
 def _logits(model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(5, 200, SHAPE, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    tokens = torch.randint(5, 200, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.clone()

@@ -199,9 +199,11 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
 
 def randomize(model: PreTrainedModel) -> None:
     """Give every parameter random values in the size of what it has, so that nothing is equal."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        noise = torch.randn(
+            parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu"
+        )
         if parameter.ndim == 2:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)
         else:

@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.matrix.triton.programs import arrangement
 from quantine.kernels.matrix.units.activations import LARGEST, Arranged, Rows
 from quantine.kernels.matrix.units.layout import PAIRS, UNIT
@@ -48,17 +49,18 @@ def _launch(
     groups, span, planes = matrix.groups, UNIT, 1
     if isinstance(groups, RowGroups):
         span, planes = groups.span, groups.planes
-    arrangement.arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](
-        x,
-        matrix.source,
-        halves,
-        sums,
-        factors,
-        matrix.columns,
-        UNITS=matrix.units,
-        SPAN=span,
-        PLANES=planes,
-        WIDTH=WIDTH,
-        LARGEST=LARGEST,
-        IN_PAIRS=halves.dim() == 3,
-    )
+    with backend.launching(x):
+        arrangement.arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](
+            x,
+            matrix.source,
+            halves,
+            sums,
+            factors,
+            matrix.columns,
+            UNITS=matrix.units,
+            SPAN=span,
+            PLANES=planes,
+            WIDTH=WIDTH,
+            LARGEST=LARGEST,
+            IN_PAIRS=halves.dim() == 3,
+        )

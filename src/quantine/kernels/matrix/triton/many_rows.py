@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
 from quantine.kernels.matrix.units.activations import Rows
@@ -41,7 +42,8 @@ def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     result = torch.empty(len(x.halves), matrix.rows, dtype=dtype, device=x.halves.device)
     kernel, operands, settings = launch_of(matrix, x, result)
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(len(x.halves), settings["BATCH"]))
-    kernel[grid](*operands, **settings)
+    with backend.launching(result):
+        kernel[grid](*operands, **settings)
     return result
 
 
@@ -55,7 +57,8 @@ def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
     settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(matrix.units, DECODED))
     more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
-    decode_tiles[grid](*operands, *more, **settings)
+    with backend.launching(result):
+        decode_tiles[grid](*operands, *more, **settings)
     if matrix.entries is not None:
         rows, columns, added = matrix.entries.placed(matrix)
         result[rows, columns] = (result[rows, columns].float() + added * matrix.multiplier).to(
