@@ -75,7 +75,8 @@ def test_rounding(
     x = activations(seed, batch, sum(lengths), size).to(dtype)
     found, expected = (f(x, inputs, in_quads) for f in (round_inputs, round_reference))
     for name in ("codes", "sums", "scale", "shift"):
-        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+        one, other = getattr(found, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @settings(max_examples=EXAMPLES)
