@@ -90,11 +90,10 @@ def export(
     target = target_named(to)
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
-    limits = target_named(weights_of) if weights_of is not None else target
     found = refusals(weights_of or to, engine, model.config, model.matrices)
-    if found and not nearest:
+    if found and not (nearest and all(one.remains is None for one in found)):
         raise FormatError(refused_text(to, found))
-    source = _Source(finished, model, target, limits, {one.name: one for one in found}, dtype)
+    source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:
         notes = target.write(source.exportable(), temporary)
     nbytes = sum(file.stat().st_size for file in out.iterdir())
@@ -161,7 +160,6 @@ class _Source:
     finished: FinishedDirectory
     model: _Model
     target: Target
-    limits: Target
     refused: Mapping[str, Refused]
     dtype: torch.dtype | None
     converted: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -187,7 +185,7 @@ class _Source:
         weight = qtensor.dequantize()
         stored, found = weight, None
         if name in self.refused:
-            spec = self.limits.nearest(self.model.matrices[name])
+            spec = self.refused[name].nearest
             if spec is not None:
                 found = rounded(weight, spec)
                 stored = found.dequantize()
