@@ -17,7 +17,7 @@ from torch import Tensor
 from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, cut
+from quantine.errors import FormatError, OutputError, cut, ending
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.described import read_config
@@ -33,8 +33,11 @@ from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
 from quantine.source.model_source import ModelSource
 
-OWN_FIELDS: Final = ("quantization_config", "transformers_weights", MARK, ARITHMETIC)
-"""Fields of ``config.json`` that a float model does not have."""
+OWN_FIELDS: Final = (
+    "quantization_config", "transformers_weights", "torch_dtype", MARK, ARITHMETIC
+)  # fmt: skip
+"""Fields of ``config.json`` that an exported model does not have: ``torch_dtype`` is an old name of
+``dtype``, which every layout says."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,11 @@ def export(
         PlanError: there is no such layout or engine.
         FormatError: ``path`` is no finished directory, a layer or the model does not fit; the
             message names it, the reason and the nearest plan.
-        OutputError: ``out`` is taken or cannot be written.
+        OutputError: ``out`` is taken, lies in ``path``, or cannot be written.
     """
     path, out = Path(path), Path(out)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise OutputError(f"{ending(out)} lies in the directory that is exported: choose another")
     target = target_named(to)
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
