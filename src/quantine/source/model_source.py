@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors import SafetensorError
 
-from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory
+from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory, shown
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
@@ -83,8 +83,16 @@ class ModelSource:
                 raise CheckpointError(
                     f"{self.name}: config.json is damaged: no model has {key} {blocks}"
                 )
+        if known.get("auto_map") and not _is_known(known.get("model_type")):
+            raise FamilyError(
+                f"{self.name}: transformers does not know model type "
+                f"{shown(known.get('model_type'))}, and the model's own code (auto_map in "
+                "config.json) is never run: choose a model that transformers knows"
+            )
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.directory)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.directory, trust_remote_code=False
+            )
         except OSError as error:
             raise CheckpointError(
                 f"{self.name}: no readable configuration: {cut(error)}"
@@ -114,7 +122,9 @@ class ModelSource:
 
         own = copy.deepcopy(config)  # which the model marks with its dtype
         with described_by(self.name), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                own, dtype=torch.float32, trust_remote_code=False
+            )
         return model
 
     def tokenizer(self) -> Any:
@@ -127,7 +137,9 @@ class ModelSource:
 
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, **gguf)
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.directory, trust_remote_code=False, **gguf
+            )
             tokenizer.decode(tokenizer("a")["input_ids"])  # damage may show only in use
             return tokenizer
         except MemoryError:
@@ -154,7 +166,11 @@ class ModelSource:
         with self._loadable(scratch) as (directory, options):
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    directory, dtype=dtype, output_loading_info=True, **options
+                    directory,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    **options,
                 )
             except (*UNREADABLE, MemoryError) as error:
                 fits = not is_out_of_memory(error)
@@ -258,7 +274,7 @@ def _is_known(model_type: object) -> bool:
     """Whether transformers knows the architecture."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 @contextmanager
