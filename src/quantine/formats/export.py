@@ -23,7 +23,7 @@ from quantine.families.layers import Layer, find_layers
 from quantine.formats.described import read_config
 from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
-from quantine.formats.floats import as_stored
+from quantine.formats.floats import as_asked, as_stored
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
@@ -100,7 +100,7 @@ def export(
         raise FormatError(refused_text(to, found))
     source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:
-        notes = target.write(source.exportable(), temporary)
+        notes = [*target.write(source.exportable(), temporary), *source.notes()]
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return Exported(out, source.converted, notes, nbytes)
 
@@ -168,6 +168,7 @@ class _Source:
     refused: Mapping[str, Refused]
     dtype: torch.dtype | None
     converted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shortened: list[str] = field(default_factory=list)
 
     def exportable(self) -> Exportable:
         return Exportable(
@@ -195,10 +196,10 @@ class _Source:
                 found = rounded(weight, spec)
                 stored = found.dequantize()
             elif not self.target.decodes:
-                stored = as_stored(name, weight, self.dtype or self.target.float_dtype)
+                stored = self._floats(name, weight)
             self._note(name, spec, stored, weight)
         if self.target.decodes:
-            short = stored if self.dtype is None else as_stored(name, stored, self.dtype)
+            short = stored if self.dtype is None else as_asked(name, stored, self.dtype)
             if self.dtype is not None:
                 self._note(name, None, short, weight)
             return short
@@ -211,8 +212,26 @@ class _Source:
 
     def _read_float(self, name: str) -> Tensor:
         tensor = self.finished.kept_tensor(name)
-        wanted = self.target.float_dtype or self.dtype
-        return tensor if wanted is None else as_stored(name, tensor, wanted)
+        if self.target.float_dtype is None and self.dtype is None:
+            return tensor
+        stored = self._floats(name, tensor)
+        if not torch.equal(stored.to(tensor.dtype), tensor):
+            self.shortened.append(name)
+        return stored
+
+    def _floats(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` as the layout needs it, or else as the user wants it."""
+        if self.target.float_dtype is None and self.dtype is not None:
+            return as_asked(name, tensor, self.dtype)
+        return as_stored(name, tensor, self.target.float_dtype)
+
+    def notes(self) -> list[str]:
+        """What was rounded beside quantized layers."""
+        if not self.shortened:
+            return []
+        dtype = str(self.target.float_dtype or self.dtype).removeprefix("torch.")
+        first, count = self.shortened[0], len(self.shortened)
+        return [f"{dtype} rounds {count} tensors that are not quantized, such as {cut(first)}"]
 
 
 def describe_errors(exported: Exported) -> list[str]:

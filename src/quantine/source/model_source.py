@@ -22,7 +22,7 @@ from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
-from quantine.source.settings import MOST_BLOCKS, check_settings
+from quantine.source.settings import check_blocks, check_settings
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -77,17 +77,11 @@ class ModelSource:
         from transformers import AutoConfig
 
         known = read_config(self.directory)
-        for key in ("num_hidden_layers", "n_layer"):
-            blocks = known.get(key)
-            if isinstance(blocks, int | float) and blocks > MOST_BLOCKS:
-                raise CheckpointError(
-                    f"{self.name}: config.json is damaged: no model has {key} {blocks}"
-                )
+        check_blocks(self.name, known)
         if known.get("auto_map") and not _is_known(known.get("model_type")):
             raise FamilyError(
-                f"{self.name}: transformers does not know model type "
-                f"{shown(known.get('model_type'))}, and the model's own code (auto_map in "
-                "config.json) is never run: choose a model that transformers knows"
+                f"{self.name}: transformers does not know {shown(known.get('model_type'))}, and the "
+                "model's own code (auto_map in config.json) is never run: choose another model"
             )
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
@@ -137,11 +131,9 @@ class ModelSource:
 
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.directory, trust_remote_code=False, **gguf
-            )
-            tokenizer.decode(tokenizer("a")["input_ids"])  # damage may show only in use
-            return tokenizer
+            found = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False, **gguf)
+            found.decode(found("a")["input_ids"])  # damage may show only in use
+            return found
         except MemoryError:
             raise
         except Exception as error:  # tokenizer backends raise bare exceptions of their own

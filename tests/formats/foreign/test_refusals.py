@@ -324,3 +324,12 @@ def test_engines_compute_in_a_dtype_that_holds_scales(
         exported = export(source, tmp_path / to, to)
         assert json.loads((exported.path / "config.json").read_text())["dtype"] == said
         assert bool(exported.notes) == (own == "bfloat16")
+
+
+@pytest.mark.parametrize("to", ["float", "gptq"])
+def test_a_dtype_that_is_asked_for_rounds(to: str, packed: Packed, tmp_path: Path) -> None:
+    exported = export(packed("llama", "rtn"), tmp_path / to, to, dtype=torch.bfloat16)
+    stored = quantine_free_weights(exported.path)
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert any("bfloat16 rounds" in note for note in exported.notes)
+    assert bool(exported.converted) == (to == "float")
