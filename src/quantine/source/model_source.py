@@ -80,8 +80,8 @@ class ModelSource:
         check_blocks(self.name, known)
         if known.get("auto_map") and not _is_known(known.get("model_type")):
             raise FamilyError(
-                f"{self.name}: transformers does not know {shown(known.get('model_type'))}, and the "
-                "model's own code (auto_map in config.json) is never run: choose another model"
+                f"{self.name}: transformers does not know {shown(known.get('model_type'))}, and "
+                "the model's own code (auto_map in config.json) is never run: choose another model"
             )
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(
