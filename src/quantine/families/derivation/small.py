@@ -193,7 +193,9 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(config)  # which the model marks with its dtype
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        own, dtype=torch.float32, trust_remote_code=False
+    )
     return model
 
 
