@@ -85,7 +85,7 @@ def test_what_was_measured_becomes_a_table() -> None:
         "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended])\n"
         "text = gpu_page.measured(outcome)\n"
         "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
-        "assert '| 32768 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
+        "assert '| 13.2 | 2.87 | 1900.0 | 32768 |' in text\n"
     )
 
 
