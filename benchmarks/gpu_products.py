@@ -29,10 +29,15 @@ KINDS = (
     Product(8, 128, "in", 0, False, False, 1),
     Product(3, 16, "in", 0, True, False, 1),
     Product(3, 16, "in", 0, True, True, 1),
+    Product(4, 16, "in", 0, True, False, 1),
+    Product(4, 16, "in", 0, True, True, 1),
+    Product(4, 128, "in", 0, False, True, 1),
     Product(4, 64, "out", 0, False, False, 1),
+    Product(3, 64, "out", 0, False, True, 1),
 )
 """Kinds of packed matrices, which get their inputs and rows of activations below."""
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 256, 1024)
+"""Rows of activations."""
 INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
 """Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
 INTEGER_OUTPUTS = 14336
