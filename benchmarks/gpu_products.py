@@ -89,7 +89,7 @@ def timed_integers() -> list[dict[str, Any]]:
     del floats, transposed
     rows = []
     for kind in INTEGERS:
-        matrices = copies(lambda: gridded(kind))  # noqa: B023
+        matrices = copies(partial(gridded, kind))
         moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
         for batch in INTEGER_BATCHES:
             spent = microseconds(lambda x, matrix: multiply_gridded(matrix, x), matrices, batch)

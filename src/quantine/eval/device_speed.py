@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from quantine.kernels.matrix import product
+from quantine.runtime.graph_decoder import cuda_graph
 from quantine.runtime.packed import Packed
 
 CACHED: Final = 240_000_000
@@ -73,25 +74,14 @@ def timer_of(device: torch.device) -> Timer:
 
 def graph_seconds(device: torch.device, work: Callable[[], Any]) -> float:
     """Seconds of ``work`` on the GPU ``device``, recorded as one CUDA graph."""
+    replay = cuda_graph(device, work)
     with torch.cuda.device(device):
-        return _recorded_seconds(work)
-
-
-def _recorded_seconds(work: Callable[[], Any]) -> float:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    start.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replay()
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3
 
 

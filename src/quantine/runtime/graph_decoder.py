@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ WAITING: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_o
 
 Step = Callable[[], Tensor]
 """Computes the logits of a token, which lies in memory, and returns where they are."""
+Made = TypeVar("Made")
 
 
 class StaticDecoder:
@@ -184,7 +185,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def cuda_graph(device: torch.device, step: Step) -> Step:
+def cuda_graph(device: torch.device, step: Callable[[], Made]) -> Callable[[], Made]:
     """Record ``step``, which then runs with the same memory whenever the result is called.
 
     Args:
@@ -200,11 +201,11 @@ def cuda_graph(device: torch.device, step: Step) -> Step:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = step()
+            made = step()
 
-    def replay() -> Tensor:
+    def replay() -> Made:
         with torch.cuda.device(device):
             graph.replay()
-        return logits
+        return made
 
     return replay

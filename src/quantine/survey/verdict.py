@@ -88,7 +88,7 @@ def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verd
     source = scratch / "float"
     try:
         write_specimen(config, source)
-    except Exception as error:  # as above
+    except Exception as error:  # the same, where the model is built
         return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
     text = scratch / "text.txt"
     text.write_text(TEXT * 50, encoding="utf-8")
