@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/kernels/test_triton_matrix.py",
     "tests/kernels/test_triton_columns.py",
+    "tests/kernels/test_gram.py",
     "tests/kernels/test_triton_integer.py",
     "tests/kernels/test_triton_rounding.py",
     "tests/kernels/test_triton_packing.py",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import integer_programs
-from gpu_compile import Product, qtensor_of
 from gpu_graphs import copies, on_device, replayed
 from integer_programs import IntegerProduct
+from matrix_programs import Product, qtensor_of
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr

@@ -119,7 +119,7 @@ def test_the_documentation_has_the_predicted_tables() -> None:
     )
     page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()
     rows = [line for line in found.stdout.splitlines() if line.startswith("|")]
-    assert sum("fits of groups" in row for row in rows) == 2
+    assert sum("fits of groups" in row for row in rows) == 4
     assert all(row in page for row in rows)
 
 

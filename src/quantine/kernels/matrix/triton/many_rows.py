@@ -53,18 +53,24 @@ def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
     Weights are rounded to float16 on the way, outliers of ``matrix`` are added to them.
     """
     result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
-    operands, settings = _matrix_of(matrix)
-    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    program, operands, settings = decoding_of(matrix, result)
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(matrix.units, DECODED))
-    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
     with backend.launching(result):
-        decode_tiles[grid](*operands, *more, **settings)
+        program[grid](*operands, **settings)
     if matrix.entries is not None:
         rows, columns, added = matrix.entries.placed(matrix)
         result[rows, columns] = (result[rows, columns].float() + added * matrix.multiplier).to(
             dtype
         )
     return result
+
+
+def decoding_of(matrix: UnitMatrix, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """As `launch_of`, the program that decodes ``matrix`` into ``result``, without its outliers."""
+    operands, settings = _matrix_of(matrix)
+    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
+    return decode_tiles, [*operands, *more], settings
 
 
 def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
