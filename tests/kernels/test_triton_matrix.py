@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_device import DEVICE, EXAMPLES, moved
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_matrix import ZEROS, qtensor_of, reach
 from torch import Tensor
@@ -80,8 +80,15 @@ def assert_close(found: Tensor, q: QTensor, x: Tensor, tolerance: float) -> None
     assert bool(((found - expected).abs() <= tolerance * size).all())
 
 
+# Rows that a program reads in several turns; eight warps take 32768 inputs at once.
+LONG_IN = qtensor_of(1, 3, 260, 128, 3, "coded", "coded", 0.02, True)
+LONG_OUT = qtensor_of(2, 33000, 1, 4, 4, "half", "half", 0.01, False, "out")
+
+
 @settings(max_examples=EXAMPLES)
 @given(q=matrices, batch=st.integers(1, 2), seed=st.integers(0, 99), dtype=dtypes)
+@example(q=LONG_IN, batch=1, seed=0, dtype=torch.float16)
+@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
 def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
     found = few_rows.multiply(matrix, arrange(x, matrix), torch.float32)
