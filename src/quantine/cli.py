@@ -22,6 +22,7 @@ from quantine.commands import (
     memory,
     quantization,
     report,
+    serving,
     timing,
 )
 from quantine.commands.standard_streams import checked_streams
@@ -103,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
         comparison,
         report,
         generation,
+        serving,
         inspection,
         exchange,
         memory,

@@ -1,0 +1,66 @@
+"""Running the server until it is told to end."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING, Final
+
+from quantine.errors import PlanError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from quantine.server.engine import Engine
+
+PATIENCE: Final = 3
+"""Seconds that answers which are under way get when the server is told to end."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that clients can connect to.
+
+    Args:
+        host: a name or address of this machine.
+        port: 0 takes a free one.
+
+    Raises:
+        PlanError: it cannot be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise PlanError(
+            f"cannot listen at {host}, port {port} ({error}): choose another --port or --host"
+        ) from error
+
+
+def url_of(listener: socket.socket) -> str:
+    """What clients call the base URL of a server behind ``listener``."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+
+
+def make_server(engine: Engine) -> uvicorn.Server:
+    """A server of ``engine``, to be run with a socket of `listen`."""
+    import uvicorn
+
+    from quantine.server.app import make_app
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            make_app(engine),
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=PATIENCE,
+        )
+    )
+
+
+def serve(engine: Engine, listener: socket.socket) -> None:
+    """Answer clients until Ctrl-C. What is being answered then has some seconds to end."""
+    with contextlib.suppress(KeyboardInterrupt):  # raised once all has ended
+        make_server(engine).run(sockets=[listener])
