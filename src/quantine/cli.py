@@ -23,6 +23,7 @@ from quantine.commands import (
     quantization,
     report,
     serving,
+    sharing,
     timing,
 )
 from quantine.commands.standard_streams import checked_streams
@@ -107,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
         serving,
         inspection,
         exchange,
+        sharing,
         memory,
         families,
         timing,
