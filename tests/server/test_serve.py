@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,11 @@ def test_clients_have_turns(served: Served) -> None:
         assert list(pool.map(lambda prompt: served.text(prompt=prompt), prompts)) == alone
 
 
-def test_a_client_that_goes_away_gives_its_turn_to_the_next(served: Served) -> None:
-    made = []
-    tokens = served.engine.tokens
+@contextmanager
+def slowly(engine: Engine) -> Iterator[list[int]]:
+    """A context in which ``engine`` takes its time, and the tokens that it makes there."""
+    made: list[int] = []
+    tokens = engine.tokens
 
     def slow(*arguments: Any) -> Iterator[int]:
         for token in tokens(*arguments):
@@ -164,8 +167,15 @@ def test_a_client_that_goes_away_gives_its_turn_to_the_next(served: Served) -> N
             yield token
             time.sleep(0.02)
 
-    served.engine.tokens = slow  # type: ignore[method-assign]
+    engine.tokens = slow  # type: ignore[method-assign]
     try:
+        yield made
+    finally:
+        engine.tokens = tokens  # type: ignore[method-assign]
+
+
+def test_a_client_that_goes_away_gives_its_turn_to_the_next(served: Served) -> None:
+    with slowly(served.engine) as made:
         pieces = served.client.completions.create(**{**ASKED, "max_tokens": 100}, stream=True)
         next(iter(pieces))
         # The second waits for its turn, and is gone before it has it.
@@ -173,8 +183,6 @@ def test_a_client_that_goes_away_gives_its_turn_to_the_next(served: Served) -> N
             served.client.with_options(timeout=0.1).completions.create(**ASKED)
         pieces.close()
         third = served.text(max_tokens=3)
-    finally:
-        served.engine.tokens = tokens  # type: ignore[method-assign]
     assert third
     assert len(made) < TOKENS
 
@@ -271,14 +279,37 @@ def test_a_program_serves_until_it_is_interrupted(served: Served) -> None:
         said = program.stdout.readline()
         assert said.startswith("served at http://127.0.0.1:")
         with openai.OpenAI(base_url=said.split()[2].rstrip(","), api_key="-") as client:
-            pieces = client.completions.create(**{**ASKED, "max_tokens": 90}, stream=True)
-            begun = next(iter(pieces)).choices[0].text
-            program.send_signal(signal.SIGINT)
-            # What is under way ends.
-            text = begun + "".join(piece.choices[0].text for piece in pieces)
+            assert client.completions.create(**ASKED).choices[0].text == served.text()
+        program.send_signal(signal.SIGINT)
         out, err = program.communicate(timeout=20)
-    assert text == served.text(max_tokens=90)
-    assert (program.returncode, out, err) == (0, "ended\n", "")
+    assert (program.returncode, out, err) == (
+        0,
+        "ended\n",
+        "",
+    )  # decoded natively, else err says so
+
+
+def test_who_waits_when_it_ends_is_told(served: Served) -> None:
+    with listen("127.0.0.1", 0) as listener:
+        server = make_server(served.engine)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = url_of(listener)
+        with (
+            slowly(served.engine),
+            openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            pieces = iter(client.completions.create(**{**ASKED, "max_tokens": 100}, stream=True))
+            next(pieces)
+            waiting = pool.submit(client.completions.create, **ASKED)
+            time.sleep(0.1)
+            server.should_exit = True
+            with pytest.raises(openai.APIError, match="the server is ending"):
+                list(pieces)
+            with pytest.raises(openai.InternalServerError, match="the server is ending"):
+                waiting.result()
+        thread.join()
 
 
 def test_a_port_is_refused_where_it_is_taken_and_a_context_where_it_is_too_long(

@@ -28,6 +28,11 @@ class Piece(NamedTuple):
     finish: Finish | None
 
 
+def event(value: dict[str, Any]) -> str:
+    """``value`` as an event that the server sends."""
+    return f"data: {json.dumps(value)}\n\n"
+
+
 class Answer:
     """The frame of one answer.
 
@@ -77,8 +82,7 @@ class Answer:
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        value = {**self._frame, "object": kind, "choices": choices, **more}
-        return f"data: {json.dumps(value)}\n\n"
+        return event({**self._frame, "object": kind, "choices": choices, **more})
 
     def _choice(self, said: dict[str, Any], finish: Finish | None) -> dict[str, Any]:
         return {"index": 0, **said, "logprobs": None, "finish_reason": finish}

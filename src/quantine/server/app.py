@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from starlette.types import Send
 from torch import Tensor
 
 from quantine.runtime.prompt import Transcript
-from quantine.server.answers import DONE, Answer, Finish, Piece
+from quantine.server.answers import DONE, Answer, Finish, Piece, event
 from quantine.server.engine import Engine
 from quantine.server.refusal import Refusal, error_body
 from quantine.server.requests import Request, check_served, read_request
@@ -30,9 +30,14 @@ GONE: Final = 499
 """Status of what nobody reads, as servers log it."""
 
 
-def make_app(engine: Engine) -> Starlette:
-    """A server of ``engine``, as an application of ASGI."""
-    api = _Api(engine)
+def make_app(engine: Engine, is_ending: Callable[[], bool]) -> Starlette:
+    """A server of ``engine``, as an application of ASGI.
+
+    Args:
+        engine: which nobody else uses.
+        is_ending: whether the server was told to end, so that no answer goes on.
+    """
+    api = _Api(engine, is_ending)
     return Starlette(
         routes=[
             Route("/v1/models", api.models),
@@ -51,8 +56,9 @@ def make_app(engine: Engine) -> Starlette:
 class _Api:
     """What the routes do. One request after another has its turn with the model."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, is_ending: Callable[[], bool]) -> None:
         self._engine = engine
+        self._is_ending = is_ending
         self._turn = asyncio.Lock()  # which is fair: who came first is first
 
     async def models(self, _: HttpRequest) -> Response:
@@ -94,23 +100,37 @@ class _Api:
     async def _pieces(
         self, http: HttpRequest, request: Request, ids: Tensor
     ) -> AsyncGenerator[Piece]:
-        """The answer, once it is this request's turn; without an end if the client goes away."""
+        """The answer, once it is this request's turn; without an end if the client goes away.
+
+        Raises:
+            Refusal: the server is told to end.
+        """
         most = self._engine.most(request, ids)
         transcript, stops = Transcript(self._engine.tokenizer), StopFilter(request.stops)
         async with self._turn:
-            if await http.is_disconnected():
+            if await self._is_over(http):
                 return
             async for token in iterate_in_threadpool(self._engine.tokens(request, ids)):
                 text = stops.add(transcript.add(token))
                 if stops.stopped:
                     break
                 yield Piece(text, len(transcript), None)
-                if await http.is_disconnected():
+                if await self._is_over(http):
                     return
         if stops.stopped:
             yield Piece(text, len(transcript), "stop")
         else:
             yield Piece(stops.rest(), len(transcript), _finish(len(transcript), most))
+
+    async def _is_over(self, http: HttpRequest) -> bool:
+        """Whether nobody waits for the answer any more.
+
+        Raises:
+            Refusal: the server is told to end.
+        """
+        if self._is_ending():
+            raise Refusal("the server is ending", status=503)
+        return await http.is_disconnected()
 
 
 def _finish(tokens: int, most: int) -> Finish:
@@ -135,11 +155,15 @@ async def _events(
 ) -> AsyncGenerator[str]:
     """The answer as events."""
     tokens = 0
-    async with aclosing(pieces):
-        yield answer.opening()
-        async for piece in pieces:
-            tokens = piece.tokens
-            yield answer.piece(piece)
+    try:
+        async with aclosing(pieces):
+            yield answer.opening()
+            async for piece in pieces:
+                tokens = piece.tokens
+                yield answer.piece(piece)
+    except Refusal as error:
+        yield event(error.body())
+        return
     if usage:
         yield answer.count(tokens)
     yield DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
@@ -61,7 +62,7 @@ class Engine:
         config = source.config()
         self.context = _context(context, getattr(config, "max_position_embeddings", None))
         self.tokenizer = source.tokenizer()
-        self.name = Path(model).absolute().name if Path(model).exists() else str(model)
+        self.name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else str(model)
         self._vocabulary: int = config.vocab_size
         self._model = load_model(source, dtype, where)
         found = decoder_on(self._model, self.context, log)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
+
+SERVER_FAULT: Final = 500
+"""From this status on it is not the client's fault."""
 
 
 class Refusal(Exception):
-    """A request that cannot be answered as it is.
+    """A request that cannot be answered as it is, or not any more.
 
     Args:
         message: what is wrong, and what to do.
@@ -25,7 +28,8 @@ class Refusal(Exception):
 
     def body(self) -> dict[str, Any]:
         """The content of the answer."""
-        return error_body(str(self), "invalid_request_error", self._param, self._code)
+        kind = "invalid_request_error" if self.status < SERVER_FAULT else "server_error"
+        return error_body(str(self), kind, self._param, self._code)
 
 
 def error_body(

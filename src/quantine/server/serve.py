@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from quantine.errors import PlanError
 
@@ -12,9 +12,6 @@ if TYPE_CHECKING:
     import uvicorn
 
     from quantine.server.engine import Engine
-
-PATIENCE: Final = 3
-"""Seconds that answers which are under way get when the server is told to end."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,19 +45,16 @@ def make_server(engine: Engine) -> uvicorn.Server:
 
     from quantine.server.app import make_app
 
-    return uvicorn.Server(
-        uvicorn.Config(
-            make_app(engine),
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=PATIENCE,
-        )
+    server: uvicorn.Server
+    app = make_app(engine, lambda: server.should_exit)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, lifespan="off"
     )
+    server = uvicorn.Server(config)
+    return server
 
 
 def serve(engine: Engine, listener: socket.socket) -> None:
-    """Answer clients until Ctrl-C. What is being answered then has some seconds to end."""
+    """Answer clients until Ctrl-C. Who waits for an answer then gets an error instead."""
     with contextlib.suppress(KeyboardInterrupt):  # raised once all has ended
         make_server(engine).run(sockets=[listener])
