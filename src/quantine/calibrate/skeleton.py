@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quantine.source.settings import attention_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -19,7 +21,8 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
 
     Args:
         config: the model's configuration in transformers, which is not changed.
-        attention: name of an attention function that transformers knows; ``None`` lets it choose.
+        attention: name of an attention function that transformers knows; ``None`` takes the
+            one that the model needs, or else lets it choose.
     """
     from transformers import AutoModelForCausalLM
 
@@ -28,7 +31,7 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             own,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention or attention_of(config),
             trust_remote_code=False,
         )
     model.eval()
