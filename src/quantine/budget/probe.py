@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -136,10 +137,13 @@ def probe(
         note(f"probing block {index + 1}/{len(blocks)}")
         loader.load(index, then=min(index + 1, last))
         inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
-        for group in sorted({one.layer.group or 0 for one in inside[index]}):
-            hessian = sequential.observe_next(index, observed(index, group))
-            members = [one for one in inside[index] if one.layer.group == group]
-            predicted.update(_predict_group(members, read, hessian))
+        groups = sorted({one.layer.group or 0 for one in inside[index]})
+        layers = [observed(index, group) for group in groups]
+        for _, stage in groupby(layers, lambda layer: layer.stage):
+            alike = list(stage)
+            for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
+                members = [one for one in inside[index] if one.layer.group == layer.group]
+                predicted.update(_predict_group(members, read, hessian))
         sequential.advance(index)
         loader.release(index)
         return_freed_memory()

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quantine.families.experts import separate
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
 def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """Build the causal language model of ``config`` without memory for weights.
 
-    Parameters are float32 on the meta device; the model is in evaluation mode.
+    Parameters are float32 on the meta device; the model is in evaluation mode. Each expert is a
+    module of its own.
 
     Args:
         config: the model's configuration in transformers, which is not changed.
@@ -31,6 +34,7 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
             attn_implementation=attention,
             trust_remote_code=False,
         )
+    separate(model)
     model.eval()
     return model
 

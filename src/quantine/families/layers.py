@@ -49,6 +49,7 @@ class Layer:
             if the parameter has two dimensions.
         rows: first output of the matrix, and the one after its last, in a fused parameter; ``None``
             if it has all.
+        experts: full path of the module of experts that the matrix is in; empty if it is in none.
     """
 
     name: str
@@ -62,11 +63,17 @@ class Layer:
     parameter: str = "weight"
     index: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
+    experts: str = ""
 
     @property
     def weights(self) -> int:
         """Number of weights of the matrix."""
         return self.out_features * self.in_features
+
+    @property
+    def stage(self) -> tuple[str, str]:
+        """Equal for matrices of several experts that run side by side; unlike for all others."""
+        return (self.experts, self.name.rpartition(".")[2] if self.experts else self.name)
 
     @property
     def stored_name(self) -> str:
@@ -182,18 +189,18 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
             kind = type(modules[owner]).__name__
             raise FamilyError(
                 f"{prefix}.{path} {tuple(parameter.shape)} in a {kind} is not covered by family "
-                f"{family.name!r} (covered: {', '.join(sorted(covered))}). Fused or "
-                "mixture-of-experts weights are not supported; docs/adding.md shows how to add "
-                "a family."
+                f"{family.name!r} (covered: {', '.join(sorted(covered))}): docs/adding.md shows "
+                "how to add a family"
             )
     for group, paths in enumerate(family.groups_in(index)):
         for path in paths:
             name = f"{prefix}.{path}"
             if path not in modules:
                 raise FamilyError(f"family {family.name!r} expects {name}, which does not exist")
-            out_features, in_features = matrix_shape(modules[path], name)
-            transposed = is_transposed(modules[path])
-            yield Layer(name, out_features, in_features, "block", index, group, transposed)
+            shape, transposed = matrix_shape(modules[path], name), is_transposed(modules[path])
+            around = [one for one in family.experts if path.startswith(f"{one}.")]
+            experts = f"{prefix}.{around[0]}" if around else ""
+            yield Layer(name, *shape, "block", index, group, transposed, experts=experts)
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:
