@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import quantine
-from quantine import CheckpointError, Plan
+from quantine import CheckpointError, FamilyError, Plan
 from quantine.families.experts import experts_in, separate
+from quantine.formats.export import export
 from quantine.runtime.packed import packed_modules
 from quantine.survey.specimen import specimen_config, write_specimen
 from tiny_models import bits_equal, logits_of, stored_tensors
@@ -139,3 +140,38 @@ def test_the_report_says_how_many_tokens_chose_each_expert(
         assert sum(tokens) == 2 * short.samples * short.seqlen
         assert borrowed == [max(0, width - one) for one in tokens]
     assert all("tokens" not in one for one in layers if ".experts." not in one["name"])
+
+
+def test_a_budget_gives_rarely_chosen_experts_fewer_bits_and_none_is_skipped(
+    tmp_path: Path, text_file: Path
+) -> None:
+    config = specimen_config("qwen3_moe")
+    config.num_experts, config.num_hidden_layers = 16, 1
+    write_specimen(config, tmp_path / "model")
+    choice = {"method": "spqr", "group_size": 16}
+    plan = Plan.from_dict(
+        {
+            "bits_per_weight": 4.5,
+            "choices": [{**choice, "bits": bits} for bits in (2, 3, 4, 5)],
+            "rules": [{"match": "@blocks", "method": "search"}],
+        }
+    )
+    little = quantine.Calibration(str(text_file), samples=1, seqlen=24)
+    result = quantine.quantize(tmp_path / "model", tmp_path / "out", plan, little)
+    inside = [one for one in result.report["layers"] if "tokens" in one]
+    assert len(inside) == 3 * 16
+    bits = {
+        few: [one["scheme"]["bits"] for one in inside if (one["tokens"] < 2) == few]
+        for few in (True, False)
+    }
+    assert sum(bits[True]) / len(bits[True]) < sum(bits[False]) / len(bits[False])
+    unseen = [one for one in inside if one["tokens"] == 0]
+    assert unseen
+    assert all(0 < one["output_error"] < 0.1 for one in unseen)
+
+
+def test_experts_are_not_exported(source: Path, tmp_path: Path) -> None:
+    plan, none = Plan.preset("rtn", bits=4, group_size=32), quantine.Calibration(samples=0)
+    out = quantine.quantize(source, tmp_path / "out", plan, none).path
+    with pytest.raises(FamilyError, match=r"layers\.0\.mlp\.experts holds experts, which"):
+        export(out, tmp_path / "exported", "gptq")

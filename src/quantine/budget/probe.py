@@ -8,7 +8,7 @@ model's predictions depend on each output, see `quantine.statistics.gradients`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -26,6 +26,7 @@ from quantine.errors import SolverError
 from quantine.families.layers import Layer, block_list
 from quantine.methods.solver import Solver
 from quantine.methods.spqr import SpQR, row_run, sampled_rows
+from quantine.statistics.gradients import SquaredGradients
 from quantine.statistics.hessian import Hessian
 
 PROBE_TOKENS: Final = 4096
@@ -154,12 +155,30 @@ def probe(
         loader.load(index, then=index - 1 if index else None)
         layers = [one.layer for one in inside[index]]
         squares = backward(sequential, index, layers, inputs[index], gradients)
-        for name, seen in squares.items():
-            mean = seen.mean()
-            table[name] = [prediction.option(mean) for prediction in predicted[name]]
+        for layer in layers:
+            mean = _mean_gradient(layer, layers, squares, own.segments.numel())
+            table[layer.name] = [one.option(mean) for one in predicted[layer.name]]
         loader.release(index)
         return_freed_memory()
     return table
+
+
+def _mean_gradient(
+    layer: Layer, layers: Sequence[Layer], squares: Mapping[str, SquaredGradients], tokens: int
+) -> Tensor:
+    """The mean over ``tokens`` of the squared gradient of each output of ``layer``, ``[out]``.
+
+    Tokens that did not choose an expert count as zero, so that the rarely chosen get fewer bits.
+    One that none chose counts as if a single token had, with the mean gradient of the others.
+    """
+    own = squares[layer.name]
+    if own.tokens:
+        return own.mean(tokens)
+    others = SquaredGradients()
+    for other in layers:
+        if other.stage == layer.stage:
+            others.merge(squares[other.name])
+    return others.mean() / tokens
 
 
 def _copied(hidden: HiddenStates, directory: Path, setup: CalibrationSetup) -> HiddenStates:

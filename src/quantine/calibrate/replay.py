@@ -36,7 +36,7 @@ class Replay(TorchFunctionMode):
 
     def __enter__(self) -> Replay:
         self._place = 0
-        # What ran while the last stop's exception left the forward pass, such as the end of no_grad.
+        # What ran while the last stop was left, such as the end of a `no_grad`.
         del self._calls[self._stopped :]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

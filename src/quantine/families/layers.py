@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.errors import FamilyError
+from quantine.families.experts import Experts
 from quantine.families.family import Family
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ def find_layers(model: nn.Module, family: Family) -> list[Layer]:
 
     Raises:
         FamilyError: a block lacks a matrix that the family names, or has a parameter of two or more
-            dimensions that the family does not name (which would stay in 16 bit unnoticed).
+            dimensions that the family does not name (which would stay in 16 bit unnoticed); or its
+            experts have no modules of their own.
     """
     embedding = model.get_submodule(family.embedding)
     layers = [Layer(family.embedding, *matrix_shape(embedding, family.embedding), role="embedding")]
@@ -181,6 +183,13 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
     """The layers of one decoder block, in running order; errors are those of `find_layers`."""
     prefix = f"{family.blocks}.{index}"
     modules = dict(block.named_modules())
+    for path in family.experts:
+        if path in modules and not isinstance(modules[path], Experts):
+            raise FamilyError(
+                f"{prefix}.{path} holds experts, which are read from float weights only, and "
+                "written only as quantine's own: GGUF files and other engines' directories with "
+                "experts are not supported yet"
+            )
     covered = {path for group in family.groups_in(index) for path in group}
     kept = {path for path, _ in family.kept}
     for path, parameter in block.named_parameters():
