@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.calibrate.expert_tokens import lend_tokens
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
 from quantine.calibrate.skeleton import (
@@ -139,15 +140,18 @@ class Sequential:
             layers: one matrix of each group of the block, as all of a group read the same input.
 
         Returns:
-            One Hessian for each of ``layers``, over all calibration tokens.
+            One Hessian for each of ``layers``, over all calibration tokens. Those of an expert are
+            the tokens that chose it, see `quantine.calibrate.expert_tokens`.
 
         Raises:
             CalibrationError: a matrix was never reached.
         """
         observers = [_InputObserver(layer, self._setup) for layer in layers]
 
+        chosen = any(layer.experts for layer in layers)  # some by no token of a batch
+
         def enough() -> None:
-            if len({observer.seen for observer in observers}) == 1:
+            if not chosen and len({observer.seen for observer in observers}) == 1:
                 raise _Enough
 
         handles = [observer.register(enough) for observer in observers]
@@ -157,30 +161,34 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
-                seen = [observer.seen for observer in observers]
-                raise self._never_ran(layers[seen.index(min(seen))].name)
         finally:
             for handle in handles:
                 handle.remove()
-        return [observer.hessian for observer in observers]
+        for layer, observer in zip(layers, observers, strict=True):
+            if not layer.experts and observer.seen < len(self._hidden):
+                raise self._never_ran(layer.name)
+        hessians = [observer.hessian for observer in observers]
+        lend_tokens(layers, hessians)
+        return hessians
 
     @torch.no_grad()
-    def observe_next(self, index: int, layer: Layer) -> Hessian:
-        """The Hessian ``x x.T`` of the input of one matrix, with the block as it is now.
+    def observe_next(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
+        """The Hessians ``x x.T`` of what runs next, with the block as it is now.
 
         Where the setup has ``resumes``, forward passes continue where the previous call stopped
-        them: ``layer`` must then run after the matrix observed before, and nothing that ran before
-        that one may have been changed since.
+        them: the matrix must then run after the one observed before, and nothing that ran before
+        that one may have been changed since. Experts are observed by running the whole block.
 
         Args:
             index: number of the block.
-            layer: the matrix.
+            layers: one matrix, or one of each expert.
 
         Raises:
             CalibrationError: the matrix was never reached.
         """
-        if self._replays is None:
-            return self.observe(index, [layer])[0]
+        layer = layers[0]
+        if self._replays is None or layer.experts:
+            return self.observe(index, layers)
         hessian = Hessian(layer.in_features, add_gram, self._setup.device)
         for batch, replay in enumerate(self._replays):
 
@@ -197,7 +205,7 @@ class Sequential:
                 hessian.update(_as_multiplied(reached.x, self._setup))
             finally:
                 handle.remove()
-        return hessian
+        return [hessian]
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quantine.families.experts import separate
 from quantine.source.settings import attention_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """Build the causal language model of ``config`` without memory for weights.
 
-    Parameters are float32 on the meta device; the model is in evaluation mode.
+    Parameters are float32 on the meta device; the model is in evaluation mode. Each expert is a
+    module of its own.
 
     Args:
         config: the model's configuration in transformers, which is not changed.
@@ -34,6 +36,7 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
             attn_implementation=attention or attention_of(config),
             trust_remote_code=False,
         )
+    separate(model)
     model.eval()
     return model
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -95,6 +96,14 @@ class Job:
         """The groups of block ``index`` with a layer to quantize, in running order."""
         groups = {d.layer.group for d in self.block_schemes(index)}
         return sorted(group for group in groups if group is not None)
+
+    def block_stages(self, index: int) -> list[list[Layer]]:
+        """What is observed at once: of each of `block_groups` a layer, those of experts together.
+
+        In running order, as `observed`.
+        """
+        layers = [self.observed(index, group) for group in self.block_groups(index)]
+        return [list(stage) for _, stage in groupby(layers, lambda layer: layer.stage)]
 
     def checkpoint(self, directory: Path | None = None) -> Checkpoint:
         """The float weights of the source model.

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
+from quantine.families.experts import experts_in, separate
 from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
@@ -123,6 +124,7 @@ class QuantineQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         check_settings(model.config)
+        separate(model)
         entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config
         assert isinstance(config, QuantineConfig)
@@ -150,6 +152,10 @@ class QuantineQuantizer(HfQuantizer):
             model.set_attn_implementation(ATTENTION)
         _part_empty_tensors(model)
         replace_methods(model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        """None where experts have modules of their own: files have the names that these have."""
+        return [] if experts_in(model) else weight_conversions
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""

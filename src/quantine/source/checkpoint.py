@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantine.errors import CheckpointError, cut, is_out_of_memory
 from quantine.source.names import match_names
+from quantine.source.pieces import Piece
 from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ class Checkpoint:
             with _opened(file) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), file))
         self._stored = {name: name for name in self._file_of}
+        self._pieces: dict[str, Piece] = {}
         self.unused: tuple[str, ...] = ()
         if model is not None:
             names = match_names(model, self._file_of)
-            self._stored, self.unused = names.stored, names.unused
+            self._stored, self._pieces, self.unused = names.stored, names.pieces, names.unused
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -78,7 +80,13 @@ class Checkpoint:
         for file, pairs in by_file.items():
             with _opened(file) as shard:
                 for name, stored in pairs:
-                    tensors[name] = shard.get_tensor(stored).clone()
+                    piece = self._pieces.get(name)
+                    if piece is None:
+                        tensors[name] = shard.get_tensor(stored).clone()
+                    else:
+                        tensors[name] = piece.of(shard.get_slice(stored)[piece.expert]).clone(
+                            memory_format=torch.contiguous_format
+                        )
         return tensors
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -87,7 +95,9 @@ class Checkpoint:
         for name in names:
             if name in self._stored:
                 with _opened(self._file_of[self._stored[name]]) as shard:
-                    shapes[name] = tuple(shard.get_slice(self._stored[name]).get_shape())
+                    shape = tuple(shard.get_slice(self._stored[name]).get_shape())
+                piece = self._pieces.get(name)
+                shapes[name] = shape if piece is None else _shape_of(piece, shape)
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
@@ -154,6 +164,13 @@ class Checkpoint:
                 "or the weights belong to another architecture"
             )
         return self._stored[name]
+
+
+def _shape_of(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a part of a tensor of ``shape``; that of a tensor without it is left as it is."""
+    if not 1 < len(shape) < 4 or piece.expert >= shape[0]:
+        return shape
+    return tuple(piece.of(torch.empty(shape[1:], dtype=torch.float32, device="meta")).shape)
 
 
 @contextmanager
