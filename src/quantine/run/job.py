@@ -56,6 +56,7 @@ class Job:
         tokenizer: tokenizer of the source model.
         unties: whether embedding and head, which share one table in the source, are stored
             separately.
+        shapes: those of the model's tensors by name, before a run changes its modules.
         device: where matrices are solved and blocks run.
         share: which part of the work this process does.
     """
@@ -70,6 +71,7 @@ class Job:
     segments: Tensor | None
     tokenizer: Any
     unties: bool
+    shapes: Mapping[str, tuple[int, ...]]
     device: torch.device = CPU
     share: Share = EVERYTHING
 
@@ -109,6 +111,7 @@ class Job:
         self,
         checkpoint: Checkpoint,
         spill: Path | None = None,
+        saved: Path | None = None,
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
         kept_on: torch.device | None = None,
@@ -126,6 +129,7 @@ class Job:
             checkpoint,
             self.share.segments(self.segments),
             spill,
+            saved,
             replaced or {},
             self.calibration.bfloat16,
             resumes,
@@ -179,9 +183,9 @@ class Job:
         """
         known = {decision.layer.stored_name for decision in self.decisions}
         return {
-            name: tuple(tensor.shape)
-            for name, tensor in self.model.state_dict().items()
-            if tensor.ndim >= 2 and name not in known
+            name: shape
+            for name, shape in self.shapes.items()
+            if len(shape) >= 2 and name not in known
         }
 
     def kept_reason(self, name: str) -> str:

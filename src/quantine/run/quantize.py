@@ -224,22 +224,35 @@ class _Run:
         """Quantize and commit the blocks that no earlier process committed."""
         job, setup = self.job, self._setup(checkpoint)
         missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
-        # Calibration runs through finished blocks, too.
-        indices = missing if setup is None else list(range(len(parts)))
         with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
             allocation = None if setup is None else self._allocation(checkpoint, setup, loader)
-            sequential = None if setup is None else Sequential(setup)
+            self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
+            sequential = None if setup is None else self._entered(setup, missing[0])
+            # Calibration also runs through finished blocks that hidden states have not passed.
+            indices = missing if sequential is None else range(sequential.block, len(parts))
             for index, then in zip_longest(indices, indices[1:]):
                 loader.load(index, then)
                 if index in missing:
                     self._stage_block(checkpoint, parts[index], index, sequential, allocation)
                 else:
-                    self._restore(index, parts[index], allocation)
+                    self._restore(index, parts[index])
                 if sequential is not None:
                     sequential.advance(index)
                 loader.release(index)
                 return_freed_memory()
-                self.progress.block(index)
+                if index in missing:
+                    self.progress.block(index)
+        self.store.drop_states()
+
+    def _entered(self, setup: CalibrationSetup, done: int) -> Sequential:
+        """The calibration segments, as far as an earlier process brought them."""
+        sequential = Sequential(setup, done)
+        if sequential.lost is not None:
+            self.progress.note(
+                f"the hidden states of the unfinished run {sequential.lost}: they are computed "
+                f"again, through the {done} blocks that are finished"
+            )
+        return sequential
 
     def _stage_block(
         self,
@@ -256,12 +269,15 @@ class _Run:
         result = run.quantize()
         self.store.commit(part, result.tensors, result.reports, result.maps)
 
-    def _restore(self, index: int, part: str, allocation: Allocation | None) -> None:
-        """Continue from a block that an earlier process committed."""
+    def _restore(self, index: int, part: str) -> None:
+        """Give a block that an earlier process committed its quantized weights."""
         reports = self.store.layer_reports([part])
         restore_quantized(self.job, self.store.tensors(part), index, reports)
+
+    def _spend(self, allocation: Allocation | None, committed: list[str]) -> None:
+        """Subtract from the budget, if there is one, what the layers of finished blocks took."""
         if allocation is not None:
-            for report in reports:
+            for report in self.store.layer_reports(committed):
                 allocation.spend(report["name"], report["bytes"])
 
     def _stage_loose(self, checkpoint: Checkpoint) -> list[str]:
@@ -298,11 +314,12 @@ class _Run:
                 # A device would hold the table during the whole run.
                 table = unpack(decision, packed).dequantize().cpu()
                 replaced[decision.layer.stored_name] = table
-        spill = self.store.scratch / "activations" if self.size.spills else None
+        spill = self.store.states if self.size.spills else None
         residence = self.size.residence
         kept_on = CPU if residence.hidden == "memory" else None
+        saved = self.store.states
         return job.calibration_setup(
-            checkpoint, spill, replaced, residence.resumes, kept_on, residence.batch_tokens
+            checkpoint, spill, saved, replaced, residence.resumes, kept_on, residence.batch_tokens
         )
 
     def _allocation(

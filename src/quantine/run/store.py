@@ -2,7 +2,7 @@
 
 Unfinished work lives in ``OUT/.quantine``. A part, such as a block, is committed by renaming
 complete files into place, the reports last; a run killed at any instant therefore resumes at a part
-boundary. The final files are merged from the committed ones, and ``.quantine`` is removed as the
+boundary. The committed files are moved into the final ones, and ``.quantine`` is removed as the
 last act.
 """
 
@@ -26,19 +26,16 @@ from quantine.formats.directory import (
     write_json,
 )
 from quantine.formats.headers import Entry, read_entries
-from quantine.formats.shards import (
-    TEMPORARY,
-    merge_into,
-    merge_parts,
-    write_atomically,
-    write_tensors,
-)
+from quantine.formats.moving import move_parts, moved_entries, planned_moves
+from quantine.formats.shards import TEMPORARY, merge_into, write_atomically, write_tensors
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
 IDENTITY: Final = "identity.json"
 """Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
+MOVES: Final = "moves"
+"""Name under which a run stores where the tensors of its parts go, before it moves them."""
 SHARD_BYTES: Final = 4_000_000_000
 """Largest size of one weight file of the output, in bytes."""
 
@@ -64,6 +61,15 @@ class RunStore:
     def scratch(self) -> Path:
         """A directory for temporary files, which the next process deletes."""
         return self._run / "scratch"
+
+    @property
+    def states(self) -> Path:
+        """The directory of the hidden states that enter the block after those committed."""
+        return self._run / "states"
+
+    def drop_states(self) -> None:
+        """Delete the hidden states, once the last block is committed."""
+        shutil.rmtree(self.states, ignore_errors=True)
 
     def lock(self) -> None:
         """Lock the output directory for this run, until `close` or the end of the process.
@@ -104,7 +110,10 @@ class RunStore:
         return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
 
     def entries(self, parts: list[str]) -> list[Entry]:
-        """Names, shapes and places of the tensors of committed ``parts``, read from headers."""
+        """Names, shapes and places of the tensors of committed ``parts``."""
+        moves = self.recall(MOVES)
+        if moves is not None:  # some parts may be gone
+            return moved_entries(moves)
         files = [self._parts / f"{part}.safetensors" for part in parts]
         return [entry for file in files for entry in read_entries(file)]
 
@@ -145,7 +154,11 @@ class RunStore:
             files: content of the small files, by name.
             report: the content of ``quantine_report.json``.
         """
-        merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
+        moves = self.recall(MOVES)
+        if moves is None:
+            moves = planned_moves([self._parts / f"{p}.safetensors" for p in parts], SHARD_BYTES)
+            self.remember(MOVES, moves)
+        move_parts(moves, self._parts, self._run / "shards", self.out)
         maps = [self._maps / f"{p}.safetensors" for p in parts]
         if any(path.exists() for path in maps):
             merge_into([path for path in maps if path.exists()], self.out / MAPS)
