@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, stop_after
 
 import quantine
@@ -17,6 +18,7 @@ from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
 from quantine.formats.directory import RUN_DIRECTORY
 from quantine.run.store import RunStore
+from quantine.source.checkpoint import Checkpoint
 from tiny_models import build, tiny_config
 
 GPTQ = Plan.preset("gptq", bits=3, group_size=32)
@@ -188,3 +190,76 @@ def test_hidden_states_are_gone_once_they_are_not_needed(
             quantine.quantize(model, tmp_path / "out", GPTQ, short)
     assert not (tmp_path / "out" / RUN_DIRECTORY / "states").exists()
     quantine.quantize(model, tmp_path / "out", GPTQ, short, resume=True)
+
+
+def edited(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a model's weights after ``change``; the file has the size that it had."""
+    tensors = {name: t.clone() for name, t in load_file(model / "model.safetensors").items()}
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def own(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model to damage."""
+    return Path(shutil.copytree(model, tmp_path / "own"))
+
+
+def last_of(block: int) -> str:
+    """The last matrix of a block, as files call it."""
+    return f"model.layers.{block}.mlp.down_proj.weight"
+
+
+def test_only_what_was_used_has_to_be_the_same(
+    own: Path, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(1, patched)
+        with pytest.raises(KeyboardInterrupt):
+            quantine.quantize(own, tmp_path / "out", GPTQ, short)
+    before = (own / "model.safetensors").read_bytes()
+    edited(own, lambda tensors: tensors[last_of(0)].view(-1)[7:8].add_(1))
+    with pytest.raises(quantine.ResumeMismatch, match=f"another weights: {last_of(0)} is not"):
+        quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)
+    (own / "model.safetensors").write_bytes(before)
+    edited(own, lambda tensors: tensors[last_of(3)].view(-1)[7:8].add_(1))
+    again = quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)
+    whole = quantine.quantize(own, tmp_path / "whole", GPTQ, short)
+    assert_same_run(again.path, whole.path)
+    assert again.report["identity"]["weights"] == Checkpoint(own).digest()
+
+
+def test_a_block_of_nan_costs_nothing_but_its_own_work(
+    own: Path, short: Calibration, tmp_path: Path, passed: list[int]
+) -> None:
+    whole = quantine.quantize(own, tmp_path / "whole", GPTQ, short)
+    before = (own / "model.safetensors").read_bytes()
+    edited(own, lambda tensors: tensors[last_of(2)].fill_(float("nan")))
+    with pytest.raises(quantine.CheckpointError, match=f"{last_of(2)} in .* holds non-finite"):
+        quantine.quantize(own, tmp_path / "out", GPTQ, short)
+    passed.clear()
+    (own / "model.safetensors").write_bytes(before)  # downloaded again
+    again = quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)
+    assert passed == [2, 3]
+    assert_same_run(again.path, whole.path)
+
+
+def test_a_shard_that_becomes_unreadable_in_the_middle(
+    own: Path, short: Calibration, tmp_path: Path, passed: list[int]
+) -> None:
+    whole = quantine.quantize(own, tmp_path / "whole", GPTQ, short)
+    source = own / "model.safetensors"
+    before = source.read_bytes()
+
+    class Cutting(Heard):
+        def block(self, index: int) -> None:
+            if index == 1:  # the next block has been read ahead
+                source.write_bytes(before[: len(before) // 2])
+
+    with pytest.raises(quantine.CheckpointError, match="half downloaded"):
+        quantine.quantize(own, tmp_path / "out", GPTQ, short, progress=Cutting())  # type: ignore[arg-type]
+    source.write_bytes(before)
+    passed.clear()
+    again = quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)
+    assert passed[0] in (2, 3)
+    assert_same_run(again.path, whole.path)

@@ -31,6 +31,7 @@ from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
+from quantine.source.read_record import ReadRecord
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -98,14 +99,17 @@ class Job:
         groups = {d.layer.group for d in self.block_schemes(index)}
         return sorted(group for group in groups if group is not None)
 
-    def checkpoint(self, directory: Path | None = None) -> Checkpoint:
+    def checkpoint(
+        self, directory: Path | None = None, record: ReadRecord | None = None
+    ) -> Checkpoint:
         """The float weights of the source model.
 
         Args:
             directory: where they are if they were converted, as those of a GGUF file; otherwise
                 they are in the source's directory.
+            record: see `quantine.source.checkpoint.Checkpoint`.
         """
-        return Checkpoint(directory or self.source.directory, self.model)
+        return Checkpoint(directory or self.source.directory, self.model, record)
 
     def calibration_setup(
         self,
@@ -234,13 +238,14 @@ class Job:
         """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
 
-    def identity(self, weights: str, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
+    def identity(self, weights: str | None, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
         """Hashes and versions of all that decides the bytes of the output, by what they describe.
 
         A run may be resumed only with an equal identity.
 
         Args:
-            weights: the digest of the source's weight files.
+            weights: the digest of the source's weights; ``None`` where they are digested while they
+                are read.
             batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
@@ -258,7 +263,7 @@ class Job:
                 else {"segments at once": str(self._batch(batch_tokens))}
             ),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
-            "weights": weights,
+            **({} if weights is None else {"weights": weights}),
             "config": _hash(self.config.to_json_string().encode()),
             "format version": str(FORMAT_VERSION),
             # Sums of floats depend on how threads and library versions cut them.

@@ -33,7 +33,16 @@ from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_headers, check_output_path, prepare
 from quantine.run.progress import Progress, Silent
-from quantine.run.store import RunStore, check_identity, check_output, clear_remains
+from quantine.run.store import (
+    SOURCE,
+    RunStore,
+    check_identity,
+    check_output,
+    check_record,
+    check_source,
+    clear_remains,
+    recorded_source,
+)
 from quantine.source.checkpoint import Checkpoint
 
 PROBE: Final = "probe"
@@ -165,26 +174,27 @@ class _Run:
         rounded = second_rounding(job.source)
         if rounded is not None:
             self.progress.note(rounded)
-        gguf = job.source.gguf_file is not None
-        digest = job.source.gguf_digest() if gguf else job.checkpoint().digest()
-        identity = job.identity(digest, self.size.residence.batch_tokens)
-        check_identity(out, identity)
+        converted = self._converted_digest()
+        identity = self._checked_identity(converted)
+        record = recorded_source(out)
+        if not job.converts:
+            check_source(out, job.checkpoint(record=record))
         if not is_finished(out):
             store.lock()
             check_output(out, self.resume)  # again: another process may have come first
-            check_identity(out, identity)
+            identity = self._checked_identity(converted)
+            check_record(out, record)
         if is_finished(out):
             clear_remains(out)
             self.progress.note(f"{out} is finished already")
             return Result(out, read_json(out / REPORT))
         store.open(identity)
         forget_peak_device_memory(job.device)
-        directory = self._converted() if job.converts else job.source.directory
-        checkpoint = job.checkpoint(directory)
+        checkpoint = job.checkpoint(self._converted() if job.converts else None, record)
         if job.converts:
             check_headers(job, checkpoint)
-            checkpoint.digest()
         parts = self._staged(checkpoint)
+        identity.setdefault("weights", checkpoint.digest())
         report = report_of(job, identity, store.layer_reports(parts))
         on_device = peak_device_memory(job.device)
         report["run"] = {
@@ -192,10 +202,31 @@ class _Run:
             "peak_memory_bytes": peak_memory(),
             **({} if on_device is None else {"peak_device_memory_bytes": on_device}),
         }
-        files = output_files(job, directory, report, store.entries(parts))
+        files = output_files(job, checkpoint.directory, report, store.entries(parts))
         store.finish(parts, files, report)
         self.progress.finish(report)
         return Result(out, report)
+
+    def _converted_digest(self) -> str | None:
+        """The digest of weights that are read at once, as they are converted; else ``None``."""
+        if self.job.source.gguf_file is not None:
+            return self.job.source.gguf_digest()
+        return self.job.checkpoint().digest() if self.job.converts else None
+
+    def _checked_identity(self, converted: str | None) -> dict[str, str]:
+        """The identity of the run, which is also that of the run in the directory, if any.
+
+        Weights are not part of it while they are still to be read.
+
+        Raises:
+            ResumeMismatch: the run in the directory has another.
+        """
+        out, weights = self.store.out, converted
+        if weights is None and is_finished(out):
+            weights = self.job.checkpoint().digest()
+        identity = self.job.identity(weights, self.size.residence.batch_tokens)
+        check_identity(out, identity)
+        return identity
 
     def _converted(self) -> Path:
         """Convert the model to float32 safetensors, which can be read one block at a time."""
@@ -267,12 +298,18 @@ class _Run:
             self.job, checkpoint, sequential, index, allocation, self.progress, self.adjust
         )
         result = run.quantize()
+        self._remember_source(checkpoint)
         self.store.commit(part, result.tensors, result.reports, result.maps)
 
     def _restore(self, index: int, part: str) -> None:
         """Give a block that an earlier process committed its quantized weights."""
         reports = self.store.layer_reports([part])
         restore_quantized(self.job, self.store.tensors(part), index, reports)
+
+    def _remember_source(self, checkpoint: Checkpoint) -> None:
+        """Store what has been read, before anything is stored that was made of it."""
+        assert checkpoint.record is not None
+        self.store.remember(SOURCE, checkpoint.record.as_plain())
 
     def _spend(self, allocation: Allocation | None, committed: list[str]) -> None:
         """Subtract from the budget, if there is one, what the layers of finished blocks took."""
@@ -285,7 +322,9 @@ class _Run:
         parts = self.job.loose_names()
         for name in parts:
             if not self.store.is_committed(name):
-                self.store.commit(name, kept_tensors(self.job, checkpoint, [name]), [])
+                tensors = kept_tensors(self.job, checkpoint, [name])
+                self._remember_source(checkpoint)
+                self.store.commit(name, tensors, [])
         return parts
 
     def _stage_outside(self, checkpoint: Checkpoint) -> list[str]:
@@ -295,6 +334,7 @@ class _Run:
             layer = decision.layer
             if not self.store.is_committed(layer.name):
                 solved = solve(decision, self.job.float_weight(checkpoint, layer), None)
+                self._remember_source(checkpoint)
                 self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
         return [decision.layer.name for decision in outside]
 
@@ -337,6 +377,7 @@ class _Run:
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
             note = self.progress.note
             table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
+            self._remember_source(checkpoint)
             self.store.remember(PROBE, table)
         weights = sum(decision.layer.weights for decision in decisions)
         return Allocation(plan.name, plan.bits_per_weight, weights, table)
