@@ -128,7 +128,7 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
         _peak(job, residence),
         on_device,
         room,
-        packed + kept + MOVED_BYTES + _scratch_bytes(job),
+        disk_while_running(job, packed + kept),
         0 if job.segments is None else job.segments.numel(),
     )
 
@@ -185,6 +185,16 @@ def _too_small(job: Job, needed: int, room: int, max_vram: float | None) -> Devi
         f"{job.source.name} takes at least {least:.2f} GB on {job.device}, where {room / 1e9:.2f} "
         f"of the free memory may be used: free some, or use a smaller seqlen, or device cpu"
     )
+
+
+def disk_while_running(job: Job, output: int) -> int:
+    """Most bytes on disk during a run.
+
+    Args:
+        job: the checked request.
+        output: bytes of the weight files that it makes.
+    """
+    return output + MOVED_BYTES + _scratch_bytes(job)
 
 
 def _scratch_bytes(job: Job) -> int:

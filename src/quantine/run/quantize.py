@@ -5,36 +5,28 @@ from __future__ import annotations
 import errno
 import time
 from dataclasses import dataclass
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-from quantine.budget.allocation import Allocation
-from quantine.budget.probe import Budgeted, probe
-from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.segments import Calibration
-from quantine.calibrate.sequential import CalibrationSetup, Sequential
 from quantine.core.ambient import own_state, repeatable
-from quantine.core.device import CPU, described
+from quantine.core.device import described
 from quantine.core.device_memory import bounded, forget_peak_device_memory, peak_device_memory
-from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
+from quantine.core.process_memory import peak_memory, reuse_freed_memory
 from quantine.errors import DeviceMemoryError, OutputError, cut
-from quantine.families.layers import block_list
 from quantine.formats.directory import REPORT, is_finished, read_json
-from quantine.formats.imported import second_rounding, write_floats
+from quantine.formats.imported import second_rounding
 from quantine.plan.plan import Plan
-from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
+from quantine.run.block import Adjustment
 from quantine.run.estimate import Estimate, estimate
 from quantine.run.job import Job
-from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.output import output_files, report_of
-from quantine.run.prepare import check_headers, check_output_path, prepare
+from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
+from quantine.run.stages import Stages, opened
 from quantine.run.store import (
-    SOURCE,
     RunStore,
     check_identity,
     check_output,
@@ -43,10 +35,6 @@ from quantine.run.store import (
     clear_remains,
     recorded_source,
 )
-from quantine.source.checkpoint import Checkpoint
-
-PROBE: Final = "probe"
-"""Name under which a run stores the table of `quantine.budget.probe.probe`."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +178,9 @@ class _Run:
             return Result(out, read_json(out / REPORT))
         store.open(identity)
         forget_peak_device_memory(job.device)
-        checkpoint = job.checkpoint(self._converted() if job.converts else None, record)
-        if job.converts:
-            check_headers(job, checkpoint)
-        parts = self._staged(checkpoint)
+        checkpoint = opened(job, store, record)
+        stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)
+        parts = stages.all_committed()
         identity.setdefault("weights", checkpoint.digest())
         report = report_of(job, identity, store.layer_reports(parts))
         on_device = peak_device_memory(job.device)
@@ -227,157 +214,3 @@ class _Run:
         identity = self.job.identity(weights, self.size.residence.batch_tokens)
         check_identity(out, identity)
         return identity
-
-    def _converted(self) -> Path:
-        """Convert the model to float32 safetensors, which can be read one block at a time."""
-        directory = self.store.scratch / "source"
-        if self.job.source.gguf_file is None:
-            write_floats(self.job.source, directory)
-            return directory
-        model = self.job.source.float_model(torch.float32, self.store.scratch)
-        model.save_pretrained(directory, max_shard_size="2GB")
-        self.job.tokenizer.save_pretrained(directory)
-        return directory
-
-    def _staged(self, checkpoint: Checkpoint) -> list[str]:
-        """Commit every part of the output that is missing; returns all parts in file order."""
-        loose = self._stage_loose(checkpoint)
-        outside = self._stage_outside(checkpoint)
-        count = len(block_list(self.job.model, self.job.family))
-        blocks = [f"block-{index:05}" for index in range(count)]
-        done = sum(self.store.is_committed(part) for part in blocks)
-        self.progress.start(count, done)
-        if done < count:
-            self._stage_blocks(checkpoint, blocks)
-        return [*outside, *loose, *blocks]
-
-    def _stage_blocks(self, checkpoint: Checkpoint, parts: list[str]) -> None:
-        """Quantize and commit the blocks that no earlier process committed."""
-        job, setup = self.job, self._setup(checkpoint)
-        missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
-        with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
-            allocation = None if setup is None else self._allocation(checkpoint, setup, loader)
-            self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
-            sequential = None if setup is None else self._entered(setup, missing[0])
-            # Calibration also runs through finished blocks that hidden states have not passed.
-            indices = missing if sequential is None else range(sequential.block, len(parts))
-            for index, then in zip_longest(indices, indices[1:]):
-                loader.load(index, then)
-                if index in missing:
-                    self._stage_block(checkpoint, parts[index], index, sequential, allocation)
-                else:
-                    self._restore(index, parts[index])
-                if sequential is not None:
-                    sequential.advance(index)
-                loader.release(index)
-                return_freed_memory()
-                if index in missing:
-                    self.progress.block(index)
-        self.store.drop_states()
-
-    def _entered(self, setup: CalibrationSetup, done: int) -> Sequential:
-        """The calibration segments, as far as an earlier process brought them."""
-        sequential = Sequential(setup, done)
-        if sequential.lost is not None:
-            self.progress.note(
-                f"the hidden states of the unfinished run {sequential.lost}: they are computed "
-                f"again, through the {done} blocks that are finished"
-            )
-        return sequential
-
-    def _stage_block(
-        self,
-        checkpoint: Checkpoint,
-        part: str,
-        index: int,
-        sequential: Sequential | None,
-        allocation: Allocation | None,
-    ) -> None:
-        """Quantize and commit a block whose weights are loaded."""
-        run = BlockRun(
-            self.job, checkpoint, sequential, index, allocation, self.progress, self.adjust
-        )
-        result = run.quantize()
-        self._remember_source(checkpoint)
-        self.store.commit(part, result.tensors, result.reports, result.maps)
-
-    def _restore(self, index: int, part: str) -> None:
-        """Give a block that an earlier process committed its quantized weights."""
-        reports = self.store.layer_reports([part])
-        restore_quantized(self.job, self.store.tensors(part), index, reports)
-
-    def _remember_source(self, checkpoint: Checkpoint) -> None:
-        """Store what has been read, before anything is stored that was made of it."""
-        assert checkpoint.record is not None
-        self.store.remember(SOURCE, checkpoint.record.as_plain())
-
-    def _spend(self, allocation: Allocation | None, committed: list[str]) -> None:
-        """Subtract from the budget, if there is one, what the layers of finished blocks took."""
-        if allocation is not None:
-            for report in self.store.layer_reports(committed):
-                allocation.spend(report["name"], report["bytes"])
-
-    def _stage_loose(self, checkpoint: Checkpoint) -> list[str]:
-        """Commit each float tensor outside of blocks as a part; returns the names of the parts."""
-        parts = self.job.loose_names()
-        for name in parts:
-            if not self.store.is_committed(name):
-                tensors = kept_tensors(self.job, checkpoint, [name])
-                self._remember_source(checkpoint)
-                self.store.commit(name, tensors, [])
-        return parts
-
-    def _stage_outside(self, checkpoint: Checkpoint) -> list[str]:
-        """Quantize and commit embedding and head, where the plan says so; returns their names."""
-        outside = [d for d in self.job.scheme_layers() if d.layer.role != "block"]
-        for decision in outside:
-            layer = decision.layer
-            if not self.store.is_committed(layer.name):
-                solved = solve(decision, self.job.float_weight(checkpoint, layer), None)
-                self._remember_source(checkpoint)
-                self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
-        return [decision.layer.name for decision in outside]
-
-    def _setup(self, checkpoint: Checkpoint) -> CalibrationSetup | None:
-        """The calibration segments and the model they run through; ``None`` without calibration.
-
-        If the embedding is quantized, segments are embedded with its quantized table.
-        """
-        job = self.job
-        if job.segments is None:
-            return None
-        replaced = {}
-        for decision in job.scheme_layers():
-            if decision.layer.role == "embedding" and not job.plan.float_inputs:
-                packed = self.store.tensors(decision.layer.name)
-                packed = {name: tensor.to(job.device) for name, tensor in packed.items()}
-                # A device would hold the table during the whole run.
-                table = unpack(decision, packed).dequantize().cpu()
-                replaced[decision.layer.stored_name] = table
-        spill = self.store.states if self.size.spills else None
-        residence = self.size.residence
-        kept_on = CPU if residence.hidden == "memory" else None
-        saved = self.store.states
-        return job.calibration_setup(
-            checkpoint, spill, saved, replaced, residence.resumes, kept_on, residence.batch_tokens
-        )
-
-    def _allocation(
-        self, checkpoint: Checkpoint, setup: CalibrationSetup, loader: BlockLoader
-    ) -> Allocation | None:
-        """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""
-        job, plan = self.job, self.job.plan
-        if plan.bits_per_weight is None:
-            return None
-        decisions = [d for d in job.scheme_layers() if d.by_budget]
-        table = self.store.recall(PROBE)
-        if table is None:
-            read = partial(job.read, checkpoint)
-            budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
-            scratch, seed = self.store.scratch / "probe", job.calibration.seed
-            note = self.progress.note
-            table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
-            self._remember_source(checkpoint)
-            self.store.remember(PROBE, table)
-        weights = sum(decision.layer.weights for decision in decisions)
-        return Allocation(plan.name, plan.bits_per_weight, weights, table)
