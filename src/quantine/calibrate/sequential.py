@@ -6,7 +6,7 @@ quantized, put out for the calibration text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -66,6 +66,8 @@ class CalibrationSetup:
         checkpoint: the files that weights are read from.
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
         spill: directory for hidden states; ``None`` keeps them in memory.
+        saved: directory that holds hidden states, too, where they are in memory, so that another
+            process can go on from them; ``None`` holds none.
         replaced: float32 tensors by name that are used in place of the checkpoint's, outside of
             blocks (such as a quantized embedding).
         bfloat16: multiply matrices in bfloat16, and take statistics, in float32, of the inputs so
@@ -85,6 +87,7 @@ class CalibrationSetup:
     checkpoint: Checkpoint
     segments: Tensor
     spill: Path | None = None
+    saved: Path | None = None
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     bfloat16: bool = False
     resumes: bool = False
@@ -109,20 +112,29 @@ class Sequential:
 
     Args:
         setup: model, weights and segments.
+        done: number of blocks, from the first, that an earlier process finished. Where that is not
+            0, the hidden states that it left are taken over.
+
+    Attributes:
+        block: number of the block that comes first: all before it have been passed.
+        lost: what is wrong with the hidden states that the earlier process left; ``None`` if they
+            were taken over, or there was no such process.
     """
 
-    def __init__(self, setup: CalibrationSetup) -> None:
+    def __init__(self, setup: CalibrationSetup, done: int = 0) -> None:
         self._setup = setup
         self._family = setup.family
         self._blocks = block_list(setup.model, setup.family)
         samples, seqlen = setup.segments.shape
         size = batch_samples(samples, seqlen, setup.batch_tokens)
         batches = setup.segments.to(setup.device).split(size)
-        self._hidden = HiddenStates(len(batches), setup.spill, setup.device, setup.kept_on)
+        in_memory, directory = setup.spill is None, setup.spill or setup.saved
+        self._hidden = HiddenStates(len(batches), directory, setup.device, setup.kept_on, in_memory)
         self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._enter(batches)
+        self.lost = self._enter(batches, done)
+        self.block = min(self._hidden.enters(batch) for batch in range(len(batches)))
 
     @property
     def setup(self) -> CalibrationSetup:
@@ -256,17 +268,21 @@ class Sequential:
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index``, as it is now.
 
+        Those that passed it in an earlier process stay as they are.
+
         Raises:
             CalibrationError: an output is infinite or NaN.
         """
         for batch in range(len(self._hidden)):
+            if self._hidden.enters(batch) > index:
+                continue
             output = self._run_on(index, batch)
             if not is_finite(output):
                 raise CalibrationError(
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
                     "text: more bits or another calibration text are needed"
                 )
-            self._hidden[batch] = output
+            self._hidden.put(batch, output, index + 1)
 
     def _run_on(self, index: int, batch: int) -> Tensor:
         """The output of block ``index`` for batch number ``batch``.
@@ -320,8 +336,16 @@ class Sequential:
         return [self.run(index, self._hidden[batch]) for batch in range(count)]
 
     @torch.no_grad()
-    def _enter(self, batches: Iterable[Tensor]) -> None:
-        """Compute the first block's inputs, and record how the model calls each block."""
+    def _enter(self, batches: Sequence[Tensor], done: int) -> str | None:
+        """Record how the model calls each block, and compute the first block's inputs.
+
+        Args:
+            batches: token ids of the segments, ``[batch, tokens]`` each.
+            done: see the class; the inputs are computed only where nothing can be taken over.
+
+        Returns:
+            What is wrong with what an earlier process left.
+        """
         setup = self._setup
         base, prefix = setup.model.base_model, setup.model.base_model_prefix
         inside = f"{self._family.blocks}."
@@ -332,17 +356,27 @@ class Sequential:
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
         recorders = [StandIn(block, self._family.outputs) for block in blocks]
+
+        def entered(tokens: Tensor) -> Tensor:
+            base(input_ids=tokens, use_cache=False, output_attentions=False)
+            return recorders[0].entered().clone()
+
+        lost: str | None = None
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder
-            for batch, tokens in enumerate(batches):
-                base(input_ids=tokens, use_cache=False, output_attentions=False)
-                self._hidden[batch] = recorders[0].entered().clone()
+            first = entered(batches[0])
+            if done:
+                lost = self._hidden.restore([len(tokens) for tokens in batches], first, done)
+            if not done or lost is not None:
+                for batch, tokens in enumerate(batches):
+                    self._hidden.put(batch, entered(tokens) if batch else first, 0)
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         drop_weights(base)
+        return lost
 
 
 class _Enough(Exception):
