@@ -24,7 +24,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("core", "families", "source"),
     ("kernels", "statistics"),
     ("activations", "calibrate", "formats", "methods"),
-    ("budget", "plan", "rptq", "runtime"),
+    ("budget", "plan", "rptq", "runtime", "tuning"),
     ("eval", "run"),
     ("comparison", "report"),
     ("commands",),
@@ -57,6 +57,7 @@ TRANSFORMERS_INSIDE: Final = (
     "run/prepare.py",
     "runtime/",
     "source/",
+    "tuning/student.py",
 )
 
 

@@ -39,6 +39,7 @@ from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource, described_by
 from quantine.source.names import listed
 from quantine.source.weight_files import float_files
+from quantine.tuning.tune import split
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -100,6 +101,8 @@ def prepare(
     if calibration.samples:
         longest = getattr(config, "max_position_embeddings", None)
         segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+    if plan.tune is not None:
+        split(segments if segments is not None else torch.empty(0, 1))
     job = Job(
         source,
         config,

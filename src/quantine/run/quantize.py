@@ -29,6 +29,7 @@ from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_headers, check_output_path, prepare
 from quantine.run.progress import Progress, Silent
 from quantine.run.store import RunStore, check_identity, check_output, clear_remains
+from quantine.run.tuned import OUTCOME, tuned_parts
 from quantine.source.checkpoint import Checkpoint
 
 PROBE: Final = "probe"
@@ -160,7 +161,11 @@ class _Run:
             check_headers(job, checkpoint)
             checkpoint.digest()
         parts = self._staged(checkpoint)
+        if job.plan.tune is not None:
+            parts = tuned_parts(job, checkpoint, store, parts, self.progress.note)
         report = report_of(job, identity, store.layer_reports(parts))
+        if (outcome := store.recall(OUTCOME)) is not None:
+            report["tuning"] = outcome
         report["run"] = {
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),

@@ -1,0 +1,149 @@
+"""A quantized model whose numbers can be tuned, and the float model that it should agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantine.calibrate.skeleton import materialize, set_tensor, skeleton
+from quantine.core.qtensor import QTensor
+from quantine.families.layers import Layer
+from quantine.tuning.divergence import divergence
+from quantine.tuning.numbers import Numbers, TunedMatrix
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from quantine.source.checkpoint import Checkpoint
+
+
+def float_model(
+    config: PretrainedConfig,
+    checkpoint_of: Callable[[PreTrainedModel], Checkpoint],
+    device: torch.device,
+) -> PreTrainedModel:
+    """The float model as a whole, in float32.
+
+    Args:
+        config: of the model.
+        checkpoint_of: gives the weight files for a model.
+        device: where it computes.
+    """
+    model = skeleton(config)
+    checkpoint = checkpoint_of(model)
+    for path, child in model.named_children():
+        materialize(model, child, path, checkpoint, device)
+    return model
+
+
+class Student:
+    """A quantized model in float32, whose numbers follow gradients of its divergence.
+
+    Args:
+        teacher: the float model, which is not changed.
+        matrices: the quantized matrices.
+        floats: every other float tensor of the quantized model by name, as files hold it.
+        autocast: gives the context in which models compute.
+
+    Attributes:
+        matrices: the numbers of the quantized matrices.
+        vectors: norms and biases, by name.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel,
+        matrices: Mapping[Layer, QTensor],
+        floats: Mapping[str, Tensor],
+        autocast: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._teacher = teacher
+        self._autocast = autocast
+        self._model = _sharing(teacher)
+        self.matrices = {layer: TunedMatrix(q) for layer, q in matrices.items()}
+        self.vectors = {
+            name: Numbers.vector(value)
+            for name, value in floats.items()
+            if value.ndim == 1 and value.is_floating_point()
+        }
+        for name, value in floats.items():
+            set_tensor(self._model, name, value.float().clone())  # vectors are changed in place
+        for name in {layer.stored_name for layer in self.matrices}:
+            set_tensor(self._model, name, self._model.get_parameter(name).detach().clone())
+        for parameter in self._tuned():
+            parameter.requires_grad_()
+        self.install()
+
+    def leaves(self) -> Iterator[Numbers]:
+        """All numbers that are tuned, in an order that does not change."""
+        for matrix in self.matrices.values():
+            yield from matrix.numbers.values()
+        yield from self.vectors.values()
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Let the model compute with the numbers as they are now."""
+        for layer, matrix in self.matrices.items():
+            parameter = self._model.get_parameter(layer.stored_name)
+            layer.part_of(parameter).copy_(matrix.weight())
+        for name, numbers in self.vectors.items():
+            self._model.get_parameter(name).copy_(numbers.now())
+
+    def divergence(self, segment: Tensor) -> float:
+        """Mean divergence from the float model, in nats per token of ``segment`` ``[tokens]``."""
+        with torch.no_grad():
+            found, _ = divergence(
+                self._logits(self._teacher, segment), self._logits(self._model, segment)
+            )
+        return found / len(segment)
+
+    def add_gradients(self, segment: Tensor, share: float) -> float:
+        """Add ``share`` of the gradient of `divergence` to that of the model's parameters.
+
+        Returns:
+            The divergence.
+        """
+        with torch.no_grad():
+            reference = self._logits(self._teacher, segment)
+        with torch.enable_grad():
+            logits = self._logits(self._model, segment)
+        found, gradient = divergence(reference, logits.detach())
+        logits.backward(gradient.mul_(share / len(segment)))
+        return found / len(segment)
+
+    def pass_gradients(self) -> None:
+        """Hand the gradients of the model's parameters on to `leaves`, and clear them."""
+        for layer, matrix in self.matrices.items():
+            gradient = self._model.get_parameter(layer.stored_name).grad
+            if gradient is not None:
+                with torch.enable_grad():
+                    matrix.weight().backward(layer.part_of(gradient))
+        for name, numbers in self.vectors.items():
+            gradient = self._model.get_parameter(name).grad
+            if gradient is not None:
+                with torch.enable_grad():
+                    numbers.now().backward(gradient)
+        for parameter in self._tuned():
+            parameter.grad = None
+
+    def _tuned(self) -> list[nn.Parameter]:
+        names = {layer.stored_name for layer in self.matrices} | set(self.vectors)
+        return [self._model.get_parameter(name) for name in sorted(names)]
+
+    def _logits(self, model: PreTrainedModel, segment: Tensor) -> Tensor:
+        with self._autocast():
+            logits: Tensor = model(input_ids=segment[None], use_cache=False).logits[0]
+        return logits
+
+
+def _sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same kind that has the tensors of ``model``."""
+    other = skeleton(model.config)
+    for own, given in zip(other.modules(), model.modules(), strict=True):
+        own._parameters.update(given._parameters)
+        own._buffers.update(given._buffers)
+    return other

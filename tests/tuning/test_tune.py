@@ -1,0 +1,137 @@
+"""Tuned runs: closer to the float model, resumable, and refused where they would not work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import quantine
+from quantine import Calibration, Plan
+from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
+from quantine.errors import CalibrationError, PlanError
+from quantine.run.store import RunStore
+from quantine.tuning.tune import pace, split
+from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
+
+CALIBRATION = Calibration(samples=16, seqlen=64)
+TUNING = Tuning(steps=12, segments=4, rate=2e-3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tiny_config("llama"), tmp_path_factory.mktemp("float") / "model")
+
+
+def float_model(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def divergence_of(directory: Path, model: Path) -> float:
+    tokens = some_tokens(64, 4)
+    with torch.no_grad():
+        expected = logits_of(float_model(model), tokens).float().log_softmax(-1)
+        found = logits_of(quantine.load(directory)[0], tokens).float().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan.preset("spqr", bits=3), Plan.preset("gptq", bits=3, group_size=32)]
+)
+def test_a_tuned_model_is_closer_to_the_float_model(
+    plan: Plan, model: Path, tmp_path: Path
+) -> None:
+    quantine.quantize(model, tmp_path / "plain", plan, CALIBRATION)
+    tuned = replace(plan, tune=TUNING)
+    report = quantine.quantize(model, tmp_path / "tuned", tuned, CALIBRATION).report
+    assert report["tuning"]["divergence"] < report["tuning"]["divergence_before"]
+    assert divergence_of(tmp_path / "tuned", model) < divergence_of(tmp_path / "plain", model)
+    before, after = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "tuned")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
+    codes = [name for name in before if name.endswith(".codes")]
+    assert codes
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+
+
+def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
+    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+    commit = RunStore.commit
+
+    def stopping(self: RunStore, part: str, *rest: object) -> None:
+        if part == "tuned-block-00001":
+            raise KeyboardInterrupt
+        commit(self, part, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunStore, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION)
+    monkeypatch.undo()
+    quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION, resume=True)
+    whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "stopped")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_numbers_that_became_worse_are_put_back(model: Path, tmp_path: Path) -> None:
+    wild = replace(
+        Plan.preset("gptq", bits=4, group_size=32), tune=Tuning(steps=1, segments=1, rate=0.1)
+    )
+    report = quantine.quantize(model, tmp_path / "wild", wild, CALIBRATION).report
+    quantine.quantize(model, tmp_path / "plain", replace(wild, tune=None), CALIBRATION)
+    assert report["tuning"]["steps"] == 0
+    assert report["tuning"]["divergence"] == report["tuning"]["divergence_before"]
+    plain, kept = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "wild")
+    assert [name for name in plain if not torch.equal(plain[name], kept[name])] == []
+
+
+def test_a_plan_says_how_it_is_tuned() -> None:
+    plan = replace(Plan.preset("spqr"), tune=TUNING)
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert tuning_from("quick", "here") is SETTINGS["quick"]
+    assert tuning_from(None, "here") is None
+
+
+@pytest.mark.parametrize(
+    "value", ["fast", {"steps": 0}, {"steps": True}, {"rate": 0}, {"rate": "1"}, {"pace": 1}, 3]
+)
+def test_other_values_are_refused(value: object) -> None:
+    with pytest.raises(PlanError, match="tune"):
+        tuning_from(value, "here")
+
+
+def test_rounded_activations_are_refused() -> None:
+    with pytest.raises(PlanError, match="activations"):
+        replace(Plan.scheme("W4A8"), tune=TUNING)
+
+
+def test_too_few_segments_are_refused_before_work_starts(model: Path, tmp_path: Path) -> None:
+    plan = replace(Plan.preset("rtn", group_size=32), tune=TUNING)
+    for samples in (0, 1):
+        with pytest.raises(CalibrationError, match="samples"):
+            quantine.quantize(model, tmp_path / "out", plan, Calibration(samples=samples))
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("count", "judges"), [(2, 1), (7, 1), (16, 2)])
+def test_some_segments_judge_and_are_not_tuned_on(count: int, judges: int) -> None:
+    segments = torch.arange(count)[:, None]
+    own, kept = split(segments)
+    assert len(kept) == judges
+    assert sorted([*own.flatten().tolist(), *kept.flatten().tolist()]) == list(range(count))
+
+
+def test_the_rate_rises_and_falls() -> None:
+    paces = [pace(step, 40) for step in range(1, 41)]
+    assert max(paces) == paces[3] == 1
+    assert 0 < paces[0] < 1
+    assert 0 < paces[-1] < 0.01
