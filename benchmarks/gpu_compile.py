@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
-For each product: registers of a thread, bytes that registers were spilled to, shared memory, loads
+For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
 of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table.
 """
 
@@ -18,13 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
+os.environ["TRITON_INTERPRET"] = "0"  # interpreted programs leave nothing to compile
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gpu_loops import FITS, LOOPS
+from integer_programs import INTEGERS
+from kv_programs import KV_PROGRAMS
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -32,12 +35,16 @@ from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
 
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+"""Settings that are Triton's, not a program's own."""
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 ROWS = 64
 """Outputs of the matrices: programs do not depend on how many there are."""
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
+    torch.int64: "*i64",
+    torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
@@ -92,7 +99,7 @@ PRODUCTS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a product."""
+    """What the compiler made of a program."""
 
     name: str
     capability: str
@@ -104,6 +111,8 @@ class Outcome:
     loads: int
     barriers: int
     tensor_core: int
+    byte_products: int
+    logic: int
     local: int
 
 
@@ -128,7 +137,9 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
-def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
+def launch_of(product: Any) -> tuple[Any, list[Any], dict[str, Any]]:
+    if not isinstance(product, Product):
+        return product.launch()
     matrix = unit_matrix(qtensor_of(product))
     assert matrix is not None
     x = torch.randn(product.batch, product.columns)
@@ -138,17 +149,21 @@ def launch_of(product: Product) -> tuple[Any, list[Any], dict[str, Any]]:
     return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
 
-def compiled(product: Product, capability: str) -> Outcome:
+def compiled(product: Any, capability: str) -> Outcome:
     program, operands, settings = launch_of(product)
-    options = {name: settings.pop(name) for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     known: dict[tuple[int], Any] = {}
     for place, (name, value) in enumerate(zip(program.arg_names, operands, strict=False)):
-        if value is None:
-            signature[name], constants[name] = "constexpr", None
+        # As the launcher does, unless a program says that a number changes all the time.
+        whole = isinstance(value, int) and not program.params[place].do_not_specialize
+        if value is None or (whole and value == 1):
+            signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int | float):
             signature[name] = "i32" if isinstance(value, int) else "fp32"
+            if whole and value % 16 == 0:
+                known[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = TYPES[value.dtype]
             known[(place,)] = [["tt.divisibility", 16]]
@@ -170,6 +185,8 @@ def compiled(product: Product, capability: str) -> Outcome:
         len(re.findall(r"ld\.global|cp\.async\.c[ag]", text)),
         len(re.findall(r"bar\.sync", text)),
         len(re.findall(r"\b(?:w?g?mma\S*\.sync|tcgen05\.mma)", text)),
+        len(re.findall(r"\bdp4a|\b(?:w?g?mma\S*\.s8\.s8)", text)),
+        len(re.findall(r"\b(?:and|or|xor|not|lop3|shl|shr)\.[bsu]32", text)),
         used["LOCAL"],
     )
 
@@ -197,7 +214,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in PRODUCTS:
+    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))

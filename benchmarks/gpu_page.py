@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_page.py
 
-Predictions are of benchmarks/roofline.py; measurements are the files benchmarks/results/gpu-*.json.
+Predictions are of benchmarks/roofline.py and benchmarks/gpu_plans.py; measurements are the files
+benchmarks/results/gpu-*.json.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gpu_plans
 from gpu_compile import Product
-from roofline import GPUS, float16, packed, seconds
+from quantine.core.activation_spec import UNQUANTIZED
+from roofline import GPUS, attention, float16, packed, seconds, token_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -22,6 +25,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Outputs and inputs of the predicted products."""
+CONTEXTS = (4096, 32768)
+"""Tokens that one query of attention meets."""
 KINDS = (
     Product(4, 128, "in", 0, False, False, 1),
     Product(3, 128, "in", 0, False, False, 1),
@@ -33,8 +38,8 @@ KINDS = (
 
 def main() -> None:
     page = PAGE.read_text()
-    for name, text in (("predictions", predictions()), ("measurements", measurements())):
-        page = rewritten(page, name, text)
+    for write in (predictions, attentions, plans, measurements):
+        page = rewritten(page, write.__name__, write())
     PAGE.write_text(page)
 
 
@@ -71,6 +76,24 @@ def predicted(shape: tuple[int, int], kind: Product) -> list[str]:
     return cells
 
 
+def attentions() -> str:
+    """Least microseconds of attention of one query, by length of the context, bits and GPU."""
+    head = ["context", "bits", "bytes a token and head", "MB", *(gpu.name for gpu in GPUS)]
+    rows = []
+    for context in CONTEXTS:
+        for bits in (UNQUANTIZED, 8, 4, 3):
+            work = attention(bits, context)
+            times = (f"{seconds(work, gpu) * 1e6:.1f}" for gpu in GPUS)
+            size = f"{work.nbytes / 1e6:.1f}"
+            rows.append([str(context), str(bits), str(token_bytes(bits)), size, *times])
+    return table(head, rows)
+
+
+def plans() -> str:
+    """What quantizing models takes, as `quantine plan` predicts it."""
+    return table(gpu_plans.head(), gpu_plans.rows())
+
+
 def measurements() -> str:
     """The products of every file that `make gpu` wrote, or a sentence that there is none."""
     found = sorted(RESULTS.glob("gpu-*.json"))
@@ -80,19 +103,21 @@ def measurements() -> str:
 
 
 def measured(outcome: dict[str, Any]) -> str:
-    head = ["product", "outputs", "us", "us, cuBLAS float16", "times", "GB/s"]
-    rows = (
-        [
-            row["kind"],
-            str(row["outputs"]),
-            str(row["microseconds"]),
-            str(row["float16_microseconds"]),
-            str(row["times_float16"]),
-            str(row["gigabytes_per_second"]),
-        ]
-        for row in outcome["products"]
-    )
-    return f"{outcome['device']}, PyTorch {outcome['torch']}:\n\n{table(head, rows)}"
+    """A table for each list of rows that was found, its columns called as in the JSON."""
+    found = dict(outcome)
+    quantizing = found.pop("quantizing", None)
+    if isinstance(quantizing, dict):
+        found |= {f"quantizing: {name}": rows for name, rows in quantizing.items()}
+    tables = [
+        f"{name.capitalize()}:\n\n{table(list(rows[0]), map(cells, rows))}"
+        for name, rows in found.items()
+        if isinstance(rows, list)
+    ]
+    return "\n\n".join([f"{outcome['device']}, PyTorch {outcome['torch']}.", *tables])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    return [str(value) for value in row.values()]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

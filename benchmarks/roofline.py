@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 os.environ.pop("TRITON_INTERPRET", None)
 
 from gpu_compile import ROWS, Product, qtensor_of
+from quantine.core.activation_spec import UNQUANTIZED
+from quantine.kernels.bits.reference import packed_bytes
+from quantine.kernels.kv_attention.triton.request import FEWEST_ROWS
 from quantine.kernels.matrix.units.instructions import unit_product
 from quantine.kernels.matrix.units.layout import UNIT
 from quantine.kernels.matrix.units.unit_matrix import unit_matrix
 
 FLOAT16_BYTES = 2
+KV_HEADS, COPIES, DIM = 8, 4, 128
+"""Heads of keys, heads of queries to each, and channels: attention as Llama 3.1 8B has it."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,23 @@ def float16(product: Product, outputs: int) -> Work:
 def vectors(product: Product, outputs: int) -> int:
     """Bytes of the activations and of the results."""
     return product.batch * (product.columns + outputs) * FLOAT16_BYTES
+
+
+def attention(bits: int, context: int) -> Work:
+    """One query of `KV_HEADS` heads of keys and `COPIES` times as many of queries, in one layer.
+
+    A mask and a shift take two codes out, one subtraction centres both. 16 bits are floats.
+    """
+    codes = 2 * KV_HEADS * DIM * context
+    nbytes = KV_HEADS * context * token_bytes(bits)
+    operations = 2 * codes * FEWEST_ROWS
+    pairs = 0 if bits == UNQUANTIZED else codes / 2
+    return Work(nbytes, 2 * pairs, pairs, operations)
+
+
+def token_bytes(bits: int) -> int:
+    """Bytes of the keys and values of one token and head."""
+    return 2 * packed_bytes(DIM, min(bits, 8)) * (FLOAT16_BYTES if bits == UNQUANTIZED else 1)
 
 
 def seconds(work: Work, gpu: Gpu) -> float:

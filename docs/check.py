@@ -5,7 +5,7 @@
 * YAML blocks are plans that quantine accepts.
 * Lines that start with ``quantine`` parse with the real command line; lines that start with
   ``make`` name a target of the Makefile.
-* docs/results.md is what benchmarks/results.py writes.
+* docs/results.md is what benchmarks/results.py writes, docs/families.md what docs/families.py does.
 * README.md stays short: 250 lines of at most 120 characters.
 """
 
@@ -28,8 +28,8 @@ from quantine.cli import build_parser
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "CHANGELOG.md", "docs/*.md", "benchmarks/*.md")
 RUN = ROOT / "docs" / "format.md"
-RESULTS = ROOT / "docs" / "results.md"
-RESULTS_SCRIPT = ROOT / "benchmarks" / "results.py"
+WRITTEN = {"docs/results.md": "benchmarks/results.py", "docs/families.md": "docs/families.py"}
+"""Pages that scripts write, with the script, whose function ``page`` returns the text."""
 MOST_LINES, LONGEST_LINE = 250, 120
 """Of README.md."""
 
@@ -50,8 +50,10 @@ def main() -> int:
         for language, code in found:
             checks = _block(page, language, code)
             problems += [f"{page.relative_to(ROOT)}: {problem}" for problem in checks]
-    if RESULTS.read_text(encoding="utf-8") != runpy.run_path(str(RESULTS_SCRIPT))["page"]():
-        problems.append(f"{RESULTS.relative_to(ROOT)} is not what {RESULTS_SCRIPT.name} writes")
+    for name, script in WRITTEN.items():
+        written = runpy.run_path(str(ROOT / script))["page"]()
+        if (ROOT / name).read_text(encoding="utf-8") != written:
+            problems.append(f"{name} is not what {script} writes")
     problems += _too_long(ROOT / "README.md")
     for problem in problems:
         sys.stderr.write(f"{problem}\n")

@@ -65,14 +65,16 @@ def packed(
 ) -> Callable[[str, str], Path]:
     """A quantized tiny model by name and kind, made at first use.
 
-    Kinds: ``gptq`` (3 bit), ``rtn`` (4 bit), and ``mixed`` (every matrix another width and grid,
-    some with a stored input order). All compute in exact arithmetic.
+    Kinds: ``gptq`` (3 bit), ``rtn`` (4 bit), a scheme such as ``W4A8``, and ``mixed`` (every matrix
+    another width and grid, some with a stored input order). All compute in exact arithmetic.
     """
     root = tmp_path_factory.mktemp("packed")
 
     def plan(name: str, kind: str) -> Plan:
         if kind == "gptq":
             return Plan.preset("gptq", bits=3, group_size=32, arithmetic="exact")
+        if kind.startswith("W"):
+            return Plan.scheme(kind, arithmetic="exact")
         if kind == "rtn":
             return Plan.preset("rtn", bits=4, group_size=32, arithmetic="exact")
         rules = mixed_rules(matrices_of(tiny(name)), groups="refit", clip="minmax")

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from quantine.core import device as device_module
 from quantine.kernels import backend, bits
 from quantine.kernels.kv_attention import packing
 
@@ -38,6 +39,8 @@ _FILLING: Final = (
 """Of these, PyTorch itself would make an empty tensor first, and let another function resize it."""
 CROSSING: Final = frozenset({torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default})
 """What moves values between devices."""
+_REFUSED: Final[set[torch.dtype]] = set()
+"""Dtypes that the device does not have."""
 
 
 class StrayTensor(RuntimeError):
@@ -124,12 +127,26 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return tensors[0]
 
     def wrapped(inner: Tensor) -> Tensor:
+        if inner.dtype in _REFUSED:
+            raise StrayTensor(f"{func} made a tensor of {inner.dtype} on the other device")
         # What was written to in place is returned as the tensor that it was.
         known = others.get(id(inner))
         assert known is None or known.shape == inner.shape, f"{func} resized a tensor"
         return OtherTensor(inner) if known is None else known
 
     return tree_map_only(Tensor, wrapped, result)
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """The device computes no float64 meanwhile, as Apple's GPUs do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device_module, "has_float64", lambda device: device.type != NAME)
+        _REFUSED.add(torch.float64)
+        try:
+            yield
+        finally:
+            _REFUSED.clear()
 
 
 def _is_other(device: Any) -> bool:

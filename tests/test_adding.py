@@ -133,7 +133,7 @@ sys.path.insert(0, "tests")
 import torch
 import quantine
 from quantine.eval.entropy import entropy
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import build, tiny_config, logits_of, with_weights
 
 model = build(tiny_config("stablelm"), {str(tmp_path / "model")!r})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -147,6 +148,31 @@ def test_resume_through_the_command_line(
     assert "finished already" in capsys.readouterr().err
     assert cli.main([*(str(part) for part in command), "--resume", "--seed", "1"]) == 2
     assert "another calibration tokens" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="auto would choose the GPU")
+def test_memory_of_a_gpu_is_planned_without_one(
+    tiny: Tiny, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = [tiny("llama"), "--method", "rtn", "--bits", "4", "--group-size", "32"]
+    request += ["--calibration", text_file, "--samples", "2", "--seqlen", "16"]
+    gpu = [*request, "--device", "cuda", "--max-vram"]
+    path = tmp_path / "plan.json"
+    succeed("plan", *gpu, "24G", "--json", path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of at most 24.00 GB" in shown
+    assert "no such device is here, so this is arithmetic alone" in shown
+    predicted = json.loads(path.read_text())["predicted"]
+    assert 0 < predicted["device_memory_bytes"] < predicted["device_limit_bytes"] == 24 * 10**9
+    assert cli.main([str(part) for part in ("plan", *gpu, "0.01")]) == 2
+    assert "takes at least 0.07 GB on cuda" in capsys.readouterr().err
+    assert (
+        cli.main([str(part) for part in ("quantize", *gpu[:1], tmp_path / "out", *gpu[1:], "8")])
+        == 2
+    )
+    assert "there is no device 'cuda' here" in capsys.readouterr().err
+    succeed("quantize", request[0], tmp_path / "out", *request[1:])
+    assert "device auto: cpu" in capsys.readouterr().err
 
 
 def test_how_windows_and_segments_begin_is_said_everywhere(

@@ -25,8 +25,8 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("kernels", "statistics"),
     ("activations", "calibrate", "formats", "methods"),
     ("budget", "plan", "rptq", "runtime", "tuning"),
-    ("eval", "run"),
-    ("comparison", "report"),
+    ("engines", "eval", "run"),
+    ("comparison", "report", "survey"),
     ("commands",),
     ("cli",),
 )
@@ -50,13 +50,17 @@ TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py", "runtime/kv_cache.py")
 TRANSFORMERS_INSIDE: Final = (
     "activations/attention.py",
     "calibrate/backward.py",
+    "calibrate/block_loader.py",
     "calibrate/sequential.py",
     "calibrate/skeleton.py",
     "eval/",
+    "families/__init__.py",
+    "families/derivation/",
     "run/job.py",
     "run/prepare.py",
     "runtime/",
     "source/",
+    "survey/",
     "tuning/student.py",
 )
 

@@ -61,7 +61,7 @@ QUANTINE_INLINE void whole_scales(const Lanes& low, const Lanes& high, const Fit
     scale.at[r] = (larger(high.at[r], 0.0f) - smaller(low.at[r], 0.0f)) / top;
 }
 
-// How many of its widths a range may lie from zero: quantine.kernels.fit.reference._farthest.
+// How many of its widths a range may lie from zero: quantine.kernels.fit.reference.farthest_of.
 QUANTINE_INLINE float farthest_range(const FitRequest& f) {
   if (f.clip == Clip::kMinMax) return 64.0f;
   return static_cast<float>(std::exp2(std::min(f.scale_bits, f.zero_bits) / 2.0));

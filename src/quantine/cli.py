@@ -15,6 +15,8 @@ from quantine import __version__
 from quantine.commands import (
     comparison,
     evaluation,
+    exchange,
+    families,
     generation,
     inspection,
     memory,
@@ -102,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         report,
         generation,
         inspection,
+        exchange,
         memory,
+        families,
         timing,
     ):
         command.add(verbs)

@@ -9,6 +9,7 @@ QuantineError
 ├── FormatError         packed bytes are not what docs/format.md says, or cannot hold a tensor
 ├── OutputError         the output directory is not ours to write, or the disk is full
 │   └── ResumeMismatch  an unfinished run was started with other inputs
+├── DeviceMemoryError   a device, or what of it may be used, is too small for the run
 └── BackendUnavailable  a kernel or device was asked for that does not exist here
 """
 
@@ -79,6 +80,10 @@ class OutputError(QuantineError):
 
 class ResumeMismatch(OutputError):
     """The unfinished run in the output directory was started with other inputs."""
+
+
+class DeviceMemoryError(QuantineError):
+    """The memory of a device, or what of it may be used, is too small for the run."""
 
 
 class BackendUnavailable(QuantineError):

@@ -11,12 +11,12 @@ from quantine.activations.grids import FEEDBACK, REACH, StaticGrid
 from quantine.activations.install import rebuild_block, rounding_points
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.core.activation_spec import ActivationSpec
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.layers import block_list
 from tiny_models import WIDTH, random_model, tiny_config
 
 PATH = "model.layers.0"
-FAMILY = family_of("llama")
+FAMILY = described_family("llama")
 SPEC = ActivationSpec(norm=8, attention=8, hidden=8, query=8, key=8, value=8, softmax=8)
 
 

@@ -14,7 +14,7 @@ from quantine.activations.install import add_sites
 from quantine.activations.modules import PermutedNorm
 from quantine.activations.reorder import reorder
 from quantine.core.activation_spec import REORDERS, ActivationSpec
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.family import Family, Link
 from quantine.families.heads import Heads
 from quantine.families.layers import block_list, is_transposed
@@ -25,13 +25,15 @@ LINKED = [
     for name in FAMILIES
     if all(
         getattr(tiny_config(name), field) == value
-        for field, value in family_of(tiny_config(name).model_type).links_need
+        for field, value in described_family(tiny_config(name).model_type).links_need
     )
-    and family_of(tiny_config(name).model_type).links
+    and described_family(tiny_config(name).model_type).links
 ]
-ROUNDED = [name for name in LINKED if family_of(tiny_config(name).model_type).attention]
+ROUNDED = [name for name in LINKED if described_family(tiny_config(name).model_type).attention]
 CASES = [
-    (name, link.kind) for name in LINKED for link in family_of(tiny_config(name).model_type).links
+    (name, link.kind)
+    for name in LINKED
+    for link in described_family(tiny_config(name).model_type).links
 ]
 TOKENS = torch.randint(VOCAB, (2, 24), generator=torch.Generator().manual_seed(5))
 
@@ -76,7 +78,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_all_reorders_together_change_no_logit(name: str) -> None:
     model = random_model(tiny_config(name))
     expected = logits_of(model)
-    family = family_of(model.config.model_type)
+    family = described_family(model.config.model_type)
     for link in family.links:
         rewrite(model, family, link, Heads.of(model.config, family))
     assert any(isinstance(module, PermutedNorm) for module in model.modules())
@@ -87,7 +89,7 @@ def test_all_reorders_together_change_no_logit(name: str) -> None:
 def test_half_a_reorder_changes_logits(name: str, kind: str) -> None:
     model = random_model(tiny_config(name))
     expected = logits_of(model)
-    family = family_of(model.config.model_type)
+    family = described_family(model.config.model_type)
     link = next(one for one in family.links if one.kind == kind)
     if link.fold == "attention":
         return  # nothing moves
@@ -104,7 +106,7 @@ def test_half_a_reorder_changes_logits(name: str, kind: str) -> None:
 def test_the_registered_attention_is_the_models_own(name: str) -> None:
     model = random_model(tiny_config(name))
     expected = logits_of(model)
-    family = family_of(model.config.model_type)
+    family = described_family(model.config.model_type)
     for block in block_list(model, family):
         add_sites(block, family, ActivationSpec())
     register()
@@ -114,7 +116,7 @@ def test_the_registered_attention_is_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", LINKED)
 def test_families_name_every_reorder_once(name: str) -> None:
-    family = family_of(tiny_config(name).model_type)
+    family = described_family(tiny_config(name).model_type)
     assert tuple(link.kind for link in family.links) == REORDERS
     assert all(
         link.consumers for link in family.links if link.fold != "attention" and not link.per_head

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from quantine import Calibration, Plan, quantize
 from quantine.budget.allocation import choose
 from quantine.budget.probe import Budgeted, Options, probe
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.core.spec import QuantSpec
 from quantine.methods.spqr import SAMPLED_RUNS, SpQR, sampled_rows
 from quantine.run.prepare import prepare
@@ -68,15 +69,17 @@ def test_a_probe_ranks_more_bits_above_fewer(
     checkpoint = job.checkpoint()
     budgeted = [Budgeted(d.layer, d.choices) for d in job.scheme_layers()]
     notes: list[str] = []
-    table = probe(
-        job.calibration_setup(checkpoint, resumes=True),
-        budgeted,
-        job.observed,
-        partial(job.read, checkpoint),
-        tmp_path,
-        0,
-        notes.append,
-    )
+    with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
+        table = probe(
+            job.calibration_setup(checkpoint, resumes=True),
+            loader,
+            budgeted,
+            job.observed,
+            partial(job.read, checkpoint),
+            tmp_path,
+            0,
+            notes.append,
+        )
     assert notes == ["probing block 1/2", "probing block 2/2"]
     assert set(table) == {d.layer.name for d in job.scheme_layers()}
     for found in table.values():

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from quantine import Calibration, Plan
 from quantine.calibrate.backward import backward, draw, replace_by_gradients
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
 from quantine.families.layers import block_list
@@ -30,26 +31,27 @@ def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
     checkpoint = job.checkpoint()
     setup = job.calibration_setup(checkpoint)
     sequential = Sequential(setup)
+    loader = BlockLoader(job.model, job.family, checkpoint, job.device)
     inputs = []
     blocks = range(len(block_list(job.model, job.family)))
     for index in blocks:
-        sequential.load(index)
+        loader.load(index)
         kept = HiddenStates(len(sequential.hidden), scratch / str(index))
         for batch in range(len(sequential.hidden)):
             kept[batch] = sequential.hidden[batch]
         inputs.append(kept)
         sequential.advance(index)
-        sequential.release(index)
+        loader.release(index)
 
     replace_by_gradients(setup, partial(job.read, checkpoint), sequential.hidden, SEED)
     found = {}
     for index in reversed(blocks):
-        sequential.load(index)
+        loader.load(index)
         layers = [decision.layer for decision in job.block_schemes(index)]
         seen = backward(sequential, index, layers, inputs[index], sequential.hidden)
         assert {squares.tokens for squares in seen.values()} == {job.segments.numel()}
         found.update({name: squares.mean() for name, squares in seen.items()})
-        sequential.release(index)
+        loader.release(index)
     return found
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine import Calibration, Plan, PlanError
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.share import Share
 from quantine.run.prepare import prepare
@@ -51,7 +52,8 @@ def test_statistics_of_shares_merge_to_those_of_the_whole(
     def seen(share: Share) -> tuple[list[Hessian], dict[str, ChannelRanges]]:
         part = replace(job, share=share)
         sequential = Sequential(part.calibration_setup(part.checkpoint()))
-        sequential.load(0)
+        with BlockLoader(job.model, job.family, part.checkpoint(), job.device) as loader:
+            loader.load(0)
         layers = [job.observed(0, group) for group in job.block_groups(0)]
         return sequential.observe(0, layers), sequential.ranges(0, paths)
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from ambient_states import STATES, coarse_products, default_device, default_dtype
-from quantine.core.ambient import own_state, without_autocast
+from quantine.core.ambient import WORKSPACE, own_state, repeatable, without_autocast
+from quantine.core.device import CPU
 
 
 def observed() -> dict[str, object]:
@@ -79,3 +83,55 @@ def test_autocast_is_left_out_for_one_device_only_where_it_is_on() -> None:
         assert (x @ x).dtype == torch.bfloat16
     with without_autocast(x.device):
         assert (x @ x).dtype == torch.float32
+
+
+def settings() -> dict[str, Any]:
+    """What decides whether PyTorch sums in the same order every time."""
+    products = torch.backends.cuda.matmul
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warns": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "fills": torch.utils.deterministic.fill_uninitialized_memory,
+        "benchmark": torch.backends.cudnn.benchmark,
+        "short sums": products.allow_bf16_reduced_precision_reduction,
+        "shorter sums": products.allow_fp16_reduced_precision_reduction,
+        "workspace": os.environ.get(WORKSPACE[0]),
+    }
+
+
+def test_on_a_gpu_settings_that_let_sums_differ_hold_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv(WORKSPACE[0], raising=False)
+    before = settings()
+    with repeatable(torch.device("cuda")):
+        assert settings() == {
+            "deterministic": True,
+            "warns": False,
+            "fills": False,
+            "benchmark": False,
+            "short sums": False,
+            "shorter sums": False,
+            "workspace": WORKSPACE[1],
+        }
+    assert settings() == before
+
+
+def test_what_a_caller_has_set_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE[0], ":16:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = settings()
+        with repeatable(torch.device("cuda")):
+            assert settings()["workspace"] == ":16:8"
+            assert not settings()["warns"]
+        assert settings() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_cpu_sums_alike_without_settings() -> None:
+    before = settings()
+    with repeatable(CPU):
+        assert settings() == before

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import quantine
-from other_device import NAME, OtherDevice, no_extension, untouched_extension
+from other_device import (
+    NAME,
+    OtherDevice,
+    StrayTensor,
+    no_extension,
+    untouched_extension,
+    without_float64,
+)
 from quantine import Calibration, Plan, quantize
 from quantine.errors import BackendUnavailable
 from quantine.eval.evaluate import evaluate
@@ -22,7 +29,8 @@ from quantine.runtime.decoder import decoder_for
 from quantine.runtime.generate import stream
 from quantine.runtime.kv_cache import packed_cache
 from quantine.runtime.load import load_model
-from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 from tiny_models import logits_of, some_tokens
 
@@ -223,3 +231,20 @@ def test_moving_a_model_changes_no_packed_dtype(packed: Packed) -> None:
     with there():
         model.to(NAME)
     assert {name: tensor.dtype for name, tensor in model.named_buffers()} == before
+
+
+def test_a_device_without_float64_loads_continues_and_evaluates(
+    packed: Packed, tiny: Tiny, text_file: Path
+) -> None:
+    out = packed("llama", "rtn")
+    options: dict[str, Any] = {"window": 32, "limit": 2, "reference": tiny("llama")}
+    with no_extension():
+        expected = evaluate(out, str(text_file), **options)["texts"]["text.txt"]
+        text, _ = continued(out, "cpu")
+    with there(), without_float64():
+        with pytest.raises(StrayTensor, match="float64"):
+            torch.ones(2).to(NAME).double()
+        found = evaluate(out, str(text_file), **options, device=NAME)["texts"]["text.txt"]
+        assert continued(out, NAME)[0] == text
+    for name in ("perplexity", "kl", "top1"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-4), name

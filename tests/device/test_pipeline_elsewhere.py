@@ -11,9 +11,20 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from other_device import NAME, OtherDevice, no_extension, untouched_extension
+from other_device import (
+    NAME,
+    OtherDevice,
+    OtherTensor,
+    no_extension,
+    untouched_extension,
+    without_float64,
+)
 from quantine import Calibration, Plan, quantize
+from quantine.core.device import has_float64
+from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
+from quantine.run.working_set import Residence, working_set
 from tiny_models import stored_tensors
 
 Tiny = Callable[[str], Path]
@@ -36,6 +47,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "spqr": lambda: Plan.preset("spqr", bits=3, group_size=16),
     "adadim": lambda: Plan.from_dict(BOTH_AXES),
     "W4A4KV": lambda: Plan.scheme("W4A4KV"),
+    "budget": lambda: Plan.budget(3.5).with_head(8),
 }
 
 
@@ -46,6 +58,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
         ("llama", "spqr"),
         ("llama", "adadim"),
         ("llama", "W4A4KV"),
+        pytest.param("llama", "budget", marks=pytest.mark.slow),
         ("opt", "gptq"),
     ],
 )
@@ -58,7 +71,7 @@ def test_a_run_there_writes_what_references_write_here(
     # The CPU has attention of its own, which rounds otherwise.
     with no_extension(), sdpa_kernel(SDPBackend.MATH):
         quantize(tiny(model), tmp_path / "here", plan, short)
-    with OtherDevice(), untouched_extension():
+    with OtherDevice(), untouched_extension(), without_float64():
         quantize(tiny(model), tmp_path / "there", plan, short, device=NAME)
     here, there = stored_tensors(tmp_path / "here"), stored_tensors(tmp_path / "there")
     assert list(here) == list(there)
@@ -73,14 +86,17 @@ def layers_of(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
-def test_a_run_there_can_be_resumed(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq", pytest.param("W4A4KV", marks=pytest.mark.slow)])
+def test_a_run_there_can_be_resumed(name: str, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
     def stop(*_: Any) -> Any:
         raise Stopped
 
-    plan = PLANS["gptq"]()
+    plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
+    if plan.activations is not None:
+        pytest.importorskip("sklearn")
     with OtherDevice(), untouched_extension():
         quantize(tiny("llama"), tmp_path / "whole", plan, short, device=NAME)
         with pytest.MonkeyPatch.context() as patch:
@@ -90,3 +106,68 @@ def test_a_run_there_can_be_resumed(tiny: Tiny, short: Calibration, tmp_path: Pa
         quantize(tiny("llama"), tmp_path / "cut", plan, short, device=NAME, resume=True)
     whole, cut = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize("device", ["cpu", NAME])
+def test_two_runs_write_the_same_bytes(
+    device: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    with OtherDevice():
+        first, second = (
+            quantize(tiny("llama"), tmp_path / name, PLANS["gptq"](), short, device=device).path
+            for name in ("first", "second")
+        )
+    files = sorted(first.glob("*.safetensors"))
+    assert files
+    assert all(file.read_bytes() == (second / file.name).read_bytes() for file in files)
+    report = json.loads((first / "quantine_report.json").read_text())
+    assert report["device"]["device"].partition(":")[0] == device
+    assert report["identity"].get("device") == (
+        None if device == "cpu" else report["device"]["device"]
+    )
+
+
+def test_where_hidden_states_are_does_not_matter(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    """With little memory on the device they are in that of the CPU, or on disk."""
+    plan = PLANS["gptq"]()
+    job = prepare(tiny("llama"), plan, short, NAME)
+    least = (working_set(job, Residence("disk", False)) + WORKSPACE) / 1e9
+    assert estimate(job, max_vram=least).residence == Residence("memory", False)
+    assert estimate(job, 0, least).residence == Residence("disk", False)
+    with OtherDevice():
+        plenty = quantize(tiny("llama"), tmp_path / "plenty", plan, short, device=NAME).path
+        for max_ram in (None, 0):
+            out = tmp_path / str(max_ram)
+            quantize(tiny("llama"), out, plan, short, max_ram=max_ram, max_vram=least, device=NAME)
+            here, there = stored_tensors(plenty), stored_tensors(out)
+            assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+@pytest.mark.parametrize("name", ["adadim", pytest.param("W4A4KV", marks=pytest.mark.slow)])
+def test_a_device_without_float64_gives_what_others_give(
+    name: str, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Apple's GPUs: whatever needs float64 is computed on the CPU."""
+    plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
+    if plan.activations is not None:
+        pytest.importorskip("sklearn")
+    with OtherDevice():
+        quantize(tiny("llama"), tmp_path / "with", plan, short, device=NAME)
+        plain = OtherTensor.__new__
+
+        def refusing(cls: type[OtherTensor], inner: torch.Tensor) -> OtherTensor:
+            if inner.dtype == torch.float64:
+                raise TypeError("the device has no float64")
+            return plain(cls, inner)
+
+        monkeypatch.setattr(OtherTensor, "__new__", staticmethod(refusing))
+        has_float64.cache_clear()
+        try:
+            quantize(tiny("llama"), tmp_path / "without", plan, short, device=NAME)
+        finally:
+            has_float64.cache_clear()
+    one, other = stored_tensors(tmp_path / "with"), stored_tensors(tmp_path / "without")
+    assert all(torch.equal(one[tensor], other[tensor]) for tensor in one)
+    assert layers_of(tmp_path / "with") == layers_of(tmp_path / "without")

@@ -15,7 +15,7 @@ import quantine
 from quantine.core.arithmetic import ARITHMETICS
 from quantine.formats.inventory import inventory
 from quantine.kernels.matrix import FEW_ROWS
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import FAMILIES, bits_equal, logits_of, some_tokens
 
 Tiny = Callable[[str], Path]

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import quantine
-from quantine.runtime.modules import QuantLinear, packed_modules
+from quantine.runtime.modules import QuantLinear
+from quantine.runtime.packed import packed_modules
 from tiny_models import (
     FAMILIES,
     bits_equal,

@@ -14,7 +14,7 @@ import quantine
 from quantine import Calibration, Plan
 from quantine.formats.inventory import inventory
 from quantine.run.store import RunStore
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import FAMILIES, bits_equal, logits_of, matrices_of, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]

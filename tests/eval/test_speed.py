@@ -7,12 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from quantine import Calibration, Plan, quantize
+from other_device import NAME, OtherDevice
+from quantine import Calibration, Plan, load, quantize
 from quantine.cli import main
+from quantine.core.device import CPU
 from quantine.errors import BackendUnavailable, PlanError
-from quantine.eval import speed
+from quantine.eval import device_speed, speed
 from quantine.kernels import backend
+from quantine.kernels.matrix import product
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+from quantine.report.tables.console import make_console
+from quantine.report.tables.speeds import print_speeds
+from quantine.runtime.packed import packed_modules
 
 Packed = Callable[[str, str], Path]
 
@@ -83,3 +92,61 @@ def test_refusals(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "native", lambda: None)
     with pytest.raises(BackendUnavailable, match="nothing to time"):
         speed.measure(out)
+
+
+def test_a_device_that_is_not_there_is_refused_by_name(
+    packed: Packed, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", str(packed("llama", "rtn")), "--device", "nosuch"]) != 0
+    assert "no device 'nosuch' here" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_cuda_is_refused_where_there_is_none(packed: Packed) -> None:
+    with pytest.raises(BackendUnavailable, match="no device 'cuda' here"):
+        speed.measure(packed("llama", "rtn"), device="cuda")
+
+
+def test_another_device_is_timed_with_what_it_has(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_speed, "COPIED", 2**16)
+    with OtherDevice():
+        found = speed.measure(
+            packed("llama", "rtn"), device=NAME, against="bfloat16", contexts=(4,), runs=2
+        )
+    assert found["device"] == f"{NAME}:0"
+    assert found["read"]["median"] > 0
+    assert found["kernels"] == []  # no programs for it
+    assert {row["name"] for row in found["text"]} == {"modules", "transformers bfloat16"}
+    print_speeds(found, make_console(quiet=True))
+
+
+def test_products_of_a_gpu_go_through_more_than_its_cache(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    model, _ = load(packed("llama", "rtn"))
+    modules = [module for _, module in packed_modules(model)][:1]
+    nbytes = device_speed.device_bytes(modules[0].matrix())
+    monkeypatch.setattr(device_speed, "CACHED", 3 * nbytes)
+    multiplied = []
+
+    def look(matrix: UnitMatrix, x: Tensor, arithmetic: str) -> Tensor:
+        multiplied.append(matrix)
+        return product(matrix, x, "exact")
+
+    monkeypatch.setattr(device_speed, "product", look)
+    assert device_speed.product_speed(modules, CPU, lambda work: work() or 1e-3) == pytest.approx(
+        3 * nbytes / 1e6
+    )
+    places = {matrix.words.data_ptr() for matrix in multiplied}
+    assert len(multiplied) == len(places) == 3
+    assert all(torch.equal(matrix.words, multiplied[0].words) for matrix in multiplied)
+
+
+def test_a_copy_counts_what_is_read_and_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_speed, "COPIED", 2**16)
+    assert device_speed.copy_speed(CPU, lambda work: 1e-3) == pytest.approx(2 * 2**16 / 1e6)
+    assert device_speed.launched_seconds(CPU)(lambda: None) >= 0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantine.errors import FamilyError
-from quantine.families import FAMILIES, family_of
+from quantine.families import FAMILIES, described_family
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list, find_layers
 
@@ -27,7 +27,7 @@ def test_no_model_type_and_no_name_is_claimed_twice() -> None:
 def test_a_family_is_found_by_each_of_its_model_types(family: Family) -> None:
     assert family.model_types
     for model_type in family.model_types:
-        assert family_of(model_type) is family
+        assert described_family(model_type) is family
 
 
 @each
@@ -60,9 +60,9 @@ def test_transformers_knows_every_model_type(family: Family) -> None:
 @pytest.mark.parametrize("model_type", ["mixtral", "mamba", "", "Llama"])
 def test_other_model_types_are_refused_with_the_list(model_type: str) -> None:
     with pytest.raises(FamilyError) as refused:
-        family_of(model_type)
+        described_family(model_type)
     message = str(refused.value)
-    assert f"model type {model_type!r} is not supported" in message
+    assert f"model type {model_type!r} is not described" in message
     assert all(kind in message for family in FAMILIES for kind in family.model_types)
 
 

@@ -13,7 +13,7 @@ from fuzz import values
 from fuzz.campaign import Target
 from quantine import Plan
 from quantine.calibrate.skeleton import skeleton
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.layers import find_layers
 from quantine.plan.presets import PRESETS
 from tiny_models import tiny_config
@@ -65,7 +65,7 @@ def attempt(random: Random, root: Path, place: Path) -> None:
 def _use(file: Path) -> None:
     plan = Plan.from_file(file)
     config = tiny_config("llama", intermediate_size=128)
-    plan.resolve(find_layers(skeleton(config), family_of(config.model_type)))
+    plan.resolve(find_layers(skeleton(config), described_family(config.model_type)))
     Plan.from_dict(json.loads(json.dumps(plan.as_dict())))
 
 

@@ -9,6 +9,8 @@ from typing import Any, Final
 from torch import Tensor
 
 DEVICE: Final = "cuda" if os.environ["TRITON_INTERPRET"] == "0" else "cpu"
+EXAMPLES: Final = 60 if DEVICE == "cpu" else 12
+"""Random examples of a test in which each is another program: a GPU has to compile them."""
 
 
 def moved(value: Any, device: str = DEVICE) -> Any:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from quantine.kernels.matrix.units.unit_matrix import unit_matrix
+from quantine.runtime.generate import ModuleDecoder
+from quantine.runtime.graph_decoder import StaticDecoder
+from quantine.runtime.packed import packed_modules
+
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+gpu_tokens: Any = importlib.import_module("gpu_tokens")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
@@ -22,21 +31,36 @@ def test_without_a_gpu_it_says_what_it_would_do() -> None:
     )
     assert "There is no GPU here" in found.stdout
     assert "gpu-NAME.json" in found.stdout
+    for part in ("tests", "matrices", "integer products", "attention", "8B", "rtn, gptq, spqr"):
+        assert part in found.stdout
 
 
 def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
     code = (
-        "import dataclasses, torch, gpu\n"
-        "for kind in gpu.KINDS:\n"
-        "    part = gpu.qtensor_of(dataclasses.replace(kind, columns=128))\n"
-        "    whole = gpu.repeated(part, 3)\n"
+        "import dataclasses, torch, gpu_products\n"
+        "for kind in gpu_products.KINDS:\n"
+        "    part = gpu_products.qtensor_of(dataclasses.replace(kind, columns=128))\n"
+        "    whole = gpu_products.repeated(part, 3)\n"
         "    assert torch.equal(whole.dequantize(), part.dequantize().repeat(3, 1))\n"
     )
     run(code)
 
 
 def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
-    run("import gpu_page\nassert gpu_page.predictions() in gpu_page.PAGE.read_text()\n")
+    run(
+        "import gpu_page\n"
+        "page = gpu_page.PAGE.read_text()\n"
+        "assert gpu_page.predictions() in page\n"
+        "assert gpu_page.attentions() in page\n"
+    )
+
+
+def test_the_page_has_the_memory_that_plans_predict() -> None:
+    run(
+        "import gpu_page, gpu_plans\n"
+        "text = gpu_page.table(gpu_plans.head(), gpu_plans.rows())\n"
+        "assert text in gpu_page.PAGE.read_text()\n"
+    )
 
 
 def test_what_was_measured_becomes_a_table() -> None:
@@ -44,12 +68,95 @@ def test_what_was_measured_becomes_a_table() -> None:
         "import gpu_page\n"
         "row = dict(kind='4 bits', outputs=4096, microseconds=4.6, float16_microseconds=13.2,\n"
         "           times_float16=2.87, gigabytes_per_second=1900.0)\n"
-        "text = gpu_page.measured(dict(device='a card', torch='2.13', products=[row]))\n"
+        "attended = row | dict(context=32768)\n"
+        "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended])\n"
+        "text = gpu_page.measured(outcome)\n"
         "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
+        "assert '| 32768 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
     )
 
 
-def run(code: str) -> None:
+def test_quantizing_is_timed_and_compared_with_the_cpu(tmp_path: Path) -> None:
+    # Little sizes, and the CPU in the place of a GPU, so both must find the same.
+    code = (
+        "from pathlib import Path\n"
+        "import gpu_quantizing as quantizing\n"
+        "from quantine import Calibration\n"
+        "shape, calibration = quantizing.Shape(64, 128, 4, 2), Calibration(samples=2, seqlen=32)\n"
+        "rows = quantizing.solved_matrices(shape, 'cpu', 200, 16)\n"
+        "assert len(rows) == 12\n"
+        "assert all(0 < row['error'] == row['error_of_cpu'] < 0.02 for row in rows)\n"
+        "scratch = [Path(name) for name in ('one', 'other')]\n"
+        "for path in scratch: path.mkdir()\n"
+        "rows = quantizing.solved_block(shape, 'cpu', calibration, scratch[0])\n"
+        "assert all(len(row['seconds_of_layers']) == 7 for row in rows)\n"
+        "rows = quantizing.solved_model('one/block', 'cpu', calibration, 32, scratch[1])\n"
+        "assert [row['method'] for row in rows] == ['rtn', 'gptq', 'spqr']\n"
+        "assert all(row['perplexity'] == row['perplexity_of_cpu'] for row in rows)\n"
+    )
+    run(code, tmp_path)
+
+
+def test_the_documentation_has_the_predicted_tables() -> None:
+    found = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "gpu_predictions.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()
+    rows = [line for line in found.stdout.splitlines() if line.startswith("|")]
+    assert sum("fits of groups" in row for row in rows) == 2
+    assert all(row in page for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", *gpu_tokens.KINDS])
+def test_models_of_any_shape_decode_by_the_step_that_is_recorded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, few in {"PROMPT": 5, "TOKENS": 2, "RUNS": 2}.items():
+        monkeypatch.setattr(gpu_tokens, name, few)
+    torch.manual_seed(0)
+    shape = gpu_tokens.Shape(128, 256, 1, 4, 2, 50)
+    model = gpu_tokens.model_of(shape, gpu_tokens.KINDS.get(kind), "cpu")
+    packed = [module for _, module in packed_modules(model)]
+    assert len(packed) == (0 if kind == "bfloat16" else 7)
+    made = []
+
+    def make(model: Any, room: int) -> StaticDecoder:
+        made.append(StaticDecoder(model, room, lambda step: step))
+        return made[0]
+
+    assert gpu_tokens.speed_of(model, make) > 0
+    assert made[0].position == made[0].capacity == 7
+    assert all(unit_matrix(module.qtensor()) is not None for module in packed)
+    tokens = torch.arange(5) % 97 + 3
+    made[0].reset()
+    expected = ModuleDecoder(model).append(tokens)
+    assert bool(expected.isfinite().all())
+    torch.testing.assert_close(made[0].append(tokens), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
+    run(
+        "import json, pathlib, gpu\n"
+        "def fail(): raise RuntimeError('no such program')\n"
+        "asked = {'one': ('say one', lambda: [1]), 'two': ('fail', fail),\n"
+        "         'three': ('say three', lambda: {'a': 3})}\n"
+        "path = pathlib.Path('found.json')\n"
+        "assert not gpu.carried_out(asked, {'device': 'a card'}, path)\n"
+        "found = json.loads(path.read_text())\n"
+        "assert set(found.pop('seconds')) == set(asked)\n"
+        "assert found == {'device': 'a card', 'one': [1], 'two': 'failed: no such program',\n"
+        "                 'three': {'a': 3}}\n"
+        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n"
+        "assert not gpu.carried_out({'one': asked['one']}, {}, path, limit=0)\n"
+        "assert 'left out' in json.loads(path.read_text())['one']\n",
+        tmp_path,
+    )
+
+
+def run(code: str, directory: Path | None = None) -> None:
     """Run ``code`` beside the benchmarks, in a process where Triton compiles."""
     surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], env=surroundings, check=True)
+    subprocess.run([sys.executable, "-c", code], env=surroundings, check=True, cwd=directory)

@@ -30,6 +30,8 @@ from quantine.kernels.gram.reference import add_gram_reference
 from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.integer.reference import multiply_reference as multiply_codes
 from quantine.kernels.integer.token_factors import factors, steepness
+from quantine.kernels.integer.units.gridded_matrix import gridded_matrix
+from quantine.kernels.integer.units.inputs import Norm, round_reference
 from quantine.kernels.kv_attention import attend
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import (
@@ -266,16 +268,34 @@ def test_products(kind: str, arithmetic: Arithmetic) -> None:
     check_same(lambda q, x: multiply_reference(q, x, arithmetic), made[kind](), inputs_of(5))
 
 
-@pytest.mark.parametrize("rounds", ["static", "token", "reach"])
-@pytest.mark.parametrize("kind", QTENSORS)
-def test_products_of_codes(kind: str, rounds: str) -> None:
-    qtensor = QTENSORS[kind]()
+def grid_of(qtensor: QTensor, rounds: str) -> InputGrid:
+    """A grid of the inputs of ``qtensor``."""
     groups = len(qtensor.grid.lengths(INPUTS))
     scale = torch.rand(groups, generator=generator(8)) * 0.02 + 0.01
     zero = torch.randint(90, 160, (groups,), generator=generator(9)).float()
     reach = torch.tensor([0.85]) if rounds == "reach" else None
-    grid = InputGrid(8) if rounds == "token" else InputGrid(8, scale, zero, reach)
-    check_same(multiply_codes, qtensor, grid, inputs_of(6))
+    return InputGrid(8) if rounds == "token" else InputGrid(8, scale, zero, reach)
+
+
+@pytest.mark.parametrize("rounds", ["static", "token", "reach"])
+@pytest.mark.parametrize("kind", QTENSORS)
+def test_products_of_codes(kind: str, rounds: str) -> None:
+    qtensor = QTENSORS[kind]()
+    check_same(multiply_codes, qtensor, grid_of(qtensor, rounds), inputs_of(6))
+
+
+@pytest.mark.parametrize("rounds", ["static", "token", "reach"])
+@pytest.mark.parametrize("kind", QTENSORS)
+def test_matrices_and_inputs_as_gpus_multiply_their_codes(kind: str, rounds: str) -> None:
+    def arranged(q: QTensor, grid: InputGrid, norm: Norm, x: Tensor) -> tuple[Any, Any]:
+        matrix = gridded_matrix(q, grid)
+        assert matrix is not None
+        return matrix, round_reference(x, matrix.inputs.after(norm), in_quads=True)
+
+    qtensor = QTENSORS[kind]()
+    order = torch.randperm(INPUTS, generator=generator(4))
+    norm = Norm(spread_of(INPUTS), spread_of(INPUTS), 1e-5, True, order)
+    check_same(arranged, qtensor, grid_of(qtensor, rounds), norm, inputs_of(6))
 
 
 def test_grids_of_channels_as_groups_meet_them() -> None:

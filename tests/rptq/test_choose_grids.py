@@ -11,7 +11,7 @@ import torch
 from quantine.activations.grids import StaticGrid
 from quantine.activations.install import ATTENDED, RoundingPoint, rounding_points
 from quantine.core.activation_spec import ActivationSpec
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.layers import block_list
 from quantine.plan.shorthand import parse_shorthand
 from quantine.rptq.choose_grids import REACHES, Candidates
@@ -19,7 +19,7 @@ from quantine.rptq.reordering import Heads, Reordering
 from quantine.statistics.channel_ranges import ChannelRanges
 from tiny_models import random_model, tiny_config
 
-LLAMA = family_of("llama")
+LLAMA = described_family("llama")
 PLACES = {place.site: place for place in rounding_points(LLAMA)}
 
 

@@ -18,7 +18,7 @@ from quantine.kernels import backend
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.decoder_model import arguments_for
 from quantine.runtime.generate import continue_tokens
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import FAMILIES, VOCAB, WIDTH, logits_of, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]

@@ -10,9 +10,11 @@ import torch
 
 from quantine import load
 from quantine.kernels import backend
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.matrix import TILED_ROWS
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.modules import QuantLinear
+from quantine.runtime.packed import packed_modules
 from tiny_models import logits_of, some_tokens
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -43,3 +45,20 @@ def test_very_many_rows_meet_a_decoded_matrix(
     x = torch.randn(TILED_ROWS + 1, module.in_features, generator=torch.Generator().manual_seed(1))
     expected = x @ module.dequantize().T
     assert float((module.product(x) - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("plan", ["W4A8", "W4A4"])
+def test_rounded_activations_meet_codes(
+    packed: Packed, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    model, _ = load(packed("llama", plan), arithmetic="exact")
+    tokens = some_tokens(5)
+    expected = logits_of(model, tokens)
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    model, _ = load(packed("llama", plan))
+    found = logits_of(model, tokens)
+    rounded = [m for _, m in packed_modules(model) if isinstance(m, QuantLinear) and m.inputs]
+    assert rounded
+    assert all(isinstance(module.input_grid(), GriddedMatrix) for module in rounded)
+    assert float((found - expected).abs().max()) <= 2e-2 * float(expected.abs().max())

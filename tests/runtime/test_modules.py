@@ -15,7 +15,8 @@ from quantine.formats import format_named
 from quantine.kernels.integer import levels
 from quantine.kernels.integer.cpu import SCALAR
 from quantine.methods.rtn import RTN
-from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead, packed_modules
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import packed_modules
 from tiny_models import LEVELS, bits_equal
 
 OUT, IN = 20, 48

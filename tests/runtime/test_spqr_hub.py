@@ -20,7 +20,8 @@ from quantine.formats import FORMATS
 from quantine.formats.foreign.spqr.layout import SPEC
 from quantine.formats.inventory import inventory
 from quantine.run.quantize import quantize
-from quantine.runtime.modules import QuantLinear, packed_modules
+from quantine.runtime.modules import QuantLinear
+from quantine.runtime.packed import packed_modules
 from samples import FAITHFUL, correlated_inputs, observed
 from tiny_models import (
     build,

@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 from torch import Tensor
 
 from quantine.calibrate.backward import backward, replace_by_gradients
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
 from quantine.core.process_memory import return_freed_memory
@@ -97,6 +98,7 @@ def probe_segments(samples: int, seqlen: int) -> int:
 
 def probe(
     setup: CalibrationSetup,
+    loader: BlockLoader,
     budgeted: Sequence[Budgeted],
     observed: Callable[[int, int], Layer],
     read: Callable[[str], Tensor],
@@ -108,6 +110,7 @@ def probe(
 
     Args:
         setup: the calibration segments, of which the first are used, and the model.
+        loader: gives the blocks their weights.
         budgeted: the layers with their choices, in running order.
         observed: returns, for a block and a group number, a layer that reads the group's input.
         read: reads the float tensor that the model calls by a name.
@@ -128,28 +131,29 @@ def probe(
     inside = [[one for one in budgeted if one.layer.block == index] for index in blocks]
     inputs: list[HiddenStates] = []
     predicted: dict[str, list[_Prediction]] = {}
+    last = len(blocks) - 1
     for index in blocks:
         note(f"probing block {index + 1}/{len(blocks)}")
-        sequential.load(index)
+        loader.load(index, then=min(index + 1, last))
         inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
         for group in sorted({one.layer.group or 0 for one in inside[index]}):
             hessian = sequential.observe_next(index, observed(index, group))
             members = [one for one in inside[index] if one.layer.group == group]
             predicted.update(_predict_group(members, read, hessian))
         sequential.advance(index)
-        sequential.release(index)
+        loader.release(index)
         return_freed_memory()
     gradients = sequential.hidden
     replace_by_gradients(own, read, gradients, seed)
     table: dict[str, Options] = {}
     for index in reversed(blocks):
-        sequential.load(index)
+        loader.load(index, then=index - 1 if index else None)
         layers = [one.layer for one in inside[index]]
         squares = backward(sequential, index, layers, inputs[index], gradients)
         for name, seen in squares.items():
             mean = seen.mean()
             table[name] = [prediction.option(mean) for prediction in predicted[name]]
-        sequential.release(index)
+        loader.release(index)
         return_freed_memory()
     return table
 

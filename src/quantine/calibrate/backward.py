@@ -17,9 +17,10 @@ from torch import Tensor
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
-from quantine.calibrate.skeleton import StandIn, drop_weights, set_tensor
+from quantine.calibrate.skeleton import drop_weights, set_tensor
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
+from quantine.families.stand_in import StandIn
 from quantine.statistics.gradients import SquaredGradients
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def replace_by_gradients(
         value = read(name).to(setup.device)
         rounds = setup.bfloat16 and value.ndim >= 2
         set_tensor(model, name, value.bfloat16() if rounds else value.float())
-    generator = torch.Generator(setup.device).manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for batch in range(len(hidden)):
         with setup.autocast():
             hidden[batch] = _gradients(model, setup.family, hidden[batch], generator)
@@ -80,7 +81,8 @@ def _gradient(
         logits = model(input_ids=ids, use_cache=False, output_attentions=False).logits[0]
     # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
     probabilities = logits.detach().float().softmax(-1)
-    drawn = draw(probabilities, generator)
+    # Drawn on the CPU: GPUs do not sum floats along a row in the same order every time.
+    drawn = draw(probabilities.cpu(), generator).to(probabilities.device)
     probabilities.scatter_add_(1, drawn, probabilities.new_full(drawn.shape, -1.0))
     logits.backward(probabilities.to(logits.dtype))
     assert leaf.grad is not None
@@ -114,7 +116,7 @@ def _replayed(model: PreTrainedModel, family: Family, hidden: Tensor) -> Iterato
     originals = list(blocks)
     try:
         for index, block in enumerate(originals):
-            blocks[index] = StandIn(block, family.returns_tuple, hidden)
+            blocks[index] = StandIn(block, family.outputs, hidden)
         yield
     finally:
         for index, block in enumerate(originals):

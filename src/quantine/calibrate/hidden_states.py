@@ -18,14 +18,19 @@ class HiddenStates:
         batches: number of batches.
         directory: directory that holds each batch in a file, made if missing; ``None`` keeps
             batches in memory.
-        device: device that batches are put on when they are read from files.
+        device: device that batches are put on when they are read.
+        kept_on: device of batches that are kept in memory; ``None`` leaves them where they are.
     """
 
     def __init__(
-        self, batches: int, directory: Path | None, device: torch.device | str = "cpu"
+        self,
+        batches: int,
+        directory: Path | None,
+        device: torch.device | str = "cpu",
+        kept_on: torch.device | None = None,
     ) -> None:
         self._kept: list[Tensor | None] = [None] * batches
-        self._directory, self._device = directory, device
+        self._directory, self._device, self._kept_on = directory, device, kept_on
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -40,13 +45,13 @@ class HiddenStates:
         kept = self._kept[index]
         if kept is None:
             raise IndexError(f"batch {index} has not been stored")
-        return kept
+        return kept if self._kept_on is None else kept.to(self._device)
 
     def __setitem__(self, index: int, hidden: Tensor) -> None:
         if self._directory is not None:
             np.save(self._file(index), hidden.cpu().numpy(), allow_pickle=False)
         else:
-            self._kept[index] = hidden
+            self._kept[index] = hidden if self._kept_on is None else hidden.to(self._kept_on)
 
     def _file(self, index: int) -> Path:
         assert self._directory is not None

@@ -15,12 +15,19 @@ from torch import Tensor, nn
 
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
-from quantine.calibrate.skeleton import StandIn, drop_weights, materialize, set_tensor
+from quantine.calibrate.skeleton import (
+    drop_weights,
+    fill,
+    make_buffers,
+    set_tensor,
+    weight_names,
+)
 from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
+from quantine.families.stand_in import StandIn
 from quantine.kernels.gram import add_gram
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
@@ -37,15 +44,13 @@ TOKENS_PER_BATCH: Final = 2048
 """Largest number of tokens that go through a block at once, unless one segment is longer."""
 
 
-def batch_samples(samples: int, seqlen: int) -> int:
+def batch_samples(samples: int, seqlen: int, batch_tokens: int = TOKENS_PER_BATCH) -> int:
     """Number of segments in a batch, of ``samples`` segments of ``seqlen`` tokens.
 
-    The largest divisor of ``samples`` that keeps a batch within `TOKENS_PER_BATCH` tokens; at
-    least 1.
+    The largest divisor of ``samples`` that keeps a batch within ``batch_tokens`` tokens; at least
+    1.
     """
-    fitting = [
-        n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= TOKENS_PER_BATCH
-    ]
+    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= batch_tokens]
     return max(fitting, default=1)
 
 
@@ -68,6 +73,10 @@ class CalibrationSetup:
             running the block again from its start; takes a few times the memory of the hidden
             states.
         device: device of blocks and hidden states while they are worked on.
+        kept_on: device of the hidden states between two blocks, where they are in memory; ``None``
+            is ``device``.
+        batch_tokens: largest number of tokens that go through a block at once, unless one segment
+            is longer.
     """
 
     model: PreTrainedModel
@@ -79,6 +88,8 @@ class CalibrationSetup:
     bfloat16: bool = False
     resumes: bool = False
     device: torch.device = CPU
+    kept_on: torch.device | None = None
+    batch_tokens: int = TOKENS_PER_BATCH
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.
@@ -91,8 +102,9 @@ class CalibrationSetup:
 class Sequential:
     """Runs calibration segments through a model, block by block.
 
-    It holds the hidden states that enter the current block. Each block in turn is loaded,
-    observed, quantized by the caller, and passed by `advance` before it is released.
+    It holds the hidden states that enter the current block. Each block in turn gets its weights
+    (see `quantine.calibrate.block_loader`), is observed, quantized by the caller, and passed by
+    `advance` before it is released.
 
     Args:
         setup: model, weights and segments.
@@ -102,9 +114,10 @@ class Sequential:
         self._setup = setup
         self._family = setup.family
         self._blocks = block_list(setup.model, setup.family)
-        size = batch_samples(*setup.segments.shape)
+        samples, seqlen = setup.segments.shape
+        size = batch_samples(samples, seqlen, setup.batch_tokens)
         batches = setup.segments.to(setup.device).split(size)
-        self._hidden = HiddenStates(len(batches), setup.spill, setup.device)
+        self._hidden = HiddenStates(len(batches), setup.spill, setup.device, setup.kept_on)
         self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -114,17 +127,6 @@ class Sequential:
     def setup(self) -> CalibrationSetup:
         """Model, weights and segments, and how they are computed with."""
         return self._setup
-
-    def load(self, index: int) -> nn.Module:
-        """Read the float32 weights of block ``index`` and return the block."""
-        setup, block = self._setup, self._blocks[index]
-        path = f"{self._family.blocks}.{index}"
-        materialize(setup.model, block, path, setup.checkpoint, setup.device)
-        return block
-
-    def release(self, index: int) -> None:
-        """Drop the weights of block ``index`` and free their memory."""
-        self._blocks[index].to("meta")
 
     @torch.no_grad()
     def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
@@ -292,7 +294,7 @@ class Sequential:
         args, kwargs = self._calls[index]
         with self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
 
     @torch.no_grad()
@@ -315,11 +317,13 @@ class Sequential:
         setup = self._setup
         base, prefix = setup.model.base_model, setup.model.base_model_prefix
         inside = f"{self._family.blocks}."
-        materialize(setup.model, base, prefix, setup.checkpoint, setup.device, skip=inside)
+        make_buffers(setup.model, base, setup.device)
+        names = weight_names(base, prefix, skip=inside)
+        fill(setup.model, setup.checkpoint.read(names), setup.device)
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
-        recorders = [StandIn(block, self._family.returns_tuple) for block in blocks]
+        recorders = [StandIn(block, self._family.outputs) for block in blocks]
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder

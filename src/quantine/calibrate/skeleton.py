@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-    from quantine.source.checkpoint import Checkpoint
 
 
 def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
@@ -34,63 +32,8 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
     return model
 
 
-class StandIn(nn.Module):
-    """Takes the place of a decoder block: records the call, and returns hidden states unchanged.
-
-    Args:
-        block: the block, whose attributes the model still finds here.
-        returns_tuple: whether to return ``(hidden,)`` instead of the hidden states alone, as the
-            block does.
-        replay: hidden states to return instead of those that enter.
-
-    Attributes:
-        args, kwargs: the other arguments of the last call.
-    """
-
-    def __init__(self, block: nn.Module, returns_tuple: bool, replay: Tensor | None = None) -> None:
-        super().__init__()
-        self._stand_in_for = [block]
-        self._replay = [replay]
-        self._returns_tuple = returns_tuple
-        self._entered: list[Tensor] = []
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_stand_in_for"][0], name)
-
-    def entered(self) -> Tensor:
-        """The hidden states that entered in the last call, ``[batch, tokens, width]``."""
-        return self._entered[0]
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
-        """Record the arguments, and return ``hidden`` or what is replayed instead."""
-        self._entered, self.args, self.kwargs = [hidden], args, kwargs
-        hidden = hidden if self._replay[0] is None else self._replay[0]
-        return (hidden,) if self._returns_tuple else hidden
-
-
-def materialize(
-    model: PreTrainedModel,
-    module: nn.Module,
-    path: str,
-    checkpoint: Checkpoint,
-    device: torch.device | str = "cpu",
-    skip: str = "-",
-) -> None:
-    """Read the weights of a part of a model, as float32, and compute its buffers.
-
-    Args:
-        model: the model.
-        module: the part of it that gets weights.
-        path: path of ``module`` in ``model``.
-        checkpoint: the files that weights are read from.
-        device: device that the tensors are put on.
-        skip: prefix of the full names that are left without weights; no name has the default.
-    """
+def make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
+    """Compute the buffers of a part of a model that have no values yet, on ``device``."""
     for child in module.modules():
         missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
         for name in missing:
@@ -99,10 +42,35 @@ def materialize(
             # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed
             # by the architecture's own initializer, as transformers does when it loads a model.
             model._init_weights(child)
-    names = [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
-    for name, tensor in checkpoint.read(names).items():
-        value = tensor.float() if tensor.is_floating_point() else tensor
-        set_tensor(model, name, value.to(device))
+
+
+def weight_names(module: nn.Module, path: str, skip: str = "-") -> list[str]:
+    """Full names of the tensors of a part of a model that files hold.
+
+    Args:
+        module: the part of the model.
+        path: path of ``module`` in the model.
+        skip: prefix of the names that are left out; no name has the default.
+    """
+    return [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
+
+
+def fill(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Give a model the weights ``tensors``, as float32.
+
+    Args:
+        model: the model.
+        tensors: by full name, in the dtypes in which files store them. They are taken out one after
+            another, so that little is in memory twice.
+        device: device that the weights are put on.
+    """
+    for name in list(tensors):
+        stored = tensors.pop(name)
+        if stored.dtype == torch.float64:
+            stored = stored.float()  # not every device has float64
+        # What leaves page-locked memory need not be waited for.
+        value = stored.to(device, non_blocking=device.type == "cuda")
+        set_tensor(model, name, value.float() if value.is_floating_point() else value)
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:

@@ -78,7 +78,7 @@ class SubmoduleOutputs:
         with self._setup.autocast():
             for args, kwargs in self._calls[path]:
                 output = self._modules[path](*args, **kwargs)
-                results.append(output[0] if isinstance(output, tuple) else output)
+                results.append(output[0] if isinstance(output, tuple | list) else output)
         return results
 
     def _recorder(self, path: str) -> Callable[[nn.Module, Any, Any], None]:

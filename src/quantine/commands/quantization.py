@@ -49,10 +49,17 @@ def _add_plan(verbs: Any) -> None:
         "Show what quantize would do, and what it would take, without loading weights.",
         "  quantine plan demo --method gptq --bits 3\n"
         "  quantine plan ./Llama-3.2-1B --plan plan.yaml --layers\n"
-        "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json",
+        "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json\n"
+        "  quantine plan demo --method gptq --bits 4 --target gguf",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_request(parser)
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="refuse what cannot be exported without loss to gguf, gptq, compressed-tensors, spqr, "
+        "float, or (as compressed-tensors) vllm",
+    )
     parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
 
@@ -127,6 +134,17 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="activations kept in memory before they go to disk; default a quarter of the memory",
     )
+    parser.add_argument(
+        "--max-vram",
+        type=gigabytes,
+        metavar="GB",
+        help="most memory of a GPU, such as 8G; default nine tenths of what is free there",
+    )
+
+
+def gigabytes(text: str) -> float:
+    """The number of GB in ``text``, such as ``8G``, ``8GB`` or ``8``."""
+    return float(text.upper().removesuffix("B").removesuffix("G"))
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
@@ -144,6 +162,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
             calibration,
             resume=arguments.resume,
             max_ram=arguments.max_ram,
+            max_vram=arguments.max_vram,
             progress=shown,
             device=arguments.device,
         )
@@ -161,13 +180,20 @@ def _quantize(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     check_writable(arguments.json)
+    from quantine.formats.imported import second_rounding
+    from quantine.plan.targets import check_target
     from quantine.report.tables.plan import plan_as_json, print_plan
     from quantine.run.estimate import estimate
     from quantine.run.prepare import prepare
 
     plan, calibration = _request(arguments)
-    job = prepare(arguments.model, plan, calibration, arguments.device)
-    size = estimate(job, arguments.max_ram)
+    job = prepare(arguments.model, plan, calibration, arguments.device, planned=True)
+    if arguments.target is not None:
+        check_target(arguments.target, job.decisions, job.plan.activations, job.config, job.model)
+    size = estimate(job, arguments.max_ram, arguments.max_vram)
+    rounded = second_rounding(job.source)
+    if rounded is not None:
+        print(f"note: {rounded}")
     print_plan(job, size, arguments.layers)
     write_json_output(arguments.json, plan_as_json(job, size))
 

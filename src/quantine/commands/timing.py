@@ -18,7 +18,8 @@ def add(verbs: Any) -> None:
         "bench",
         _run,
         "Time a quantized directory on this machine: matrices, prompts and tokens.",
-        "  quantine bench out\n  quantine bench out --against bfloat16 --json speed.json",
+        "  quantine bench out\n  quantine bench out --against bfloat16 --json speed.json\n"
+        "  quantine bench out --device cuda --against bfloat16",
     )
     parser.add_argument("directory", metavar="OUT", type=Path, help="a quantized directory")
     parser.add_argument(
@@ -33,6 +34,12 @@ def add(verbs: Any) -> None:
         default=[128, 2048],
         metavar="N",
         help="tokens before those that are decoded; default 128 and 2048",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="what is timed: cpu (default), cuda or another of PyTorch's devices",
     )
     parser.add_argument("--runs", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON")
@@ -51,6 +58,7 @@ def _run(arguments: argparse.Namespace) -> None:
         against=arguments.against,
         contexts=tuple(arguments.context),
         runs=arguments.runs,
+        device=arguments.device,
         on_step=lambda step: (
             print(f"timing {step}", file=sys.stderr) if console.is_terminal else None
         ),

@@ -34,8 +34,8 @@ from quantine.eval.evaluate import (
 )
 from quantine.eval.perplexity import Score, Windows
 from quantine.eval.predictions import Predictions
-from quantine.eval.speed import decode_speed
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
+from quantine.eval.text_speed import decode_speed
 from quantine.formats.directory import read_json, write_json, writing
 from quantine.plan.plan import Plan
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock

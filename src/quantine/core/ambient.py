@@ -7,6 +7,7 @@ not depend on them: functions that others call set them, and put back what was t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final
@@ -20,6 +21,8 @@ CASTING: Final = ("cpu", "cuda", "xpu", "mps")
 """Types of devices whose products autocast may round."""
 EXACT: Final = "ieee"
 """PyTorch's name for products of float32 that are computed in float32."""
+WORKSPACE: Final = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+"""Environment variable, and a value of it, with which cuBLAS sums in the same order every time."""
 UNSET: Final = "none"
 """Its name for a precision that nobody has set, and so is `EXACT`."""
 
@@ -51,6 +54,43 @@ def own_state() -> Iterator[None]:
             if precision not in {EXACT, UNSET}:
                 stack.callback(setattr, products, "fp32_precision", precision)
                 products.fp32_precision = EXACT
+        yield
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """A context in which ``device`` sums floats in the same order every time.
+
+    The results are then those of every run on such a device with such libraries. What PyTorch
+    cannot compute so is an error there. The CPU needs nothing: its order depends on the number of
+    threads alone.
+    """
+    if device.type == CPU.type:
+        yield
+        return
+    with ExitStack() as stack:
+        strict = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        stack.callback(torch.use_deterministic_algorithms, strict, warn_only=warns)
+        torch.use_deterministic_algorithms(True)
+        # Else PyTorch would fill every new tensor, though all are written before they are read.
+        settings: list[tuple[Any, str, bool]] = [
+            (torch.utils.deterministic, "fill_uninitialized_memory", False)
+        ]
+        if device.type == "cuda":
+            products = torch.backends.cuda.matmul
+            settings += [
+                (torch.backends.cudnn, "benchmark", False),
+                (products, "allow_bf16_reduced_precision_reduction", False),
+                (products, "allow_fp16_reduced_precision_reduction", False),
+            ]
+            name, value = WORKSPACE
+            if name not in os.environ:
+                stack.callback(os.environ.pop, name, None)
+                os.environ[name] = value
+        for owner, key, wanted in settings:
+            stack.callback(setattr, owner, key, getattr(owner, key))
+            setattr(owner, key, wanted)
         yield
 
 

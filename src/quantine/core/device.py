@@ -1,10 +1,13 @@
-"""Look up a PyTorch device by name, with an error that says what to do if it is missing."""
+"""PyTorch's devices: by name, and what decides how they compute."""
 
 from __future__ import annotations
 
-from typing import Final
+import functools
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from quantine.errors import BackendUnavailable
 
@@ -33,3 +36,70 @@ def device_named(name: str | torch.device) -> torch.device:
     if device.type == "meta":
         raise BackendUnavailable("device 'meta' holds no values to compute with: use cpu")
     return device
+
+
+def device_to_plan(name: str | torch.device) -> torch.device:
+    """The device that PyTorch calls ``name``, which need not be there; or that of `AUTO`.
+
+    Raises:
+        BackendUnavailable: PyTorch knows no such device, or it holds no values.
+    """
+    if name == AUTO:
+        return device_named(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackendUnavailable(
+            f"PyTorch knows no device {str(name)!r}: use cpu, or cuda"
+        ) from error
+    return device_named(device) if device.type in {CPU.type, "meta"} else device
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has ``device``."""
+    try:
+        device_named(device)
+    except BackendUnavailable:
+        return False
+    return True
+
+
+def device_facts(device: torch.device) -> dict[str, str]:
+    """What decides how ``device`` sums floats, PyTorch's version apart, by what it describes."""
+    if device.type == CPU.type:
+        return {"device": str(device)}
+    module: Any = torch.get_device_module(device)
+    named = getattr(module, "get_device_name", None)
+    facts = {"device": str(device)} if named is None else {"device": named(device)}
+    if device.type == "cuda":
+        facts["CUDA version"] = str(torch.version.cuda or torch.version.hip)
+        try:
+            facts["triton version"] = version("triton")
+        except PackageNotFoundError:
+            facts["triton version"] = "none"
+    return facts
+
+
+def described(device: torch.device) -> str:
+    """Name of ``device`` for users: PyTorch's, and that of its maker where it has one."""
+    name = device_facts(device)["device"]
+    return name if name == str(device) else f"{device} ({name})"
+
+
+def for_float64(tensor: Tensor) -> Tensor:
+    """``tensor`` where float64 can be computed: on its device, or on the CPU if that has none.
+
+    What needs float64 is computed in it whatever the device, never in float32 instead: some devices
+    (``mps``) have no float64.
+    """
+    return tensor if has_float64(tensor.device) else tensor.cpu()
+
+
+@functools.cache
+def has_float64(device: torch.device) -> bool:
+    """Whether ``device`` computes in float64, found by trying it."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).add_(1)
+    except (RuntimeError, TypeError):
+        return False
+    return True

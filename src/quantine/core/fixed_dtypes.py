@@ -43,5 +43,8 @@ def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What ``fn`` makes of ``tensor``, in the dtype of ``tensor``."""
     # A cast leaves integers alone but a move does not, so a float is moved as an integer.
     word = WORDS.get(tensor.element_size()) if tensor.is_floating_point() else None
-    bits = fn(tensor if word is None else tensor.view(word))
+    given = tensor if word is None else tensor.view(word)
+    bits = fn(given)
+    if bits is given:
+        return tensor
     return bits.view(tensor.dtype) if bits.dtype != tensor.dtype else bits

@@ -31,7 +31,7 @@ from quantine.eval.perplexity import (
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import TaskRequest, Tasks, TaskScore, compare_tasks
 from quantine.runtime.load import load_model
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quantine.calibrate.skeleton import skeleton
 from quantine.core.activation_spec import FINE_BITS, REORDERS, UNQUANTIZED, ActivationSpec
-from quantine.errors import PlanError
+from quantine.errors import FamilyError, PlanError
 from quantine.eval.memory import ELEMENT_BYTES, cache_bytes, head_dim
 from quantine.families import family_of
 from quantine.families.layers import find_layers
@@ -31,6 +31,8 @@ OPT: Final[dict[str, tuple[int, int, int]]] = {
     "opt-175b": (96, 12288, 96),
 }
 """Models known by name, as ``(blocks, width, heads)``, so that nothing has to be downloaded."""
+GROUPS: Final = 4
+"""Number of groups of matrices in blocks of attention and an MLP."""
 SCHEMES: Final = ("W16A16", "W4A16", "W4A8", "W4A4", "W4A4KV", "W4A3KV", "W3A3KV")
 """Schemes that are computed by default; `quantine.plan.shorthand.parse_shorthand` explains them."""
 
@@ -150,9 +152,14 @@ class _Sizes:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> _Sizes:
-        model, family = skeleton(config), family_of(config.model_type)
+        model, family = skeleton(config), family_of(config)
         layers = [layer for layer in find_layers(model, family) if layer.role == "block"]
         first = [layer for layer in layers if layer.block == 0]
+        if len(family.groups_in(0)) != GROUPS:
+            raise FamilyError(
+                f"the memory of {config.model_type} models cannot be computed: their blocks do not "
+                "consist of attention and an MLP of one hidden layer"
+            )
         inputs = {layer.group: layer.in_features for layer in first}
         outputs = [sum(x.out_features for x in first if x.group == group) for group in inputs]
         whole = sum(parameter.numel() for parameter in model.parameters())

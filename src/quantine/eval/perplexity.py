@@ -19,6 +19,7 @@ from torch import Tensor
 from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.text import read_text
 from quantine.calibrate.token_stream import token_stream
+from quantine.core.device import for_float64
 from quantine.errors import CalibrationError, ending
 from quantine.eval.interval import mean_with_error
 from quantine.source.model_source import ModelSource
@@ -166,7 +167,8 @@ def predict(model: PreTrainedModel, tokens: Tensor, context: int = 1) -> Predict
     for start in range(0, len(targets), ROWS_AT_ONCE):
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = logits[rows].float().log_softmax(-1)
-        loss -= float(log_p.gather(1, targets[rows].unsqueeze(1)).sum(dtype=torch.float64))
+        of_targets = log_p.gather(1, targets[rows].unsqueeze(1))
+        loss -= float(for_float64(of_targets).sum(dtype=torch.float64))
     return Prediction(logits, logits.argmax(-1), loss)
 
 
@@ -204,7 +206,7 @@ def divergence(model: Prediction, reference: Prediction) -> float:
         rows = slice(start, start + ROWS_AT_ONCE)
         log_p = model.logits[rows].float().log_softmax(-1)
         log_r = reference.logits[rows].to(device).float().log_softmax(-1)
-        kl += float((log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
+        kl += float(for_float64(log_r.exp() * (log_r - log_p)).sum(dtype=torch.float64))
     return kl
 
 

@@ -13,7 +13,7 @@ from quantine.core.ambient import own_state
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.generate import continue_tokens
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,6 +29,6 @@ BLOOM = Family(
     ),
     links_need=(("apply_residual_connection_post_layernorm", False),),
     attention="",
-    returns_tuple=True,
+    outputs=2,
 )
 """The family of BLOOM models; their activations cannot be quantized."""

@@ -13,7 +13,7 @@ FALCON = Family(
         ("mlp.dense_4h_to_h",),
     ),
     embedding="transformer.word_embeddings",
-    returns_tuple=True,
+    outputs=2,
 )
 """The family of Falcon models; no reorders are known for them, so their activations cannot be
 quantized."""

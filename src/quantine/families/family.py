@@ -53,12 +53,18 @@ class Family:
             `groups_in`, since blocks of one model may differ.
         embedding: path of the token embedding.
         head: path of the output head.
-        returns_tuple: whether blocks return ``(hidden, ...)`` instead of the hidden states alone.
+        outputs: number of values in the tuples or lists that blocks return, of which hidden states
+            are the first; 0 where they return hidden states alone.
         links: the reorders that leave a block's function unchanged; empty where they are not known.
         links_need: fields of ``config.json`` with the values without which ``links`` are wrong.
         attention: path, inside a block, of the module that transformers hands to attention
             functions. Empty where activations cannot be quantized, because it hands none or support
             is missing.
+        block_groups: the groups of every block where blocks differ; else empty.
+        kept: parameters of two or more dimensions inside of blocks that stay in 16 bit, as pairs
+            of the path inside the block and why.
+        fixed: the embedding or the head, where it cannot be quantized, as pairs of its path and why
+            not.
     """
 
     name: str
@@ -67,11 +73,14 @@ class Family:
     groups: tuple[tuple[str, ...], ...]
     embedding: str
     head: str = "lm_head"
-    returns_tuple: bool = False
+    outputs: int = 0
     links: tuple[Link, ...] = ()
     links_need: tuple[tuple[str, object], ...] = ()
     attention: str = "self_attn"
+    block_groups: tuple[tuple[tuple[str, ...], ...], ...] = ()
+    kept: tuple[tuple[str, str], ...] = ()
+    fixed: tuple[tuple[str, str], ...] = ()
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
         """The groups of block number ``block``, in the form of the attribute ``groups``."""
-        return self.groups
+        return self.block_groups[block] if self.block_groups else self.groups

@@ -175,9 +175,10 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
     prefix = f"{family.blocks}.{index}"
     modules = dict(block.named_modules())
     covered = {path for group in family.groups_in(index) for path in group}
+    kept = {path for path, _ in family.kept}
     for path, parameter in block.named_parameters():
         owner = path.rpartition(".")[0]
-        if parameter.ndim >= 2 and owner not in covered:
+        if parameter.ndim >= 2 and owner not in covered and path not in kept:
             kind = type(modules[owner]).__name__
             raise FamilyError(
                 f"{prefix}.{path} {tuple(parameter.shape)} in a {kind} is not covered by family "
@@ -193,6 +194,23 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
             out_features, in_features = matrix_shape(modules[path], name)
             transposed = is_transposed(modules[path])
             yield Layer(name, out_features, in_features, "block", index, group, transposed)
+
+
+def embedding_scale(module: nn.Embedding) -> float | None:
+    """The factor on the rows that ``module`` looks up; ``None`` if it is not known."""
+    if type(module).forward is nn.Embedding.forward:
+        return 1.0
+    for name in ("scalar_embed_scale", "embed_scale"):
+        scale = getattr(module, name, None)
+        if isinstance(scale, int | float):
+            return float(scale)
+    return None
+
+
+def are_tied(model: nn.Module, embedding: str, head: str) -> bool:
+    """Whether the modules at two paths have one and the same weight."""
+    pair = model.get_submodule(embedding), model.get_submodule(head)
+    return getattr(pair[0], "weight", None) is getattr(pair[1], "weight", pair)
 
 
 def is_transposed(module: nn.Module) -> bool:

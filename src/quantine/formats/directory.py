@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from quantine.errors import OutputError, cut
+from quantine.errors import OutputError, cut, ending
 from quantine.formats.shards import write_atomically
 
 RUN_DIRECTORY: Final = ".quantine"
@@ -17,6 +19,22 @@ REPORT: Final = "quantine_report.json"
 """The file that says what was done to each layer; a run writes it last."""
 MAPS: Final = "quantine_maps.safetensors"
 """Sensitivity of weights and clusters of channels, for pictures; not a weight file."""
+COPIED: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+"""Names of the source's files that are copied: they describe its tokenizer and generation
+settings."""
 
 
 def is_finished(out: Path) -> bool:
@@ -55,6 +73,30 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}: mend that, or choose another "
             "place"
         ) from error
+
+
+@contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A context that fills the directory it gives, which becomes ``out`` if all goes well.
+
+    Args:
+        out: new, or an empty directory.
+
+    Raises:
+        OutputError: ``out`` is taken, or the system refuses to write.
+    """
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
+        raise OutputError(f"{ending(out)} is there already: choose another output path")
+    with writing(out):
+        parent = out.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{out.name[:40]}-"))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            temporary.replace(out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,6 +1,7 @@
 """A finished directory: what it says of itself, its matrices, and packing them once more.
 
-Nothing else is needed for that: no run, no calibration, and not transformers.
+Nothing else is needed for that: no run, no calibration, and transformers only where nobody has
+described the architecture.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 from quantine.core.arithmetic import UNSTATED
 from quantine.core.qtensor import QTensor
 from quantine.errors import FormatError
-from quantine.families import family_of
+from quantine.families import described_family, family_of, is_described
+from quantine.families.family import Family
 from quantine.formats import format_named
 from quantine.formats.described import described, kept_linears, packed_entries, read_config
 from quantine.formats.description import Description
@@ -24,7 +26,16 @@ from quantine.formats.headers import entries_of
 from quantine.formats.repack import check_repackable, repack
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.source.checkpoint import Checkpoint
+from quantine.source.model_source import ModelSource
 from quantine.source.weight_files import weight_files
+
+
+def _family(path: Path, config: Mapping[str, Any]) -> Family:
+    """The architecture of the model in ``path``, whose ``config.json`` holds ``config``."""
+    kind = config.get("model_type", "")
+    if is_described(kind):
+        return described_family(kind)
+    return family_of(ModelSource(str(path), path).config())
 
 
 class FinishedDirectory:
@@ -60,7 +71,7 @@ class FinishedDirectory:
         self.files = weight_files(path)
         entries = entries_of(self.files)
         self._checkpoint = Checkpoint(path)
-        self._family = family_of(config.get("model_type", ""))
+        self._family = _family(path, config)
         self._packed = {
             name: packed_entries(name, found["schemes"][layer["scheme"]], layer["shape"], entries)
             for name, layer in found["layers"].items()

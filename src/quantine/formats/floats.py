@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.errors import FormatError
 
 SHARE: Final = 2.0**-11
@@ -69,7 +70,9 @@ def _squares(stored: Tensor | None, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of squares of rows and of columns: of ``tensor``, or of what ``stored`` lacks of it."""
     matrix = tensor.reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
     other = None if stored is None else stored.reshape(matrix.shape)
-    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=tensor.device)
+    matrix = for_float64(matrix)
+    other = None if other is None else for_float64(other)
+    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
     for start in range(0, len(matrix), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         values = matrix[part].double()

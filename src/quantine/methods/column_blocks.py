@@ -10,6 +10,7 @@ from quantine.core.grid import Grid
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.kernels.columns import round_block
 from quantine.kernels.columns.columns import Columns
 
 
@@ -35,6 +36,24 @@ def blocks(count: int, length: int, block_size: int) -> Iterator[tuple[int, int]
         yield from (
             (start, min(start + block_size, end)) for start in range(group, end, block_size)
         )
+
+
+def round_columns(columns: Columns, length: int, block_size: int) -> None:
+    """Round all columns, block after block.
+
+    Args:
+        columns: the matrix, of which no column is rounded yet.
+        length: number of columns per group that is fitted in the loop; 1 where none is.
+        block_size: number of columns per lazy update.
+
+    Raises:
+        SolverError: a scale or a zero point does not fit into float16.
+    """
+    for start, stop in blocks(len(columns.weights), length, block_size):
+        round_block(columns, start, stop)
+        feed_back(columns, start, stop)
+    if columns.at_reach is not None:
+        columns.at_reach.fitted.check()
 
 
 def feed_back(columns: Columns, start: int, stop: int) -> None:

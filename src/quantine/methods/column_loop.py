@@ -21,12 +21,11 @@ from quantine.core.permute import input_order, inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
 from quantine.errors import PlanError, SolverError, shown
-from quantine.kernels.columns import round_block
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.fit import fit_rows
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
-from quantine.methods.column_blocks import blocks, feed_back, result
+from quantine.methods.column_blocks import result, round_columns
 from quantine.methods.output_groups import solve_output_groups
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import InverseFactor
@@ -124,7 +123,7 @@ class ColumnLoop:
             values = grid.scales().T.contiguous(), grid.zeros().T.contiguous()
             groups = _groups_of(spec, order)
             columns = Columns.of(weight, factor.upper, order, grid.bits, values, groups, cost.price)
-            self._round(columns, length=1)
+            round_columns(columns, 1, self.block_size)
             return result(columns, grid, inverse(order), None)
         count = len(order) // length
         fitted = FittedGroups.empty(count, len(weight), length, spec, weight.device)
@@ -138,17 +137,11 @@ class ColumnLoop:
             cost.price,
             AtReach(fitted, spread, cost),
         )
-        self._round(columns, length)
+        round_columns(columns, length, self.block_size)
         if self.groups == "refit":
             return result(columns, fitted.grid(), None, order if self.stores_order(spec) else None)
         places = inverse(order[::length] // length)
         return result(columns, fitted.grid(places), inverse(order), None)
-
-    def _round(self, columns: Columns, length: int) -> None:
-        """Round all columns, block after block, in groups of ``length`` columns."""
-        for start, stop in blocks(len(columns.weights), length, self.block_size):
-            round_block(columns, start, stop)
-            feed_back(columns, start, stop)
 
 
 def _groups_of(spec: QuantSpec, inputs: Tensor) -> Tensor:

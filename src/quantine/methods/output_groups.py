@@ -15,13 +15,12 @@ from quantine.core.grid import Grid, Statistic
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.kernels.columns import round_block
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.fit import fit_groups
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.reference import SecondGrids
-from quantine.methods.column_blocks import blocks, feed_back, result
+from quantine.methods.column_blocks import result, round_columns
 from quantine.statistics.inverse_factor import InverseFactor
 
 
@@ -61,9 +60,7 @@ def solve_output_groups(
         cost.price,
         AtReach(fitted, spread, cost),
     )
-    for start, stop in blocks(inputs, 1, block_size):
-        round_block(columns, start, stop)
-        feed_back(columns, start, stop)
+    round_columns(columns, 1, block_size)
     scale = fitted.scale.in_lines(places, spec.scale_bits, second[0])
     zero = None if spec.sym else fitted.zero.in_lines(places, spec.zero_bits, second[1])
     return result(columns, Grid(scale, zero, spec.bits, fitted.length, "out"), places, None)

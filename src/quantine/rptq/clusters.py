@@ -88,15 +88,15 @@ def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
     """
     found: list[Tensor] = []
     used = 0
-    for own in points.detach().double().chunk(heads):
+    for own in points.detach().cpu().double().chunk(heads):  # scikit-learn knows no device
         labels = _kmeans(own, count) + used
         used = int(labels.max()) + 1
         found.append(labels)
-    return Clusters(torch.cat(found))
+    return Clusters(torch.cat(found).to(points.device))
 
 
 def _kmeans(points: Tensor, count: int) -> Tensor:
-    """The cluster of each of ``points`` ``[n, features]``, as ``[n]`` int64 from 0 without gaps."""
+    """The cluster of each of ``points`` ``[n, features]``, on the CPU, as ``[n]`` int64 from 0."""
     distinct, same = torch.unique(points, dim=0, return_inverse=True)
     if len(distinct) <= count:
         known: Tensor = same
@@ -104,7 +104,7 @@ def _kmeans(points: Tensor, count: int) -> Tensor:
     check_installed()
     from sklearn.cluster import KMeans
 
-    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.cpu().numpy())
-    labels = torch.from_numpy(solved.labels_).long().to(points.device)
+    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.numpy())
+    labels = torch.from_numpy(solved.labels_).long()
     used: Tensor = torch.unique(labels, return_inverse=True)[1]
     return used

@@ -7,6 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
+
 DAMP: Final = 0.01
 """Damping, as GPTQ has it for Hessians: the share of the mean diagonal that is added to it."""
 
@@ -25,11 +27,11 @@ def feedback_of(moments: Tensor) -> Tensor:
         ``[heads, dim, dim]`` float16: in row ``i`` the factors on the error of channel ``i``, one
         for each later channel; zero on and below the diagonal.
     """
-    moments = moments.double()
+    device, moments = moments.device, for_float64(moments).double()
     mean = moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     unit = torch.eye(moments.shape[1], dtype=torch.float64, device=moments.device)
     damped = moments / mean[:, None, None] + DAMP * unit
     upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     ratios = upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    found: Tensor = ratios.triu(1).half().contiguous()
+    found: Tensor = ratios.triu(1).half().contiguous().to(device)
     return found

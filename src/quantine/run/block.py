@@ -94,9 +94,9 @@ class BlockRun:
     Attributes:
         job: the checked request.
         checkpoint: the float weights of the source model.
-        sequential: runs the block on the calibration segments; it has advanced to this block, which
-            has its float weights. ``None`` without calibration.
-        index: number of the block, from 0.
+        sequential: runs the block on the calibration segments; it has advanced to this block.
+            ``None`` without calibration.
+        index: number of the block, from 0, which has its float weights.
         allocation: the budget of bits, where the plan has one.
         progress: is told about each solved layer.
         adjust: changes the solved matrices together; ``None`` leaves them as they are.
@@ -165,7 +165,7 @@ class BlockRun:
         for group in self.job.block_groups(self.index):
             hessian = next(hessians)
             for decision in (d for d in decisions if d.layer.group == group):
-                weight = self._float_weight(decision.layer)
+                weight = decision.layer.read(self.job.model)
                 solved = self._solve(decision, weight, hessian, losses)
                 self._install(decision.layer, solved.qtensor)
                 self._maps.update(sensitivity(solved, weight, hessian))
@@ -276,12 +276,6 @@ class BlockRun:
             return
         for layer in layers:
             yield sequential.observe_next(self.index, layer)
-
-    def _float_weight(self, layer: Layer) -> Tensor:
-        """The float weight of a layer, ``[out, in]`` float32; reordered where channels are."""
-        if self.job.plan.activations is not None:
-            return layer.read(self.job.model)  # its channels are reordered
-        return self.job.float_weight(self.checkpoint, layer)
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
         """Let the block compute with a result, unless the plan wants inputs of the float model."""

@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from quantine.budget.probe import probe_segments
-from quantine.calibrate.backward import LOGITS
-from quantine.calibrate.sequential import batch_samples
-from quantine.calibrate.submodules import OUTPUT_TOKENS
+from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.core.device import CPU
+from quantine.core.device_memory import free_memory
 from quantine.core.memory_limit import memory_limit
 from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
-from quantine.errors import PlanError
+from quantine.errors import DeviceMemoryError, PlanError
 from quantine.families.layers import block_list
-from quantine.kernels.fit.grid_cost import CHUNK
 from quantine.run.job import Job
+from quantine.run.working_set import (
+    FLOAT,
+    Place,
+    Residence,
+    block_weights,
+    hidden_bytes,
+    may_resume,
+    stopped_bytes,
+    width,
+    working_set,
+)
 
-FLOAT: Final = 4
-"""Bytes of a float32, the dtype of weights, hidden states and Hessians during a run."""
 DEFAULT_SHARE: Final = 0.25
 """Share of the memory that the process may use which calibration activations take by default."""
+DEVICE_SHARE: Final = 0.9
+"""Share of a device's free memory that a run takes at most: gaps between tensors need the rest."""
+WORKSPACE: Final = 64_000_000
+"""Bytes that a device's libraries for products of matrices take beside the tensors."""
 GGUF_COPIES: Final = 1.5
 """Number of float32 copies of the model in memory while transformers dequantizes a GGUF file (1.3
 measured)."""
-LIVE_TENSORS: Final = 4
-"""Number of tensors as wide as the block's widest matrix that exist at once in a forward pass."""
-STOPPED_TENSORS: Final = 4
-"""Number of tensors as wide as hidden states that a block keeps beside its widest input when it
-stops to be observed."""
-SOLVED_COPIES: Final = 5
-"""Number of copies of a matrix while it is solved: weight, columns, errors, codes, decoded
-weight."""
-SCORES: Final = 4
-"""Number of tensors as large as the attention scores of a batch that exist at once where attention
-rounds activations."""
-LOGIT_COPIES: Final = 6
-"""Number of tensors as large as the logits that exist at once while gradients are taken."""
-SEARCH_BYTES: Final = 32 * CHUNK
-"""Bytes of temporary memory that the search for clipped ranges takes."""
+LOCKED_COPIES: Final = 2
+"""Number of copies of a block read ahead for CUDA: page-locked memory comes in powers of two."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,12 @@ class Estimate:
         kept: size of everything else in the output's weight files.
         weights: number of quantized weights.
         activations: size of the hidden states between two blocks.
-        spills: whether hidden states go to disk, because they exceed the memory they may take.
-        resumes: whether a block that stops to be observed keeps what it computed until then,
-            instead of computing it again.
+        residence: where hidden states will be, and how many go through a block at once.
         peak_memory: largest resident memory of the process, without what its allocator keeps of
             freed memory.
+        device_memory: most bytes that tensors and libraries take on the device; ``None`` where that
+            is the CPU, whose memory is that of the process.
+        device_limit: most bytes that they may take there; ``None`` where nothing is known of it.
         disk_while_running: most disk space used during the run, the finished output included.
         tokens: number of calibration tokens.
     """
@@ -63,11 +67,17 @@ class Estimate:
     kept: int
     weights: int
     activations: int
-    spills: bool
-    resumes: bool
+    residence: Residence
     peak_memory: int
+    device_memory: int | None
+    device_limit: int | None
     disk_while_running: int
     tokens: int
+
+    @property
+    def spills(self) -> bool:
+        """Whether hidden states go to disk, because they exceed the memory they may take."""
+        return self.residence.hidden == "disk"
 
     @property
     def bits_per_weight(self) -> float:
@@ -80,116 +90,154 @@ class Estimate:
         return self.packed + self.kept
 
 
-def estimate(job: Job, max_ram: float | None = None) -> Estimate:
-    """Predict what a run will take.
+def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = None) -> Estimate:
+    """Predict what a run will take, and choose where its hidden states are.
 
     Args:
-        job: the checked request.
+        job: the checked request, whose device need not be there.
         max_ram: GB (1e9 bytes) that calibration activations may take in memory, see
             `quantine.run.quantize.quantize`.
+        max_vram: GB that tensors may take on the device, see there.
 
     Raises:
-        PlanError: ``max_ram`` is negative, or not a number.
+        PlanError: ``max_ram`` or ``max_vram`` is negative, or not a number; or the latter is given,
+            but the device is the CPU.
+        DeviceMemoryError: the device has less memory than the run needs.
     """
-    if max_ram is not None and not max_ram >= 0:
-        raise PlanError(f"max_ram must not be negative, not {max_ram} GB")
+    for name, value in (("max_ram", max_ram), ("max_vram", max_vram)):
+        if value is not None and not value >= 0:
+            raise PlanError(f"{name} must not be negative, not {value} GB")
+    if max_vram is not None and job.device == CPU:
+        raise PlanError("max_vram bounds the memory of a GPU, but the device is cpu: use max_ram")
     packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
     kept = _kept_bytes(job)
     weights = sum(d.layer.weights for d in job.scheme_layers())
-    tokens = 0 if job.segments is None else job.segments.numel()
-    activations = tokens * _width(job) * FLOAT
-    stopped = tokens * _stopped_width(job) * FLOAT
     limit = memory_limit() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
-    spills = activations > limit
-    resumes = job.plan.true_sequential and activations + stopped <= limit
-    scratch = activations if spills else 0
-    if job.source.gguf_file is not None:
+    room = _device_room(job.device, max_vram)
+    residence = _residence(job, limit, room)
+    on_device = None if job.device == CPU else working_set(job, residence) + WORKSPACE
+    if on_device is not None and room is not None and on_device > room:
+        raise _too_small(job, on_device, room, max_vram)
+    return Estimate(
+        packed,
+        kept,
+        weights,
+        hidden_bytes(job),
+        residence,
+        _peak(job, residence),
+        on_device,
+        room,
+        2 * (packed + kept) + _scratch_bytes(job, residence),
+        0 if job.segments is None else job.segments.numel(),
+    )
+
+
+def _residence(job: Job, limit: float, room: int | None) -> Residence:
+    """Where hidden states are: the fastest place that fits, else the one that takes least.
+
+    Args:
+        limit: bytes that hidden states, and what stopped blocks keep, may take in memory.
+        room: bytes that all tensors may take on the device; ``None`` knows no limit.
+    """
+    if job.device == CPU:
+        fits = hidden_bytes(job) <= limit
+        resumes = may_resume(job) and hidden_bytes(job) + stopped_bytes(job) <= limit
+        return Residence("device" if fits else "disk", resumes)
+    found = Residence()
+    for found in residences(job, limit):
+        if room is None or working_set(job, found) + WORKSPACE <= room:
+            break
+    return found
+
+
+def residences(job: Job, limit: float) -> Iterator[Residence]:
+    """Where hidden states of a run on a GPU may be, the fastest first."""
+    if may_resume(job):
+        yield Residence("device", True)
+    yield Residence("device", False)
+    place: Place = "memory" if hidden_bytes(job) <= limit else "disk"
+    tokens = TOKENS_PER_BATCH
+    while tokens >= job.segment_length() and tokens:
+        yield Residence(place, False, tokens)
+        tokens //= 2
+    yield Residence(place, False, 1)  # one segment at a time
+
+
+def _device_room(device: torch.device, max_vram: float | None) -> int | None:
+    """Bytes that a run may take on ``device``; ``None`` for the CPU, and where nothing is known."""
+    free = free_memory(device)
+    bounds = [] if free is None else [int(free * DEVICE_SHARE)]
+    if max_vram is not None:
+        bounds.append(round(max_vram * 1e9))
+    return min(bounds, default=None)
+
+
+def _too_small(job: Job, needed: int, room: int, max_vram: float | None) -> DeviceMemoryError:
+    """The error for a device of ``room`` bytes where at least ``needed`` are needed."""
+    least = math.ceil(needed / 1e7) / 100
+    if max_vram is not None and room == round(max_vram * 1e9):
+        return DeviceMemoryError(
+            f"{job.source.name} takes at least {least:.2f} GB on {job.device}, more than max_vram "
+            f"{max_vram:g}: give {least:.2f} or more, a smaller seqlen, or device cpu"
+        )
+    return DeviceMemoryError(
+        f"{job.source.name} takes at least {least:.2f} GB on {job.device}, where {room / 1e9:.2f} "
+        f"of the free memory may be used: free some, or use a smaller seqlen, or device cpu"
+    )
+
+
+def _scratch_bytes(job: Job, residence: Residence) -> int:
+    """Bytes of scratch files, at most."""
+    scratch = hidden_bytes(job) if residence.hidden == "disk" else 0
+    if job.converts:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
-        if len(job.source.gguf_parts) > 1:
+        if job.source.gguf_file is not None and len(job.source.gguf_parts) > 1:
             scratch += job.source.weight_bytes()  # all parts joined
     if job.plan.bits_per_weight is not None:
         blocks = len(block_list(job.model, job.family))
         length = job.segment_length()
         samples = 0 if job.segments is None else len(job.segments)
-        scratch += blocks * probe_segments(samples, length) * length * _width(job) * FLOAT
-    return Estimate(
-        packed,
-        kept,
-        weights,
-        activations,
-        spills,
-        resumes,
-        _peak(job, 0 if spills else activations, stopped if resumes else 0),
-        2 * (packed + kept) + scratch,
-        tokens,
-    )
+        scratch += blocks * probe_segments(samples, length) * length * width(job) * FLOAT
+    return scratch
 
 
 def _kept_bytes(job: Job) -> int:
     """Bytes of the tensors that are not quantized: matrices in 16 bit, other tensors in float32."""
     state = job.model.state_dict()
-    blocks = {d.layer.block for d in job.decisions if d.layer.block is not None}
+    blocks = range(len(block_list(job.model, job.family)))
     names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
     return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
 
 
-def _peak(job: Job, activations: int, stopped: int) -> int:
+def _peak(job: Job, residence: Residence) -> int:
     """Peak resident memory in bytes: that of this process so far plus that of the largest step.
 
     Args:
         job: the checked request.
-        activations: bytes of hidden states in memory.
-        stopped: bytes that stopped blocks keep.
+        residence: where hidden states are.
     """
-    table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
-    # Reading a tensor holds the mapped file and the copy; then the table feeds the first block.
-    steps = [2 * table, table + activations, _in_block(job) + activations + stopped]
-    outside = [d.layer.weights for d in job.scheme_layers() if d.layer.role != "block"]
-    steps.extend(SOLVED_COPIES * FLOAT * weights for weights in outside)
-    if job.plan.bits_per_weight is not None:
-        # Gradients start at the head: its weights, and some logits a few times over.
-        steps.append(2 * table + LOGIT_COPIES * FLOAT * max(LOGITS, job.config.vocab_size))
+    ahead = _stored_bytes(job) * block_weights(job)
+    if job.device == CPU:
+        steps = [working_set(job, residence) + ahead]
+    else:
+        table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
+        hidden = hidden_bytes(job) if residence.hidden == "memory" else 0
+        results = max(job.packed_bytes(decision) for decision in job.scheme_layers())
+        steps = [2 * table, LOCKED_COPIES * ahead + hidden + results]
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))
-    return peak_memory() + max(steps)
+    return peak_memory() + _replaced_bytes(job) + max(steps)
 
 
-def _in_block(job: Job) -> int:
-    """Bytes in memory while one block is worked on, hidden states apart.
-
-    They are its weights, and the largest of forward pass, factorization and solver.
-    """
-    inside = [d.layer for d in job.decisions if d.layer.block == 0]
-    squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
-    largest = FLOAT * max(layer.weights for layer in inside)
-    square = max(squares.values())
-    one_by_one = job.plan.true_sequential and not job.plan.float_inputs
-    kept = 0 if one_by_one else sum(squares.values()) - square
-    solving = SOLVED_COPIES * largest + 2 * square + SEARCH_BYTES
-    factoring = 4 * square
-    forward = square
-    widest = max(layer.out_features for layer in inside)
-    if job.segments is not None:
-        rows = batch_samples(*job.segments.shape) * job.segments.shape[1]
-        forward += FLOAT * rows * LIVE_TENSORS * (widest + _width(job))
-        if job.plan.activations is not None:
-            heads = int(job.config.num_attention_heads)
-            forward += FLOAT * SCORES * heads * rows * job.segment_length()
-    if any(decision.objective == "output" for decision in job.decisions):
-        # Inputs of the parts of a block, and their outputs before and after a change.
-        widths = {layer.group: layer.in_features for layer in inside}
-        forward += FLOAT * OUTPUT_TOKENS * (sum(widths.values()) + 4 * widest)
-    weights = FLOAT * sum(layer.weights for layer in inside)
-    return weights + kept + max(solving, factoring, forward)
+def _replaced_bytes(job: Job) -> int:
+    """Bytes of the quantized token table, which stays in memory, decoded, while blocks run."""
+    table = next(d for d in job.decisions if d.layer.role == "embedding")
+    stays = table.scheme is not None and job.segments is not None and not job.plan.float_inputs
+    return FLOAT * table.layer.weights if stays else 0
 
 
-def _width(job: Job) -> int:
-    """Width of the hidden states between blocks."""
-    return next(d.layer.in_features for d in job.decisions if d.layer.block == 0)
-
-
-def _stopped_width(job: Job) -> int:
-    """Number of floats per token that a block keeps when it stops to be observed."""
-    inside = [d.layer.in_features for d in job.decisions if d.layer.block == 0]
-    return STOPPED_TENSORS * _width(job) + max(inside)
+def _stored_bytes(job: Job) -> int:
+    """Bytes of a number in the source's files, by its configuration."""
+    dtype = None if job.source.gguf_file is not None else getattr(job.config, "dtype", None)
+    return dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
-from quantine.calibrate.sequential import CalibrationSetup
+from quantine.calibrate.sequential import TOKENS_PER_BATCH, CalibrationSetup, batch_samples
 from quantine.calibrate.share import EVERYTHING, Share
 from quantine.calibrate.token_stream import begun
-from quantine.core.device import CPU
+from quantine.core.device import CPU, device_facts
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
+from quantine.formats.imported import is_foreign
 from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
@@ -72,6 +73,11 @@ class Job:
     device: torch.device = CPU
     share: Share = EVERYTHING
 
+    @property
+    def converts(self) -> bool:
+        """Whether the source is converted to float weights of its own before they are read."""
+        return self.source.gguf_file is not None or is_foreign(self.source)
+
     def scheme_layers(self) -> list[Decision]:
         """The decisions that quantize their layer, in running order."""
         return [decision for decision in self.decisions if decision.scheme is not None]
@@ -105,6 +111,8 @@ class Job:
         spill: Path | None = None,
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
+        kept_on: torch.device | None = None,
+        batch_tokens: int = TOKENS_PER_BATCH,
     ) -> CalibrationSetup:
         """The calibration segments of this process, and the model they run through.
 
@@ -122,6 +130,8 @@ class Job:
             self.calibration.bfloat16,
             resumes,
             self.device,
+            kept_on,
+            batch_tokens,
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
@@ -174,6 +184,12 @@ class Job:
             if tensor.ndim >= 2 and name not in known
         }
 
+    def kept_reason(self, name: str) -> str:
+        """Why the matrix ``name``, one of `other_matrices`, stays in 16 bit."""
+        inside = f"{self.family.blocks}."
+        path = name.removeprefix(inside).partition(".")[2] if name.startswith(inside) else ""
+        return dict(self.family.kept).get(path, NO_LAYER)
+
     def float_dtype(self) -> torch.dtype | None:
         """Dtype of every float tensor in the output, if the format in use demands one."""
         asked = {d.scheme.layout.float_dtype for d in self.scheme_layers() if d.scheme is not None}
@@ -214,13 +230,14 @@ class Job:
         """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
 
-    def identity(self, weights: str) -> dict[str, str]:
+    def identity(self, weights: str, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
         """Hashes and versions of all that decides the bytes of the output, by what they describe.
 
         A run may be resumed only with an equal identity.
 
         Args:
             weights: the digest of the source's weight files.
+            batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
         return {
@@ -229,7 +246,13 @@ class Job:
             "calibration bfloat16": str(self.calibration.bfloat16),
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.
-            **({} if self.device == CPU else {"device": str(self.device)}),
+            **({} if self.device == CPU else device_facts(self.device)),
+            # Statistics are summed batch after batch.
+            **(
+                {}
+                if self._batch(batch_tokens) == self._batch()
+                else {"segments at once": str(self._batch(batch_tokens))}
+            ),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             "weights": weights,
             "config": _hash(self.config.to_json_string().encode()),
@@ -239,6 +262,13 @@ class Job:
             "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
             **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
         }
+
+    def _batch(self, batch_tokens: int = TOKENS_PER_BATCH) -> int:
+        """Number of segments that go through a block at once."""
+        if self.segments is None:
+            return 0
+        samples, seqlen = self.segments.shape
+        return batch_samples(samples, seqlen, batch_tokens)
 
 
 def _hash(data: bytes) -> str:

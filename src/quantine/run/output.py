@@ -7,34 +7,18 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
 from quantine.calibrate.text import text_name
+from quantine.core.device import device_facts
 from quantine.core.spec import FLOAT16
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
-from quantine.formats.directory import encoded
+from quantine.formats.directory import COPIED, encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
-from quantine.run.job import NO_LAYER, Job
-
-COPIED: Final = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
-"""Names of the source's files that are copied: they describe its tokenizer and generation
-settings."""
+from quantine.run.job import Job
 
 
 def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -63,6 +47,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             "bos": job.begun(),
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
+        "device": device_facts(job.device),
         "identity": identity,
         "layers": layers,
         "kept": [
@@ -71,7 +56,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
                 for d in job.decisions
                 if d.scheme is None
             ),
-            *({"name": name, "reason": NO_LAYER} for name in job.other_matrices()),
+            *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
         "totals": {
             "quantized_weights": quantized,

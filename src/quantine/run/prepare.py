@@ -14,7 +14,7 @@ from quantine.calibrate.segments import Calibration, calibration_segments
 from quantine.calibrate.skeleton import skeleton
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.ambient import own_state
-from quantine.core.device import device_named
+from quantine.core.device import device_named, device_to_plan
 from quantine.core.spec import CLUSTERS
 from quantine.errors import (
     CalibrationError,
@@ -25,8 +25,9 @@ from quantine.errors import (
 )
 from quantine.families import family_of
 from quantine.families.family import Family
-from quantine.families.layers import find_layers
+from quantine.families.layers import are_tied, find_layers
 from quantine.formats.directory import is_finished
+from quantine.formats.imported import is_foreign, open_foreign
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
@@ -54,6 +55,8 @@ def prepare(
     plan: Plan,
     calibration: Calibration,
     device: str | torch.device = "cpu",
+    *,
+    planned: bool = False,
 ) -> Job:
     """Check a request against a model, without reading weights.
 
@@ -64,22 +67,26 @@ def prepare(
         plan: what is done to which matrix.
         calibration: where calibration text comes from and how it is sampled.
         device: where matrices will be solved and blocks run.
+        planned: whether the job is only looked at, so that ``device`` need not be there.
 
     Raises:
         QuantineError: the request cannot be carried out; the class says why, see `quantine.errors`.
     """
-    where = device_named(device)
+    where = device_to_plan(device) if planned else device_named(device)
     source = locate(model)
     if source.is_quantized():
         raise CheckpointError(f"{source.name} is already quantized: give the float model")
     config = source.config()
+    foreign = is_foreign(source)
+    if foreign:
+        config.__dict__.pop("quantization_config")
     found = getattr(config, "quantization_config", None)
     if found is not None:
         raise CheckpointError(
             f"{source.name} is already quantized (its config.json has a quantization_config): "
             "give the float model"
         )
-    family = family_of(config.model_type)
+    family = family_of(config)
     if plan.activations is not None:
         _check_links(family, config)
         if plan.activations.reorders:
@@ -87,20 +94,26 @@ def prepare(
     bare = _skeleton(source, config, plan.activations is not None)
     if source.gguf_file is not None:
         check_gguf_weights(source.gguf_parts, bare)
+    elif foreign:
+        open_foreign(source)
     elif _has_own_head(source, bare):
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, plan.activations is not None)
+    if not are_tied(bare, family.embedding, family.head):
+        config.tie_word_embeddings = False  # some architectures never tie, whatever it says
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
+    _check_fixed(decisions, family)
     _check_inputs(decisions, calibration, plan)
     _check_biases(decisions, bare)
     tokenizer = source.tokenizer()
     segments = None
     if calibration.samples:
-        longest = getattr(config, "max_position_embeddings", None)
-        segments = calibration_segments(calibration, tokenizer, config.vocab_size, longest)
+        text = config.get_text_config()
+        longest = getattr(text, "max_position_embeddings", None)
+        segments = calibration_segments(calibration, tokenizer, text.vocab_size, longest)
     if plan.tune is not None:
         split(segments if segments is not None else torch.empty(0, 1))
     job = Job(
@@ -116,7 +129,7 @@ def prepare(
         unties,
         where,
     )
-    if source.gguf_file is None:
+    if not job.converts:
         check_headers(job, job.checkpoint())
     return job
 
@@ -262,6 +275,21 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
         return decisions, True
     shared = replace(head, scheme=None, reason=f"shares the table of {table.layer.name}")
     return [shared if d is head else d for d in decisions], False
+
+
+def _check_fixed(decisions: list[Decision], family: Family) -> None:
+    """Refuse to quantize an embedding or a head that has to stay as it is.
+
+    Raises:
+        FamilyError: names it, and why.
+    """
+    reasons = dict(family.fixed)
+    for decision in decisions:
+        name = decision.layer.name
+        if decision.scheme is not None and name in reasons:
+            raise FamilyError(
+                f"{name} cannot be quantized: {reasons[name]}; keep it ({decision.reason})"
+            )
 
 
 def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:

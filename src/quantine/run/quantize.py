@@ -6,6 +6,7 @@ import errno
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,13 +14,17 @@ import torch
 
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, probe
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
-from quantine.core.ambient import own_state
+from quantine.core.ambient import own_state, repeatable
+from quantine.core.device import AUTO, CPU, described
+from quantine.core.device_memory import bounded, forget_peak_device_memory, peak_device_memory
 from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
-from quantine.errors import OutputError
+from quantine.errors import DeviceMemoryError, OutputError, cut
 from quantine.families.layers import block_list
 from quantine.formats.directory import REPORT, is_finished, read_json
+from quantine.formats.imported import second_rounding, write_floats
 from quantine.plan.plan import Plan
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
 from quantine.run.estimate import Estimate, estimate
@@ -58,6 +63,7 @@ def quantize(
     *,
     resume: bool = False,
     max_ram: float | None = None,
+    max_vram: float | None = None,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
 ) -> Result:
@@ -73,8 +79,12 @@ def quantize(
             (apart from measured times) as that of an uninterrupted run.
         max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
             disk; default is a quarter of what the process may use, in a container of its limit.
+        max_vram: GB that the run may take on ``device``, if that is not the CPU; default is nine
+            tenths of what is free. Where it does not suffice for everything, hidden states move to
+            the CPU's memory or to disk, and fewer tokens go through a block at once.
         progress: receives the events of the run; default shows nothing.
-        device: where matrices are solved and blocks run, by PyTorch's name.
+        device: where matrices are solved and blocks run, by PyTorch's name; ``"auto"`` is a GPU of
+            NVIDIA where there is one, else the CPU.
 
     Returns:
         The output directory and its report.
@@ -85,7 +95,10 @@ def quantize(
     """
     started = time.perf_counter()
     job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration(), device)
-    return carry_out(job, Path(out), resume, max_ram, progress or Silent(), started=started)
+    shown = progress or Silent()
+    if device == AUTO:
+        shown.note(f"device {AUTO}: {described(job.device)}")
+    return carry_out(job, Path(out), resume, max_ram, max_vram, shown, started=started)
 
 
 @own_state()
@@ -94,6 +107,7 @@ def carry_out(
     out: Path,
     resume: bool = False,
     max_ram: float | None = None,
+    max_vram: float | None = None,
     progress: Progress | None = None,
     adjust: Adjustment | None = None,
     started: float | None = None,
@@ -105,6 +119,7 @@ def carry_out(
         out: see `quantize`.
         resume: see `quantize`.
         max_ram: see `quantize`.
+        max_vram: see `quantize`.
         progress: see `quantize`.
         adjust: changes the solved matrices of each block together; ``None`` leaves them as they
             are.
@@ -115,11 +130,18 @@ def carry_out(
     """
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
-    size = estimate(job, max_ram)
+    size = estimate(job, max_ram, max_vram)
     check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)
+    run = _Run(job, store, resume, size, progress or Silent(), adjust)
     try:
-        return _Run(job, store, resume, size, progress or Silent(), adjust).finished(started)
+        with repeatable(job.device), bounded(job.device, size.device_limit):
+            return run.finished(started)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"{job.device} ran out of memory: continue with --resume and a smaller --max-vram, "
+            f"or free some ({cut(error)})"
+        ) from error
     except OSError as error:
         full = error.errno == errno.ENOSPC
         said = "the disk is full: free some space and" if full else f"{error}: mend that and"
@@ -142,9 +164,13 @@ class _Run:
     def finished(self, started: float) -> Result:
         """Do all that is left to do, which may be nothing, and return the finished directory."""
         job, store, out = self.job, self.store, self.store.out
-        self.progress.note(f"reading {job.source.name}; computing on {job.device}")
+        self.progress.note(f"reading {job.source.name}; computing on {described(job.device)}")
+        rounded = second_rounding(job.source)
+        if rounded is not None:
+            self.progress.note(rounded)
         gguf = job.source.gguf_file is not None
-        identity = job.identity(job.source.gguf_digest() if gguf else job.checkpoint().digest())
+        digest = job.source.gguf_digest() if gguf else job.checkpoint().digest()
+        identity = job.identity(digest, self.size.residence.batch_tokens)
         check_identity(out, identity)
         if not is_finished(out):
             store.lock()
@@ -155,9 +181,10 @@ class _Run:
             self.progress.note(f"{out} is finished already")
             return Result(out, read_json(out / REPORT))
         store.open(identity)
-        directory = self._converted() if gguf else job.source.directory
+        forget_peak_device_memory(job.device)
+        directory = self._converted() if job.converts else job.source.directory
         checkpoint = job.checkpoint(directory)
-        if gguf:
+        if job.converts:
             check_headers(job, checkpoint)
             checkpoint.digest()
         parts = self._staged(checkpoint)
@@ -166,9 +193,11 @@ class _Run:
         report = report_of(job, identity, store.layer_reports(parts))
         if (outcome := store.recall(OUTCOME)) is not None:
             report["tuning"] = outcome
+        on_device = peak_device_memory(job.device)
         report["run"] = {
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
+            **({} if on_device is None else {"peak_device_memory_bytes": on_device}),
         }
         files = output_files(job, directory, report, store.entries(parts))
         store.finish(parts, files, report)
@@ -176,8 +205,11 @@ class _Run:
         return Result(out, report)
 
     def _converted(self) -> Path:
-        """Convert a GGUF model to float32 safetensors, which can be read one block at a time."""
+        """Convert the model to float32 safetensors, which can be read one block at a time."""
         directory = self.store.scratch / "source"
+        if self.job.source.gguf_file is None:
+            write_floats(self.job.source, directory)
+            return directory
         model = self.job.source.float_model(torch.float32, self.store.scratch)
         model.save_pretrained(directory, max_shard_size="2GB")
         self.job.tokenizer.save_pretrained(directory)
@@ -197,31 +229,39 @@ class _Run:
 
     def _stage_blocks(self, checkpoint: Checkpoint, parts: list[str]) -> None:
         """Quantize and commit the blocks that no earlier process committed."""
-        setup = self._setup(checkpoint)
-        allocation = None if setup is None else self._allocation(checkpoint, setup)
-        sequential = None if setup is None else Sequential(setup)
-        for index, part in enumerate(parts):
-            if sequential is not None:
-                sequential.load(index)
-            if self.store.is_committed(part):
-                self._restore(index, part, allocation)
-            else:
-                run = BlockRun(
-                    self.job,
-                    checkpoint,
-                    sequential,
-                    index,
-                    allocation,
-                    self.progress,
-                    self.adjust,
-                )
-                result = run.quantize()
-                self.store.commit(part, result.tensors, result.reports, result.maps)
-            if sequential is not None:
-                sequential.advance(index)
-                sequential.release(index)
-            return_freed_memory()
-            self.progress.block(index)
+        job, setup = self.job, self._setup(checkpoint)
+        missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
+        # Calibration runs through finished blocks, too.
+        indices = missing if setup is None else list(range(len(parts)))
+        with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
+            allocation = None if setup is None else self._allocation(checkpoint, setup, loader)
+            sequential = None if setup is None else Sequential(setup)
+            for index, then in zip_longest(indices, indices[1:]):
+                loader.load(index, then)
+                if index in missing:
+                    self._stage_block(checkpoint, parts[index], index, sequential, allocation)
+                else:
+                    self._restore(index, parts[index], allocation)
+                if sequential is not None:
+                    sequential.advance(index)
+                loader.release(index)
+                return_freed_memory()
+                self.progress.block(index)
+
+    def _stage_block(
+        self,
+        checkpoint: Checkpoint,
+        part: str,
+        index: int,
+        sequential: Sequential | None,
+        allocation: Allocation | None,
+    ) -> None:
+        """Quantize and commit a block whose weights are loaded."""
+        run = BlockRun(
+            self.job, checkpoint, sequential, index, allocation, self.progress, self.adjust
+        )
+        result = run.quantize()
+        self.store.commit(part, result.tensors, result.reports, result.maps)
 
     def _restore(self, index: int, part: str, allocation: Allocation | None) -> None:
         """Continue from a block that an earlier process committed."""
@@ -261,12 +301,20 @@ class _Run:
         for decision in job.scheme_layers():
             if decision.layer.role == "embedding" and not job.plan.float_inputs:
                 packed = self.store.tensors(decision.layer.name)
-                table = unpack(decision, packed).dequantize()
+                packed = {name: tensor.to(job.device) for name, tensor in packed.items()}
+                # A device would hold the table during the whole run.
+                table = unpack(decision, packed).dequantize().cpu()
                 replaced[decision.layer.stored_name] = table
         spill = self.store.scratch / "activations" if self.size.spills else None
-        return job.calibration_setup(checkpoint, spill, replaced, self.size.resumes)
+        residence = self.size.residence
+        kept_on = CPU if residence.hidden == "memory" else None
+        return job.calibration_setup(
+            checkpoint, spill, replaced, residence.resumes, kept_on, residence.batch_tokens
+        )
 
-    def _allocation(self, checkpoint: Checkpoint, setup: CalibrationSetup) -> Allocation | None:
+    def _allocation(
+        self, checkpoint: Checkpoint, setup: CalibrationSetup, loader: BlockLoader
+    ) -> Allocation | None:
         """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""
         job, plan = self.job, self.job.plan
         if plan.bits_per_weight is None:
@@ -277,7 +325,8 @@ class _Run:
             read = partial(job.read, checkpoint)
             budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
-            table = probe(setup, budgeted, job.observed, read, scratch, seed, self.progress.note)
+            note = self.progress.note
+            table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
             self.store.remember(PROBE, table)
         weights = sum(decision.layer.weights for decision in decisions)
         return Allocation(plan.name, plan.bits_per_weight, weights, table)

@@ -17,7 +17,7 @@ from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.kernels.threads import pool
 from quantine.runtime.decoder_model import arguments_for
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

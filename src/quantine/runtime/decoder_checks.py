@@ -88,10 +88,12 @@ def check_model(model: PreTrainedModel) -> None:
     """Check that nothing was put onto ``model``, of whatever family, or onto what it consists of.
 
     Raises:
-        BackendUnavailable: it is in training mode or not on the CPU; it has hooks, methods or
-            tensors of another kind; a class or function that it uses was replaced; or it has
-            another attention function than ``eager`` or ``sdpa``.
+        BackendUnavailable: it is in training mode or not on the CPU, or only in part; it has hooks,
+            methods or tensors of another kind; a class or function that it uses was replaced; or it
+            has another attention function than ``eager`` or ``sdpa``.
     """
+    if hasattr(model, "hf_device_map"):
+        refuse("accelerate has spread the modules of the model over several places")
     for name, module in model.named_modules():
         _check_module(name or "the model", module, OURS if module is model else frozenset())
     attention = model.config._attn_implementation

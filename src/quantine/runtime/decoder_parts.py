@@ -72,7 +72,7 @@ class Parts:
         expect(module, TiedHead, "the head", ())
         if module.table is not embedding:
             refuse("the head shares a table that the embedding does not have")
-        return self._linear(embedding, None)
+        return self._linear(embedding, module.bias)
 
     def _linear(self, module: nn.Module, bias: Tensor | None) -> Any:
         return self.native.Linear(self._matrix(module), None if bias is None else vector(bias))

@@ -14,8 +14,9 @@ from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
+from quantine.runtime.graph_decoder import StaticDecoder, graph_decoder_for
 from quantine.runtime.load import load_model
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
 
 COLDEST: Final = 0.01
@@ -51,8 +52,8 @@ def stream(
         seed: seed of a local random generator.
         dtype: dtype of activations and of weights that are not quantized.
         out: where the text goes.
-        log: where the speed goes, and why the native decoder is not used if it is not.
-        device: device of the model, by PyTorch's name; the native decoder runs on the CPU only.
+        log: where the speed goes, and why no decoder of quantine's is used if none is.
+        device: device of the model, by PyTorch's name.
 
     Raises:
         BackendUnavailable: there is no such device.
@@ -76,7 +77,7 @@ def stream(
             f"{longest}: ask for fewer"
         )
     loaded = load_model(source, dtype, where)
-    decoder = _native_decoder(loaded, ids.shape[1] + tokens, log)
+    decoder = decoder_on(loaded, ids.shape[1] + tokens, log)
     generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     first = started
@@ -104,7 +105,7 @@ def continue_tokens(
     tokens: int,
     temperature: float,
     generator: torch.Generator,
-    decoder: Decoder | None = None,
+    decoder: Decoder | StaticDecoder | None = None,
 ) -> Iterator[int]:
     """Generate token ids after a prompt, up to an end token, which is left out.
 
@@ -161,11 +162,22 @@ class ModuleDecoder:
         return logits
 
 
-def _native_decoder(model: PreTrainedModel, capacity: int, log: IO[str]) -> Decoder | None:
-    if not any(packed_modules(model)):
+def decoder_on(
+    model: PreTrainedModel, capacity: int, log: IO[str]
+) -> Decoder | StaticDecoder | None:
+    """The fastest decoder for ``model`` on its device; ``None`` where that is its modules.
+
+    Args:
+        capacity: largest number of tokens it will see, prompt included.
+        log: where the reason goes, if it is ``None`` though there are others for the device.
+    """
+    on_cpu = model.device.type == "cpu"
+    if on_cpu and not any(packed_modules(model)):
         return None  # a float model would be in memory twice
     try:
-        if model.dtype != torch.float32:
+        if model.device.type == "cuda":
+            return graph_decoder_for(model, capacity)
+        if on_cpu and model.dtype != torch.float32:
             raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
         return decoder_for(model, capacity)
     except BackendUnavailable as error:

@@ -17,15 +17,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
-from quantine.families import family_of
-from quantine.families.layers import matrix_shape
+from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
+from quantine.runtime.device_map import computes_on_cpu
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
-from quantine.runtime.modules import Packed, QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.packed import Packed
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
 from quantine.source.names import listed, not_understood
@@ -89,12 +90,28 @@ class QuantineQuantizer(HfQuantizer):
     """Lets transformers build packed modules in place of float ones when it loads a model."""
 
     requires_calibration = True
+    _spread = False  # over several devices
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove `LOCK` from ``config``; transformers calls it before it looks for weight files."""
         if getattr(config, "transformers_weights", None) == LOCK:
             del config.transformers_weights
         return config
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """A map of the caller, if it is one, with which modules on the CPU compute there."""
+        if not isinstance(device_map, dict):
+            return device_map
+        self._spread = len(set(device_map.values())) > 1
+        return computes_on_cpu(device_map)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **more: Any) -> None:
+        """Change a map that transformers has computed, as `update_device_map` does a caller's own.
+
+        transformers shows it here, and nothing beside it, before it reads weights.
+        """
+        if isinstance(device_map, dict) and not more:
+            device_map.update(self.update_device_map(device_map))
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
@@ -129,6 +146,14 @@ class QuantineQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""
         return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` compiles the model where it has a static cache.
+
+        Attention that rounds is not compiled, nor are models that are spread over devices.
+        """
+        return not hasattr(self.quantization_config, "activations") and not self._spread
 
     @property
     def is_trainable(self) -> bool:
@@ -171,7 +196,7 @@ def _place(model: PreTrainedModel, name: str) -> str | None:
         except AttributeError:
             continue
         return candidate
-    if model.get_output_embeddings() is None and name == family_of(model.config.model_type).head:
+    if model.get_output_embeddings() is None and not name.startswith(model.base_model_prefix):
         return None
     raise FormatError(
         f"config.json lists {cut(name)} as quantized, but the model it describes has no such layer"
@@ -270,7 +295,9 @@ def _packed(
     """
     layout, spec = scheme["format"], spec_of(scheme)
     if isinstance(old, nn.Embedding):
-        scale = getattr(old, "scalar_embed_scale", 1.0)
+        scale = embedding_scale(old)
+        if scale is None:
+            raise FormatError(f"a {type(old).__name__} looks up more than the rows of its table")
         return QuantEmbedding(layout, spec, shape[0], shape[1], tensors, scale, old.weight.dtype)
     bias: nn.Parameter | None = getattr(old, "bias", None)
     return QuantLinear(layout, spec, shape[0], shape[1], tensors, bias)
@@ -308,7 +335,7 @@ def _tie_head(model: PreTrainedModel) -> None:
         return
     if model.config.tie_word_embeddings and isinstance(table, QuantEmbedding) and head is not None:
         names = {id(module): name for name, module in model.named_modules()}
-        _replace(model, names[id(head)], TiedHead(table))
+        _replace(model, names[id(head)], TiedHead(table, getattr(head, "bias", None)))
     model.all_tied_weights_keys.clear()
 
 
@@ -316,7 +343,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     name, _, leaf = path.rpartition(".")
     parent = model.get_submodule(name)
     setattr(parent, leaf, module)
-    if not parent._parameters and not parent._buffers:
+    if not parent._buffers:
         # Keeps transformers from initializing what it does not have: GPT-2's initializer of an
-        # attention or MLP module reaches for the weights of the children.
+        # attention or MLP module reaches for the weights of the children. Parameters are read from
+        # the files, which have been checked to hold them all.
         parent._is_hf_initialized = True  # type: ignore[assignment]

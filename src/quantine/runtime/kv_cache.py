@@ -17,7 +17,7 @@ from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.layers import block_list
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
@@ -129,7 +129,7 @@ def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
     Every block must be found where its family has it, and must round keys and values with static
     grids that compute what their class says. Without the cache, attention rounds them.
     """
-    family = family_of(model.config.model_type)
+    family = described_family(model.config.model_type)
     try:
         modules = [block.get_submodule(family.attention) for block in block_list(model, family)]
     except (AttributeError, FamilyError):  # somebody put something around blocks or their list

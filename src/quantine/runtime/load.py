@@ -10,7 +10,7 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError, cut, is_out_of_memory
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.locate import locate
 from quantine.source.model_source import UNREADABLE, ModelSource
@@ -40,8 +40,9 @@ def load(
             source model.
         arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
             ``None`` takes what the directory says (``exact``, if it says nothing).
-        device: device of the model, by PyTorch's name. Native kernels compute on the CPU only;
-            elsewhere PyTorch decodes the weights of a matrix whenever it is multiplied.
+        device: device of the model, by PyTorch's name; or ``"auto"``. Kernels compute on the CPU
+            and on NVIDIA's GPUs; elsewhere PyTorch decodes the weights of a matrix whenever it is
+            multiplied.
 
     Returns:
         ``(model, tokenizer)``, the model in evaluation mode.

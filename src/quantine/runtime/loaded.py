@@ -14,10 +14,10 @@ from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.core.finite import is_finite
 from quantine.errors import FormatError
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.heads import Heads
 from quantine.families.layers import INPUTS_NAME
-from quantine.runtime.modules import Packed
+from quantine.runtime.packed import Packed
 from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def check_loaded(model: PreTrainedModel) -> None:
 
 
 def _check_sites(name: str, sites: AttentionSites, config: PretrainedConfig) -> None:
-    heads, width = Heads.of(config, family_of(config.model_type)), Heads.width(config)
+    heads, width = Heads.of(config, described_family(config.model_type)), Heads.width(config)
     counts = {"query": heads.queries, "key": heads.keys, "value": heads.keys}
     for site, count in counts.items():
         grid = getattr(sites, site)

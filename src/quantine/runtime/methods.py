@@ -16,7 +16,8 @@ from quantine.errors import FormatError, cut
 from quantine.formats.description import LOCK
 from quantine.formats.shards import write_atomically
 from quantine.runtime.hf_generate import Generate
-from quantine.runtime.modules import Packed, TiedHead
+from quantine.runtime.modules import TiedHead
+from quantine.runtime.packed import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

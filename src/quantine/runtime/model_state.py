@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
 from quantine.runtime.definitions import Definitions
-from quantine.runtime.modules import Packed
+from quantine.runtime.packed import Packed
 from quantine.runtime.snapshot import Snapshot
 
 if TYPE_CHECKING:

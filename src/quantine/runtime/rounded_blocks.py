@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quantine.activations import install
 from quantine.core.activation_spec import activations_from
 from quantine.errors import FormatError
-from quantine.families import family_of
+from quantine.families import described_family
 from quantine.families.family import Family
 from quantine.formats.headers import Entry
 from quantine.runtime.placeholder import placeholder
@@ -37,7 +37,7 @@ def rebuild(
     # Directories that do not say it were made when nothing else existed.
     before = {"relative": False, "value_clusters": None, "token_factors": False}
     spec = activations_from({**before, **activations}, "quantization_config")
-    family = family_of(model.config.model_type)
+    family = described_family(model.config.model_type)
 
     def stored(name: str) -> Tensor | None:
         return _stored(family, name, entries)

@@ -22,6 +22,8 @@ FIXED: Final = {"return_dict": True, "is_encoder_decoder": False}
 """Fields without which models return tuples, or wait for the output of an encoder."""
 FLAGS: Final = ("output_attentions", "output_hidden_states", "use_cache")
 """Fields that are true or false."""
+UNLIMITED: Final = "_limit"
+"""Last part of the names of fields that may be infinite: bounds that bound nothing."""
 TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that name tokens: a number, a list of them, or nothing."""
 
@@ -41,7 +43,8 @@ def check_settings(config: Any) -> None:
     kinds = getattr(config, "layer_types", None) or []
     for kind, name in SPANS.items():
         span = getattr(config, name, None)
-        if span is not None and not (_is_whole(span) and span > 0):
+        unused = span == 0 and kinds and kind not in kinds  # as transformers marks it
+        if span is not None and not unused and not (_is_whole(span) and span > 0):
             _refuse(name, span, "a positive whole number, or null")
         if span is None and kind in kinds:
             _refuse(name, span, f"a positive whole number, as some layers are of type {kind}")
@@ -52,7 +55,7 @@ def check_settings(config: Any) -> None:
         _refuse("dtype", config.dtype, "the name of one of PyTorch's dtypes")
     check_generation(config)
     for path, number in _floats(config.to_dict(), ""):
-        if not math.isfinite(number):
+        if not math.isfinite(number) and not (number > 0 and path.endswith(UNLIMITED)):
             _refuse(path, number, "a finite number")
 
 

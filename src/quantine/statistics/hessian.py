@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.statistics.inverse_factor import InverseFactor, factorize
 
 
@@ -103,5 +104,5 @@ class Hessian:
         if not 0 < largest < math.inf:
             return 0.0 if largest == 0 else math.nan
         unit = delta / largest  # squares of small changes would be zero in float32
-        energy = ((unit @ self.matrix) * unit).sum(dtype=torch.float64)
+        energy = for_float64((unit @ self.matrix) * unit).sum(dtype=torch.float64)
         return float(energy) * largest**2

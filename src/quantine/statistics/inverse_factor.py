@@ -80,34 +80,37 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     Returns:
         ``matrix``, which then holds ``U``; ``None`` if it is not positive definite.
     """
-    found = _invert_upper(matrix)
-    return matrix if found and is_finite(matrix) else None
+    failures: list[Tensor] = []
+    _invert_upper(matrix, failures)
+    found = is_finite(matrix) and not bool(torch.stack(failures).any())
+    return matrix if found else None
 
 
-def _invert_upper(matrix: Tensor) -> bool:
-    """Replace ``matrix = R @ R.T`` by ``inverse(R)``; false if it is not positive definite.
+def _invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
+    """Replace ``matrix = R @ R.T`` by ``inverse(R)``.
 
     The matrix is halved again and again, so that most work is matrix products.
+
+    Args:
+        matrix: positive definite; else what replaces it means nothing.
+        failures: is given a number for each leaf, which is not 0 if the leaf is not positive
+            definite. They stay on the device: to ask for each would be to wait for it.
     """
     size = len(matrix)
     if size <= LEAF:
         lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-        if failed:
-            return False
+        failures.append(failed)
         matrix.copy_(
             torch.linalg.solve_triangular(
                 lower, torch.eye(size, dtype=matrix.dtype, device=matrix.device), upper=False
             ).flip(0, 1)
         )
-        return True
+        return
     half = size // 2
     first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    if not _invert_upper(last):
-        return False
+    _invert_upper(last, failures)
     beside = corner @ last.T  # the block of R beside its last
     first.addmm_(beside, beside.T, alpha=-1)
-    if not _invert_upper(first):
-        return False
+    _invert_upper(first, failures)
     torch.mm(first, (beside @ last).neg_(), out=corner)
     matrix[half:, :half] = 0.0
-    return True

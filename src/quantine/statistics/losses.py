@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
+
 
 class RelativeLoss:
     """Sum of squared changes of an output over its sum of squares before the change.
@@ -22,9 +24,8 @@ class RelativeLoss:
 
     def update(self, before: Tensor, after: Tensor) -> None:
         """Add outputs of one shape, before and after the change."""
-        difference = (after.float() - before.float()).square()
-        self.change += float(difference.sum(dtype=torch.float64))
-        self.total += float(before.float().square().sum(dtype=torch.float64))
+        self.change += _sum((after.float() - before.float()).square())
+        self.total += _sum(before.float().square())
 
     def merge(self, other: RelativeLoss) -> None:
         """Add all that ``other`` has seen, of other tokens."""
@@ -61,7 +62,11 @@ class TokenLoss:
     @property
     def value(self) -> float:
         """The mean loss over all tokens added so far; 0 is no change."""
-        return float(torch.cat(self._of_tokens).mean(dtype=torch.float64))
+        return float(for_float64(torch.cat(self._of_tokens)).mean(dtype=torch.float64))
+
+
+def _sum(values: Tensor) -> float:
+    return float(for_float64(values).sum(dtype=torch.float64))
 
 
 def relative_loss(before: Sequence[Tensor], after: Sequence[Tensor]) -> RelativeLoss:

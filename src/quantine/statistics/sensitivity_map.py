@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.core.qtensor import QTensor
 
 MAP_CELLS: Final = 128
@@ -62,14 +63,17 @@ def pool_mean(values: Tensor, columns: Tensor | None = None, cells: int = MAP_CE
         cells: largest number of cells along an axis.
 
     Returns:
-        ``[min(rows, cells), min(columns, cells)]`` float64.
+        ``[min(rows, cells), min(columns, cells)]`` float64, where
+        `quantine.core.device.for_float64` puts it.
     """
+    values = for_float64(values)
     rows, width = values.shape
     device = values.device
     row_cells = cell_of(rows, cells, device)
-    column_cells = cell_of(width, cells, device) if columns is None else columns
+    column_cells = cell_of(width, cells, device) if columns is None else columns.to(device)
     row_counts, column_counts = row_cells.bincount(), column_cells.bincount()
     bands = values.new_zeros(len(row_counts), width).index_add_(0, row_cells, values)
-    sums = bands.new_zeros(len(row_counts), len(column_counts), dtype=torch.float64)
-    sums.index_add_(1, column_cells, bands.double())
-    return sums.div_(row_counts.unsqueeze(1)).div_(column_counts)
+    bands = for_float64(bands).double()
+    sums = bands.new_zeros(len(row_counts), len(column_counts))
+    sums.index_add_(1, column_cells.to(sums.device), bands)
+    return sums.div_(row_counts.unsqueeze(1).to(sums.device)).div_(column_counts.to(sums.device))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from quantine.calibrate.skeleton import materialize, set_tensor, skeleton
+from quantine.calibrate.skeleton import fill, make_buffers, set_tensor, skeleton, weight_names
 from quantine.core.qtensor import QTensor
 from quantine.families.layers import Layer
 from quantine.tuning.divergence import divergence
@@ -35,8 +35,9 @@ def float_model(
     """
     model = skeleton(config)
     checkpoint = checkpoint_of(model)
+    make_buffers(model, model, device)
     for path, child in model.named_children():
-        materialize(model, child, path, checkpoint, device)
+        fill(model, checkpoint.read(weight_names(child, path)), device)
     return model
 
 

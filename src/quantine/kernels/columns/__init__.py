@@ -27,7 +27,8 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         stop: first column after the block.
 
     Raises:
-        SolverError: a scale or a zero point does not fit into float16.
+        SolverError: a scale or a zero point does not fit into float16. A GPU only notes it, for
+            `quantine.kernels.fit.fitted.FittedGroups.check`.
     """
     kind = backend.of(
         columns.weights,
@@ -39,10 +40,9 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         columns.errors,
         columns.kept,
     )
-    found = columns.at_reach
     if kind == "native":
         cpu.round_block(columns, start, stop)
-    elif kind == "triton" and (found is None or found.fitted.spec.group_axis == "in"):
+    elif kind == "triton":
         from quantine.kernels.columns.triton import columns as programs
 
         programs.round_block(columns, start, stop)

@@ -6,7 +6,8 @@ import torch
 
 from quantine.kernels import backend
 from quantine.kernels.columns.columns import Columns
-from quantine.kernels.fit.cpu import fitter, raise_misfit
+from quantine.kernels.fit.cpu import fitter
+from quantine.kernels.fit.misfit import raise_misfit
 from quantine.kernels.threads import pool
 
 

@@ -53,8 +53,10 @@ def _fit_column(columns: Columns, at_reach: AtReach, j: int) -> None:
 
 
 def _round_column(columns: Columns, j: int) -> None:
-    group, diagonal = int(columns.groups[j]), float(columns.upper[j, j])
-    column, scale, zero = columns.weights[j], positive(columns.scales[group]), columns.zeros[group]
+    # Tensors, not numbers: asking a device for its values would wait for it.
+    group, diagonal = columns.groups[j : j + 1], columns.upper[j, j]
+    column, scale = columns.weights[j], positive(columns.scales[group][0])
+    zero = columns.zeros[group][0]
     codes = encode(column, scale, zero, columns.bits)
     columns.codes[j] = codes
     decoded = decode(codes, scale, zero)

@@ -34,8 +34,13 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
     Raises:
         SolverError: a scale or a zero point does not fit into float16.
     """
-    if backend.of(columns, spread) == "native":
+    kind = backend.of(columns, spread)
+    if kind == "native":
         return cpu.fit_groups(columns, spread, spec, cost)
+    if kind == "triton":
+        from quantine.kernels.fit.triton import groups
+
+        return groups.fit_groups(columns, spread, spec, cost)
     return fit_groups_reference(columns, spread, spec, cost)
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any, Final
+from typing import Any
 
 from torch import Tensor
 
 from quantine.core.grid import Grid
 from quantine.core.spec import QuantSpec
-from quantine.errors import SolverError
 from quantine.kernels import backend
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.fit.misfit import raise_misfit
 from quantine.kernels.threads import pool
-
-MISFITS: Final = {
-    "scale": "a group needs a scale of {:.4g}, but scales are stored in float16 (at most 65504)",
-    "statistic": "a statistic of {:.4g} does not fit into float16",
-}
-"""Error messages by the kind of misfit that a native kernel reports."""
 
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
@@ -52,26 +45,10 @@ def fitter(fitted: FittedGroups, spread: Tensor, cost: GridCost) -> Any:
         fitted.run,
         cost.clip,
         cost.price,
-        cost.look_ahead and cost.price < math.inf,
+        cost.leaves_out,
         fitted.given,
         fitted.length,
         spec.group_axis == "out",
         spread.contiguous(),
         *arrays,
     )
-
-
-def raise_misfit(misfit: tuple[str, float] | None) -> None:
-    """Turn a native kernel's report into an error.
-
-    Args:
-        misfit: the kind (a key of `MISFITS`) and the value that does not fit; ``None`` if all fit.
-
-    Raises:
-        SolverError: a scale or a statistic does not fit into float16.
-    """
-    if misfit is not None:
-        kind, value = misfit
-        raise SolverError(
-            f"{MISFITS[kind].format(value)}: rescale the weights, or leave this layer in 16 bit"
-        )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantine.core.grid import Grid, Statistic
 from quantine.core.spec import FLOAT16, QuantSpec
+from quantine.kernels.fit.misfit import MISFITS, raise_misfit
 from quantine.kernels.fit.reference import SecondGrids
 
 
@@ -87,6 +88,8 @@ class FittedGroups:
         length: number of weights of a group.
         run: number of consecutive rows whose statistics share a second grid.
         scale, zero: the scales and zero points found so far.
+        misfits: ``[2]`` float32: for each of `MISFITS` the largest value that a program on a GPU
+            could not store in float16; 0 where all fit. Other kernels raise an error at once.
         given: whether second grids were fitted before, so that only codes on them are chosen.
     """
 
@@ -95,6 +98,7 @@ class FittedGroups:
     run: int
     scale: _Statistics
     zero: _Statistics
+    misfits: Tensor
     given: bool = False
 
     @classmethod
@@ -104,7 +108,8 @@ class FittedGroups:
         """Room for the grids of ``groups`` groups of ``length`` inputs in each of ``rows`` rows."""
         run = min(spec.stat_group_length(rows), rows)
         scale, zero = (_Statistics.empty(groups, rows, run, device) for _ in range(2))
-        return cls(spec, length, run, scale, zero)
+        misfits = torch.zeros(len(MISFITS), dtype=torch.float32, device=device)
+        return cls(spec, length, run, scale, zero, misfits)
 
     @classmethod
     def of_columns(
@@ -153,6 +158,15 @@ class FittedGroups:
         """Store ``grid``, fitted to group number ``group`` alone."""
         self.scale.put(group, grid.scales(), grid.scale)
         self.zero.put(group, grid.zeros(), grid.zero_point)
+
+    def check(self) -> None:
+        """Raise the error that programs on a GPU have noted; this waits for them.
+
+        Raises:
+            SolverError: a scale or a zero point does not fit into float16.
+        """
+        for misfit in zip(MISFITS, self.misfits.tolist(), strict=True):
+            raise_misfit(misfit if misfit[1] else None)
 
     def grid(self, places: Tensor | None = None) -> Grid:
         """The grid of the whole matrix, groups along inputs.

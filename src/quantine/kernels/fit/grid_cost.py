@@ -54,6 +54,11 @@ class GridCost:
     price: float = math.inf
     look_ahead: bool = False
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether ranges leave out likely outliers: where a price says what those are."""
+        return self.look_ahead and self.price < math.inf
+
     def cheapest(
         self, columns: Tensor, spread: Tensor, scales: Tensor, zeros: Tensor, bits: int
     ) -> Tensor:

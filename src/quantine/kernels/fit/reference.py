@@ -103,7 +103,7 @@ def fit_groups_reference(
         SolverError: a scale or a zero point does not fit into float16.
     """
     inliers = columns
-    if cost.look_ahead and cost.price < math.inf:
+    if cost.leaves_out:
         inliers = without_outliers(columns, spread, spec, cost)
     if cost.clip != "hessian":
         columns = inliers  # these costs know no price of an outlier
@@ -149,11 +149,11 @@ def cover(low: Tensor, high: Tensor, spec: QuantSpec, clip: Clip) -> tuple[Tenso
         clip: decides how far a range may lie from zero.
     """
     if spec.zero_bits:
-        return fit_fractional(low, high, spec.bits, _farthest(spec, clip))
+        return fit_fractional(low, high, spec.bits, farthest_of(spec, clip))
     return fit_whole(low, high, spec.bits, spec.sym)
 
 
-def _farthest(spec: QuantSpec, clip: Clip) -> float:
+def farthest_of(spec: QuantSpec, clip: Clip) -> float:
     """Distance from zero, in widths of the range, from which a range is extended to zero.
 
     For min-max ranges it is `FARTHEST`: they follow SpQR's published code as far as weights really

@@ -4,18 +4,25 @@
 ``(c_w - o_w) * c_x``, with ``c_w`` and ``c_x`` the codes of weight and activation and ``o_w`` the
 whole number nearest to the zero point ``z_w`` for which ``c_w - o_w`` fits a byte with a sign.
 Their integer sums are as exact; the float operations on these round differently.
+
+On NVIDIA's GPUs the programs of `quantine.kernels.integer.triton` compute; see docs/gpu.md. A
+`GriddedMatrix` holds a matrix and the grid of its inputs as they read them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
 from quantine.kernels.integer import cpu
 from quantine.kernels.integer.input_grid import InputGrid
+from quantine.kernels.integer.units import gridded_matrix as units
+from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
+from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.kernels.matrix.cpu import Matrix
 
 
@@ -82,3 +89,48 @@ def input_codes(matrix: Matrix, grid: Any, x: Tensor) -> Tensor:
     """
     backend.check_native(x)
     return cpu.input_codes(matrix, grid, x)
+
+
+def gridded_matrix(qtensor: QTensor, grid: InputGrid) -> GriddedMatrix | None:
+    """``qtensor`` and the grid of its inputs as a GPU multiplies them in integers.
+
+    ``None`` where there is no GPU with programs for it, or groups run along outputs.
+
+    Raises:
+        BackendUnavailable: the tensors are on several devices.
+    """
+    on = backend.of(qtensor.codes, grid.scale, grid.zero, grid.reach)
+    return units.gridded_matrix(qtensor, grid) if on == "triton" else None
+
+
+def multiply_gridded(matrix: GriddedMatrix, x: Tensor) -> Tensor:
+    """``x @ W.T`` with the inputs ``x`` normed and rounded as ``matrix.inputs`` says.
+
+    Args:
+        matrix: from `gridded_matrix`.
+        x: ``[batch, in]`` float32, float16 or bfloat16, on the device of ``matrix``.
+
+    Returns:
+        ``[batch, out]`` in the dtype of ``x``; rows are NaN where `multiply` has them so.
+    """
+    return multiply_rounded(matrix, rounded(x, matrix.inputs), x.dtype)
+
+
+def rounded(x: Tensor, inputs: InputUnits) -> Rounded:
+    """The inputs ``x`` as `multiply_rounded` takes them; ``x`` as for `multiply_gridded`.
+
+    Args:
+        x: the inputs.
+        inputs: of a `GriddedMatrix`, or what its method ``after`` made of them, which puts the norm
+            before a matrix into the same pass. Matrices whose inputs are equal share the result.
+    """
+    from quantine.kernels.integer.triton.product import rounded as round_rows
+
+    return round_rows(x, inputs)
+
+
+def multiply_rounded(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:
+    """``x @ W.T`` ``[batch, out]`` in ``dtype`` with inputs from `rounded`."""
+    from quantine.kernels.integer.triton.product import multiply_rounded as multiply_rows
+
+    return multiply_rows(matrix, x, dtype)

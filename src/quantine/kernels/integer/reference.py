@@ -47,7 +47,7 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
         factor = factors(stored, *steepness(scale, zero, grid.bits, grid.reach))
         stored = stored / factor
     codes = encode(stored, scale, zero, grid.bits)
-    weights, added = _without_outliers(qtensor)
+    weights, added = without_outliers(qtensor)
     result = x.new_zeros(len(x), len(weights))
     parts = zip(
         *(t.split(list(lengths), 1) for t in (weights, codes, scale, zero)),
@@ -65,7 +65,7 @@ def multiply_reference(qtensor: QTensor, grid: InputGrid, x: Tensor) -> Tensor:
     return result * factor
 
 
-def _without_outliers(qtensor: QTensor) -> tuple[Tensor, Tensor | None]:
+def without_outliers(qtensor: QTensor) -> tuple[Tensor, Tensor | None]:
     """The codes, and what has to be added to the weights they stand for where outliers are.
 
     Returns:

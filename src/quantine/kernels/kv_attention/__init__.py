@@ -23,6 +23,8 @@ from quantine.kernels.kv_attention.tiled import TILE, attend_in_tiles
 MOST_ROWS: Final = 64
 """Largest number of queries sharing a head of keys for which the native kernel multiplies codes.
 With more, PyTorch multiplies decoded floats, which takes fewer decodings."""
+WIDEST: Final = 256
+"""Largest number of channels of a head for which there are programs on GPUs."""
 TILED: Final = 16
 """Number of query tokens from which attention is computed tile by tile. With fewer, turning keys
 and values into float32 costs more than tiles save."""
@@ -39,24 +41,26 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention; arguments and results are those of `attend_reference`, but for the following.
 
-    On the CPU, and without gradients and dropout, a few queries are multiplied with the codes of
-    packed keys and values, and many with floats tile by tile.
+    Without gradients and dropout, a few queries on the CPU are multiplied with the codes of packed
+    keys and values, and many with floats tile by tile; on NVIDIA's GPUs all are multiplied with
+    codes, see docs/gpu.md.
 
     Args:
         key, value: ``[batch, kv_heads, context, dim]``, floats or `PackedStates`.
         keep: whether the caller reads the probabilities; ``None`` may be returned for them if not.
     """
     learning = _learning(query, key, value, *(() if mask is None else (mask,)))
-    if dropout > 0 or learning or query.device.type != "cpu":
+    if dropout > 0 or learning:
         return attend_reference(query, key, value, mask, scoring, dropout)
-    if (
-        isinstance(key, PackedStates)
-        and isinstance(value, PackedStates)
-        and _few(query, key)
-        and backend.of(query, mask, *key.tensors(), *value.tensors()) == "native"
-    ):
-        return cpu.attend(query, key, value, mask, scoring)
-    if _in_tiles(query, key):
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        kind = backend.of(query, mask, *key.tensors(), *value.tensors())
+        if kind == "native" and _few(query, key):
+            return cpu.attend(query, key, value, mask, scoring)
+        if kind == "triton" and _some(query, key):
+            from quantine.kernels.kv_attention.triton import attention as programs
+
+            return programs.attend(query, key, value, mask, scoring, keep)
+    if query.device.type == "cpu" and _in_tiles(query, key):
         return attend_in_tiles(query, key, value, mask, scoring, keep)
     return attend_reference(query, key, value, mask, scoring)
 
@@ -76,3 +80,8 @@ def _few(query: Tensor, key: Tensor) -> bool:
     """Whether at most `MOST_ROWS` queries share a head of keys."""
     shared = query.shape[1] // key.shape[1] * query.shape[2]
     return 0 < shared <= MOST_ROWS and query.shape[0] > 0
+
+
+def _some(query: Tensor, key: Tensor) -> bool:
+    """Whether there are queries and tokens, of at most `WIDEST` channels, for programs on GPUs."""
+    return query.numel() > 0 and key.shape[2] > 0 and query.shape[3] <= WIDEST

@@ -31,8 +31,13 @@ def pack_states(
         feedback: ``[heads, dim, dim]`` float16, for error feedback among channels, see
             `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
     """
-    if backend.of(states, scale, zero, packed, feedback) == "native":
+    kind = backend.of(states, scale, zero, packed, feedback)
+    if kind == "native":
         cpu.pack_states(states, bits, scale, zero, packed, feedback)
+    elif kind == "triton":
+        from quantine.kernels.kv_attention.triton import packing as programs
+
+        programs.pack_states(states, bits, scale, zero, packed, feedback)
     else:
         packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
 

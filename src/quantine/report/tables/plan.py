@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from quantine.calibrate.bos import SEGMENTS_BEGUN
+from quantine.core.device import is_here
 from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
-from quantine.run.job import NO_LAYER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,8 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
         table.add_row(*_cells(job, row))
     for name, sizes in job.other_matrices().items():
         shape = " x ".join(map(str, sizes))
-        table.add_row(name, shape, "16 bit", "16", megabytes(2 * math.prod(sizes)), NO_LAYER)
+        size_text = megabytes(2 * math.prod(sizes))
+        table.add_row(name, shape, "16 bit", "16", size_text, job.kept_reason(name))
     console.print(table)
     for line in plan_lines(job, size):
         console.print(line)
@@ -70,6 +71,8 @@ def _cells(job: Job, row: LayerRow[Decision]) -> list[str]:
 def plan_lines(job: Job, size: Estimate) -> list[str]:
     """Lines on the sizes of what the run ``job`` makes, and on what it takes."""
     place = "on disk" if size.spills else "in memory"
+    if size.device_memory is not None and size.residence.hidden == "device":
+        place = f"on {job.device}"
     begun = SEGMENTS_BEGUN.get(job.begun(), "")
     tokens = f"{size.tokens:,} tokens of {job.calibration.source}" if size.tokens else "none"
     return [
@@ -81,7 +84,20 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"{megabytes(size.disk_while_running)}",
         f"peak memory: about {megabytes(size.peak_memory)} "
         f"(activations {megabytes(size.activations)} {place})",
+        *_device_lines(job, size),
         f"calibration: {tokens}{' in segments' * bool(begun)}{begun}",
+    ]
+
+
+def _device_lines(job: Job, size: Estimate) -> list[str]:
+    """A line on the memory of the device, where that is not the CPU."""
+    if size.device_memory is None:
+        return []
+    most = "" if size.device_limit is None else f" of at most {megabytes(size.device_limit)}"
+    here = "" if is_here(job.device) else "; no such device is here, so this is arithmetic alone"
+    return [
+        f"peak memory of {job.device}: about {megabytes(size.device_memory)}{most}, batches of "
+        f"{size.residence.batch_tokens} tokens{here}"
     ]
 
 
@@ -113,7 +129,7 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
             for d in job.decisions
         ],
         "other_matrices": [
-            {"name": name, "shape": list(shape), "reason": NO_LAYER}
+            {"name": name, "shape": list(shape), "reason": job.kept_reason(name)}
             for name, shape in job.other_matrices().items()
         ],
         "predicted": {
@@ -124,6 +140,10 @@ def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
             "output_bytes": size.output,
             "disk_while_running_bytes": size.disk_while_running,
             "peak_memory_bytes": size.peak_memory,
+            "device": str(job.device),
+            "device_memory_bytes": size.device_memory,
+            "device_limit_bytes": size.device_limit,
+            "batch_tokens": size.residence.batch_tokens,
             "activation_bytes": size.activations,
             "activations_on_disk": size.spills,
             "calibration_tokens": size.tokens,

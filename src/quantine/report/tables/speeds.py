@@ -14,29 +14,31 @@ from quantine.report.tables.console import new_table
 
 def print_speeds(found: Mapping[str, Any], console: Console) -> None:
     """Print what `quantine.eval.speed.measure` returned."""
+    on_cpu = found["device"] == "cpu"
+    machine = f"{found['threads']} threads" if on_cpu else found["device"]
+    gives = "memory gives" if on_cpu else "copying in its memory moves"
     console.print(
-        f"{found['threads']} threads, {found['level']}, {found['arithmetic']} by plan; "
-        f"memory gives {with_range(found['read'], 'GB/s')}"
+        f"{machine}, {found['level']}, {found['arithmetic']} by plan; "
+        f"{gives} {with_range(found['read'], 'GB/s')}"
     )
-    console.print(_matrix_table(found["kernels"]))
+    arithmetics = ("exact", "fast") if on_cpu else ("float16",)
+    console.print(_matrix_table(found["kernels"], arithmetics))
     console.print(_text_table(found["text"]))
 
 
-def _matrix_table(kernels: list[dict[str, Any]]) -> Table:
+def _matrix_table(kernels: list[dict[str, Any]], arithmetics: tuple[str, ...]) -> Table:
     """How fast the weights of each kind of matrix are read by a multiplication."""
-    table = new_table(
-        "first of", "matrices", "shape", "bits", "exact GB/s", "fast GB/s", "of memory"
-    )
+    speeds = [f"{name} GB/s" for name in arithmetics]
+    table = new_table("first of", "matrices", "shape", "bits", *speeds, "of memory")
     for kernel in kernels:
-        exact, fast = kernel["exact"], kernel["fast"]
+        timed = [kernel[name] for name in arithmetics]
         table.add_row(
             kernel["name"],
             str(kernel["matrices"]),
             " x ".join(map(str, kernel["shape"])),
             f"{kernel['bits_per_weight']:.2f}",
-            f"{exact['median']:.1f}",
-            f"{fast['median']:.1f}",
-            f"{exact['share']:.0%} / {fast['share']:.0%}",
+            *(f"{one['median']:.1f}" for one in timed),
+            " / ".join(f"{one['share']:.0%}" for one in timed),
         )
     return table
 

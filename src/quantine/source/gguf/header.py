@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -82,15 +83,20 @@ class GGUFFile:
     tensors: tuple[GGUFTensor, ...]
 
 
-def read_header(path: Path) -> GGUFFile:
+def read_header(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -> GGUFFile:
     """Read the header of a GGUF file, and check that the file holds all it speaks of.
+
+    Args:
+        path: of the file.
+        known: types that the caller decodes, and the ``gguf`` package perhaps not: weights and
+            bytes of a block, by code.
 
     Raises:
         CheckpointError: the file is cut off or damaged, or holds a tensor of an unknown type.
     """
     try:
         with path.open("rb") as file:
-            return _Header(path, file).read()
+            return _Header(path, file, known or {}).read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (struct.error, UnicodeDecodeError) as error:
@@ -105,8 +111,8 @@ class _Header:
     Its methods raise ``struct.error`` where the file ends early.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
-        self._path, self._file = path, file
+    def __init__(self, path: Path, file: BinaryIO, known: Mapping[int, tuple[int, int]]) -> None:
+        self._path, self._file, self._known = path, file, known
         self._size = path.stat().st_size
 
     def read(self) -> GGUFFile:
@@ -176,7 +182,8 @@ class _Header:
     def _placed(
         self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int
     ) -> GGUFTensor:
-        nbytes = _nbytes(self._path, name, shape, kind)
+        sizes = self._known.get(kind) or _sizes(self._path, name, kind)
+        nbytes = _nbytes(self._path, name, shape, sizes)
         if data + offset + nbytes > self._size:
             raise CheckpointError(
                 f"{self._path} is damaged or half downloaded: it has {self._size} bytes, but "
@@ -185,8 +192,8 @@ class _Header:
         return GGUFTensor(name, shape, kind, self._path, data + offset, nbytes)
 
 
-def _nbytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
-    """Bytes of a tensor, once it is sure that the ``gguf`` package can decode its type."""
+def _sizes(path: Path, name: str, kind: int) -> tuple[int, int]:
+    """Weights and bytes of a block, once it is sure that the ``gguf`` package can decode it."""
     import numpy as np
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
@@ -199,6 +206,12 @@ def _nbytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
             f"{name[:60]} in {path} is of ggml's type {kind}, which cannot be decoded: quantize "
             "the model that the GGUF file was made from"
         ) from error
+    return values, nbytes
+
+
+def _nbytes(path: Path, name: str, shape: tuple[int, ...], sizes: tuple[int, int]) -> int:
+    """Bytes of a tensor of blocks of these sizes."""
+    values, nbytes = sizes
     if not shape or shape[-1] % values:
         raise CheckpointError(
             f"{path} is damaged: the rows of {name[:60]} {shape} are not whole blocks of {values}"

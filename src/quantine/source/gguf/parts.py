@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -24,13 +24,17 @@ PART: Final = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 """Names of the files of a model that llama.cpp split."""
 
 
-def read_parts(path: Path) -> list[GGUFFile]:
+def read_parts(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -> list[GGUFFile]:
     """The headers of all files of the model that the file at ``path`` is part of, in order.
+
+    Args:
+        path: of one of the files.
+        known: see `quantine.source.gguf.header.read_header`.
 
     Raises:
         CheckpointError: a part is missing, damaged, or of another model.
     """
-    first = read_header(path)
+    first = read_header(path, known)
     count = first.metadata.get("split.count", 1)
     found = PART.match(path.name)
     if found is None:
@@ -48,7 +52,7 @@ def read_parts(path: Path) -> list[GGUFFile]:
             f"{path} is one of {total} parts of a model, and {len(missing)} are missing: "
             f"{', '.join(missing[:2])}; download them beside it"
         )
-    parts = [read_header(path.parent / name) for name in names]
+    parts = [read_header(path.parent / name, known) for name in names]
     for number, part in enumerate(parts):
         said = part.metadata.get("split.count", total), part.metadata.get("split.no", number)
         if said != (total, number):

@@ -91,7 +91,7 @@ def frequency_factors(tensor: GGUFTensor, theta: float) -> dict[str, Any]:
         return {"rope_type": "default"}
     if not all(0 < factor < math.inf for factor in factors):
         raise CheckpointError(f"{tensor.name} in {tensor.file} holds what is no factor: damaged")
-    if not _close(factors, _llama3(max(factors), len(factors), theta)):
+    if not _close(factors, llama3_factors(max(factors), len(factors), theta)):
         raise CheckpointError(
             f"{tensor.name} in {tensor.file} scales rotary embeddings in a way that is not "
             "understood: quantize the model that the GGUF file was made from"
@@ -99,7 +99,7 @@ def frequency_factors(tensor: GGUFTensor, theta: float) -> dict[str, Any]:
     return {"rope_type": "llama3", "factor": max(factors), **LLAMA3}
 
 
-def _llama3(factor: float, count: int, theta: float) -> list[float]:
+def llama3_factors(factor: float, count: int, theta: float) -> list[float]:
     """The factors of ``count`` frequencies for which a config of type ``llama3`` stands."""
     low, high, context = LLAMA3.values()
     factors = []

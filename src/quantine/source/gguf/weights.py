@@ -25,7 +25,7 @@ def check_gguf_weights(parts: Sequence[GGUFFile], model: PreTrainedModel) -> Non
         CheckpointError: a tensor is missing, has another shape, or has no place in the model.
     """
     path, said = parts[0].path, parts[0].metadata
-    names = _model_names(said["general.architecture"], model)
+    names = model_names(said["general.architecture"], model)
     tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
     expected = {
         name: tuple(tensor.shape)
@@ -55,8 +55,13 @@ def check_gguf_weights(parts: Sequence[GGUFFile], model: PreTrainedModel) -> Non
             )
 
 
-def _model_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
-    """What the model calls each tensor, by llama.cpp's name; the mapping is transformers'."""
+def model_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
+    """What the model calls each tensor, by llama.cpp's name; the mapping is transformers'.
+
+    Args:
+        architecture: of the file.
+        model: of its config, whose weights may be on the meta device.
+    """
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,

@@ -7,6 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
+from quantine.core.device import for_float64
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.errors import FormatError
@@ -29,7 +30,8 @@ def regridded(qtensor: QTensor, grid: Grid) -> QTensor:
     Raises:
         FormatError: its weights change by more than `LARGEST_CHANGE`.
     """
-    before, after = qtensor.grid.decode(qtensor.codes), grid.decode(qtensor.codes)
+    before = for_float64(qtensor.grid.decode(qtensor.codes))
+    after = for_float64(grid.decode(qtensor.codes))
     change = float((after - before).double().norm() / before.double().norm())
     if not change <= LARGEST_CHANGE:
         raise FormatError(

@@ -1,44 +1,94 @@
-"""A block of the column loop on a GPU: a launch for each run of columns, none for a column."""
+"""A block of the column loop on a GPU, in one launch: none for a column or a group."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 
-from quantine.kernels.columns.columns import Columns
-from quantine.kernels.columns.reference import fit_if_first
-from quantine.kernels.columns.triton.programs.run import round_run
-from quantine.kernels.fit.grid_cost import SMALLEST_DIVISOR
+from quantine.kernels.columns.columns import AtReach, Columns
+from quantine.kernels.columns.reference import fit_if_first, round_block_reference
+from quantine.kernels.columns.triton.programs.block import round_block as program
+from quantine.kernels.fit.triton.request import LEAST_LINES, Request, Share, operands, run_of
 
-ROWS: Final = 8
-"""Rows of a program, which is one warp."""
+PART: Final = 16
+"""Columns in registers at a time, where no groups of them are fitted that say how many."""
 
 
 def round_block(columns: Columns, start: int, stop: int) -> None:
-    """See `quantine.kernels.columns.round_block`; groups must not run along outputs.
+    """See `quantine.kernels.columns.round_block`.
 
-    Grids are fitted by PyTorch when a run of columns begins that share them, for all rows at once.
-    The run is then rounded in one launch, and a matrix product corrects the rest of the block.
+    A program has some rows and goes through the block part by part: it takes the errors of the
+    block's earlier columns off a part, fits the part's group, and rounds its columns one by one,
+    all in registers. PyTorch fits groups that are longer than the block, and where registers do not
+    hold what must be fitted together (`share_of`).
+
+    What does not fit into float16 is only noted, since asking would wait for the GPU:
+    `FittedGroups.check` raises the error.
     """
     at_reach = columns.at_reach
-    length = stop - start if at_reach is None else at_reach.fitted.length
-    begin = start
-    while begin < stop:
-        end = min(stop, (begin // length + 1) * length if at_reach else stop)
-        if at_reach is not None:
-            fit_if_first(columns, at_reach, begin)
-        _round_run(columns, begin, end)
-        if end < stop:
-            behind = columns.weights[end:stop]
-            behind.addmm_(columns.upper[begin:end, end:stop].T, columns.errors[begin:end], alpha=-1)
-        begin = end
+    outputs = at_reach is not None and at_reach.fitted.spec.group_axis == "out"
+    too_long = at_reach is not None and not outputs and at_reach.fitted.length > stop - start
+    if share_of(at_reach) is not None and not too_long:
+        _launch(columns, start, stop, at_reach)
+    elif at_reach is None or outputs:
+        round_block_reference(columns, start, stop)
+    else:
+        _round_by_groups(columns, at_reach, start, stop)
 
 
-def _round_run(columns: Columns, start: int, stop: int) -> None:
+def share_of(fitting: AtReach | None) -> Share | None:
+    """The rows of a program; ``None`` where it cannot hold those that are fitted together.
+
+    Args:
+        fitting: how it fits groups, if it does.
+    """
+    if fitting is None:
+        return Share.of(LEAST_LINES, PART)
+    fitted = fitting.fitted
+    if fitted.spec.group_axis == "out":
+        return Share.of(fitted.length, PART)
+    return Share.of(run_of(fitted.spec, fitted.run), fitted.length)
+
+
+def _round_by_groups(columns: Columns, at_reach: AtReach, start: int, stop: int) -> None:
+    """Round a block whose groups PyTorch fits: a launch for each group."""
+    length = at_reach.fitted.length
+    for begin in range(start, stop, length):
+        end = min(begin + length, stop)
+        fit_if_first(columns, at_reach, begin)
+        _launch(columns, begin, end, None)
+        behind = columns.weights[end:stop]
+        behind.addmm_(columns.upper[begin:end, end:stop].T, columns.errors[begin:end], alpha=-1)
+
+
+def _launch(columns: Columns, start: int, stop: int, fitting: AtReach | None) -> None:
+    if start < stop:
+        grid, values, settings = launch_of(columns, start, stop, fitting)
+        program[grid](*values, **settings)
+
+
+def launch_of(
+    columns: Columns, start: int, stop: int, fitting: AtReach | None
+) -> tuple[tuple[int], list[Any], dict[str, Any]]:
+    """Number of programs, their operands in order, and what is fixed when they are compiled.
+
+    Args:
+        fitting: how groups are fitted; ``None`` where their grids are known.
+    """
+    share = share_of(fitting)
+    assert share is not None
     inputs, rows = columns.weights.shape
-    round_run[(triton.cdiv(rows, ROWS),)](
+    part, outputs, runs, request = PART, False, 0, None
+    of_fit: tuple[Any, ...] = (None,) * 10
+    if fitting is not None:
+        fitted = fitting.fitted
+        outputs, runs = fitted.spec.group_axis == "out", fitted.scale.step.shape[1]
+        part = PART if outputs else fitted.length
+        request = Request.of(fitted, fitting.cost)
+        of_fit = fitting.spread, *operands(fitted)
+    values = [
         columns.weights,
         columns.upper,
         columns.scales,
@@ -47,14 +97,23 @@ def _round_run(columns: Columns, start: int, stop: int) -> None:
         columns.codes,
         columns.errors,
         None if columns.kept is None else columns.kept.view(torch.int8),
+        *of_fit,
         columns.price,
         start,
-        stop - start,
+        stop,
         rows,
         inputs,
-        BITS=columns.bits,
-        ROWS=ROWS,
-        WIDTH=triton.next_power_of_2(stop - start),
-        SMALLEST=SMALLEST_DIVISOR,
-        num_warps=1,
-    )
+        runs,
+    ]
+    settings = {
+        "BITS": columns.bits,
+        "PART": part,
+        "WIDTH": triton.next_power_of_2(part),
+        "FIT": request,
+        "OUTPUTS": outputs,
+        "RUNS": share.runs,
+        "SPAN": share.span,
+        "RUN": share.run,
+        "num_warps": share.warps,
+    }
+    return (share.programs(rows),), values, settings

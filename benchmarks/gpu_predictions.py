@@ -1,0 +1,200 @@
+"""What quantizing on a GPU costs by arithmetic: operations and bytes of each stage, and seconds.
+
+    python benchmarks/gpu_predictions.py
+
+prints the tables of docs/gpu.md. Nothing is measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gpu_quantizing import EIGHT_BILLION, Shape
+from quantine.kernels.fit.reference import SHRINKS
+from quantine.kernels.gram.reference import PANEL
+from quantine.methods.spqr import SpQR
+
+TOKENS = 128 * 2048
+"""Tokens of calibration, as in the papers."""
+BATCH = 2048
+"""Tokens that go through a block at once."""
+BLOCKS = 32
+"""Blocks of the model of 8 billion weights."""
+PRODUCTS = 0.6
+"""Share of the peak that products of matrices in float32 are counted with."""
+ELSEWHERE = 0.25
+"""The same of element by element arithmetic in registers: few warps, and divisions."""
+BANDWIDTH = 0.7
+"""Share of the memory's bandwidth."""
+OF_COLUMN = 1500
+"""Cycles from a column to the next: two divisions, loads of a row of the factor, feedback."""
+OF_CANDIDATE = 600
+"""Cycles of trying one range, or one pair of codes, for a group of 16: 16 errors and divisions."""
+OF_WEIGHT = 10
+"""Operations that a candidate takes for each weight."""
+OUTLIERS = 3
+"""Ranges that tell which weights are likely outliers."""
+NEIGHBOURS = 9
+"""Pairs of codes of scale and zero point that are tried."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU by its data sheet: float32 outside of tensor cores, memory, and clock."""
+
+    name: str
+    operations: float
+    bandwidth: float
+    clock: float
+
+
+CARDS = (
+    Card("A100", 19.5e12, 2.04e12, 1.41e9),
+    Card("H100", 66.9e12, 3.35e12, 1.83e9),
+    Card("RTX 4090", 82.6e12, 1.01e12, 2.52e9),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Operations in float32, bytes of memory, steps that wait for each other; of what kind."""
+
+    name: str
+    operations: float
+    bytes: float
+    cycles: float = 0.0
+    share: float = PRODUCTS
+
+    def seconds(self, card: Card) -> float:
+        """The longest of the three."""
+        return max(
+            self.operations / (self.share * card.operations),
+            self.bytes / (BANDWIDTH * card.bandwidth),
+            self.cycles / card.clock,
+        )
+
+
+def hessian(inputs: int) -> Stage:
+    """Panels right of the diagonal, batch after batch, and their mirror images."""
+    batches = TOKENS // BATCH
+    operations = TOKENS * inputs * (inputs + PANEL)
+    read = batches * (BATCH * inputs * 4) * (inputs / PANEL) / 2
+    return Stage("Hessian product", operations, read + batches * 5 * inputs**2 * 4)
+
+
+def factor(inputs: int) -> Stage:
+    """Halving: four products of half the size for each matrix, 4/3 n**3 in all."""
+    return Stage("Cholesky factor", 4 / 3 * inputs**3, 12 * inputs**2 * 4)
+
+
+def feedback(outputs: int, inputs: int) -> Stage:
+    """The products that correct the columns behind each block."""
+    blocks = inputs / SpQR().block_size
+    moved = outputs * inputs * 4 * blocks + inputs**2 / 2 * 4
+    return Stage("feedback to columns behind", outputs * inputs**2, moved)
+
+
+def loop(outputs: int, inputs: int) -> Stage:
+    """Rounding, outlier tests and feedback within blocks, without fits."""
+    weights = outputs * inputs
+    operations = weights * (SpQR().block_size + 30)
+    moved = weights * (4 + 4 + 4 + 1 + 1)
+    return Stage("loop within blocks", operations, moved, inputs * OF_COLUMN, ELSEWHERE)
+
+
+def fits(outputs: int, inputs: int) -> Stage:
+    """Ranges of groups, likely outliers and second-level statistics."""
+    candidates = len(SHRINKS) + OUTLIERS + NEIGHBOURS
+    group = SpQR.default_spec.group_size
+    return Stage(
+        "fits of groups",
+        outputs * inputs * candidates * OF_WEIGHT,
+        outputs * inputs / group * 10,
+        inputs / group * candidates * OF_CANDIDATE,
+        ELSEWHERE,
+    )
+
+
+def forward(shape: Shape) -> Stage:
+    """One block on all tokens, once: what was computed is kept between its matrices."""
+    weights = block_weights(shape)
+    attention = 2 * TOKENS * BATCH * shape.hidden  # half of all pairs of tokens
+    moved = TOKENS * 4 * (12 * shape.hidden + 4 * shape.inner)
+    return Stage("forward", 2 * TOKENS * weights + attention, moved)
+
+
+def block_weights(shape: Shape) -> int:
+    return sum(outputs * inputs for outputs, inputs in all_matrices(shape))
+
+
+def all_matrices(shape: Shape) -> list[tuple[int, int]]:
+    """Outputs and inputs of the seven matrices of a block."""
+    of = shape.matrices()
+    return [of["query"], of["key"], of["key"], of["query"], of["gate"], of["gate"], of["down"]]
+
+
+def of_matrix(outputs: int, inputs: int) -> list[Stage]:
+    return [
+        hessian(inputs),
+        factor(inputs),
+        feedback(outputs, inputs),
+        loop(outputs, inputs),
+        fits(outputs, inputs),
+    ]
+
+
+def of_model(shape: Shape, blocks: int) -> list[Stage]:
+    """Stages of a whole model; four inputs of a block have a Hessian each."""
+    inputs = [shape.hidden, shape.hidden, shape.hidden, shape.inner]
+    parts: list[list[Stage]] = [
+        [forward(shape)],
+        [hessian(n) for n in inputs],
+        [factor(n) for n in inputs],
+    ]
+    each: list[Callable[[int, int], Stage]] = [feedback, loop, fits]
+    parts += [[stage(*matrix) for matrix in all_matrices(shape)] for stage in each]
+    return [_sum(part, blocks) for part in parts]
+
+
+def _sum(stages: list[Stage], times: int) -> Stage:
+    first = stages[0]
+    return Stage(
+        first.name,
+        times * sum(stage.operations for stage in stages),
+        times * sum(stage.bytes for stage in stages),
+        times * sum(stage.cycles for stage in stages),
+        first.share,
+    )
+
+
+def table(stages: list[Stage]) -> str:
+    """A table in Markdown: a row for each stage, and their sum."""
+    names = " | ".join(f"{card.name}, s" for card in CARDS)
+    rows = [
+        f"| stage | 1e12 operations | GB moved | {names} |",
+        "|---|---|---|" + "---|" * len(CARDS),
+    ]
+    for stage in stages:
+        seconds = " | ".join(_short(stage.seconds(card)) for card in CARDS)
+        operations, moved = _short(stage.operations / 1e12), _short(stage.bytes / 1e9)
+        rows.append(f"| {stage.name} | {operations} | {moved} | {seconds} |")
+    sums = (_short(sum(stage.seconds(card) for stage in stages)) for card in CARDS)
+    rows.append(f"| sum | | | {' | '.join(sums)} |")
+    return "\n".join(rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def main() -> None:
+    outputs, inputs = EIGHT_BILLION.matrices()["down"]
+    print(f"A matrix of {outputs} outputs and {inputs} inputs:\n")
+    print(table(of_matrix(outputs, inputs)))
+    print(f"\nA model of {BLOCKS} such blocks:\n")
+    print(table(of_model(EIGHT_BILLION, BLOCKS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Write docs/families.md from docs/families.json, which ``make families`` measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from quantine.survey.verdict import UNBUILT
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE / "families.json"
+PAGE = HERE / "families.md"
+EXPERTS = "experts, and other matrices outside of Linear modules"
+INTRO = """\
+# Families
+
+Made by `make families`, which tries every causal language model of the installed transformers on a
+small random model of its default configuration: `quantine families`. *Weights*: quantized with RTN,
+GPTQ and SpQR at 4 bits, saved and loaded, it gives the logits of the float model with the
+dequantized weights. *Activations*: they can be rounded (`--scheme W4A8`). *Native*: the native
+decoder generates with it.
+
+Architectures are not listed by hand. What shares an input and what runs after what is found by
+running a small model, whose blocks then have to run one by one with the same outputs. A literal in
+`src/quantine/families` overrides that, and knows reorders of activations: see [Adding a
+family](adding.md#a-family). Real models differ from default configurations, so each is looked at
+when it is quantized, whatever this page says.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    rows = json.loads(SOURCE.read_text(encoding="utf-8"))
+    built = [row for row in rows if UNBUILT not in row["reason"]]
+    refused = [row for row in built if not row["weights"]]
+    experts = [row for row in refused if EXPERTS in row["reason"]]
+    done = len(built) - len(refused)
+    inside = len(built) - len(experts)
+    rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
+    counts = (
+        f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
+        f"{done} of these are quantized: {done / len(built):.0%}, and {done / inside:.0%} of the "
+        f"{inside} whose matrices are all in Linear modules; the other {len(experts)}, nearly all "
+        f"of them mixtures of experts, are refused. Activations of {rounded} can be rounded; "
+        f"{native} are decoded natively."
+    )
+    lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
+    lines += [_row(row) for row in built if row["weights"]]
+    lines += ["", "## Refused", "", "| class | reason |", "|---|---|"]
+    lines += [f"| {row['class']} | {_text(row['reason'])} |" for row in refused]
+    lines += ["", "## Not tried", "", "| class | reason |", "|---|---|"]
+    lines += [f"| {row['class']} | {_text(row['reason'])} |" for row in rows if row not in built]
+    return "\n".join([*lines, ""])
+
+
+def _row(row: dict[str, object]) -> str:
+    parts = ("yes" if row[part] else "no" for part in ("weights", "activations", "native"))
+    return f"| {row['class']} | {' | '.join(parts)} |"
+
+
+def _text(reason: str) -> str:
+    return reason.replace("|", "\\|").replace("<", "\\<").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

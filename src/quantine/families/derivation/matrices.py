@@ -1,0 +1,106 @@
+"""The matrices of a block: which of them read the same input, and what stays in 16 bit."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Final
+
+from torch import nn
+
+from quantine.errors import FamilyError, cut
+from quantine.families.derivation.trace import Trace, is_matrix
+
+HARMLESS: Final = frozenset(
+    [
+        *("__getitem__", "contiguous", "expand", "flatten", "float", "reshape", "squeeze", "to"),
+        *("transpose", "type", "unsqueeze", "view", "abs", "add", "cos", "div", "exp", "mul"),
+        *("neg", "sigmoid", "sin", "softplus", "sub", "tanh", "__add__", "__mul__", "__neg__"),
+        *("__radd__", "__rmul__", "__rsub__", "__sub__", "conv1d", "conv2d", "embedding"),
+    ]
+)
+"""Names of functions of PyTorch that may read parameters which stay in 16 bit: they look rows up,
+convolve, or compute number by number. What any other function reads may be a matrix."""
+
+
+def groups_of(prefix: str, kept: dict[str, str], trace: Trace) -> tuple[tuple[str, ...], ...]:
+    """The groups of a block, see `quantine.families.family.Family.groups`.
+
+    Matrices of one group follow each other and read the same tensor.
+
+    Args:
+        prefix: full path of the block.
+        kept: parameters that are not quantized, by path inside of blocks.
+        trace: of a forward pass.
+
+    Raises:
+        FamilyError: a matrix ran more than once.
+    """
+    inside = [
+        (product.name.removeprefix(f"{prefix}."), product.input)
+        for product in trace.products
+        if product.name.startswith(f"{prefix}.")
+    ]
+    inside = [one for one in inside if f"{one[0]}.weight" not in kept]
+    paths = [path for path, _ in inside]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise FamilyError(f"{prefix}.{path} runs {paths.count(path)} times in one pass")
+    runs = groupby(inside, key=lambda one: one[1])
+    return tuple(tuple(path for path, _ in products) for _, products in runs)
+
+
+def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
+    """Parameters of two or more dimensions in a block that stay in 16 bit, with the reasons.
+
+    Args:
+        block: the block.
+        prefix: its full path.
+        trace: of a forward pass.
+
+    Returns:
+        The reasons by path inside the block.
+
+    Raises:
+        FamilyError: a parameter may be a matrix, but not one that can be quantized.
+    """
+    modules, found = dict(block.named_modules()), {}
+    for path, parameter in block.named_parameters():
+        owner = path.rpartition(".")[0]
+        if parameter.ndim < 2:
+            continue
+        uses = trace.uses.get(f"{prefix}.{path}", set())
+        if path == f"{owner}.weight" and is_matrix(modules[owner]):
+            reason = _why_kept(modules, owner, prefix, uses, trace)
+            if reason:
+                found[path] = reason
+            continue
+        unknown = {use for use in uses if not use.startswith(".")} - HARMLESS
+        if unknown:
+            functions = cut(", ".join(sorted(unknown)), 60)
+            raise FamilyError(
+                f"{prefix}.{path} {tuple(parameter.shape)} in a {type(modules[owner]).__name__} "
+                f"is used by {functions}: experts, and other matrices outside of Linear modules, "
+                "are not supported yet"
+            )
+        found[path] = "no matrix of a product" if uses else "not used for text alone"
+    return found
+
+
+def _why_kept(
+    modules: dict[str, nn.Module], path: str, prefix: str, uses: set[str], trace: Trace
+) -> str | None:
+    """Why the matrix of the module at ``path`` cannot be quantized; ``None`` if it can.
+
+    Raises:
+        FamilyError: it did not run although others in the same list did, as experts do.
+    """
+    if uses:
+        return f"read outside of its module, too ({cut(', '.join(sorted(uses)), 60)})"
+    if f"{prefix}.{path}" in trace.unlike:
+        return f"its {type(modules[path]).__name__} does not only multiply"
+    if f"{prefix}.{path}" in trace.calls:
+        return None
+    parents = [path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1)]
+    if any(isinstance(modules[parent], nn.ModuleList) for parent in parents):
+        raise FamilyError(f"{prefix}.{path} did not run: experts are not supported yet")
+    return "not used for text alone"

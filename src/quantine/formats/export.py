@@ -1,0 +1,220 @@
+"""Writing a finished directory in the layout of another engine.
+
+What a layout holds is written without loss: decoded weights are the same numbers. What it does not
+hold is refused by name, or rounded once more where the caller asks for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.ambient import own_state
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError, cut
+from quantine.families import family_of
+from quantine.families.layers import Layer, find_layers
+from quantine.formats.described import read_config
+from quantine.formats.directory import whole_directory
+from quantine.formats.finished import FinishedDirectory
+from quantine.formats.floats import as_stored
+from quantine.formats.foreign import target_named
+from quantine.formats.foreign.nearest import relative_error, rounded
+from quantine.formats.foreign.plain import group_text
+from quantine.formats.foreign.refusals import Refused, refusals, refused_text
+from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
+from quantine.formats.foreign.target import Exportable, Matrix, Target
+from quantine.formats.stored_config import spec_of
+from quantine.source.model_source import ModelSource
+
+OWN_FIELDS: Final = ("quantization_config", "transformers_weights", MARK, ARITHMETIC)
+"""Fields of ``config.json`` that a float model does not have."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path: the directory.
+        converted: for each layer that was rounded once more, by name: ``stored`` (its new grid, or
+            ``float``) and ``error``, the change of its weights as a share of their norm.
+        notes: what users of the directory have to know.
+        nbytes: of all files.
+    """
+
+    path: Path
+    converted: Mapping[str, Mapping[str, Any]]
+    notes: list[str]
+    nbytes: int
+
+
+@own_state()
+def export(
+    path: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    nearest: bool = False,
+    engine: str | None = None,
+    dtype: torch.dtype | None = None,
+    weights_of: str | None = None,
+) -> Exported:
+    """Write the finished directory ``path`` in the layout of another engine.
+
+    Args:
+        path: a directory that a run of quantine finished.
+        out: the directory to write, new or empty; it exists whole or not at all.
+        to: a row of `quantine.formats.foreign.FOREIGN`.
+        nearest: round layers that the layout does not hold to its nearest grid; otherwise they are
+            refused.
+        engine: ``"vllm"`` refuses what vLLM does not serve of the layout.
+        dtype: of floats, and in which engines are to compute; ``None`` leaves floats as they are
+            stored, and decoded weights in float32.
+        weights_of: a layout whose rounding is applied first, with ``nearest``; so that ``float``
+            shows what another layout holds.
+
+    Raises:
+        PlanError: there is no such layout or engine.
+        FormatError: ``path`` is no finished directory, a layer or the model does not fit; the
+            message names it, the reason and the nearest plan.
+        OutputError: ``out`` is taken or cannot be written.
+    """
+    path, out = Path(path), Path(out)
+    target = target_named(to)
+    finished = FinishedDirectory(path)
+    model = _Model.of(finished)
+    limits = target_named(weights_of) if weights_of is not None else target
+    found = refusals(weights_of or to, engine, model.config, model.matrices)
+    if found and not nearest:
+        raise FormatError(refused_text(to, found))
+    source = _Source(finished, model, target, limits, {one.name: one for one in found}, dtype)
+    with whole_directory(out) as temporary:
+        notes = target.write(source.exportable(), temporary)
+    nbytes = sum(file.stat().st_size for file in out.iterdir())
+    return Exported(out, source.converted, notes, nbytes)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model that a finished directory holds, without weights."""
+
+    config: Any
+    bare: Any
+    settings: Mapping[str, Any]
+    matrices: Mapping[str, Matrix]
+
+    @classmethod
+    def of(cls, finished: FinishedDirectory) -> _Model:
+        if finished.description.activations is not None:
+            raise FormatError(
+                f"{finished.path} rounds activations, which no other engine does in this way: "
+                "serve it with quantine, or quantize weights only"
+            )
+        source = ModelSource(str(finished.path), finished.path)
+        config = source.config()
+        for name in OWN_FIELDS:
+            config.__dict__.pop(name, None)
+        settings = {k: v for k, v in read_config(finished.path).items() if k not in OWN_FIELDS}
+        bare = source.bare_model(config)
+        layers = {layer.name: layer for layer in find_layers(bare, family_of(config))}
+        matrices = {
+            name: _matrix(finished, name, layers.get(name), bare)
+            for name in finished.description.layers
+        }
+        order = [name for name in layers if name in matrices]
+        return cls(config, bare, settings, {name: matrices[name] for name in order})
+
+
+def _matrix(finished: FinishedDirectory, name: str, layer: Layer | None, bare: Any) -> Matrix:
+    if layer is None or layer.module:
+        raise FormatError(f"{name} is no whole weight of a module: only quantine reads it")
+    packed = finished.description.packed[name]
+    outliers = any(
+        shape[0] > 0 for key in ("outlier_value", "col_vals") if (shape := packed.get(key))
+    )
+    ordered = any(size > 0 for size in packed.get("in_perm", ()))
+    biased = getattr(bare.get_submodule(name), "bias", None) is not None
+    return Matrix(
+        name,
+        layer.role,
+        spec_of(finished.scheme(name)),
+        layer.out_features,
+        layer.in_features,
+        outliers,
+        ordered,
+        layer.transposed,
+        biased,
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Tensors of a finished directory, as a target is to get them."""
+
+    finished: FinishedDirectory
+    model: _Model
+    target: Target
+    limits: Target
+    refused: Mapping[str, Refused]
+    dtype: torch.dtype | None
+    converted: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def exportable(self) -> Exportable:
+        return Exportable(
+            self.finished.path,
+            self.model.config,
+            self.model.settings,
+            self.model.bare,
+            self.model.matrices,
+            tuple(self.finished.kept),
+            self.finished.description.kept_linears,
+            self._read,
+            self._read_float,
+            self.dtype,
+        )
+
+    def _read(self, name: str) -> QTensor | Tensor:
+        qtensor = self.finished.qtensor(name)
+        if name not in self.refused and not self.target.decodes:
+            return qtensor
+        weight = qtensor.dequantize()
+        stored, found = weight, None
+        if name in self.refused:
+            spec = self.limits.nearest(self.model.matrices[name])
+            if spec is not None:
+                found = rounded(weight, spec)
+                stored = found.dequantize()
+            elif not self.target.decodes:
+                stored = as_stored(name, weight, self.dtype or self.target.float_dtype)
+            self._note(name, spec, stored, weight)
+        if self.target.decodes:
+            short = stored if self.dtype is None else as_stored(name, stored, self.dtype)
+            if self.dtype is not None:
+                self._note(name, None, short, weight)
+            return short
+        return found if found is not None else stored
+
+    def _note(self, name: str, spec: QuantSpec | None, stored: Tensor, weight: Tensor) -> None:
+        error = relative_error(stored, weight)
+        as_said = "float" if spec is None else group_text(spec)
+        self.converted[name] = {"stored": as_said, "error": error}
+
+    def _read_float(self, name: str) -> Tensor:
+        tensor = self.finished.kept_tensor(name)
+        wanted = self.target.float_dtype or self.dtype
+        return tensor if wanted is None else as_stored(name, tensor, wanted)
+
+
+def describe_errors(exported: Exported) -> list[str]:
+    """A line for each layer that was rounded once more, for people."""
+    return [
+        f"{cut(name)}: {one['stored']}, changes its weights by {one['error']:.2%}"
+        for name, one in exported.converted.items()
+    ]

@@ -1,0 +1,1 @@
+"""Directories with ``quant_method: awq``, which are read only."""

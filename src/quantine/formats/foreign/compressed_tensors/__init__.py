@@ -1,0 +1,1 @@
+"""Directories with ``quant_method: compressed-tensors`` in its format ``pack-quantized``."""

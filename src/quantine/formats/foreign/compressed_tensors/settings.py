@@ -1,0 +1,142 @@
+"""The ``quantization_config`` of a compressed-tensors checkpoint, written and read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quantine.core.spec import WHOLE_ROW, QuantSpec
+from quantine.errors import FormatError, PlanError, cut, shown
+
+METHOD: Final = "compressed-tensors"
+"""``quant_method`` of such directories."""
+FORMAT: Final = "pack-quantized"
+"""The one of its formats for codes in words."""
+VERSION: Final = "0.20.0"
+"""Version of the library whose layout is written."""
+ORDERS: Final = (None, "static", "weight", False)
+"""Values of ``actorder`` with which files look as if there were none."""
+
+
+def settings_of(
+    specs: Mapping[str, QuantSpec], kept: Sequence[str], every_linear: bool
+) -> dict[str, Any]:
+    """The fields of ``quantization_config`` for layers with these grids.
+
+    Args:
+        specs: of the quantized layers, by name.
+        kept: names of the Linear modules that are not quantized.
+        every_linear: whether layers with one common grid may be called ``Linear`` together.
+    """
+    distinct = list(dict.fromkeys(specs.values()))
+    groups = {}
+    for number, spec in enumerate(distinct):
+        names = [name for name, other in specs.items() if other == spec]
+        targets = ["Linear"] if len(distinct) == 1 and every_linear else names
+        groups[f"group_{number}"] = _group(spec, targets)
+    return {
+        "quant_method": METHOD,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(kept),
+        "kv_cache_scheme": None,
+        "version": VERSION,
+    }
+
+
+def _group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
+    rows = spec.group_size == WHOLE_ROW
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": spec.bits,
+            "type": "int",
+            "symmetric": spec.sym,
+            "strategy": "channel" if rows else "group",
+            "group_size": None if rows else spec.group_size,
+            "dynamic": False,
+            "actorder": None,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A ``quantization_config`` that has been read.
+
+    Attributes:
+        groups: targets and grid of each group of layers.
+        ignored: names of layers, or patterns, that are not quantized.
+    """
+
+    groups: Sequence[tuple[Sequence[str], QuantSpec]]
+    ignored: Sequence[str]
+
+    def spec(self, name: str) -> QuantSpec | None:
+        """The grid of Linear layer ``name``; ``None`` if it is float."""
+        if any(_matches(target, name) for target in self.ignored):
+            return None
+        # Names and patterns count before the name of a class.
+        for exact in (True, False):
+            for targets, spec in self.groups:
+                for target in targets:
+                    if _matches(target, name) if exact else target == "Linear":
+                        return spec
+        return None
+
+
+def read_settings(found: Mapping[str, Any]) -> Settings:
+    """The fields of ``quantization_config`` that reading needs.
+
+    Raises:
+        FormatError: one is missing, or says what is not understood.
+    """
+    groups = found.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise FormatError(f"quantization_config has no config_groups, but {shown(groups)}")
+    if found.get("sparsity_config") or found.get("transform_config"):
+        raise FormatError(
+            "quantization_config has a sparsity_config or transform_config, which is not read: "
+            "decompress the model with compressed-tensors first"
+        )
+    ignored = found.get("ignore") or []
+    whole = found.get("format")
+    read = [_read_group(name, group, whole) for name, group in groups.items()]
+    return Settings(read, [str(name) for name in ignored])
+
+
+def _read_group(name: str, group: Any, whole: Any) -> tuple[list[str], QuantSpec]:
+    try:
+        weights, targets = group["weights"], [str(target) for target in group["targets"]]
+        layout = group.get("format") or whole
+        if layout != FORMAT:
+            raise FormatError(f"{name} has format {shown(layout)}: only {FORMAT} is read")
+        if group.get("input_activations") or group.get("output_activations"):
+            raise FormatError(f"{name} rounds activations, which is not read")
+        if weights["type"] != "int" or weights.get("dynamic"):
+            raise FormatError(f"{name} holds weights of type {shown(weights['type'])}: not read")
+        if weights.get("actorder") not in ORDERS:
+            raise FormatError(f"{name} has actorder {shown(weights['actorder'])}: not read")
+        strategy, size = weights["strategy"], weights.get("group_size")
+        if strategy not in {"channel", "group"}:
+            raise FormatError(f"{name} has strategy {shown(strategy)}: not read")
+        size = WHOLE_ROW if strategy == "channel" else size
+        return targets, QuantSpec(weights["num_bits"], size, weights["symmetric"])
+    except (LookupError, TypeError, AttributeError, PlanError) as error:
+        raise FormatError(f"{cut(name)} of quantization_config is damaged: {cut(error)}") from error
+
+
+def _matches(target: str, name: str) -> bool:
+    """Whether ``target``, a name or a pattern, means layer ``name``."""
+    if target.startswith("re:"):
+        try:
+            return re.match(target[3:], name) is not None
+        except re.error as error:
+            raise FormatError(f"{shown(target)} in quantization_config is no pattern") from error
+    return target == name

@@ -1,0 +1,1 @@
+"""Directories of plain floats, which need nothing to be read."""

@@ -1,0 +1,169 @@
+"""Reading GGUF files: blocks that are grids of quantine's as they are, all else as floats."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.core.grid import Grid
+from quantine.core.permute import inverse
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError
+from quantine.families import family_of
+from quantine.families.layers import find_layers, is_transposed
+from quantine.formats.foreign.gguf.arrange import row_order
+from quantine.formats.foreign.gguf.blocks import KNOWN, TYPES, BlockType
+from quantine.source.gguf.config import gguf_config
+from quantine.source.gguf.header import GGUFTensor
+from quantine.source.gguf.parts import read_parts
+from quantine.source.gguf.weights import check_gguf_weights, model_names
+from quantine.source.model_source import ModelSource
+
+PACKED: Final = {kind.code: kind for kind in TYPES}
+"""Those types by code."""
+FLOATS: Final = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+"""Types of floats by code."""
+BITS: Final = {"Q2_0": 2, "Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
+"""Bits of a code of each."""
+
+
+class GGUFModel:
+    """A GGUF file, see `quantine.formats.foreign.target.Readable`.
+
+    Args:
+        path: of the file, or of one of several.
+
+    Attributes:
+        settings: ``config.json`` of the float model, as plain values.
+        specs: the grid of each matrix whose blocks are a grid of quantine's.
+        shapes: ``(out, in)`` of each.
+        floats: names of the other tensors.
+        decoded: names of the layers among these that are packed, but on no grid of quantine's.
+        model: of its configuration, without weights.
+
+    Raises:
+        CheckpointError: the file is damaged, or says what is not understood.
+        FamilyError: the architecture is not read.
+        FormatError: no matrix is on a grid of quantine's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        parts = read_parts(path, KNOWN)
+        self._config = gguf_config(parts)
+        self.model: nn.Module = ModelSource(str(path), path.parent).bare_model(self._config)
+        check_gguf_weights(parts, self.model)
+        self.settings: Mapping[str, Any] = {
+            **json.loads(self._config.to_json_string(use_diff=True)),
+            "architectures": [type(self.model).__name__],
+        }
+        names = model_names(parts[0].metadata["general.architecture"], self.model)
+        tensors = [tensor for part in parts for tensor in part.tensors if tensor.name in names]
+        self._tensors = {names[tensor.name]: tensor for tensor in tensors}
+        layers = find_layers(self.model, family_of(self._config))
+        self.specs: dict[str, QuantSpec] = {}
+        for layer in layers:
+            tensor = self._tensors.get(f"{layer.name}.weight")
+            kind = None if tensor is None else PACKED.get(tensor.type)
+            if kind is not None:
+                self.specs[layer.name] = QuantSpec(BITS[kind.name], kind.weights, kind.high == 127)
+        if not self.specs:
+            raise FormatError(
+                f"{path} holds no matrix in {', '.join(kind.name for kind in TYPES)}, the types "
+                "that are grids of quantine's: quantize it, as a source of floats"
+            )
+        packed = {f"{name}.weight" for name in self.specs}
+        self.shapes = {
+            layer.name: (layer.out_features, layer.in_features)
+            for layer in layers
+            if layer.name in self.specs
+        }
+        self.floats = [name for name in self._tensors if name not in packed]
+        self.decoded = [
+            layer.name
+            for layer in layers
+            if layer.name not in self.specs
+            and f"{layer.name}.weight" in self._tensors
+            and self._tensors[f"{layer.name}.weight"].type not in FLOATS
+        ]
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
+        return is_transposed(self.model.get_submodule(name))
+
+    def qtensor(self, name: str) -> QTensor:
+        """The matrix of layer ``name``.
+
+        Raises:
+            FormatError: a scale is not finite.
+        """
+        tensor = self._tensors[f"{name}.weight"]
+        kind = PACKED[tensor.type]
+        values, scale = kind.decode(_data(tensor).reshape(tensor.shape[0], -1))
+        if not bool(torch.isfinite(scale).all()):
+            raise FormatError(f"{tensor.name} in {tensor.file} has a scale that is not finite")
+        order = row_order(tensor.name, len(values), self._config)
+        if order is not None:
+            back = inverse(order)
+            values, scale = values[back], scale[back]
+        return _qtensor(name, values, scale, kind)
+
+    def float_tensor(self, name: str) -> Tensor:
+        """The tensor ``name``, decoded where it is packed: float32, float16 or bfloat16."""
+        tensor = self._tensors[name]
+        found = _decoded(tensor)
+        order = row_order(tensor.name, len(found), self._config)
+        found = found if order is None else found[inverse(order)]
+        if self._config.model_type in {"gemma2", "gemma3_text"} and name.endswith("norm.weight"):
+            found = found - 1
+        owner = self.model.get_submodule(name.rpartition(".")[0])
+        turned = type(owner).__name__ == "Conv1D" and found.ndim == 2
+        return (found.T if turned else found).contiguous()
+
+
+def _qtensor(name: str, values: Tensor, scale: Tensor, kind: BlockType) -> QTensor:
+    """Blocks as codes: where a scale is negative, it and the values change their sign."""
+    bits = BITS[kind.name]
+    negative = scale < 0
+    blocks = values.unflatten(1, (-1, kind.weights))
+    zero = torch.full_like(scale, -kind.low, dtype=torch.int16)
+    if kind.high == 127:  # symmetric: the zero point stays, and -128 has no opposite
+        if bool((negative.unsqueeze(2) & (blocks == kind.low)).any()):
+            raise FormatError(f"{name} has values of -128 with a negative scale: quantize it again")
+    else:
+        zero = torch.where(negative, kind.high, zero)
+    codes = torch.where(negative.unsqueeze(2), -blocks, blocks) + zero.unsqueeze(2)
+    # A scale of 0 means zeros; quantine's are positive, with codes at the zero point.
+    empty = scale == 0
+    codes = torch.where(empty.unsqueeze(2), zero.unsqueeze(2), codes)
+    positive = torch.where(empty, torch.ones_like(scale), scale.abs())
+    stored = None if kind.high == 127 else zero.to(torch.uint8)
+    return QTensor(codes.flatten(1).to(torch.uint8), Grid(positive, stored, bits, kind.weights))
+
+
+def _data(tensor: GGUFTensor) -> Tensor:
+    return torch.frombuffer(bytearray(tensor.read()), dtype=torch.uint8)
+
+
+def _decoded(tensor: GGUFTensor) -> Tensor:
+    """A tensor that is not on a grid of quantine's, in floats."""
+    data = _data(tensor)
+    if tensor.type in FLOATS:
+        return data.view(FLOATS[tensor.type]).reshape(tensor.shape).clone()
+    if tensor.type in PACKED:
+        kind = PACKED[tensor.type]
+        values, scale = kind.decode(data.reshape(math.prod(tensor.shape[:-1]), -1))
+        blocks: Tensor = values.unflatten(1, (-1, kind.weights)).float()
+        decoded = blocks * scale.float().unsqueeze(2)
+        return decoded.reshape(tensor.shape)
+    from gguf import GGMLQuantizationType, dequantize
+
+    rows = data.reshape(math.prod(tensor.shape[:-1]), -1).numpy()
+    found = dequantize(rows, GGMLQuantizationType(tensor.type))
+    return torch.from_numpy(found).reshape(tensor.shape)

@@ -1,0 +1,145 @@
+"""A tokenizer in the words of a GGUF file: byte-level BPE, as ``tokenizer.json`` has it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from quantine.errors import FormatError, cut
+from quantine.formats.foreign.gguf.file import Value
+
+NORMAL: Final = 1
+"""Type of a word of the vocabulary."""
+CONTROL: Final = 3
+"""Type of a special token."""
+ADDED: Final = 4
+"""Type of a word that is found before text is split."""
+UNUSED: Final = 5
+"""Type of a row of the table without a word."""
+
+LLAMA3: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3 splits text."""
+QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+"""How Qwen 2 and 3 split text."""
+BLOOM: Final = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+"""How BLOOM splits text."""
+SPLITS: Final[Mapping[tuple[str, ...], str]] = {
+    ("bytes",): "gpt-2",
+    ("digits", "bytes"): "smollm",
+    (LLAMA3,): "llama-bpe",
+    (QWEN2,): "qwen2",
+    (BLOOM,): "bloom",
+}
+"""llama.cpp's names of ways to split text, by the steps of ``pre_tokenizer``: ``digits`` one by
+one, ``bytes`` as GPT-2 does it, or a pattern."""
+
+
+def tokenizer_of(directory: Path, rows: int, ids: Mapping[str, Any]) -> dict[str, Value]:
+    """The metadata of the tokenizer in ``directory``.
+
+    Args:
+        directory: holds ``tokenizer.json``.
+        rows: of the token table, of which the last may have no word.
+        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the model, if it has them.
+
+    Raises:
+        FormatError: it is none that llama.cpp splits text like.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        model, added = found["model"], found["added_tokens"]
+        if model["type"] != "BPE" or model.get("byte_fallback"):
+            raise FormatError(
+                f"{path} is no byte-level BPE, and only such tokenizers are written to GGUF files"
+            )
+        words, kinds = _words(model["vocab"], added, rows)
+        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        split = _split(found, path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise FormatError(f"{path} cannot be read: {cut(error)}") from error
+    values: dict[str, Value] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+    }
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    for short, name in names.items():
+        token = ids.get(f"{short}_token_id")
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int):
+            values[f"tokenizer.ggml.{name}_token_id"] = token
+    values["tokenizer.ggml.add_bos_token"] = _adds_bos(path, ids.get("bos_token_id"))
+    template = _template(directory)
+    if template is not None:
+        values["tokenizer.chat_template"] = template
+    return values
+
+
+def _words(
+    vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: int
+) -> tuple[list[str], list[int]]:
+    """Word and type of every row of the token table."""
+    words = [f"[PAD{row}]" for row in range(rows)]
+    kinds = [UNUSED] * rows
+    known = [(word, number, NORMAL) for word, number in vocabulary.items()]
+    for token in added:
+        known.append((token["content"], token["id"], CONTROL if token["special"] else ADDED))
+    for word, number, kind in known:
+        if not 0 <= number < rows:
+            raise FormatError(f"token {word!r:.40} is number {number}, but the table has {rows}")
+        words[number], kinds[number] = word, kind
+    return words, kinds
+
+
+def _split(found: Mapping[str, Any], path: Path) -> str:
+    """llama.cpp's name of the way in which the tokenizer splits text."""
+    normalizer = found.get("normalizer")
+    stages = found.get("pre_tokenizer") or {}
+    stages = stages["pretokenizers"] if stages.get("type") == "Sequence" else [stages]
+    steps = tuple(step for stage in stages for step in _step(stage))
+    # llama.cpp composes no characters (NFC), and neither do its converters refuse that.
+    plain = normalizer is None or normalizer.get("type") == "NFC"
+    if not plain or steps not in SPLITS:
+        raise FormatError(
+            f"{path} splits text in a way for which no name in GGUF files is known here "
+            f"({cut(steps, 60)}): give llama.cpp the float model's tokenizer"
+        )
+    return SPLITS[steps]
+
+
+def _step(stage: Mapping[str, Any]) -> list[str]:
+    kind = stage.get("type")
+    if kind == "Digits" and stage.get("individual_digits"):
+        return ["digits"]
+    if kind == "ByteLevel" and not stage.get("add_prefix_space"):
+        return ["bytes"] if stage.get("use_regex", True) else []
+    if kind == "Split" and not stage.get("invert") and stage.get("behavior") == "Isolated":
+        return [str(stage["pattern"]["Regex"])]
+    return [str(kind)]
+
+
+def _adds_bos(path: Path, bos: object) -> bool:
+    """Whether the tokenizer puts the token ``bos`` before a text."""
+    from tokenizers import Tokenizer
+
+    first = Tokenizer.from_file(str(path)).encode("a").ids[:1]
+    return first == [bos]
+
+
+def _template(directory: Path) -> str | None:
+    """The chat template, if there is one."""
+    plain = directory / "chat_template.jinja"
+    if plain.is_file():
+        return plain.read_text(encoding="utf-8")
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None

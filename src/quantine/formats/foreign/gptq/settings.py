@@ -1,0 +1,121 @@
+"""The ``quantization_config`` of a GPTQ checkpoint, written and read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quantine.core.spec import WHOLE_ROW, QuantSpec
+from quantine.errors import FormatError, PlanError, cut, shown
+
+METHOD: Final = "gptq"
+"""``quant_method`` of such directories."""
+VERSIONS: Final = {"gptq": 1, "gptq_v2": 2}
+"""Versions of the checkpoint format by what ``checkpoint_format`` calls them."""
+
+
+def settings_of(
+    specs: Mapping[str, QuantSpec], ordered: bool, version: int, kept: Sequence[str], head: str
+) -> dict[str, Any]:
+    """The fields of ``quantization_config`` for layers with these grids.
+
+    Args:
+        specs: of the quantized layers, by name.
+        ordered: whether a layer has ``g_idx``.
+        version: of the checkpoint format.
+        kept: names of the Linear modules in decoder blocks that are not quantized.
+        head: name of the output head.
+    """
+    base = Counter(specs.values()).most_common(1)[0][0]
+    name = next(name for name, number in VERSIONS.items() if number == version)
+    dynamic: dict[str, Any] = {
+        f"+:^{re.escape(layer)}$": {
+            "bits": spec.bits,
+            "group_size": spec.group_size,
+            "sym": spec.sym,
+        }
+        for layer, spec in specs.items()
+        if spec != base
+    }
+    dynamic.update({f"-:^{re.escape(layer)}$": {} for layer in kept})
+    return {
+        "quant_method": METHOD,
+        "bits": base.bits,
+        "group_size": base.group_size,
+        "sym": base.sym,
+        "desc_act": ordered,
+        "lm_head": head in specs,
+        "checkpoint_format": name,
+        "format": name,
+        "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
+        "meta": {"quantizer": ["quantine"]},
+    }
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A ``quantization_config`` that has been read.
+
+    Attributes:
+        version: of the checkpoint format.
+        base: grid of layers for which nothing else is said.
+        dynamic: changes by regular expressions on the names of layers; ``None`` keeps a layer in
+            floats.
+    """
+
+    version: int
+    base: QuantSpec
+    dynamic: Mapping[str, Mapping[str, Any] | None]
+
+    def spec(self, name: str) -> QuantSpec | None:
+        """The grid of layer ``name``; ``None`` if it is said to be float.
+
+        Raises:
+            FormatError: what is said of the layer is not valid.
+        """
+        for pattern, change in self.dynamic.items():
+            if re.match(pattern, name):
+                return None if change is None else _spec({**_fields(self.base), **change})
+        return self.base
+
+
+def read_settings(found: Mapping[str, Any]) -> Settings:
+    """The fields of ``quantization_config`` that reading needs.
+
+    Raises:
+        FormatError: one is missing, or says what is not understood.
+    """
+    said = found.get("checkpoint_format") or found.get("format") or "gptq"
+    if said not in VERSIONS:
+        raise FormatError(
+            f"checkpoint_format {shown(said)} is not read, only {', '.join(VERSIONS)}: the "
+            "directory is of another version"
+        )
+    dynamic: dict[str, Mapping[str, Any] | None] = {}
+    rules = found.get("dynamic") or {}
+    if not isinstance(rules, Mapping):
+        raise FormatError(f"quantization_config.dynamic is no table, but {shown(rules)}")
+    for key, change in rules.items():
+        pattern = key.removeprefix("+:").removeprefix("-:")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise FormatError(f"{shown(key)} in quantization_config is no pattern") from error
+        dynamic[pattern] = None if key.startswith("-:") else change
+    return Settings(VERSIONS[said], _spec(found), dynamic)
+
+
+def _fields(spec: QuantSpec) -> dict[str, Any]:
+    return {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym}
+
+
+def _spec(found: Mapping[str, Any]) -> QuantSpec:
+    try:
+        size = found.get("group_size", WHOLE_ROW)
+        return QuantSpec(found["bits"], size, bool(found.get("sym", False)))
+    except (KeyError, TypeError, AttributeError, PlanError) as error:
+        raise FormatError(f"quantization_config is damaged: {cut(error)}") from error

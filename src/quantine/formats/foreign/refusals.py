@@ -1,0 +1,81 @@
+"""Which layers of a model another engine cannot take, and what comes nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from quantine.core.spec import QuantSpec
+from quantine.errors import FormatError, PlanError, shown
+from quantine.formats.foreign import target_named
+from quantine.formats.foreign.engines import VLLM_LAYOUTS, split_refusals, vllm_refusal
+from quantine.formats.foreign.plain import group_text
+from quantine.formats.foreign.target import Matrix
+
+ENGINES: Final = {"vllm": VLLM_LAYOUTS}
+"""Engines that take less than their layouts hold, with the layouts that they read."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A layer that an engine cannot take without loss.
+
+    Attributes:
+        name: of the layer.
+        reason: why not.
+        nearest: the grid that comes nearest; ``None`` is floats.
+    """
+
+    name: str
+    reason: str
+    nearest: QuantSpec | None
+
+
+def refusals(
+    layout: str, engine: str | None, config: Any, matrices: Mapping[str, Matrix]
+) -> list[Refused]:
+    """The quantized layers of a model that cannot be held without loss, in running order.
+
+    Args:
+        layout: a row of `quantine.formats.foreign.FOREIGN`.
+        engine: a key of `ENGINES`, whose limits count, too; ``None`` counts the layout's only.
+        config: of the model.
+        matrices: its quantized layers, by name.
+
+    Raises:
+        PlanError: there is no such layout or engine, or the engine does not read the layout.
+        FormatError: no model of this kind can be held.
+    """
+    target = target_named(layout)
+    if engine is not None and engine not in ENGINES:
+        raise PlanError(f"there is no target {shown(engine)}: give one of {', '.join(ENGINES)}")
+    if engine is not None and layout not in ENGINES[engine]:
+        readable = " and ".join(ENGINES[engine])
+        raise PlanError(f"{engine} does not read layout {layout}, but {readable}")
+    reason = target.model_refusal(config)
+    if reason is not None:
+        raise FormatError(f"the model cannot be exported: {reason}")
+    split = split_refusals(config.model_type, matrices) if engine == "vllm" else {}
+    found = []
+    for name, matrix in matrices.items():
+        reason = target.refusal(matrix)
+        if reason is None and engine == "vllm":
+            reason = vllm_refusal(layout, matrix) or split.get(name)
+        if reason is not None:
+            found.append(Refused(name, reason, target.nearest(matrix)))
+    return found
+
+
+def refused_text(layout: str, found: Sequence[Refused]) -> str:
+    """What ``found``, at least one, says to users: the first layer, how many more, and a remedy."""
+    first = found[0]
+    alike = sum(one.reason == first.reason for one in found)
+    count = f" (and {alike - 1} like it)" if alike > 1 else ""
+    others = len(found) - alike
+    more = f"; {others} more for other reasons" if others else ""
+    near = "16 bit" if first.nearest is None else group_text(first.nearest)
+    return (
+        f"{first.name}{count} does not fit into layout {layout}: {first.reason}{more}. Nearest "
+        f"that does: {near}, which --nearest rounds to; else quantize again"
+    )

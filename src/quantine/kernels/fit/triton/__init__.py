@@ -1,0 +1,1 @@
+"""Fits of groups on NVIDIA's GPUs by Triton; imported at first use."""

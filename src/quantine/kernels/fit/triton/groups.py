@@ -1,0 +1,62 @@
+"""The fit of all groups of a matrix on a GPU, in one launch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from torch import Tensor
+
+from quantine.core.grid import Grid
+from quantine.core.spec import QuantSpec
+from quantine.kernels.fit.fitted import FittedGroups
+from quantine.kernels.fit.grid_cost import GridCost
+from quantine.kernels.fit.reference import fit_groups_reference
+from quantine.kernels.fit.triton.programs.matrix import fit_matrix
+from quantine.kernels.fit.triton.request import Request, Share, operands, run_of
+
+
+def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
+    """See `quantine.kernels.fit.fit_groups`; tiles that registers do not hold go to PyTorch."""
+    groups, length, lines = columns.shape
+    fitted = FittedGroups.empty(groups, lines, length, spec, columns.device)
+    share = Share.of(run_of(spec, fitted.run), length)
+    if share is None:
+        return fit_groups_reference(columns, spread, spec, cost)
+    grid, values, settings = launch_of(columns, spread, fitted, cost, share)
+    fit_matrix[grid](*values, **settings)
+    fitted.check()
+    return fitted.grid()
+
+
+def launch_of(
+    columns: Tensor, spread: Tensor, fitted: FittedGroups, cost: GridCost, share: Share
+) -> tuple[tuple[int, int], list[Any], dict[str, Any]]:
+    """Number of programs, their operands in order, and what is fixed when they are compiled.
+
+    Args:
+        columns, spread, cost: as for `fit_groups`.
+        fitted: room for the grids.
+        share: the lines of a program.
+    """
+    groups, length, lines = columns.shape
+    values = [
+        columns,
+        spread.contiguous(),
+        *operands(fitted),
+        cost.price,
+        lines,
+        fitted.scale.step.shape[1],
+        *columns.stride(),
+    ]
+    settings = {
+        "LENGTH": length,
+        "WIDTH": triton.next_power_of_2(length),
+        "OF_LINES": spread.ndim == 1,
+        "FIT": Request.of(fitted, cost),
+        "RUNS": share.runs,
+        "SPAN": share.span,
+        "RUN": share.run,
+        "num_warps": share.warps,
+    }
+    return (groups, share.programs(lines)), values, settings

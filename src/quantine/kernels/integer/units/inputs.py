@@ -1,0 +1,203 @@
+"""Rows of activations, normed, brought into the order of units and rounded, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantine.core.fit_range import fit_activations
+from quantine.core.grid import encode
+from quantine.kernels.integer.input_grid import InputGrid
+from quantine.kernels.integer.token_factors import factors, steepness
+from quantine.kernels.integer.units.layout import LANES, QUADS, places_of
+from quantine.kernels.matrix.units.layout import UNIT
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that activations go through before they are rounded.
+
+    A row is divided by the root of its mean square plus ``eps``, in float32.
+
+    Attributes:
+        weight: ``[channels]`` of any float dtype, by which the result is multiplied.
+        bias: likewise, which is added to it; ``None`` for nothing.
+        eps: what is added to the mean square.
+        centred: whether the mean is taken off first, as in ``LayerNorm``, or not, as in
+            ``RMSNorm``.
+        order: ``[channels]`` integers: channel ``order[j]`` becomes input ``j``, as of
+            `quantine.activations.modules.PermutedNorm`; ``None`` where they stay in place.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    centred: bool
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InputUnits:
+    """How the inputs of a matrix are normed and rounded, and where their codes lie.
+
+    Attributes:
+        source: ``[32 * units]`` int32: the channel at each place, any where units are filled up.
+        counts: ``[units]`` int32, number of places from the first on that are not filled up.
+        bits: number of bits of one code, 2 to 8.
+        columns: number of channels.
+        scale, zero: ``[units]`` float32, the grid of each unit; ``None`` where every token has a
+            grid of its own.
+        above, below: ``[units]`` float32, `quantine.kernels.integer.token_factors.steepness` of
+            these grids; ``None`` where tokens have no factors.
+        weight, bias: ``[32 * units]`` float32, of the `Norm`, at the places of the channels; both
+            ``None`` where there is no norm.
+        eps, centred: of the norm.
+    """
+
+    source: Tensor
+    counts: Tensor
+    bits: int
+    columns: int
+    scale: Tensor | None
+    zero: Tensor | None
+    above: Tensor | None
+    below: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+    centred: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        grid: InputGrid,
+        lengths: tuple[int, ...],
+        in_perm: Tensor | None,
+        device: torch.device,
+    ) -> InputUnits:
+        """The units, on ``device``, of a matrix with groups of ``lengths``.
+
+        Args:
+            grid: the grid of its inputs.
+            in_perm: as of `quantine.core.qtensor.QTensor`.
+        """
+        places, groups = places_of(lengths, device)
+        source = places.clamp(min=0)
+        if in_perm is not None:
+            source = in_perm[source]
+        scale, zero, above, below = grid.scale, grid.zero, None, None
+        if scale is not None and zero is not None:
+            if grid.reach is not None:
+                above, below = steepness(scale, zero, grid.bits, grid.reach)
+                above, below = above[groups], below[groups]
+            scale, zero = scale[groups], zero[groups]
+        counts, columns = (places >= 0).view(-1, UNIT).sum(1).int(), sum(lengths)
+        return cls(source.int(), counts, grid.bits, columns, scale, zero, above, below)
+
+    @property
+    def units(self) -> int:
+        """Number of units of a row."""
+        return len(self.counts)
+
+    def there(self) -> Tensor:
+        """Which places are not filled up, ``[32 * units]`` bool."""
+        numbers = torch.arange(UNIT, device=self.counts.device)
+        return (numbers < self.counts.unsqueeze(1)).flatten()
+
+    def after(self, norm: Norm) -> InputUnits:
+        """These units, for inputs that go through ``norm`` first."""
+        source = self.source.long()
+        if norm.order is not None:
+            source = norm.order.long()[source]
+        bias = None if norm.bias is None else norm.bias.float()[source]
+        return replace(
+            self,
+            source=source.int(),
+            weight=norm.weight.float()[source],
+            bias=bias,
+            eps=norm.eps,
+            centred=norm.centred,
+        )
+
+    def parts(self) -> tuple[list[Tensor | None], list[int], float]:
+        """All that this consists of, as an operator of PyTorch takes it; see `of_parts`."""
+        grids = [self.scale, self.zero, self.above, self.below]
+        tensors = [self.source, self.counts, *grids, self.weight, self.bias]
+        return tensors, [self.bits, self.columns, int(self.centred)], self.eps
+
+    @classmethod
+    def of_parts(
+        cls, tensors: Sequence[Tensor | None], numbers: Sequence[int], eps: float
+    ) -> InputUnits:
+        """Put together what `parts` took apart."""
+        source, counts, scale, zero, above, below, weight, bias = tensors
+        bits, columns, centred = numbers
+        assert source is not None
+        assert counts is not None
+        grids = (scale, zero, above, below)
+        return cls(source, counts, bits, columns, *grids, weight, bias, eps, bool(centred))
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Rows of activations as codes, in the order of units.
+
+    A code ``c`` is kept as ``c - 2**(bits - 1)``, which is a byte with a sign; places that fill up
+    units hold zero.
+
+    Attributes:
+        codes: the kept codes: ``[batch, 32 * units]`` int8; or as quads ``[batch, 8, units]``
+            int32, each of four neighbouring codes, the first in its lowest byte.
+        sums: ``[batch, units]`` float32, of the kept codes of each unit.
+        scale: ``[batch]`` float32, by which sums of products are multiplied at the end: the token's
+            factor, or the scale of its own grid; NaN for rows whose result is.
+        shift: ``[batch]`` float32: how often that is taken off which the zero points of activations
+            add, see `quantine.kernels.integer.units.gridded_matrix.GriddedMatrix.base`.
+    """
+
+    codes: Tensor
+    sums: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Rounded:
+    """Norm and round ``x`` ``[batch, columns]`` of any float dtype."""
+    there, middle = inputs.there(), 2 ** (inputs.bits - 1)
+    values = _normed(x.float(), inputs)
+    lost = values[:, there].isnan().any(1)
+    low, high = values[:, there].aminmax(dim=1, keepdim=True)
+    values = values.masked_fill(~there, 0)
+    scale, shift = torch.ones_like(low), torch.ones_like(low)
+    if inputs.scale is not None and inputs.zero is not None:
+        steps, zeros = (t.repeat_interleave(UNIT) for t in (inputs.scale, inputs.zero))
+        if inputs.above is not None and inputs.below is not None:
+            ends = (t.repeat_interleave(UNIT) for t in (inputs.above, inputs.below))
+            scale = factors(values, *ends)
+            values = values / scale
+    else:
+        lost = lost | ~(high - low).isfinite().squeeze(1)
+        steps, zeros = fit_activations(low, high, inputs.bits)
+        scale, shift = steps, zeros - middle
+    codes = (encode(values, steps, zeros, inputs.bits) - middle).masked_fill(~there, 0)
+    codes = codes.nan_to_num(0).to(torch.int8)
+    sums = codes.view(len(x), -1, UNIT).sum(2).float()
+    if in_quads:
+        lanes = codes.view(len(x), -1, QUADS, LANES).transpose(1, 2).contiguous()
+        codes = lanes.view(torch.int32).squeeze(3)
+    return Rounded(codes, sums, scale.squeeze(1).masked_fill(lost, torch.nan), shift.squeeze(1))
+
+
+def _normed(x: Tensor, inputs: InputUnits) -> Tensor:
+    """Channels ``x`` ``[batch, columns]`` float32 at their places, after the norm if there is."""
+    source = inputs.source.long()
+    if inputs.weight is None:
+        return x[:, source]
+    if inputs.centred:
+        x = x - x.mean(1, keepdim=True)
+    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + inputs.eps)
+    values = x[:, source] * inputs.weight
+    return values if inputs.bias is None else values + inputs.bias

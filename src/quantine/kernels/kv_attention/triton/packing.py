@@ -1,0 +1,86 @@
+"""Rounding keys and values to packed codes on a GPU, as an operator of PyTorch.
+
+Importing this module registers the operator ``quantine::pack_states``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+from torch import Tensor
+
+from quantine.kernels.kv_attention.triton.pieces import pieces_of, width_of
+from quantine.kernels.kv_attention.triton.programs.rounding import round_to_codes
+
+TOKENS: Final = 4
+"""Most tokens of a program, which is one warp."""
+
+
+@torch.library.custom_op("quantine::pack_states", mutates_args=("packed",))
+def pack_states(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+) -> None:
+    """See `quantine.kernels.kv_attention.packing.pack_states`, whose reference it is bit by bit.
+
+    One launch rounds all channels of all heads; the channels of a head follow one another in
+    registers where errors are fed back.
+    """
+    if states.numel() == 0:
+        return
+    program, operands, settings = launch_of(states, bits, scale, zero, packed, feedback)
+    batch, heads, tokens, _ = states.shape
+    program[(triton.cdiv(tokens, settings["TOKENS"]), heads, batch)](*operands, **settings)
+
+
+@pack_states.register_fake
+def _(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+) -> None:
+    return None
+
+
+def launch_of(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program, its operands in order, and what is fixed when it is compiled."""
+    tokens, dim = states.shape[2:]
+    pieces = pieces_of(bits)
+    operands = [
+        states,
+        scale.contiguous(),
+        zero.contiguous(),
+        None if feedback is None else feedback.contiguous(),
+        packed,
+        tokens,
+        *states.stride(),
+        *packed.stride()[:3],
+    ]
+    settings = {
+        "BITS": bits,
+        "DIM": dim,
+        "WIDTH": width_of(dim),
+        "TOKENS": min(TOKENS, triton.next_power_of_2(tokens)),
+        "WORDS": pieces.words,
+        "CODES": pieces.codes,
+        "num_warps": 1,
+        # As the reference, which rounds products before it subtracts them.
+        "enable_fp_fusion": False,
+    }
+    return round_to_codes, operands, settings

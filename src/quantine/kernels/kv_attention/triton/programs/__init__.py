@@ -1,0 +1,1 @@
+"""Programs for GPUs in the language of Triton, which only looks like Python."""

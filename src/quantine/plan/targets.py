@@ -1,0 +1,86 @@
+"""Whether what a plan makes can be exported to another engine without loss, before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from torch import nn
+
+from quantine.core.activation_spec import ActivationSpec
+from quantine.errors import FormatError, PlanError
+from quantine.formats.foreign.refusals import refusals, refused_text
+from quantine.formats.foreign.target import Matrix
+from quantine.plan.decision import Decision
+from quantine.plan.scheme import Scheme
+
+ENGINE_LAYOUTS: Final = {"vllm": "compressed-tensors"}
+"""The layout in which an engine is to be served, where a target is an engine."""
+
+
+def check_target(
+    target: str,
+    decisions: Sequence[Decision],
+    activations: ActivationSpec | None,
+    config: Any,
+    model: nn.Module,
+) -> None:
+    """Refuse a plan whose result `quantine.formats.export.export` would refuse.
+
+    A method that may keep outliers counts as keeping some. Numbers that do not fit, such as scales
+    too small for float16, show only when they are there.
+
+    Args:
+        target: a row of `quantine.formats.foreign.FOREIGN`, or an engine in `ENGINE_LAYOUTS`.
+        decisions: what the plan does, one decision per layer of the model.
+        activations: how the plan rounds activations.
+        config: of the model, in transformers.
+        model: the model without weights.
+
+    Raises:
+        PlanError: there is no such target; or a layer or the model cannot be exported to it, and
+            the message names the layer, the reason and the nearest grid.
+    """
+    if activations is not None:
+        raise PlanError(
+            f"the plan rounds activations, which no export to {target} can hold: leave out "
+            "`activations` and `scheme`"
+        )
+    layout = ENGINE_LAYOUTS.get(target, target)
+    engine = target if target in ENGINE_LAYOUTS else None
+    most = max((len(decision.choices) for decision in decisions), default=0)
+    for place in range(max(1, most)):
+        matrices = {
+            decision.layer.name: _matrix(decision, scheme, model)
+            for decision in decisions
+            if (scheme := _scheme(decision, place)) is not None
+        }
+        try:
+            found = refusals(layout, engine, config, matrices)
+        except FormatError as error:
+            raise PlanError(str(error)) from error
+        if found:
+            raise PlanError(refused_text(layout, found))
+
+
+def _scheme(decision: Decision, place: int) -> Scheme | None:
+    """The choice at ``place``, the last of a layer that has fewer, or its only scheme."""
+    choices = decision.choices
+    return choices[min(place, len(choices) - 1)] if choices else decision.scheme
+
+
+def _matrix(decision: Decision, scheme: Scheme, model: nn.Module) -> Matrix:
+    layer = decision.layer
+    if layer.module:
+        raise PlanError(f"{layer.name} is no whole weight of a module: only quantine reads it")
+    return Matrix(
+        layer.name,
+        layer.role,
+        scheme.spec,
+        layer.out_features,
+        layer.in_features,
+        scheme.solver.outlier_share != 0,
+        scheme.solver.stores_order(scheme.spec),
+        layer.transposed,
+        getattr(model.get_submodule(layer.name), "bias", None) is not None,
+    )

@@ -1,0 +1,65 @@
+"""Products with packed matrices as one operator of PyTorch: ``quantine::multiply_packed``.
+
+A compiled graph holds operators on tensors and numbers. So it holds this one, and in it the number
+of a module, which multiplies when the graph runs: by whichever kernels its device has, with the
+packed tensors that it has then.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Final, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+
+class Multiplies(Protocol):
+    """What has a number: a module that holds a packed matrix."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ W.T``."""
+        ...
+
+
+_LISTED: Final[WeakValueDictionary[int, Multiplies]] = WeakValueDictionary()
+"""Modules of this process by number, as long as they live."""
+_NUMBERS: Final = itertools.count()
+
+
+def listed(module: Multiplies) -> int:
+    """A number that no other module of this process has or had."""
+    number = next(_NUMBERS)
+    _LISTED[number] = module
+    return number
+
+
+@torch.library.custom_op("quantine::multiply_packed", mutates_args=())
+def multiply_packed(x: Tensor, number: int, outputs: int) -> Tensor:
+    """``x @ W.T`` with the matrix ``W`` of the module of a number.
+
+    Args:
+        x: ``[batch, in]`` of a float dtype.
+        number: what `listed` returned.
+        outputs: number of rows of ``W``.
+
+    Returns:
+        ``[batch, outputs]`` in the dtype of ``x``.
+    """
+    return _LISTED[number].product(x)
+
+
+@multiply_packed.register_fake
+def _shape(x: Tensor, number: int, outputs: int) -> Tensor:
+    return x.new_empty(x.shape[0], outputs)
+
+
+def is_compiled(x: Tensor) -> bool:
+    """Whether a product with ``x`` is recorded for this process, and without its gradient.
+
+    What is exported or traced leaves the process, and holds PyTorch's own operators instead.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    return not (torch.is_grad_enabled() and x.requires_grad)

@@ -1,0 +1,152 @@
+"""What quantine can do with one architecture, tried on a small random model of it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from quantine.calibrate.segments import Calibration
+from quantine.core.ambient import own_state
+from quantine.errors import BackendUnavailable, QuantineError, cut
+from quantine.families.layers import is_transposed
+from quantine.plan.plan import Plan
+from quantine.run.quantize import quantize
+from quantine.runtime.decoder import decoder_for
+from quantine.runtime.load import load
+from quantine.runtime.packed import packed_modules
+from quantine.survey.specimen import TEXT, specimen_config, write_specimen
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+METHODS: Final = ("rtn", "gptq", "spqr")
+"""Methods that are tried."""
+ROUNDED: Final = Plan.scheme("W4A8", method="rtn", group_size=16)
+"""A plan that rounds activations."""
+SHAPE: Final = (2, 24)
+"""Sequences, and tokens of each, whose logits are compared."""
+CLOSE: Final = 5e-4
+"""Largest difference of logits that sums in float32 explain in dozens of blocks, as a share of the
+largest logit."""
+UNBUILT: Final = "no small model can be built"
+"""How the reason begins where transformers itself cannot build a small model."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be done with the models of a class in transformers.
+
+    Attributes:
+        class_name: name of the class.
+        weights: whether a small model of it, quantized by each of `METHODS`, saved and loaded,
+            gives the logits of the float model with the dequantized weights.
+        activations: whether activations can be rounded.
+        native: whether the native decoder computes it.
+        reason: why what is false is so; empty where all is true.
+    """
+
+    class_name: str
+    weights: bool = False
+    activations: bool = False
+    native: bool = False
+    reason: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """All attributes by name; that of the class is ``class``."""
+        fields = asdict(self)
+        return {"class": fields.pop("class_name"), **fields}
+
+
+class Unlike(Exception):
+    """Logits of a quantized model are not those of its dequantized weights."""
+
+
+@own_state()
+def examine(class_name: str, model_type: str) -> Verdict:
+    """Try what can be done with the models of a class.
+
+    Args:
+        class_name: name of the class in transformers.
+        model_type: one of its model types.
+    """
+    verdict = Verdict(class_name)
+    try:
+        config = specimen_config(model_type)
+    except Exception as error:  # whatever a configuration raises without its required fields
+        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        found = _examined(verdict, config, Path(scratch))
+    return replace(found, reason=found.reason.replace(f"{scratch}/", ""))
+
+
+def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verdict:
+    source = scratch / "float"
+    try:
+        write_specimen(config, source)
+    except Exception as error:  # as above
+        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
+    text = scratch / "text.txt"
+    text.write_text(TEXT * 50, encoding="utf-8")
+    calibration = Calibration(str(text), samples=2, seqlen=32)
+    reasons = []
+    try:
+        for method in METHODS:
+            out = scratch / method
+            quantize(source, out, Plan.preset(method, bits=4, group_size=16), calibration)
+            _compare(source, out)
+        verdict = replace(verdict, weights=True)
+    except (QuantineError, Unlike) as error:
+        return replace(verdict, reason=str(error))
+    except Exception as error:  # a fault of quantine, or what an architecture raises when it runs
+        return replace(verdict, reason=f"weights: {cut(repr(error), 150)}")
+    try:
+        out = quantize(source, scratch / "rounded", ROUNDED, calibration).path
+        if not bool(torch.isfinite(_logits(load(out)[0])).all()):
+            raise Unlike("logits are not finite")
+        verdict = replace(verdict, activations=True)
+    except (QuantineError, Unlike) as error:
+        reasons.append(str(error))
+    try:
+        decoder_for(load(scratch / METHODS[0])[0], SHAPE[1])
+        verdict = replace(verdict, native=True)
+    except BackendUnavailable as error:
+        reasons.append(str(error))
+    return replace(verdict, reason="; ".join(reasons))
+
+
+def _compare(source: Path, out: Path) -> None:
+    """Check that a quantized model computes with what its packed matrices hold.
+
+    Raises:
+        Unlike: it does not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    packed, _ = load(out, arithmetic="exact")
+    plain: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    as_float = _logits(plain)
+    for name, module in packed_modules(packed):
+        _put(plain.get_submodule(name), module.dequantize())
+    expected, found = _logits(plain), _logits(packed)
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if not difference <= CLOSE * largest:
+        raise Unlike(f"logits of the loaded model are off by {difference / largest:.1e}")
+    if torch.equal(expected, as_float):
+        raise Unlike("quantized matrices have no part in the logits")
+
+
+def _put(module: nn.Module, weight: Tensor) -> None:
+    stored: Any = module.weight
+    stored.data.copy_(weight.T if is_transposed(module) else weight)
+
+
+def _logits(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(5, 200, SHAPE, generator=generator)
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.clone()

@@ -1,0 +1,97 @@
+"""What plans say of a device's memory, against the bytes that live there during a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from device_memory import Meter, metered
+from other_device import NAME, OtherDevice
+from quantine import Calibration, Plan, quantize
+from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.prepare import prepare
+from tiny_models import build, tiny_config
+
+Tiny = Callable[[str], Path]
+
+DEMO = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 2048,
+    "max_position_embeddings": 256,
+    "num_hidden_layers": 1,
+}
+"""A block of the demo model."""
+CHOICES = [
+    {"method": "rtn", "bits": 4, "group_size": 16, "group_axis": axis} for axis in ("in", "out")
+]
+PLANS: dict[str, Callable[[], Plan]] = {
+    "rtn": lambda: Plan.preset("rtn", bits=4, group_size=32),
+    "gptq": lambda: Plan.preset("gptq", bits=3, group_size=32),
+    "spqr": lambda: Plan.preset("spqr", bits=3, group_size=16),
+    "adadim": lambda: Plan.from_dict(
+        {"rules": [{"match": "@blocks", "method": "adadim", "choices": CHOICES}]}
+    ),
+    "float inputs": lambda: Plan.from_dict(
+        {
+            "rules": [{"match": "@blocks", "method": "gptq", "bits": 4, "group_size": 32}],
+            "float_inputs": True,
+        }
+    ),
+    "W4A8": lambda: Plan.scheme("W4A8"),
+    "budget": lambda: Plan.budget(3.5),
+}
+SLOW = ("spqr", "float inputs", "W4A8", "budget")
+
+
+def measured(model: Path, plan: Plan, calibration: Calibration, out: Path, **options: Any) -> int:
+    """Most bytes that live on the device while ``model`` is quantized there."""
+    meter: Meter
+    with OtherDevice(), metered() as meter:
+        quantize(model, out, plan, calibration, device=NAME, **options)
+    assert meter.peak > 0
+    return meter.peak
+
+
+def check(model: Path, plan: Plan, calibration: Calibration, out: Path, **options: Any) -> None:
+    """Check that the plan for ``model`` predicts what the run takes, and little more."""
+    size = estimate(prepare(model, plan, calibration, NAME), **options)
+    assert size.device_memory is not None
+    predicted, taken = (
+        size.device_memory - WORKSPACE,
+        measured(model, plan, calibration, out, **options),
+    )
+    assert taken <= predicted <= 1.5 * taken
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rtn", "gptq", "adadim", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
+def test_plans_predict_the_memory_of_small_runs(
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    plan = PLANS[name]()
+    if plan.activations is not None:
+        pytest.importorskip("sklearn")
+    calibration = Calibration(samples=0) if name == "rtn" else short
+    check(tiny("llama"), plan, calibration, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_plans_predict_the_memory_of_a_block_of_the_demo_model(
+    text_file: Path, tmp_path: Path
+) -> None:
+    model = build(tiny_config("llama", **DEMO), tmp_path / "model")
+    plan, calibration = PLANS["gptq"](), Calibration(str(text_file), samples=8, seqlen=256)
+    check(model, plan, calibration, tmp_path / "plenty")
+    resumed = estimate(prepare(model, plan, calibration, NAME))
+    assert resumed.residence.resumes
+    assert resumed.device_memory is not None
+    bound = 0.95 * resumed.device_memory / 1e9
+    check(model, plan, calibration, tmp_path / "bounded", max_vram=bound)

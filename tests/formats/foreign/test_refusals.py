@@ -1,0 +1,270 @@
+"""What exports refuse, that plans refuse the same, and what is rounded instead."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import quantine
+from quantine import Calibration, FormatError, OutputError, Plan, PlanError, quantize
+from quantine.core.qtensor import QTensor
+from quantine.core.spec import QuantSpec
+from quantine.formats.export import export
+from quantine.formats.finished import FinishedDirectory
+from quantine.formats.foreign import FOREIGN
+from quantine.formats.foreign.compressed_tensors.layout import pack_matrix as pack_ct
+from quantine.formats.foreign.compressed_tensors.layout import unpack_matrix as unpack_ct
+from quantine.formats.foreign.engines import vllm_refusal
+from quantine.formats.foreign.gguf.blocks import fitting
+from quantine.formats.foreign.gptq.layout import pack_matrix as pack_gptq
+from quantine.formats.foreign.gptq.layout import unpack_matrix as unpack_gptq
+from quantine.formats.foreign.nearest import relative_error, rounded
+from quantine.formats.foreign.plain import plain
+from quantine.formats.foreign.spqr.layout import Spqr
+from quantine.formats.foreign.target import Matrix
+from quantine.formats.imported import import_model
+from quantine.methods.rtn import RTN
+from quantine.plan.targets import check_target
+from quantine.run.prepare import prepare
+from samples import random_weight
+from tiny_models import logits_of
+
+Tiny = Callable[[str], Path]
+Packed = Callable[[str, str], Path]
+NONE = Calibration(samples=0)
+SHAPE = (32, 192)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> QuantSpec:
+    """Specs of all kinds that divide `SHAPE`."""
+    sym = draw(st.booleans())
+    return QuantSpec(
+        draw(st.integers(2, 8)),
+        draw(st.sampled_from([-1, 8, 16, 32])),
+        sym,
+        draw(st.sampled_from([16, 16, 16, 3])),
+        0 if sym else draw(st.sampled_from([0, 0, 0, 3, 16])),
+        16,
+        draw(st.sampled_from(["in", "in", "in", "out"])),
+    )
+
+
+@given(specs(), st.sampled_from(["gptq", "compressed-tensors", "gguf", "spqr"]))
+def test_what_is_not_refused_is_held(spec: QuantSpec, to: str) -> None:
+    matrix = Matrix("l", "block", spec, *SHAPE)
+    weight = random_weight(*SHAPE)
+    target = FOREIGN[to]
+    if target.refusal(matrix) is not None:
+        near = target.nearest(matrix)
+        assert near is not None
+        again = Matrix("l", "block", near, *SHAPE)
+        assert target.refusal(again) is None
+        assert held(to, rounded(weight, near), near)
+        return
+    assert held(to, RTN()(weight, None, spec), spec)
+
+
+def held(to: str, qtensor: QTensor, spec: QuantSpec) -> bool:
+    """Whether what comes back are the same weights."""
+    wanted = qtensor.dequantize()
+    if to == "spqr":
+        return torch.equal(Spqr().unpack(Spqr().pack(qtensor), spec, SHAPE[1]).dequantize(), wanted)
+    matrix = plain("l", qtensor)
+    if to == "gguf":
+        found = fitting(matrix)
+        assert found is not None
+        kind, values, scale = found
+        blocks = values.unflatten(1, (-1, kind.weights)).float() * scale.float().unsqueeze(2)
+        return torch.equal(blocks.flatten(1), wanted)
+    if to == "gptq":
+        size = spec.group_length(SHAPE[1])
+        back = unpack_gptq("l", pack_gptq(matrix, 2), spec.bits, 2, SHAPE, size)
+    else:
+        back = unpack_ct("l", pack_ct(matrix, spec.sym), spec, SHAPE)
+    scale, zero = back.by_weight()
+    return torch.equal(scale.float() * (back.codes.float() - zero.float()), wanted)
+
+
+SCHEMES: tuple[dict[str, Any], ...] = (
+    {"bits": 4, "group_size": 32},
+    {"bits": 4, "group_size": 32, "sym": True},
+    {"bits": 4, "group_size": 16},
+    {"bits": 8, "group_size": 32, "sym": True},
+    {"bits": 8, "group_size": -1},
+    {"bits": 5, "group_size": 32},
+    {"bits": 3, "group_size": -1, "sym": True},
+    {"bits": 3, "group_size": 16, "scale_bits": 3, "zero_bits": 3, "format": "sparse"},
+    {"bits": 4, "group_size": 32, "group_axis": "out"},
+    {"bits": 4, "group_size": 32, "zero_bits": 16, "format": "sparse"},
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("number", range(len(SCHEMES)))
+def test_plans_refuse_what_exports_refuse(
+    number: int, family: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    rules = [{"match": "@blocks", "method": "rtn", **SCHEMES[number]}]
+    if number % 3 == 2:
+        rules.insert(0, {"match": "@embedding", "method": "rtn", "bits": 4, "group_size": 32})
+    plan = Plan.from_dict({"rules": rules})
+    out = quantize(tiny(family), tmp_path / "out", plan, NONE).path
+    job = prepare(tiny(family), plan, NONE)
+    for target in (*FOREIGN, "vllm"):
+        to, engine = ("compressed-tensors", target) if target == "vllm" else (target, None)
+        refused = message(
+            lambda: check_target(target, job.decisions, None, job.config, job.model)  # noqa: B023
+        )
+        found = message(lambda: export(out, tmp_path / target, to, engine=engine))  # noqa: B023
+        assert found == refused
+        assert (tmp_path / target).exists() == (refused is None)
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", *FOREIGN, "vllm"}
+
+
+def message(action: Callable[[], object]) -> str | None:
+    """What an action is refused with; ``None`` if it is carried out."""
+    try:
+        action()
+    except (FormatError, PlanError) as error:
+        return str(error)
+    return None
+
+
+def test_outliers_and_stored_orders(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    plan = Plan.preset("spqr", bits=3, group_size=32, outliers=0.01)
+    out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
+    for to in ("gguf", "gptq", "compressed-tensors"):
+        with pytest.raises(FormatError, match=r"self_attn.q_proj \(and 13 like it\) .*outliers"):
+            export(out, tmp_path / to, to)
+        job = prepare(tiny("llama"), plan, short)
+        with pytest.raises(PlanError, match=r"self_attn.q_proj \(and 13 like it\) .*outliers"):
+            check_target(to, job.decisions, None, job.config, job.model)
+    ordered = Plan.preset("gptq", bits=4, group_size=32, groups="refit", act_order=True)
+    out = quantize(tiny("llama"), tmp_path / "ordered", ordered, short).path
+    assert any(FinishedDirectory(out).qtensor(n).in_perm is not None for n in layers_of(out))
+    for to in ("gguf", "compressed-tensors"):
+        with pytest.raises(FormatError, match="takes no order of columns"):
+            export(out, tmp_path / to, to)
+    assert not export(out, tmp_path / "gptq", "gptq").converted
+    with pytest.raises(FormatError, match="g_idx"):
+        export(out, tmp_path / "vllm", "gptq", engine="vllm")
+
+
+def layers_of(out: Path) -> list[str]:
+    return list(FinishedDirectory(out).description.layers)
+
+
+@pytest.mark.parametrize("to", ["gguf", "gptq", "compressed-tensors", "spqr"])
+def test_the_nearest_says_what_it_costs(
+    to: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    out = quantize(tiny("llama"), tmp_path / "out", Plan.preset("spqr", outliers=0.01), short).path
+    exported = export(out, tmp_path / to, to, nearest=True)
+    floats = export(out, tmp_path / "float", "float", nearest=True, weights_of=to).path
+    finished, stored = FinishedDirectory(out), quantine_free_weights(floats)
+    assert exported.converted.keys() == set(layers_of(out))
+    for name, said in exported.converted.items():
+        found = relative_error(stored[f"{name}.weight"], finished.qtensor(name).dequantize())
+        assert said["error"] == pytest.approx(found)
+        assert 0 < said["error"] < 0.3
+
+
+def quantine_free_weights(directory: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(directory / "model.safetensors")
+
+
+def test_tables_become_floats(tiny: Tiny, tmp_path: Path) -> None:
+    plan = Plan.preset("rtn", bits=4, group_size=32, arithmetic="exact").with_head(8)
+    out = quantize(tiny("llama_tied"), tmp_path / "out", plan, NONE).path
+    with pytest.raises(FormatError, match=r"model.embed_tokens .* no quantized token table"):
+        export(out, tmp_path / "gptq", "gptq")
+    exported = export(out, tmp_path / "gptq", "gptq", nearest=True)
+    assert list(exported.converted) == ["model.embed_tokens"]
+    assert exported.converted["model.embed_tokens"]["error"] < 1e-3
+    back = import_model(exported.path, tmp_path / "back").path
+    found, wanted = (
+        logits_of(quantine.load(path, "float32", arithmetic="exact")[0]) for path in (back, out)
+    )
+    torch.testing.assert_close(found, wanted, atol=0.01, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("layout", "spec", "shape", "message"),
+    [
+        ("gptq", QuantSpec(4, 64, True), (64, 128), None),
+        ("gptq", QuantSpec(4, 64), (64, 128), "only with sym: true"),
+        ("gptq", QuantSpec(3, 64, True), (64, 128), "4 and 8 bits, not 3"),
+        ("compressed-tensors", QuantSpec(4, 64), (64, 128), None),
+        ("compressed-tensors", QuantSpec(4, 128, True), (64, 128), None),
+        ("compressed-tensors", QuantSpec(8, 64), (64, 128), "only with sym: true"),
+        ("compressed-tensors", QuantSpec(4, 16), (64, 128), "groups of -1, 32, 64, 128, not 16"),
+        ("compressed-tensors", QuantSpec(4, 64), (48, 128), "multiples of 32"),
+    ],
+)
+def test_what_vllm_refuses(
+    layout: str, spec: QuantSpec, shape: tuple[int, int], message: str | None
+) -> None:
+    found = vllm_refusal(layout, Matrix("l", "block", spec, *shape))
+    assert (found is None) == (message is None)
+    if found is not None and message is not None:
+        assert message in found
+
+
+def test_vllm_wants_one_scheme_where_it_multiplies_once(tiny: Tiny, tmp_path: Path) -> None:
+    rules = [
+        {"match": "*.v_proj", "method": "rtn", "bits": 8, "sym": True, "group_size": 32},
+        {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32},
+    ]
+    out = quantize(tiny("llama"), tmp_path / "out", Plan.from_dict({"rules": rules}), NONE).path
+    with pytest.raises(FormatError, match="computes it in one product with"):
+        export(out, tmp_path / "ct", "compressed-tensors", engine="vllm")
+    assert not export(out, tmp_path / "ct", "compressed-tensors").converted
+
+
+def test_other_requests(packed: Packed, tmp_path: Path) -> None:
+    out = packed("llama", "rtn")
+    with pytest.raises(PlanError, match="no layout 'onnx': give one of float, gguf"):
+        export(out, tmp_path / "x", "onnx")
+    with pytest.raises(PlanError, match="vllm does not read layout gguf"):
+        export(out, tmp_path / "x", "gguf", engine="vllm")
+    with pytest.raises(PlanError, match="no target 'tgi'"):
+        export(out, tmp_path / "x", "gptq", engine="tgi")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(OutputError, match="is there already"):
+        export(out, tmp_path / "taken", "gptq")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_rounded_activations_are_refused(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    plan = Plan.scheme("W4A8", method="rtn")
+    job = prepare(tiny("llama"), plan, short)
+    with pytest.raises(PlanError, match="rounds activations"):
+        check_target("gguf", job.decisions, plan.activations, job.config, job.model)
+    out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
+    with pytest.raises(FormatError, match="rounds activations"):
+        export(out, tmp_path / "gguf", "gguf")
+
+
+@pytest.mark.parametrize(("own", "said"), [("float32", "float16"), ("bfloat16", "float16")])
+def test_engines_compute_in_a_dtype_that_holds_scales(
+    own: str, said: str, packed: Packed, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": own}))
+    for to in ("gptq", "compressed-tensors"):
+        exported = export(source, tmp_path / to, to)
+        assert json.loads((exported.path / "config.json").read_text())["dtype"] == said
+        assert bool(exported.notes) == (own == "bfloat16")

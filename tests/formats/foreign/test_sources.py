@@ -1,0 +1,193 @@
+"""Checkpoints of other engines as sources: imported, quantized again, or refused if damaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import quantine
+from ggufs import write_gguf
+from quantine import Calibration, CheckpointError, FormatError, Plan, QuantineError, quantize
+from quantine.formats.export import export
+from quantine.formats.finished import FinishedDirectory
+from quantine.formats.imported import import_model, second_rounding
+from quantine.source.locate import locate
+from tiny_models import logits_of, random_model, tiny_config
+
+Packed = Callable[[str, str], Path]
+NONE = Calibration(samples=0)
+LAYER = "model.layers.1.self_attn.k_proj"
+TO = pytest.mark.parametrize("to", ["gptq", "compressed-tensors"])
+
+
+@pytest.fixture
+def exported(packed: Packed, tmp_path: Path) -> Callable[[str], Path]:
+    """A tiny model of 4 bits in another engine's directory."""
+    return lambda to: export(packed("llama", "rtn"), tmp_path / to, to).path
+
+
+def tensors_changed(directory: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def settings_changed(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def refused(directory: Path, out: Path) -> str:
+    """The message with which an import is refused, of which nothing is left."""
+    before = set(out.parent.iterdir())
+    with pytest.raises(QuantineError) as caught:
+        import_model(directory, out)
+    assert set(out.parent.iterdir()) == before
+    assert len(str(caught.value)) < 400
+    return str(caught.value)
+
+
+@TO
+def test_a_second_rounding_is_announced(
+    to: str, exported: Callable[[str], Path], packed: Packed, tmp_path: Path
+) -> None:
+    source = exported(to)
+    said = second_rounding(locate(source))
+    assert said is not None
+    assert f"quantized already ({to})" in said
+    # Onto the same grid, nothing changes any more.
+    plan = Plan.preset("rtn", bits=8, group_size=32, arithmetic="exact")
+    out = quantize(source, tmp_path / "again", plan, NONE).path
+    wanted = logits_of(quantine.load(packed("llama", "rtn"), arithmetic="exact")[0])
+    found = logits_of(quantine.load(out, "float32", arithmetic="exact")[0])
+    assert float((found - wanted).abs().max()) < 0.3
+    assert second_rounding(locate(packed("llama", "rtn"))) is None
+
+
+@TO
+def test_truncated_files(to: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+    source = exported(to)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert "model.safetensors" in refused(source, tmp_path / "out")
+
+
+@TO
+def test_missing_tensors(to: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+    source = exported(to)
+    leaf = "scales" if to == "gptq" else "weight_scale"
+    tensors_changed(source, lambda tensors: tensors.pop(f"{LAYER}.{leaf}"))
+    assert f"{LAYER}.{leaf} is missing" in refused(source, tmp_path / "out")
+    tensors_changed(source, lambda tensors: tensors.pop("model.norm.weight"))
+    assert "no file holds model.norm.weight" in refused(source, tmp_path / "out")
+
+
+def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    source = exported("gptq")
+    groups = torch.zeros(64, dtype=torch.int32)
+    tensors_changed(source, lambda tensors: tensors.update({f"{LAYER}.g_idx": groups}))
+    assert f"{LAYER}.g_idx is wrong" in refused(source, tmp_path / "out")
+    tensors_changed(source, lambda tensors: tensors.pop(f"{LAYER}.g_idx"))
+    settings_changed(source, sym=True)
+    assert "has zero points, but its settings say" in refused(source, tmp_path / "out")
+    settings_changed(source, sym=False, checkpoint_format="gptq", format="gptq")
+    tensors_changed(source, lambda tensors: tensors[f"{LAYER}.qzeros"].fill_(-1))
+    assert "zero point of 16, but 4 bits end at 15" in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("to", "changes", "message"),
+    [
+        ("gptq", {"checkpoint_format": "gptq_v3"}, "'gptq_v3' is not read"),
+        ("gptq", {"bits": 3}, "qweight is torch.int32"),
+        ("gptq", {"bits": "four"}, "quantization_config is damaged"),
+        ("gptq", {"group_size": 48}, "groups of 48 do not divide 64 inputs"),
+        ("gptq", {"dynamic": {"-:.*k_proj": {}}}, "is packed, but quantization_config calls it"),
+        ("gptq", {"dynamic": {"+:(": {}}}, "is no pattern"),
+        ("compressed-tensors", {"config_groups": {}}, "has no config_groups"),
+        (
+            "compressed-tensors",
+            {"config_groups": {"group_0": {}}},
+            "group_0 of quantization_config",
+        ),
+        ("compressed-tensors", {"format": "marlin-24"}, None),
+        ("compressed-tensors", {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
+        ("compressed-tensors", {"ignore": ["re:.*"]}, "quantization_config calls it float"),
+        ("compressed-tensors", {"quant_method": "hqq"}, "only GGUF files and directories of"),
+    ],
+)
+def test_other_settings(
+    to: str,
+    changes: dict[str, Any],
+    message: str | None,
+    exported: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    source = exported(to)
+    settings_changed(source, **changes)
+    if message is None:  # each group names its own format, which counts
+        assert import_model(source, tmp_path / "out").layers
+        return
+    assert message in refused(source, tmp_path / "out")
+
+
+def test_directories_of_others_are_no_gguf(packed: Packed, tiny: Any, tmp_path: Path) -> None:
+    assert "quant_method None" in refused(tiny("llama"), tmp_path / "out")
+    assert "quant_method 'quantine'" in refused(packed("llama", "rtn"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0"])
+def test_gguf_files_of_others(kind: str, tmp_path: Path) -> None:
+    """Files that llama.cpp's rules made: their scales have either sign."""
+    model = random_model(tiny_config("llama"))
+    file = write_gguf(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType[kind])
+    imported = import_model(file, tmp_path / "out")
+    assert not imported.decoded
+    assert imported.layers == 16
+    floats = locate(file).float_model(torch.float32)
+    finished = FinishedDirectory(imported.path)
+    for name in finished.description.layers:
+        found = finished.qtensor(name).dequantize()
+        assert torch.equal(found, floats.get_submodule(name).weight)
+
+
+def test_gguf_files_on_other_grids(tmp_path: Path) -> None:
+    model = random_model(tiny_config("llama"))
+    file = write_gguf(tmp_path / "m.gguf", model, kind=gguf.GGMLQuantizationType.Q4_1)
+    assert "quantize it, as a source of floats" in refused(file, tmp_path / "out")
+    said = second_rounding(locate(file))
+    assert said is not None
+    plain = write_gguf(tmp_path / "f.gguf", model)
+    assert second_rounding(locate(plain)) is None
+
+
+def test_damaged_gguf_files(packed: Packed, tmp_path: Path) -> None:
+    file = export(packed("llama", "rtn"), tmp_path / "gguf", "gguf").path / "model.gguf"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    assert "damaged or half downloaded" in refused(file, tmp_path / "out")
+    name = b"blk.1.attn_k.weight"
+    place = whole.index(name) + len(name) + 4 + 16
+    file.write_bytes(whole[:place] + b"\x63\x00\x00\x00" + whole[place + 4 :])
+    assert "of ggml's type 99" in refused(file, tmp_path / "out")
+    file.write_bytes(b"GGUF\x09\x00\x00\x00" + whole[8:])
+    assert "GGUF file of version 2 or 3" in refused(file, tmp_path / "out")
+
+
+def test_damaged_directories_write_no_export(packed: Packed, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "broken"))
+    tensors_changed(broken, lambda tensors: tensors[f"{LAYER}.scale"].resize_(1))
+    for to in ("gptq", "compressed-tensors", "gguf", "float"):
+        with pytest.raises((FormatError, CheckpointError)):
+            export(broken, tmp_path / to, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -1,0 +1,84 @@
+"""Fits of groups on GPUs, in Triton's interpreter, against the PyTorch code that defines them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from gpu_device import DEVICE, EXAMPLES, moved
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_fit import fractional, groups_of, specs, total_cost
+
+from quantine.core.spec import QuantSpec
+from quantine.errors import SolverError
+from quantine.kernels.fit.grid_cost import Clip, GridCost
+from quantine.kernels.fit.reference import fit_groups_reference, without_outliers
+from samples import generator, quick
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from quantine.kernels.fit.triton.groups import fit_groups
+
+
+@settings(quick, max_examples=EXAMPLES)
+@given(
+    n=st.sampled_from([1, 2, 3, 16, 33]),
+    lines=st.sampled_from([1, 2, 17, 33]),
+    spec=st.one_of(specs, fractional),
+    clip=st.sampled_from(["minmax", "mse", "hessian"]),
+    price=st.sampled_from([math.inf, 0.02, 1e-4]),
+    look_ahead=st.booleans(),
+    of_lines=st.booleans(),
+    transposed=st.booleans(),
+    kind=st.sampled_from(["plain", "ties", "far", "outliers", "mixed", "equal"]),
+    seed=st.integers(0, 10**6),
+)
+def test_grids_are_fitted_alike(
+    n: int,
+    lines: int,
+    spec: QuantSpec,
+    clip: Clip,
+    price: float,
+    look_ahead: bool,
+    of_lines: bool,
+    transposed: bool,
+    kind: str,
+    seed: int,
+) -> None:
+    columns = groups_of((1, n, lines), kind, seed)
+    if transposed:  # as those of a matrix whose groups run along inputs are
+        columns = columns.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    shape = (lines,) if of_lines else (1, n)
+    spread = torch.rand(shape, generator=generator(seed)) + 0.05
+    cost = GridCost(clip, price, look_ahead)
+    expected = fit_groups_reference(columns, spread, spec, cost)
+    found = moved(fit_groups(moved(columns), moved(spread), spec, cost), "cpu")
+    assert type(found.scale) is type(expected.scale)
+    assert type(found.zero_point) is type(expected.zero_point)
+    same = (found.scales() == expected.scales()) & (found.zeros() == expected.zeros())
+    if DEVICE == "cpu" and kind in {"plain", "outliers"}:
+        assert same.float().mean() >= min(0.97, 1 - 1.5 / lines)
+    losing = columns
+    if clip == "mse" and cost.leaves_out:
+        losing = without_outliers(columns, spread, spec, cost)
+    if clip != "minmax" and not of_lines:
+        costs = [total_cost(losing, spread, grid, cost).sum() for grid in (found, expected)]
+        assert costs[0] <= costs[1] * 1.05 + 1e-12
+
+
+@pytest.mark.parametrize("large", [1e6, math.nan])
+def test_what_float16_does_not_hold_is_refused(large: float) -> None:
+    columns = groups_of((1, 4, 3), "plain", 0)
+    columns[0, 1, 2] = large
+    with pytest.raises(SolverError, match=r"a group needs a scale of .*: rescale the weights"):
+        fit_groups(moved(columns), moved(torch.ones(1, 4)), QuantSpec(3, 4), GridCost("mse"))
+
+
+def test_what_registers_do_not_hold_is_fitted_by_the_reference() -> None:
+    columns, spread = groups_of((1, 600, 3), "plain", 0), torch.ones(1, 600)
+    spec, cost = QuantSpec(3, 600), GridCost("mse")
+    found = moved(fit_groups(moved(columns), moved(spread), spec, cost), "cpu")
+    expected = fit_groups_reference(columns, spread, spec, cost)
+    torch.testing.assert_close(found.scales(), expected.scales())

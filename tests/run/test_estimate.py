@@ -1,0 +1,87 @@
+"""Predictions of memory: where hidden states go, what is refused, and what the numbers mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantine import Calibration, DeviceMemoryError, Plan, PlanError
+from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.core.device import CPU, is_here
+from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.job import Job
+from quantine.run.prepare import prepare
+from quantine.run.working_set import Residence, working_set
+
+Tiny = Callable[[str], Path]
+
+GPU = "cuda"
+
+
+@pytest.fixture
+def job(tiny: Tiny, short: Calibration) -> Job:
+    plan = Plan.preset("gptq", bits=4, group_size=32)
+    return prepare(tiny("llama"), plan, short, GPU, planned=True)
+
+
+@pytest.mark.skipif(is_here(torch.device(GPU)), reason="what is free there would count")
+def test_a_device_that_is_not_there_can_be_planned_for(job: Job) -> None:
+    size = estimate(job)
+    assert size.device_limit is None
+    assert size.device_memory is not None
+    assert size.residence == Residence("device", True, TOKENS_PER_BATCH)
+    assert estimate(job, max_vram=24).device_limit == 24_000_000_000
+
+
+def test_less_memory_moves_hidden_states_and_makes_batches_smaller(job: Job) -> None:
+    most = estimate(job, max_vram=10).device_memory
+    assert most is not None
+    found = []
+    for share in range(100, 0, -2):
+        try:
+            size = estimate(job, max_vram=(WORKSPACE + (most - WORKSPACE) * share / 100) / 1e9)
+        except DeviceMemoryError:
+            break
+        assert size.device_memory is not None
+        assert size.device_limit is not None
+        assert size.device_memory <= size.device_limit
+        found.append(size.residence)
+    kinds = list(dict.fromkeys((one.hidden, one.resumes) for one in found))
+    assert kinds[0] == ("device", True)
+    assert len(kinds) > 1
+    sizes = [working_set(job, one) for one in dict.fromkeys(found)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_refusal_names_the_least_memory_that_works(job: Job) -> None:
+    with pytest.raises(DeviceMemoryError, match=r"at least \d+\.\d\d GB on cuda") as refused:
+        estimate(job, max_vram=0.001)
+    least = float(re.findall(r"at least (\S+) GB", str(refused.value))[0])
+    assert estimate(job, max_vram=least).device_memory is not None
+    with pytest.raises(DeviceMemoryError):
+        estimate(job, max_vram=least - 0.01)
+
+
+def test_a_bound_is_for_devices_with_memory_of_their_own(tiny: Tiny, short: Calibration) -> None:
+    plan = Plan.preset("gptq", bits=4, group_size=32)
+    job = prepare(tiny("llama"), plan, short)
+    with pytest.raises(PlanError, match="the device is cpu"):
+        estimate(job, max_vram=8)
+    assert estimate(job).device_memory is None
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_bounds_that_are_no_sizes_are_refused(value: float, job: Job) -> None:
+    with pytest.raises(PlanError, match="max_vram must not be negative"):
+        estimate(job, max_vram=value)
+
+
+def test_statistics_of_other_batches_are_not_mixed(job: Job) -> None:
+    here = replace(job, device=CPU)
+    usual, smaller = (here.identity("weights", tokens) for tokens in (TOKENS_PER_BATCH, 32))
+    assert smaller == usual | {"segments at once": "1"}

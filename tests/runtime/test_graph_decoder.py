@@ -1,0 +1,125 @@
+"""The step that a CUDA graph records: the same each time, and never in need of the host."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from other_device import NAME, OtherDevice
+from quantine import Calibration, Plan, load, quantize
+from quantine.errors import BackendUnavailable
+from quantine.runtime.decoder import most_likely
+from quantine.runtime.generate import ModuleDecoder, decoder_on
+from quantine.runtime.graph_decoder import NoHost, StaticDecoder, Step, graph_decoder_for
+from tiny_models import some_tokens
+
+Tiny = Callable[[str], Path]
+Packed = Callable[[str, str], Path]
+RECORDABLE = ("llama", "llama_tied", "mistral", "qwen3", "smollm3", "phi3", "gemma3")
+
+
+def replayed(step: Step) -> Step:
+    """What a graph does: the step runs as it is, and where its result is was decided before."""
+    kept = step()
+
+    def replay() -> Tensor:
+        with NoHost():
+            kept.copy_(step())
+        return kept
+
+    return replay
+
+
+def decoded(decoder: Any, prompt: Tensor, count: int) -> list[Tensor]:
+    """Logits for so many tokens after a prompt, each chosen by those before."""
+    decoder.reset()
+    found = [decoder.append(prompt).clone()]
+    while len(found) < count:
+        found.append(decoder.append(torch.tensor([most_likely(found[-1])])).clone())
+    return found
+
+
+@pytest.mark.parametrize("name", RECORDABLE)
+def test_a_repeated_step_computes_what_the_modules_do(name: str, packed: Packed) -> None:
+    model, _ = load(packed(name, "rtn"), torch.float32)
+    decoder, usual = StaticDecoder(model, 40, replayed), ModuleDecoder(model)
+    for prompt in (some_tokens(20, 1)[0], some_tokens(3, 1)[0], some_tokens(1, 1)[0]):
+        for one, other in zip(decoded(decoder, prompt, 6), decoded(usual, prompt, 6), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        assert decoder.position == len(prompt) + 5
+
+
+def test_it_refuses_more_tokens_than_it_has_room_for(packed: Packed) -> None:
+    decoder = StaticDecoder(load(packed("llama", "rtn"))[0], 4, replayed)
+    decoder.append(torch.tensor([3, 4, 5]))
+    for tokens in ([6, 7], []):
+        with pytest.raises(ValueError, match="after 3, with room for 4"):
+            decoder.append(torch.tensor(tokens, dtype=torch.int64))
+
+
+def test_no_tensor_of_the_cpu_is_in_the_step(packed: Packed) -> None:
+    prompt, out = some_tokens(7, 1)[0], packed("llama", "rtn")
+    expected = decoded(ModuleDecoder(load(out, torch.float32)[0]), prompt, 4)
+    with OtherDevice():
+        model, _ = load(out, torch.float32, device=NAME)
+        found = decoded(StaticDecoder(model, 16, replayed), prompt, 4)
+    for one, other in zip(found, expected, strict=True):
+        assert one.device.type == "cpu"
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.unique(),
+        lambda x: bool((x > 0).all()),
+    ],
+)
+def test_values_that_the_host_needs_are_refused(used: Callable[[Tensor], Any]) -> None:
+    with NoHost(), pytest.raises(BackendUnavailable, match="reads values on the host"):
+        used(torch.ones(3))
+
+
+@pytest.mark.parametrize("used", [lambda x: x.cpu(), lambda x: x.copy_(torch.ones(3))])
+def test_values_that_change_devices_are_refused(used: Callable[[Tensor], Any]) -> None:
+    with OtherDevice():
+        x = torch.ones(3).to(NAME)
+        with NoHost(), pytest.raises(BackendUnavailable, match="moves values between devices"):
+            used(x)
+
+
+def test_a_model_that_needs_the_host_says_so(packed: Packed) -> None:
+    with pytest.raises(BackendUnavailable, match="reads values on the host"):
+        StaticDecoder(load(packed("opt", "rtn"))[0], 8, replayed)
+
+
+def test_what_cannot_be_recorded_is_said(
+    packed: Packed, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(packed("llama", "rtn"))
+    with pytest.raises(BackendUnavailable, match="no CUDA graph: the model is on cpu"):
+        graph_decoder_for(model, 8)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    model.model.norm.register_forward_hook(lambda *_: None)
+    with pytest.raises(BackendUnavailable, match="no CUDA graph: the model has hooks"):
+        graph_decoder_for(model, 8)
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    with pytest.raises(BackendUnavailable, match="spread the modules"):
+        graph_decoder_for(model, 8)
+    monkeypatch.undo()
+    pytest.importorskip("sklearn")
+    quantize(tiny("llama"), tmp_path / "out", Plan.scheme("W4A8KV"), short)
+    rounded, _ = load(tmp_path / "out")
+    monkeypatch.setattr(type(rounded), "device", torch.device("cuda", 0))
+    log = io.StringIO()
+    assert decoder_on(rounded, 8, log) is None
+    assert "no CUDA graph: keys and values are packed, in a cache that grows" in log.getvalue()
