@@ -1,6 +1,6 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check sanitize fuzz gpu engines bench families wheel docs clean
+.PHONY: help install demo demo-model test check explore sanitize fuzz gpu engines bench families wheel docs clean
 
 PYTHON = python3
 TORCH =
@@ -18,6 +18,7 @@ help:
 	@echo "make demo      quantize a small model, measure it, let it speak (some minutes)"
 	@echo "make test      the whole test suite"
 	@echo "make check     formatting, lint, types, and which module may import which"
+	@echo "make explore   the tests that draw examples, with other examples each time"
 	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
 	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
 	@echo "make gpu       test and time the programs for GPUs, on a GPU"
@@ -62,6 +63,11 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_imports.py tests/test_exports.py
 
+# What it finds becomes an `@example` of the test that failed.
+explore: demo-model
+	$(BIN)/python -m pytest -n 2 --dist loadfile --hypothesis-profile=random \
+		$$(grep -rl "import.* given" tests)
+
 # Needs GCC, whose run-time libraries are loaded before Python's.
 sanitize: install
 	rm -rf build/sanitized
@@ -79,14 +85,7 @@ fuzz: install
 # Where PYTHON has a PyTorch that knows a GPU, that one is used, and only what is missing is installed
 # beside it. Elsewhere it says what it would do.
 gpu:
-	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-		$(PYTHON) -m venv --system-site-packages .venv-gpu && \
-		{ .venv-gpu/bin/python -m pip install -q . pytest hypothesis scikit-learn || \
-			echo "nothing could be installed: the sources are used as they are"; } && \
-		PYTHONPATH=src .venv-gpu/bin/python benchmarks/gpu.py; \
-	else \
-		$(MAKE) install && $(BIN)/python benchmarks/gpu.py; \
-	fi
+	@PYTHON=$(PYTHON) sh benchmarks/gpu.sh
 
 # vLLM has an environment of its own: it pins other versions than constraints.txt.
 VLLM = .venv-vllm

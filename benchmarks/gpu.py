@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/kernels/test_triton_matrix.py",
     "tests/kernels/test_triton_columns.py",
+    "tests/kernels/test_gram.py",
     "tests/kernels/test_triton_integer.py",
     "tests/kernels/test_triton_rounding.py",
     "tests/kernels/test_triton_packing.py",
@@ -40,6 +41,8 @@ TESTS = (
     "tests/kernels/test_triton_solvers.py",
     "tests/runtime/test_on_a_gpu.py",
 )
+MOST = 240
+"""Seconds that the tests take at most: nearly every example is another program to compile."""
 LIMIT = 480
 """Seconds after which no part begins: the whole is to take less than nine minutes."""
 
@@ -49,7 +52,6 @@ def parts() -> dict[str, tuple[str, Callable[[], Any]]]:
     contexts = " and ".join(map(str, gpu_attention.CONTEXTS))
     methods = ", ".join(gpu_quantizing.SOLVERS)
     return {
-        "tests": (f"run {len(TESTS)} files of tests", tested),
         "products": (
             f"time {len(gpu_products.KINDS)} kinds of matrices in {len(gpu_products.SHAPES)} "
             f"shapes for {gpu_products.BATCHES} rows",
@@ -68,6 +70,7 @@ def parts() -> dict[str, tuple[str, Callable[[], Any]]]:
             f"time tokens of models of 8B shape, {len(gpu_tokens.KINDS)} kinds and bfloat16",
             lambda: gpu_tokens.timed_models("cuda", gpu_tokens.LLAMA_8B),
         ),
+        "tests": (f"run {len(TESTS)} files of tests", tested),
         "quantizing": (
             f"quantize matrices, a block and the demo model by {methods}, and compare with the CPU",
             lambda: gpu_quantizing.quantized("cuda"),
@@ -132,7 +135,9 @@ def tested() -> dict[str, str]:
     """
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
     on_gpu = os.environ | {"TRITON_INTERPRET": "0"}  # which gpu_compile took out
-    ran = subprocess.run(command, cwd=ROOT, env=on_gpu, check=False, capture_output=True, text=True)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=on_gpu, check=False, capture_output=True, text=True, timeout=MOST
+    )
     print(ran.stdout[-4000:], flush=True)
     ended = ran.stdout.strip().rpartition("\n")[2]
     if ran.returncode != 0:

@@ -3,7 +3,11 @@
     python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
 
 For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
-of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table.
+of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table, of what
+
+    python benchmarks/gpu_compile.py --json benchmarks/results/compiled.json
+
+wrote.
 """
 
 from __future__ import annotations
@@ -28,18 +32,11 @@ from triton.compiler import ASTSource
 from gpu_loops import FITS, LOOPS
 from integer_programs import INTEGERS
 from kv_programs import KV_PROGRAMS
-from quantine.core.grid import Grid, Statistic
-from quantine.core.qtensor import QTensor
-from quantine.core.sparse import Csr
-from quantine.kernels.matrix.triton import few_rows, many_rows
-from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
-from quantine.kernels.matrix.units.unit_matrix import unit_matrix
+from matrix_programs import MATRIX_PROGRAMS
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 """Settings that are Triton's, not a program's own."""
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
-ROWS = 64
-"""Outputs of the matrices: programs do not depend on how many there are."""
 TYPES = {
     torch.int32: "*i32",
     torch.int16: "*i16",
@@ -47,54 +44,9 @@ TYPES = {
     torch.int8: "*i8",
     torch.uint8: "*u8",
     torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product to compile: bits, groups, columns, statistics, outliers, rows of activations."""
-
-    bits: int
-    group_size: int
-    axis: str
-    columns: int
-    coded: bool
-    outliers: bool
-    batch: int
-
-    @property
-    def weights(self) -> str:
-        """How the matrix is packed, in words."""
-        statistics = ", SpQR's statistics" if self.coded else ""
-        outliers = ", 1% outliers" if self.outliers else ""
-        along = "outputs" if self.axis == "out" else "inputs"
-        return f"{self.bits} bits, groups of {self.group_size} {along}{statistics}{outliers}"
-
-    @property
-    def name(self) -> str:
-        rows = f"{self.batch} row{'s' * (self.batch > 1)}"
-        return f"{self.weights}; {self.columns} inputs, {rows}"
-
-
-PRODUCTS = (
-    Product(4, 128, "in", 4096, False, False, 1),
-    Product(3, 128, "in", 4096, False, False, 1),
-    Product(5, 128, "in", 4096, False, False, 1),
-    Product(8, 128, "in", 4096, False, False, 1),
-    Product(3, 16, "in", 4096, True, False, 1),
-    Product(3, 16, "in", 4096, True, True, 1),
-    Product(4, 128, "in", 14336, False, False, 1),
-    Product(3, 16, "in", 14336, True, True, 1),
-    Product(3, 16, "in", 28672, True, True, 1),
-    Product(4, 64, "out", 4096, False, False, 1),
-    Product(4, 64, "out", 28672, False, True, 1),
-    Product(4, 128, "in", 4096, False, False, 4),
-    Product(4, 128, "in", 4096, False, False, 16),
-    Product(4, 128, "in", 4096, False, False, 64),
-    Product(3, 16, "in", 4096, True, True, 16),
-    Product(4, 64, "out", 4096, False, False, 16),
-)
 
 
 @dataclass(frozen=True)
@@ -116,41 +68,8 @@ class Outcome:
     local: int
 
 
-def qtensor_of(product: Product) -> QTensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (ROWS, product.columns)
-    codes = torch.randint(0, 2**product.bits, shape, generator=generator, dtype=torch.uint8)
-    lines, length = shape if product.axis == "in" else shape[::-1]
-    groups = length // product.group_size
-    scale: Any = torch.rand(lines, groups, generator=generator).half()
-    zero: Any = torch.zeros(lines, groups, dtype=torch.uint8)
-    if product.coded:
-        second = Grid(
-            torch.ones(groups, lines // 16).half(), torch.ones(groups, lines // 16).half(), 3, 16
-        )
-        scale = zero = Statistic(torch.zeros(groups, lines, dtype=torch.uint8), second)
-    kept = None
-    if product.outliers:
-        mask = torch.rand(shape, generator=generator) < 0.01
-        kept = Csr.where(mask, torch.randn(shape, generator=generator))
-    axis: Any = product.axis
-    return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
-
-
-def launch_of(product: Any) -> tuple[Any, list[Any], dict[str, Any]]:
-    if not isinstance(product, Product):
-        return product.launch()
-    matrix = unit_matrix(qtensor_of(product))
-    assert matrix is not None
-    x = torch.randn(product.batch, product.columns)
-    result = torch.empty(product.batch, ROWS, dtype=torch.float16)
-    if product.batch <= few_rows.FEW:
-        return few_rows.launch_of(matrix, arrange_reference(x, matrix), result)
-    return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
-
-
 def compiled(product: Any, capability: str) -> Outcome:
-    program, operands, settings = launch_of(product)
+    program, operands, settings = product.launch()
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -214,7 +133,7 @@ def main() -> None:
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*PRODUCTS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
+    for product in (*MATRIX_PROGRAMS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
         for capability in chosen:
             o = compiled(product, capability)
             outcomes.append(asdict(o))
@@ -224,7 +143,8 @@ def main() -> None:
                 flush=True,
             )
     if arguments.json:
-        arguments.json.write_text(json.dumps(outcomes, indent=1) + "\n")
+        found = {"triton": triton.__version__, "programs": outcomes}
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

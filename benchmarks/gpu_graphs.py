@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantine.runtime.graph_decoder import cuda_graph
+
 ROOT = Path(__file__).parents[1]
 ROTATED = 240_000_000
 """Bytes of matrices that a graph goes through: more than a GPU's cache."""
@@ -31,19 +33,17 @@ def copies(make: Callable[[], Any]) -> list[Any]:
 
 def replayed(calls: list[Callable[[], Any]]) -> float:
     """Microseconds of one of ``calls``, which run one after another in a CUDA graph."""
-    with torch.cuda.stream(torch.cuda.Stream()):
+
+    def one_after_another() -> None:
         for call in calls:
             call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+
+    replay = cuda_graph(torch.device("cuda"), one_after_another)
     spent = []
     for _ in range(REPLAYS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        replay()
         end.record()
         torch.cuda.synchronize()
         spent.append(start.elapsed_time(end) * 1e3 / len(calls))

@@ -1,9 +1,9 @@
-"""Write the tables of speed in docs/gpu.md: what GPUs allow, and what `make gpu` measured on them.
+"""Write the tables of docs/gpu.md: what GPUs allow, programs as compiled, what `make gpu` measured.
 
     python benchmarks/gpu_page.py
 
-Predictions are of benchmarks/roofline.py and benchmarks/gpu_plans.py; measurements are the files
-benchmarks/results/gpu-*.json.
+Predictions are of benchmarks/roofline.py, gpu_plans.py and gpu_predictions.py; what the compiler
+made is benchmarks/results/compiled.json, and measurements are benchmarks/results/gpu-*.json.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_plans
-from gpu_compile import Product
+import gpu_predictions
+from matrix_programs import Product
 from quantine.core.activation_spec import UNQUANTIZED
 from roofline import GPUS, attention, float16, packed, seconds, token_bytes
 
@@ -25,6 +26,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 """Outputs and inputs of the predicted products."""
+SHOWN = "9.0"
+"""Compute capability whose programs are shown one by one."""
 CONTEXTS = (4096, 32768)
 """Tokens that one query of attention meets."""
 KINDS = (
@@ -38,7 +41,7 @@ KINDS = (
 
 def main() -> None:
     page = PAGE.read_text()
-    for write in (predictions, attentions, plans, measurements):
+    for write in (predictions, attentions, plans, arithmetic, compiled, measurements):
         page = rewritten(page, write.__name__, write())
     PAGE.write_text(page)
 
@@ -92,6 +95,33 @@ def attentions() -> str:
 def plans() -> str:
     """What quantizing models takes, as `quantine plan` predicts it."""
     return table(gpu_plans.head(), gpu_plans.rows())
+
+
+def arithmetic() -> str:
+    """Seconds of the stages of quantizing."""
+    return gpu_predictions.page()
+
+
+def compiled() -> str:
+    """Each program for compute capability 9.0, and the worst of the others."""
+    outcome = json.loads((RESULTS / "compiled.json").read_text())
+    found = outcome["programs"]
+    shown = [row for row in found if row["capability"] == SHOWN]
+    others = sorted({row["capability"] for row in found} - {SHOWN}, key=float)
+    worst = {name: max(row[name] for row in found) for name in ("registers", "spilled", "local")}
+    head = ["program", "warps", "registers", "spilled", "shared memory"]
+    head += ["16-byte loads", "barriers", "tensor core"]
+    return (
+        f"Triton {outcome['triton']}, capability {SHOWN}. With {', '.join(others)}: at most "
+        f"{worst['registers']} registers, {worst['spilled']} bytes spilled, {worst['local']} of "
+        f"local memory.\n\n{table(head, map(compiled_row, shown))}"
+    )
+
+
+def compiled_row(row: dict[str, Any]) -> list[str]:
+    numbers = [row[name] for name in ("warps", "registers", "spilled", "shared")]
+    loads = f"{row['wide_loads']} of {row['loads']}"
+    return [row["name"], *map(str, numbers), loads, str(row["barriers"]), str(row["tensor_core"])]
 
 
 def measurements() -> str:

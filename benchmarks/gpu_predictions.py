@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_predictions.py
 
-prints the tables of docs/gpu.md. Nothing is measured here.
+prints the tables that benchmarks/gpu_page.py writes into docs/gpu.md. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -41,46 +41,53 @@ NEIGHBOURS = 9
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet: float32 outside of tensor cores, memory, and clock."""
+    """A GPU by its data sheet: float32 outside of tensor cores, 16 bits in them, memory, clock."""
 
     name: str
     operations: float
+    tensor: float
     bandwidth: float
     clock: float
 
 
 CARDS = (
-    Card("A100", 19.5e12, 2.04e12, 1.41e9),
-    Card("H100", 66.9e12, 3.35e12, 1.83e9),
-    Card("RTX 4090", 82.6e12, 1.01e12, 2.52e9),
+    Card("A100", 19.5e12, 312e12, 2.04e12, 1.41e9),
+    Card("H100", 66.9e12, 989e12, 3.35e12, 1.83e9),
+    Card("RTX 4090", 82.6e12, 165e12, 1.01e12, 2.52e9),
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Operations in float32, bytes of memory, steps that wait for each other; of what kind."""
+    """Operations, bytes of memory, steps that wait for each other; of what kind, and where."""
 
     name: str
     operations: float
     bytes: float
     cycles: float = 0.0
     share: float = PRODUCTS
+    in_tensor_cores: bool = False
 
     def seconds(self, card: Card) -> float:
         """The longest of the three."""
+        peak = card.tensor if self.in_tensor_cores else card.operations
         return max(
-            self.operations / (self.share * card.operations),
+            self.operations / (self.share * peak),
             self.bytes / (BANDWIDTH * card.bandwidth),
             self.cycles / card.clock,
         )
 
 
-def hessian(inputs: int) -> Stage:
-    """Panels right of the diagonal, batch after batch, and their mirror images."""
+def hessian(inputs: int, bits: int) -> Stage:
+    """Panels right of the diagonal, batch after batch, and their mirror images.
+
+    Inputs of ``bits`` 16 go to tensor cores.
+    """
     batches = TOKENS // BATCH
     operations = TOKENS * inputs * (inputs + PANEL)
-    read = batches * (BATCH * inputs * 4) * (inputs / PANEL) / 2
-    return Stage("Hessian product", operations, read + batches * 5 * inputs**2 * 4)
+    read = batches * (BATCH * inputs * bits / 8) * (inputs / PANEL) / 2
+    moved = read + batches * 5 * inputs**2 * 4
+    return Stage("Hessian product", operations, moved, in_tensor_cores=bits == 16)
 
 
 def factor(inputs: int) -> Stage:
@@ -116,12 +123,13 @@ def fits(outputs: int, inputs: int) -> Stage:
     )
 
 
-def forward(shape: Shape) -> Stage:
+def forward(shape: Shape, bits: int) -> Stage:
     """One block on all tokens, once: what was computed is kept between its matrices."""
     weights = block_weights(shape)
     attention = 2 * TOKENS * BATCH * shape.hidden  # half of all pairs of tokens
-    moved = TOKENS * 4 * (12 * shape.hidden + 4 * shape.inner)
-    return Stage("forward", 2 * TOKENS * weights + attention, moved)
+    moved = TOKENS * bits / 8 * (12 * shape.hidden + 4 * shape.inner)
+    operations = 2 * TOKENS * weights + attention
+    return Stage("forward", operations, moved, in_tensor_cores=bits == 16)
 
 
 def block_weights(shape: Shape) -> int:
@@ -134,9 +142,9 @@ def all_matrices(shape: Shape) -> list[tuple[int, int]]:
     return [of["query"], of["key"], of["key"], of["query"], of["gate"], of["gate"], of["down"]]
 
 
-def of_matrix(outputs: int, inputs: int) -> list[Stage]:
+def of_matrix(outputs: int, inputs: int, bits: int) -> list[Stage]:
     return [
-        hessian(inputs),
+        hessian(inputs, bits),
         factor(inputs),
         feedback(outputs, inputs),
         loop(outputs, inputs),
@@ -144,12 +152,12 @@ def of_matrix(outputs: int, inputs: int) -> list[Stage]:
     ]
 
 
-def of_model(shape: Shape, blocks: int) -> list[Stage]:
+def of_model(shape: Shape, blocks: int, bits: int) -> list[Stage]:
     """Stages of a whole model; four inputs of a block have a Hessian each."""
     inputs = [shape.hidden, shape.hidden, shape.hidden, shape.inner]
     parts: list[list[Stage]] = [
-        [forward(shape)],
-        [hessian(n) for n in inputs],
+        [forward(shape, bits)],
+        [hessian(n, bits) for n in inputs],
         [factor(n) for n in inputs],
     ]
     each: list[Callable[[int, int], Stage]] = [feedback, loop, fits]
@@ -165,6 +173,7 @@ def _sum(stages: list[Stage], times: int) -> Stage:
         times * sum(stage.bytes for stage in stages),
         times * sum(stage.cycles for stage in stages),
         first.share,
+        first.in_tensor_cores,
     )
 
 
@@ -188,13 +197,20 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def main() -> None:
+def page() -> str:
+    """A matrix and a model, where blocks are computed in float32, and in bfloat16."""
     outputs, inputs = EIGHT_BILLION.matrices()["down"]
-    print(f"A matrix of {outputs} outputs and {inputs} inputs:\n")
-    print(table(of_matrix(outputs, inputs)))
-    print(f"\nA model of {BLOCKS} such blocks:\n")
-    print(table(of_model(EIGHT_BILLION, BLOCKS)))
+    parts = []
+    for bits, computed in ((32, "float32"), (16, "bfloat16")):
+        parts += [
+            f"A matrix of {outputs} outputs and {inputs} inputs, blocks computed in {computed}:",
+            table(of_matrix(outputs, inputs, bits)),
+            f"A model of {BLOCKS} blocks of that shape, 8 billion weights; reading and writing "
+            "files is not in it:",
+            table(of_model(EIGHT_BILLION, BLOCKS, bits)),
+        ]
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    print(page())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import integer_programs
-from gpu_compile import Product, qtensor_of
 from gpu_graphs import copies, on_device, replayed
 from integer_programs import IntegerProduct
+from matrix_programs import Product, qtensor_of
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
@@ -29,10 +29,15 @@ KINDS = (
     Product(8, 128, "in", 0, False, False, 1),
     Product(3, 16, "in", 0, True, False, 1),
     Product(3, 16, "in", 0, True, True, 1),
+    Product(4, 16, "in", 0, True, False, 1),
+    Product(4, 16, "in", 0, True, True, 1),
+    Product(4, 128, "in", 0, False, True, 1),
     Product(4, 64, "out", 0, False, False, 1),
+    Product(3, 64, "out", 0, False, True, 1),
 )
 """Kinds of packed matrices, which get their inputs and rows of activations below."""
-BATCHES = (1, 4, 16)
+BATCHES = (1, 4, 16, 256, 1024)
+"""Rows of activations."""
 INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
 """Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
 INTEGER_OUTPUTS = 14336
@@ -84,7 +89,7 @@ def timed_integers() -> list[dict[str, Any]]:
     del floats, transposed
     rows = []
     for kind in INTEGERS:
-        matrices = copies(lambda: gridded(kind))  # noqa: B023
+        matrices = copies(partial(gridded, kind))
         moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
         for batch in INTEGER_BATCHES:
             spent = microseconds(lambda x, matrix: multiply_gridded(matrix, x), matrices, batch)

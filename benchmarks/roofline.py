@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
-from gpu_compile import ROWS, Product, qtensor_of
+from matrix_programs import ROWS, Product, qtensor_of
 from quantine.core.activation_spec import UNQUANTIZED
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.triton.request import FEWEST_ROWS

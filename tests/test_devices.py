@@ -26,9 +26,11 @@ FACTORIES = frozenset(
 """Functions of `torch` that make a tensor out of no other one."""
 SKELETONS = {
     "calibrate/skeleton.py": "a model of transformers is built without memory for its weights",
+    "families/derivation/derive.py": "a small model runs on the CPU, wherever a caller computes",
+    "families/derivation/small.py": "a small model is built on the CPU, wherever a caller computes",
     "source/model_source.py": "a model is built only to know the names and shapes of its tensors",
 }
-"""Where a block ``with torch.device("meta")`` may stand: what is built there is not quantine's."""
+"""Where a block ``with torch.device(...)`` may stand: what is built there is not quantine's."""
 NATIVE = {
     "eval/speed.py": "times the native kernels, on models that are on the CPU",
     "formats/inventory.py": "says which kernels there are",

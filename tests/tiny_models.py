@@ -131,13 +131,19 @@ def build(config: PretrainedConfig, directory: Path, *, bos: bool = True, seed: 
 
 
 def random_model(config: PretrainedConfig, seed: int = 0) -> Any:
-    """A model whose logits spread over several nats, so that a wrong weight shows."""
-    with torch.random.fork_rng():
+    """A model whose logits spread over several nats, so that a wrong weight shows.
+
+    It is the same whatever the caller's default dtype and device are: the first test that needs a
+    tiny model builds it for all others.
+    """
+    with torch.random.fork_rng(), torch.device("cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             if parameter.ndim >= 2:
                 value = noise * 1.5 / math.sqrt(parameter.shape[-1])
             elif name == "bias":

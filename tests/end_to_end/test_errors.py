@@ -94,10 +94,10 @@ def test_a_config_of_an_unknown_architecture(copy: Path, tmp_path: Path) -> None
 
 
 def test_an_architecture_that_transformers_knows_and_quantine_does_not(tmp_path: Path) -> None:
-    config = transformers.GPTJConfig(vocab_size=300, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    config = transformers.XLMConfig(vocab_size=300, emb_dim=32, n_layers=1, n_heads=2)
     model = build(config, tmp_path / "model")
-    said = refused(quantine.FamilyError, "'gptj' is not supported", model, tmp_path / "out")
-    assert "llama" in said
+    said = refused(quantine.FamilyError, "xlm", model, tmp_path / "out")
+    assert "blocks" in said
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -136,9 +136,12 @@ def test_an_already_quantized_model(
 ) -> None:
     refused(quantine.CheckpointError, "already quantized", packed("llama", "rtn"), tmp_path / "out")
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "fp8"}
     (copy / "config.json").write_text(json.dumps(config))
     refused(quantine.CheckpointError, "already quantized", copy, tmp_path / "out")
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(quantine.FormatError, "the weights are not there", copy, tmp_path / "out")
 
 
 def test_a_missing_shard(sharded: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from quantine.errors import FamilyError
 from quantine.families import family_of
 from quantine.families.derivation.small import small_config
 from quantine.formats.finished import FinishedDirectory
-from quantine.runtime.modules import packed_modules
+from quantine.runtime.packed import packed_modules
 from tiny_models import build, logits_of, with_weights
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine.errors import FormatError
-from quantine.formats.floats import NEGLIGIBLE, SHARE, as_stored
+from quantine.formats.floats import NEGLIGIBLE, SHARE, as_asked, as_stored
 from samples import random_weight
 
 MATRIX = random_weight(24, 40)
@@ -64,3 +64,12 @@ def test_untrained_rows_do_not_keep_a_table_from_a_format_of_float16() -> None:
     table = MATRIX.bfloat16()
     table[7] *= 1e-20
     assert as_stored("x", table, torch.float16).dtype == torch.float16
+
+
+def test_what_a_user_asks_for_is_rounded_and_only_overflow_refused() -> None:
+    assert torch.equal(as_asked("x", MATRIX, torch.bfloat16), MATRIX.bfloat16())
+    numbers = torch.arange(3)
+    assert as_asked("x", numbers, torch.bfloat16) is numbers
+    with pytest.raises(FormatError, match=r"float16 ends at 6\.55e\+04: ask for another") as caught:
+        as_asked("x", MATRIX * 1e8, torch.float16)
+    assert "plan" not in str(caught.value)

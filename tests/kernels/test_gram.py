@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_device import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from quantine.core.finite import is_finite
 from quantine.kernels import backend
-from quantine.kernels.gram import add_gram
+from quantine.kernels.gram import add_gram, tensor_cores
 from quantine.kernels.gram.reference import add_gram_reference
 from samples import generator, quick
 
@@ -83,3 +84,39 @@ def test_wrong_shapes_are_refused() -> None:
     x = inputs(3, 8, 4).view(torch.int16)
     with pytest.raises(ValueError, match="total"):
         native.add_gram(x, torch.zeros(8, 9), native.Pool(1))
+
+
+@pytest.mark.parametrize("dtype", tensor_cores.DTYPES)
+def test_tensor_cores_get_16_bits_and_give_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    asked = []
+
+    def mm(left: Tensor, right: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+        asked.append((left.dtype, right.dtype, out_dtype))
+        return left.to(out_dtype) @ right.to(out_dtype)  # which PyTorch has on GPUs only
+
+    monkeypatch.setattr(torch, "mm", mm)
+    x = inputs(40, 300, 5).to(dtype)
+    found = torch.zeros(300, 300)
+    add_gram(found, x)
+    monkeypatch.undo()
+    expected = torch.zeros(300, 300)
+    add_gram_reference(expected, x)
+    assert torch.equal(found, expected)
+    assert set(asked) == {(dtype, dtype, torch.float32)}
+    # PyTorch knows this call, though not on the CPU.
+    tensor_cores.add_gram(found.to("meta"), x.to("meta"))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", tensor_cores.DTYPES)
+def test_a_gpu_sums_what_the_reference_sums(dtype: torch.dtype) -> None:
+    x = inputs(2048, 700, 6).clamp(-1e3, 1e3).to(dtype)
+    found, expected = torch.zeros(700, 700, device=DEVICE), torch.zeros(700, 700)
+    add_gram(found, x.to(DEVICE))
+    add_gram_reference(expected, x)
+    reach = x.double().abs().T @ x.double().abs()
+    assert bool(((found.cpu() - expected).abs() <= TOLERANCE * reach + 1e-30).all())
+    assert torch.equal(found, found.T)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from gpu_device import DEVICE
+from gpu_device import DEVICE, EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_attention import exact, states
@@ -110,17 +110,18 @@ def assert_attention(
     out, probabilities = computed(query, key, value, mask, scoring)
     expected, weights = exact(query, key, value, mask, scoring)
     top = weights.amax(-1, keepdim=True)
-    allowed = score_error(query, key, scoring) * top
+    error = score_error(query, key, scoring)
+    allowed = error * top
     differing = (probabilities - weights).abs()
     if scoring.softmax_bits != UNQUANTIZED:
         # A share in the middle of two steps may go to either, and then others weigh less.
         step = 1.01 / (2**scoring.softmax_bits - 1)
-        assert float((differing > allowed).double().mean()) <= 0.02 + 2.0 / differing.shape[-1]
-        allowed = allowed + (step * top if scoring.relative else step)
+        unsure = row_may_round_otherwise(query, key, value, mask, scoring)
+        allowed = allowed + unsure * (step * top if scoring.relative else step)
     assert bool((differing <= allowed).all())
     reach = float(value.decoded().abs().max() + (value.scale * 2**value.bits).max())
-    bound = 2 * allowed.transpose(1, 2).amax(-1, keepdim=True) / top.transpose(1, 2) * reach
-    assert bool(((out - expected).abs() <= bound + 1e-5 * reach).all())
+    bound = (differing.sum(-1, keepdim=True) + 2 * error + 1e-5).transpose(1, 2) * reach
+    assert bool(((out - expected).abs() <= bound).all())
 
 
 def score_error(query: Tensor, key: PackedStates, scoring: Scoring) -> float:
@@ -130,7 +131,20 @@ def score_error(query: Tensor, key: PackedStates, scoring: Scoring) -> float:
     return 2.0**-11 * scoring.scaling * float(products.max()) + 1e-5
 
 
-@settings(max_examples=60)
+def row_may_round_otherwise(
+    query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Which rows of probabilities have one so near the middle of two steps that an error of scores
+    within `score_error` may take it to the other; booleans ``[batch, heads, tokens, 1]``."""
+    _, shares = exact(query, key, value, mask, Scoring(scoring.scaling, scoring.softcap))
+    if scoring.relative:
+        shares = shares / shares.amax(-1, keepdim=True)
+    steps = shares * (2**scoring.softmax_bits - 1)
+    from_middle = (steps - steps.floor() - 0.5).abs()
+    return (from_middle <= 2.5 * score_error(query, key, scoring) * steps).any(-1, keepdim=True)
+
+
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([1, 1, 2, 5]),
     context=st.sampled_from([1, 2, 15, 31, 32, 33, 41, 64, 65]),
@@ -156,7 +170,7 @@ def test_few_queries_over_parts_of_the_context(
         assert_attention(query, key, value, mask, Scoring(0.5, softcap))
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([17, 20, 33]),
     before=st.sampled_from([0, 0, 1, 32]),
@@ -184,7 +198,7 @@ def test_many_queries_tile_by_tile(
         assert_attention(query, key, value, mask, Scoring(0.5, softcap))
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     tokens=st.sampled_from([1, 1, 3, 17]),
     context=st.sampled_from([1, 20, 33, 41]),
@@ -276,7 +290,7 @@ def test_probabilities_that_nobody_reads_are_not_computed() -> None:
     assert torch.equal(out, attend(*on_gpu, None, Scoring(0.3), keep=True)[0])
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(
     context=st.sampled_from([1, 5, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7]),
     tokens=st.integers(1, 6),

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_device import DEVICE, moved
+from gpu_device import DEVICE, EXAMPLES, moved
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_integer import ZEROS, grid_of, qtensor_of, reach
@@ -65,7 +65,7 @@ def assert_close(found: Tensor, q: QTensor, grid: InputGrid, x: Tensor) -> None:
     assert bool(((found - expected).abs() <= TOLERANCE * reach(q, grid, x) + 1e-30).all())
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=low_matrices, kind=kinds, bits=bits_of_inputs, batch=st.sampled_from([1, 1, 2, 3]))
 @example(q=qtensor_of(0, 5, [1] * 9, 4), kind="inside", bits=8, batch=1)
 @example(q=qtensor_of(1, 3, [33000, 40], 3, "whole", 0.02), kind="factors", bits=4, batch=2)
@@ -76,7 +76,7 @@ def test_few_rows(q: QTensor, kind: str, bits: int, batch: int) -> None:
     assert_close(found, q, grid, x)
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=matrices, kind=kinds, bits=bits_of_inputs, batch=st.integers(1, 70))
 @example(q=qtensor_of(0, 65, [1] * 9, 8), kind="inside", bits=8, batch=17)
 @example(q=qtensor_of(1, 3, [40, 300, 3], 5, "half", 0.1), kind="beyond", bits=8, batch=130)

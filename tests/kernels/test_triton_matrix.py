@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_device import DEVICE, moved
+from gpu_device import DEVICE, EXAMPLES, moved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_matrix import ZEROS, qtensor_of, reach
@@ -80,7 +80,7 @@ def assert_close(found: Tensor, q: QTensor, x: Tensor, tolerance: float) -> None
     assert bool(((found - expected).abs() <= tolerance * size).all())
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=matrices, batch=st.integers(1, 2), seed=st.integers(0, 99), dtype=dtypes)
 def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
@@ -88,7 +88,7 @@ def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None
     assert_close(found, q, x.float(), FEW_TOLERANCE)
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=matrices, batch=st.integers(1, 70), seed=st.integers(0, 99), dtype=dtypes)
 def test_many_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
@@ -118,7 +118,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
     assert not bool(found[1].isfinite().any())
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=matrices, batch=st.integers(1, 4), seed=st.integers(0, 99), dtype=dtypes)
 def test_arrangement(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 10.0).to(dtype)
@@ -150,7 +150,7 @@ def test_the_operator_is_whole_to_compilers() -> None:
     assert set(outcomes.values()) == {"SUCCESS"}
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(q=matrices, dtype=dtypes)
 def test_decoding(q: QTensor, dtype: torch.dtype) -> None:
     found = many_rows.decode(arranged(q), dtype).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_device import DEVICE
+from gpu_device import DEVICE, EXAMPLES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,7 +56,7 @@ kinds = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(dim=st.sampled_from([1, 7, 32, 33, 64, 80, 96, 128]), **kinds)
 def test_to_nearest(
     bits: int, batch: int, heads: int, tokens: int, dtype: torch.dtype, seed: int, dim: int
@@ -68,7 +68,7 @@ def test_to_nearest(
     check(states, bits, scale, zero, None)
 
 
-@settings(max_examples=60)
+@settings(max_examples=EXAMPLES)
 @given(dim=st.sampled_from([1, 2, 7, 16, 33]), **kinds)
 def test_with_feedback(
     bits: int, batch: int, heads: int, tokens: int, dtype: torch.dtype, seed: int, dim: int

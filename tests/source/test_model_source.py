@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import quantine
 from quantine import Calibration, CheckpointError, FamilyError, Plan
+from quantine.calibrate.skeleton import skeleton
 from quantine.source.locate import locate
 
 RTN = Plan.preset("rtn", bits=8, group_size=32)
@@ -111,3 +112,30 @@ def test_architectures_unknown_and_damaged_are_told_apart(copy: Path) -> None:
     set_config(copy, model_type="unheard_of")
     with pytest.raises(FamilyError, match="unheard_of"):
         locate(copy).config()
+
+
+OWN_CODE = {
+    "AutoConfig": "own.OwnConfig",
+    "AutoModelForCausalLM": "own.OwnModel",
+    "AutoTokenizer": ["own.OwnTokenizer", None],
+}
+
+
+def test_code_of_a_directory_is_never_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("asked") or "y")
+    (copy / "own.py").write_text(f"open({str(copy / 'ran')!r}, 'w')")
+    set_config(copy, auto_map=OWN_CODE)
+    source = locate(copy)
+    assert type(source.float_model(torch.float32)).__name__ == "LlamaForCausalLM"
+    assert skeleton(source.config()).config.model_type == "llama"
+    assert source.tokenizer()
+    set_config(copy, model_type="vit")
+    with pytest.raises(CheckpointError):
+        source.bare_model(source.config())
+    for unknown in ("unheard_of", ["llama"]):
+        set_config(copy, model_type=unknown)
+        with pytest.raises(FamilyError, match=r"own code .* is never run"):
+            source.config()
+    assert not asked
+    assert not (copy / "ran").exists()

@@ -39,6 +39,17 @@ def test_a_file_that_the_config_names_must_be_there(single: Path, named: object)
         weight_files(single)
 
 
+@pytest.mark.parametrize("place", ["../x.safetensors", "absolute"])
+def test_an_index_names_no_files_elsewhere(tmp_path: Path, place: str) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"w": torch.ones(1)}, tmp_path / "x.safetensors")
+    name = str(tmp_path / "x.safetensors") if place == "absolute" else place
+    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"w": name}}))
+    with pytest.raises(CheckpointError, match="which is not in its directory"):
+        weight_files(model)
+
+
 def test_a_distributed_checkpoint_is_refused(single: Path) -> None:
     (single / "shard-00001-model-00001-of-00002.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="distributed checkpoint"):

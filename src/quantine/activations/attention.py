@@ -64,6 +64,10 @@ def attention(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         hidden = torch.finfo(torch.float32).min
         attention_mask = torch.where(attention_mask, 0.0, hidden)
+    if output_attentions is None:  # as transformers decides what its models give
+        output_attentions = bool(
+            getattr(getattr(module, "config", None), "output_attentions", False)
+        )
     sites = getattr(module, SITES_NAME, None)
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap)
     if isinstance(sites, AttentionSites):
@@ -77,7 +81,7 @@ def attention(
         attention_mask,
         scoring,
         dropout if module.training else 0.0,
-        keep=output_attentions is not False,
+        keep=output_attentions,
     )
 
 

@@ -26,7 +26,10 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
     own = copy.deepcopy(config)  # which the model marks with its dtype
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            own, dtype=torch.float32, attn_implementation=attention
+            own,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            trust_remote_code=False,
         )
     model.eval()
     return model

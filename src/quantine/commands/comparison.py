@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from quantine.commands.arguments import MODEL_HELP, add_bos, add_verb, comma_list
+from quantine.commands.arguments import MODEL_HELP, add_bos, add_device, add_verb, comma_list
 from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
 
 
@@ -47,6 +47,7 @@ def add(verbs: Any) -> None:
     add_texts(parser)
     add_tasks(parser)
     add_bos(parser, "segments and windows")
+    add_device(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -80,6 +81,7 @@ def _run(arguments: argparse.Namespace) -> None:
             tasks_of(arguments),
             arguments.bos,
         ),
+        device=arguments.device,
         on_step=lambda name: console.print(f"now: {name}"),
     )
     files = write_tables(rows, arguments.out)

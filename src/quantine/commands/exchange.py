@@ -94,6 +94,7 @@ def _add_export(verbs: Any) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     check_writable(arguments.json)
+    _check_texts(arguments)
     import torch
 
     from quantine.formats.export import describe_errors, export
@@ -112,6 +113,8 @@ def _export(arguments: argparse.Namespace) -> None:
     for note in exported.notes:
         print(f"note: {note}", file=sys.stderr)
     losses = _losses(arguments, exported) if exported.converted and arguments.text else {}
+    if arguments.text and not losses:
+        print("note: nothing was rounded, so no text was scored", file=sys.stderr)
     for name, (before, after) in losses.items():
         print(f"{name}: perplexity {before:.4f} before, {after:.4f} after")
     same = "" if exported.converted else ", with the same weights"
@@ -127,6 +130,22 @@ def _export(arguments: argparse.Namespace) -> None:
             },
         },
     )
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """Refuse texts that could not be scored, before anything is written."""
+    if not arguments.text:
+        return
+    from quantine.errors import PlanError
+
+    if not arguments.nearest:
+        raise PlanError(
+            "--text measures what --nearest rounds: add --nearest, or use `quantine eval`"
+        )
+    from quantine.eval.evaluate import cut_texts
+    from quantine.source.locate import locate
+
+    cut_texts(locate(arguments.source), arguments.text, arguments.window, arguments.limit)
 
 
 def _losses(arguments: argparse.Namespace, exported: Exported) -> dict[str, tuple[float, float]]:

@@ -21,6 +21,7 @@ from quantine.calibrate.text_files import text_file
 from quantine.calibrate.token_stream import begun
 from quantine.comparison.short_forms import FLOAT
 from quantine.core.ambient import own_state
+from quantine.core.device import CPU, device_facts, device_named
 from quantine.core.process_memory import forget_peak_memory
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
@@ -84,6 +85,7 @@ def compare(
     calibration: Calibration,
     measured: Measured,
     *,
+    device: str | torch.device = "cpu",
     on_step: Callable[[str], None] = lambda _: None,
     on_window: OnWindow = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -95,6 +97,7 @@ def compare(
     Args:
         plans: by name, see `quantine.comparison.short_forms.plans_of`.
         calibration: for every plan that needs one.
+        device: where models are quantized, measured and timed, by PyTorch's name.
         on_step: told what is done next.
 
     Returns:
@@ -108,15 +111,15 @@ def compare(
     Raises:
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
-    out, source = Path(out), locate(model)
+    out, source, where = Path(out), locate(model), device_named(device)
     tasks = None if measured.tasks is None else Tasks(measured.tasks)
     cut = cut_texts(source, measured.texts, measured.window, measured.limit, measured.bos)
     for each in plans.values():
-        prepare(model, each, calibration)
+        prepare(model, each, calibration, where)
     lock = DirectoryLock(out)
     try:
-        _open(out, lock, _settings(source, calibration, cut, tasks, measured.bos))
-        reference = Predictions(source, torch.float32, out / PREDICTIONS)
+        _open(out, lock, _settings(source, calibration, cut, tasks, measured.bos, where))
+        reference = Predictions(source, torch.float32, out / PREDICTIONS, where)
         reference.reserve(cut.values())
         rows = []
         wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
@@ -128,9 +131,9 @@ def compare(
                 if plan is None:
                     row = _float_row(reference, cut, tasks, measured.bos, on_window)
                     # A new one, without the model in memory.
-                    reference = Predictions(source, torch.float32, out / PREDICTIONS)
+                    reference = Predictions(source, torch.float32, out / PREDICTIONS, where)
                 else:
-                    row = _row(model, plan, out, name, calibration, measured, on_window)
+                    row = _row(model, plan, out, name, calibration, measured, where, on_window)
                 with writing(path):
                     write_json(path, row)
             rows.append(row)
@@ -151,7 +154,7 @@ def _open(out: Path, lock: DirectoryLock, settings: dict[str, Any]) -> None:
         if not (out / SETTINGS).is_file():
             write_json(out / SETTINGS, settings)
     stored = read_json(out / SETTINGS)
-    keys = [key for key in settings if stored.get(key) != settings[key]]
+    keys = [key for key in {**settings, **stored} if stored.get(key) != settings.get(key)]
     if keys:
         raise ResumeMismatch(
             f"the comparison in {out} was started with another {', '.join(keys)}: its rows could "
@@ -165,6 +168,7 @@ def _settings(
     cut: dict[str, Windows],
     tasks: Tasks | None,
     bos: Bos,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What all rows of a comparison have in common, as plain values."""
     file = text_file(calibration.source)
@@ -179,6 +183,8 @@ def _settings(
         "texts": {name: digest_of(windows.tokens) for name, windows in cut.items()},
         "tasks": None if tasks is None else tasks.request.identity(),
         "threads": torch.get_num_threads(),
+        # Other devices round other sums, and their seconds are others.
+        **({} if device == CPU else device_facts(device)),
     }
 
 
@@ -240,12 +246,14 @@ def _row(
     name: str,
     calibration: Calibration,
     measured: Measured,
+    device: torch.device,
     on_window: OnWindow,
 ) -> dict[str, Any]:
     """Quantize ``model`` under ``plan``, or go on with it, and measure what comes out."""
     directory = out / MODELS / name
     forget_peak_memory()
-    report = quantize(model, directory, plan, calibration, resume=directory.exists()).report
+    resumed = directory.exists()
+    report = quantize(model, directory, plan, calibration, resume=resumed, device=device).report
     scores = evaluate(
         directory,
         measured.texts,
@@ -255,9 +263,10 @@ def _row(
         cache=out / PREDICTIONS,
         tasks=measured.tasks,
         bos=measured.bos,
+        device=device,
         on_window=on_window,
     )
-    packed = load_model(locate(directory), torch.float32)
+    packed = load_model(locate(directory), torch.float32, device)
     return {
         "name": name,
         "plan": plan.as_dict(),

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantine.errors import BackendUnavailable
+from quantine.errors import BackendUnavailable, cut
 
 CPU: Final = torch.device("cpu")
 """The device that everything is on unless a caller asks for another one."""
@@ -24,11 +24,11 @@ def device_named(name: str | torch.device) -> torch.device:
         BackendUnavailable: this machine, or the installed PyTorch, has no such device.
     """
     if name == AUTO:
-        name = "cuda" if torch.cuda.is_available() else CPU
+        name = "cuda" if torch.cuda.is_available() and torch.version.hip is None else CPU
     try:
         device = torch.empty(0, dtype=torch.float32, device=torch.device(name)).device
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = cut(str(error).partition("\n")[0], 80)
         raise BackendUnavailable(
             f"there is no device {str(name)!r} here ({reason}): use cpu, or install a PyTorch that "
             "knows the device"

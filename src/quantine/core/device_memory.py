@@ -46,16 +46,17 @@ def forget_peak_device_memory(device: torch.device) -> None:
 
 @contextmanager
 def bounded(device: torch.device, most: int | None) -> Iterator[None]:
-    """A context in which PyTorch takes at most ``most`` bytes on ``device``, where it can be told.
+    """A context in which PyTorch takes ``most`` more bytes on ``device``, where it can be told.
 
-    Only for CUDA. Memory that was freed, but is not given back, is given back before the bound is
-    an error.
+    Only for CUDA, and beside the bytes of tensors that the caller has there already. Memory that
+    was freed, but is not given back, is given back before the bound is an error.
     """
     if device.type != "cuda" or most is None:
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
     before = torch.cuda.get_per_process_memory_fraction(device)
+    most += torch.cuda.memory_allocated(device)
     torch.cuda.set_per_process_memory_fraction(min(1.0, most / total), device)
     try:
         yield

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quantine.core.ambient import without_autocast
-from quantine.core.arithmetic import Arithmetic
+from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
@@ -109,9 +109,10 @@ class FusedLinear:
         self.parts = list(parts)
         self.input_order, self.output_order = input_order, output_order
         packed = [part for part in self.parts if isinstance(part, PackedPart) and part.is_plain]
-        together = len(self.parts) == len(packed) > 1
-        together = together and len({part.arithmetic for part in packed}) == 1
+        arithmetics = {part.arithmetic for part in packed}
+        together = len(self.parts) == len(packed) > 1 and len(arithmetics) == 1
         self._together = [part.matrix for part in packed] if together else []
+        self._arithmetic = packed[0].arithmetic if together else UNSTATED
 
     @property
     def out_features(self) -> int:
@@ -128,8 +129,7 @@ class FusedLinear:
 
     def _products(self, x: Tensor) -> Tensor:
         if self._together and len(x) <= FEW_ROWS and backend.of(x) == "native":
-            arithmetic = self.parts[0].arithmetic  # type: ignore[union-attr]
-            results = multiply(self._together, x.float().contiguous(), arithmetic)
+            results = multiply(self._together, x.float().contiguous(), self._arithmetic)
             return torch.cat(results, 1).to(x.dtype)
         results = [part(x) for part in self.parts]
         return results[0] if len(results) == 1 else torch.cat(results, 1)

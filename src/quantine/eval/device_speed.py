@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import torch
 
 from quantine.kernels.matrix import product
+from quantine.runtime.graph_decoder import cuda_graph
 from quantine.runtime.packed import Packed
 
 CACHED: Final = 240_000_000
@@ -67,25 +69,19 @@ def _copied(matrix: Any) -> Any:
 
 def timer_of(device: torch.device) -> Timer:
     """The way to time work on ``device``."""
-    return graph_seconds if device.type == "cuda" else launched_seconds(device)
+    return partial(graph_seconds, device) if device.type == "cuda" else launched_seconds(device)
 
 
-def graph_seconds(work: Callable[[], Any]) -> float:
-    """Seconds of ``work`` on the GPU in use, recorded as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    start.record()
-    graph.replay()
-    end.record()
-    torch.cuda.synchronize()
+def graph_seconds(device: torch.device, work: Callable[[], Any]) -> float:
+    """Seconds of ``work`` on the GPU ``device``, recorded as one CUDA graph."""
+    replay = cuda_graph(device, work)
+    with torch.cuda.device(device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        replay()
+        start.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, cut
+from quantine.errors import FormatError, OutputError, cut, ending
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.described import read_config
 from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
-from quantine.formats.floats import as_stored
+from quantine.formats.floats import as_asked, as_stored
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
@@ -33,8 +33,11 @@ from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
 from quantine.source.model_source import ModelSource
 
-OWN_FIELDS: Final = ("quantization_config", "transformers_weights", MARK, ARITHMETIC)
-"""Fields of ``config.json`` that a float model does not have."""
+OWN_FIELDS: Final = (
+    "quantization_config", "transformers_weights", "torch_dtype", MARK, ARITHMETIC
+)  # fmt: skip
+"""Fields of ``config.json`` that an exported model does not have: ``torch_dtype`` is an old name of
+``dtype``, which every layout says."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +87,20 @@ def export(
         PlanError: there is no such layout or engine.
         FormatError: ``path`` is no finished directory, a layer or the model does not fit; the
             message names it, the reason and the nearest plan.
-        OutputError: ``out`` is taken or cannot be written.
+        OutputError: ``out`` is taken, lies in ``path``, or cannot be written.
     """
     path, out = Path(path), Path(out)
+    if out.resolve().is_relative_to(path.resolve()):
+        raise OutputError(f"{ending(out)} lies in the directory that is exported: choose another")
     target = target_named(to)
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
-    limits = target_named(weights_of) if weights_of is not None else target
     found = refusals(weights_of or to, engine, model.config, model.matrices)
-    if found and not nearest:
+    if found and not (nearest and all(one.remains is None for one in found)):
         raise FormatError(refused_text(to, found))
-    source = _Source(finished, model, target, limits, {one.name: one for one in found}, dtype)
+    source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:
-        notes = target.write(source.exportable(), temporary)
+        notes = [*target.write(source.exportable(), temporary), *source.notes()]
     nbytes = sum(file.stat().st_size for file in out.iterdir())
     return Exported(out, source.converted, notes, nbytes)
 
@@ -161,10 +165,10 @@ class _Source:
     finished: FinishedDirectory
     model: _Model
     target: Target
-    limits: Target
     refused: Mapping[str, Refused]
     dtype: torch.dtype | None
     converted: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shortened: list[str] = field(default_factory=list)
 
     def exportable(self) -> Exportable:
         return Exportable(
@@ -187,15 +191,15 @@ class _Source:
         weight = qtensor.dequantize()
         stored, found = weight, None
         if name in self.refused:
-            spec = self.limits.nearest(self.model.matrices[name])
+            spec = self.refused[name].nearest
             if spec is not None:
                 found = rounded(weight, spec)
                 stored = found.dequantize()
             elif not self.target.decodes:
-                stored = as_stored(name, weight, self.dtype or self.target.float_dtype)
+                stored = self._floats(name, weight)
             self._note(name, spec, stored, weight)
         if self.target.decodes:
-            short = stored if self.dtype is None else as_stored(name, stored, self.dtype)
+            short = stored if self.dtype is None else as_asked(name, stored, self.dtype)
             if self.dtype is not None:
                 self._note(name, None, short, weight)
             return short
@@ -208,8 +212,26 @@ class _Source:
 
     def _read_float(self, name: str) -> Tensor:
         tensor = self.finished.kept_tensor(name)
-        wanted = self.target.float_dtype or self.dtype
-        return tensor if wanted is None else as_stored(name, tensor, wanted)
+        if self.target.float_dtype is None and self.dtype is None:
+            return tensor
+        stored = self._floats(name, tensor)
+        if not torch.equal(stored.to(tensor.dtype), tensor):
+            self.shortened.append(name)
+        return stored
+
+    def _floats(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` as the layout needs it, or else as the user wants it."""
+        if self.target.float_dtype is None and self.dtype is not None:
+            return as_asked(name, tensor, self.dtype)
+        return as_stored(name, tensor, self.target.float_dtype)
+
+    def notes(self) -> list[str]:
+        """What was rounded beside quantized layers."""
+        if not self.shortened:
+            return []
+        dtype = str(self.target.float_dtype or self.dtype).removeprefix("torch.")
+        first, count = self.shortened[0], len(self.shortened)
+        return [f"{dtype} rounds {count} tensors that are not quantized, such as {cut(first)}"]
 
 
 def describe_errors(exported: Exported) -> list[str]:

@@ -57,6 +57,24 @@ def as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Te
     return half if _holds(half, tensor) else tensor.float()
 
 
+def as_asked(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float tensor in the dtype that a user asked for, rounded as far as that needs.
+
+    Raises:
+        FormatError: ``tensor``, of the name ``name``, overflows in ``dtype``.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not bool(torch.isfinite(stored).all()):
+        spelled = str(dtype).removeprefix("torch.")
+        raise FormatError(
+            f"{name} reaches {tensor.abs().max().item():.4g}, but {spelled} ends at "
+            f"{torch.finfo(dtype).max:.4g}: ask for another dtype"
+        )
+    return stored
+
+
 def _holds(stored: Tensor, tensor: Tensor) -> bool:
     """Whether ``stored`` is near enough to ``tensor``, row by row and column by column."""
     changes, sizes = _squares(stored, tensor), _squares(None, tensor)

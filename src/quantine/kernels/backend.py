@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Final, Literal
 
@@ -58,11 +59,33 @@ def of(*tensors: Tensor | None) -> Backend:
 
 @functools.cache
 def _takes_triton(device: torch.device) -> bool:
-    """Whether programs in Triton run on ``device``, one of CUDA's."""
-    if os.environ.get(VARIABLE, "auto") == "reference" or torch.version.hip is not None:
+    """Whether programs in Triton run on ``device``, one of CUDA's; a warning where they do not."""
+    if os.environ.get(VARIABLE, "auto") == "reference":
         return False
-    installed = importlib.util.find_spec("triton") is not None
-    return installed and torch.cuda.get_device_capability(device) >= CAPABILITY
+    if torch.version.hip is not None:
+        lacks = "it is not of NVIDIA"
+    elif importlib.util.find_spec("triton") is None:
+        lacks = "Triton is not installed"
+    elif torch.cuda.get_device_capability(device) < CAPABILITY:
+        lacks = f"its compute capability is below {CAPABILITY[0]}.{CAPABILITY[1]}"
+    else:
+        return True
+    warnings.warn(
+        f"quantine's programs do not run on {device} ({lacks}); the slower PyTorch reference is "
+        "used",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def launching(tensor: Tensor) -> AbstractContextManager[None]:
+    """Inside of this context programs in Triton run on the device of ``tensor``.
+
+    Triton itself takes the current device, whichever that of the tensors is.
+    """
+    on_gpu = tensor.device.type == "cuda"
+    return torch.cuda.device(tensor.device) if on_gpu else nullcontext()
 
 
 def check_native(*tensors: Tensor | None) -> None:

@@ -105,8 +105,8 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
         DeviceMemoryError: the device has less memory than the run needs.
     """
     for name, value in (("max_ram", max_ram), ("max_vram", max_vram)):
-        if value is not None and not value >= 0:
-            raise PlanError(f"{name} must not be negative, not {value} GB")
+        if value is not None and not 0 <= value < math.inf:
+            raise PlanError(f"{name} must not be negative, nor infinite, not {value} GB")
     if max_vram is not None and job.device == CPU:
         raise PlanError("max_vram bounds the memory of a GPU, but the device is cpu: use max_ram")
     packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())

@@ -18,7 +18,7 @@ from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.segments import Calibration
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
 from quantine.core.ambient import own_state, repeatable
-from quantine.core.device import AUTO, CPU, described
+from quantine.core.device import CPU, described
 from quantine.core.device_memory import bounded, forget_peak_device_memory, peak_device_memory
 from quantine.core.process_memory import peak_memory, return_freed_memory, reuse_freed_memory
 from quantine.errors import DeviceMemoryError, OutputError, cut
@@ -95,10 +95,8 @@ def quantize(
     """
     started = time.perf_counter()
     job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration(), device)
-    shown = progress or Silent()
-    if device == AUTO:
-        shown.note(f"device {AUTO}: {described(job.device)}")
-    return carry_out(job, Path(out), resume, max_ram, max_vram, shown, started=started)
+    out = Path(out)
+    return carry_out(job, out, resume, max_ram, max_vram, progress or Silent(), started=started)
 
 
 @own_state()

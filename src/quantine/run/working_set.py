@@ -34,6 +34,8 @@ ATTENDING_TENSORS: Final = 2
 SOLVED_COPIES: Final = 6
 """Number of copies of a matrix when it has been solved: weight, codes, packed and decoded ones, and
 what the error of its output is computed of."""
+NARROWEST_HEAD: Final = 32
+"""Channels of an attention head, at least, where a model's configuration does not say."""
 SCORES: Final = 3.25
 """Number of tensors as large as the attention scores of a batch that exist at once where attention
 is not fused: scores, their softmax, that with rows of zeros, and which these are."""
@@ -201,7 +203,10 @@ def _scores(job: Job) -> float:
 
 def _score_bytes(job: Job, rows: int) -> int:
     """Bytes of the attention scores of ``rows`` tokens."""
-    return FLOAT * int(job.config.num_attention_heads) * rows * job.segment_length()
+    heads = getattr(job.config.get_text_config(), "num_attention_heads", None)
+    # A configuration that does not call them so: as many as there are of the narrowest heads.
+    heads = int(heads or width(job) // NARROWEST_HEAD)
+    return FLOAT * heads * rows * job.segment_length()
 
 
 def _rounded_scores_kept(job: Job) -> int:

@@ -9,7 +9,8 @@ or whose caches grow, cannot be recorded, and are refused with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ WAITING: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_o
 
 Step = Callable[[], Tensor]
 """Computes the logits of a token, which lies in memory, and returns where they are."""
+Made = TypeVar("Made")
 
 
 class StaticDecoder:
@@ -155,7 +157,7 @@ def graph_decoder_for(model: PreTrainedModel, capacity: int) -> StaticDecoder:
     reason = _refusal(model)
     if reason is None:
         try:
-            return StaticDecoder(model, capacity, cuda_graph)
+            return StaticDecoder(model, capacity, partial(cuda_graph, model.device))
         except BackendUnavailable as error:
             reason = str(error)
         except torch.OutOfMemoryError:
@@ -183,20 +185,27 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def cuda_graph(step: Step) -> Step:
-    """Record ``step``, which then runs with the same memory whenever the result is called."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
+def cuda_graph(device: torch.device, step: Callable[[], Made]) -> Callable[[], Made]:
+    """Record ``step``, which then runs with the same memory whenever the result is called.
 
-    def replay() -> Tensor:
-        graph.replay()
-        return logits
+    Args:
+        device: where ``step`` computes: streams and graphs are those of the current device.
+        step: what is recorded.
+    """
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = step()
+
+    def replay() -> Made:
+        with torch.cuda.device(device):
+            graph.replay()
+        return made
 
     return replay

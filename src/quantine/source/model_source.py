@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors import SafetensorError
 
-from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory
+from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory, shown
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
-from quantine.source.settings import MOST_BLOCKS, check_settings
+from quantine.source.settings import check_blocks, check_settings
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -77,14 +77,16 @@ class ModelSource:
         from transformers import AutoConfig
 
         known = read_config(self.directory)
-        for key in ("num_hidden_layers", "n_layer"):
-            blocks = known.get(key)
-            if isinstance(blocks, int | float) and blocks > MOST_BLOCKS:
-                raise CheckpointError(
-                    f"{self.name}: config.json is damaged: no model has {key} {blocks}"
-                )
+        check_blocks(self.name, known)
+        if known.get("auto_map") and not _is_known(known.get("model_type")):
+            raise FamilyError(
+                f"{self.name}: transformers does not know {shown(known.get('model_type'))}, and "
+                "the model's own code (auto_map in config.json) is never run: choose another model"
+            )
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self.directory)
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                self.directory, trust_remote_code=False
+            )
         except OSError as error:
             raise CheckpointError(
                 f"{self.name}: no readable configuration: {cut(error)}"
@@ -114,7 +116,9 @@ class ModelSource:
 
         own = copy.deepcopy(config)  # which the model marks with its dtype
         with described_by(self.name), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                own, dtype=torch.float32, trust_remote_code=False
+            )
         return model
 
     def tokenizer(self) -> Any:
@@ -127,9 +131,9 @@ class ModelSource:
 
         gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.directory, **gguf)
-            tokenizer.decode(tokenizer("a")["input_ids"])  # damage may show only in use
-            return tokenizer
+            found = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False, **gguf)
+            found.decode(found("a")["input_ids"])  # damage may show only in use
+            return found
         except MemoryError:
             raise
         except Exception as error:  # tokenizer backends raise bare exceptions of their own
@@ -154,7 +158,11 @@ class ModelSource:
         with self._loadable(scratch) as (directory, options):
             try:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    directory, dtype=dtype, output_loading_info=True, **options
+                    directory,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                    **options,
                 )
             except (*UNREADABLE, MemoryError) as error:
                 fits = not is_out_of_memory(error)
@@ -258,7 +266,7 @@ def _is_known(model_type: object) -> bool:
     """Whether transformers knows the architecture."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return model_type in CONFIG_MAPPING
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeGuard
 
 import torch
@@ -26,6 +26,22 @@ UNLIMITED: Final = "_limit"
 """Last part of the names of fields that may be infinite: bounds that bound nothing."""
 TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Fields that name tokens: a number, a list of them, or nothing."""
+
+
+def check_blocks(name: str, fields: Mapping[str, Any]) -> None:
+    """Refuse so many blocks that transformers would take long to make a configuration of them.
+
+    Args:
+        name: of the model.
+        fields: the content of its ``config.json``.
+
+    Raises:
+        CheckpointError: names the field and its value.
+    """
+    for key in ("num_hidden_layers", "n_layer"):
+        blocks = fields.get(key)
+        if isinstance(blocks, int | float) and blocks > MOST_BLOCKS:
+            raise CheckpointError(f"{name}: config.json is damaged: no model has {key} {blocks}")
 
 
 def check_settings(config: Any) -> None:

@@ -40,11 +40,7 @@ def weight_files(directory: Path) -> list[Path]:
     named = _named(directory)
     if named is not None:
         path = Path(os.path.abspath(directory / named))
-        if (
-            len(named) > LONGEST_NAME
-            or not path.is_file()
-            or not path.is_relative_to(os.path.abspath(directory))
-        ):
+        if len(named) > LONGEST_NAME or not path.is_file() or not _is_inside(named, directory):
             raise CheckpointError(
                 f"{directory / 'config.json'} names weights in {named[:60]}, which is not there"
             )
@@ -80,19 +76,31 @@ def _of_index(index: Path, directory: Path) -> list[Path]:
     """The files in ``directory`` that an index names."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))
-        files = [directory / name for name in sorted(set(found["weight_map"].values()))]
+        names = sorted(set(found["weight_map"].values()))
+        outside = [name for name in names if not _is_inside(name, directory)]
+        files = [directory / name for name in names if name not in outside]
         missing = [file.name for file in files if not file.is_file()]
         described = isinstance(found["metadata"], dict)  # without it transformers loads nothing
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged: download it again") from error
     if not described:
         raise CheckpointError(f"{index} is damaged: its metadata is no table; download it again")
+    if outside:
+        raise CheckpointError(
+            f"{index} names weights in {outside[0][:60]}, which is not in its directory: download "
+            "it again"
+        )
     if missing:
         raise CheckpointError(
             f"{directory} is incomplete: {index.name} names {len(files)} files, but "
             f"{cut(', '.join(missing))} are missing; download the model again"
         )
     return files
+
+
+def _is_inside(name: str, directory: Path) -> bool:
+    """Whether ``name`` may be that of a file in ``directory``, or in a directory of it."""
+    return Path(os.path.abspath(directory / name)).is_relative_to(os.path.abspath(directory))
 
 
 def _named(directory: Path) -> str | None:

@@ -88,7 +88,7 @@ def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verd
     source = scratch / "float"
     try:
         write_specimen(config, source)
-    except Exception as error:  # as above
+    except Exception as error:  # the same, where the model is built
         return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
     text = scratch / "text.txt"
     text.write_text(TEXT * 50, encoding="utf-8")
@@ -146,7 +146,7 @@ def _put(module: nn.Module, weight: Tensor) -> None:
 
 
 def _logits(model: Any) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(5, 200, SHAPE, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    tokens = torch.randint(5, 200, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.clone()

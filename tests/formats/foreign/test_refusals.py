@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ import quantine
 from quantine import Calibration, FormatError, OutputError, Plan, PlanError, quantize
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
+from quantine.families.layers import Role
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign import FOREIGN
@@ -28,6 +30,7 @@ from quantine.formats.foreign.gptq.layout import pack_matrix as pack_gptq
 from quantine.formats.foreign.gptq.layout import unpack_matrix as unpack_gptq
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import plain
+from quantine.formats.foreign.refusals import refusals, refused_text
 from quantine.formats.foreign.spqr.layout import Spqr
 from quantine.formats.foreign.target import Matrix
 from quantine.formats.imported import import_model
@@ -35,7 +38,7 @@ from quantine.methods.rtn import RTN
 from quantine.plan.targets import check_target
 from quantine.run.prepare import prepare
 from samples import random_weight
-from tiny_models import logits_of
+from tiny_models import logits_of, tiny_config
 
 Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]
@@ -232,6 +235,59 @@ def test_vllm_wants_one_scheme_where_it_multiplies_once(tiny: Tiny, tmp_path: Pa
     assert not export(out, tmp_path / "ct", "compressed-tensors").converted
 
 
+@pytest.mark.parametrize(
+    ("spec", "role", "left"),
+    [
+        (QuantSpec(4, 32), "block", "only with sym: true"),
+        (QuantSpec(3, 32, True), "block", "4 and 8 bits, not 3"),
+        (QuantSpec(4, 32, True, 3, 0, 16), "block", None),
+        (QuantSpec(4, 32, True), "head", None),
+    ],
+)
+def test_nearest_is_what_vllm_serves_or_is_refused(
+    spec: QuantSpec, role: Role, left: str | None
+) -> None:
+    path = "lm_head" if role == "head" else "model.layers.0.self_attn.o_proj"
+    matrices = {path: Matrix(path, role, spec, 64, 64)}
+    (found,) = refusals("gptq", "vllm", tiny_config("llama"), matrices)
+    text = refused_text("gptq", [found])
+    if left is None:
+        assert found.remains is None
+        assert "Nearest that does" in text
+    else:
+        assert found.remains is not None
+        assert left in text
+        assert "Nor does what --nearest rounds to" in text
+
+
+def test_rounding_that_vllm_refuses_writes_nothing(packed: Packed, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"with sym: true\. Nor does what --nearest rounds to"):
+        export(packed("llama", "rtn"), tmp_path / "x", "gptq", nearest=True, engine="vllm")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("gpt_neox", "vLLM's own model of type gpt_neox answers otherwise"),
+        ("granite", "model types that are described .* and granite is not"),
+    ],
+)
+def test_models_that_vllm_is_not_to_serve(model_type: str, reason: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type)
+    with pytest.raises(FormatError, match=reason):
+        refusals("gptq", "vllm", config, {})
+    assert refusals("gptq", None, config, {}) == []
+
+
+def test_gguf_does_not_tell_attention_scaled_by_layer() -> None:
+    config = transformers.GPT2Config(scale_attn_by_inverse_layer_idx=True)
+    reason = FOREIGN["gguf"].model_refusal(config)
+    assert reason is not None
+    assert "scale_attn_by_inverse_layer_idx" in reason
+    assert FOREIGN["gguf"].model_refusal(transformers.GPT2Config()) is None
+
+
 def test_other_requests(packed: Packed, tmp_path: Path) -> None:
     out = packed("llama", "rtn")
     with pytest.raises(PlanError, match="no layout 'onnx': give one of float, gguf"):
@@ -268,3 +324,12 @@ def test_engines_compute_in_a_dtype_that_holds_scales(
         exported = export(source, tmp_path / to, to)
         assert json.loads((exported.path / "config.json").read_text())["dtype"] == said
         assert bool(exported.notes) == (own == "bfloat16")
+
+
+@pytest.mark.parametrize("to", ["float", "gptq"])
+def test_a_dtype_that_is_asked_for_rounds(to: str, packed: Packed, tmp_path: Path) -> None:
+    exported = export(packed("llama", "rtn"), tmp_path / to, to, dtype=torch.bfloat16)
+    stored = quantine_free_weights(exported.path)
+    assert stored["model.norm.weight"].dtype == torch.bfloat16
+    assert any("bfloat16 rounds" in note for note in exported.notes)
+    assert bool(exported.converted) == (to == "float")

@@ -15,9 +15,18 @@ from safetensors.torch import load_file, save_file
 
 import quantine
 from ggufs import write_gguf
-from quantine import Calibration, CheckpointError, FormatError, Plan, QuantineError, quantize
+from quantine import (
+    Calibration,
+    CheckpointError,
+    FormatError,
+    OutputError,
+    Plan,
+    QuantineError,
+    quantize,
+)
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
+from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.imported import import_model, second_rounding
 from quantine.source.locate import locate
 from tiny_models import logits_of, random_model, tiny_config
@@ -114,6 +123,20 @@ def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path:
         ("gptq", {"group_size": 48}, "groups of 48 do not divide 64 inputs"),
         ("gptq", {"dynamic": {"-:.*k_proj": {}}}, "is packed, but quantization_config calls it"),
         ("gptq", {"dynamic": {"+:(": {}}}, "is no pattern"),
+        ("gptq", {"dynamic": {"+:model": 3}}, "'+:model' in quantization_config.dynamic is no"),
+        ("gptq", {"group_size": 0}, "group_size must be positive"),
+        ("gptq", {"checkpoint_format": ["a"]}, "checkpoint_format ['a'] is not read"),
+        ("compressed-tensors", {"ignore": 5}, "ignore in quantization_config is no list"),
+        ("compressed-tensors", {"ignore": "lm_head"}, "ignore in quantization_config is no list"),
+        (
+            "compressed-tensors",
+            {
+                "config_groups": {
+                    "group_0": {"targets": "Linear", "weights": {}, "format": "pack-quantized"}
+                }
+            },
+            "targets in quantization_config is no list",
+        ),
         ("compressed-tensors", {"config_groups": {}}, "has no config_groups"),
         (
             "compressed-tensors",
@@ -139,6 +162,39 @@ def test_other_settings(
         assert import_model(source, tmp_path / "out").layers
         return
     assert message in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modules_to_not_convert": 5}, "modules_to_not_convert in quantization_config is no list"),
+        ({"group_size": 0}, "group_size must be positive"),
+    ],
+)
+def test_damaged_settings_of_awq(changes: dict[str, Any], message: str) -> None:
+    settings = {"version": "gemm", "bits": 4, "group_size": 128, **changes}
+    with pytest.raises(FormatError, match=message):
+        AWQ.read_settings(settings)
+
+
+def test_older_words_of_config_json(packed: Packed, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")
+    (source / "config.json").write_text(json.dumps({**config, "pad_token_id": -1}))
+    for to in ("gptq", "compressed-tensors", "float"):
+        said = json.loads((export(source, tmp_path / to, to).path / "config.json").read_text())
+        assert "dtype" in said
+        assert "torch_dtype" not in said
+    file = export(source, tmp_path / "gguf", "gguf").path / "model.gguf"
+    assert "tokenizer.ggml.padding_token_id" not in gguf.GGUFReader(file).fields
+
+
+def test_an_export_lies_not_in_its_source(packed: Packed) -> None:
+    out = packed("llama", "rtn")
+    with pytest.raises(OutputError, match="lies in the directory that is exported"):
+        export(out, out / "sub", "gptq")
+    assert not (out / "sub").exists()
 
 
 def test_directories_of_others_are_no_gguf(packed: Packed, tiny: Any, tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ class Arrivals:
 
 def _register(layer: nn.Module, key: str, dtype: torch.dtype, loader: Callable[..., None]) -> None:
     """Give ``layer`` an empty parameter ``key``, which may be one of a child, and its loader."""
-    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
-    parameter.weight_loader = loader  # type: ignore[attr-defined]
+    parameter: Any = nn.Parameter(
+        torch.empty(0, dtype=dtype, device=torch.get_default_device()), requires_grad=False
+    )
+    parameter.weight_loader = loader  # which vLLM calls
     child, _, leaf = key.rpartition(".")
     if child and not hasattr(layer, child):
         layer.add_module(child, nn.Module())

@@ -74,7 +74,7 @@ class PackedLinearMethod(LinearMethodBase):
         self._check_cuts()
         layer.quantine_arrivals = Arrivals(layer, self._matrices)
         layer.quantine_dtype = params_dtype
-        layer.quantine_device = torch.empty(0).device
+        layer.quantine_device = torch.get_default_device()
 
     @own_state()
     def process_weights_after_loading(self, layer: Any) -> None:

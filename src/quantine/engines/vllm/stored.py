@@ -21,6 +21,7 @@ from quantine.families import described_family
 from quantine.families.family import Family
 from quantine.families.layers import INPUTS_NAME
 from quantine.formats import format_named
+from quantine.formats.foreign.engines import VLLM_UNSERVED
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.source.names import listed
 
@@ -30,10 +31,6 @@ FLOAT_WEIGHT: Final = "weight"
 """Name of the weight of a matrix that is not packed."""
 SERVED_SITES: Final = ("norm", "attention", "hidden")
 """Fields of `ActivationSpec` whose roundings are served: those of the inputs of matrices."""
-UNSERVED: Final = {
-    "gpt_neox": "answers otherwise than transformers do, quantized or not",
-}
-"""Model types that vLLM 0.32 itself computes wrongly, and what it does."""
 SCRAMBLED: Final = {"bloom": "query_key_value"}
 """Matrices, by model type, whose rows vLLM rearranges while it reads them: in every tensor of the
 matrix, whatever it holds, so that packed ones are destroyed."""
@@ -116,8 +113,9 @@ class Stored:
             FormatError: a matrix lacks a tensor.
             PlanError: vLLM cannot read a matrix, or compute the model.
         """
-        if model_type in UNSERVED:
-            raise PlanError(f"{model_type} is not served: vLLM's own model {UNSERVED[model_type]}")
+        if model_type in VLLM_UNSERVED:
+            reason = VLLM_UNSERVED[model_type]
+            raise PlanError(f"{model_type} is not served: vLLM's own model {reason}")
         found = {}
         for name, matrix in self.matrices.items():
             assert matrix.spec is not None

@@ -52,7 +52,7 @@ class PackedHeadMethod(QuantizeMethodBase):
         check_share(self._matrix, self._share(layer))
         layer.quantine_arrivals = Arrivals(layer, [self._matrix])
         layer.quantine_dtype = params_dtype
-        layer.quantine_device = torch.empty(0).device
+        layer.quantine_device = torch.get_default_device()
 
     @own_state()
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -55,8 +55,8 @@ def _derived(model: PreTrainedModel) -> Family:
 
 
 def _tokens(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(*TOKENS, SHAPE, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(*TOKENS, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
 
 
 def _family(model: PreTrainedModel, trace: Trace) -> Family:

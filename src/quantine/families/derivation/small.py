@@ -193,15 +193,19 @@ def _from_config(config: PretrainedConfig) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     own = copy.deepcopy(config)  # which the model marks with its dtype
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(own, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        own, dtype=torch.float32, trust_remote_code=False
+    )
     return model
 
 
 def randomize(model: PreTrainedModel) -> None:
     """Give every parameter random values in the size of what it has, so that nothing is equal."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        noise = torch.randn(
+            parameter.shape, generator=generator, dtype=parameter.dtype, device="cpu"
+        )
         if parameter.ndim == 2:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)
         else:

@@ -80,7 +80,7 @@ class ScaleDtype:
     @classmethod
     def of(cls, source: Exportable) -> ScaleDtype:
         """That of ``source``: float16 for float32, in which no kernel for such layouts computes."""
-        own: torch.dtype = getattr(torch, source.settings["dtype"])
+        own: torch.dtype = source.config.dtype or torch.float32
         return cls(source.dtype or (torch.float16 if own == torch.float32 else own))
 
     def see(self, scale: Tensor) -> None:

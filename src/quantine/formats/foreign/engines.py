@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
-from quantine.families import described_family
+from quantine.families import described_family, is_described
 from quantine.formats.foreign.target import Matrix
 
 VLLM_GROUPS: Final = (-1, 32, 64, 128)
 """Group sizes for which vLLM 0.32 has kernels on GPUs."""
 VLLM_LAYOUTS: Final = ("gptq", "compressed-tensors")
 """Layouts that vLLM 0.32 reads by itself."""
+VLLM_UNSERVED: Final = {
+    "gpt_neox": "answers otherwise than transformers do, quantized or not",
+}
+"""Model types that vLLM 0.32 itself computes wrongly, and what it does."""
+
+
+def vllm_model_refusal(config: Any) -> str | None:
+    """Why no model of this type is to be served by vLLM 0.32; ``None`` if it may be."""
+    kind = config.model_type
+    if kind in VLLM_UNSERVED:
+        return f"vLLM's own model of type {kind} {VLLM_UNSERVED[kind]}"
+    if not is_described(kind):
+        return (
+            f"which layers vLLM computes in one product is known only of model types that are "
+            f"described (docs/adding.md), and {kind} is not: leave out --target vllm"
+        )
+    return None
 
 
 def vllm_refusal(layout: str, matrix: Matrix) -> str | None:

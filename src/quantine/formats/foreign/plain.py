@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from torch import Tensor
 from quantine.core.grid import Grid
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
-from quantine.core.spec import FLOAT16, QuantSpec
-from quantine.errors import FormatError
+from quantine.core.spec import CLUSTERS, FLOAT16, QuantSpec
+from quantine.errors import FormatError, PlanError, shown
 from quantine.formats.foreign.target import Matrix
 
 
@@ -29,6 +31,31 @@ def plain_refusal(matrix: Matrix) -> str | None:
     if spec.zero_bits:
         return "its zero points are fractions"
     return None
+
+
+def plain_spec(bits: int, group_size: int, sym: bool) -> QuantSpec:
+    """The grid that the settings of another engine say.
+
+    Raises:
+        PlanError: there is no such grid, or groups have no size.
+    """
+    if group_size == CLUSTERS:  # which only quantine has
+        raise PlanError(f"group_size must be positive, or -1 for the whole line, not {CLUSTERS}")
+    return QuantSpec(bits, group_size, sym)
+
+
+def names_in(settings: Mapping[str, Any], field: str) -> list[str]:
+    """The list of names that a field of ``settings`` holds; empty where it is missing or null.
+
+    Raises:
+        FormatError: it holds something else.
+    """
+    found = settings.get(field)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise FormatError(f"{field} in quantization_config is no list of names: {shown(found)}")
+    return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats.foreign.opened import DirectoryLayout, Spec, Unpack
-from quantine.formats.foreign.plain import Plain
+from quantine.formats.foreign.plain import Plain, names_in, plain_spec
 from quantine.formats.layout import check_scales
 
 BITS: Final = 4
@@ -29,9 +29,9 @@ def _spec(said: Mapping[str, Any]) -> Spec:
     if version != "gemm" or bits != BITS:
         raise FormatError(f"AWQ of version {shown(version)} with {shown(bits)} bits is not read")
     size = said.get("group_size", said.get("q_group_size", WHOLE_ROW))
-    skipped = said.get("modules_to_not_convert") or []
+    skipped = names_in(said, "modules_to_not_convert")
     try:
-        spec = QuantSpec(BITS, size)
+        spec = plain_spec(BITS, size, False)
     except PlanError as error:
         raise FormatError(f"quantization_config is damaged: {cut(error)}") from error
     return lambda name: None if name in skipped else spec

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, cut, shown
+from quantine.formats.foreign.plain import names_in, plain_spec
 
 METHOD: Final = "compressed-tensors"
 """``quant_method`` of such directories."""
@@ -105,15 +106,15 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
             "quantization_config has a sparsity_config or transform_config, which is not read: "
             "decompress the model with compressed-tensors first"
         )
-    ignored = found.get("ignore") or []
+    ignored = names_in(found, "ignore")
     whole = found.get("format")
     read = [_read_group(name, group, whole) for name, group in groups.items()]
-    return Settings(read, [str(name) for name in ignored])
+    return Settings(read, ignored)
 
 
 def _read_group(name: str, group: Any, whole: Any) -> tuple[list[str], QuantSpec]:
     try:
-        weights, targets = group["weights"], [str(target) for target in group["targets"]]
+        weights, targets = group["weights"], names_in(group, "targets")
         layout = group.get("format") or whole
         if layout != FORMAT:
             raise FormatError(f"{name} has format {shown(layout)}: only {FORMAT} is read")
@@ -127,7 +128,7 @@ def _read_group(name: str, group: Any, whole: Any) -> tuple[list[str], QuantSpec
         if strategy not in {"channel", "group"}:
             raise FormatError(f"{name} has strategy {shown(strategy)}: not read")
         size = WHOLE_ROW if strategy == "channel" else size
-        return targets, QuantSpec(weights["num_bits"], size, weights["symmetric"])
+        return targets, plain_spec(weights["num_bits"], size, weights["symmetric"])
     except (LookupError, TypeError, AttributeError, PlanError) as error:
         raise FormatError(f"{cut(name)} of quantization_config is damaged: {cut(error)}") from error
 

@@ -62,7 +62,7 @@ class CompressedTensorsDirectory:
             return pack_matrix(matrix, sym)
 
         write_weights(source, out, pack)
-        head = family_of(source.config.model_type).head
+        head = family_of(source.config).head
         floats = [name for name in source.matrices if name not in specs]
         kept = list(dict.fromkeys([*source.kept_linears, *floats]))
         settings = settings_of(specs, kept, every_linear=head not in specs)

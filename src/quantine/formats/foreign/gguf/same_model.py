@@ -18,7 +18,7 @@ NO_MATTER: Final = frozenset(
         "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout",
         "initializer_range", "embedding_dropout", "max_window_layers", "model_type", "n_ctx",
         "pad_token_id", "pretraining_tp", "reorder_and_upcast_attn", "resid_pdrop",
-        "scale_attn_by_inverse_layer_idx", "slow_but_exact", "summary_activation",
+        "slow_but_exact", "summary_activation",
         "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
         "task_specific_params", "tie_word_embeddings", "transformers_version", "use_cache",
         "attention_softmax_in_fp32", "max_position_embeddings",

@@ -74,7 +74,7 @@ def tokenizer_of(directory: Path, rows: int, ids: Mapping[str, Any]) -> dict[str
     for short, name in names.items():
         token = ids.get(f"{short}_token_id")
         token = token[0] if isinstance(token, list) and token else token
-        if isinstance(token, int):
+        if isinstance(token, int) and 0 <= token < rows:  # -1 is often none
             values[f"tokenizer.ggml.{name}_token_id"] = token
     values["tokenizer.ggml.add_bos_token"] = _adds_bos(path, ids.get("bos_token_id"))
     template = _template(directory)

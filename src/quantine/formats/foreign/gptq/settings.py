@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, cut, shown
+from quantine.formats.foreign.plain import plain_spec
 
 METHOD: Final = "gptq"
 """``quant_method`` of such directories."""
@@ -90,7 +91,7 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
         FormatError: one is missing, or says what is not understood.
     """
     said = found.get("checkpoint_format") or found.get("format") or "gptq"
-    if said not in VERSIONS:
+    if not isinstance(said, str) or said not in VERSIONS:
         raise FormatError(
             f"checkpoint_format {shown(said)} is not read, only {', '.join(VERSIONS)}: the "
             "directory is of another version"
@@ -105,7 +106,12 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
             re.compile(pattern)
         except re.error as error:
             raise FormatError(f"{shown(key)} in quantization_config is no pattern") from error
-        dynamic[pattern] = None if key.startswith("-:") else change
+        kept = key.startswith("-:")
+        if not kept and not isinstance(change, Mapping):
+            raise FormatError(
+                f"{shown(key)} in quantization_config.dynamic is no table, but {shown(change)}"
+            )
+        dynamic[pattern] = None if kept else change
     return Settings(VERSIONS[said], _spec(found), dynamic)
 
 
@@ -116,6 +122,6 @@ def _fields(spec: QuantSpec) -> dict[str, Any]:
 def _spec(found: Mapping[str, Any]) -> QuantSpec:
     try:
         size = found.get("group_size", WHOLE_ROW)
-        return QuantSpec(found["bits"], size, bool(found.get("sym", False)))
+        return plain_spec(found["bits"], size, bool(found.get("sym", False)))
     except (KeyError, TypeError, AttributeError, PlanError) as error:
         raise FormatError(f"quantization_config is damaged: {cut(error)}") from error

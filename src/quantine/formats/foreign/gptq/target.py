@@ -55,7 +55,7 @@ class GPTQDirectory:
             return pack_matrix(matrix, version)
 
         write_weights(source, out, pack)
-        family = family_of(source.config.model_type)
+        family = family_of(source.config)
         inside = f"{family.blocks}."
         kept = [name for name in source.kept_linears if name.startswith(inside)]
         settings = settings_of(specs, ordered, version, kept, family.head)

@@ -7,6 +7,7 @@ from typing import Any, Final
 import torch
 import triton
 
+from quantine.kernels import backend
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.columns.reference import fit_if_first, round_block_reference
 from quantine.kernels.columns.triton.programs.block import round_block as program
@@ -66,7 +67,8 @@ def _round_by_groups(columns: Columns, at_reach: AtReach, start: int, stop: int)
 def _launch(columns: Columns, start: int, stop: int, fitting: AtReach | None) -> None:
     if start < stop:
         grid, values, settings = launch_of(columns, start, stop, fitting)
-        program[grid](*values, **settings)
+        with backend.launching(columns.weights):
+            program[grid](*values, **settings)
 
 
 def launch_of(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quantine.core.grid import Grid
 from quantine.core.spec import QuantSpec
+from quantine.kernels import backend
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.reference import fit_groups_reference
@@ -24,7 +25,8 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
     if share is None:
         return fit_groups_reference(columns, spread, spec, cost)
     grid, values, settings = launch_of(columns, spread, fitted, cost, share)
-    fit_matrix[grid](*values, **settings)
+    with backend.launching(columns):
+        fit_matrix[grid](*values, **settings)
     fitted.check()
     return fitted.grid()
 

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
@@ -38,7 +39,8 @@ def multiply(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``, for codes of ``x`` in quads."""
     result = torch.empty(len(x.codes), matrix.rows, dtype=dtype, device=x.codes.device)
     program, operands, settings = launch_of(matrix, x, result)
-    program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+    with backend.launching(result):
+        program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
     return result
 
 

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.tiles import multiply_tiles
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
@@ -35,7 +36,8 @@ def multiply(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:
     result = torch.empty(len(x.codes), matrix.rows, dtype=dtype, device=x.codes.device)
     program, operands, settings = launch_of(matrix, x, result)
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(len(x.codes), settings["BATCH"]))
-    program[grid](*operands, **settings)
+    with backend.launching(result):
+        program[grid](*operands, **settings)
     return result
 
 

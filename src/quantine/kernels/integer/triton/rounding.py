@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from quantine.core.fit_range import SMALLEST_ACTIVATION_SCALE, SMALLEST_ACTIVATION_SHARE
+from quantine.kernels import backend
 from quantine.kernels.integer.token_factors import LARGEST, SMALLEST
 from quantine.kernels.integer.triton.programs.rounding import round_row
 from quantine.kernels.integer.units.inputs import InputUnits, Rounded
@@ -73,7 +74,8 @@ def _round(
     made = _empty(x, inputs.units, in_quads)
     if len(x):
         program, operands, settings = launch_of(x, inputs, Rounded(*made))
-        program[(len(x),)](*operands, **settings)
+        with backend.launching(x):
+            program[(len(x),)](*operands, **settings)
     return made
 
 

@@ -181,7 +181,7 @@ def _base(
     codes: Tensor, weights: Grid, added: Tensor | None, grid: InputGrid, lengths: tuple[int, ...]
 ) -> Tensor:
     """The attribute ``base`` of `GriddedMatrix`."""
-    counts = torch.tensor(lengths, device=codes.device)
+    counts = torch.tensor(lengths, dtype=torch.int64, device=codes.device)
     sums = _sums(codes, lengths) - counts * weights.zeros().double()
     sums *= weights.scales().double()
     if added is not None:
@@ -204,7 +204,7 @@ def _entries(kept: Csr, added: Tensor | None, grid: InputGrid, lengths: tuple[in
     rows, columns = kept.row_indices(), kept.columns.long()
     values = added[rows, columns]
     if grid.scale is not None:
-        spread = torch.tensor(lengths, device=values.device)
+        spread = torch.tensor(lengths, dtype=torch.int64, device=values.device)
         values = values * grid.scale.repeat_interleave(spread)[columns]
     places, _ = places_of(lengths, values.device)
     columns = (places >= 0).nonzero().flatten()[columns]

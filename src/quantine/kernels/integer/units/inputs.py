@@ -183,12 +183,13 @@ def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Ro
         steps, zeros = fit_activations(low, high, inputs.bits)
         scale, shift = steps, zeros - middle
     codes = (encode(values, steps, zeros, inputs.bits) - middle).masked_fill(~there, 0)
-    codes = codes.nan_to_num(0).to(torch.int8)
+    codes = codes.masked_fill(lost[:, None], 0).to(torch.int8)
     sums = codes.view(len(x), -1, UNIT).sum(2).float()
     if in_quads:
         lanes = codes.view(len(x), -1, QUADS, LANES).transpose(1, 2).contiguous()
         codes = lanes.view(torch.int32).squeeze(3)
-    return Rounded(codes, sums, scale.squeeze(1).masked_fill(lost, torch.nan), shift.squeeze(1))
+    scale = scale.squeeze(1).masked_fill(lost, torch.nan)
+    return Rounded(codes, sums, scale, shift.squeeze(1).masked_fill(lost, 0))
 
 
 def _normed(x: Tensor, inputs: InputUnits) -> Tensor:

@@ -93,7 +93,10 @@ def places_of(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, T
         columns += [*range(start, start + length), *[-1] * (count * UNIT - length)]
         start += length
     groups = [group for group, count in enumerate(units) for _ in range(count)]
-    return torch.tensor(columns, device=device), torch.tensor(groups, device=device)
+    return (
+        torch.tensor(columns, dtype=torch.int64, device=device),
+        torch.tensor(groups, dtype=torch.int64, device=device),
+    )
 
 
 def units_in_common(lengths: tuple[int, ...]) -> int:

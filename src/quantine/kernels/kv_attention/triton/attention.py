@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.reference import round_probabilities
@@ -158,15 +159,16 @@ def _computed(request: Request, keep: bool) -> tuple[Tensor, Tensor]:
 def _join(request: Request, parts: Parts, out: Tensor) -> None:
     batch, heads, tokens, dim = request.query.shape
     value = request.value
-    join_parts[(tokens, heads, batch)](
-        *(parts.mixed, parts.tops, parts.sums),
-        *(value.scale, value.zero),
-        out,
-        *(heads, tokens, request.parts),
-        BITS=value.bits,
-        DIM=dim,
-        WIDTH=request.width,
-        COPIES=request.copies,
-        PARTS=triton.next_power_of_2(request.parts),
-        TOP=0 if request.scoring.relative else request.top,
-    )
+    with backend.launching(out):
+        join_parts[(tokens, heads, batch)](
+            *(parts.mixed, parts.tops, parts.sums),
+            *(value.scale, value.zero),
+            out,
+            *(heads, tokens, request.parts),
+            BITS=value.bits,
+            DIM=dim,
+            WIDTH=request.width,
+            COPIES=request.copies,
+            PARTS=triton.next_power_of_2(request.parts),
+            TOP=0 if request.scoring.relative else request.top,
+        )

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.kv_attention.triton.pieces import pieces_of, width_of
 from quantine.kernels.kv_attention.triton.programs.rounding import round_to_codes
 
@@ -36,7 +37,8 @@ def pack_states(
         return
     program, operands, settings = launch_of(states, bits, scale, zero, packed, feedback)
     batch, heads, tokens, _ = states.shape
-    program[(triton.cdiv(tokens, settings["TOKENS"]), heads, batch)](*operands, **settings)
+    with backend.launching(states):
+        program[(triton.cdiv(tokens, settings["TOKENS"]), heads, batch)](*operands, **settings)
 
 
 @pack_states.register_fake

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from quantine.core.activation_spec import UNQUANTIZED
+from quantine.kernels import backend
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.triton.pieces import width_of
@@ -123,7 +124,8 @@ def launch(
 ) -> None:
     """Run the programs of all tiles and parts; arguments are those of `launch_of`."""
     program, operands, settings = launch_of(request, known, scores, parts, out)
-    program[(request.tiles, request.parts, len(request.query))](*operands, **settings)
+    with backend.launching(request.query):
+        program[(request.tiles, request.parts, len(request.query))](*operands, **settings)
 
 
 def launch_of(

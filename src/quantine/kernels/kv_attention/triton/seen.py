@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.kv_attention.triton.programs.seen import find_seen
 
 CHUNK: Final = 1024
@@ -31,13 +32,14 @@ def look(mask: Tensor, context: int) -> Tensor:
     batch, heads, tokens, _ = mask.shape
     chunks = triton.cdiv(context, CHUNK)
     ends = mask.new_empty(2, batch, heads, tokens, chunks, dtype=torch.int32)
-    find_seen[(chunks, triton.cdiv(tokens, QUERIES), batch * heads)](
-        mask,
-        *ends,
-        *(heads, tokens, context, chunks),
-        *mask.expand(-1, -1, -1, context).stride(),
-        LEAST=torch.finfo(mask.dtype).min if mask.is_floating_point() else float("-inf"),
-        TOKENS=min(QUERIES, triton.next_power_of_2(tokens)),
-        CHUNK=CHUNK,
-    )
+    with backend.launching(mask):
+        find_seen[(chunks, triton.cdiv(tokens, QUERIES), batch * heads)](
+            mask,
+            *ends,
+            *(heads, tokens, context, chunks),
+            *mask.expand(-1, -1, -1, context).stride(),
+            LEAST=torch.finfo(mask.dtype).min if mask.is_floating_point() else float("-inf"),
+            TOKENS=min(QUERIES, triton.next_power_of_2(tokens)),
+            CHUNK=CHUNK,
+        )
     return ends

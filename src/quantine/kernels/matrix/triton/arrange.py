@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.matrix.triton.programs import arrangement
 from quantine.kernels.matrix.units.activations import LARGEST, Arranged, Rows
 from quantine.kernels.matrix.units.layout import PAIRS, UNIT
@@ -45,20 +46,31 @@ def arrange_rows(x: Tensor, matrix: UnitMatrix) -> Rows:
 def _launch(
     x: Tensor, matrix: UnitMatrix, halves: Tensor, factors: Tensor, sums: Tensor | None
 ) -> None:
+    program, operands, settings = launch_of(x, matrix, halves, factors, sums)
+    with backend.launching(x):
+        program[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](*operands, **settings)
+
+
+def launch_of(
+    x: Tensor, matrix: UnitMatrix, halves: Tensor, factors: Tensor, sums: Tensor | None
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program for ``x``, its operands in order, and what is fixed when it is compiled.
+
+    Args:
+        x, matrix: as of `arrange`.
+        halves, factors, sums: what it fills, as of `Arranged` or `Rows`.
+    """
     groups, span, planes = matrix.groups, UNIT, 1
     if isinstance(groups, RowGroups):
         span, planes = groups.span, groups.planes
-    arrangement.arrange[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](
-        x,
-        matrix.source,
-        halves,
-        sums,
-        factors,
-        matrix.columns,
-        UNITS=matrix.units,
-        SPAN=span,
-        PLANES=planes,
-        WIDTH=WIDTH,
-        LARGEST=LARGEST,
-        IN_PAIRS=halves.dim() == 3,
-    )
+    settings = {
+        "UNITS": matrix.units,
+        "SPAN": span,
+        "PLANES": planes,
+        "WIDTH": WIDTH,
+        "LARGEST": LARGEST,
+        "IN_PAIRS": halves.dim() == 3,
+        "num_warps": 4,
+    }
+    operands = [x, matrix.source, halves, sums, factors, matrix.columns]
+    return arrangement.arrange, operands, settings

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
@@ -45,7 +46,8 @@ def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
     program, operands, settings = launch_of(matrix, x, result)
-    program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+    with backend.launching(result):
+        program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
     return result
 
 

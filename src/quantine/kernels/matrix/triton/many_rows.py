@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
 from quantine.kernels.matrix.units.activations import Rows
@@ -41,7 +42,8 @@ def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     result = torch.empty(len(x.halves), matrix.rows, dtype=dtype, device=x.halves.device)
     kernel, operands, settings = launch_of(matrix, x, result)
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(len(x.halves), settings["BATCH"]))
-    kernel[grid](*operands, **settings)
+    with backend.launching(result):
+        kernel[grid](*operands, **settings)
     return result
 
 
@@ -51,17 +53,24 @@ def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
     Weights are rounded to float16 on the way, outliers of ``matrix`` are added to them.
     """
     result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
-    operands, settings = _matrix_of(matrix)
-    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    program, operands, settings = decoding_of(matrix, result)
     grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(matrix.units, DECODED))
-    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
-    decode_tiles[grid](*operands, *more, **settings)
+    with backend.launching(result):
+        program[grid](*operands, **settings)
     if matrix.entries is not None:
         rows, columns, added = matrix.entries.placed(matrix)
         result[rows, columns] = (result[rows, columns].float() + added * matrix.multiplier).to(
             dtype
         )
     return result
+
+
+def decoding_of(matrix: UnitMatrix, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """As `launch_of`, the program that decodes ``matrix`` into ``result``, without its outliers."""
+    operands, settings = _matrix_of(matrix)
+    settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
+    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
+    return decode_tiles, [*operands, *more], settings
 
 
 def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:

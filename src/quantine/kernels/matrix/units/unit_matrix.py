@@ -50,7 +50,9 @@ class Entries:
     def placed(self, matrix: UnitMatrix) -> tuple[Tensor, Tensor, Tensor]:
         """Row and input of each entry of ``matrix``, int64, and its value, float32."""
         counts = self.bounds.diff().long()
-        programs = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        every = torch.arange(len(counts), device=counts.device)
+        # With its length given nothing waits for the device, and CUDA graphs can record it.
+        programs = every.repeat_interleave(counts, output_size=len(self.words))
         rows = programs * matrix.program + self.rows.long()
         place = (self.words >> HALF_BITS).long() & 0xFFFF
         pair, half = place // 2, place % 2

@@ -34,6 +34,7 @@ def take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS: tl.
         value = value * inverse * tl.load(weight + place, mask=held, other=0.0)
         if bias is not None:
             value += tl.load(bias + place, mask=held, other=0.0)
+            value = tl.where(there, value, 0.0)  # what fills up units asks for no factor
     return value, there
 
 
@@ -103,6 +104,8 @@ def round_row(
     if above is not None:
         scale = tl.minimum(tl.maximum(asked, SMALLEST), LARGEST)
     if steps is None:
+        lost = lost | (high > largest) | (low < -largest)
+        low, high = tl.where(lost, 0.0, low), tl.where(lost, 0.0, high)
         lost = lost | (high - low == float("inf"))
         low, high = tl.where(lost, 0.0, low), tl.where(lost, 0.0, high)
         least = tl.maximum(tl.maximum(tl.abs(low), tl.abs(high)) * LEAST_SHARE, LEAST_SCALE)
@@ -124,7 +127,8 @@ def round_row(
             value = tl.div_rn(value, scale) + zero
         # Adding 2**23 rounds, to even in between, and leaves the code in the lowest bits.
         value = tl.minimum(tl.maximum(value, 0.0), top) + 8388608.0
-        code = tl.where(there, (value.to(tl.int32, bitcast=True) & 255) - middle, 0)
+        code = (value.to(tl.int32, bitcast=True) & 255) - middle
+        code = tl.where(there & (lost == 0), code, 0)
         number = tl.arange(0, 32)[None, :]
         target = unit[:, None] * 32 + number
         if IN_QUADS:
@@ -132,4 +136,4 @@ def round_row(
         tl.store(codes + row * (UNITS * 32) + target, code.to(tl.int8), mask=held[:, None])
         tl.store(sums + row * UNITS + unit, tl.sum(code, 1).to(tl.float32), mask=held)
     tl.store(scales + row, tl.where(lost, float("nan"), scale))
-    tl.store(shifts + row, shift)
+    tl.store(shifts + row, tl.where(lost, 0.0, shift))

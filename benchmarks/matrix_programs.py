@@ -1,0 +1,151 @@
+"""Programs of packed matrices, as benchmarks/gpu_compile.py compiles them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantine.core.grid import Grid, Statistic
+from quantine.core.qtensor import QTensor
+from quantine.core.sparse import Csr
+from quantine.kernels.matrix.triton import arrange, few_rows, many_rows
+from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+
+ROWS = 64
+"""Outputs of the matrices: programs do not depend on how many there are."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product to compile: bits, groups, columns, statistics, outliers, rows of activations, and
+    the dtype of its result."""
+
+    bits: int
+    group_size: int
+    axis: str
+    columns: int
+    coded: bool
+    outliers: bool
+    batch: int
+    dtype: torch.dtype = torch.float16
+
+    @property
+    def weights(self) -> str:
+        """How the matrix is packed, in words."""
+        statistics = ", SpQR's statistics" if self.coded else ""
+        outliers = ", 1% outliers" if self.outliers else ""
+        along = "outputs" if self.axis == "out" else "inputs"
+        return f"{self.bits} bits, groups of {self.group_size} {along}{statistics}{outliers}"
+
+    @property
+    def name(self) -> str:
+        rows = f"{self.batch} row{'s' * (self.batch > 1)}"
+        kind = "" if self.dtype == torch.float16 else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.weights}; {self.columns} inputs{kind}, {rows}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        matrix = self.matrix()
+        x = torch.randn(self.batch, self.columns)
+        result = torch.empty(self.batch, ROWS, dtype=self.dtype)
+        if self.batch <= few_rows.FEW:
+            return few_rows.launch_of(matrix, arrange_reference(x, matrix), result)
+        return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
+
+    def matrix(self) -> UnitMatrix:
+        """A random matrix of this kind, as GPUs hold it."""
+        found = unit_matrix(qtensor_of(self))
+        assert found is not None
+        return found
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Activations brought into the order of the matrix of a product, to compile."""
+
+    product: Product
+
+    @property
+    def name(self) -> str:
+        return f"arranging for {self.product.name}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        product, matrix = self.product, self.product.matrix()
+        x = torch.randn(product.batch, product.columns).to(product.dtype)
+        if product.batch > few_rows.FEW:
+            rows = rows_reference(x, matrix)
+            return arrange.launch_of(x, matrix, rows.halves, rows.factors, None)
+        found = arrange_reference(x, matrix)
+        halves = found.words.view(torch.float16)
+        return arrange.launch_of(x, matrix, halves, found.factors, found.sums)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The decoding of the whole matrix of a product, to compile."""
+
+    product: Product
+
+    @property
+    def name(self) -> str:
+        return f"decoding {self.product.name.partition(';')[0]}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        matrix = self.product.matrix()
+        return many_rows.decoding_of(
+            matrix, torch.empty(ROWS, matrix.columns).to(self.product.dtype)
+        )
+
+
+def qtensor_of(product: Product) -> QTensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (ROWS, product.columns)
+    codes = torch.randint(0, 2**product.bits, shape, generator=generator, dtype=torch.uint8)
+    lines, length = shape if product.axis == "in" else shape[::-1]
+    groups = length // product.group_size
+    scale: Any = torch.rand(lines, groups, generator=generator).half()
+    zero: Any = torch.zeros(lines, groups, dtype=torch.uint8)
+    if product.coded:
+        second = Grid(
+            torch.ones(groups, lines // 16).half(), torch.ones(groups, lines // 16).half(), 3, 16
+        )
+        scale = zero = Statistic(torch.zeros(groups, lines, dtype=torch.uint8), second)
+    kept = None
+    if product.outliers:
+        mask = torch.rand(shape, generator=generator) < 0.01
+        kept = Csr.where(mask, torch.randn(shape, generator=generator))
+    axis: Any = product.axis
+    return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
+
+
+MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding, ...] = (
+    Product(4, 128, "in", 4096, False, False, 1),
+    Product(3, 128, "in", 4096, False, False, 1),
+    Product(5, 128, "in", 4096, False, False, 1),
+    Product(8, 128, "in", 4096, False, False, 1),
+    Product(3, 16, "in", 4096, True, False, 1),
+    Product(3, 16, "in", 4096, True, True, 1),
+    Product(4, 128, "in", 14336, False, False, 1),
+    Product(3, 16, "in", 14336, True, True, 1),
+    Product(3, 16, "in", 28672, True, True, 1),
+    Product(4, 64, "out", 4096, False, False, 1),
+    Product(4, 64, "out", 28672, False, True, 1),
+    Product(4, 128, "in", 4096, False, False, 4),
+    Product(4, 128, "in", 4096, False, False, 16),
+    Product(4, 128, "in", 4096, False, False, 64),
+    Product(3, 16, "in", 4096, True, True, 16),
+    Product(4, 64, "out", 4096, False, False, 16),
+    Product(4, 128, "in", 4096, False, False, 1, torch.bfloat16),
+    Product(4, 128, "in", 4096, False, False, 64, torch.bfloat16),
+    Arrangement(Product(4, 128, "in", 4096, False, False, 1)),
+    Arrangement(Product(3, 16, "in", 14336, True, True, 1)),
+    Arrangement(Product(4, 64, "out", 4096, False, False, 64, torch.bfloat16)),
+    Decoding(Product(4, 128, "in", 4096, False, False, 0)),
+    Decoding(Product(3, 16, "in", 4096, True, True, 0)),
+    Decoding(Product(4, 64, "out", 4096, False, False, 0, torch.bfloat16)),
+)
