@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import quantine
 from quantine import Calibration, Plan
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
-from quantine.errors import CalibrationError, PlanError
+from quantine.errors import PlanError
 from quantine.run.store import RunStore
-from quantine.tuning.tune import pace, split
+from quantine.tuning.tune import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
 
 CALIBRATION = Calibration(samples=16, seqlen=64)
@@ -112,22 +112,6 @@ def test_other_values_are_refused(value: object) -> None:
 def test_rounded_activations_are_refused() -> None:
     with pytest.raises(PlanError, match="activations"):
         replace(Plan.scheme("W4A8"), tune=TUNING)
-
-
-def test_too_few_segments_are_refused_before_work_starts(model: Path, tmp_path: Path) -> None:
-    plan = replace(Plan.preset("rtn", group_size=32), tune=TUNING)
-    for samples in (0, 1):
-        with pytest.raises(CalibrationError, match="samples"):
-            quantine.quantize(model, tmp_path / "out", plan, Calibration(samples=samples))
-        assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("count", "judges"), [(2, 1), (7, 1), (16, 2)])
-def test_some_segments_judge_and_are_not_tuned_on(count: int, judges: int) -> None:
-    segments = torch.arange(count)[:, None]
-    own, kept = split(segments)
-    assert len(kept) == judges
-    assert sorted([*own.flatten().tolist(), *kept.flatten().tolist()]) == list(range(count))
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -31,6 +31,7 @@ from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
+from quantine.tuning.segments import TuningText
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,6 +59,7 @@ class Job:
             separately.
         device: where matrices are solved and blocks run.
         share: which part of the work this process does.
+        tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
     """
 
     source: ModelSource
@@ -72,6 +74,7 @@ class Job:
     unties: bool
     device: torch.device = CPU
     share: Share = EVERYTHING
+    tuning_text: TuningText | None = None
 
     @property
     def converts(self) -> bool:
@@ -240,9 +243,11 @@ class Job:
             batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
+        tuned = self.tuning_text
         return {
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
             "calibration tokens": _hash(tokens),
+            **({} if tuned is None else {"tuning tokens": _hash(tuned.as_bytes())}),
             "calibration bfloat16": str(self.calibration.bfloat16),
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
@@ -59,10 +60,9 @@ def tuned_parts(
     decisions = _decisions(job, [report for part in parts for report in reports[part]])
     matrices = {d.layer: unpack(d, everything) for d in decisions.values()}
     student = _student(job, checkpoint, matrices, _floats(job, everything))
-    assert job.segments is not None
+    assert job.tuning_text is not None
     assert job.plan.tune is not None
-    seed = job.calibration.seed
-    outcome = tune(student, job.segments.to(job.device), job.plan.tune, seed, note)
+    outcome = tune(student, job.tuning_text.to(job.device), job.plan.tune, note)
     store.remember(OUTCOME, outcome.as_dict())
     note(f"tuned: divergence {outcome.before:.4f} before, {outcome.after:.4f} after")
     for part, name in zip(parts, names, strict=True):
@@ -101,8 +101,8 @@ def _student(
         return Checkpoint(checkpoint.directory, model)
 
     teacher = float_model(job.config, opened, job.device)
-    setup = job.calibration_setup(checkpoint)
-    return Student(teacher, matrices, floats, setup.autocast)
+    dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
+    return Student(teacher, matrices, floats, dtype)
 
 
 def _solved(job: Job, checkpoint: Checkpoint, decision: Decision, student: Student) -> Solved:

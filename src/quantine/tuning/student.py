@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,17 +37,21 @@ def float_model(
     make_buffers(model, model, device)
     for path, child in model.named_children():
         fill(model, checkpoint.read(weight_names(child, path)), device)
+    model.tie_weights()
     return model
 
 
 class Student:
-    """A quantized model in float32, whose numbers follow gradients of its divergence.
+    """A quantized model whose numbers follow gradients of its divergence from the float model.
+
+    Both models hold the matrices of their blocks in the dtype of products, so that these need not
+    be rounded for every batch; all else is float32.
 
     Args:
-        teacher: the float model, which is not changed.
+        teacher: the float model in float32, whose matrices become ``dtype``.
         matrices: the quantized matrices.
         floats: every other float tensor of the quantized model by name, as files hold it.
-        autocast: gives the context in which models compute.
+        dtype: dtype in which matrices are multiplied, float32 or bfloat16.
 
     Attributes:
         matrices: the numbers of the quantized matrices.
@@ -60,10 +63,13 @@ class Student:
         teacher: PreTrainedModel,
         matrices: Mapping[Layer, QTensor],
         floats: Mapping[str, Tensor],
-        autocast: Callable[[], AbstractContextManager[None]],
+        dtype: torch.dtype,
     ) -> None:
+        self._dtype = dtype
+        inside = {layer.stored_name for layer in matrices if layer.role == "block"}
+        for name in inside:
+            set_tensor(teacher, name, teacher.get_parameter(name).to(dtype))
         self._teacher = teacher
-        self._autocast = autocast
         self._model = _sharing(teacher)
         self.matrices = {layer: TunedMatrix(q) for layer, q in matrices.items()}
         self.vectors = {
@@ -75,6 +81,7 @@ class Student:
             set_tensor(self._model, name, value.float().clone())  # vectors are changed in place
         for name in {layer.stored_name for layer in self.matrices}:
             set_tensor(self._model, name, self._model.get_parameter(name).detach().clone())
+        self._model.tie_weights()
         for parameter in self._tuned():
             parameter.requires_grad_()
         self.install()
@@ -94,27 +101,36 @@ class Student:
         for name, numbers in self.vectors.items():
             self._model.get_parameter(name).copy_(numbers.now())
 
-    def divergence(self, segment: Tensor) -> float:
-        """Mean divergence from the float model, in nats per token of ``segment`` ``[tokens]``."""
-        with torch.no_grad():
-            found, _ = divergence(
-                self._logits(self._teacher, segment), self._logits(self._model, segment)
-            )
-        return found / len(segment)
+    @torch.no_grad()
+    def divergence(self, segments: Tensor) -> float:
+        """Mean divergence from the float model, in nats per token of ``segments`` ``[n, tokens]``.
 
-    def add_gradients(self, segment: Tensor, share: float) -> float:
+        Only one segment runs at once.
+        """
+        total = 0.0
+        for segment in segments.split(1):
+            reference = self._logits(self._teacher, segment)
+            total += divergence(reference, self._logits(self._model, segment))
+        return total / segments.numel()
+
+    def add_gradients(self, segments: Tensor, share: float) -> float:
         """Add ``share`` of the gradient of `divergence` to that of the model's parameters.
+
+        Args:
+            segments: ``[n, tokens]`` int64, which run at once.
+            share: factor of the gradient.
 
         Returns:
             The divergence.
         """
         with torch.no_grad():
-            reference = self._logits(self._teacher, segment)
+            reference = self._logits(self._teacher, segments)
         with torch.enable_grad():
-            logits = self._logits(self._model, segment)
-        found, gradient = divergence(reference, logits.detach())
-        logits.backward(gradient.mul_(share / len(segment)))
-        return found / len(segment)
+            logits = self._logits(self._model, segments)
+        gradient = torch.empty_like(logits)
+        found = divergence(reference, logits.detach(), gradient, share / segments.numel())
+        logits.backward(gradient)
+        return found / segments.numel()
 
     def pass_gradients(self) -> None:
         """Hand the gradients of the model's parameters on to `leaves`, and clear them."""
@@ -122,7 +138,7 @@ class Student:
             gradient = self._model.get_parameter(layer.stored_name).grad
             if gradient is not None:
                 with torch.enable_grad():
-                    matrix.weight().backward(layer.part_of(gradient))
+                    matrix.weight().backward(layer.part_of(gradient).float())
         for name, numbers in self.vectors.items():
             gradient = self._model.get_parameter(name).grad
             if gradient is not None:
@@ -135,10 +151,12 @@ class Student:
         names = {layer.stored_name for layer in self.matrices} | set(self.vectors)
         return [self._model.get_parameter(name) for name in sorted(names)]
 
-    def _logits(self, model: PreTrainedModel, segment: Tensor) -> Tensor:
-        with self._autocast():
-            logits: Tensor = model(input_ids=segment[None], use_cache=False).logits[0]
-        return logits
+    def _logits(self, model: PreTrainedModel, segments: Tensor) -> Tensor:
+        """Logits ``[positions, vocabulary]`` of all positions of ``segments``."""
+        rounds = self._dtype != torch.float32
+        with torch.autocast(segments.device.type, self._dtype, enabled=rounds):
+            logits: Tensor = model(input_ids=segments, use_cache=False).logits
+        return logits.flatten(0, 1)
 
 
 def _sharing(model: PreTrainedModel) -> PreTrainedModel:
