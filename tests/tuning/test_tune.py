@@ -15,6 +15,8 @@ import quantine
 from quantine import Calibration, Plan
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
 from quantine.errors import PlanError
+from quantine.run.estimate import estimate
+from quantine.run.prepare import prepare
 from quantine.run.store import RunStore
 from quantine.tuning.tune import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
@@ -119,3 +121,14 @@ def test_the_rate_rises_and_falls() -> None:
     assert max(paces) == paces[3] == 1
     assert 0 < paces[0] < 1
     assert 0 < paces[-1] < 0.01
+
+
+def test_a_plan_predicts_what_tuning_takes(model: Path) -> None:
+    plain = Plan.preset("spqr", bits=3)
+    few, many = (replace(plain, tune=replace(TUNING, steps=steps)) for steps in (100, 10_000))
+    costs = [estimate(prepare(model, plan, CALIBRATION)) for plan in (plain, few, many)]
+    assert costs[0].tuning_seconds is None
+    assert costs[1].tuning_seconds is not None
+    assert costs[2].tuning_seconds is not None
+    assert 0 < costs[1].tuning_seconds < costs[2].tuning_seconds
+    assert costs[0].peak_memory < costs[1].peak_memory

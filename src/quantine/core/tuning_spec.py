@@ -27,7 +27,7 @@ class Tuning:
     """
 
     steps: int = 32
-    segments: int = 8
+    segments: int = 4
     rate: float = 1e-3
 
     def __post_init__(self) -> None:
@@ -47,7 +47,7 @@ class Tuning:
 
 SETTINGS: Final = {
     "quick": Tuning(),
-    "long": Tuning(steps=96),
+    "long": Tuning(steps=64, segments=8),
 }
 """Named settings: minutes, and some more minutes, for a small model on two cores."""
 
