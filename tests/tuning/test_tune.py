@@ -9,19 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantine
 from quantine import Calibration, Plan
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
 from quantine.errors import PlanError
+from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 from quantine.run.store import RunStore
 from quantine.tuning.tune import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CALIBRATION = Calibration(samples=16, seqlen=64)
+RULES = Plan.preset("gptq", bits=3, group_size=32).rules
 TUNING = Tuning(steps=12, segments=4, rate=2e-3)
 
 
@@ -34,8 +38,7 @@ def float_model(model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
 
-def divergence_of(directory: Path, model: Path) -> float:
-    tokens = some_tokens(64, 4)
+def divergence_of(directory: Path, model: Path, tokens: Tensor) -> float:
     with torch.no_grad():
         expected = logits_of(float_model(model), tokens).float().log_softmax(-1)
         found = logits_of(quantine.load(directory)[0], tokens).float().log_softmax(-1)
@@ -52,7 +55,9 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     tuned = replace(plan, tune=TUNING)
     report = quantine.quantize(model, tmp_path / "tuned", tuned, CALIBRATION).report
     assert report["tuning"]["divergence"] < report["tuning"]["divergence_before"]
-    assert divergence_of(tmp_path / "tuned", model) < divergence_of(tmp_path / "plain", model)
+    tokens = some_tokens(64, 4)
+    plain_one, tuned_one = tmp_path / "plain", tmp_path / "tuned"
+    assert divergence_of(tuned_one, model, tokens) < divergence_of(plain_one, model, tokens)
     before, after = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "tuned")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
         n: (t.dtype, t.shape) for n, t in after.items()
@@ -60,6 +65,27 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     codes = [name for name in before if name.endswith(".codes")]
     assert codes
     assert all(torch.equal(before[name], after[name]) for name in codes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "rounded"),
+    [
+        (Plan.preset("spqr", bits=3).with_head(4), 1e-4),
+        (Plan((*RULES, rule_from({"match": "@head", "method": "rtn", "bits": 6}, "head"))), 1e-4),
+        # This layout stores outliers as differences, which are rounded once more.
+        (Plan.from_file(EXAMPLES / "spqr-format.yaml"), 1e-3),
+    ],
+    ids=["tied table", "untied head", "spqr layout"],
+)
+def test_files_hold_what_was_judged(plan: Plan, rounded: float, tmp_path: Path) -> None:
+    model = build(tiny_config("llama", tie_word_embeddings=True), tmp_path / "model")
+    tuned = replace(plan, tune=replace(TUNING, steps=4), arithmetic="exact")
+    report = quantine.quantize(model, tmp_path / "out", tuned, CALIBRATION).report
+    assert report["tuning"]["steps"] > 0
+    text = prepare(model, tuned, CALIBRATION).tuning_text
+    assert text is not None
+    found = divergence_of(tmp_path / "out", model, text.judges)
+    assert found == pytest.approx(report["tuning"]["divergence"], rel=rounded)
 
 
 def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(

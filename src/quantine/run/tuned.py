@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -56,7 +56,9 @@ def tuned_parts(
         return names
     tensors = {part: store.tensors(part) for part in parts}
     reports = {part: store.layer_reports([part]) for part in parts}
-    everything = {name: value for part in parts for name, value in tensors[part].items()}
+    everything = {
+        name: value.to(job.device) for part in parts for name, value in tensors[part].items()
+    }
     decisions = _decisions(job, [report for part in parts for report in reports[part]])
     matrices = {d.layer: unpack(d, everything) for d in decisions.values()}
     student = _student(job, checkpoint, matrices, _floats(job, everything))
@@ -97,10 +99,7 @@ def _student(
     matrices: Mapping[Layer, QTensor],
     floats: Mapping[str, Tensor],
 ) -> Student:
-    def opened(model: Any) -> Checkpoint:
-        return Checkpoint(checkpoint.directory, model)
-
-    teacher = float_model(job.config, opened, job.device)
+    teacher = float_model(job.config, checkpoint.directory, job.device)
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
     return Student(teacher, matrices, floats, dtype)
 

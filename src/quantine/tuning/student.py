@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,29 +12,24 @@ from torch import Tensor, nn
 from quantine.calibrate.skeleton import fill, make_buffers, set_tensor, skeleton, weight_names
 from quantine.core.qtensor import QTensor
 from quantine.families.layers import Layer
+from quantine.source.checkpoint import Checkpoint
 from quantine.tuning.divergence import divergence
 from quantine.tuning.numbers import Numbers, TunedMatrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from quantine.source.checkpoint import Checkpoint
 
-
-def float_model(
-    config: PretrainedConfig,
-    checkpoint_of: Callable[[PreTrainedModel], Checkpoint],
-    device: torch.device,
-) -> PreTrainedModel:
+def float_model(config: PretrainedConfig, directory: Path, device: torch.device) -> PreTrainedModel:
     """The float model as a whole, in float32.
 
     Args:
         config: of the model.
-        checkpoint_of: gives the weight files for a model.
+        directory: has its float weights.
         device: where it computes.
     """
     model = skeleton(config)
-    checkpoint = checkpoint_of(model)
+    checkpoint = Checkpoint(directory, model)
     make_buffers(model, model, device)
     for path, child in model.named_children():
         fill(model, checkpoint.read(weight_names(child, path)), device)
@@ -81,7 +77,7 @@ class Student:
             set_tensor(self._model, name, value.float().clone())  # vectors are changed in place
         for name in {layer.stored_name for layer in self.matrices}:
             set_tensor(self._model, name, self._model.get_parameter(name).detach().clone())
-        self._model.tie_weights()
+        self._tie({layer.stored_name for layer in matrices} | set(floats))
         for parameter in self._tuned():
             parameter.requires_grad_()
         self.install()
@@ -146,6 +142,18 @@ class Student:
                     numbers.now().backward(gradient)
         for parameter in self._tuned():
             parameter.grad = None
+
+    def _tie(self, given: set[str]) -> None:
+        """Let what the quantized model stores once be one parameter.
+
+        Args:
+            given: names of all tensors that it stores.
+        """
+        for name, source in self._model.all_tied_weights_keys.items():
+            if name not in given:
+                path, _, leaf = name.rpartition(".")
+                shared = self._model.get_parameter(source)
+                self._model.get_submodule(path)._parameters[leaf] = shared
 
     def _tuned(self) -> list[nn.Parameter]:
         names = {layer.stored_name for layer in self.matrices} | set(self.vectors)
