@@ -24,7 +24,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("core", "families", "source"),
     ("kernels", "statistics"),
     ("activations", "calibrate", "formats", "methods"),
-    ("budget", "plan", "rptq", "runtime"),
+    ("budget", "plan", "rptq", "runtime", "tuning"),
     ("engines", "eval", "run", "server"),
     ("comparison", "report", "survey"),
     ("commands",),
@@ -61,6 +61,7 @@ TRANSFORMERS_INSIDE: Final = (
     "runtime/",
     "source/",
     "survey/",
+    "tuning/student.py",
 )
 
 

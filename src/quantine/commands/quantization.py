@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,12 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="bits of the token table and the output head, 2 to 8; 8 lose next to nothing; "
         "default 16",
     )
+    parser.add_argument(
+        "--tune",
+        choices=("quick", "long"),
+        help="afterwards tune scales, zero points, outliers and norms by gradient, so that "
+        "predictions agree with the float model's; costs time, no bytes",
+    )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
         "--calibration",
@@ -203,6 +210,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     from quantine.calibrate.segments import Calibration
     from quantine.core.spec import GROUP_AXES
+    from quantine.core.tuning_spec import SETTINGS
     from quantine.plan.plan import Plan
 
     if arguments.both_axes and arguments.bits_per_weight is None:
@@ -225,7 +233,11 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         plan = Plan.scheme(arguments.scheme, **flags)
     else:
         plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
-    return plan if arguments.head_bits is None else plan.with_head(arguments.head_bits), calibration
+    if arguments.head_bits is not None:
+        plan = plan.with_head(arguments.head_bits)
+    if arguments.tune is not None:
+        plan = dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
+    return plan, calibration
 
 
 def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +252,7 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
-        refused += given("head_bits")
+        refused += given("head_bits", "tune")
     if whole and refused:
         listed = " and ".join(_flag(key) for key in refused)
         raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")

@@ -14,6 +14,7 @@ import yaml
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16
+from quantine.core.tuning_spec import Tuning, tuning_from
 from quantine.errors import PlanError, cut, shown
 from quantine.families.layers import Layer
 from quantine.methods import METHODS
@@ -54,6 +55,8 @@ class Plan:
         arithmetic: how products with the packed matrices are computed, see
             `quantine.core.arithmetic.Arithmetic`; stored in the output directory.
         activations: how activations are quantized; ``None`` leaves them as they are.
+        tune: how the numbers of the quantized model that are not codes are tuned by gradient;
+            ``None`` leaves them as they are.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing
@@ -68,6 +71,7 @@ class Plan:
     float_inputs: bool = False
     arithmetic: Arithmetic = DEFAULT
     activations: ActivationSpec | None = None
+    tune: Tuning | None = None
 
     def __post_init__(self) -> None:
         for key in FLAGS:
@@ -97,6 +101,8 @@ class Plan:
         if self.activations is not None and (searched or self.float_inputs):
             others = "`bits_per_weight` nor with `float_inputs`"
             raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
+        if self.activations is not None and self.tune is not None:
+            raise PlanError(f"plan {self.name!r}: `tune` does not go with rounded activations yet")
         for scheme in self.choices:
             if scheme.layout.exclusive:
                 raise PlanError(
@@ -226,6 +232,7 @@ class Plan:
             choices_field(value, name),
             **{key: value[key] for key in OPTIONS if key in value},
             activations=activations_field(value, name),
+            tune=tuning_from(value.get("tune"), f"plan {name!r}"),
         )
 
     @classmethod
@@ -256,6 +263,8 @@ class Plan:
         }
         if self.activations is not None:
             plain["activations"] = self.activations.as_dict()
+        if self.tune is not None:
+            plain["tune"] = self.tune.as_dict()
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight
             plain["choices"] = [scheme.as_dict() for scheme in self.choices]

@@ -20,6 +20,7 @@ from quantine.errors import DeviceMemoryError, PlanError
 from quantine.families.layers import block_list
 from quantine.formats.moving import MOVED_BYTES
 from quantine.run.job import Job
+from quantine.run.tuning_cost import tuning_bytes, tuning_seconds
 from quantine.run.working_set import (
     FLOAT,
     Place,
@@ -62,6 +63,8 @@ class Estimate:
         device_limit: most bytes that they may take there; ``None`` where nothing is known of it.
         disk_while_running: most disk space used during the run, the finished output included.
         tokens: number of calibration tokens.
+        tuning_seconds: what tuning takes, roughly; ``None`` without it, and for a device that is
+            not here.
     """
 
     packed: int
@@ -74,6 +77,7 @@ class Estimate:
     device_limit: int | None
     disk_while_running: int
     tokens: int
+    tuning_seconds: float | None = None
 
     @property
     def spills(self) -> bool:
@@ -116,7 +120,8 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
     limit = memory_limit() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
     room = _device_room(job.device, max_vram)
     residence = _residence(job, limit, room)
-    on_device = None if job.device == CPU else working_set(job, residence) + WORKSPACE
+    most = max(working_set(job, residence), tuning_bytes(job))
+    on_device = None if job.device == CPU else most + WORKSPACE
     if on_device is not None and room is not None and on_device > room:
         raise _too_small(job, on_device, room, max_vram)
     return Estimate(
@@ -130,6 +135,7 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
         room,
         disk_while_running(job, packed + kept),
         0 if job.segments is None else job.segments.numel(),
+        tuning_seconds(job),
     )
 
 
@@ -230,7 +236,7 @@ def _peak(job: Job, residence: Residence) -> int:
     """
     ahead = _stored_bytes(job) * block_weights(job)
     if job.device == CPU:
-        steps = [working_set(job, residence) + ahead]
+        steps = [working_set(job, residence) + ahead, tuning_bytes(job)]
     else:
         table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
         hidden = hidden_bytes(job) if residence.hidden == "memory" else 0

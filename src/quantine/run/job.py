@@ -33,6 +33,7 @@ from quantine.plan.plan import Plan
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.read_record import ReadRecord
+from quantine.tuning.segments import TuningText
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -61,6 +62,7 @@ class Job:
         shapes: those of the model's tensors by name, before a run changes its modules.
         device: where matrices are solved and blocks run.
         share: which part of the work this process does.
+        tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
     """
 
     source: ModelSource
@@ -76,6 +78,7 @@ class Job:
     shapes: Mapping[str, tuple[int, ...]]
     device: torch.device = CPU
     share: Share = EVERYTHING
+    tuning_text: TuningText | None = None
 
     @property
     def converts(self) -> bool:
@@ -258,9 +261,11 @@ class Job:
             batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
+        tuned = self.tuning_text
         return {
             "plan": _hash(json.dumps(self.plan.as_dict(), sort_keys=True).encode()),
             "calibration tokens": _hash(tokens),
+            **({} if tuned is None else {"tuning tokens": _hash(tuned.as_bytes())}),
             "calibration bfloat16": str(self.calibration.bfloat16),
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.

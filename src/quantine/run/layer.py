@@ -76,8 +76,8 @@ class Solved:
         Raises:
             FormatError: the layout cannot hold the matrix; the message names the layer.
         """
-        held = _held(self.decision, qtensor, weight, hessian)
-        return replace(held, damp=self.damp, choice=self.choice, seconds=self.seconds)
+        changed = held(self.decision, qtensor, weight, hessian)
+        return replace(changed, damp=self.damp, choice=self.choice, seconds=self.seconds)
 
     def report(self) -> dict[str, Any]:
         """The entry of the layer in ``quantine_report.json``, as plain values."""
@@ -121,9 +121,9 @@ def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved
         qtensor = scheme.solver(weight, hessian, scheme.spec)
     except SolverError as error:
         raise SolverError(f"{decision.layer.name}: {error}") from error
-    held = _held(decision, qtensor, weight, hessian)
+    solved = held(decision, qtensor, weight, hessian)
     damp = hessian.damp_used if hessian and scheme.solver.needs_inputs else None
-    return replace(held, damp=damp, seconds=time.perf_counter() - started)
+    return replace(solved, damp=damp, seconds=time.perf_counter() - started)
 
 
 def solve_choice(
@@ -199,22 +199,32 @@ def sensitivity(solved: Solved, weight: Tensor, hessian: Hessian | None) -> dict
     return {solved.layer.name: sensitivity_map(weight, solved.qtensor, inverse).cpu()}
 
 
-def _held(decision: Decision, qtensor: QTensor, weight: Tensor, hessian: Hessian | None) -> Solved:
-    """Pack ``qtensor`` and measure the errors of what the layout really holds."""
+def held(decision: Decision, qtensor: QTensor, weight: Tensor, hessian: Hessian | None) -> Solved:
+    """Pack ``qtensor``, and measure the errors of what the layout really holds.
+
+    Args:
+        decision: the decision about the layer, with the scheme that was used.
+        qtensor: the matrix.
+        weight: the float weight, ``[out, in]`` float32.
+        hessian: statistics of its input; without them, there is no error of outputs.
+
+    Raises:
+        FormatError: the layout cannot hold the matrix; the message names the layer.
+    """
     scheme = decision.scheme
     assert scheme is not None
     try:
         packed = scheme.layout.pack(qtensor)
     except FormatError as error:
         raise FormatError(f"{decision.layer.name}: {error}") from error
-    held = scheme.layout.unpack(packed, scheme.spec, decision.layer.in_features)
-    delta = held.dequantize().sub_(weight)
+    stored = scheme.layout.unpack(packed, scheme.spec, decision.layer.in_features)
+    delta = stored.dequantize().sub_(weight)
     output_error = None
     if hessian is not None and hessian.tokens:
         energy = hessian.error_energy(delta)
         output_error = energy / max(hessian.error_energy(weight), 1e-30)
     weight_error = float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
-    solved = Solved(decision, packed, held, output_error, weight_error, None, None, 0.0)
+    solved = Solved(decision, packed, stored, output_error, weight_error, None, None, 0.0)
     if hessian is None or not decision.layer.experts:
         return solved
     own = hessian.tokens - hessian.borrowed

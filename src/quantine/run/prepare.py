@@ -40,6 +40,7 @@ from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource, described_by
 from quantine.source.names import listed
 from quantine.source.weight_files import float_files
+from quantine.tuning.segments import tuning_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -108,11 +109,10 @@ def prepare(
     _check_inputs(decisions, calibration, plan)
     _check_biases(decisions, bare)
     tokenizer = source.tokenizer()
-    segments = None
-    if calibration.samples:
-        text = config.get_text_config()
-        longest = getattr(text, "max_position_embeddings", None)
-        segments = calibration_segments(calibration, tokenizer, text.vocab_size, longest)
+    text = config.get_text_config()
+    known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
+    segments = calibration_segments(calibration, *known) if calibration.samples else None
+    tuning = None if plan.tune is None else tuning_text(calibration, plan.tune, *known)
     job = Job(
         source,
         config,
@@ -126,6 +126,7 @@ def prepare(
         unties,
         {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()},
         where,
+        tuning_text=tuning,
     )
     if not job.converts:
         check_headers(job, job.checkpoint())

@@ -35,6 +35,7 @@ from quantine.run.store import (
     clear_remains,
     recorded_source,
 )
+from quantine.run.tuned import OUTCOME, tuned_parts
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,12 @@ class _Run:
         checkpoint = opened(job, store, record)
         stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)
         parts = stages.all_committed()
+        if job.plan.tune is not None:
+            parts = tuned_parts(job, checkpoint, store, parts, self.progress.note)
         identity.setdefault("weights", checkpoint.digest())
         report = report_of(job, identity, store.layer_reports(parts))
+        if (outcome := store.recall(OUTCOME)) is not None:
+            report["tuning"] = outcome
         on_device = peak_device_memory(job.device)
         report["run"] = {
             "seconds": round(time.perf_counter() - started, 3),

@@ -91,7 +91,22 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"(activations {megabytes(size.activations)} {place})",
         *_device_lines(job, size),
         f"calibration: {tokens}{' in segments' * bool(begun)}{begun}",
+        *_tuning_lines(job, size),
     ]
+
+
+def _tuning_lines(job: Job, size: Estimate) -> list[str]:
+    """A line on what the model is tuned on, and how long that takes; none if it is not tuned."""
+    if job.tuning_text is None or job.plan.tune is None:
+        return []
+    seconds = size.tuning_seconds
+    takes = (
+        ""
+        if seconds is None
+        else f", about {seconds / 60:.1f} minutes at this machine's present load"
+    )
+    count = f"{job.plan.tune.steps} steps, {job.tuning_text.own.numel():,} tokens"
+    return [f"tuning: {count}{takes}"]
 
 
 def _device_lines(job: Job, size: Estimate) -> list[str]:
@@ -167,5 +182,6 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             "activation_bytes": size.activations,
             "activations_on_disk": size.spills,
             "calibration_tokens": size.tokens,
+            "tuning_seconds": size.tuning_seconds,
         },
     }

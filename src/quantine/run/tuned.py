@@ -1,0 +1,126 @@
+"""The step of a run after its last block: tuning, where the plan asks for it.
+
+Every part of the output is written once more with tuned numbers, so a run that is killed meanwhile
+tunes again from the same beginning and gets the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.qtensor import QTensor
+from quantine.families.layers import Layer
+from quantine.formats.floats import as_stored
+from quantine.plan.decision import Decision
+from quantine.plan.scheme_parsing import scheme_from
+from quantine.run.job import Job
+from quantine.run.layer import Solved, held, packed_tensors, unpack
+from quantine.run.store import Reports, RunStore
+from quantine.source.checkpoint import Checkpoint
+from quantine.tuning.student import Student, float_model
+from quantine.tuning.tune import tune
+
+OUTCOME: Final = "tuning"
+"""Name under which a run stores what tuning gained."""
+
+
+def tuned_parts(
+    job: Job,
+    checkpoint: Checkpoint,
+    store: RunStore,
+    parts: list[str],
+    note: Callable[[str], None],
+) -> list[str]:
+    """Tune the model that ``parts`` hold, and commit its parts anew.
+
+    Args:
+        job: the checked request, whose plan has ``tune``.
+        checkpoint: the float weights of the source model.
+        store: has ``parts``.
+        parts: names of all parts of the output, in file order.
+        note: receives lines about the progress.
+
+    Returns:
+        Names of the parts with tuned numbers, in the same order.
+
+    Raises:
+        FormatError: a layout cannot hold a tuned matrix; the message names the layer.
+    """
+    names = [f"tuned-{part}" for part in parts]
+    if all(store.is_committed(name) for name in names):
+        return names
+    tensors = {part: store.tensors(part) for part in parts}
+    reports = {part: store.layer_reports([part]) for part in parts}
+    everything = {
+        name: value.to(job.device) for part in parts for name, value in tensors[part].items()
+    }
+    decisions = _decisions(job, [report for part in parts for report in reports[part]])
+    matrices = {d.layer: unpack(d, everything) for d in decisions.values()}
+    student = _student(job, checkpoint, matrices, _floats(job, everything))
+    assert job.tuning_text is not None
+    assert job.plan.tune is not None
+    outcome = tune(student, job.tuning_text.to(job.device), job.plan.tune, note)
+    store.remember(OUTCOME, outcome.as_dict())
+    note(f"tuned: divergence {outcome.before:.4f} before, {outcome.after:.4f} after")
+    for part, name in zip(parts, names, strict=True):
+        solved = [
+            _solved(job, checkpoint, decisions[report["name"]], student) for report in reports[part]
+        ]
+        changed = {**tensors[part], **_vectors(job, tensors[part], student)}
+        for one in solved:
+            changed.update(packed_tensors(one))
+        store.commit(name, changed, _reports(reports[part], solved))
+    return names
+
+
+def _decisions(job: Job, reports: Reports) -> dict[str, Decision]:
+    """The decision about each quantized layer, with the scheme that was used, by name."""
+    used = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
+    return {
+        d.layer.name: replace(d, scheme=used[d.layer.name])
+        for d in job.decisions
+        if d.layer.name in used
+    }
+
+
+def _floats(job: Job, everything: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the model that are not packed, by name."""
+    return {name: everything[name] for name in job.model.state_dict() if name in everything}
+
+
+def _student(
+    job: Job,
+    checkpoint: Checkpoint,
+    matrices: Mapping[Layer, QTensor],
+    floats: Mapping[str, Tensor],
+) -> Student:
+    teacher = float_model(job.config, checkpoint.directory, job.device)
+    dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
+    return Student(teacher, matrices, floats, dtype)
+
+
+def _solved(job: Job, checkpoint: Checkpoint, decision: Decision, student: Student) -> Solved:
+    weight = job.float_weight(checkpoint, decision.layer)
+    return held(decision, student.matrices[decision.layer].qtensor(), weight, None)
+
+
+def _vectors(job: Job, part: Mapping[str, Tensor], student: Student) -> dict[str, Tensor]:
+    """The tuned vectors of a part, as files hold them."""
+    return {
+        name: as_stored(name, numbers.stored(), job.float_dtype()).cpu()
+        for name, numbers in student.vectors.items()
+        if name in part
+    }
+
+
+def _reports(before: Reports, solved: list[Solved]) -> Reports:
+    """The entries of tuned layers: their own errors, and what solving them took."""
+    return [
+        {**report, **{key: one.report()[key] for key in ("output_error", "weight_error")}}
+        for report, one in zip(before, solved, strict=True)
+    ]

@@ -1,0 +1,113 @@
+"""What tuning will take, predicted before a run: bytes of memory, and seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.device import is_here
+from quantine.families.layers import block_list
+from quantine.run.job import Job
+from quantine.run.working_set import FLOAT, width
+from quantine.tuning.tune import JUDGED, TOKENS_AT_ONCE
+
+SAVED_TENSORS: Final = 8
+"""Number of float32 tensors as wide as hidden states that a block keeps for its gradients."""
+SAVED_WIDEST: Final = 4
+"""Number of those as wide as the block's widest matrix."""
+LOGIT_TENSORS: Final = 3
+"""Number of tensors as large as the logits that exist at once: two models', and their gradient."""
+DECODED_COPIES: Final = 6
+"""Number of float32 copies of a matrix while gradients pass its decoding."""
+PRODUCTS: Final = 4
+"""Products with every matrix for a token that is tuned on: the float model's, the quantized one's,
+and two for gradients. A token that judges takes two."""
+PASSES: Final = 8
+"""How often, as it were, each number that blocks keep, and each logit, is read and multiplied."""
+TIMED_TOKENS: Final = 512
+"""Number of rows of the products that are timed."""
+TIMES: Final = 5
+"""How often they are timed; the fastest counts."""
+
+
+def tuning_bytes(job: Job) -> int:
+    """Most bytes of tensors that are held at once while the model of ``job`` is tuned.
+
+    Both models, gradients of the matrices, codes, and what a batch of tokens leaves behind; 0 if it
+    is not tuned.
+    """
+    if job.tuning_text is None:
+        return 0
+    product = _dtype(job).itemsize
+    everything = sum(p.numel() for p in job.model.parameters())
+    quantized = [d.layer.weights for d in job.scheme_layers()]
+    packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
+    # The float model, its quantized copy with gradients, a byte for each code, and what files hold.
+    models = FLOAT * everything + (2 * product + 1) * sum(quantized) + packed
+    length = job.tuning_text.own.shape[1]
+    tokens = max(1, TOKENS_AT_ONCE // length) * length
+    logits = LOGIT_TENSORS * product * tokens * _vocabulary(job)
+    batch = FLOAT * tokens * _kept(job) + logits
+    return models + max(batch, FLOAT * DECODED_COPIES * max(quantized))
+
+
+def tuning_seconds(job: Job) -> float | None:
+    """Seconds that tuning will take, within a factor of two or so.
+
+    They follow from the time of a product and of a pass over memory, which are measured here and
+    now, so that other work of the machine counts. ``None`` if the model is not tuned, or its device
+    is not here.
+    """
+    if job.tuning_text is None or not is_here(job.device):
+        return None
+    weights = sum(decision.layer.weights for decision in job.decisions)
+    tuned, judged = job.tuning_text.own.numel(), job.tuning_text.judges.numel() * (1 + JUDGED)
+    product, visit = _seconds_of_product(job), _seconds_of_pass(job)
+    share = judged / 2  # no gradients are computed there
+    numbers = _kept(job) + _vocabulary(job)
+    return (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
+
+
+def _kept(job: Job) -> int:
+    """Numbers that the blocks of the model keep of a token for gradients."""
+    inside = [d.layer for d in job.decisions if d.layer.role == "block"]
+    widest = max(max(layer.in_features, layer.out_features) for layer in inside)
+    blocks = len(block_list(job.model, job.family))
+    return blocks * (SAVED_TENSORS * width(job) + SAVED_WIDEST * widest)
+
+
+def _vocabulary(job: Job) -> int:
+    return int(job.config.get_text_config().vocab_size)
+
+
+def _dtype(job: Job) -> torch.dtype:
+    return torch.bfloat16 if job.calibration.bfloat16 else torch.float32
+
+
+def _seconds_of_product(job: Job) -> float:
+    """Seconds that one weight takes for one token."""
+    layer = next(d.layer for d in job.decisions if d.layer.role == "block")
+    dtype, device = _dtype(job), job.device
+    rows = torch.ones(TIMED_TOKENS, layer.in_features, dtype=dtype, device=device)
+    weight = torch.ones(layer.out_features, layer.in_features, dtype=dtype, device=device)
+    return _fastest(lambda: rows @ weight.T) / (TIMED_TOKENS * layer.weights)
+
+
+def _seconds_of_pass(job: Job) -> float:
+    """Seconds to read a number, multiply it and write it."""
+    numbers = torch.ones(TIMED_TOKENS, 16 * width(job), dtype=torch.float32, device=job.device)
+    return _fastest(lambda: numbers.mul_(1.0)) / numbers.numel()
+
+
+def _fastest(work: Callable[[], Tensor]) -> float:
+    """Seconds of ``work``, the fastest of `TIMES`."""
+    found = []
+    for _ in range(TIMES):
+        started = time.perf_counter()
+        work().flatten()[0].item()  # which waits for the device
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -1,0 +1,1 @@
+"""Tuning: numbers of a quantized model that are not codes, adjusted by gradient."""

@@ -1,0 +1,82 @@
+"""The text that a model is tuned on, and the text that judges whether it became better."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.segments import Calibration, draw_segments
+from quantine.calibrate.text import read_text
+from quantine.calibrate.token_stream import TokenStream, token_stream
+from quantine.core.tuning_spec import Tuning
+from quantine.errors import CalibrationError
+
+HELD_OUT: Final = 8
+"""The last of so many parts of the calibration text is not tuned on, but judges."""
+JUDGES: Final = 16
+"""Number of segments that judge."""
+
+
+@dataclass(frozen=True)
+class TuningText:
+    """Segments of the calibration text for tuning; none of `own` overlaps one of `judges`.
+
+    Attributes:
+        own: ``[steps * segments, seqlen]`` int64, to tune on, in order.
+        judges: ``[JUDGES, seqlen]`` int64, to judge by.
+    """
+
+    own: Tensor
+    judges: Tensor
+
+    def as_bytes(self) -> bytes:
+        """All token ids, of which a run's identity has a hash."""
+        return self.own.numpy().tobytes() + self.judges.numpy().tobytes()
+
+    def to(self, device: torch.device) -> TuningText:
+        """The same on ``device``."""
+        return TuningText(self.own.to(device), self.judges.to(device))
+
+
+def tuning_text(
+    calibration: Calibration,
+    tuning: Tuning,
+    tokenizer: Any,
+    vocabulary: int,
+    longest_context: int | None,
+) -> TuningText:
+    """Draw the segments that ``tuning`` needs from the calibration text.
+
+    Args:
+        calibration: the text, and how it is cut; however few samples it asks for.
+        tuning: how many segments are tuned on.
+        tokenizer: the model's tokenizer of transformers.
+        vocabulary: number of tokens that the model knows.
+        longest_context: the model's longest context in tokens, ``None`` if it has no limit.
+
+    Raises:
+        CalibrationError: as for `quantine.calibrate.segments.calibration_segments`; there is to be
+            no calibration; or the part of the text that judges is shorter than a segment.
+    """
+    if not calibration.samples:
+        raise CalibrationError("tuning needs calibration text: samples must be at least 1")
+    length = calibration.segment_length(longest_context)
+    source = calibration.source
+    text = read_text(source, "calibration", tokenizer)
+    whole = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
+    cut = len(whole.tokens) - len(whole.tokens) // HELD_OUT
+    judging = TokenStream(whole.begin, whole.tokens[cut:])
+    if len(judging.tokens) < judging.text_length(length):
+        raise CalibrationError(
+            f"the text has {len(whole.tokens)} tokens, too few to tune on: an eighth of it judges, "
+            f"and is shorter than a segment of {length}; use a longer text or a smaller seqlen"
+        )
+    own = TokenStream(whole.begin, whole.tokens[:cut])
+    count = tuning.steps * tuning.segments
+    return TuningText(
+        draw_segments(own, count, length, calibration.seed, source),
+        draw_segments(judging, JUDGES, length, calibration.seed, source),
+    )

@@ -1,0 +1,160 @@
+"""Tuned runs: closer to the float model, resumable, and refused where they would not work."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import quantine
+from quantine import Calibration, Plan
+from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
+from quantine.errors import PlanError
+from quantine.plan.rules import rule_from
+from quantine.run.estimate import estimate
+from quantine.run.prepare import prepare
+from quantine.run.store import RunStore
+from quantine.tuning.tune import pace
+from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+CALIBRATION = Calibration(samples=16, seqlen=64)
+RULES = Plan.preset("gptq", bits=3, group_size=32).rules
+TUNING = Tuning(steps=12, segments=4, rate=2e-3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tiny_config("llama"), tmp_path_factory.mktemp("float") / "model")
+
+
+def float_model(model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def divergence_of(directory: Path, model: Path, tokens: Tensor) -> float:
+    with torch.no_grad():
+        expected = logits_of(float_model(model), tokens).float().log_softmax(-1)
+        found = logits_of(quantine.load(directory)[0], tokens).float().log_softmax(-1)
+    return float((expected.exp() * (expected - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(
+    "plan", [Plan.preset("spqr", bits=3), Plan.preset("gptq", bits=3, group_size=32)]
+)
+def test_a_tuned_model_is_closer_to_the_float_model(
+    plan: Plan, model: Path, tmp_path: Path
+) -> None:
+    quantine.quantize(model, tmp_path / "plain", plan, CALIBRATION)
+    tuned = replace(plan, tune=TUNING)
+    report = quantine.quantize(model, tmp_path / "tuned", tuned, CALIBRATION).report
+    assert report["tuning"]["divergence"] < report["tuning"]["divergence_before"]
+    tokens = some_tokens(64, 4)
+    plain_one, tuned_one = tmp_path / "plain", tmp_path / "tuned"
+    assert divergence_of(tuned_one, model, tokens) < divergence_of(plain_one, model, tokens)
+    before, after = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "tuned")
+    assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+        n: (t.dtype, t.shape) for n, t in after.items()
+    }
+    codes = [name for name in before if name.endswith(".codes")]
+    assert codes
+    assert all(torch.equal(before[name], after[name]) for name in codes)
+
+
+@pytest.mark.parametrize(
+    ("plan", "rounded"),
+    [
+        (Plan.preset("spqr", bits=3).with_head(4), 1e-4),
+        (Plan((*RULES, rule_from({"match": "@head", "method": "rtn", "bits": 6}, "head"))), 1e-4),
+        # This layout stores outliers as differences, which are rounded once more.
+        (Plan.from_file(EXAMPLES / "spqr-format.yaml"), 1e-3),
+    ],
+    ids=["tied table", "untied head", "spqr layout"],
+)
+def test_files_hold_what_was_judged(plan: Plan, rounded: float, tmp_path: Path) -> None:
+    model = build(tiny_config("llama", tie_word_embeddings=True), tmp_path / "model")
+    tuned = replace(plan, tune=replace(TUNING, steps=4), arithmetic="exact")
+    report = quantine.quantize(model, tmp_path / "out", tuned, CALIBRATION).report
+    assert report["tuning"]["steps"] > 0
+    text = prepare(model, tuned, CALIBRATION).tuning_text
+    assert text is not None
+    found = divergence_of(tmp_path / "out", model, text.judges)
+    assert found == pytest.approx(report["tuning"]["divergence"], rel=rounded)
+
+
+def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
+    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+    commit = RunStore.commit
+
+    def stopping(self: RunStore, part: str, *rest: object) -> None:
+        if part == "tuned-block-00001":
+            raise KeyboardInterrupt
+        commit(self, part, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunStore, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION)
+    monkeypatch.undo()
+    quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION, resume=True)
+    whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "stopped")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_numbers_that_became_worse_are_put_back(model: Path, tmp_path: Path) -> None:
+    wild = replace(
+        Plan.preset("gptq", bits=4, group_size=32), tune=Tuning(steps=1, segments=1, rate=0.1)
+    )
+    report = quantine.quantize(model, tmp_path / "wild", wild, CALIBRATION).report
+    quantine.quantize(model, tmp_path / "plain", replace(wild, tune=None), CALIBRATION)
+    assert report["tuning"]["steps"] == 0
+    assert report["tuning"]["divergence"] == report["tuning"]["divergence_before"]
+    plain, kept = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "wild")
+    assert [name for name in plain if not torch.equal(plain[name], kept[name])] == []
+
+
+def test_a_plan_says_how_it_is_tuned() -> None:
+    plan = replace(Plan.preset("spqr"), tune=TUNING)
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+    assert tuning_from("quick", "here") is SETTINGS["quick"]
+    assert tuning_from(None, "here") is None
+
+
+@pytest.mark.parametrize(
+    "value", ["fast", {"steps": 0}, {"steps": True}, {"rate": 0}, {"rate": "1"}, {"pace": 1}, 3]
+)
+def test_other_values_are_refused(value: object) -> None:
+    with pytest.raises(PlanError, match="tune"):
+        tuning_from(value, "here")
+
+
+def test_rounded_activations_are_refused() -> None:
+    with pytest.raises(PlanError, match="activations"):
+        replace(Plan.scheme("W4A8"), tune=TUNING)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    paces = [pace(step, 40) for step in range(1, 41)]
+    assert max(paces) == paces[3] == 1
+    assert 0 < paces[0] < 1
+    assert 0 < paces[-1] < 0.01
+
+
+def test_a_plan_predicts_what_tuning_takes(model: Path) -> None:
+    plain = Plan.preset("spqr", bits=3)
+    few, many = (replace(plain, tune=replace(TUNING, steps=steps)) for steps in (100, 10_000))
+    costs = [estimate(prepare(model, plan, CALIBRATION)) for plan in (plain, few, many)]
+    assert costs[0].tuning_seconds is None
+    assert costs[1].tuning_seconds is not None
+    assert costs[2].tuning_seconds is not None
+    assert 0 < costs[1].tuning_seconds < costs[2].tuning_seconds
+    assert costs[0].peak_memory < costs[1].peak_memory

@@ -1,0 +1,47 @@
+"""The text that is tuned on, and the part of it that judges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantine.calibrate.segments import Calibration
+from quantine.core.tuning_spec import Tuning
+from quantine.errors import CalibrationError
+from quantine.tuning.segments import HELD_OUT, JUDGES, tuning_text
+
+
+class Words:
+    """A tokenizer: every word is a number, and its own token."""
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        return {"input_ids": [int(word) for word in text.split() if word.isdigit()]}
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Calibration:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(map(str, range(800))))
+    return Calibration(str(path), samples=1, seqlen=20)
+
+
+def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
+    text = tuning_text(calibration, Tuning(steps=6, segments=5), Words(), 800, None)
+    assert text.own.shape == (30, 20)
+    assert text.judges.shape == (JUDGES, 20)
+    last = 800 - 800 // HELD_OUT
+    assert text.own.max() < last <= text.judges.min()
+    again = tuning_text(calibration, Tuning(steps=6, segments=5), Words(), 800, None)
+    assert again.as_bytes() == text.as_bytes()
+    other = replace(calibration, seed=1)
+    assert tuning_text(other, Tuning(), Words(), 800, None).as_bytes() != text.as_bytes()
+
+
+def test_too_little_text_is_refused(calibration: Calibration) -> None:
+    with pytest.raises(CalibrationError, match="samples"):
+        tuning_text(replace(calibration, samples=0), Tuning(), Words(), 800, None)
+    with pytest.raises(CalibrationError, match="too few to tune on"):
+        tuning_text(replace(calibration, seqlen=101), Tuning(), Words(), 800, None)
