@@ -169,6 +169,7 @@ def test_the_command_says_why_nothing_was_uploaded(
     assert cli.main(["push", str(out), NAME]) == cli.EXIT_REFUSED
     said = capsys.readouterr().err
     assert "note: nothing was measured" in said
+    assert "show where the float model lies: " in said
     assert "uploading 7 files, 0." in said
     assert "the hub does not take ann/tiny (Cannot reach" in said
     (out / "quantine_report.json").unlink()

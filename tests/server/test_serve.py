@@ -21,7 +21,8 @@ import openai
 import pytest
 import torch
 
-from quantine import PlanError
+from quantine import PlanError, cli
+from quantine.commands import serving
 from quantine.runtime.generate import stream
 from quantine.server.engine import Engine
 from quantine.server.serve import listen, make_server, url_of
@@ -310,6 +311,16 @@ def test_who_waits_when_it_ends_is_told(served: Served) -> None:
             with pytest.raises(openai.InternalServerError, match="the server is ending"):
                 waiting.result()
         thread.join()
+
+
+def test_a_missing_framework_is_named(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    assert cli.main(["serve", str(served.directory)]) == cli.EXIT_REFUSED
+    assert capsys.readouterr().err == (
+        "quantine: serve needs starlette and uvicorn: pip install 'quantine[serve]'\n"
+    )
 
 
 def test_a_port_is_refused_where_it_is_taken_and_a_context_where_it_is_too_long(

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantine.commands.arguments import add_verb, comma_list
+from quantine.errors import ending
+
+if TYPE_CHECKING:
+    from quantine.report.hub import Upload
 
 
 def add(verbs: Any) -> None:
@@ -47,17 +52,22 @@ def _run(arguments: argparse.Namespace) -> None:
     from quantine.report.verdict import floors_of
 
     upload = prepare_upload(arguments.directory, floors_of(arguments.floor))
-    for objection in upload.objections if arguments.anyway else []:
-        print(f"note: {objection}", file=sys.stderr)
-    if not upload.measured:
-        print(
-            "note: nothing was measured, so the card does not say how good the model is: `quantine "
-            "eval OUT --reference MODEL --record`",
-            file=sys.stderr,
-        )
+    for note in [*(upload.objections if arguments.anyway else ()), *_notes(upload)]:
+        print(f"note: {note}", file=sys.stderr)
     size = f"{len(upload.files)} files, {upload.nbytes / 1e6:.1f} MB"
     print(f"uploading {size}", file=sys.stderr, flush=True)
     address = push(
         upload, arguments.name, HfApi(), public=arguments.public, anyway=arguments.anyway
     )
     print(f"uploaded: {address} ({'public' if arguments.public else 'private'})")
+
+
+def _notes(upload: Upload) -> Iterator[str]:
+    """What the user may not know, and those who see the upload will."""
+    if not upload.measured:
+        yield (
+            "nothing was measured, so the card does not say how good the model is: `quantine eval "
+            "OUT --reference MODEL --record`"
+        )
+    if Path(upload.source).is_absolute():
+        yield f"the card and the report show where the float model lies: {ending(upload.source)}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from quantine.errors import FormatError, OutputError, PlanError, QuantineError, cut
-from quantine.formats.directory import COPIED, REPORT, is_finished
+from quantine.formats.directory import COPIED, REPORT, is_finished, read_json
 from quantine.formats.finished import FinishedDirectory
 from quantine.report.record import CARD, SCORES, recorded, write_card
 from quantine.report.verdict import checks_of, kept_floors
@@ -34,12 +34,14 @@ class Upload:
         files: their names.
         objections: why it should not be, each a sentence; empty if all is well.
         measured: whether the card says how good the model is.
+        source: what the card and the report call the float model.
     """
 
     directory: Path
     files: list[str]
     objections: list[str]
     measured: bool
+    source: str
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +73,8 @@ def prepare_upload(directory: Path, floors: Mapping[str, float]) -> Upload:
     files += [name for name in (SCORES, *COPIED) if (directory / name).is_file()]
     scores = recorded(directory)
     objections = _objections(directory, {**kept_floors(directory), **floors})
-    return Upload(directory, files, objections, scores is not None)
+    source = str(read_json(directory / REPORT)["model"])
+    return Upload(directory, files, objections, scores is not None, source)
 
 
 def _objections(directory: Path, floors: Mapping[str, float]) -> list[str]:
