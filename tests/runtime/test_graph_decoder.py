@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from other_device import NAME, OtherDevice
+from other_device import NAME, OtherDevice, no_extension
 from quantine import Calibration, Plan, load, quantize
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import most_likely
 from quantine.runtime.generate import ModuleDecoder, decoder_on
-from quantine.runtime.graph_decoder import NoHost, StaticDecoder, Step, graph_decoder_for
-from tiny_models import some_tokens
+from quantine.runtime.graph_decoder import (
+    WARM_UPS,
+    NoHost,
+    StaticDecoder,
+    Step,
+    graph_decoder_for,
+)
+from quantine.runtime.load import load_model
+from quantine.source.locate import locate
+from tiny_models import FAMILIES, build, some_tokens, tiny_config
 
 Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]
-RECORDABLE = ("llama", "llama_tied", "mistral", "qwen3", "smollm3", "phi3", "gemma3")
+NEEDS_THE_HOST = ("opt", "opt_projected", "falcon_old", "falcon_new", "falcon_alibi")
+RECORDABLE = [name for name in FAMILIES if name not in NEEDS_THE_HOST]
 
 
 def replayed(step: Step) -> Step:
@@ -36,6 +47,14 @@ def replayed(step: Step) -> Step:
     return replay
 
 
+def recorded(step: Step) -> Step:
+    """The operators of a step on the memory they had, without Python: what a CUDA graph holds."""
+    for _ in range(WARM_UPS):
+        step()
+    graph = make_fx(lambda: step(), tracing_mode="real")()
+    return lambda: graph()
+
+
 def decoded(decoder: Any, prompt: Tensor, count: int) -> list[Tensor]:
     """Logits for so many tokens after a prompt, each chosen by those before."""
     decoder.reset()
@@ -48,11 +67,13 @@ def decoded(decoder: Any, prompt: Tensor, count: int) -> list[Tensor]:
 @pytest.mark.parametrize("name", RECORDABLE)
 def test_a_repeated_step_computes_what_the_modules_do(name: str, packed: Packed) -> None:
     model, _ = load(packed(name, "rtn"), torch.float32)
-    decoder, usual = StaticDecoder(model, 40, replayed), ModuleDecoder(model)
-    for prompt in (some_tokens(20, 1)[0], some_tokens(3, 1)[0], some_tokens(1, 1)[0]):
-        for one, other in zip(decoded(decoder, prompt, 6), decoded(usual, prompt, 6), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-        assert decoder.position == len(prompt) + 5
+    with no_extension():  # whose products are no operators
+        decoder, usual = StaticDecoder(model, 40, recorded), ModuleDecoder(model)
+        for prompt in (some_tokens(20, 1)[0], some_tokens(1, 1)[0]):
+            pairs = zip(decoded(decoder, prompt, 6), decoded(usual, prompt, 6), strict=True)
+            for one, other in pairs:
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            assert decoder.position == len(prompt) + 5
 
 
 def test_it_refuses_more_tokens_than_it_has_room_for(packed: Packed) -> None:
@@ -97,9 +118,30 @@ def test_values_that_change_devices_are_refused(used: Callable[[Tensor], Any]) -
             used(x)
 
 
-def test_a_model_that_needs_the_host_says_so(packed: Packed) -> None:
+@pytest.mark.parametrize("name", NEEDS_THE_HOST)
+def test_a_model_that_needs_the_host_says_so(name: str, tiny: Tiny) -> None:
     with pytest.raises(BackendUnavailable, match="reads values on the host"):
-        StaticDecoder(load(packed("opt", "rtn"))[0], 8, replayed)
+        StaticDecoder(load_model(locate(tiny(name)), torch.float32), 8, recorded)
+
+
+def test_rotary_angles_that_follow_the_length_need_the_host(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    made = build(tiny_config("llama", rope_parameters=rope), tmp_path / "dynamic")
+    with pytest.raises(BackendUnavailable, match="reads values on the host"):
+        StaticDecoder(load_model(locate(made), torch.float32), 8, recorded)
+
+
+def test_a_model_that_counts_tokens_in_python_is_not_recorded(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = load(packed("llama", "rtn"), torch.float32)
+    norm, seen = model.model.norm.forward, itertools.count(1)
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: norm(x) + next(seen))
+    with (
+        no_extension(),
+        pytest.raises(BackendUnavailable, match="repeated as it was computes something else"),
+    ):
+        StaticDecoder(model, 8, recorded)
 
 
 def test_what_cannot_be_recorded_is_said(

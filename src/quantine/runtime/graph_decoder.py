@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WARM_UPS: Final = 2
 """Steps before one is recorded: programs are compiled and matrices arranged in the first."""
+CHECKED: Final = 3
+"""Tokens for which a recorded step has to compute what the model does."""
 LEAST_ROOM: Final = WARM_UPS + 3
 """Tokens that a cache has room for at least: those of all steps before one may be replayed."""
 WAITING: Final = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
@@ -45,7 +47,8 @@ class StaticDecoder:
         record: gets a step that may be repeated as it is, and returns what is called instead.
 
     Raises:
-        BackendUnavailable: the step needs the host while it runs.
+        BackendUnavailable: the step needs the host while it runs, or computes something else when
+            it is repeated.
     """
 
     @own_state()
@@ -66,6 +69,7 @@ class StaticDecoder:
         with NoHost():
             self._one()
         self._step = record(self._one)
+        self._check()
         self.reset()
 
     @property
@@ -101,6 +105,23 @@ class StaticDecoder:
             return self._forward(tokens.unsqueeze(0).to(self._token.device)).cpu()
         self._token.copy_(tokens.unsqueeze(0))
         return self._step().cpu()
+
+    def _check(self) -> None:
+        """Compare the recorded step with the model's own, token after token.
+
+        What Python counts, such as a position, would stay in a recording as it was.
+
+        Raises:
+            BackendUnavailable: they differ.
+        """
+        found = []
+        for step in (self._one, self._step):
+            self.reset()
+            found.append(torch.stack([step().clone() for _ in range(CHECKED)]))
+        model, repeated = found
+        near = 8 * torch.finfo(self._model.dtype).eps * float(model.abs().max())
+        if not torch.allclose(repeated, model, rtol=0.0, atol=near):
+            raise BackendUnavailable("a step that is repeated as it was computes something else")
 
     def _one(self) -> Tensor:
         return self._forward(self._token)
