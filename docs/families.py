@@ -10,7 +10,6 @@ from quantine.survey.verdict import UNBUILT
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "families.json"
 PAGE = HERE / "families.md"
-EXPERTS = "experts, and other matrices outside of Linear modules"
 INTRO = """\
 # Families
 
@@ -33,16 +32,12 @@ def page() -> str:
     rows = json.loads(SOURCE.read_text(encoding="utf-8"))
     built = [row for row in rows if UNBUILT not in row["reason"]]
     refused = [row for row in built if not row["weights"]]
-    experts = [row for row in refused if EXPERTS in row["reason"]]
     done = len(built) - len(refused)
-    inside = len(built) - len(experts)
     rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
-        f"{done} of these are quantized: {done / len(built):.0%}, and {done / inside:.0%} of the "
-        f"{inside} whose matrices are all in Linear modules; the other {len(experts)}, nearly all "
-        f"of them mixtures of experts, are refused. Activations of {rounded} can be rounded; "
-        f"{native} are decoded natively."
+        f"{done} of these are quantized: {done / len(built):.0%}; the other {len(refused)} are "
+        f"refused. Activations of {rounded} can be rounded; {native} are decoded natively."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]

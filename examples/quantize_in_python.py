@@ -18,8 +18,8 @@ def main(model: str, out: str) -> None:
 
     # A preset treats every matrix in the decoder blocks alike. `quantine.Plan.from_file` reads
     # rules instead, such as examples/plan.yaml.
-    plan = quantine.Plan.preset("gptq", bits=4, group_size=64, damp=0.01)
-    calibration = quantine.Calibration("builtin", samples=32, seqlen=512, seed=0)
+    plan = quantine.Plan.preset("gptq", bits=4, group_size=32, damp=0.01)
+    calibration = quantine.Calibration("builtin", samples=32, seed=0)
 
     # `resume` lets the same call continue where an interrupted one stopped.
     result = quantine.quantize(model, out, plan, calibration, resume=True)
@@ -28,7 +28,7 @@ def main(model: str, out: str) -> None:
     console.print(f"{result.report['totals']['bits_per_weight']:.3f} bits per quantized weight")
     console.print(f"largest output error: {worst['output_error']:.2%} in {worst['name']}")
 
-    scores = quantine.evaluate(out, "builtin", window=1024, limit=4)["texts"]["builtin"]
+    scores = quantine.evaluate(out, "builtin", limit=4)["texts"]["builtin"]
     console.print(f"perplexity {scores['perplexity']:.2f} ± {scores['stderr']:.2f}")
 
     # The model is a normal transformers model whose linear layers stay packed.

@@ -20,7 +20,18 @@ from quantine.cli import build_parser
 from tiny_models import logits_of, oracle_weights, with_weights
 
 Tiny = Callable[[str], Path]
-VERBS = ("quantize", "plan", "eval", "compare", "report", "generate", "inspect", "bench")
+VERBS = (
+    "quantize",
+    "plan",
+    "eval",
+    "compare",
+    "report",
+    "generate",
+    "serve",
+    "inspect",
+    "bench",
+    "push",
+)
 FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
 
 

@@ -137,7 +137,8 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> Any:
     tiny model builds it for all others.
     """
     with torch.random.fork_rng(), torch.device("cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        attention = bounded_attention(config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention).eval()
     generator = torch.Generator("cpu").manual_seed(seed)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -152,6 +153,12 @@ def random_model(config: PretrainedConfig, seed: int = 0) -> Any:
                 value = parameter.detach() + noise * 0.1
             parameter.data = value.half().float()
     return model
+
+
+def bounded_attention(config: PretrainedConfig) -> dict[str, str]:
+    """Options for models whose scores have a bound, without which transformers 5.19 attends."""
+    bounded = getattr(config, "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if bounded else {}
 
 
 def byte_tokenizer(*, bos: bool = True, extra: int = 0) -> PreTrainedTokenizerFast:
@@ -244,7 +251,8 @@ def with_weights(
     directory: Path, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
 ) -> Any:
     """The float model of ``directory`` with the matrices ``weights`` ``[out, in]`` in it."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    attention = bounded_attention(transformers.AutoConfig.from_pretrained(directory))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **attention).eval()
     for name, weight in weights.items():
         module = model.get_submodule(name)
         stored = weight.T if type(module).__name__ == "Conv1D" else weight

@@ -22,6 +22,8 @@ from quantine.commands import (
     memory,
     quantization,
     report,
+    serving,
+    sharing,
     timing,
 )
 from quantine.commands.standard_streams import checked_streams
@@ -103,8 +105,10 @@ def build_parser() -> argparse.ArgumentParser:
         comparison,
         report,
         generation,
+        serving,
         inspection,
         exchange,
+        sharing,
         memory,
         families,
         timing,

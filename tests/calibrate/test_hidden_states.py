@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from quantine.calibrate.hidden_states import HiddenStates
 
@@ -49,6 +51,72 @@ def test_spilled_batches_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
         kept[0]
     kept[1] = values[0]  # replacing does not add files
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def saved(directory: Path, enters: int = 2, in_memory: bool = True) -> list[torch.Tensor]:
+    """Two batches that an earlier process left, the second still one block behind."""
+    kept, values = HiddenStates(2, directory, in_memory=in_memory), batches(2)
+    kept.put(0, values[0], enters)
+    kept.put(1, values[1], enters - 1)
+    return values
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_another_process_goes_on_from_files(in_memory: bool, tmp_path: Path) -> None:
+    values = saved(tmp_path, in_memory=in_memory)
+    again = HiddenStates(2, tmp_path, in_memory=in_memory)
+    assert again.restore([2, 2], values[0], done=2) is None
+    assert [again.enters(0), again.enters(1)] == [2, 1]
+    assert all(torch.equal(again[index], values[index]) for index in range(2))
+
+
+def flip(path: Path) -> None:
+    """Change the last bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a bit": flip,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "empty": lambda path: path.write_bytes(b""),
+    "foreign": lambda path: path.write_bytes(save({"hidden": torch.ones(2, 3, 5)})),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_files_are_not_taken_over(damage: Callable[[Path], object], tmp_path: Path) -> None:
+    values = saved(tmp_path)
+    damage(tmp_path / "000001.safetensors")
+    said = HiddenStates(2, tmp_path).restore([2, 2], values[0], done=2)
+    assert said == "are damaged (000001.safetensors)"
+
+
+def test_what_does_not_fit_the_run_is_not_taken_over(tmp_path: Path) -> None:
+    values = saved(tmp_path)
+    again = HiddenStates(2, tmp_path)
+    assert "enter block 2, but 1 " in str(again.restore([2, 2], values[0], done=1))
+    assert "another shape" in str(again.restore([2, 1], values[0], done=2))
+    assert "another shape" in str(again.restore([2, 2], values[0][..., :4], done=2))
+    assert "another shape" in str(again.restore([2, 2], values[0].double(), done=2))
+    assert HiddenStates(3, tmp_path).restore([2, 2, 2], values[0], done=2) == "are missing"
+
+
+def test_a_write_that_is_cut_short_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = saved(tmp_path)
+    kept = HiddenStates(2, tmp_path, in_memory=True)
+
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            kept.put(0, values[1], 3)
+    assert HiddenStates(2, tmp_path).restore([2, 2], values[0], done=2) is None
 
 
 def test_what_was_never_stored_is_an_error(directory: Path | None) -> None:

@@ -62,6 +62,25 @@ def test_what_was_computed_is_not_computed_again_and_what_comes_after_sees_new_w
     assert torch.equal(result, run(Replay(), x, weights, None))
 
 
+def test_what_runs_while_a_stop_is_left_is_not_recorded() -> None:
+    x, weight = torch.randn(4, 8), torch.randn(8, 8)
+    recording = Replay()
+
+    def forward(stops: int) -> Tensor:
+        with recording, torch.enable_grad():
+            for number in range(3):
+                if number == stops:
+                    recording.stop()
+                    raise _Stopped
+                x.matmul(weight)
+            return x.sin().cos()
+
+    for stops in range(3):
+        with pytest.raises(_Stopped):
+            forward(stops)
+    assert torch.equal(forward(3), x.sin().cos())
+
+
 def test_only_what_is_still_used_is_kept() -> None:
     x, weights = torch.randn(4, 8), [torch.randn(8, 8) for _ in range(2)]
     recording = Replay()
@@ -104,7 +123,7 @@ def test_blocks_that_go_on_equal_blocks_that_start_again(
             block = loader.load(index)
             for group, paths in enumerate(job.family.groups_in(index)):
                 observed = job.observed(index, group)
-                tensors.append(sequential.observe_next(index, observed).matrix)
+                tensors.append(sequential.observe_next(index, [observed])[0].matrix)
                 for path in paths:
                     block.get_submodule(path).weight.data.mul_(0.9)
             sequential.advance(index)

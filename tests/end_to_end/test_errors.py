@@ -181,8 +181,8 @@ def edit(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_a_weight_that_is_not_finite(name: str, value: float, copy: Path, tmp_path: Path) -> None:
     edit(copy, lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
-    said = refused(quantine.CheckpointError, "non-finite", copy, tmp_path / "out")
-    assert name in said
+    with pytest.raises(quantine.CheckpointError, match=f"{name} in .*non-finite"):
+        quantine.quantize(copy, tmp_path / "out", RTN, NONE)
 
 
 def test_a_missing_tensor(copy: Path, tmp_path: Path) -> None:

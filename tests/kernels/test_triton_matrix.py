@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from gpu_device import DEVICE, EXAMPLES, moved
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_matrix import ZEROS, qtensor_of, reach
 from torch import Tensor
@@ -80,8 +81,15 @@ def assert_close(found: Tensor, q: QTensor, x: Tensor, tolerance: float) -> None
     assert bool(((found - expected).abs() <= tolerance * size).all())
 
 
+# Rows that a program reads in several turns; eight warps take 32768 inputs at once.
+LONG_IN = qtensor_of(1, 3, 260, 128, 3, "coded", "coded", 0.02, True)
+LONG_OUT = qtensor_of(2, 33000, 1, 4, 4, "half", "half", 0.01, False, "out")
+
+
 @settings(max_examples=EXAMPLES)
 @given(q=matrices, batch=st.integers(1, 2), seed=st.integers(0, 99), dtype=dtypes)
+@example(q=LONG_IN, batch=1, seed=0, dtype=torch.float16)
+@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
 def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
     found = few_rows.multiply(matrix, arrange(x, matrix), torch.float32)
@@ -153,12 +161,39 @@ def test_the_operator_is_whole_to_compilers() -> None:
 @settings(max_examples=EXAMPLES)
 @given(q=matrices, dtype=dtypes)
 def test_decoding(q: QTensor, dtype: torch.dtype) -> None:
-    found = many_rows.decode(arranged(q), dtype).cpu()
+    matrix = arranged(q)
+    found = many_rows.decode(matrix, dtype).cpu()
+    first, stop = matrix.rows // 3, matrix.rows // 3 + 2
+    assert torch.equal(many_rows.decode(matrix, dtype, first, stop).cpu(), found[first:stop])
     expected, size = q.dequantize(), reach(q)
     assert found.dtype == dtype
     # Tiny weights among large ones of the same matrix are rounded to multiples of a subnormal.
     bound = (torch.finfo(dtype).eps + 2e-3) * size + 2.0**-22 * size.max()
     assert bool(((found.float() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_large_matrices_are_decoded_in_panels(
+    axis: GroupAxis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = qtensor_of(7, 150, 1, 40, 3, "half", "whole", 0.02, True, axis)
+    if axis == "out":
+        q = qtensor_of(7, 40, 2, 75, 3, "half", "whole", 0.02, True, axis)
+    matrix, x = arranged(q), activations(3, 5, q.codes.shape[1], 1.0)
+    whole = many_rows.multiply_decoded(matrix, x)
+    sizes = []
+
+    def decode(*asked: Any) -> Tensor:
+        found = decode_of(*asked)
+        sizes.append(len(found))
+        return found
+
+    decode_of = many_rows.decode
+    monkeypatch.setattr(many_rows, "decode", decode)
+    monkeypatch.setattr(many_rows, "PANEL", 64 * q.codes.shape[1])
+    assert torch.allclose(many_rows.multiply_decoded(matrix, x), whole, rtol=1e-5, atol=1e-5)
+    assert sizes == [64, 64, 22]
+    assert_close(whole, q, x, MANY_TOLERANCE)
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

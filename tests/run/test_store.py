@@ -192,7 +192,7 @@ class TestIdentity:
             check_identity(out, IDENTITY)
 
 
-@pytest.mark.parametrize("removed", ["identity.json", "parts/block-0.safetensors"])
+@pytest.mark.parametrize("removed", ["identity.json", "parts/block-0.json"])
 def test_killed_while_the_working_files_are_removed(
     out: Path, removed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.decoder_model import arguments_for
 from quantine.runtime.generate import continue_tokens
 from quantine.runtime.packed import packed_modules
+from quantine.runtime.sampling import Sampling
 from tiny_models import FAMILIES, VOCAB, WIDTH, logits_of, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]
@@ -328,8 +329,7 @@ def test_greedy_continuation_is_that_of_generate(name: str) -> None:
     tokens = some_tokens(9, 1)
     wanted = model.generate(tokens, max_new_tokens=20, do_sample=False)[0, 9:].tolist()
     decoder = decoder_for(model, 29)
-    generator = torch.Generator().manual_seed(0)
-    assert list(continue_tokens(model, tokens, 20, 0.0, generator, decoder)) == wanted
+    assert list(continue_tokens(model, tokens, 20, Sampling(), decoder)) == wanted
     assert decoder.position == 28
 
 

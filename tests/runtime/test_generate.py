@@ -11,18 +11,18 @@ import pytest
 import torch
 from tokenizers import processors
 
-from quantine import CalibrationError
+from quantine import CalibrationError, PlanError
 from quantine.runtime import generate
 from quantine.runtime.generate import continue_tokens, stream
+from quantine.runtime.prompt import conversation_ids, text_ids
+from quantine.runtime.sampling import Sampler, Sampling
 from tiny_models import BOS, EOS, byte_tokenizer, logits_of, some_tokens, with_weights
 
 Tiny = Callable[[str], Path]
 
 
 def continued(model: Any, count: int, **options: Any) -> list[int]:
-    generator = torch.Generator().manual_seed(options.get("seed", 0))
-    temperature = options.get("temperature", 0.0)
-    return list(continue_tokens(model, some_tokens(9, 1), count, temperature, generator))
+    return list(continue_tokens(model, some_tokens(9, 1), count, Sampling(**options)))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom"])
@@ -56,6 +56,27 @@ def test_sampling_follows_the_softmax(tiny: Tiny) -> None:
     shares = torch.bincount(draws, minlength=300) / 400
     spread = (probabilities * (1 - probabilities) / 400).sqrt()
     assert ((shares - probabilities).abs() <= 5 * spread + 1 / 400).all()
+
+
+def test_top_p_leaves_the_fewest_most_likely_tokens_that_reach_it() -> None:
+    logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
+    for top_p, kept in (
+        (0.3, {1}),
+        (0.41, {1, 3}),
+        (0.7, {1, 3}),
+        (0.89, {1, 2, 3}),
+        (1.0, {*range(4)}),
+    ):
+        sampler = Sampler(Sampling(1.0, top_p))
+        assert {sampler.choose(logits) for _ in range(200)} == kept
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"temperature": 1e-9}, {"top_p": 0.0}, {"seed": -1}]
+)
+def test_sampling_out_of_range_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=f"{next(iter(options))} must"):
+        Sampling(**options)
 
 
 def test_a_character_of_several_tokens_is_written_whole(
@@ -94,10 +115,18 @@ def test_a_character_of_several_tokens_is_written_whole(
 def test_the_chat_template_wraps_the_prompt_once() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    ids = generate._prompt_ids(tokenizer, "Hi", chat=True, vocabulary=300)[0].tolist()
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = conversation_ids(tokenizer, messages, 300)[0].tolist()
     assert ids.count(BOS) == 1
     assert tokenizer.decode(ids) == "<s>[user] Hi"
-    assert generate._prompt_ids(tokenizer, "Hi", chat=False, vocabulary=300)[0].tolist()[0] == BOS
+    assert text_ids(tokenizer, "Hi", 300)[0].tolist()[0] == BOS
+
+
+def test_a_template_that_refuses_is_quoted() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(CalibrationError, match="refuses the messages: roles must alternate"):
+        conversation_ids(tokenizer, [{"role": "user", "content": "Hi"}], 300)
 
 
 def test_a_prompt_is_not_ended() -> None:
@@ -105,10 +134,10 @@ def test_a_prompt_is_not_ended() -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
     )
-    ids = generate._prompt_ids(tokenizer, "Hi", chat=False, vocabulary=300)[0].tolist()
+    ids = text_ids(tokenizer, "Hi", 300)[0].tolist()
     assert ids == byte_tokenizer()("Hi")["input_ids"]
 
 
 def test_a_prompt_of_another_vocabulary_is_refused() -> None:
     with pytest.raises(CalibrationError, match="do not belong together"):
-        generate._prompt_ids(byte_tokenizer(), "Hi", chat=False, vocabulary=60)
+        text_ids(byte_tokenizer(), "Hi", 60)

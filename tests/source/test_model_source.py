@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import quantine
 from quantine import Calibration, CheckpointError, FamilyError, Plan
 from quantine.calibrate.skeleton import skeleton
 from quantine.source.locate import locate
+from tiny_models import build, logits_of, tiny_config
 
 RTN = Plan.preset("rtn", bits=8, group_size=32)
 NONE = Calibration(samples=0)
@@ -139,3 +141,19 @@ def test_code_of_a_directory_is_never_run(copy: Path, monkeypatch: pytest.Monkey
             source.config()
     assert not asked
     assert not (copy / "ran").exists()
+
+
+def test_scores_are_bounded_in_every_transformers(tmp_path: Path) -> None:
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return logits_of(model.eval())
+
+    directory = build(tiny_config("gemma2", attn_logit_softcapping=0.02), tmp_path / "model")
+    eager = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    source = locate(directory)
+    assert torch.equal(logits(source.float_model(torch.float32)), logits(eager))
+    assert skeleton(source.config()).config._attn_implementation == "eager"
+    quantine.quantize(directory, tmp_path / "out", RTN, NONE)
+    for asked in ({}, {"attn_implementation": "sdpa"}):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **asked)
+        assert model.config._attn_implementation == "eager"

@@ -8,8 +8,9 @@ model's predictions depend on each output, see `quantine.statistics.gradients`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,6 +26,7 @@ from quantine.errors import SolverError
 from quantine.families.layers import Layer, block_list
 from quantine.methods.solver import Solver
 from quantine.methods.spqr import SpQR, row_run, sampled_rows
+from quantine.statistics.gradients import SquaredGradients
 from quantine.statistics.hessian import Hessian
 
 PROBE_TOKENS: Final = 4096
@@ -136,10 +138,13 @@ def probe(
         note(f"probing block {index + 1}/{len(blocks)}")
         loader.load(index, then=min(index + 1, last))
         inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
-        for group in sorted({one.layer.group or 0 for one in inside[index]}):
-            hessian = sequential.observe_next(index, observed(index, group))
-            members = [one for one in inside[index] if one.layer.group == group]
-            predicted.update(_predict_group(members, read, hessian))
+        groups = sorted({one.layer.group or 0 for one in inside[index]})
+        layers = [observed(index, group) for group in groups]
+        for _, stage in groupby(layers, lambda layer: layer.stage):
+            alike = list(stage)
+            for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
+                members = [one for one in inside[index] if one.layer.group == layer.group]
+                predicted.update(_predict_group(members, read, hessian))
         sequential.advance(index)
         loader.release(index)
         return_freed_memory()
@@ -150,12 +155,30 @@ def probe(
         loader.load(index, then=index - 1 if index else None)
         layers = [one.layer for one in inside[index]]
         squares = backward(sequential, index, layers, inputs[index], gradients)
-        for name, seen in squares.items():
-            mean = seen.mean()
-            table[name] = [prediction.option(mean) for prediction in predicted[name]]
+        for layer in layers:
+            mean = _mean_gradient(layer, layers, squares, own.segments.numel())
+            table[layer.name] = [one.option(mean) for one in predicted[layer.name]]
         loader.release(index)
         return_freed_memory()
     return table
+
+
+def _mean_gradient(
+    layer: Layer, layers: Sequence[Layer], squares: Mapping[str, SquaredGradients], tokens: int
+) -> Tensor:
+    """The mean over ``tokens`` of the squared gradient of each output of ``layer``, ``[out]``.
+
+    Tokens that did not choose an expert count as zero, so that the rarely chosen get fewer bits.
+    One that none chose counts as if a single token had, with the mean gradient of the others.
+    """
+    own = squares[layer.name]
+    if own.tokens:
+        return own.mean(tokens)
+    others = SquaredGradients()
+    for other in layers:
+        if other.stage == layer.stage:
+            others.merge(squares[other.name])
+    return others.mean() / tokens
 
 
 def _copied(hidden: HiddenStates, directory: Path, setup: CalibrationSetup) -> HiddenStates:

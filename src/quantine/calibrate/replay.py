@@ -36,6 +36,8 @@ class Replay(TorchFunctionMode):
 
     def __enter__(self) -> Replay:
         self._place = 0
+        # What ran while the last stop was left, such as the end of a `no_grad`.
+        del self._calls[self._stopped :]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -6,13 +6,14 @@ quantized, put out for the calibration text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from quantine.calibrate.expert_tokens import lend_tokens
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
 from quantine.calibrate.skeleton import (
@@ -65,6 +66,8 @@ class CalibrationSetup:
         checkpoint: the files that weights are read from.
         segments: ``[samples, seqlen]`` int64 token ids, without padding.
         spill: directory for hidden states; ``None`` keeps them in memory.
+        saved: directory that holds hidden states, too, where they are in memory, so that another
+            process can go on from them; ``None`` holds none.
         replaced: float32 tensors by name that are used in place of the checkpoint's, outside of
             blocks (such as a quantized embedding).
         bfloat16: multiply matrices in bfloat16, and take statistics, in float32, of the inputs so
@@ -84,6 +87,7 @@ class CalibrationSetup:
     checkpoint: Checkpoint
     segments: Tensor
     spill: Path | None = None
+    saved: Path | None = None
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     bfloat16: bool = False
     resumes: bool = False
@@ -108,20 +112,29 @@ class Sequential:
 
     Args:
         setup: model, weights and segments.
+        done: number of blocks, from the first, that an earlier process finished. Where that is not
+            0, the hidden states that it left are taken over.
+
+    Attributes:
+        block: number of the block that comes first: all before it have been passed.
+        lost: what is wrong with the hidden states that the earlier process left; ``None`` if they
+            were taken over, or there was no such process.
     """
 
-    def __init__(self, setup: CalibrationSetup) -> None:
+    def __init__(self, setup: CalibrationSetup, done: int = 0) -> None:
         self._setup = setup
         self._family = setup.family
         self._blocks = block_list(setup.model, setup.family)
         samples, seqlen = setup.segments.shape
         size = batch_samples(samples, seqlen, setup.batch_tokens)
         batches = setup.segments.to(setup.device).split(size)
-        self._hidden = HiddenStates(len(batches), setup.spill, setup.device, setup.kept_on)
+        in_memory, directory = setup.spill is None, setup.spill or setup.saved
+        self._hidden = HiddenStates(len(batches), directory, setup.device, setup.kept_on, in_memory)
         self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._enter(batches)
+        self.lost = self._enter(batches, done)
+        self.block = min(self._hidden.enters(batch) for batch in range(len(batches)))
 
     @property
     def setup(self) -> CalibrationSetup:
@@ -139,15 +152,18 @@ class Sequential:
             layers: one matrix of each group of the block, as all of a group read the same input.
 
         Returns:
-            One Hessian for each of ``layers``, over all calibration tokens.
+            One Hessian for each of ``layers``, over all calibration tokens. Those of an expert are
+            the tokens that chose it, see `quantine.calibrate.expert_tokens`.
 
         Raises:
             CalibrationError: a matrix was never reached.
         """
         observers = [_InputObserver(layer, self._setup) for layer in layers]
 
+        chosen = any(layer.experts for layer in layers)  # some by no token of a batch
+
         def enough() -> None:
-            if len({observer.seen for observer in observers}) == 1:
+            if not chosen and len({observer.seen for observer in observers}) == 1:
                 raise _Enough
 
         handles = [observer.register(enough) for observer in observers]
@@ -157,30 +173,34 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 except _Enough:
                     continue
-                seen = [observer.seen for observer in observers]
-                raise self._never_ran(layers[seen.index(min(seen))].name)
         finally:
             for handle in handles:
                 handle.remove()
-        return [observer.hessian for observer in observers]
+        for layer, observer in zip(layers, observers, strict=True):
+            if not layer.experts and observer.seen < len(self._hidden):
+                raise self._never_ran(layer.name)
+        hessians = [observer.hessian for observer in observers]
+        lend_tokens(layers, hessians)
+        return hessians
 
     @torch.no_grad()
-    def observe_next(self, index: int, layer: Layer) -> Hessian:
-        """The Hessian ``x x.T`` of the input of one matrix, with the block as it is now.
+    def observe_next(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
+        """The Hessians ``x x.T`` of what runs next, with the block as it is now.
 
         Where the setup has ``resumes``, forward passes continue where the previous call stopped
-        them: ``layer`` must then run after the matrix observed before, and nothing that ran before
-        that one may have been changed since.
+        them: the matrix must then run after the one observed before, and nothing that ran before
+        that one may have been changed since. Experts are observed by running the whole block.
 
         Args:
             index: number of the block.
-            layer: the matrix.
+            layers: one matrix, or one of each expert.
 
         Raises:
             CalibrationError: the matrix was never reached.
         """
-        if self._replays is None:
-            return self.observe(index, [layer])[0]
+        layer = layers[0]
+        if self._replays is None or layer.experts:
+            return self.observe(index, layers)
         hessian = Hessian(layer.in_features, add_gram, self._setup.device)
         for batch, replay in enumerate(self._replays):
 
@@ -197,7 +217,7 @@ class Sequential:
                 hessian.update(_as_multiplied(reached.x, self._setup))
             finally:
                 handle.remove()
-        return hessian
+        return [hessian]
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
@@ -248,17 +268,21 @@ class Sequential:
     def advance(self, index: int) -> None:
         """Replace the hidden states by the outputs of block ``index``, as it is now.
 
+        Those that passed it in an earlier process stay as they are.
+
         Raises:
             CalibrationError: an output is infinite or NaN.
         """
         for batch in range(len(self._hidden)):
+            if self._hidden.enters(batch) > index:
+                continue
             output = self._run_on(index, batch)
             if not is_finite(output):
                 raise CalibrationError(
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
                     "text: more bits or another calibration text are needed"
                 )
-            self._hidden[batch] = output
+            self._hidden.put(batch, output, index + 1)
 
     def _run_on(self, index: int, batch: int) -> Tensor:
         """The output of block ``index`` for batch number ``batch``.
@@ -312,8 +336,16 @@ class Sequential:
         return [self.run(index, self._hidden[batch]) for batch in range(count)]
 
     @torch.no_grad()
-    def _enter(self, batches: Iterable[Tensor]) -> None:
-        """Compute the first block's inputs, and record how the model calls each block."""
+    def _enter(self, batches: Sequence[Tensor], done: int) -> str | None:
+        """Record how the model calls each block, and compute the first block's inputs.
+
+        Args:
+            batches: token ids of the segments, ``[batch, tokens]`` each.
+            done: see the class; the inputs are computed only where nothing can be taken over.
+
+        Returns:
+            What is wrong with what an earlier process left.
+        """
         setup = self._setup
         base, prefix = setup.model.base_model, setup.model.base_model_prefix
         inside = f"{self._family.blocks}."
@@ -324,17 +356,27 @@ class Sequential:
             set_tensor(setup.model, name, tensor.to(setup.device))
         blocks = list(self._blocks)
         recorders = [StandIn(block, self._family.outputs) for block in blocks]
+
+        def entered(tokens: Tensor) -> Tensor:
+            base(input_ids=tokens, use_cache=False, output_attentions=False)
+            return recorders[0].entered().clone()
+
+        lost: str | None = None
         try:
             for index, recorder in enumerate(recorders):
                 self._blocks[index] = recorder
-            for batch, tokens in enumerate(batches):
-                base(input_ids=tokens, use_cache=False, output_attentions=False)
-                self._hidden[batch] = recorders[0].entered().clone()
+            first = entered(batches[0])
+            if done:
+                lost = self._hidden.restore([len(tokens) for tokens in batches], first, done)
+            if not done or lost is not None:
+                for batch, tokens in enumerate(batches):
+                    self._hidden.put(batch, entered(tokens) if batch else first, 0)
         finally:
             for index, block in enumerate(blocks):
                 self._blocks[index] = block
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         drop_weights(base)
+        return lost
 
 
 class _Enough(Exception):

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quantine.families.experts import separate
+from quantine.source.settings import attention_of
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,11 +18,13 @@ if TYPE_CHECKING:
 def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrainedModel:
     """Build the causal language model of ``config`` without memory for weights.
 
-    Parameters are float32 on the meta device; the model is in evaluation mode.
+    Parameters are float32 on the meta device; the model is in evaluation mode. Each expert is a
+    module of its own.
 
     Args:
         config: the model's configuration in transformers, which is not changed.
-        attention: name of an attention function that transformers knows; ``None`` lets it choose.
+        attention: name of an attention function that transformers knows; ``None`` takes the
+            one that the model needs, or else lets it choose.
     """
     from transformers import AutoModelForCausalLM
 
@@ -28,9 +33,10 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             own,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention or attention_of(config),
             trust_remote_code=False,
         )
+    separate(model)
     model.eval()
     return model
 

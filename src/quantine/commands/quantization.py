@@ -46,10 +46,11 @@ def _add_plan(verbs: Any) -> None:
         verbs,
         "plan",
         _plan,
-        "Show what quantize would do, and what it would take, without loading weights.",
+        "Show what quantize would do, and what it would take, without loading the model.",
         "  quantine plan demo --method gptq --bits 3\n"
         "  quantine plan ./Llama-3.2-1B --plan plan.yaml --layers\n"
         "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json\n"
+        "  quantine plan ./Llama-3.2-1B --bits 3 --probe\n"
         "  quantine plan demo --method gptq --bits 4 --target gguf",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -61,6 +62,11 @@ def _add_plan(verbs: Any) -> None:
         "float, or (as compressed-tensors) vllm",
     )
     parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="quantize one block in a scratch directory; predict time, memory and disk by it",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
 
 
@@ -185,17 +191,20 @@ def _plan(arguments: argparse.Namespace) -> None:
     from quantine.report.tables.plan import plan_as_json, print_plan
     from quantine.run.estimate import estimate
     from quantine.run.prepare import prepare
+    from quantine.run.trial import try_block
 
     plan, calibration = _request(arguments)
-    job = prepare(arguments.model, plan, calibration, arguments.device, planned=True)
+    planned = not arguments.probe
+    job = prepare(arguments.model, plan, calibration, arguments.device, planned=planned)
     if arguments.target is not None:
         check_target(arguments.target, job.decisions, job.plan.activations, job.config, job.model)
     size = estimate(job, arguments.max_ram, arguments.max_vram)
     rounded = second_rounding(job.source)
     if rounded is not None:
         print(f"note: {rounded}")
-    print_plan(job, size, arguments.layers)
-    write_json_output(arguments.json, plan_as_json(job, size))
+    trial = try_block(job, arguments.max_ram, arguments.max_vram) if arguments.probe else None
+    print_plan(job, size, arguments.layers, trial)
+    write_json_output(arguments.json, plan_as_json(job, size, trial))
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:

@@ -47,9 +47,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from quantine.report.facts import gather
     from quantine.report.page import write_page
     from quantine.report.tables.console import make_console
-    from quantine.report.verdict import floors_of
+    from quantine.report.verdict import floors_of, keep_floors
 
-    facts = gather(arguments.directory, floors_of(arguments.floor), arguments.comparison)
+    floors = floors_of(arguments.floor)
+    facts = gather(arguments.directory, floors, arguments.comparison)
+    if floors:
+        keep_floors(arguments.directory, floors)
     path = arguments.html or arguments.directory / "quantine_report.html"
     write_page(facts, path)
     console = make_console()

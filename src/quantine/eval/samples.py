@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
 from torch import Tensor
 
 from quantine.calibrate.text import BUILTIN, read_text
@@ -14,6 +13,7 @@ from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.generate import continue_tokens
 from quantine.runtime.packed import packed_modules
+from quantine.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,6 @@ def decode_samples(
 
 
 def _written(model: PreTrainedModel, prompt: Tensor) -> list[int]:
-    generator = torch.Generator("cpu").manual_seed(0)
     decoder: Decoder | None = None
     if any(packed_modules(model)):
         try:
@@ -72,4 +71,4 @@ def _written(model: PreTrainedModel, prompt: Tensor) -> list[int]:
         except BackendUnavailable:
             decoder = None  # the modules of transformers compute the same
     ids = prompt.unsqueeze(0)
-    return list(continue_tokens(model, ids, WRITTEN, 0.0, generator, decoder))
+    return list(continue_tokens(model, ids, WRITTEN, Sampling(), decoder))

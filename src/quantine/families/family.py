@@ -65,6 +65,8 @@ class Family:
             of the path inside the block and why.
         fixed: the embedding or the head, where it cannot be quantized, as pairs of its path and why
             not.
+        experts: paths, inside blocks, of the modules that hold experts, see
+            `quantine.families.experts.Experts`.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Family:
     block_groups: tuple[tuple[tuple[str, ...], ...], ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, str], ...] = ()
+    experts: tuple[str, ...] = ()
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
         """The groups of block number ``block``, in the form of the attribute ``groups``."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.errors import FamilyError
+from quantine.families.experts import Experts
 from quantine.families.family import Family
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Layer:
             if the parameter has two dimensions.
         rows: first output of the matrix, and the one after its last, in a fused parameter; ``None``
             if it has all.
+        experts: full path of the module of experts that the matrix is in; empty if it is in none.
     """
 
     name: str
@@ -62,11 +64,17 @@ class Layer:
     parameter: str = "weight"
     index: tuple[int, ...] = ()
     rows: tuple[int, int] | None = None
+    experts: str = ""
 
     @property
     def weights(self) -> int:
         """Number of weights of the matrix."""
         return self.out_features * self.in_features
+
+    @property
+    def stage(self) -> tuple[str, str]:
+        """Equal for matrices of several experts that run side by side; unlike for all others."""
+        return (self.experts, self.name.rpartition(".")[2] if self.experts else self.name)
 
     @property
     def stored_name(self) -> str:
@@ -159,7 +167,8 @@ def find_layers(model: nn.Module, family: Family) -> list[Layer]:
 
     Raises:
         FamilyError: a block lacks a matrix that the family names, or has a parameter of two or more
-            dimensions that the family does not name (which would stay in 16 bit unnoticed).
+            dimensions that the family does not name (which would stay in 16 bit unnoticed); or its
+            experts have no modules of their own.
     """
     embedding = model.get_submodule(family.embedding)
     layers = [Layer(family.embedding, *matrix_shape(embedding, family.embedding), role="embedding")]
@@ -174,6 +183,13 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
     """The layers of one decoder block, in running order; errors are those of `find_layers`."""
     prefix = f"{family.blocks}.{index}"
     modules = dict(block.named_modules())
+    for path in family.experts:
+        if path in modules and not isinstance(modules[path], Experts):
+            raise FamilyError(
+                f"{prefix}.{path} holds experts, which are read from float weights only, and "
+                "written only as quantine's own: GGUF files and other engines' directories with "
+                "experts are not supported yet"
+            )
     covered = {path for group in family.groups_in(index) for path in group}
     kept = {path for path, _ in family.kept}
     for path, parameter in block.named_parameters():
@@ -182,18 +198,18 @@ def _block_layers(block: nn.Module, index: int, family: Family) -> Iterator[Laye
             kind = type(modules[owner]).__name__
             raise FamilyError(
                 f"{prefix}.{path} {tuple(parameter.shape)} in a {kind} is not covered by family "
-                f"{family.name!r} (covered: {', '.join(sorted(covered))}). Fused or "
-                "mixture-of-experts weights are not supported; docs/adding.md shows how to add "
-                "a family."
+                f"{family.name!r} (covered: {', '.join(sorted(covered))}): docs/adding.md shows "
+                "how to add a family"
             )
     for group, paths in enumerate(family.groups_in(index)):
         for path in paths:
             name = f"{prefix}.{path}"
             if path not in modules:
                 raise FamilyError(f"family {family.name!r} expects {name}, which does not exist")
-            out_features, in_features = matrix_shape(modules[path], name)
-            transposed = is_transposed(modules[path])
-            yield Layer(name, out_features, in_features, "block", index, group, transposed)
+            shape, transposed = matrix_shape(modules[path], name), is_transposed(modules[path])
+            around = [one for one in family.experts if path.startswith(f"{one}.")]
+            experts = f"{prefix}.{around[0]}" if around else ""
+            yield Layer(name, *shape, "block", index, group, transposed, experts=experts)
 
 
 def embedding_scale(module: nn.Embedding) -> float | None:

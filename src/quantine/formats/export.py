@@ -17,7 +17,7 @@ from torch import Tensor
 from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.errors import FormatError, OutputError, cut, ending
+from quantine.errors import FormatError, OutputError, PlanError, cut, ending
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.described import read_config
@@ -84,7 +84,7 @@ def export(
             shows what another layout holds.
 
     Raises:
-        PlanError: there is no such layout or engine.
+        PlanError: there is no such layout or engine, or its readers take no floats of ``dtype``.
         FormatError: ``path`` is no finished directory, a layer or the model does not fit; the
             message names it, the reason and the nearest plan.
         OutputError: ``out`` is taken, lies in ``path``, or cannot be written.
@@ -93,10 +93,13 @@ def export(
     if out.resolve().is_relative_to(path.resolve()):
         raise OutputError(f"{ending(out)} lies in the directory that is exported: choose another")
     target = target_named(to)
+    if target.float_dtype is not None and dtype not in (None, target.float_dtype):
+        needed, given = (str(one).removeprefix("torch.") for one in (target.float_dtype, dtype))
+        raise PlanError(f"readers of layout {to} compute in {needed}, not {given}: leave dtype out")
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
     found = refusals(weights_of or to, engine, model.config, model.matrices)
-    if found and not (nearest and all(one.remains is None for one in found)):
+    if found and not nearest:
         raise FormatError(refused_text(to, found))
     source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:

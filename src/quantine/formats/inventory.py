@@ -17,7 +17,8 @@ def inventory(directory: Path) -> dict[str, Any]:
     """Layers, kept tensors, file headers, and totals; sizes in bytes, from the files.
 
     Returns:
-        ``layers`` (name, scheme, shape, bytes, bits per weight, output error, choice, kernel),
+        ``layers`` (name, scheme, shape, bytes, bits per weight, output error, choice; in experts
+        the tokens that chose it and those borrowed; else ``None``),
         ``kept`` (name, dtype, bytes), ``arithmetic``, ``kernel`` (what computes with them here),
         ``totals`` (``file_bytes`` is the size of the weight files).
 
@@ -39,6 +40,8 @@ def inventory(directory: Path) -> dict[str, Any]:
                 "bits_per_weight": nbytes * 8 / math.prod(layer["shape"]),
                 "output_error": reports.get(name, {}).get("output_error"),
                 "choice": reports.get(name, {}).get("choice"),
+                "tokens": reports.get(name, {}).get("tokens"),
+                "tokens_borrowed": reports.get(name, {}).get("tokens_borrowed"),
             }
         )
     kept = [

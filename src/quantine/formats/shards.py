@@ -57,6 +57,15 @@ def merge_parts(parts: Sequence[Path], directory: Path, shard_bytes: int) -> Non
         directory: gets ``model.safetensors``, or numbered shards and their index.
         shard_bytes: bytes of tensors a shard may hold; a larger part gets a shard of its own.
     """
+    shards = divided(parts, shard_bytes)
+    for name, entries in shards.items():
+        _write_shard(entries, directory / name)
+    if len(shards) > 1:
+        write_atomically(directory / INDEX, index_of(shards))
+
+
+def divided(parts: Sequence[Path], shard_bytes: int) -> dict[str, list[Entry]]:
+    """The tensors of part files, by the name of the shard that they go to; see `merge_parts`."""
     shards: list[list[Entry]] = [[]]
     for part in parts:
         entries = read_entries(part)
@@ -64,16 +73,19 @@ def merge_parts(parts: Sequence[Path], directory: Path, shard_bytes: int) -> Non
             shards.append([])
         shards[-1].extend(entries)
     if len(shards) == 1:
-        _write_shard(shards[0], directory / SINGLE)
-        return
-    weight_map = {}
-    for number, entries in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(entries, directory / name)
-        weight_map.update({entry.name: name for entry in entries})
-    total = sum(_nbytes(entries) for entries in shards)
+        return {SINGLE: shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": entries
+        for number, entries in enumerate(shards, 1)
+    }
+
+
+def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
+    """The content of the index of `divided` tensors that are in several shards."""
+    weight_map = {entry.name: name for name, entries in shards.items() for entry in entries}
+    total = sum(_nbytes(entries) for entries in shards.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_atomically(directory / INDEX, json.dumps(index, indent=2).encode() + b"\n")
+    return json.dumps(index, indent=2).encode() + b"\n"
 
 
 def merge_into(parts: Sequence[Path], path: Path) -> None:
@@ -85,8 +97,12 @@ def _nbytes(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
 
-def _write_shard(entries: Sequence[Entry], path: Path) -> None:
-    # Wide items first, so that every tensor starts at a multiple of its item size.
+def laid_out(entries: Sequence[Entry]) -> tuple[bytes, list[Entry]]:
+    """How a file holds ``entries``: the bytes before the first tensor, and the order of tensors.
+
+    They follow one another without gaps, wide items first, so that every tensor starts at a
+    multiple of its item size.
+    """
     ordered = sorted(entries, key=lambda entry: (-_item_bytes(entry), entry.name))
     header: dict[str, object] = {"__metadata__": METADATA}
     position = 0
@@ -99,9 +115,14 @@ def _write_shard(entries: Sequence[Entry], path: Path) -> None:
         position += entry.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % HEADER_ALIGNMENT)
+    return struct.pack("<Q", len(raw)) + raw, ordered
+
+
+def _write_shard(entries: Sequence[Entry], path: Path) -> None:
+    start, ordered = laid_out(entries)
     temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as target:
-        target.write(struct.pack("<Q", len(raw)) + raw)
+        target.write(start)
         for entry in ordered:
             _copy(entry, target)
         _flush(target)

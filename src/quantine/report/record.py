@@ -56,16 +56,28 @@ def record(
         "files": dict(digests),
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
     }
-    card = model_card(read_json(directory / REPORT), quality_section(kept))
     with writing(directory):
         write_json(directory / SCORES, kept)
-        write_atomically(directory / CARD, encoded(card))
+    write_card(directory)
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:
     """The scores that `record` kept in ``directory``; ``None`` if there are none."""
     path = directory / SCORES
     return dict(read_json(path)) if path.is_file() else None
+
+
+def write_card(directory: Path) -> None:
+    """Write the model card of ``directory``, with the scores that are recorded there.
+
+    Raises:
+        OutputError: its report or its scores are damaged, or it cannot be written.
+    """
+    scores = recorded(directory)
+    quality = "" if scores is None else quality_section(scores)
+    card = model_card(read_json(directory / REPORT), quality)
+    with writing(directory):
+        write_atomically(directory / CARD, encoded(card))
 
 
 def quality_section(scores: dict[str, Any]) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import PlanError
 from quantine.eval.interval import FEWEST, t_quantile
+from quantine.formats.directory import read_json, write_json, writing
 
 RECOVERY: Final = "recovery"
 """Name of the floor under the share of the float model's quality."""
@@ -15,6 +17,8 @@ TOP1: Final = "top1"
 """Name of the floor under the share of equal most likely tokens."""
 FLOOR_NAMES: Final = (RECOVERY, TOP1)
 """Names of all numbers that can have a floor."""
+FLOORS: Final = "quantine_floors.json"
+"""Name of the file of floors in a quantized directory."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,27 @@ def floors_of(texts: Sequence[str]) -> dict[str, float]:
                 f"not {text!r}"
             )
     return floors
+
+
+def keep_floors(directory: Path, floors: Mapping[str, float]) -> None:
+    """Keep ``floors`` in ``directory``, so that whoever uploads it is held to them.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(directory):
+        write_json(directory / FLOORS, dict(floors))
+
+
+def kept_floors(directory: Path) -> dict[str, float]:
+    """The floors that `keep_floors` kept in ``directory``; empty if there are none.
+
+    Raises:
+        OutputError, PlanError: the file is damaged.
+    """
+    path = directory / FLOORS
+    kept = dict(read_json(path)) if path.is_file() else {}
+    return floors_of([f"{name}={value}" for name, value in kept.items()])
 
 
 def checks_of(scores: Mapping[str, Any], floors: Mapping[str, float]) -> list[Check]:

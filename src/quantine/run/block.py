@@ -266,16 +266,15 @@ class BlockRun:
         If the plan is true-sequential, each is observed only when it is asked for, so that the
         groups before it are already quantized.
         """
-        job, sequential, groups = self.job, self.sequential, self.job.block_groups(self.index)
+        job, sequential, stages = self.job, self.sequential, self.job.block_stages(self.index)
+        layers = [layer for stage in stages for layer in stage]
         if sequential is None:
-            yield from [None] * len(groups)
-            return
-        layers = [job.observed(self.index, group) for group in groups]
-        if job.plan.float_inputs or not job.plan.true_sequential:
+            yield from [None] * len(layers)
+        elif job.plan.float_inputs or not job.plan.true_sequential:
             yield from sequential.observe(self.index, layers)
-            return
-        for layer in layers:
-            yield sequential.observe_next(self.index, layer)
+        else:
+            for stage in stages:
+                yield from sequential.observe_next(self.index, stage)
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
         """Let the block compute with a result, unless the plan wants inputs of the float model."""

@@ -18,6 +18,7 @@ from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
 from quantine.errors import DeviceMemoryError, PlanError
 from quantine.families.layers import block_list
+from quantine.formats.moving import MOVED_BYTES
 from quantine.run.job import Job
 from quantine.run.tuning_cost import tuning_bytes, tuning_seconds
 from quantine.run.working_set import (
@@ -132,7 +133,7 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
         _peak(job, residence),
         on_device,
         room,
-        2 * (packed + kept) + _scratch_bytes(job, residence),
+        disk_while_running(job, packed + kept),
         0 if job.segments is None else job.segments.numel(),
         tuning_seconds(job),
     )
@@ -192,9 +193,20 @@ def _too_small(job: Job, needed: int, room: int, max_vram: float | None) -> Devi
     )
 
 
-def _scratch_bytes(job: Job, residence: Residence) -> int:
-    """Bytes of scratch files, at most."""
-    scratch = hidden_bytes(job) if residence.hidden == "disk" else 0
+def disk_while_running(job: Job, output: int) -> int:
+    """Most bytes on disk during a run.
+
+    Args:
+        job: the checked request.
+        output: bytes of the weight files that it makes.
+    """
+    return output + MOVED_BYTES + _scratch_bytes(job)
+
+
+def _scratch_bytes(job: Job) -> int:
+    """Bytes of files that are there only while the run lasts, at most."""
+    # Hidden states, and a batch that is written before it replaces another.
+    scratch = hidden_bytes(job) + min(hidden_bytes(job), FLOAT * TOKENS_PER_BATCH * width(job))
     if job.converts:
         scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
         if job.source.gguf_file is not None and len(job.source.gguf_parts) > 1:

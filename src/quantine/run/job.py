@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,6 +32,7 @@ from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
+from quantine.source.read_record import ReadRecord
 from quantine.tuning.segments import TuningText
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class Job:
         tokenizer: tokenizer of the source model.
         unties: whether embedding and head, which share one table in the source, are stored
             separately.
+        shapes: those of the model's tensors by name, before a run changes its modules.
         device: where matrices are solved and blocks run.
         share: which part of the work this process does.
         tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
@@ -72,6 +75,7 @@ class Job:
     segments: Tensor | None
     tokenizer: Any
     unties: bool
+    shapes: Mapping[str, tuple[int, ...]]
     device: torch.device = CPU
     share: Share = EVERYTHING
     tuning_text: TuningText | None = None
@@ -99,19 +103,31 @@ class Job:
         groups = {d.layer.group for d in self.block_schemes(index)}
         return sorted(group for group in groups if group is not None)
 
-    def checkpoint(self, directory: Path | None = None) -> Checkpoint:
+    def block_stages(self, index: int) -> list[list[Layer]]:
+        """What is observed at once: of each of `block_groups` a layer, those of experts together.
+
+        In running order, as `observed`.
+        """
+        layers = [self.observed(index, group) for group in self.block_groups(index)]
+        return [list(stage) for _, stage in groupby(layers, lambda layer: layer.stage)]
+
+    def checkpoint(
+        self, directory: Path | None = None, record: ReadRecord | None = None
+    ) -> Checkpoint:
         """The float weights of the source model.
 
         Args:
             directory: where they are if they were converted, as those of a GGUF file; otherwise
                 they are in the source's directory.
+            record: see `quantine.source.checkpoint.Checkpoint`.
         """
-        return Checkpoint(directory or self.source.directory, self.model)
+        return Checkpoint(directory or self.source.directory, self.model, record)
 
     def calibration_setup(
         self,
         checkpoint: Checkpoint,
         spill: Path | None = None,
+        saved: Path | None = None,
         replaced: Mapping[str, Tensor] | None = None,
         resumes: bool = False,
         kept_on: torch.device | None = None,
@@ -129,6 +145,7 @@ class Job:
             checkpoint,
             self.share.segments(self.segments),
             spill,
+            saved,
             replaced or {},
             self.calibration.bfloat16,
             resumes,
@@ -182,9 +199,9 @@ class Job:
         """
         known = {decision.layer.stored_name for decision in self.decisions}
         return {
-            name: tuple(tensor.shape)
-            for name, tensor in self.model.state_dict().items()
-            if tensor.ndim >= 2 and name not in known
+            name: shape
+            for name, shape in self.shapes.items()
+            if len(shape) >= 2 and name not in known
         }
 
     def kept_reason(self, name: str) -> str:
@@ -233,13 +250,14 @@ class Job:
         """Whether ``layer`` is an output head that has no table of its own in the output."""
         return layer.role == "head" and self.is_tied() and not self.unties
 
-    def identity(self, weights: str, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
+    def identity(self, weights: str | None, batch_tokens: int = TOKENS_PER_BATCH) -> dict[str, str]:
         """Hashes and versions of all that decides the bytes of the output, by what they describe.
 
         A run may be resumed only with an equal identity.
 
         Args:
-            weights: the digest of the source's weight files.
+            weights: the digest of the source's weights; ``None`` where they are digested while they
+                are read.
             batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()
@@ -259,7 +277,7 @@ class Job:
                 else {"segments at once": str(self._batch(batch_tokens))}
             ),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
-            "weights": weights,
+            **({} if weights is None else {"weights": weights}),
             "config": _hash(self.config.to_json_string().encode()),
             "format version": str(FORMAT_VERSION),
             # Sums of floats depend on how threads and library versions cut them.

@@ -38,6 +38,8 @@ class Solved:
         choice: choices and their losses, see `quantine.methods.adadim.describe_choice`; ``None`` if
             there was no choice.
         seconds: time that solving took.
+        tokens: number of calibration tokens that chose the expert; ``None`` outside of experts.
+        borrowed: how many more it borrowed of others, see `quantine.calibrate.expert_tokens`.
     """
 
     decision: Decision
@@ -48,6 +50,8 @@ class Solved:
     damp: float | None
     choice: dict[str, Any] | None
     seconds: float
+    tokens: int | None = None
+    borrowed: int = 0
 
     @property
     def layer(self) -> Layer:
@@ -93,6 +97,8 @@ class Solved:
             "damp": self.damp,
             "seconds": round(self.seconds, 3),
         }
+        if self.tokens is not None:
+            entry |= {"tokens": self.tokens, "tokens_borrowed": self.borrowed}
         return entry if self.choice is None else {**entry, "choice": self.choice}
 
 
@@ -218,4 +224,8 @@ def held(decision: Decision, qtensor: QTensor, weight: Tensor, hessian: Hessian 
         energy = hessian.error_energy(delta)
         output_error = energy / max(hessian.error_energy(weight), 1e-30)
     weight_error = float(delta.square().sum() / weight.square().sum().clamp(min=1e-30))
-    return Solved(decision, packed, stored, output_error, weight_error, None, None, 0.0)
+    solved = Solved(decision, packed, stored, output_error, weight_error, None, None, 0.0)
+    if hessian is None or not decision.layer.experts:
+        return solved
+    own = hessian.tokens - hessian.borrowed
+    return replace(solved, tokens=own, borrowed=hessian.borrowed)

@@ -124,6 +124,7 @@ def prepare(
         segments,
         tokenizer,
         unties,
+        {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()},
         where,
         tuning_text=tuning,
     )

@@ -83,7 +83,7 @@ class Shown:
 
     def start(self, blocks: int, done: int) -> None:
         """Start the progress bar, and say how many blocks are finished already."""
-        self._meter.start(blocks)
+        self._meter.start(blocks, blocks - done)
         if done:
             self.note(f"{done} of {blocks} blocks are finished already")
         self._bar.update(self._task, total=blocks)
@@ -121,9 +121,9 @@ class Meter:
         self._began = time.perf_counter()
         self._errors: list[float] = []
 
-    def start(self, blocks: int) -> None:
-        """Start the clock for a run of ``blocks`` blocks."""
-        self.blocks, self._left = blocks, blocks
+    def start(self, blocks: int, left: int) -> None:
+        """Start the clock for a run of ``blocks`` blocks, of which ``left`` are to be done."""
+        self.blocks, self._left = blocks, left
         self._began = time.perf_counter()
 
     def layer(self, report: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Unfinished work lives in ``OUT/.quantine``. A part, such as a block, is committed by renaming
 complete files into place, the reports last; a run killed at any instant therefore resumes at a part
-boundary. The final files are merged from the committed ones, and ``.quantine`` is removed as the
+boundary. The committed files are moved into the final ones, and ``.quantine`` is removed as the
 last act.
 """
 
@@ -26,19 +26,20 @@ from quantine.formats.directory import (
     write_json,
 )
 from quantine.formats.headers import Entry, read_entries
-from quantine.formats.shards import (
-    TEMPORARY,
-    merge_into,
-    merge_parts,
-    write_atomically,
-    write_tensors,
-)
+from quantine.formats.moving import move_parts, moved_entries, planned_moves
+from quantine.formats.shards import TEMPORARY, merge_into, write_atomically, write_tensors
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.read_record import ReadRecord
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
 IDENTITY: Final = "identity.json"
 """Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
+MOVES: Final = "moves"
+"""Name under which a run stores where the tensors of its parts go, before it moves them."""
+SOURCE: Final = "source"
+"""Name under which a run stores what it has read of its source, before it commits what it made."""
 SHARD_BYTES: Final = 4_000_000_000
 """Largest size of one weight file of the output, in bytes."""
 
@@ -64,6 +65,15 @@ class RunStore:
     def scratch(self) -> Path:
         """A directory for temporary files, which the next process deletes."""
         return self._run / "scratch"
+
+    @property
+    def states(self) -> Path:
+        """The directory of the hidden states that enter the block after those committed."""
+        return self._run / "states"
+
+    def drop_states(self) -> None:
+        """Delete the hidden states, once the last block is committed."""
+        shutil.rmtree(self.states, ignore_errors=True)
 
     def lock(self) -> None:
         """Lock the output directory for this run, until `close` or the end of the process.
@@ -104,7 +114,10 @@ class RunStore:
         return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
 
     def entries(self, parts: list[str]) -> list[Entry]:
-        """Names, shapes and places of the tensors of committed ``parts``, read from headers."""
+        """Names, shapes and places of the tensors of committed ``parts``."""
+        moves = self.recall(MOVES)
+        if moves is not None:  # some parts may be gone
+            return moved_entries(moves)
         files = [self._parts / f"{part}.safetensors" for part in parts]
         return [entry for file in files for entry in read_entries(file)]
 
@@ -145,7 +158,11 @@ class RunStore:
             files: content of the small files, by name.
             report: the content of ``quantine_report.json``.
         """
-        merge_parts([self._parts / f"{p}.safetensors" for p in parts], self.out, SHARD_BYTES)
+        moves = self.recall(MOVES)
+        if moves is None:
+            moves = planned_moves([self._parts / f"{p}.safetensors" for p in parts], SHARD_BYTES)
+            self.remember(MOVES, moves)
+        move_parts(moves, self._parts, self._run / "shards", self.out)
         maps = [self._maps / f"{p}.safetensors" for p in parts]
         if any(path.exists() for path in maps):
             merge_into([path for path in maps if path.exists()], self.out / MAPS)
@@ -212,6 +229,44 @@ def check_identity(out: Path, identity: Mapping[str, str]) -> None:
             f"the run in {out} was started with another {', '.join(sorted(keys)[:4])}: repeat the "
             "first command exactly, or use another output path"
         )
+
+
+def recorded_source(out: Path) -> ReadRecord:
+    """What the unfinished run in ``out`` has read of its source; nothing, if there is no run.
+
+    Raises:
+        OutputError: the record is damaged.
+    """
+    path = out / RUN_DIRECTORY / f"{SOURCE}.json"
+    return ReadRecord(read_json(path) if path.is_file() else None)
+
+
+def check_source(out: Path, checkpoint: Checkpoint) -> None:
+    """Check that what the run in ``out`` has read of its source is still the same.
+
+    Args:
+        out: the output directory.
+        checkpoint: the source, with what `recorded_source` gives.
+
+    Raises:
+        ResumeMismatch: it is not; the message names a tensor.
+    """
+    changed = checkpoint.changed()
+    if changed is not None:
+        raise ResumeMismatch(
+            f"the run in {out} was started with another weights: {changed} is not what it read; "
+            "give the model as it was, or use another output path"
+        )
+
+
+def check_record(out: Path, record: ReadRecord) -> None:
+    """Check that ``record`` is still what `recorded_source` gives, now that ``out`` is locked.
+
+    Raises:
+        OutputError: another process has read more of the source since.
+    """
+    if set(recorded_source(out).names()) != set(record.names()):
+        raise OutputError(f"another process has worked on {out} meanwhile: repeat the command")
 
 
 def stored_identity(out: Path) -> dict[str, str] | None:

@@ -131,9 +131,7 @@ def _in_block(job: Job, residence: Residence) -> int:
     They are its weights, and the largest of forward pass, factorization and solver.
     """
     inside = _largest_block(job)
-    squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
-    square = max(squares.values()) if job.segments is not None else 0
-    kept = 0 if may_resume(job) or not square else sum(squares.values()) - square
+    square, kept = _hessians(job, inside)
     stopped = stopped_bytes(job) if residence.resumes else 0
     steps = [
         *(_solving(d, square) + stopped for d in job.scheme_layers() if d.layer.role == "block"),
@@ -142,6 +140,24 @@ def _in_block(job: Job, residence: Residence) -> int:
         _comparing(job, inside, residence),
     ]
     return FLOAT * block_weights(job) + kept + max(steps)
+
+
+def _hessians(job: Job, inside: list[Layer]) -> tuple[int, int]:
+    """Bytes of the largest Hessian of a block, and of those that are held beside it.
+
+    Those of experts that run side by side are held together, and else only where all are observed
+    at once.
+    """
+    if job.segments is None:
+        return 0, 0
+    squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
+    stages = {layer.group: layer.stage for layer in inside}  # of the last layer of each group
+    held: dict[tuple[str, str], int] = {}
+    for group, square in squares.items():
+        held[stages[group]] = held.get(stages[group], 0) + square
+    together = max(held.values()) if may_resume(job) else sum(held.values())
+    largest = max(squares.values())
+    return largest, together - largest
 
 
 def _solving(decision: Decision, square: int) -> int:

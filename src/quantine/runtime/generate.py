@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from quantine.calibrate.token_stream import token_stream
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
-from quantine.runtime.decoder import Decoder, decoder_for, most_likely
+from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.graph_decoder import StaticDecoder, graph_decoder_for
 from quantine.runtime.load import load_model
 from quantine.runtime.packed import packed_modules
+from quantine.runtime.prompt import Transcript, conversation_ids, text_ids
+from quantine.runtime.sampling import Sampler, Sampling
 from quantine.source.locate import locate
-
-COLDEST: Final = 0.01
-"""Smallest temperature other than zero; below it probabilities would overflow."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,15 +59,18 @@ def stream(
         PlanError: the prompt is empty, too long for the model, or an option is out of range.
         CheckpointError, FormatError: the model cannot be read.
     """
-    if tokens < 1 or not 0 <= seed < 2**63:
-        raise PlanError(f"tokens must be positive and seed in 64 bits, not {tokens}, {seed}")
-    if temperature != 0 and not COLDEST <= temperature < float("inf"):
-        raise PlanError(f"temperature must be 0 or at least {COLDEST}, not {temperature}")
+    if tokens < 1:
+        raise PlanError(f"tokens must be positive, not {tokens}")
+    sampling = Sampling(temperature, seed=seed)
     where = device_named(device)
     source = locate(model)
     tokenizer = source.tokenizer()
     config = source.config()
-    ids = _prompt_ids(tokenizer, prompt, chat, config.vocab_size)
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        ids = conversation_ids(tokenizer, messages, config.vocab_size)
+    else:
+        ids = text_ids(tokenizer, prompt, config.vocab_size)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and ids.shape[1] + tokens > longest:
         raise PlanError(
@@ -78,24 +79,17 @@ def stream(
         )
     loaded = load_model(source, dtype, where)
     decoder = decoder_on(loaded, ids.shape[1] + tokens, log)
-    generator = torch.Generator("cpu").manual_seed(seed)
     started = time.perf_counter()
     first = started
-    made: list[int] = []
-    shown = ""
-    for token in continue_tokens(loaded, ids, tokens, temperature, generator, decoder):
-        if not made:
+    transcript = Transcript(tokenizer)
+    for token in continue_tokens(loaded, ids, tokens, sampling, decoder):
+        if not len(transcript):
             first = time.perf_counter()
-        made.append(token)
-        text = tokenizer.decode(made, skip_special_tokens=True)
-        # A character may need several tokens; until it is whole it decodes to U+FFFD.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            out.write(text[len(shown) :])
-            out.flush()
-            shown = text
+        out.write(transcript.add(token))
+        out.flush()
     out.write("\n")
-    decoding = time.perf_counter() - first
-    speed = f", {(len(made) - 1) / decoding:.1f} tokens/s" if len(made) > 1 else ""
+    decoding, count = time.perf_counter() - first, len(transcript)
+    speed = f", {(count - 1) / decoding:.1f} tokens/s" if count > 1 else ""
     log.write(f"{ids.shape[1]} prompt tokens in {first - started:.2f} s{speed}\n")
 
 
@@ -103,9 +97,8 @@ def continue_tokens(
     model: PreTrainedModel,
     ids: Tensor,
     tokens: int,
-    temperature: float,
-    generator: torch.Generator,
-    decoder: Decoder | StaticDecoder | None = None,
+    sampling: Sampling,
+    decoder: Decoder | StaticDecoder | ModuleDecoder | None = None,
 ) -> Iterator[int]:
     """Generate token ids after a prompt, up to an end token, which is left out.
 
@@ -113,17 +106,17 @@ def continue_tokens(
         model: the model.
         ids: ``[1, n]`` int64 token ids of the prompt, on the CPU wherever ``model`` is.
         tokens: largest number of tokens to generate.
-        temperature: divisor of logits before sampling; 0 always takes the most likely token.
-        generator: random generator for sampling.
+        sampling: how they are chosen.
         decoder: a decoder of ``model`` that has seen no tokens; ``None`` runs the modules of
             ``model``.
     """
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     append = ModuleDecoder(model).append if decoder is None else decoder.append
+    sampler = Sampler(sampling)
     step = ids[0]
     for _ in range(tokens):
-        token = _choose(append(step), temperature, generator)
+        token = sampler.choose(append(step))
         if token in ends:
             return
         yield token
@@ -183,25 +176,3 @@ def decoder_on(
     except BackendUnavailable as error:
         log.write(f"decoding with the modules of transformers: {error}\n")
         return None
-
-
-def _choose(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return most_likely(logits)
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
-
-
-def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> Tensor:
-    """Token ids ``[1, n]`` int64 of a prompt: what the tokenizer puts behind texts is left out."""
-    if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise PlanError("the tokenizer has no chat template: leave out --chat")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    stream = token_stream(tokenizer, prompt, vocabulary, "PROMPT")
-    # A chat template brings its own beginning.
-    ids = stream.tokens if chat else torch.cat([stream.begin, stream.tokens])
-    if ids.numel() == 0:
-        raise PlanError("the prompt is empty: nothing to continue")
-    return ids.unsqueeze(0)

@@ -17,12 +17,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
+from quantine.families.experts import experts_in, separate
 from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.device_map import computes_on_cpu
+from quantine.runtime.float_dtypes import convert_floats, float_dtypes
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
@@ -30,7 +32,7 @@ from quantine.runtime.packed import Packed
 from quantine.runtime.placeholder import placeholder
 from quantine.runtime.rounded_blocks import rebuild
 from quantine.source.names import listed, not_understood
-from quantine.source.settings import check_settings
+from quantine.source.settings import attention_of, check_settings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -93,9 +95,14 @@ class QuantineQuantizer(HfQuantizer):
     _spread = False  # over several devices
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
-        """Remove `LOCK` from ``config``; transformers calls it before it looks for weight files."""
+        """Remove `LOCK` from ``config``, and choose the attention that the model needs.
+
+        transformers calls it before it looks for weight files and builds the model.
+        """
         if getattr(config, "transformers_weights", None) == LOCK:
             del config.transformers_weights
+        if config._attn_implementation in (None, "sdpa"):
+            config._attn_implementation = attention_of(config) or config._attn_implementation
         return config
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -117,6 +124,7 @@ class QuantineQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         check_settings(model.config)
+        separate(model)
         entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config
         assert isinstance(config, QuantineConfig)
@@ -135,13 +143,19 @@ class QuantineQuantizer(HfQuantizer):
             rebuild(model, config.activations, entries)
         _check_kept(model, entries)
         _check_names(model, entries)
+        self._dtypes = float_dtypes(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        convert_floats(model, self._dtypes)
         check_loaded(model)
         if hasattr(self.quantization_config, "activations"):
             model.set_attn_implementation(ATTENTION)
         _part_empty_tensors(model)
         replace_methods(model)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
+        """None where experts have modules of their own: files have the names that these have."""
+        return [] if experts_in(model) else weight_conversions
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""

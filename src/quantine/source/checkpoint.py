@@ -15,6 +15,8 @@ from torch import Tensor
 
 from quantine.errors import CheckpointError, cut, is_out_of_memory
 from quantine.source.names import match_names
+from quantine.source.pieces import Piece
+from quantine.source.read_record import ReadRecord, tensor_digest
 from quantine.source.weight_files import weight_files
 
 if TYPE_CHECKING:
@@ -39,9 +41,11 @@ class Checkpoint:
     Args:
         directory: holds the files, see `quantine.source.weight_files.weight_files`.
         model: the model that they belong to, for its names; ``None`` takes names as they are.
+        record: gets the digest of each tensor that `read` returns; ``None`` digests nothing.
 
     Attributes:
         directory: that holds the files.
+        record: what has been read, if that is recorded.
         unused: names of stored tensors for which the model has no use.
 
     Raises:
@@ -49,17 +53,23 @@ class Checkpoint:
             tensor is there twice.
     """
 
-    def __init__(self, directory: Path, model: PreTrainedModel | None = None) -> None:
-        self.directory = directory
+    def __init__(
+        self,
+        directory: Path,
+        model: PreTrainedModel | None = None,
+        record: ReadRecord | None = None,
+    ) -> None:
+        self.directory, self.record = directory, record
         self._file_of: dict[str, Path] = {}
         for file in weight_files(directory):
             with _opened(file) as shard:
                 self._file_of.update(dict.fromkeys(shard.keys(), file))
         self._stored = {name: name for name in self._file_of}
+        self._pieces: dict[str, Piece] = {}
         self.unused: tuple[str, ...] = ()
         if model is not None:
             names = match_names(model, self._file_of)
-            self._stored, self.unused = names.stored, names.unused
+            self._stored, self._pieces, self.unused = names.stored, names.pieces, names.unused
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -68,8 +78,17 @@ class Checkpoint:
         """The tensors ``names``, in their stored dtypes, as copies that own their memory.
 
         Raises:
-            CheckpointError: a tensor is missing or its file unreadable.
+            CheckpointError: a tensor is missing or its file unreadable; or, where it is recorded,
+                it is not finite, or not what was read before.
         """
+        tensors = self._read(names)
+        if self.record is not None:
+            for name, tensor in tensors.items():
+                self.record.add(name, tensor, self._file(name))
+        return tensors
+
+    def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What `read` returns, unrecorded."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             stored = self._stored_name(name)
@@ -78,7 +97,13 @@ class Checkpoint:
         for file, pairs in by_file.items():
             with _opened(file) as shard:
                 for name, stored in pairs:
-                    tensors[name] = shard.get_tensor(stored).clone()
+                    piece = self._pieces.get(name)
+                    if piece is None:
+                        tensors[name] = shard.get_tensor(stored).clone()
+                    else:
+                        tensors[name] = piece.of(shard.get_slice(stored)[piece.expert]).clone(
+                            memory_format=torch.contiguous_format
+                        )
         return tensors
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
@@ -87,7 +112,9 @@ class Checkpoint:
         for name in names:
             if name in self._stored:
                 with _opened(self._file_of[self._stored[name]]) as shard:
-                    shapes[name] = tuple(shard.get_slice(self._stored[name]).get_shape())
+                    shape = tuple(shard.get_slice(self._stored[name]).get_shape())
+                piece = self._pieces.get(name)
+                shapes[name] = shape if piece is None else _shape_of(piece, shape)
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
@@ -128,23 +155,45 @@ class Checkpoint:
             )
 
     def digest(self) -> str:
-        """Hash of every tensor's name, dtype, shape and bytes, after checking each is finite.
+        """Hash of every tensor's name, dtype, shape and bytes; what is recorded is not read again.
 
         Raises:
-            CheckpointError: a weight is not finite; nothing has been written yet.
+            CheckpointError: a tensor is not finite.
         """
+        record = self.record or ReadRecord()
         total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self._file_of):
-            with _opened(self._file_of[name]) as shard:
-                tensor = shard.get_tensor(name)
-                if tensor.dtype in FLOATS.values() and not bool(torch.isfinite(tensor).all()):
-                    raise CheckpointError(
-                        f"{name} in {self._file_of[name].name} holds non-finite weights: "
-                        "the checkpoint is damaged or overflowed in its dtype"
-                    )
-                total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        for name in sorted(self._stored):
+            if name not in record:
+                record.add(name, self._read([name])[name], self._file(name))
+            total.update(f"{name} {record[name]}\n".encode())
         return total.hexdigest()
+
+    def changed(self) -> str | None:
+        """A tensor that is recorded, but is now another; ``None`` if all are what they were.
+
+        Files with the size and the time of change that were recorded are not read.
+
+        Raises:
+            CheckpointError: a file is unreadable.
+        """
+        record = self.record
+        if record is None:
+            return None
+        files = set(self._file_of.values())
+        touched = {file for file in files if not record.is_unchanged(file)}
+        for name in record.names():
+            if name not in self:
+                return name
+            file = self._file(name)
+            if file in touched and tensor_digest(self._read([name])[name]) != record[name]:
+                return name
+        for file in touched:
+            record.look(file)
+        return None
+
+    def _file(self, name: str) -> Path:
+        """The file that holds the tensor ``name``."""
+        return self._file_of[self._stored_name(name)]
 
     def _stored_name(self, name: str) -> str:
         """The name in the files of the tensor ``name``."""
@@ -154,6 +203,13 @@ class Checkpoint:
                 "or the weights belong to another architecture"
             )
         return self._stored[name]
+
+
+def _shape_of(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a part of a tensor of ``shape``; that of a tensor without it is left as it is."""
+    if not 1 < len(shape) < 4 or piece.expert >= shape[0]:
+        return shape
+    return tuple(piece.of(torch.empty(shape[1:], dtype=torch.float32, device="meta")).shape)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
-from quantine.source.settings import check_blocks, check_settings
+from quantine.source.settings import attention_of, check_blocks, check_settings
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ class ModelSource:
                     dtype=dtype,
                     output_loading_info=True,
                     trust_remote_code=False,
+                    attn_implementation=attention_of(self.config()),
                     **options,
                 )
             except (*UNREADABLE, MemoryError) as error:

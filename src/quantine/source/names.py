@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from quantine.errors import CheckpointError
+from quantine.source.pieces import Piece, in_another_layout, piece_stored_as, pieces_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +26,13 @@ class Names:
 
     Attributes:
         stored: names in the files, by the model's names. Both names of a tied tensor are there.
+        pieces: what of the stored tensor each is, by the model's names; those of tensors that are
+            stored alone are missing.
         unused: names in the files for which the model has no use.
     """
 
     stored: dict[str, str]
+    pieces: dict[str, Piece]
     unused: tuple[str, ...]
 
 
@@ -40,7 +44,7 @@ def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
         found: all names in the files.
 
     Raises:
-        CheckpointError: files hold a tensor twice, or as parts of what the model has.
+        CheckpointError: files hold a tensor twice, or in another layout than the model's.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
@@ -49,34 +53,40 @@ def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
         rename_source_key,
     )
 
-    tensors, prefix = model.state_dict(), model.base_model_prefix
+    tensors, larger, prefix = model.state_dict(), pieces_of(model), model.base_model_prefix
+    known = {**tensors, **dict.fromkeys(larger, model)}
     changes = get_model_conversion_mapping(model)
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     conversions = [change for change in changes if isinstance(change, WeightConverter)]
     stored: dict[str, str] = {}
+    pieces: dict[str, Piece] = {}
     unused = []
     for old in sorted(found):
-        name, converted = rename_source_key(old, renamings, conversions, prefix, tensors)
-        if name not in tensors and old in tensors:
+        name, converted = rename_source_key(old, renamings, conversions, prefix, known)
+        if converted is not None and name in larger:
+            converter = next(one for one in conversions if converted in one.source_patterns)
+            name, converted = piece_stored_as(old, converted, converter, larger[name]), None
+        elif name not in known and old in known:
             name, converted = old, None
-        if name not in tensors:
+        if name not in known:
             unused.append(old)
-        elif converted is not None:
-            raise CheckpointError(
-                f"{old} is stored in another layout than the model's: load the model with "
-                "transformers and save it again"
-            )
-        elif name in stored:
-            raise CheckpointError(
-                f"{name} is there twice, as {stored[name]} and as {old}: which one counts is open"
-            )
-        else:
-            stored[name] = old
+            continue
+        if converted is not None:
+            raise in_another_layout(old)
+        parts = larger.get(name, {})
+        pieces.update(parts)
+        for part in parts or [name]:
+            if part in stored:
+                raise CheckpointError(
+                    f"{part} is there twice, as {stored[part]} and as {old}: which one counts is "
+                    "open"
+                )
+            stored[part] = old
     for target, source in model.all_tied_weights_keys.items():
         for name, other in ((target, source), (source, target)):
             if name not in stored and other in stored:
                 stored[name] = stored[other]
-    return Names(stored, tuple(not_understood(model, unused)))
+    return Names(stored, pieces, tuple(not_understood(model, unused)))
 
 
 def not_understood(model: PreTrainedModel, unused: Collection[str]) -> list[str]:

@@ -75,6 +75,15 @@ def check_settings(config: Any) -> None:
             _refuse(path, number, "a finite number")
 
 
+def attention_of(config: Any) -> str | None:
+    """The attention function that a model of ``config`` needs; ``None`` leaves it to transformers.
+
+    Scores with a bound (Gemma 2) need ``eager``: transformers 5.19 chooses ``sdpa``, which knows
+    nothing of it.
+    """
+    return "eager" if getattr(config, "attn_logit_softcapping", None) is not None else None
+
+
 def check_generation(config: Any) -> None:
     """Refuse flags that are none, and special tokens that are no token ids.
 

@@ -34,10 +34,15 @@ class SquaredGradients:
         if other.sums is not None:
             self._add(other.sums, other.tokens)
 
-    def mean(self) -> Tensor:
-        """The mean over tokens, ``[out]`` float32; there must be at least one token."""
+    def mean(self, tokens: int | None = None) -> Tensor:
+        """The mean over tokens, ``[out]`` float32; there must be at least one token.
+
+        Args:
+            tokens: number of tokens of the text, those that the matrix never saw included, whose
+                gradients are zero; ``None`` is `tokens`.
+        """
         assert self.sums is not None
-        return self.sums / self.tokens
+        return self.sums / (self.tokens if tokens is None else tokens)
 
     def _add(self, sums: Tensor, tokens: int) -> None:
         self.sums = sums if self.sums is None else self.sums + sums

@@ -27,6 +27,7 @@ class Hessian:
     Attributes:
         matrix: ``[in, in]`` float32, the sum; not divided by the number of tokens.
         tokens: number of tokens.
+        borrowed: how many of these are means of others', see `borrow`.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Hessian:
         self._add_gram = add_gram
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
+        self.borrowed = 0
         self._factor: InverseFactor | None = None
         self._damp: float | None = None
 
@@ -52,6 +54,21 @@ class Hessian:
         """Add all that ``other`` has seen, of other tokens of the same input."""
         self.matrix += other.matrix
         self.tokens += other.tokens
+        self.borrowed += other.borrowed
+        self._factor = None
+
+    def borrow(self, mean: Tensor, tokens: int) -> None:
+        """Add ``tokens`` tokens that are like the mean of others.
+
+        The sum, divided by the number of tokens, so shrinks towards ``mean``.
+
+        Args:
+            mean: ``[in, in]`` float32, the mean of ``x x.T``.
+            tokens: their number.
+        """
+        self.matrix += mean * tokens
+        self.tokens += tokens
+        self.borrowed += tokens
         self._factor = None
 
     @property

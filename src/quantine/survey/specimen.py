@@ -63,10 +63,10 @@ def write_specimen(config: PretrainedConfig, directory: Path) -> None:
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """A tokenizer with one token for each byte."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantine.calibrate.segments import Calibration
 from quantine.core.ambient import own_state
 from quantine.errors import BackendUnavailable, QuantineError, cut
+from quantine.families.experts import Piece, experts_in
 from quantine.families.layers import is_transposed
 from quantine.plan.plan import Plan
 from quantine.run.quantize import quantize
@@ -130,14 +131,28 @@ def _compare(source: Path, out: Path) -> None:
     packed, _ = load(out, arithmetic="exact")
     plain: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     as_float = _logits(plain)
+    pieces = _pieces(packed)
     for name, module in packed_modules(packed):
-        _put(plain.get_submodule(name), module.dequantize())
+        if f"{name}.weight" in pieces:
+            fused, piece = pieces[f"{name}.weight"]
+            piece.of(plain.get_parameter(fused).data[piece.expert]).copy_(module.dequantize())
+        else:
+            _put(plain.get_submodule(name), module.dequantize())
     expected, found = _logits(plain), _logits(packed)
     difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
     if not difference <= CLOSE * largest:
         raise Unlike(f"logits of the loaded model are off by {difference / largest:.1e}")
     if torch.equal(expected, as_float):
         raise Unlike("quantized matrices have no part in the logits")
+
+
+def _pieces(model: nn.Module) -> dict[str, tuple[str, Piece]]:
+    """Where the matrices of experts are in transformers' own model: parameter and part, by name."""
+    return {
+        f"{path}.{name}": (f"{path}.{piece.parameter}", piece)
+        for path, experts in experts_in(model).items()
+        for name, piece in experts.pieces()
+    }
 
 
 def _put(module: nn.Module, weight: Tensor) -> None:

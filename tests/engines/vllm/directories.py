@@ -20,6 +20,25 @@ TOKENS: Final = 12
 LENGTHS: Final = (1, 3, 17, 40, 41)
 """Numbers of tokens of the prompts."""
 
+SERVED: Final = (
+    "llama",
+    "llama_tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi3",
+    "gemma2",
+    "gemma3",
+    "opt",
+    "opt_projected",
+    "falcon_old",
+    "falcon_new",
+    "falcon_alibi",
+    "gpt2",
+)
+"""Variants of `tiny_models.FAMILIES` that vLLM serves."""
+
 HEAD: Final = {"match": "@head", "method": "rtn", "bits": 8, "group_size": 32}
 TABLE: Final = {"match": "@embedding", "method": "rtn", "bits": 6, "group_size": 16}
 SPQR: Final = {

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.engines
 pytest.importorskip("vllm")
 
-from directories import TOKENS, Directories, own_answers, prompts  # noqa: E402
+from directories import SERVED, TOKENS, Directories, own_answers, prompts  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
 
@@ -22,23 +22,6 @@ NOISE = 2e-5
 """How much logarithmic probabilities may differ: sums are in another order."""
 ROUNDED = 0.1
 """Likewise where activations are rounded: one between two codes may fall to the other side."""
-FAMILIES = (
-    "llama",
-    "llama_tied",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "phi3",
-    "gemma2",
-    "gemma3",
-    "opt",
-    "opt_projected",
-    "falcon_old",
-    "falcon_new",
-    "falcon_alibi",
-    "gpt2",
-)
 SETTINGS = "quantization_config"
 
 
@@ -86,7 +69,7 @@ def test_registering_again_changes_nothing() -> None:
 
 
 def test_families_with_a_scheme_for_every_matrix(directories: Directories, tmp_path: Path) -> None:
-    made = [directories.quantized(family, "mixed") for family in FAMILIES]
+    made = [directories.quantized(family, "mixed") for family in SERVED]
     results = serve(tmp_path, [job(directory) for directory in made])
     for directory, result in zip(made, results, strict=True):
         check(directory, result)

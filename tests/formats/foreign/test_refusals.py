@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import quantine
 from quantine import Calibration, FormatError, OutputError, Plan, PlanError, quantize
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
-from quantine.families.layers import Role
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign import FOREIGN
@@ -34,6 +34,7 @@ from quantine.formats.foreign.refusals import refusals, refused_text
 from quantine.formats.foreign.spqr.layout import Spqr
 from quantine.formats.foreign.target import Matrix
 from quantine.formats.imported import import_model
+from quantine.formats.stored_config import spec_of
 from quantine.methods.rtn import RTN
 from quantine.plan.targets import check_target
 from quantine.run.prepare import prepare
@@ -235,35 +236,64 @@ def test_vllm_wants_one_scheme_where_it_multiplies_once(tiny: Tiny, tmp_path: Pa
     assert not export(out, tmp_path / "ct", "compressed-tensors").converted
 
 
-@pytest.mark.parametrize(
-    ("spec", "role", "left"),
-    [
-        (QuantSpec(4, 32), "block", "only with sym: true"),
-        (QuantSpec(3, 32, True), "block", "4 and 8 bits, not 3"),
-        (QuantSpec(4, 32, True, 3, 0, 16), "block", None),
-        (QuantSpec(4, 32, True), "head", None),
-    ],
+GRIDS = st.builds(
+    QuantSpec,
+    bits=st.integers(2, 8),
+    group_size=st.sampled_from([-1, 8, 16, 32, 48, 64]),
+    sym=st.booleans(),
 )
-def test_nearest_is_what_vllm_serves_or_is_refused(
-    spec: QuantSpec, role: Role, left: str | None
+
+
+@given(
+    layout=st.sampled_from(["gptq", "compressed-tensors"]),
+    specs=st.lists(GRIDS, min_size=4, max_size=4),
+    outliers=st.integers(0, 3),
+    kept=st.integers(0, 3),
+    rows=st.sampled_from([64, 48]),
+)
+def test_vllm_serves_the_nearest(
+    layout: str, specs: list[QuantSpec], outliers: int, kept: int, rows: int
 ) -> None:
-    path = "lm_head" if role == "head" else "model.layers.0.self_attn.o_proj"
-    matrices = {path: Matrix(path, role, spec, 64, 64)}
+    config, block = tiny_config("llama"), "model.layers.0.self_attn"
+    names = [f"{block}.{name}_proj" for name in "qkvo"]
+    matrices = {
+        name: Matrix(name, "block", spec, rows, 192, outliers=number == outliers)
+        for number, (name, spec) in enumerate(zip(names, specs, strict=True))
+        if number != kept
+    }
+    found = {one.name: one for one in refusals(layout, "vllm", config, matrices)}
+    after = {
+        name: replace(matrix, spec=found[name].nearest, outliers=False) if name in found else matrix
+        for name, matrix in matrices.items()
+        if name not in found or found[name].nearest is not None
+    }
+    assert refusals(layout, "vllm", config, after) == []
+    for name, one in found.items():
+        if one.nearest is not None:
+            assert one.nearest.bits >= matrices[name].spec.bits
+    if rows == 48 or kept < 3:  # vLLM multiplies the three at once, and one is float
+        assert not set(after) & set(names[:3])
+
+
+def test_vllm_is_given_heads_in_floats() -> None:
+    matrices = {"lm_head": Matrix("lm_head", "head", QuantSpec(4, 32, True), 64, 64)}
     (found,) = refusals("gptq", "vllm", tiny_config("llama"), matrices)
-    text = refused_text("gptq", [found])
-    if left is None:
-        assert found.remains is None
-        assert "Nearest that does" in text
-    else:
-        assert found.remains is not None
-        assert left in text
-        assert "Nor does what --nearest rounds to" in text
+    assert found.nearest is None
+    assert "Nearest that does: 16 bit" in refused_text("gptq", [found])
 
 
-def test_rounding_that_vllm_refuses_writes_nothing(packed: Packed, tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"with sym: true\. Nor does what --nearest rounds to"):
-        export(packed("llama", "rtn"), tmp_path / "x", "gptq", nearest=True, engine="vllm")
-    assert not list(tmp_path.iterdir())
+def test_what_vllm_does_not_serve_is_rounded_to_what_it_does(
+    packed: Packed, tmp_path: Path
+) -> None:
+    out = packed("llama", "mixed")
+    exported = export(out, tmp_path / "ct", "compressed-tensors", nearest=True, engine="vllm")
+    assert exported.converted
+    back = import_model(exported.path, tmp_path / "back").path
+    found = {name: spec_of(FinishedDirectory(back).scheme(name)) for name in layers_of(back)}
+    assert found
+    assert {spec.bits for spec in found.values()} <= {4, 8}
+    block = "model.layers.0.self_attn"
+    assert len({found.get(f"{block}.{name}_proj") for name in "qkv"}) == 1
 
 
 @pytest.mark.parametrize(
@@ -294,6 +324,8 @@ def test_other_requests(packed: Packed, tmp_path: Path) -> None:
         export(out, tmp_path / "x", "onnx")
     with pytest.raises(PlanError, match="vllm does not read layout gguf"):
         export(out, tmp_path / "x", "gguf", engine="vllm")
+    with pytest.raises(PlanError, match="layout spqr compute in float16, not bfloat16"):
+        export(out, tmp_path / "x", "spqr", nearest=True, dtype=torch.bfloat16)
     with pytest.raises(PlanError, match="no target 'tgi'"):
         export(out, tmp_path / "x", "gptq", engine="tgi")
     (tmp_path / "taken").mkdir()

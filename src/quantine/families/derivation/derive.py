@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from quantine.errors import FamilyError, cut
+from quantine.families.derivation.expert_groups import (
+    check_experts,
+    counts_of_experts,
+    with_all_experts,
+)
 from quantine.families.derivation.matrices import groups_of, kept_in
 from quantine.families.derivation.one_by_one import check_blocks, check_buffers, run
 from quantine.families.derivation.small import randomize, small_model
 from quantine.families.derivation.trace import Trace, is_matrix, traced
+from quantine.families.experts import experts_in
 from quantine.families.family import Family
 from quantine.families.layers import are_tied
 
@@ -38,17 +45,18 @@ def derive(config: PretrainedConfig) -> Family:
     """
     try:
         with torch.no_grad(), torch.device("cpu"):
-            return _derived(small_model(config))
+            return _derived(small_model(config), counts_of_experts(config))
     except FamilyError as error:
         raise FamilyError(f"{config.model_type} models are not understood: {error}") from error
 
 
-def _derived(model: PreTrainedModel) -> Family:
+def _derived(model: PreTrainedModel, counts: Mapping[str, int]) -> Family:
     randomize(model)
     tokens = [_tokens(seed) for seed in range(2)]
+    check_experts(model, tokens[0])
     with traced(model) as trace:
         run(model, tokens[0])
-    family = _family(model, trace)
+    family = _family(model, trace, counts)
     check_blocks(model, family, *tokens)
     check_buffers(model, trace.calls)
     return family
@@ -59,8 +67,8 @@ def _tokens(seed: int) -> Tensor:
     return torch.randint(*TOKENS, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
 
 
-def _family(model: PreTrainedModel, trace: Trace) -> Family:
-    """What a trace tells.
+def _family(model: PreTrainedModel, trace: Trace, counts: Mapping[str, int]) -> Family:
+    """What a trace of a small model tells, whose large one has ``counts`` experts by their path.
 
     Raises:
         FamilyError: it does not fit into what a family can say.
@@ -71,7 +79,12 @@ def _family(model: PreTrainedModel, trace: Trace) -> Family:
     kept: dict[str, str] = {}
     for index, block in enumerate(blocks):
         kept.update(kept_in(block, f"{path}.{index}", trace))
-    groups = tuple(groups_of(f"{path}.{index}", kept, trace) for index in range(len(blocks)))
+    groups = tuple(
+        with_all_experts(
+            groups_of(f"{path}.{index}", kept, trace), block, f"{path}.{index}", counts
+        )
+        for index, block in enumerate(blocks)
+    )
     if not any(groups):
         raise FamilyError(f"no block in {path} has a matrix that can be quantized")
     table = _place(model, model.get_input_embeddings(), "token embedding")
@@ -89,6 +102,7 @@ def _family(model: PreTrainedModel, trace: Trace) -> Family:
         block_groups=groups,
         kept=tuple(sorted(kept.items())),
         fixed=tuple(sorted(_fixed((table, head), trace).items())),
+        experts=tuple(sorted({inside for block in blocks for inside in experts_in(block)})),
     )
 
 

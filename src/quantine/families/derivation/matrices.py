@@ -8,7 +8,9 @@ from typing import Final
 from torch import nn
 
 from quantine.errors import FamilyError, cut
+from quantine.families.derivation.expert_groups import why_router
 from quantine.families.derivation.trace import Trace, is_matrix
+from quantine.families.experts import experts_in
 
 HARMLESS: Final = frozenset(
     [
@@ -63,10 +65,14 @@ def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
     Raises:
         FamilyError: a parameter may be a matrix, but not one that can be quantized.
     """
-    modules, found = dict(block.named_modules()), {}
+    modules, experts, found = dict(block.named_modules()), experts_in(block), {}
     for path, parameter in block.named_parameters():
         owner = path.rpartition(".")[0]
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or any(path.startswith(f"{one}.") for one in experts):
+            continue
+        reason = why_router(path, parameter, experts)
+        if reason:
+            found[path] = reason
             continue
         uses = trace.uses.get(f"{prefix}.{path}", set())
         if path == f"{owner}.weight" and is_matrix(modules[owner]):
@@ -79,8 +85,7 @@ def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
             functions = cut(", ".join(sorted(unknown)), 60)
             raise FamilyError(
                 f"{prefix}.{path} {tuple(parameter.shape)} in a {type(modules[owner]).__name__} "
-                f"is used by {functions}: experts, and other matrices outside of Linear modules, "
-                "are not supported yet"
+                f"is used by {functions}: matrices outside of Linear modules are not supported yet"
             )
         found[path] = "no matrix of a product" if uses else "not used for text alone"
     return found
@@ -102,5 +107,5 @@ def _why_kept(
         return None
     parents = [path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1)]
     if any(isinstance(modules[parent], nn.ModuleList) for parent in parents):
-        raise FamilyError(f"{prefix}.{path} did not run: experts are not supported yet")
+        raise FamilyError(f"{prefix}.{path} did not run: experts in lists are not supported yet")
     return "not used for text alone"

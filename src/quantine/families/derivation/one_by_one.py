@@ -21,14 +21,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block beside its hidden states, by place and by name."""
 
 
-def run(model: nn.Module, tokens: Tensor) -> None:
-    """Run ``model`` on ``tokens`` ``[batch, tokens]``, as a calibration does.
+def run(model: nn.Module, tokens: Tensor) -> Any:
+    """What ``model`` puts out for ``tokens`` ``[batch, tokens]``, as in a calibration.
 
     Raises:
         FamilyError: it fails.
     """
     try:
-        model(input_ids=tokens, use_cache=False, output_attentions=False)
+        return model(input_ids=tokens, use_cache=False, output_attentions=False)
     except Exception as error:  # whatever an architecture raises that needs more than text
         raise FamilyError(f"a small model fails on text: {cut(repr(error), 120)}") from error
 

@@ -41,6 +41,8 @@ SIZES: Final[tuple[tuple[str, int], ...]] = (
 first pattern that is found in a name counts."""
 BLOCKS: Final = re.compile(r"hidden_layers$|n_layers?$|num_layers$|coder_layers$|num_blocks$")
 """What fields with numbers of blocks are called."""
+DENSE: Final = frozenset({"first_k_dense_replace", "num_dense_layers"})
+"""Fields that say how many of the first blocks have no experts; one of these is enough."""
 ROTARY: Final = (
     "rope_theta",
     "partial_rotary_factor",
@@ -158,6 +160,8 @@ def _cut_blocks(fields: dict[str, Any], blocks: int) -> None:
         fields[key] = [value[index] for index in chosen]
     for key, value in counts.items():
         fields[key] = min(value, blocks) if type(value) is int else value
+    for key in DENSE.intersection(fields):
+        fields[key] = min(fields[key] or 0, 1)
 
 
 def small_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -185,8 +189,13 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _parameters(config: PretrainedConfig) -> int:
+    return sum(parameter.numel() for parameter in bare_model(config).parameters())
+
+
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of ``config``, with weights on the meta device."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in _from_config(config).parameters())
+        return _from_config(config)
 
 
 def _from_config(config: PretrainedConfig) -> PreTrainedModel:

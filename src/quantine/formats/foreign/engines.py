@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
+from quantine.core.spec import QuantSpec
 from quantine.families import described_family, is_described
+from quantine.families.layers import Role
 from quantine.formats.foreign.target import Matrix
 
 VLLM_GROUPS: Final = (-1, 32, 64, 128)
@@ -53,20 +56,78 @@ def vllm_refusal(layout: str, matrix: Matrix) -> str | None:
     return None
 
 
+def vllm_nearest(
+    layout: str,
+    model_type: str,
+    matrices: Mapping[str, Matrix],
+    wanted: Mapping[str, QuantSpec | None],
+) -> dict[str, QuantSpec | None]:
+    """Grids that vLLM 0.32 serves, for refused matrices and those it multiplies with them.
+
+    Args:
+        layout: that vLLM reads.
+        model_type: of the model.
+        matrices: the quantized ones, by name.
+        wanted: grids of the layout nearest to the refused ones, by name; ``None`` is floats.
+
+    Returns:
+        The grid of each matrix that has to change, by name; ``None`` is floats, for what vLLM does
+        not serve on any grid.
+    """
+    found = {name: _served(layout, [matrices[name]], [spec]) for name, spec in wanted.items()}
+    for name in list(found):
+        names = (name, *_multiplied_with(model_type, name, matrices[name].role))
+        members = [matrices[one] for one in names if one in matrices]
+        specs = [found.get(one.name, one.spec) for one in members]
+        whole = len(members) == len(names)
+        joint = _served(layout, members, specs) if whole else None
+        found |= {one.name: joint for one in members if one.name in found or joint != one.spec}
+    return found
+
+
+def _served(
+    layout: str, matrices: Sequence[Matrix], specs: Sequence[QuantSpec | None]
+) -> QuantSpec | None:
+    """The one grid for ``matrices`` that vLLM serves: as many bits, and groups as small if it can.
+
+    ``None``, which is floats, where it can be none, or one of ``specs`` is.
+    """
+    given = [spec for spec in specs if spec is not None]
+    width = matrices[0].in_features
+    shapes = [size % 32 for one in matrices for size in (one.out_features, one.in_features)]
+    if any(shapes) or len(given) < len(specs) or any(one.role != "block" for one in matrices):
+        return None
+    bits = 4 if all(spec.bits <= 4 for spec in given) else 8
+    size = min(width if spec.group_size == -1 else spec.group_size for spec in given)
+    if size == width:
+        size = -1
+    elif size not in VLLM_GROUPS:
+        size = max([n for n in VLLM_GROUPS if 0 < n <= size and width % n == 0], default=32)
+    sym = all(spec.sym for spec in given) or layout == "gptq" or bits == 8
+    return replace(given[0], bits=bits, group_size=size, sym=sym)
+
+
 def split_refusals(model_type: str, matrices: Mapping[str, Matrix]) -> dict[str, str]:
     """Why layers cannot be served that vLLM computes as one (q, k and v; gate and up), by name.
 
     Such layers must have one scheme, or all be float.
     """
-    family = described_family(model_type)
     refused: dict[str, str] = {}
     for name, matrix in matrices.items():
-        number, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
-        if matrix.role != "block" or not number.isdigit():
-            continue
-        group = next((g for g in family.groups_in(int(number)) if path in g), ())
-        for other in group:
-            sibling = matrices.get(f"{family.blocks}.{number}.{other}")
+        for other in _multiplied_with(model_type, name, matrix.role):
+            sibling = matrices.get(other)
             if sibling is None or sibling.spec != matrix.spec:
-                refused[name] = f"vLLM computes it in one product with {other}: give both a scheme"
+                path = other.removeprefix(f"{described_family(model_type).blocks}.")
+                within = path.partition(".")[2]
+                refused[name] = f"vLLM computes it in one product with {within}: give both a scheme"
     return refused
+
+
+def _multiplied_with(model_type: str, name: str, role: Role) -> list[str]:
+    """Names of the other matrices that vLLM computes in one product with ``name``."""
+    family = described_family(model_type)
+    number, _, path = name.removeprefix(f"{family.blocks}.").partition(".")
+    if role != "block" or not number.isdigit():
+        return []
+    group = next((g for g in family.groups_in(int(number)) if path in g), ())
+    return [f"{family.blocks}.{number}.{other}" for other in group if other != path]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from quantine.core.spec import QuantSpec
@@ -13,13 +13,16 @@ from quantine.formats.foreign.engines import (
     VLLM_LAYOUTS,
     split_refusals,
     vllm_model_refusal,
+    vllm_nearest,
     vllm_refusal,
 )
 from quantine.formats.foreign.plain import group_text
-from quantine.formats.foreign.target import Matrix, Target
+from quantine.formats.foreign.target import Matrix
 
 ENGINES: Final = {"vllm": VLLM_LAYOUTS}
 """Engines that take less than their layouts hold, with the layouts that they read."""
+ALIKE: Final = "vLLM computes it in one product with matrices that are refused"
+"""Why a matrix that fits has to change, too."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,11 @@ class Refused:
         name: of the layer.
         reason: why not.
         nearest: the grid that comes nearest; ``None`` is floats.
-        remains: why not even with every refused layer on its nearest grid; ``None`` if it is taken
-            then.
     """
 
     name: str
     reason: str
     nearest: QuantSpec | None
-    remains: str | None = None
 
 
 def refusals(
@@ -67,18 +67,13 @@ def refusals(
     if reason is not None:
         raise FormatError(f"the model cannot be exported: {reason}")
     reasons = _reasons(layout, engine, config, matrices)
-    nearest = {name: _nearest(target, engine, matrices[name]) for name in reasons}
-    rounded = dict(matrices)
-    for name, spec in nearest.items():
-        if spec is None:
-            del rounded[name]
-        else:
-            rounded[name] = replace(matrices[name], spec=spec, outliers=False, ordered=False)
-    left = _reasons(layout, engine, config, rounded)
+    nearest = {name: target.nearest(matrices[name]) for name in reasons}
+    if engine == "vllm":
+        nearest = vllm_nearest(layout, config.model_type, matrices, nearest)
     return [
-        Refused(name, reasons.get(name) or left[name], nearest.get(name), left.get(name))
+        Refused(name, reasons.get(name, ALIKE), nearest[name])
         for name in matrices
-        if name in reasons or name in left
+        if name in nearest
     ]
 
 
@@ -98,25 +93,13 @@ def _reasons(
     return found
 
 
-def _nearest(target: Target, engine: str | None, matrix: Matrix) -> QuantSpec | None:
-    """The grid to which a refused matrix is rounded; vLLM takes heads in floats only."""
-    return None if engine == "vllm" and matrix.role != "block" else target.nearest(matrix)
-
-
 def refused_text(layout: str, found: Sequence[Refused]) -> str:
-    """What ``found``, at least one, says to users: the first layer, how many more, and a remedy.
-
-    Layers that are refused on their nearest grids, too, come first, as no rounding helps then.
-    """
-    lasting = [one for one in found if one.remains is not None]
-    first = (lasting or found)[0]
+    """What ``found``, at least one, says to users: the first layer, how many more, and a remedy."""
+    first = found[0]
     alike = sum(one.reason == first.reason for one in found)
     count = f" (and {alike - 1} like it)" if alike > 1 else ""
     others = len(found) - alike
     more = f"; {others} more for other reasons" if others else ""
     said = f"{first.name}{count} does not fit into layout {layout}: {first.reason}{more}."
-    if first.remains is not None:
-        why = "" if first.remains == first.reason else f" ({first.remains})"
-        return f"{said} Nor does what --nearest rounds to{why}: quantize again"
     near = "16 bit" if first.nearest is None else group_text(first.nearest)
     return f"{said} Nearest that does: {near}, which --nearest rounds to; else quantize again"

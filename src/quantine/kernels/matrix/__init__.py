@@ -29,7 +29,7 @@ from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 FEW_ROWS: Final = 64
 """Largest number of rows of activations that native kernels multiply straight with the codes."""
 TILED_ROWS: Final = 256
-"""Likewise on GPUs; for more, the matrix is decoded once, and PyTorch multiplies."""
+"""Likewise on GPUs; for more, panels of the matrix are decoded, and PyTorch multiplies."""
 
 
 def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
@@ -58,11 +58,11 @@ def product(matrix: Matrix | UnitMatrix, x: Tensor, arithmetic: Arithmetic) -> T
         ``[batch, out]`` in the dtype of ``x``.
     """
     if isinstance(matrix, UnitMatrix):
-        from quantine.kernels.matrix.triton.many_rows import decode
+        from quantine.kernels.matrix.triton.many_rows import multiply_decoded
         from quantine.kernels.matrix.triton.product import multiply as multiply_units
 
         if len(x) > TILED_ROWS:
-            return x @ decode(matrix, x.dtype).T
+            return multiply_decoded(matrix, x)
         return multiply_units(matrix, x)
     if len(x) > FEW_ROWS:
         return multiply_panels(matrix, x, arithmetic)

@@ -106,4 +106,22 @@ def _total_lines(found: Mapping[str, Any]) -> list[str]:
         f"weight files: {totals['file_bytes']:,} bytes",
         f"arithmetic: {found['arithmetic']}",
         f"kernel: {found['kernel']['name']}: {found['kernel']['why']}",
+        *_expert_lines(found["layers"]),
+    ]
+
+
+def _expert_lines(layers: Iterable[Layer]) -> list[str]:
+    """Which experts had too little calibration text; nothing where there are none."""
+    inside = [layer for layer in layers if layer["tokens"] is not None]
+    lacking = sorted(
+        (one for one in inside if one["tokens_borrowed"]), key=lambda one: one["tokens"]
+    )
+    if not inside:
+        return []
+    if not lacking:
+        return [f"experts: all {len(inside)} matrices have seen as many tokens as they have inputs"]
+    least = ", ".join(f"{one['name']} ({one['tokens']})" for one in lacking[:3])
+    return [
+        f"experts: {len(lacking)} of {len(inside)} matrices have seen fewer tokens than they have "
+        f"inputs, and borrowed the mean of others; least: {least}; use more samples"
     ]

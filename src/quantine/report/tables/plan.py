@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from quantine.plan.decision import Decision
     from quantine.run.estimate import Estimate
     from quantine.run.job import Job
+    from quantine.run.trial import Trial
 
 
-def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
+def print_plan(job: Job, size: Estimate, every_layer: bool, trial: Trial | None = None) -> None:
     """Print what the run ``job`` would do with each matrix, and the predicted totals.
 
     Args:
+        job: the checked request.
+        size: what arithmetic predicts.
+        trial: what a block that was tried predicts, if one was.
         every_layer: print a row for each layer, not one for all that differ only by block.
     """
     console = make_console()
@@ -35,7 +40,7 @@ def print_plan(job: Job, size: Estimate, every_layer: bool) -> None:
         size_text = megabytes(2 * math.prod(sizes))
         table.add_row(name, shape, "16 bit", "16", size_text, job.kept_reason(name))
     console.print(table)
-    for line in plan_lines(job, size):
+    for line in [*plan_lines(job, size), *([] if trial is None else trial_lines(trial))]:
         console.print(line)
 
 
@@ -126,9 +131,24 @@ def _outlier_lines(job: Job) -> list[str]:
     return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
 
 
-def plan_as_json(job: Job, size: Estimate) -> dict[str, Any]:
-    """The decision about every matrix and all predicted sizes, as plain values for JSON."""
+def trial_lines(trial: Trial) -> list[str]:
+    """Lines on what the whole run will take, by what one block took."""
+    return [
+        f"block {trial.block + 1} of {trial.blocks} tried: {trial.block_seconds:.1f} s; all in all "
+        f"{trial.seconds:.0f} s",
+        f"by that block: output {megabytes(trial.output)}; on disk while running: at most "
+        f"{megabytes(trial.disk_while_running)}; peak memory {megabytes(trial.peak_memory)}",
+    ]
+
+
+def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[str, Any]:
+    """The decision about every matrix and all predicted sizes, as plain values for JSON.
+
+    ``probed`` is there where a block was tried.
+    """
+    probed = {} if trial is None else {"probed": dataclasses.asdict(trial)}
     return {
+        **probed,
         "model": job.source.name,
         "family": job.family.name,
         "plan": job.plan.as_dict(),

@@ -3,7 +3,7 @@
 A program computes a tile of the result. It decodes the codes of a few units of its rows in
 registers, makes weights of them in float16, and hands them to the tensor cores, which sum in
 float32; the matrix is never in memory as floats. Sums are in one order, so results are the same
-whenever a program runs.
+whenever a program runs. For more rows than that pays for, see `multiply_decoded`.
 
 The meaning is `quantine.kernels.matrix.reference.multiply_reference` (``exact``), with weights and
 activations rounded to float16.
@@ -33,6 +33,8 @@ LEAST: Final = 16
 """Smallest number, those included that are not there: tensor cores take no fewer."""
 DECODED: Final = 4
 """Units that a program decodes at once: 128 inputs."""
+PANEL: Final = 2**26
+"""Weights that are decoded into memory at once where PyTorch multiplies: 128 MiB of 16 bits."""
 OUTLIERS: Final = 32
 """Outliers that a program reads at once."""
 
@@ -47,29 +49,50 @@ def multiply(matrix: UnitMatrix, x: Rows, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def decode(matrix: UnitMatrix, dtype: torch.dtype) -> Tensor:
-    """The whole matrix ``[rows, columns]`` in ``dtype``, columns in the order of inputs.
+def multiply_decoded(matrix: UnitMatrix, x: Tensor) -> Tensor:
+    """``x @ W.T`` by PyTorch, which gets the matrix as floats, at most `PANEL` at once.
+
+    Args:
+        matrix: the matrix ``W`` ``[out, in]``.
+        x: ``[batch, in]`` float32, float16 or bfloat16.
+    """
+    lines = max(OUTPUTS, PANEL // matrix.columns // OUTPUTS * OUTPUTS)
+    starts = range(0, matrix.rows, lines)
+    parts = [x @ decode(matrix, x.dtype, first, first + lines).T for first in starts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def decode(
+    matrix: UnitMatrix, dtype: torch.dtype, first: int = 0, stop: int | None = None
+) -> Tensor:
+    """Rows ``first`` to ``stop`` of the matrix in ``dtype``, columns in the order of inputs.
 
     Weights are rounded to float16 on the way, outliers of ``matrix`` are added to them.
     """
-    result = torch.empty(matrix.rows, matrix.columns, dtype=dtype, device=matrix.words.device)
-    program, operands, settings = decoding_of(matrix, result)
-    grid = (triton.cdiv(matrix.rows, OUTPUTS), triton.cdiv(matrix.units, DECODED))
+    stop = matrix.rows if stop is None else min(stop, matrix.rows)
+    # The last line takes the outliers of other rows: nobody waits to know which they are.
+    lines = torch.empty(stop - first + 1, matrix.columns, dtype=dtype, device=matrix.words.device)
+    result = lines[:-1]
+    program, operands, settings = decoding_of(matrix, result, first)
+    grid = (triton.cdiv(len(result), OUTPUTS), triton.cdiv(matrix.units, DECODED))
     with backend.launching(result):
         program[grid](*operands, **settings)
     if matrix.entries is not None:
         rows, columns, added = matrix.entries.placed(matrix)
-        result[rows, columns] = (result[rows, columns].float() + added * matrix.multiplier).to(
-            dtype
-        )
+        rows = torch.where((rows >= first) & (rows < stop), rows - first, stop - first)
+        more = lines[rows, columns].float() + added * matrix.multiplier
+        lines[rows, columns] = more.to(dtype)
     return result
 
 
-def decoding_of(matrix: UnitMatrix, result: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
-    """As `launch_of`, the program that decodes ``matrix`` into ``result``, without its outliers."""
+def decoding_of(
+    matrix: UnitMatrix, result: Tensor, first: int
+) -> tuple[Any, list[Any], dict[str, Any]]:
+    """As `launch_of`, the program that decodes rows from ``first`` on, without their outliers."""
     operands, settings = _matrix_of(matrix)
     settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
-    more = [matrix.multiplier, matrix.source, result, matrix.rows, matrix.columns]
+    more = [matrix.multiplier, matrix.source, result]
+    more += [matrix.rows, first, first + len(result), matrix.columns]
     return decode_tiles, [*operands, *more], settings
 
 

@@ -111,6 +111,8 @@ def decode_tiles(
     source,
     result,
     rows,
+    first,
+    stop,
     columns,
     BITS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -126,8 +128,8 @@ def decode_tiles(
     UNIT_CONSTRAINTS: tl.constexpr,
 ):
     """Decode a tile of the matrix: see `quantine.kernels.matrix.triton.many_rows.decode`."""
-    number = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(number, rows - 1)
+    number = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(number, stop - 1)
     unit = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     factor = tl.load(row_factors + (row // SIZE if ALONG_OUTPUTS else row))
     weights = take_weights(
@@ -156,6 +158,6 @@ def decode_tiles(
     inside = place < columns
     if source is not None:
         place = tl.load(source + place, mask=inside, other=0)
-    at = result + number.to(tl.int64)[:, None] * columns + place[None, :]
+    at = result + (number - first).to(tl.int64)[:, None] * columns + place[None, :]
     value = (weights.to(tl.float32) * factor[:, None] * multiplier).to(result.dtype.element_ty)
-    tl.store(at, value, mask=(number < rows)[:, None] & inside[None, :])
+    tl.store(at, value, mask=(number < stop)[:, None] & inside[None, :])

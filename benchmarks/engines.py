@@ -1,0 +1,168 @@
+"""Perplexity of exported directories in the real engines, and in quantine, on the same tokens.
+
+    python benchmarks/engines.py demo --json benchmarks/results/engines-demo.json
+    python benchmarks/engines.py families --json benchmarks/results/engines-families.json
+
+Environment variables name the engines' Pythons, see docs/engines.md: QUANTINE_VLLM_PYTHON (with
+quantine in it), QUANTINE_LLAMA_CPP_PYTHON, QUANTINE_COMPRESSED_TENSORS_PYTHON (with transformers
+and without quantine). Rows in the file are not made again. ``families`` are tiny random models of
+every family that vLLM serves. benchmarks/results.py makes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "engines", "engines/vllm")]
+
+from serving import own_perplexity, run_engine, windows_of  # noqa: E402
+
+from quantine import Calibration, Plan, quantize  # noqa: E402
+from quantine.formats.export import export  # noqa: E402
+
+RTN: Final[dict[str, dict[str, Any]]] = {
+    "2 bits in 64, symmetric": {"bits": 2, "group_size": 64, "sym": True},
+    "3 bits in 32": {"bits": 3, "group_size": 32},
+    "4 bits in 64, symmetric": {"bits": 4, "group_size": 64, "sym": True},
+    "4 bits in 64": {"bits": 4, "group_size": 64},
+    "8 bits in rows, symmetric": {"bits": 8, "group_size": -1, "sym": True},
+}
+"""Plans by name: rounding to the nearest, for what is compared is engines."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """One row.
+
+    Attributes:
+        plan: a key of `RTN`.
+        to: layout, as in ``quantine export --to``; empty for quantine's own.
+        engine: what it is shown as.
+        variable: names the engine's Python.
+        program: of tests/engines, and its arguments after the directory and the windows.
+    """
+
+    plan: str
+    to: str
+    engine: str
+    variable: str
+    program: tuple[str, ...]
+
+
+LLAMA: Final = ("QUANTINE_LLAMA_CPP_PYTHON", ("llama_cpp_program.py",))
+DECODED: Final = ("QUANTINE_LLAMA_CPP_PYTHON", ("llama_cpp_program.py", "decoded"))
+VLLM: Final = ("QUANTINE_VLLM_PYTHON", ("vllm_program.py", "float16"))
+PLUGIN: Final = ("QUANTINE_VLLM_PYTHON", ("vllm_program.py", "float32"))
+FLOAT: Final = ("QUANTINE_COMPRESSED_TENSORS_PYTHON", ("transformers_program.py", "float32"))
+EXPORTS: Final = (
+    Export("4 bits in 64", "", "vLLM, quantine's plug-in", *PLUGIN),
+    Export("4 bits in 64", "float", "transformers, without quantine", *FLOAT),
+    Export("4 bits in 64, symmetric", "gptq", "vLLM, float16", *VLLM),
+    Export("4 bits in 64", "compressed-tensors", "vLLM, float16", *VLLM),
+    Export("3 bits in 32", "compressed-tensors", "transformers with the library", *FLOAT),
+    Export("4 bits in 64", "gguf", "llama.cpp", *LLAMA),
+    Export("4 bits in 64", "gguf", "llama.cpp, decoded", *DECODED),
+    Export("3 bits in 32", "gguf", "llama.cpp", *LLAMA),
+    Export("3 bits in 32", "gguf", "llama.cpp, decoded", *DECODED),
+    Export("2 bits in 64, symmetric", "gguf", "llama.cpp, decoded", *DECODED),
+    Export("8 bits in rows, symmetric", "gguf", "llama.cpp, decoded", *DECODED),
+)
+
+
+class Measured:
+    """Makes each directory, and its perplexity in quantine, once.
+
+    Args:
+        model: as quantine's commands take it.
+        windows: length and number of windows of the held-out text.
+        scratch: a directory of its own.
+    """
+
+    def __init__(self, model: str, windows: tuple[int, int], scratch: Path) -> None:
+        self._model, self._windows, self._scratch = model, windows, scratch
+        self._here: dict[Path, float] = {}
+
+    def row(self, row: Export) -> dict[str, Any]:
+        """Perplexities of one export, there and here."""
+        out = self._scratch / row.plan.replace(" ", "-").replace(",", "")
+        if not out.exists():
+            plan = Plan.preset("rtn", clip="mse", **RTN[row.plan])
+            quantize(self._model, out, plan, Calibration(samples=0))
+        served = self._exported(out, row.to)
+        asked, found = self.compared(out, served, row.variable, row.program)
+        return {"plan": row.plan, "to": row.to, "engine": row.engine, **found, "windows": asked}
+
+    def compared(
+        self, out: Path, served: Path, variable: str, program: tuple[str, ...]
+    ) -> tuple[str, dict[str, float]]:
+        """What the windows were, and the perplexities ``there`` and ``here``."""
+        length, count = self._windows
+        windows = windows_of(out, length, count)
+        asked = self._scratch / "asked.json"
+        texts = {"windows": windows, "texts": []} if "llama" in program[0] else windows
+        asked.write_text(json.dumps(texts), encoding="utf-8")
+        if out not in self._here:
+            self._here[out] = own_perplexity(out, windows)
+        name, *arguments = program
+        there = run_engine(os.environ[variable], name, str(served), str(asked), *arguments)
+        found = {"there": there["perplexity"], "here": self._here[out]}
+        return f"{count} of {length}", found
+
+    def _exported(self, out: Path, to: str) -> Path:
+        if not to:
+            return out
+        served = out.with_name(f"{out.name}-{to}")
+        if not served.exists():
+            export(out, served, to)
+        return served / "model.gguf" if to == "gguf" else served
+
+
+def main() -> None:
+    """Make the rows that the file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="demo, a directory or a GGUF file, or `families`")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--limit", type=int, default=8, help="number of windows")
+    parser.add_argument("--json", type=Path, metavar="FILE", required=True)
+    asked = parser.parse_args()
+    rows = json.loads(asked.json.read_text()) if asked.json.exists() else []
+    known = {(row["plan"], row["to"], row["engine"]) for row in rows}
+    with tempfile.TemporaryDirectory() as scratch:
+        if asked.model == "families":
+            made = families(Path(scratch), {row["plan"] for row in rows})
+        else:
+            measured = Measured(asked.model, (asked.window, asked.limit), Path(scratch))
+            wanted = (row for row in EXPORTS if (row.plan, row.to, row.engine) not in known)
+            made = map(measured.row, wanted)
+        for row in made:
+            rows.append(row)
+            asked.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            print(row, flush=True)
+
+
+def families(scratch: Path, known: set[str]) -> Any:
+    """A row for a tiny random model of each family, by quantine's plug-in for vLLM."""
+    from directories import SERVED, Directories
+
+    text = scratch / "text.txt"
+    text.write_text("".join(f"Line {n}: {n * n % 97} apples.\n" for n in range(400)))
+    directories = Directories(scratch / "models", Calibration(str(text), samples=4, seqlen=32))
+    for family in SERVED:
+        if family not in known:
+            out = directories.quantized(family, "mixed")
+            measured = Measured(family, (80, 16), scratch)
+            windows, found = measured.compared(out, out, *PLUGIN)
+            shown = {"plan": family, "to": "", "engine": "vLLM, quantine's plug-in"}
+            yield {**shown, **found, "windows": windows}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The stages of a run: each part of the output that is missing is made and committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from quantine.budget.allocation import Allocation
+from quantine.budget.probe import Budgeted, probe
+from quantine.calibrate.block_loader import BlockLoader
+from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.core.device import CPU
+from quantine.core.process_memory import return_freed_memory
+from quantine.families.layers import block_list
+from quantine.formats.imported import write_floats
+from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
+from quantine.run.estimate import Estimate
+from quantine.run.job import Job
+from quantine.run.layer import packed_tensors, solve, unpack
+from quantine.run.prepare import check_headers
+from quantine.run.progress import Progress
+from quantine.run.store import SOURCE, RunStore
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.read_record import ReadRecord
+
+PROBE: Final = "probe"
+"""Name under which a run stores the table of `quantine.budget.probe.probe`."""
+
+
+def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
+    """The float weights of the source, which are converted first where it has none.
+
+    Args:
+        job: the checked request.
+        store: is open; gets converted weights in its scratch directory.
+        record: what has been read of them.
+
+    Raises:
+        CheckpointError: weights cannot be converted, or are not those of the model.
+    """
+    if not job.converts:
+        return job.checkpoint(record=record)
+    checkpoint = job.checkpoint(_converted(job, store.scratch), record)
+    check_headers(job, checkpoint)
+    return checkpoint
+
+
+def _converted(job: Job, scratch: Path) -> Path:
+    """Convert the model to float32 safetensors, which can be read one block at a time."""
+    directory = scratch / "source"
+    if job.source.gguf_file is None:
+        write_floats(job.source, directory)
+        return directory
+    model = job.source.float_model(torch.float32, scratch)
+    model.save_pretrained(directory, max_shard_size="2GB")
+    job.tokenizer.save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What makes the parts of an output directory.
+
+    Attributes:
+        job: the checked request.
+        store: gets the parts; it is open.
+        checkpoint: the float weights of the source, which records what is read.
+        size: says where hidden states are.
+        progress: is told about layers and blocks.
+        adjust: changes the solved matrices of each block together; ``None`` leaves them as they
+            are.
+    """
+
+    job: Job
+    store: RunStore
+    checkpoint: Checkpoint
+    size: Estimate
+    progress: Progress
+    adjust: Adjustment | None = None
+
+    def all_committed(self) -> list[str]:
+        """Commit every part of the output that is missing; returns all parts in file order."""
+        outside = self.stage_outside()
+        count = len(block_list(self.job.model, self.job.family))
+        blocks = [f"block-{index:05}" for index in range(count)]
+        done = sum(self.store.is_committed(part) for part in blocks)
+        self.progress.start(count, done)
+        if done < count:
+            self._stage_blocks(blocks)
+        return [*outside, *blocks]
+
+    def stage_outside(self) -> list[str]:
+        """Commit what is outside of blocks and missing; returns the parts in file order."""
+        loose = self._stage_loose()
+        return [*self._stage_tables(), *loose]
+
+    def _stage_blocks(self, parts: list[str]) -> None:
+        """Quantize and commit the blocks that no earlier process committed."""
+        job, setup = self.job, self.setup()
+        missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
+        with BlockLoader(job.model, job.family, self.checkpoint, job.device) as loader:
+            allocation = None if setup is None else self._allocation(setup, loader)
+            self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
+            sequential = None if setup is None else self._entered(setup, missing[0])
+            # Calibration also runs through finished blocks that hidden states have not passed.
+            indices = missing if sequential is None else range(sequential.block, len(parts))
+            for index, then in zip_longest(indices, indices[1:]):
+                loader.load(index, then)
+                if index in missing:
+                    self.stage_block(parts[index], index, sequential, allocation)
+                else:
+                    self._restore(index, parts[index])
+                if sequential is not None:
+                    sequential.advance(index)
+                loader.release(index)
+                return_freed_memory()
+                if index in missing:
+                    self.progress.block(index)
+        self.store.drop_states()
+
+    def _entered(self, setup: CalibrationSetup, done: int) -> Sequential:
+        """The calibration segments, as far as an earlier process brought them."""
+        sequential = Sequential(setup, done)
+        if sequential.lost is not None:
+            self.progress.note(
+                f"the hidden states of the unfinished run {sequential.lost}: they are computed "
+                f"again, through the {done} blocks that are finished"
+            )
+        return sequential
+
+    def stage_block(
+        self,
+        part: str,
+        index: int,
+        sequential: Sequential | None,
+        allocation: Allocation | None = None,
+    ) -> None:
+        """Quantize and commit a block whose weights are loaded."""
+        run = BlockRun(
+            self.job, self.checkpoint, sequential, index, allocation, self.progress, self.adjust
+        )
+        result = run.quantize()
+        self._remember_source()
+        self.store.commit(part, result.tensors, result.reports, result.maps)
+
+    def _restore(self, index: int, part: str) -> None:
+        """Give a block that an earlier process committed its quantized weights."""
+        reports = self.store.layer_reports([part])
+        restore_quantized(self.job, self.store.tensors(part), index, reports)
+
+    def _remember_source(self) -> None:
+        """Store what has been read, before anything is stored that was made of it."""
+        assert self.checkpoint.record is not None
+        self.store.remember(SOURCE, self.checkpoint.record.as_plain())
+
+    def _spend(self, allocation: Allocation | None, committed: list[str]) -> None:
+        """Subtract from the budget, if there is one, what the layers of finished blocks took."""
+        if allocation is not None:
+            for report in self.store.layer_reports(committed):
+                allocation.spend(report["name"], report["bytes"])
+
+    def _stage_loose(self) -> list[str]:
+        """Commit each float tensor outside of blocks as a part; returns the names of the parts."""
+        parts = self.job.loose_names()
+        for name in parts:
+            if not self.store.is_committed(name):
+                tensors = kept_tensors(self.job, self.checkpoint, [name])
+                self._remember_source()
+                self.store.commit(name, tensors, [])
+        return parts
+
+    def _stage_tables(self) -> list[str]:
+        """Quantize and commit embedding and head, where the plan says so; returns their names."""
+        outside = [d for d in self.job.scheme_layers() if d.layer.role != "block"]
+        for decision in outside:
+            layer = decision.layer
+            if not self.store.is_committed(layer.name):
+                solved = solve(decision, self.job.float_weight(self.checkpoint, layer), None)
+                self._remember_source()
+                self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
+        return [decision.layer.name for decision in outside]
+
+    def setup(self) -> CalibrationSetup | None:
+        """The calibration segments and the model they run through; ``None`` without calibration.
+
+        If the embedding is quantized, segments are embedded with its quantized table.
+        """
+        job = self.job
+        if job.segments is None:
+            return None
+        replaced = {}
+        for decision in job.scheme_layers():
+            if decision.layer.role == "embedding" and not job.plan.float_inputs:
+                packed = self.store.tensors(decision.layer.name)
+                packed = {name: tensor.to(job.device) for name, tensor in packed.items()}
+                # A device would hold the table during the whole run.
+                table = unpack(decision, packed).dequantize().cpu()
+                replaced[decision.layer.stored_name] = table
+        residence = self.size.residence
+        kept_on = CPU if residence.hidden == "memory" else None
+        saved = self.store.states
+        return job.calibration_setup(
+            self.checkpoint,
+            saved if self.size.spills else None,
+            saved,
+            replaced,
+            residence.resumes,
+            kept_on,
+            residence.batch_tokens,
+        )
+
+    def _allocation(self, setup: CalibrationSetup, loader: BlockLoader) -> Allocation | None:
+        """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""
+        job, plan = self.job, self.job.plan
+        if plan.bits_per_weight is None:
+            return None
+        decisions = [d for d in job.scheme_layers() if d.by_budget]
+        table = self.store.recall(PROBE)
+        if table is None:
+            read = partial(job.read, self.checkpoint)
+            budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
+            scratch, seed = self.store.scratch / "probe", job.calibration.seed
+            note = self.progress.note
+            table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
+            self._remember_source()
+            self.store.remember(PROBE, table)
+        weights = sum(decision.layer.weights for decision in decisions)
+        return Allocation(plan.name, plan.bits_per_weight, weights, table)

@@ -1,0 +1,92 @@
+"""Texts and conversations as the token ids that a model continues, and its tokens as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.token_stream import token_stream
+from quantine.errors import CalibrationError, PlanError, cut
+
+UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer gives for a character of which tokens are missing."""
+
+
+def text_ids(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
+    """Token ids ``[1, n]`` int64 of a text, begun but not ended as the tokenizer does it.
+
+    Args:
+        tokenizer: of transformers.
+        text: what is to be continued.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        CalibrationError: the tokenizer cannot read the text, or belongs to another model.
+        PlanError: there is nothing to continue.
+    """
+    stream = token_stream(tokenizer, text, vocabulary, "PROMPT")
+    return _ids(torch.cat([stream.begin, stream.tokens]))
+
+
+def conversation_ids(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], vocabulary: int
+) -> Tensor:
+    """Token ids ``[1, n]`` int64 of a conversation in the chat template, for its next message.
+
+    Args:
+        tokenizer: of transformers.
+        messages: each with ``role`` and ``content``.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        CalibrationError: the tokenizer cannot read it, or belongs to another model; or the template
+            refuses the messages.
+        PlanError: there is no chat template, or nothing to continue.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise PlanError("the tokenizer has no chat template: leave out --chat")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template is a program, with errors of its own
+        raise CalibrationError(f"the chat template refuses the messages: {cut(error)}") from error
+    # A chat template brings its own beginning.
+    return _ids(token_stream(tokenizer, text, vocabulary, "PROMPT").tokens)
+
+
+def _ids(tokens: Tensor) -> Tensor:
+    if tokens.numel() == 0:
+        raise PlanError("the prompt is empty: nothing to continue")
+    return tokens.unsqueeze(0)
+
+
+class Transcript:
+    """The text of tokens that arrive one after another, in whole characters.
+
+    Tokens that stand for no text, such as those that end a message, are left out.
+
+    Args:
+        tokenizer: of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds to the text: nothing until a character has all of its tokens."""
+        self._tokens.append(token)
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        if text.endswith(UNFINISHED):
+            return ""
+        added = text[self._shown :]
+        self._shown = len(text)
+        return added
+
+    def __len__(self) -> int:
+        return len(self._tokens)

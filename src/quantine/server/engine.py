@@ -1,0 +1,122 @@
+"""A model that continues one prompt after another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+from quantine.core.device import device_named
+from quantine.errors import PlanError, QuantineError
+from quantine.runtime.generate import ModuleDecoder, continue_tokens, decoder_on
+from quantine.runtime.load import load_model
+from quantine.runtime.prompt import conversation_ids, text_ids
+from quantine.server.refusal import Refusal
+from quantine.source.locate import locate
+
+if TYPE_CHECKING:
+    from quantine.server.requests import Request
+
+CONTEXT: Final = 4096
+"""Tokens of prompt and answer at most, where nobody says and the model has room for them."""
+
+
+class Engine:
+    """A model, its tokenizer, and a decoder with room for one text.
+
+    Not for several threads at once; but `tokens` may run in one, and all else in another.
+
+    Args:
+        model: as for `quantine.source.locate.locate`.
+        context: tokens of prompt and answer at most; ``None`` for those of the model, but no more
+            than `CONTEXT`.
+        dtype: of activations and of weights that are not quantized.
+        device: of the model, by PyTorch's name.
+        log: where it is said that no decoder of quantine's is used, if none is.
+
+    Attributes:
+        name: of the model: its directory's, or its hub id.
+        context: tokens of prompt and answer at most.
+        tokenizer: of transformers.
+
+    Raises:
+        BackendUnavailable: there is no such device.
+        CheckpointError, FormatError: the model cannot be read.
+        PlanError: the model has no room for ``context`` tokens.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        context: int | None,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        log: IO[str],
+    ) -> None:
+        where = device_named(device)
+        source = locate(model)
+        config = source.config()
+        self.context = _context(context, getattr(config, "max_position_embeddings", None))
+        self.tokenizer = source.tokenizer()
+        self.name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else str(model)
+        self._vocabulary: int = config.vocab_size
+        self._model = load_model(source, dtype, where)
+        found = decoder_on(self._model, self.context, log)
+        self._decoder = ModuleDecoder(self._model) if found is None else found
+
+    def prompt_ids(self, request: Request) -> Tensor:
+        """Token ids ``[1, n]`` int64 of the prompt of ``request``.
+
+        Raises:
+            Refusal: it is no prompt for this model, or leaves no room for an answer.
+        """
+        param = "messages" if request.chat else "prompt"
+        if request.chat and not getattr(self.tokenizer, "chat_template", None):
+            raise Refusal("this model has no chat template: use /v1/completions", param)
+        try:
+            ids = self._ids(request)
+        except QuantineError as error:
+            raise Refusal(str(error), param) from error
+        count, asked = ids.shape[1], request.most or 1
+        if count + asked > self.context:
+            raise Refusal(
+                f"{count} tokens in the {param} and {asked} new ones exceed the context of "
+                f"{self.context}: shorten it or ask for fewer; the server's --context sets it",
+                param,
+                "context_length_exceeded",
+            )
+        return ids
+
+    def _ids(self, request: Request) -> Tensor:
+        prompt = request.prompt
+        if isinstance(prompt, str):
+            return text_ids(self.tokenizer, prompt, self._vocabulary)
+        if request.chat:
+            return conversation_ids(self.tokenizer, prompt, self._vocabulary)  # type: ignore[arg-type]
+        if not all(0 <= token < self._vocabulary for token in prompt):  # type: ignore[operator]
+            raise PlanError(f"token ids must be below {self._vocabulary}, and not negative")
+        return torch.tensor([prompt], dtype=torch.int64, device="cpu")
+
+    def most(self, request: Request, ids: Tensor) -> int:
+        """Tokens of the answer to ``request`` at most, whose prompt is ``ids``."""
+        return request.most or self.context - ids.shape[1]
+
+    def tokens(self, request: Request, ids: Tensor) -> Iterator[int]:
+        """The tokens of the answer, without the one that ends it, as they are made."""
+        self._decoder.reset()
+        most = self.most(request, ids)
+        yield from continue_tokens(self._model, ids, most, request.sampling, self._decoder)
+
+
+def _context(wanted: int | None, longest: int | None) -> int:
+    """Tokens of prompt and answer at most, for a model with room for ``longest``."""
+    if wanted is None:
+        return min(CONTEXT, longest or CONTEXT)
+    if wanted < 2 or wanted > (longest or wanted):
+        most = "" if longest is None else f" and at most {longest}, the model's own"
+        raise PlanError(f"the context must be at least 2 tokens{most}, not {wanted}")
+    return wanted

@@ -1,0 +1,120 @@
+"""Each expert of a mixture becomes a module, and the model computes the same as before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from quantine.errors import FamilyError
+from quantine.families.derivation.derive import derive
+from quantine.families.derivation.small import randomize, small_config, small_model
+from quantine.families.experts import Experts, experts_in, fused_experts, separate
+from quantine.families.layers import find_layers
+from quantine.survey.specimen import specimen_config
+
+KINDS = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "gpt_oss",
+    "deepseek_v3",
+    "granitemoe",
+    "nemotron_h",
+    "aria_text",
+)
+
+
+def small(kind: str) -> Any:
+    model = small_model(specimen_config(kind))
+    with torch.no_grad():
+        randomize(model)
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    tokens = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(1))
+    found: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_separate_experts_compute_the_same_from_the_pieces_of_fused_ones(kind: str) -> None:
+    model = small(kind)
+    fused = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    expected = logits(model)
+    separate(model)
+    assert not fused_experts(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+    found = experts_in(model)
+    assert found
+    for path, experts in found.items():
+        names = {name for name, _ in experts.named_parameters()}
+        assert names == {name for name, _ in experts.pieces()}
+        for name, piece in experts.pieces():
+            whole = fused[f"{path}.{piece.parameter}"]
+            assert torch.equal(experts.get_parameter(name), piece.of(whole[piece.expert]))
+
+
+def test_only_chosen_experts_run() -> None:
+    model = small("qwen3_moe")
+    separate(model)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert isinstance(experts, Experts)
+    ran: list[int] = []
+    for number, expert in enumerate(experts):
+        expert.register_forward_hook(
+            lambda _, x, __, number=number: ran.append((number, len(x[0])))
+        )
+    chosen, factors = torch.tensor([[3, 1], [3, 1], [1, 0]]), torch.ones(3, 2)
+    with torch.no_grad():
+        experts(torch.randn(3, 64), chosen, factors)
+    assert ran == [(0, 1), (1, 3), (3, 2)]
+
+
+def test_a_large_mixture_is_found_by_a_small_one() -> None:
+    config = AutoConfig.for_model("qwen3_moe", num_experts=40, num_hidden_layers=2)
+    family = derive(config)
+    groups = family.groups_in(1)
+    assert family.experts == ("mlp.experts",)
+    assert dict(family.kept) == {"mlp.gate.weight": "it chooses experts"}
+    assert groups[2:42] == tuple(
+        (f"mlp.experts.{n}.gate_proj", f"mlp.experts.{n}.up_proj") for n in range(40)
+    )
+    assert groups[42:] == tuple((f"mlp.experts.{n}.down_proj",) for n in range(40))
+
+
+def test_blocks_without_experts_and_shared_experts_are_as_any_others() -> None:
+    family = derive(specimen_config("deepseek_v3"))
+    assert family.groups_in(0)[-2:] == (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+    last = family.groups_in(2)
+    assert ("mlp.experts.3.down_proj",) in last
+    assert last[-1] == ("mlp.shared_experts.down_proj",)
+    assert dict(derive(specimen_config("qwen2_moe")).kept) == {
+        "mlp.gate.weight": "it chooses experts",
+        "mlp.shared_expert_gate.weight": "it weighs experts",
+    }
+
+
+def test_layers_know_the_experts_beside_them() -> None:
+    config = small_config(AutoConfig.for_model("qwen3_moe"), 1)
+    model, family = small_model(config), derive(config)
+    separate(model)
+    layers = {layer.name: layer for layer in find_layers(model, family)}
+    inside = "model.layers.0.mlp.experts"
+    one, other = layers[f"{inside}.0.up_proj"], layers[f"{inside}.3.up_proj"]
+    assert one.experts == inside
+    assert one.stage == other.stage != layers[f"{inside}.0.down_proj"].stage
+    assert layers["model.layers.0.self_attn.q_proj"].experts == ""
+
+
+def test_experts_with_more_to_them_are_refused_by_name() -> None:
+    with pytest.raises(
+        FamilyError, match=r"longcat_flash .*experts\.gate_up_proj \(.*\) in a Long"
+    ):
+        derive(specimen_config("longcat_flash"))

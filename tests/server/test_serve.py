@@ -1,0 +1,334 @@
+"""The server, asked by the client that OpenAI publishes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from quantine import PlanError, cli
+from quantine.commands import serving
+from quantine.runtime.generate import stream
+from quantine.server.engine import Engine
+from quantine.server.serve import listen, make_server, url_of
+from tiny_models import CONTEXT
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
+    "{{ raise_exception('a system message is first') }}{% endif %}"
+    "[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+)
+PROMPT = "Line 1: 2 apples"
+MESSAGES = [{"role": "user", "content": "Line 1: 2 apples"}]
+TOKENS = 24
+ASKED: dict[str, Any] = {
+    "model": "served",
+    "prompt": PROMPT,
+    "max_tokens": TOKENS,
+    "temperature": 0,
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """A directory, and a client of the server that has it."""
+
+    directory: Path
+    client: openai.OpenAI
+    engine: Engine
+
+    def text(self, **options: Any) -> str:
+        done = self.client.completions.create(**{**ASKED, **options})
+        return str(done.choices[0].text)
+
+
+@pytest.fixture(scope="module")
+def served(
+    packed: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    directory = tmp_path_factory.mktemp("serve") / "served"
+    shutil.copytree(packed("llama", "gptq"), directory)
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    engine = Engine(directory, None, torch.float32, "cpu", io.StringIO())
+    with listen("127.0.0.1", 0) as listener:
+        server = make_server(engine)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        with openai.OpenAI(base_url=url_of(listener), api_key="-", max_retries=0) as client:
+            yield Served(directory, client, engine)
+        server.should_exit = True
+        thread.join()
+
+
+def own_text(directory: Path, prompt: str, chat: bool, **options: Any) -> str:
+    """What `quantine generate` writes."""
+    out = io.StringIO()
+    stream(
+        directory,
+        prompt,
+        chat=chat,
+        dtype=torch.float32,
+        out=out,
+        log=io.StringIO(),
+        **{"tokens": TOKENS, "temperature": 0.0, "seed": 0, **options},
+    )
+    return out.getvalue().removesuffix("\n")
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.3, "seed": 7}])
+def test_texts_are_those_of_generate_whole_and_in_pieces(
+    sampling: dict[str, Any], served: Served
+) -> None:
+    wanted = own_text(served.directory, PROMPT, chat=False, **sampling)
+    assert len(wanted) > 5
+    asked = {**ASKED, **sampling}
+    whole = served.client.completions.create(**asked)
+    assert whole.choices[0].text == wanted
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.prompt_tokens == 1 + len(PROMPT)
+    assert whole.usage.completion_tokens == TOKENS
+    pieces = list(
+        served.client.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    *texts, last = pieces
+    assert "".join(piece.choices[0].text for piece in texts) == wanted
+    assert [piece.choices[0].finish_reason for piece in texts] == [None] * (len(texts) - 1) + [
+        "length"
+    ]
+    assert last.usage == whole.usage
+    assert len(pieces) > 5
+    assert served.text(prompt=served.engine.tokenizer(PROMPT)["input_ids"], **sampling) == wanted
+
+
+def test_conversations_go_through_the_chat_template(served: Served) -> None:
+    wanted = own_text(served.directory, PROMPT, chat=True)
+    asked: dict[str, Any] = {"model": "served", "max_tokens": TOKENS, "temperature": 0}
+    whole = served.client.chat.completions.create(messages=MESSAGES, **asked)
+    assert whole.choices[0].message.content == wanted
+    parts = [{"type": "text", "text": PROMPT[:3]}, {"type": "text", "text": PROMPT[3:]}]
+    pieces = list(
+        served.client.chat.completions.create(
+            messages=[{"role": "user", "content": parts}], stream=True, **asked
+        )
+    )
+    assert pieces[0].choices[0].delta.role == "assistant"
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces) == wanted
+    assert pieces[-1].choices[0].finish_reason == "length"
+
+
+def test_an_answer_ends_before_a_stop_string(served: Served) -> None:
+    text = served.text()
+    for stop in (text[4:7], [text[6:9], "never there", text[4:6]]):
+        stops = [stop] if isinstance(stop, str) else stop
+        first = min(text.index(one) for one in stops if one in text)
+        done = served.client.completions.create(**ASKED, stop=stop)
+        assert done.choices[0].text == text[:first]
+        assert done.choices[0].finish_reason == "stop"
+        pieces = served.client.completions.create(**ASKED, stop=stop, stream=True)
+        assert "".join(piece.choices[0].text for piece in pieces) == text[:first]
+    # What may begin a stop string is shown once it is none.
+    assert served.text(stop=text[-1] + "never there") == text
+
+
+def test_clients_have_turns(served: Served) -> None:
+    prompts = [f"Line {n}: " for n in range(4)]
+    alone = [served.text(prompt=prompt) for prompt in prompts]
+    assert len(set(alone)) == 4
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda prompt: served.text(prompt=prompt), prompts)) == alone
+
+
+@contextmanager
+def slowly(engine: Engine) -> Iterator[list[int]]:
+    """A context in which ``engine`` takes its time, and the tokens that it makes there."""
+    made: list[int] = []
+    tokens = engine.tokens
+
+    def slow(*arguments: Any) -> Iterator[int]:
+        for token in tokens(*arguments):
+            made.append(token)
+            yield token
+            time.sleep(0.02)
+
+    engine.tokens = slow  # type: ignore[method-assign]
+    try:
+        yield made
+    finally:
+        engine.tokens = tokens  # type: ignore[method-assign]
+
+
+def test_a_client_that_goes_away_gives_its_turn_to_the_next(served: Served) -> None:
+    with slowly(served.engine) as made:
+        pieces = served.client.completions.create(**{**ASKED, "max_tokens": 100}, stream=True)
+        next(iter(pieces))
+        # The second waits for its turn, and is gone before it has it.
+        with pytest.raises(openai.APITimeoutError):
+            served.client.with_options(timeout=0.1).completions.create(**ASKED)
+        pieces.close()
+        third = served.text(max_tokens=3)
+    assert third
+    assert len(made) < TOKENS
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, str | None]] = {
+    "model": ({"model": "other"}, "no model 'other' here, only 'served'", "model"),
+    "n": ({"n": 2}, "n cannot be 2 here", "n"),
+    "logprobs": ({"logprobs": 0}, "logprobs cannot be 0 here", "logprobs"),
+    "echo": ({"echo": True}, "echo cannot be True", "echo"),
+    "penalty": ({"frequency_penalty": 0.5}, "frequency_penalty cannot be 0.5", "frequency_penalty"),
+    "unknown": ({"extra_body": {"top_k": 5}}, "top_k is not known here", "top_k"),
+    "cold": ({"temperature": -1}, "temperature must be a number from 0 to 2", "temperature"),
+    "text": ({"temperature": "hot"}, "temperature must be a number", "temperature"),
+    "top_p": ({"top_p": 1.5}, "top_p must be a number from 0 to 1", "top_p"),
+    "seed": ({"seed": 0.5}, "seed must be a whole number", "seed"),
+    "none": ({"max_tokens": 0}, "max_tokens must be a whole number from 1", "max_tokens"),
+    "stop": ({"stop": ["a", ""]}, "stop must be a string, or at most 16", "stop"),
+    "two": ({"prompt": ["a", "b"]}, "prompt must be one text", "prompt"),
+    "empty": ({"prompt": ""}, "prompt is empty", "prompt"),
+    "ids": ({"prompt": [5, 10**30]}, "token ids must be below 300", "prompt"),
+    "stream": ({"stream_options": {"include_usage": True}}, "add stream", "stream_options"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_understood_is_refused_by_name(name: str, served: Served) -> None:
+    changes, message, param = REFUSED[name]
+    with pytest.raises(openai.APIStatusError) as refused:
+        served.text(**changes)
+    error = refused.value.body
+    assert isinstance(error, dict)
+    assert message in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert refused.value.status_code == (404 if name == "model" else 400)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"exceed the context of {CONTEXT}") as refused:
+        served.text(prompt="x" * (CONTEXT - TOKENS))
+    assert refused.value.code == "context_length_exceeded"
+    fits = served.client.completions.create(**{**ASKED, "prompt": "x" * (CONTEXT - TOKENS - 1)})
+    assert fits.usage is not None
+    assert fits.usage.total_tokens <= CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "messages must be a list of messages"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\] must have one of the roles"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must have content that is text"),
+        ([{"role": "user", "content": "x", "name": "me"}], r"messages\[0\] has 'name'"),
+        ([*MESSAGES, {"role": "system", "content": "x"}], "a system message is first"),
+    ],
+)
+def test_messages_are_checked(messages: Any, message: str, served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match=message):
+        served.client.chat.completions.create(model="served", messages=messages)
+
+
+def test_what_clients_send_without_need_is_taken(served: Served) -> None:
+    nothing = {"n": 1, "presence_penalty": 0.0, "logprobs": None, "user": "me", "stop": []}
+    assert served.text(**nothing) == served.text()
+    tools: dict[str, Any] = {"tools": [], "logprobs": False, "max_completion_tokens": 2}
+    done = served.client.chat.completions.create(model="served", messages=MESSAGES, **tools)
+    assert done.usage is not None
+    assert done.usage.completion_tokens == 2
+
+
+def test_routes(served: Served) -> None:
+    client = served.client
+    assert [model.id for model in client.models.list()] == ["served"]
+    assert client.models.retrieve("served").id == "served"
+    with pytest.raises(openai.NotFoundError, match="no model 'a/b'"):
+        client.models.retrieve("a/b")
+    with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings is not served here"):
+        client.embeddings.create(model="served", input="x")
+    with pytest.raises(openai.BadRequestError, match="no JSON"):
+        client.post("/completions", content=b"{", cast_to=object)
+    with pytest.raises(openai.BadRequestError, match="must be a JSON object"):
+        client.post("/completions", content=b"[]", cast_to=object)
+    half = json.dumps({**ASKED, "prompt": "\ud800"}).encode()
+    with pytest.raises(openai.BadRequestError, match="half of a surrogate pair"):
+        client.post("/completions", content=half, cast_to=object)
+
+
+def test_a_program_serves_until_it_is_interrupted(served: Served) -> None:
+    command = [sys.executable, "-m", "quantine.cli", "serve", str(served.directory), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        assert program.stdout is not None
+        said = program.stdout.readline()
+        assert said.startswith("served at http://127.0.0.1:")
+        with openai.OpenAI(base_url=said.split()[2].rstrip(","), api_key="-") as client:
+            assert client.completions.create(**ASKED).choices[0].text == served.text()
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=20)
+    assert (program.returncode, out, err) == (
+        0,
+        "ended\n",
+        "",
+    )  # decoded natively, else err says so
+
+
+def test_who_waits_when_it_ends_is_told(served: Served) -> None:
+    with listen("127.0.0.1", 0) as listener:
+        server = make_server(served.engine)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        url = url_of(listener)
+        with (
+            slowly(served.engine),
+            openai.OpenAI(base_url=url, api_key="-", max_retries=0) as client,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            pieces = iter(client.completions.create(**{**ASKED, "max_tokens": 100}, stream=True))
+            next(pieces)
+            waiting = pool.submit(client.completions.create, **ASKED)
+            time.sleep(0.1)
+            server.should_exit = True
+            with pytest.raises(openai.APIError, match="the server is ending"):
+                list(pieces)
+            with pytest.raises(openai.InternalServerError, match="the server is ending"):
+                waiting.result()
+        thread.join()
+
+
+def test_a_missing_framework_is_named(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    assert cli.main(["serve", str(served.directory)]) == cli.EXIT_REFUSED
+    assert capsys.readouterr().err == (
+        "quantine: serve needs starlette and uvicorn: pip install 'quantine[serve]'\n"
+    )
+
+
+def test_a_port_is_refused_where_it_is_taken_and_a_context_where_it_is_too_long(
+    served: Served,
+) -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PlanError, match=f"cannot listen at 127.0.0.1, port {port}"):
+            listen("127.0.0.1", port)
+    with pytest.raises(PlanError, match=f"at most {CONTEXT}, the model's own, not 129"):
+        Engine(served.directory, CONTEXT + 1, torch.float32, "cpu", io.StringIO())
