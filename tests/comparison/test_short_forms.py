@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from quantine import Plan, PlanError
 from quantine.comparison.short_forms import name_of, plan_of, plans_of
+from quantine.core.tuning_spec import SETTINGS
 
 
 def test_every_form_means_its_plan(tmp_path: Path) -> None:
@@ -16,6 +18,8 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
     expected = {
         "3.65": Plan.budget(3.65),
         "3.3,both_axes=true,head_bits=8": Plan.budget(3.3, ("in", "out")).with_head(8),
+        "3.3,tune=quick": replace(Plan.budget(3.3), tune=SETTINGS["quick"]),
+        "rtn,tune=long": replace(Plan.preset("rtn"), tune=SETTINGS["long"]),
         "spqr-3bit": Plan.preset("spqr-3bit"),
         "gptq,bits=3,sym=true": Plan.preset("gptq", bits=3, sym=True),
         "spqr,threshold=inf": Plan.preset("spqr", threshold="inf"),
@@ -25,6 +29,8 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
     points = [
         "3.65",
         "3.3:both_axes=true:head_bits=8",
+        "3.3:tune=quick",
+        "preset:rtn:tune=long",
         "preset:spqr-3bit",
         "preset:gptq:bits=3:sym=true",
     ]
@@ -42,6 +48,7 @@ BAD = {
     "file": ("missing.yaml", "cannot be read"),
     "budget": ("-1", "above 0"),
     "budget's parameter": ("3.5:bits=3", "takes both_axes=true and head_bits=8"),
+    "tuning": ("3.5:tune=fast", "tune must be one of quick, long"),
     "budget's value": ("3.5:both_axes=1", "takes both_axes=true and head_bits=8"),
 }
 

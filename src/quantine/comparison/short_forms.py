@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import yaml
 
 from quantine.core.spec import GROUP_AXES
+from quantine.core.tuning_spec import tuning_from
 from quantine.errors import PlanError
 from quantine.plan.plan import Plan
 
@@ -46,7 +48,7 @@ def plan_of(short: str) -> Plan:
             as in ``preset:gptq:bits=3``; a scheme of weights and activations in the same way, as in
             ``scheme:W4A8`` or ``scheme:W4A4KV:method=spqr``; or a budget in bits per weight, as in
             ``3.65``, with the parameters ``both_axes`` and ``head_bits``, as in
-            ``3.65:both_axes=true``.
+            ``3.65:both_axes=true``. All but plan files take ``tune``, as in ``3.65:tune=quick``.
 
     Raises:
         PlanError: none of these, or the plan is malformed.
@@ -58,6 +60,12 @@ def plan_of(short: str) -> Plan:
         parameters = dict(_parameter(field) for field in fields)
     except (ValueError, yaml.YAMLError) as error:
         raise PlanError(f"{short!r}: parameters look like bits=3, one after each `:`") from error
+    tuning = tuning_from(parameters.pop("tune", None), repr(short))
+    return replace(_untuned(short, name, parameters), tune=tuning)
+
+
+def _untuned(short: str, name: str, parameters: dict[str, Any]) -> Plan:
+    """The plan that ``name``, which may be a budget, and ``parameters`` of ``short`` mean."""
     if short.startswith(PRESET):
         return Plan.preset(name, **parameters)
     if short.startswith(SCHEME):

@@ -18,7 +18,7 @@ class Tuning:
 
     Attributes:
         steps: number of steps, each of which changes all numbers once.
-        segments: calibration segments whose gradients one step sums.
+        segments: segments of calibration text whose gradients one step averages.
         rate: largest change of a scale in one step, as a share of it; other numbers change in
             proportion, see `quantine.tuning.numbers`.
 

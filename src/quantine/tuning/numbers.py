@@ -3,7 +3,8 @@
 Codes stay as they are. What changes are scales, zero points that are not integers, the second grids
 of SpQR's statistics (arXiv 2306.03078), values of outliers, and float vectors. Each is stored in 16
 bit or so, and a number is always used as it would be stored: gradients pass that rounding as if it
-were not there. So what is tuned is what files will hold.
+were not there. So what is tuned is what files will hold, but for a layout that stores outliers as
+differences, which are rounded once more.
 
 A number is moved in a unit of its own, so that one rate suits all: factors by shares of
 themselves, zero points by codes.
