@@ -3,6 +3,7 @@
     python benchmarks/experts.py train MIXTURE wikitext2_train_raw_5k.txt --seconds 300
     python benchmarks/experts.py measure MIXTURE wikitext2_train_raw_5k.txt wikitext2_test.txt \
         --json experts.json
+    python benchmarks/experts.py speed --json experts-speed.json
 
 The mixture has 8 experts, of which each token chooses 2, and predicts bytes. After its training
 some channels are made loud and what reads them quiet, which changes no output: so large models are.
@@ -17,19 +18,21 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quantine import Calibration, Plan
+from quantine import Calibration, Plan, load
 from quantine.eval.evaluate import evaluate
-from quantine.families.experts import Experts, experts_in
+from quantine.families.experts import Experts, experts_in, separate
 from quantine.families.layers import Layer
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
 from quantine.run.quantize import carry_out
+from quantine.runtime.packed import packed_modules
 from quantine.survey.specimen import byte_tokenizer
 
 SIZES = {
@@ -45,6 +48,13 @@ SIZES = {
     "max_position_embeddings": 512,
     "norm_topk_prob": True,
 }
+LARGER = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 1024,
+    "num_experts": 16,
+    "num_attention_heads": 16,
+}
+"""Sizes of the mixture whose speed is measured."""
 BATCH, LENGTH, RATE = 8, 128, 3e-3
 LOUD, FACTORS = 0.05, (4.0, 30.0)
 """Share of the channels that become loud, and by how much."""
@@ -190,6 +200,51 @@ def shown(job: Job, kind: type[Experts]) -> Job:
     return replace(job, decisions=tuple(replace(one, layer=layer) for one, layer in pairs))
 
 
+def speed(rounds: int) -> dict[str, Any]:
+    """Tokens of generated text per second of the processor, packed and decoded to floats; bytes.
+
+    Weights are random. Both models take turns, as others may use the machine; time is that of the
+    process.
+    """
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = Path(scratch) / "float", Path(scratch) / "packed"
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("qwen3_moe", **SIZES | LARGER), dtype=torch.float32
+        )
+        model.save_pretrained(source)
+        byte_tokenizer().save_pretrained(source)
+        plan = Plan.preset("rtn", bits=4, group_size=64)
+        carry_out(prepare(source, plan, Calibration(samples=0)), out)
+        packed, _ = load(out, dtype="float32")
+        decoded = separated(model, packed)
+        models = {"packed": packed, "floats": decoded}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(rounds + 1):  # the first is not counted
+            for name, one in models.items():
+                started = time.process_time()
+                tokens = one.generate(
+                    torch.tensor([[7, 8, 9]]), max_new_tokens=32, min_new_tokens=32, do_sample=False
+                )
+                if number:
+                    times[name].append((tokens.shape[1] - 3) / (time.process_time() - started))
+        return {
+            "file_bytes": (out / "model.safetensors").stat().st_size,
+            "packed_bytes": sum(t.nbytes for t in (*packed.parameters(), *packed.buffers())),
+            "float_bytes": sum(t.nbytes for t in decoded.parameters()),
+            **{name: median(found) for name, found in times.items()},
+        }
+
+
+@torch.no_grad()
+def separated(model: Any, packed: Any) -> Any:
+    """``model`` with an own module for each expert, and what ``packed`` stands for as floats."""
+    separate(model)
+    for name, module in packed_modules(packed):
+        model.get_submodule(name).weight.copy_(module.dequantize())
+    return model.eval()
+
+
 def main() -> None:
     """Read the arguments, and train or measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -203,12 +258,19 @@ def main() -> None:
     measuring.add_argument("--samples", type=int, default=SAMPLES)
     measuring.add_argument("--limit", type=int, default=64, help="windows of the test")
     measuring.add_argument("--json", type=Path)
+    timing = verbs.add_parser("speed")
+    timing.add_argument("--rounds", type=int, default=5)
+    timing.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.verb == "train":
         train(given.model, given.text, given.seconds)
         return
-    calibration = Calibration(str(given.text), samples=given.samples, seqlen=LENGTH)
-    rows = measure(given.model, calibration, given.test, given.limit)
+    if given.verb == "speed":
+        rows: Any = speed(given.rounds)
+        print(rows)
+    else:
+        calibration = Calibration(str(given.text), samples=given.samples, seqlen=LENGTH)
+        rows = measure(given.model, calibration, given.test, given.limit)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

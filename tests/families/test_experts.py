@@ -101,6 +101,14 @@ def test_blocks_without_experts_and_shared_experts_are_as_any_others() -> None:
     }
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router() -> None:
+    config = specimen_config("deepseek_v3")
+    config.n_routed_experts = config.num_local_experts = config.moe_intermediate_size = 8
+    family = derive(config)
+    assert dict(family.kept) == {"mlp.gate.weight": "it chooses experts"}
+    assert ("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj") in family.groups_in(2)
+
+
 def test_layers_know_the_experts_beside_them() -> None:
     config = small_config(AutoConfig.for_model("qwen3_moe"), 1)
     model, family = small_model(config), derive(config)

@@ -29,7 +29,8 @@ SCHEME = {"method": "rtn", "bits": 4, "group_size": 32, "sym": False, "format": 
 def layer(name: str, **values: Any) -> dict[str, Any]:
     """An entry of an inventory's ``layers``."""
     plain = {"scheme": SCHEME, "shape": [8, 64], "bytes": 288, "bits_per_weight": 4.5}
-    return {"name": name, **plain, "output_error": None, "choice": None, **values}
+    missing = dict.fromkeys(("output_error", "choice", "tokens", "tokens_borrowed"))
+    return {"name": name, **plain, **missing, **values}
 
 
 def choice(near: float, far: float, margin: float) -> dict[str, Any]:
@@ -181,3 +182,20 @@ def test_plan_and_inspect_have_the_same_rows(
     assert cli.main(["inspect", str(out), "--layers"]) == 0
     shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert shown[1 : len(found) + 1] == found
+
+
+def test_experts_that_saw_too_few_tokens_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = {"m.0.experts.0.a": (90, 0), "m.0.experts.1.a": (3, 61), "m.0.experts.2.a": (0, 64)}
+    layers = [
+        layer(name, tokens=tokens, tokens_borrowed=borrowed)
+        for name, (tokens, borrowed) in counts.items()
+    ]
+    print_inventory(inventory_of([layer("m.0.b"), *layers]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "experts: 2 of 3 matrices have seen fewer tokens than they have inputs" in shown
+    assert "least: m.0.experts.2.a (0), m.0.experts.1.a (3); use more samples" in shown
+    print_inventory(inventory_of([layer("m.0.b"), layers[0]]))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "experts: all 1 matrices have seen as many tokens as they have inputs" in shown
+    print_inventory(inventory_of([layer("m.0.b")]))
+    assert "experts" not in capsys.readouterr().out

@@ -93,6 +93,7 @@ class QuantineQuantizer(HfQuantizer):
 
     requires_calibration = True
     _spread = False  # over several devices
+    _chooses = False  # experts, token by token
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove `LOCK` from ``config``, and choose the attention that the model needs.
@@ -125,6 +126,7 @@ class QuantineQuantizer(HfQuantizer):
     ) -> None:
         check_settings(model.config)
         separate(model)
+        self._chooses = bool(experts_in(model))
         entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config
         assert isinstance(config, QuantineConfig)
@@ -165,9 +167,11 @@ class QuantineQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` compiles the model where it has a static cache.
 
-        Attention that rounds is not compiled, nor are models that are spread over devices.
+        Attention that rounds is not compiled, nor are models that are spread over devices, nor
+        those that look at numbers to choose which experts to run.
         """
-        return not hasattr(self.quantization_config, "activations") and not self._spread
+        rounds = hasattr(self.quantization_config, "activations")
+        return not (rounds or self._spread or self._chooses)
 
     @property
     def is_trainable(self) -> bool:

@@ -61,9 +61,13 @@ class Checkpoint:
     ) -> None:
         self.directory, self.record = directory, record
         self._file_of: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and dtype
         for file in weight_files(directory):
             with _opened(file) as shard:
-                self._file_of.update(dict.fromkeys(shard.keys(), file))
+                for name in shard.keys():  # noqa: SIM118
+                    part = shard.get_slice(name)
+                    self._file_of[name] = file
+                    self._headers[name] = tuple(part.get_shape()), str(part.get_dtype())
         self._stored = {name: name for name in self._file_of}
         self._pieces: dict[str, Piece] = {}
         self.unused: tuple[str, ...] = ()
@@ -107,12 +111,11 @@ class Checkpoint:
         return tensors
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        """Shapes by name, of those of ``names`` that exist; only headers are read."""
+        """Shapes by name, of those of ``names`` that exist."""
         shapes = {}
         for name in names:
             if name in self._stored:
-                with _opened(self._file_of[self._stored[name]]) as shard:
-                    shape = tuple(shard.get_slice(self._stored[name]).get_shape())
+                shape, _ = self._headers[self._stored[name]]
                 piece = self._pieces.get(name)
                 shapes[name] = shape if piece is None else _shape_of(piece, shape)
         return shapes
@@ -123,9 +126,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or it is not floating-point.
         """
-        stored = self._stored_name(name)
-        with _opened(self._file_of[stored]) as shard:
-            code = str(shard.get_slice(stored).get_dtype())
+        _, code = self._headers[self._stored_name(name)]
         if code not in FLOATS:
             raise CheckpointError(
                 f"{name} is stored as {code}: only checkpoints in floating-point numbers of 16, 32 "

@@ -67,19 +67,26 @@ def with_all_experts(
     return groups
 
 
-def why_router(path: str, parameter: Tensor, experts: Mapping[str, Experts]) -> str | None:
+def why_router(path: str, block: nn.Module, experts: Mapping[str, Experts]) -> str | None:
     """Why a parameter beside experts stays in 16 bit; ``None`` if it is no router and no gate.
 
+    Routers and gates stand in a module beside the experts whose matrices all have as many outputs
+    as there are experts, or one. Those of shared experts have others, too.
+
     Args:
-        path: of the parameter, inside its block.
-        parameter: of two or more dimensions.
+        path: of the parameter, inside its block; it has two or more dimensions.
+        block: its block.
         experts: those of the block, by their paths.
     """
+    outputs = len(block.get_parameter(path))
     for place, found in experts.items():
-        beside = place.rpartition(".")[0]
-        if path.startswith(f"{beside}.") or not beside:
-            if len(parameter) == len(found):
-                return "it chooses experts"
-            if len(parameter) == 1:
-                return "it weighs experts"
+        beside = place.removesuffix(place.rpartition(".")[2])
+        if not path.startswith(beside):
+            continue
+        module = beside + path.removeprefix(beside).partition(".")[0]
+        if module == path:
+            continue
+        others = [len(p) for p in block.get_submodule(module).parameters() if p.ndim > 1]
+        if {*others} <= {1, len(found)}:
+            return "it weighs experts" if outputs == 1 else "it chooses experts"
     return None

@@ -70,7 +70,7 @@ def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
         owner = path.rpartition(".")[0]
         if parameter.ndim < 2 or any(path.startswith(f"{one}.") for one in experts):
             continue
-        reason = why_router(path, parameter, experts)
+        reason = why_router(path, block, experts)
         if reason:
             found[path] = reason
             continue
