@@ -22,6 +22,7 @@ from quantine.commands import (
     memory,
     quantization,
     report,
+    resumption,
     timing,
 )
 from quantine.commands.standard_streams import checked_streams
@@ -99,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for command in (
         quantization,
+        resumption,
         evaluation,
         comparison,
         report,

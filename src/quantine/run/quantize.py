@@ -25,6 +25,7 @@ from quantine.run.job import Job
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
+from quantine.run.request import REQUEST, request_of
 from quantine.run.stages import Stages, opened
 from quantine.run.store import (
     RunStore,
@@ -177,6 +178,8 @@ class _Run:
             self.progress.note(f"{out} is finished already")
             return Result(out, read_json(out / REPORT))
         store.open(identity)
+        if store.recall(REQUEST) is None:
+            store.remember(REQUEST, request_of(job).as_plain())
         forget_peak_device_memory(job.device)
         checkpoint = opened(job, store, record)
         stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)

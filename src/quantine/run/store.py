@@ -31,6 +31,7 @@ from quantine.formats.shards import TEMPORARY, merge_into, write_atomically, wri
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import ReadRecord
+from quantine.source.weight_files import INDEX
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
@@ -161,6 +162,8 @@ class RunStore:
         moves = self.recall(MOVES)
         if moves is None:
             moves = planned_moves([self._parts / f"{p}.safetensors" for p in parts], SHARD_BYTES)
+            for old in (*self.out.glob("model*.safetensors"), self.out / INDEX, self.out / MAPS):
+                old.unlink(missing_ok=True)  # of the run that this one redoes in part
             self.remember(MOVES, moves)
         move_parts(moves, self._parts, self._run / "shards", self.out)
         maps = [self._maps / f"{p}.safetensors" for p in parts]
