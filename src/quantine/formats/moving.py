@@ -14,7 +14,13 @@ from typing import Any, BinaryIO, Final
 
 from quantine.errors import OutputError
 from quantine.formats.headers import Entry
-from quantine.formats.shards import divided, index_of, laid_out, write_atomically
+from quantine.formats.shards import (
+    divided,
+    flush_to_disk,
+    index_of,
+    laid_out,
+    write_atomically,
+)
 from quantine.source.weight_files import INDEX
 
 MOVED_BYTES: Final = 2**26
@@ -79,7 +85,7 @@ def _move_shard(entries: Sequence[Entry], parts: Path, path: Path) -> None:
         for name, found in by_part.items():
             if (parts / name).exists():
                 _move_part(parts / name, found, places, target)
-        _flush(target)
+        flush_to_disk(target)
 
 
 def _move_part(
@@ -91,7 +97,7 @@ def _move_part(
             source.seek(entry.offset + first)
             target.seek(places[entry.name] + first)
             target.write(source.read(nbytes))
-            _flush(target)
+            flush_to_disk(target)
             source.truncate(entry.offset + first)
     part.unlink()
 
@@ -104,11 +110,6 @@ def _pieces(entries: Iterable[Entry], length: int) -> Iterator[tuple[Entry, int,
             first = max(0, end - MOVED_BYTES)
             yield entry, first, end - first
             end = first
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _as_plain(entry: Entry) -> list[Any]:
