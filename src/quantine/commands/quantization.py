@@ -135,7 +135,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     """Add the options that bound the memory of a run."""
     parser.add_argument(
         "--max-ram",
-        type=float,
+        type=gigabytes,
         metavar="GB",
         help="activations kept in memory before they go to disk; default a quarter of the memory",
     )
