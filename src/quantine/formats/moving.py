@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from quantine.errors import OutputError
-from quantine.formats.headers import Entry
+from quantine.formats.headers import Entry, read_entries
 from quantine.formats.shards import (
     divided,
     flush_to_disk,
@@ -37,6 +37,12 @@ def planned_moves(parts: Sequence[Path], shard_bytes: int) -> Moves:
         "shards": {name: [_as_plain(entry) for entry in found] for name, found in shards.items()},
         "index": index_of(shards).decode() if len(shards) > 1 else None,
     }
+
+
+def planned_move(parts: Sequence[Path], name: str) -> Moves:
+    """Where the tensors of ``parts`` go if all go to one file; without parts there is none."""
+    found = [_as_plain(entry) for part in parts for entry in read_entries(part)]
+    return {"shards": {name: found} if found else {}, "index": None}
 
 
 def moved_entries(moves: Moves) -> list[Entry]:

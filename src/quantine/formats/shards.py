@@ -88,11 +88,6 @@ def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def merge_into(parts: Sequence[Path], path: Path) -> None:
-    """Merge safetensors files with distinct tensor names into one, atomically."""
-    _write_shard([entry for part in parts for entry in read_entries(part)], path)
-
-
 def _nbytes(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 

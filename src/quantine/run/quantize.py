@@ -27,15 +27,8 @@ from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
 from quantine.run.request import REQUEST, request_of
 from quantine.run.stages import Stages, opened
-from quantine.run.store import (
-    RunStore,
-    check_identity,
-    check_output,
-    check_record,
-    check_source,
-    clear_remains,
-    recorded_source,
-)
+from quantine.run.store import RunStore, check_identity, check_output, clear_remains
+from quantine.run.used_source import check_record, check_source, recorded_source
 
 
 @dataclass(frozen=True)

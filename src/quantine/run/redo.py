@@ -18,7 +18,8 @@ from quantine.plan.redo import plan_for_redo, redone_layers
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
 from quantine.run.request import REQUEST, Request, request_of
-from quantine.run.store import SOURCE, RunStore, check_identity, stored_identity
+from quantine.run.store import RunStore, check_identity, stored_identity
+from quantine.run.used_source import SOURCE
 from quantine.source.read_record import ReadRecord
 from quantine.source.weight_files import weight_files
 

@@ -25,7 +25,8 @@ from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.prepare import check_headers
 from quantine.run.progress import Progress
-from quantine.run.store import SOURCE, RunStore
+from quantine.run.store import RunStore
+from quantine.run.used_source import SOURCE
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import ReadRecord
 
