@@ -22,6 +22,7 @@ from quantine.commands import (
     memory,
     quantization,
     report,
+    resumption,
     serving,
     sharing,
     timing,
@@ -101,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for command in (
         quantization,
+        resumption,
         evaluation,
         comparison,
         report,

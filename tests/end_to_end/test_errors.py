@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 import quantine
 from quantine import Calibration, Plan, cli
-from quantine.formats import shards
 from tiny_models import CONTEXT, build, byte_tokenizer, logits_of, stored_tensors
 
 Tiny = Callable[[str], Path]
@@ -303,27 +303,29 @@ def test_a_disk_that_is_too_small(
     refused(quantine.OutputError, "0.00 GB free", copy, tmp_path / "out")
 
 
-@pytest.mark.parametrize("writes", [0, 1, 8, 12, 14, 17])
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.85, 0.93, 0.96, 0.99])
 def test_a_disk_that_fills_up_loses_nothing(
-    writes: int, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    share: float, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flush = shards._flush
-    left = [writes]
+    fsync, left, full = os.fsync, [10**9], [False]
 
-    def failing(file: Any) -> None:
+    def counted(file: int) -> None:
         if left[0] == 0:
+            full[0] = True
             raise OSError(errno.ENOSPC, "No space left on device")
         left[0] -= 1
-        flush(file)
+        fsync(file)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "_flush", failing)
+        patched.setattr(os, "fsync", counted)
+        whole = quantine.quantize(copy, tmp_path / "whole", RTN, NONE).path
+        left[0] = int(share * (10**9 - left[0]))
         with pytest.raises(quantine.OutputError, match="is full") as caught:
             quantine.quantize(copy, out, RTN, NONE)
+    assert full == [True]
     assert "--resume" in str(caught.value)
     quantine.quantize(copy, out, RTN, NONE, resume=True)
-    whole = quantine.quantize(copy, tmp_path / "whole", RTN, NONE).path
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
     for file in whole.glob("*.safetensors"):
         assert (out / file.name).read_bytes() == file.read_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -262,4 +263,23 @@ def test_a_shard_that_becomes_unreadable_in_the_middle(
     passed.clear()
     again = quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)
     assert passed[0] in (2, 3)
+    assert_same_run(again.path, whole.path)
+
+
+@pytest.mark.parametrize("most", [20_000, 70_000], ids=["hidden states", "moved parts"])
+def test_a_file_that_cannot_grow_loses_nothing(
+    most: int, model: Path, short: Calibration, tmp_path: Path, passed: list[int]
+) -> None:
+    whole = quantine.quantize(model, tmp_path / "whole", GPTQ, short)
+    passed.clear()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        with pytest.raises(quantine.OutputError, match=r"File too large.*continue with --resume"):
+            quantine.quantize(model, tmp_path / "out", GPTQ, short)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # What is larger than the limit: a batch of hidden states, or the weight file.
+    assert passed == ([] if most == 20_000 else [0, 1, 2, 3])
+    again = quantine.quantize(model, tmp_path / "out", GPTQ, short, resume=True)
     assert_same_run(again.path, whole.path)

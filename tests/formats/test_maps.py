@@ -85,22 +85,30 @@ def test_killed_between_the_files_of_a_part(
     assert sorted(p.name for p in store.out.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_killed_while_maps_are_merged(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(parts: list[Path], path: Path) -> None:
-        path.with_name(path.name + ".tmp").write_bytes(b"half")
-        raise KeyboardInterrupt
+def test_killed_while_maps_are_moved(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    move, calls = store_module.move_parts, []
+
+    def killed(moves: Any, parts: Path, unfinished: Path, directory: Path) -> None:
+        calls.append(parts.name)
+        if parts.name == "maps":
+            (unfinished / MAPS).write_bytes(b"half")
+            raise KeyboardInterrupt
+        move(moves, parts, unfinished, directory)
 
     store.commit("b0", WEIGHTS, [], maps_of("first"))
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "merge_into", killed)
+        patched.setattr(store_module, "move_parts", killed)
         with pytest.raises(KeyboardInterrupt):
             store.finish(["b0"], {}, REPORT)
+    assert calls == ["parts", "maps"]
     assert not is_finished(store.out)
     store.close()
     store.open({})
     store.finish(["b0"], {}, REPORT)
     assert load_file(store.out / MAPS).keys() == {"first"}
-    assert not list(store.out.glob("*.tmp"))
+    assert sorted(path.name for path in store.out.iterdir()) == sorted(
+        [MAPS, SINGLE, "quantine_report.json"]
+    )
 
 
 def test_parts_of_a_run_begun_before_there_were_maps_are_merged_without(store: RunStore) -> None:

@@ -14,6 +14,7 @@ from quantine.errors import PlanError
 if TYPE_CHECKING:
     from quantine.calibrate.segments import Calibration
     from quantine.plan.plan import Plan
+    from quantine.run.quantize import Result
 
 
 def add(verbs: Any) -> None:
@@ -134,9 +135,14 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="multiply in bfloat16 while calibrating: faster where the processor can",
     )
+    add_memory(parser)
+
+
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add the options that bound the memory of a run."""
     parser.add_argument(
         "--max-ram",
-        type=float,
+        type=gigabytes,
         metavar="GB",
         help="activations kept in memory before they go to disk; default a quarter of the memory",
     )
@@ -176,12 +182,17 @@ def _quantize(arguments: argparse.Namespace) -> None:
         if shown is not None:
             shown.stop()
     if shown is not None:
-        totals, run = result.report["totals"], result.report["run"]
-        shown.note(
-            f"{result.path}: {totals['quantized_weights']:,} weights at "
-            f"{totals['bits_per_weight']:.3f} bits in {run['seconds']:.0f} s, "
-            f"{run['peak_memory_bytes'] / 1e9:.2f} GB peak"
-        )
+        shown.note(summary(result))
+
+
+def summary(result: Result) -> str:
+    """A line on what a run made, and what it took."""
+    totals, run = result.report["totals"], result.report["run"]
+    return (
+        f"{result.path}: {totals['quantized_weights']:,} weights at "
+        f"{totals['bits_per_weight']:.3f} bits in {run['seconds']:.0f} s, "
+        f"{run['peak_memory_bytes'] / 1e9:.2f} GB peak"
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from quantine.errors import OutputError
-from quantine.formats.headers import Entry
-from quantine.formats.shards import divided, index_of, laid_out, write_atomically
+from quantine.formats.headers import Entry, read_entries
+from quantine.formats.shards import (
+    divided,
+    flush_to_disk,
+    index_of,
+    laid_out,
+    write_atomically,
+)
 from quantine.source.weight_files import INDEX
 
 MOVED_BYTES: Final = 2**26
@@ -31,6 +37,12 @@ def planned_moves(parts: Sequence[Path], shard_bytes: int) -> Moves:
         "shards": {name: [_as_plain(entry) for entry in found] for name, found in shards.items()},
         "index": index_of(shards).decode() if len(shards) > 1 else None,
     }
+
+
+def planned_move(parts: Sequence[Path], name: str) -> Moves:
+    """Where the tensors of ``parts`` go if all go to one file; without parts there is none."""
+    found = [_as_plain(entry) for part in parts for entry in read_entries(part)]
+    return {"shards": {name: found} if found else {}, "index": None}
 
 
 def moved_entries(moves: Moves) -> list[Entry]:
@@ -79,7 +91,7 @@ def _move_shard(entries: Sequence[Entry], parts: Path, path: Path) -> None:
         for name, found in by_part.items():
             if (parts / name).exists():
                 _move_part(parts / name, found, places, target)
-        _flush(target)
+        flush_to_disk(target)
 
 
 def _move_part(
@@ -91,7 +103,7 @@ def _move_part(
             source.seek(entry.offset + first)
             target.seek(places[entry.name] + first)
             target.write(source.read(nbytes))
-            _flush(target)
+            flush_to_disk(target)
             source.truncate(entry.offset + first)
     part.unlink()
 
@@ -104,11 +116,6 @@ def _pieces(entries: Iterable[Entry], length: int) -> Iterator[tuple[Entry, int,
             first = max(0, end - MOVED_BYTES)
             yield entry, first, end - first
             end = first
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _as_plain(entry: Entry) -> list[Any]:

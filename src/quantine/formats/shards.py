@@ -38,7 +38,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(data)
-            _flush(file)
+            flush_to_disk(file)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -88,11 +88,6 @@ def index_of(shards: Mapping[str, Sequence[Entry]]) -> bytes:
     return json.dumps(index, indent=2).encode() + b"\n"
 
 
-def merge_into(parts: Sequence[Path], path: Path) -> None:
-    """Merge safetensors files with distinct tensor names into one, atomically."""
-    _write_shard([entry for part in parts for entry in read_entries(part)], path)
-
-
 def _nbytes(entries: Sequence[Entry]) -> int:
     return sum(entry.nbytes for entry in entries)
 
@@ -125,7 +120,7 @@ def _write_shard(entries: Sequence[Entry], path: Path) -> None:
         target.write(start)
         for entry in ordered:
             _copy(entry, target)
-        _flush(target)
+        flush_to_disk(target)
     temporary.replace(path)
 
 
@@ -145,6 +140,7 @@ def _copy(entry: Entry, target: BinaryIO) -> None:
             left -= len(data)
 
 
-def _flush(file: BinaryIO) -> None:
+def flush_to_disk(file: BinaryIO) -> None:
+    """Return once what was written to ``file`` survives a failure of power."""
     file.flush()
     os.fsync(file.fileno())

@@ -32,6 +32,7 @@ from quantine.run.working_set import (
     width,
     working_set,
 )
+from quantine.statistics.sensitivity_map import MAP_CELLS
 
 DEFAULT_SHARE: Final = 0.25
 """Share of the memory that the process may use which calibration activations take by default."""
@@ -200,7 +201,8 @@ def disk_while_running(job: Job, output: int) -> int:
         job: the checked request.
         output: bytes of the weight files that it makes.
     """
-    return output + MOVED_BYTES + _scratch_bytes(job)
+    maps = MAP_CELLS**2 * 2 * len(job.scheme_layers())
+    return output + maps + MOVED_BYTES + _scratch_bytes(job)
 
 
 def _scratch_bytes(job: Job) -> int:

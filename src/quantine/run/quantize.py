@@ -25,17 +25,11 @@ from quantine.run.job import Job
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
+from quantine.run.request import REQUEST, request_of
 from quantine.run.stages import Stages, opened
-from quantine.run.store import (
-    RunStore,
-    check_identity,
-    check_output,
-    check_record,
-    check_source,
-    clear_remains,
-    recorded_source,
-)
+from quantine.run.store import RunStore, check_identity, check_output, clear_remains
 from quantine.run.tuned import OUTCOME, tuned_parts
+from quantine.run.used_source import check_record, check_source, recorded_source
 
 
 @dataclass(frozen=True)
@@ -178,6 +172,8 @@ class _Run:
             self.progress.note(f"{out} is finished already")
             return Result(out, read_json(out / REPORT))
         store.open(identity)
+        if store.recall(REQUEST) is None:
+            store.remember(REQUEST, request_of(job).as_plain())
         forget_peak_device_memory(job.device)
         checkpoint = opened(job, store, record)
         stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)

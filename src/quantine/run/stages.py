@@ -18,13 +18,15 @@ from quantine.core.device import CPU
 from quantine.core.process_memory import return_freed_memory
 from quantine.families.layers import block_list
 from quantine.formats.imported import write_floats
+from quantine.formats.shards import flush_to_disk
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
 from quantine.run.estimate import Estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.prepare import check_headers
 from quantine.run.progress import Progress
-from quantine.run.store import SOURCE, RunStore
+from quantine.run.store import RunStore
+from quantine.run.used_source import SOURCE
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import ReadRecord
 
@@ -37,7 +39,7 @@ def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
 
     Args:
         job: the checked request.
-        store: is open; gets converted weights in its scratch directory.
+        store: is open; keeps converted weights for later processes.
         record: what has been read of them.
 
     Raises:
@@ -45,21 +47,30 @@ def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
     """
     if not job.converts:
         return job.checkpoint(record=record)
-    checkpoint = job.checkpoint(_converted(job, store.scratch), record)
+    if not store.converted.exists():
+        _convert(job, store.scratch).replace(store.converted)
+    checkpoint = job.checkpoint(store.converted, record)
     check_headers(job, checkpoint)
     return checkpoint
 
 
-def _converted(job: Job, scratch: Path) -> Path:
+def _convert(job: Job, scratch: Path) -> Path:
     """Convert the model to float32 safetensors, which can be read one block at a time."""
     directory = scratch / "source"
+    _write_floats(job, directory, scratch)
+    for path in directory.iterdir():
+        with path.open("rb+") as file:
+            flush_to_disk(file)  # another process may go on with what a failure of power left
+    return directory
+
+
+def _write_floats(job: Job, directory: Path, scratch: Path) -> None:
     if job.source.gguf_file is None:
         write_floats(job.source, directory)
-        return directory
+        return
     model = job.source.float_model(torch.float32, scratch)
     model.save_pretrained(directory, max_shard_size="2GB")
     job.tokenizer.save_pretrained(directory)
-    return directory
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from quantine.formats.directory import (
     write_json,
 )
 from quantine.formats.headers import Entry, read_entries
-from quantine.formats.moving import move_parts, moved_entries, planned_moves
-from quantine.formats.shards import TEMPORARY, merge_into, write_atomically, write_tensors
+from quantine.formats.moving import move_parts, moved_entries, planned_move, planned_moves
+from quantine.formats.shards import TEMPORARY, write_atomically, write_tensors
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
-from quantine.source.checkpoint import Checkpoint
-from quantine.source.read_record import ReadRecord
+from quantine.source.weight_files import INDEX
 
 REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
@@ -38,8 +37,6 @@ IDENTITY: Final = "identity.json"
 """Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
 MOVES: Final = "moves"
 """Name under which a run stores where the tensors of its parts go, before it moves them."""
-SOURCE: Final = "source"
-"""Name under which a run stores what it has read of its source, before it commits what it made."""
 SHARD_BYTES: Final = 4_000_000_000
 """Largest size of one weight file of the output, in bytes."""
 
@@ -65,6 +62,11 @@ class RunStore:
     def scratch(self) -> Path:
         """A directory for temporary files, which the next process deletes."""
         return self._run / "scratch"
+
+    @property
+    def converted(self) -> Path:
+        """The directory of the source's weights, where these had to be converted."""
+        return self._run / "converted"
 
     @property
     def states(self) -> Path:
@@ -117,7 +119,7 @@ class RunStore:
         """Names, shapes and places of the tensors of committed ``parts``."""
         moves = self.recall(MOVES)
         if moves is not None:  # some parts may be gone
-            return moved_entries(moves)
+            return moved_entries(moves["weights"])
         files = [self._parts / f"{part}.safetensors" for part in parts]
         return [entry for file in files for entry in read_entries(file)]
 
@@ -160,12 +162,18 @@ class RunStore:
         """
         moves = self.recall(MOVES)
         if moves is None:
-            moves = planned_moves([self._parts / f"{p}.safetensors" for p in parts], SHARD_BYTES)
+            maps = [self._maps / f"{p}.safetensors" for p in parts]
+            moves = {
+                "weights": planned_moves(
+                    [self._parts / f"{p}.safetensors" for p in parts], SHARD_BYTES
+                ),
+                "maps": planned_move([path for path in maps if path.exists()], MAPS),
+            }
+            for old in (*self.out.glob("model*.safetensors"), self.out / INDEX, self.out / MAPS):
+                old.unlink(missing_ok=True)  # of the run that this one redoes in part
             self.remember(MOVES, moves)
-        move_parts(moves, self._parts, self._run / "shards", self.out)
-        maps = [self._maps / f"{p}.safetensors" for p in parts]
-        if any(path.exists() for path in maps):
-            merge_into([path for path in maps if path.exists()], self.out / MAPS)
+        move_parts(moves["weights"], self._parts, self._run / "shards", self.out)
+        move_parts(moves["maps"], self._maps, self._run / "shards", self.out)
         for name, data in files.items():
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
@@ -229,44 +237,6 @@ def check_identity(out: Path, identity: Mapping[str, str]) -> None:
             f"the run in {out} was started with another {', '.join(sorted(keys)[:4])}: repeat the "
             "first command exactly, or use another output path"
         )
-
-
-def recorded_source(out: Path) -> ReadRecord:
-    """What the unfinished run in ``out`` has read of its source; nothing, if there is no run.
-
-    Raises:
-        OutputError: the record is damaged.
-    """
-    path = out / RUN_DIRECTORY / f"{SOURCE}.json"
-    return ReadRecord(read_json(path) if path.is_file() else None)
-
-
-def check_source(out: Path, checkpoint: Checkpoint) -> None:
-    """Check that what the run in ``out`` has read of its source is still the same.
-
-    Args:
-        out: the output directory.
-        checkpoint: the source, with what `recorded_source` gives.
-
-    Raises:
-        ResumeMismatch: it is not; the message names a tensor.
-    """
-    changed = checkpoint.changed()
-    if changed is not None:
-        raise ResumeMismatch(
-            f"the run in {out} was started with another weights: {changed} is not what it read; "
-            "give the model as it was, or use another output path"
-        )
-
-
-def check_record(out: Path, record: ReadRecord) -> None:
-    """Check that ``record`` is still what `recorded_source` gives, now that ``out`` is locked.
-
-    Raises:
-        OutputError: another process has read more of the source since.
-    """
-    if set(recorded_source(out).names()) != set(record.names()):
-        raise OutputError(f"another process has worked on {out} meanwhile: repeat the command")
 
 
 def stored_identity(out: Path) -> dict[str, str] | None:

@@ -28,7 +28,9 @@ from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.imported import import_model, second_rounding
+from quantine.run.store import RunStore
 from quantine.source.locate import locate
+from quantine.source.weight_files import SINGLE
 from tiny_models import logits_of, random_model, tiny_config
 
 Packed = Callable[[str, str], Path]
@@ -81,6 +83,30 @@ def test_a_second_rounding_is_announced(
     found = logits_of(quantine.load(out, "float32", arithmetic="exact")[0])
     assert float((found - wanted).abs().max()) < 0.3
     assert second_rounding(locate(packed("llama", "rtn"))) is None
+
+
+def test_what_was_converted_is_not_converted_again(
+    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, plan = exported("gptq"), Plan.preset("rtn", bits=4, group_size=32)
+    whole = quantize(source, tmp_path / "whole", plan, NONE).path
+    commit = RunStore.commit
+
+    def stopping(self: RunStore, part: str, *rest: Any) -> None:
+        if part == "block-00001":
+            raise KeyboardInterrupt
+        commit(self, part, *rest)
+
+    def again(*_: Any) -> None:
+        raise AssertionError("converted again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", plan, NONE)
+    monkeypatch.setattr("quantine.run.stages.write_floats", again)
+    out = quantize(source, tmp_path / "out", plan, NONE, resume=True).path
+    assert (out / SINGLE).read_bytes() == (whole / SINGLE).read_bytes()
 
 
 @TO

@@ -1,0 +1,141 @@
+"""Single layers of a finished directory are quantized again, and what depends on them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quantine.core.ambient import own_state
+from quantine.errors import OutputError, PlanError
+from quantine.families.layers import block_list
+from quantine.formats.directory import MAPS, REPORT, is_finished, read_json
+from quantine.plan.redo import plan_for_redo, redone_layers
+from quantine.run.job import Job
+from quantine.run.prepare import prepare
+from quantine.run.request import REQUEST, Request, request_of
+from quantine.run.store import RunStore, check_identity, stored_identity
+from quantine.run.used_source import SOURCE
+from quantine.source.read_record import ReadRecord
+from quantine.source.weight_files import weight_files
+
+
+@own_state()
+def begin_redo(
+    out: Path,
+    request: Request,
+    pattern: str,
+    changes: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+) -> Request:
+    """Make an unfinished run of a finished directory, without the layers that are to be redone.
+
+    What the directory holds stays until the run ends. Its result has the bytes of a run from the
+    beginning with the plan of the request that is returned.
+
+    Args:
+        out: the finished directory.
+        request: what was asked for, from `quantine.run.request.stored_request`.
+        pattern: which layers are quantized again, see `quantine.plan.rules.Rule`.
+        changes: their new parameters by name, such as ``{"damp": 0.05}``.
+        device: where the first run computed.
+
+    Returns:
+        The request of the run that is now to be continued.
+
+    Raises:
+        OutputError: ``out`` is not finished, or another process works on it.
+        PlanError: the pattern matches nothing, or parameters are not allowed.
+        ResumeMismatch: the model, the text or a version is not that of the first run.
+        QuantineError: as for `quantine.run.prepare.prepare`.
+    """
+    if not is_finished(out):
+        raise OutputError(f"{out} is not finished: continue it first, without --redo")
+    report = read_json(out / REPORT)
+    if "tuning" in report:
+        raise PlanError(f"{out} was tuned as a whole: its layers cannot be redone one by one")
+    before = prepare(request.model, request.plan, request.calibration, device)
+    names = redone_layers(before.decisions, pattern)
+    record = ReadRecord()
+    weights = _digest(before, record)
+    check_identity(out, {**before.identity(weights), **_batches(out)})
+    plan = plan_for_redo(request.plan, before.decisions, names, changes)
+    job = prepare(request.model, plan, request.calibration, device)
+    again = Request(request.name, request.model, plan, request_of(job).calibration)
+    store = RunStore(out)
+    try:
+        store.lock()
+        kept = _kept_parts(job, names)
+        identity = {**job.identity(weights if job.converts else None), **_batches(out)}
+        store.open(identity)
+        store.remember(SOURCE, record.as_plain())
+        store.remember(REQUEST, again.as_plain())
+        _commit(store, kept, report["layers"])
+    finally:
+        store.close()
+    return again
+
+
+def _digest(job: Job, record: ReadRecord) -> str:
+    """The digest of the weights; those of a source that is not converted are recorded."""
+    if job.source.gguf_file is not None:
+        return job.source.gguf_digest()
+    if job.converts:
+        return job.checkpoint().digest()
+    checkpoint = job.checkpoint(record=record)
+    checkpoint.changed()  # which looks at the files before they are read
+    return checkpoint.digest()
+
+
+def _batches(out: Path) -> dict[str, str]:
+    """What the identity of the first run says of its batches, which depend on memory."""
+    found = stored_identity(out) or {}
+    return {key: found[key] for key in ("segments at once",) if key in found}
+
+
+def _kept_parts(job: Job, names: Collection[str]) -> dict[str, str]:
+    """The parts of the finished directory that stay, by what the names of their tensors begin with.
+
+    Blocks after a redone one read other inputs, unless the plan takes those of the float model.
+    """
+    redone = [d.layer for d in job.decisions if d.layer.name in names]
+    count = len(block_list(job.model, job.family))
+    numbers = {layer.block for layer in redone if layer.block is not None}
+    if not job.plan.float_inputs and job.segments is not None:
+        table = any(layer.role == "embedding" for layer in redone)
+        numbers = set(range(0 if table else min(numbers, default=count), count))
+    blocks = {
+        f"{job.family.blocks}.{index}.": f"block-{index:05}"
+        for index in range(count)
+        if index not in numbers
+    }
+    tables = [d.layer for d in job.scheme_layers() if d.layer.role != "block"]
+    return {
+        **blocks,
+        **{f"{table.name}.": table.name for table in tables if table.name not in names},
+    }
+
+
+def _commit(store: RunStore, kept: Mapping[str, str], reports: list[dict[str, Any]]) -> None:
+    """Commit the ``kept`` parts of the finished directory; the others are made by the run."""
+    out = store.out
+    for prefix, part in kept.items():
+        tensors: dict[str, Tensor] = {}
+        maps: dict[str, Tensor] = {}
+        for file in weight_files(out):
+            tensors.update(_beginning(file, prefix))
+        if (out / MAPS).is_file():
+            maps = _beginning(out / MAPS, prefix)
+        own = [report for report in reports if f"{report['name']}.".startswith(prefix)]
+        store.commit(part, tensors, own, maps)
+
+
+def _beginning(file: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names, with a dot after them, begin with ``prefix``."""
+    with safe_open(file, framework="pt") as shard:
+        names = [name for name in shard.keys() if f"{name}.".startswith(prefix)]  # noqa: SIM118
+        return {name: shard.get_tensor(name).clone() for name in names}
