@@ -16,6 +16,7 @@ pytest.importorskip("vllm")
 from directories import SERVED, TOKENS, Directories, own_answers, prompts  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
+from quantine.formats.export import export  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("serve.py")
 NOISE = 2e-5
@@ -78,7 +79,7 @@ def test_families_with_a_scheme_for_every_matrix(directories: Directories, tmp_p
 def test_plans(directories: Directories, tmp_path: Path) -> None:
     names = ("spqr", "all", "adadim", "rptq", "clusters", "token", "floats")
     made = [directories.quantized("llama", name) for name in names]
-    made += [directories.quantized("llama_tied", "all")]
+    made += [directories.quantized("llama_tied", "all"), directories.quantized("bloom", "bloom")]
     made += [directories.quantized("opt", name) for name in ("spqr", "rptq", "clusters")]
     results = serve(tmp_path, [job(directory) for directory in made])
     for directory, result in zip(made, results, strict=True):
@@ -122,6 +123,21 @@ def test_tensor_parallelism(directories: Directories, tmp_path: Path) -> None:
     jobs = [job(directory, **two) for directory in made]
     results = serve(tmp_path, jobs, "--processes")
     for directory, result in zip(made, results, strict=True):
+        check(directory, result)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_compressed_tensors_of_other_bits(
+    sym: bool, directories: Directories, tmp_path: Path
+) -> None:
+    made, jobs = [], []
+    for bits in (2, 3, 6, 8):
+        plan = Plan.preset("rtn", bits=bits, group_size=32, sym=sym, arithmetic="exact")
+        out = tmp_path / f"{bits}"
+        made.append(quantize(directories.floats("llama"), out, plan, Calibration(samples=0)).path)
+        served = export(out, tmp_path / f"{bits}-ct", "compressed-tensors").path
+        jobs.append(job(served))
+    for directory, result in zip(made, serve(tmp_path, jobs), strict=True):
         check(directory, result)
 
 
