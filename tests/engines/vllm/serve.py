@@ -30,11 +30,11 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=job["directory"], **{**DEFAULTS, **job["options"]})
+    if job.get("scored"):
+        return scores(engine, job["prompts"])
     wanted = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True, detokenize=False
     )
-    if job.get("scored"):
-        return scores(engine, job["prompts"])
     found = []
     # The second time from the cache of prefixes, where there is one.
     for _ in range(2):
