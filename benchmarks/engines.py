@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,7 +26,7 @@ from typing import Any, Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "engines", "engines/vllm")]
 
-from serving import own_perplexity, run_engine, windows_of  # noqa: E402
+from serving import ENVIRONMENT, own_perplexity, run_engine, windows_of  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
 from quantine.formats.export import export  # noqa: E402
@@ -67,7 +70,6 @@ EXPORTS: Final = (
     Export("4 bits in 64", "float", "transformers, without quantine", *FLOAT),
     Export("4 bits in 64, symmetric", "gptq", "vLLM, float16", *VLLM),
     Export("4 bits in 64", "compressed-tensors", "vLLM, float16", *VLLM),
-    Export("3 bits in 32", "compressed-tensors", "transformers with the library", *FLOAT),
     Export("4 bits in 64", "gguf", "llama.cpp", *LLAMA),
     Export("4 bits in 64", "gguf", "llama.cpp, decoded", *DECODED),
     Export("3 bits in 32", "gguf", "llama.cpp", *LLAMA),
@@ -75,6 +77,10 @@ EXPORTS: Final = (
     Export("2 bits in 64, symmetric", "gguf", "llama.cpp, decoded", *DECODED),
     Export("8 bits in rows, symmetric", "gguf", "llama.cpp, decoded", *DECODED),
 )
+
+
+TINY_WINDOWS: Final = (80, 16)
+"""Tokens of a window of tiny models, which have few positions, and number of windows."""
 
 
 class Measured:
@@ -97,24 +103,23 @@ class Measured:
             plan = Plan.preset("rtn", clip="mse", **RTN[row.plan])
             quantize(self._model, out, plan, Calibration(samples=0))
         served = self._exported(out, row.to)
-        asked, found = self.compared(out, served, row.variable, row.program)
-        return {"plan": row.plan, "to": row.to, "engine": row.engine, **found, "windows": asked}
-
-    def compared(
-        self, out: Path, served: Path, variable: str, program: tuple[str, ...]
-    ) -> tuple[str, dict[str, float]]:
-        """What the windows were, and the perplexities ``there`` and ``here``."""
         length, count = self._windows
         windows = windows_of(out, length, count)
         asked = self._scratch / "asked.json"
-        texts = {"windows": windows, "texts": []} if "llama" in program[0] else windows
+        texts = {"windows": windows, "texts": []} if row.program[0] == LLAMA[1][0] else windows
         asked.write_text(json.dumps(texts), encoding="utf-8")
         if out not in self._here:
             self._here[out] = own_perplexity(out, windows)
-        name, *arguments = program
-        there = run_engine(os.environ[variable], name, str(served), str(asked), *arguments)
-        found = {"there": there["perplexity"], "here": self._here[out]}
-        return f"{count} of {length}", found
+        name, *arguments = row.program
+        there = run_engine(os.environ[row.variable], name, str(served), str(asked), *arguments)
+        return {
+            "plan": row.plan,
+            "to": row.to,
+            "engine": row.engine,
+            "there": there["perplexity"],
+            "here": self._here[out],
+            "windows": f"{count} of {length}",
+        }
 
     def _exported(self, out: Path, to: str) -> Path:
         if not to:
@@ -134,10 +139,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", required=True)
     asked = parser.parse_args()
     rows = json.loads(asked.json.read_text()) if asked.json.exists() else []
+    made: Iterable[dict[str, Any]]
     known = {(row["plan"], row["to"], row["engine"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         if asked.model == "families":
-            made = families(Path(scratch), {row["plan"] for row in rows})
+            made = families(Path(scratch))
         else:
             measured = Measured(asked.model, (asked.window, asked.limit), Path(scratch))
             wanted = (row for row in EXPORTS if (row.plan, row.to, row.engine) not in known)
@@ -148,20 +154,38 @@ def main() -> None:
             print(row, flush=True)
 
 
-def families(scratch: Path, known: set[str]) -> Any:
+def families(scratch: Path) -> Iterator[dict[str, Any]]:
     """A row for a tiny random model of each family, by quantine's plug-in for vLLM."""
     from directories import SERVED, Directories
 
     text = scratch / "text.txt"
     text.write_text("".join(f"Line {n}: {n * n % 97} apples.\n" for n in range(400)))
     directories = Directories(scratch / "models", Calibration(str(text), samples=4, seqlen=32))
-    for family in SERVED:
-        if family not in known:
-            out = directories.quantized(family, "mixed")
-            measured = Measured(family, (80, 16), scratch)
-            windows, found = measured.compared(out, out, *PLUGIN)
-            shown = {"plan": family, "to": "", "engine": "vLLM, quantine's plug-in"}
-            yield {**shown, **found, "windows": windows}
+    made = {family: directories.quantized(family, "mixed") for family in SERVED}
+    length, count = TINY_WINDOWS
+    windows = windows_of(next(iter(made.values())), length, count)
+    jobs = [
+        {"directory": str(out), "options": {}, "prompts": windows, "scored": True}
+        for out in made.values()
+    ]
+    request, result = scratch / "request.json", scratch / "result.json"
+    request.write_text(json.dumps(jobs))
+    program = ROOT / "tests" / "engines" / "vllm" / "serve.py"
+    command = [os.environ[PLUGIN[0]], str(program), str(request), str(result)]
+    subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ""})
+    for (family, out), found in zip(made.items(), json.loads(result.read_text()), strict=True):
+        if "error" in found:
+            print(f"{family} is not served: {found['error']}", flush=True)
+            continue
+        logprobs = [value for answer in found["answers"] for value in answer["logprobs"]]
+        yield {
+            "plan": family,
+            "to": "",
+            "engine": "vLLM, quantine's plug-in",
+            "there": math.exp(-sum(logprobs) / len(logprobs)),
+            "here": own_perplexity(out, windows),
+            "windows": f"{count} of {length}",
+        }
 
 
 if __name__ == "__main__":

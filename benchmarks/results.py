@@ -269,6 +269,20 @@ A random mixture of 16 experts, 512 wide, at 4 bits takes {packed:.1f} MB when i
 files of {file:.1f} MB, and {floats:.1f} MB decoded to float32. Generating through transformers it
 makes {fast:.0f} tokens per second of processor time, and {slow:.0f} with the same experts decoded.
 """
+ENGINES = """
+## Engines
+
+Perplexity of exported directories in the real engines and in quantine, on the same tokens of the
+held-out text, by `benchmarks/engines.py`. Plans round to the nearest: what is compared is engines.
+Weights are the same numbers; "here" is float32 with exact products. The plug-in rounds activations
+to 16 bits (arithmetic `fast`, but for the tiny models), vLLM's own kernels compute in 16 bits, and
+llama.cpp rounds activations to 8 bits when it multiplies with blocks; "decoded" is the same file
+after llama.cpp has made floats of it itself.
+"""
+ENGINE_TABLES = {
+    "demo": "SmolLM2-135M",
+}
+"""Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
 
 INTRODUCTION = """# Results
 
@@ -297,7 +311,9 @@ def page() -> str:
     parts += [ACTIVATIONS, rounded(ROUNDED), COUNTED, contributions(), SCHEMES]
     for name, heading, remark in SCHEME_TABLES:
         parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
-    return "".join([*parts, MEMORY, memory()])
+    parts += [MEMORY, memory(), ENGINES]
+    parts += [f"\n### {shown}\n\n{engines(name)}" for name, shown in ENGINE_TABLES.items()]
+    return "".join(parts)
 
 
 def axes() -> str:
@@ -383,6 +399,17 @@ def memory() -> str:
     before, after = large["W4A16"], large["W4A4"]
     saved, cache = (before.total - after.total) / GB, (before.cache - after.cache) / GB
     return "\n".join(lines) + "\n" + MEMORY_AFTER.format(saved=saved, cache=cache)
+
+
+def engines(name: str) -> str:
+    """Perplexities of exports in other engines and in quantine."""
+    lines = _head(["plan", "export", "engine", "windows", "there", "here", "difference"])
+    for row in _read(f"engines-{name}"):
+        there, here = row["there"], row["here"]
+        to = row["to"] or "(own)"
+        cells = [row["plan"], to, row["engine"], row["windows"], f"{there:.4f}", f"{here:.4f}"]
+        lines.append(_line([*cells, f"{there / here - 1:+.4%}"]))
+    return "\n".join(lines) + "\n"
 
 
 def _read(name: str) -> Any:

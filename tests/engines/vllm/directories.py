@@ -89,6 +89,12 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
         "rules": [{"match": "@blocks", "method": "keep"}],
         "activations": RPTQ,
     },
+    "bloom": {
+        "rules": [
+            {"match": "*.query_key_value", "method": "keep"},
+            {"match": "@blocks", "method": "rtn", "bits": 3, "group_size": 32},
+        ]
+    },
     "keys": {
         "rules": [{"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32}],
         "activations": {**RPTQ, "key": 4, "value": 4},
@@ -115,14 +121,15 @@ class Directories:
         if not path.exists():
             values = self._rules(family) if plan == "mixed" else PLANS[plan]
             made = Plan.from_dict({**values, "arithmetic": "exact"})
-            quantize(self._floats(family), path, made, self._calibration)
+            quantize(self.floats(family), path, made, self._calibration)
         return path
 
     def _rules(self, family: str) -> dict[str, Any]:
-        layers = matrices_of(self._floats(family))
+        layers = matrices_of(self.floats(family))
         return {"rules": mixed_rules(layers, groups="refit", clip="minmax")}
 
-    def _floats(self, family: str) -> Path:
+    def floats(self, family: str) -> Path:
+        """The directory of the float model of ``family``."""
         path = self._root / family
         if not path.exists():
             build(tiny_config(family, **_wide(family)), path)

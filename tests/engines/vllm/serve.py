@@ -3,7 +3,8 @@
 A program of its own, so that an engine's state is its own. Its arguments are two JSON files: the
 first has a list of jobs, each with ``directory``, ``options`` of ``LLM``, ``prompts`` (token ids)
 and ``tokens`` (how many are wanted). It writes, to the second, for each job ``error`` or for each
-prompt ``tokens`` and their ``logprobs``.
+prompt ``tokens`` and their ``logprobs``. A job with ``scored`` gets instead the ``logprobs`` of the
+prompts' own tokens, from the second on.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     engine = LLM(model=job["directory"], **{**DEFAULTS, **job["options"]})
+    if job.get("scored"):
+        return scores(engine, job["prompts"])
     wanted = SamplingParams(
         temperature=0, max_tokens=job["tokens"], logprobs=1, ignore_eos=True, detokenize=False
     )
@@ -46,6 +49,18 @@ def answers(job: dict[str, Any]) -> list[dict[str, Any]]:
             ],
         }
         for one in (result.outputs[0] for result in found)
+    ]
+
+
+def scores(engine: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    wanted = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    asked = [{"prompt_token_ids": ids} for ids in prompts]
+    results = engine.generate(asked, wanted, use_tqdm=False)
+    return [
+        {"logprobs": [found[token].logprob for found, token in zip(rows[1:], ids[1:], strict=True)]}
+        for ids, rows in zip(prompts, (one.prompt_logprobs for one in results), strict=True)
     ]
 
 

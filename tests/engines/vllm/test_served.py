@@ -16,12 +16,15 @@ pytest.importorskip("vllm")
 from directories import SERVED, TOKENS, Directories, own_answers, prompts  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
+from quantine.formats.export import export  # noqa: E402
 
 PROGRAM = Path(__file__).with_name("serve.py")
 NOISE = 2e-5
 """How much logarithmic probabilities may differ: sums are in another order."""
 ROUNDED = 0.1
 """Likewise where activations are rounded: one between two codes may fall to the other side."""
+GELU = 2e-3
+"""Likewise where vLLM computes GELU exactly, and transformers by a hyperbolic tangent."""
 SETTINGS = "quantization_config"
 
 
@@ -49,12 +52,12 @@ def job(directory: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-def check(directory: Path, result: dict[str, Any]) -> None:
+def check(directory: Path, result: dict[str, Any], noise: float = NOISE) -> None:
     assert "error" not in result, result["error"]
     rounds = "activations" in json.loads((directory / "config.json").read_text())[SETTINGS]
     for (tokens, logprobs), found in zip(own_answers(directory), result["answers"], strict=True):
         assert found["tokens"] == tokens
-        assert found["logprobs"] == pytest.approx(logprobs, abs=ROUNDED if rounds else NOISE)
+        assert found["logprobs"] == pytest.approx(logprobs, abs=ROUNDED if rounds else noise)
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -83,6 +86,12 @@ def test_plans(directories: Directories, tmp_path: Path) -> None:
     results = serve(tmp_path, [job(directory) for directory in made])
     for directory, result in zip(made, results, strict=True):
         check(directory, result)
+
+
+def test_bloom_but_for_its_queries(directories: Directories, tmp_path: Path) -> None:
+    directory = directories.quantized("bloom", "bloom")
+    [result] = serve(tmp_path, [job(directory)])
+    check(directory, result, GELU)
 
 
 def test_refusals(directories: Directories, tmp_path: Path) -> None:
@@ -122,6 +131,21 @@ def test_tensor_parallelism(directories: Directories, tmp_path: Path) -> None:
     jobs = [job(directory, **two) for directory in made]
     results = serve(tmp_path, jobs, "--processes")
     for directory, result in zip(made, results, strict=True):
+        check(directory, result)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_compressed_tensors_of_other_bits(
+    sym: bool, directories: Directories, tmp_path: Path
+) -> None:
+    made, jobs = [], []
+    for bits in (2, 3, 6, 8):
+        plan = Plan.preset("rtn", bits=bits, group_size=32, sym=sym, arithmetic="exact")
+        out = tmp_path / f"{bits}"
+        made.append(quantize(directories.floats("llama"), out, plan, Calibration(samples=0)).path)
+        served = export(out, tmp_path / f"{bits}-ct", "compressed-tensors").path
+        jobs.append(job(served))
+    for directory, result in zip(made, serve(tmp_path, jobs), strict=True):
         check(directory, result)
 
 
