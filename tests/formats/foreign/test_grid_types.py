@@ -13,10 +13,14 @@ import transformers
 
 import quantine
 from quantine import Calibration, FormatError, Plan, PlanError, quantize
+from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType, type_of
 from quantine.formats.foreign.gguf.mixtures import MIXTURES, STANDS_IN, mixture_named, type_in
+from quantine.kernels import backend
+from quantine.kernels.matrix import packed_matrix, product
+from quantine.kernels.matrix.reference import multiply_reference
 from quantine.methods.gptq import GPTQ
 from quantine.methods.rtn import RTN
 from quantine.plan.targets import check_target
@@ -162,3 +166,21 @@ def test_requests_that_name_no_target(tiny: Tiny) -> None:
 def test_grids_that_cannot_be(fields: dict[str, object], reason: str) -> None:
     with pytest.raises(PlanError, match=reason):
         Plan.from_dict({"rules": [{"match": "@blocks", "method": "rtn", **fields}]})
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q5_1", "Q3_K"])
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_products_with_signed_scales(name: str, arithmetic: Arithmetic) -> None:
+    qtensor = RTN("mse")(random_weight(48, 256), None, GRID_TYPES[name].spec)
+    matrix = packed_matrix(qtensor)
+    assert (matrix is None) == (name in {"Q5_1", "Q3_K"} or not is_native())
+    if matrix is None:
+        return
+    assert bool((qtensor.grid.scales() < 0).any())
+    x = random_weight(3, 256)
+    wanted = multiply_reference(qtensor, x, arithmetic)
+    torch.testing.assert_close(product(matrix, x, arithmetic), wanted, atol=1e-5, rtol=1e-4)
+
+
+def is_native() -> bool:
+    return backend.of(torch.empty(0)) == "native"

@@ -39,7 +39,8 @@ def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
     There is none on the CPU without the native extension, nor where groups run along outputs but
     are neither multiples of `quantine.kernels.matrix.cpu.TILE` rows nor all rows, so that tiles of
     the native layout would cross groups, nor for grids with minima or statistics along a line. On
-    GPUs `unit_matrix` says what there can be, and elsewhere there is nothing.
+    GPUs there is none where scales are negative, and else `unit_matrix` says what there can be.
+    Elsewhere there is nothing.
     """
     scale = qtensor.grid.scale
     along_line = isinstance(scale, Statistic) and scale.grid.axis == "out"
@@ -47,7 +48,8 @@ def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
         return None
     kind = backend.of(qtensor.codes)
     if kind == "triton":
-        return unit_matrix(qtensor)
+        signed = isinstance(scale, Tensor) and bool((scale < 0).any())
+        return None if signed else unit_matrix(qtensor)
     return cpu.packed_matrix(qtensor) if kind == "native" and cpu.tiles_fit(qtensor) else None
 
 
