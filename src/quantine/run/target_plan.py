@@ -22,6 +22,7 @@ VLLM: Final = "vllm"
 """The target whose kernels take 4 bits in groups of `VLLM_GROUPS`."""
 VLLM_GROUPS: Final = (128, 64, 32)
 """Sizes of groups, of which a matrix gets the first that divides its rows."""
+
 TABLE: Final = {"method": "rtn", "clip": "mse"}
 """How the token table and the head are rounded."""
 
@@ -51,7 +52,8 @@ def target_plan(model: str | Path, target: str, **parameters: Any) -> Plan:
     most = Counter(
         specs[layer.name] for layer in _layers(job) if layer.role == "block"
     ).most_common(1)[0][0]
-    method = {"method": "gptq", **parameters}
+    clip = "hessian" if parameters.get("method", "gptq") == "gptq" else "mse"
+    method = {"method": "gptq", "clip": clip, **parameters}
     rules: list[dict[str, Any]] = []
     for layer in _layers(job):
         spec = specs[layer.name]
