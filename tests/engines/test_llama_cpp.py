@@ -18,6 +18,7 @@ from quantine.run.prepare import prepare
 from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import model_names
+from tiny_models import build, some_tokens, tiny_config
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 TEXTS = ["Hello world 123, it's  fine.\n\n ok", "naïve 日本 2024!", "def f(x):\n\treturn x**2"]
@@ -44,6 +45,24 @@ def test_the_same_perplexity(grid: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", ["Q4_0", "Q4_K_M", "Q2_K"])
 def test_the_same_perplexity_in_its_own_types(target: str, tmp_path: Path) -> None:
     assert_same_perplexity(target_plan("demo", f"llama.cpp:{target}", method="rtn"), 8, tmp_path)
+
+
+@pytest.mark.parametrize("target", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q4_1", "Q5_1"])
+def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) -> None:
+    """A random model whose rows are whole blocks: what it predicts depends on every weight."""
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    model = build(tiny_config("llama", **sizes), tmp_path / "model")
+    plan = target_plan(model, f"llama.cpp:{target}")
+    out = quantize(model, tmp_path / "out", plan, short).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    windows, asked = some_tokens(64, 4).tolist(), tmp_path / "asked.json"
+    asked.write_text(json.dumps({"windows": windows, "texts": []}), encoding="utf-8")
+    decoded = run_engine(python, "llama_cpp_program.py", str(file), str(asked), "decoded")
+    expected = own_perplexity(out, windows)
+    assert decoded["perplexity"] == pytest.approx(expected, rel=SAME)
+    found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
+    assert found["perplexity"] == pytest.approx(expected, rel=ROUNDED)
 
 
 def assert_same_perplexity(plan: Plan, count: int, tmp_path: Path) -> None:
