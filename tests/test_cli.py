@@ -32,7 +32,8 @@ VERBS = (
     "bench",
     "push",
 )
-FAST = ["--samples", "2", "--seqlen", "16", "--group-size", "32"]
+QUICK = ["--samples", "2", "--seqlen", "16"]
+FAST = [*QUICK, "--group-size", "32"]
 
 
 @pytest.fixture(autouse=True)
@@ -135,6 +136,34 @@ def test_heads_have_bits_of_their_own(
     capsys.readouterr()
     assert cli.main(["plan", "demo", "--plan", str(path), "--head-bits", "8"]) == 2
     assert "--plan decides everything: leave out --head-bits" in capsys.readouterr().err
+
+
+def test_targets_are_plans(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    target = ("--target", "llama.cpp:Q5_0")
+    succeed("plan", tiny("llama"), *target, *QUICK, "--json", path)
+    schemes = [layer["scheme"] for layer in json.loads(path.read_text())["layers"]]
+    assert {(one["method"], one["bits"], one["format"]) for one in schemes} >= {
+        ("gptq", 5, "ggml"),
+        ("rtn", 8, "ggml"),
+    }
+    succeed("quantize", tiny("llama"), tmp_path / "out", *target, "--method", "rtn", *QUICK)
+    succeed("export", tmp_path / "out", tmp_path / "gguf", "--to", "gguf")
+    capsys.readouterr()
+    assert cli.main(["plan", str(tiny("llama")), *target, "--bits", "3"]) == 2
+    assert "--target llama.cpp:Q5_0 decides everything: leave out --bits" in capsys.readouterr().err
+    asked = [
+        "quantize",
+        str(tiny("llama")),
+        str(tmp_path / "no"),
+        "--target",
+        "gguf",
+        "--bits",
+        "4",
+    ]
+    assert cli.main([*asked, *map(str, FAST)]) == 2
+    assert "may have outliers" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_quiet_prints_nothing(

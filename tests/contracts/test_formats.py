@@ -6,7 +6,7 @@ import math
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext as free
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from quantine.errors import FormatError
 from quantine.families.layers import Layer
 from quantine.formats import FORMATS, format_named
 from quantine.formats.description import Description
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
 from quantine.formats.inventory import inventory
 from quantine.formats.shards import write_tensors
 from quantine.formats.stored_config import check_description
@@ -65,8 +66,9 @@ SPECS = (
     QuantSpec(4, 5, scale_bits=4, stat_group_size=64, group_axis="out"),
     QuantSpec(3, 1, scale_bits=3, zero_bits=8, stat_group_size=3, group_axis="out"),
     QuantSpec(3, 5, zero_bits=16, group_axis="out"),
+    *(GRID_TYPES[name].spec for name in ("Q4_0", "Q5_1", "Q3_K", "Q4_K")),
 )
-SHAPES = ((5, 40), (16, 48))
+SHAPES = ((5, 40), (16, 48), (3, 256))
 """Tried in turn: some layouts hold whole tiles only."""
 
 READ_ONLY = {"spqr-replace"}
@@ -159,6 +161,7 @@ def assert_same(left: QTensor, right: QTensor, rounds_outliers: bool = False) ->
     pairs = [([left.codes], [right.codes])]
     pairs += [(bits_of(left.grid.scale), bits_of(right.grid.scale))]
     pairs += [(bits_of(left.grid.zero_point), bits_of(right.grid.zero_point))]
+    pairs += [(bits_of(left.grid.minimum), bits_of(right.grid.minimum))]
     pairs += [(orders(left), orders(right))]
     if not rounds_outliers:
         assert (left.outliers is None) == (right.outliers is None)
@@ -292,6 +295,7 @@ def fitting(name: str) -> list[tuple[Solver, QuantSpec, tuple[int, int]]]:
         for spec in SPECS
         for shape in [s for s in SHAPES if tiles(spec, s) and holds(name, spec, False, s)][:1]
         if holds(name, spec, solver.outlier_share != 0, shape)
+        and (solver.takes_clusters or not spec.blocked)
     ]
 
 
@@ -332,7 +336,7 @@ DAMAGED = [
     pytest.param(name, *case, id="-".join(map(str, (name, *case))))
     for name in WRITTEN
     for case in fitting(name)
-    if case[1] in {QuantSpec(3, 8), QuantSpec(3, 8, zero_bits=5), FAITHFUL_SPEC}
+    if case[1] in {QuantSpec(3, 8), QuantSpec(3, 8, zero_bits=5), FAITHFUL_SPEC} or case[1].blocked
 ]
 
 
@@ -348,7 +352,7 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
         if tensor.numel():
             damaged.append({**tensors, key: tensor.to(torch.float64)})
             damaged.append({**tensors, key: tensor[..., :-1]})
-        if tensor.numel() and key != "codes":  # a row less may fit bit streams of the same bytes
+        if tensor.numel() and key not in {"codes", "blocks"}:  # which say how many rows there are
             damaged.append({**tensors, key: tensor[:-1]})
         if key != "in_perm":  # its absence means that columns are stored in input order
             damaged.append({k: v for k, v in tensors.items() if k != key})
@@ -361,7 +365,9 @@ def test_tensors_that_do_not_fit_the_spec_are_refused(
         with pytest.raises(FormatError):
             layout.check(tensors, spec, rows, columns)
     others = (QuantSpec(4, 8), QuantSpec(3, 20), QuantSpec(3, 8, sym=True))
-    statistics = [replace(spec, scale_bits=5), replace(spec, zero_bits=4)]
+    statistics = []
+    if not spec.blocked:  # whose statistics belong together
+        statistics = [replace(spec, scale_bits=5), replace(spec, zero_bits=4)]
     for other in (*others, *(one for one in statistics if layout.supports(one, False))):
         with pytest.raises(FormatError):
             layout.unpack(tensors, other, shape[1])
@@ -375,9 +381,8 @@ every = pytest.mark.parametrize("name", FORMATS)
 def rule_for(name: str) -> dict[str, Any]:
     """A rule of a plan that rounds matrices to a spec that the layout holds."""
     spec = FAITHFUL_SPEC if format_named(name).linears_only else QuantSpec(4, 16)
-    fields = asdict(spec)
-    del fields["cluster_sizes"]
-    return {"match": "@blocks", "method": "rtn", **fields, "format": name}
+    spec = GRID_TYPES["Q4_0"].spec if name == "ggml" else spec
+    return {"match": "@blocks", "method": "rtn", **spec.as_dict(), "format": name}
 
 
 def test_layouts_that_are_only_read_go_into_no_plan() -> None:
@@ -401,7 +406,7 @@ def test_what_a_layout_says_of_statistics_and_names(name: str) -> None:
 def test_config_names_every_layer_and_is_read_back(name: str) -> None:
     scheme = Plan.from_dict({"rules": [rule_for(name if name in WRITTEN else "spqr")]}).rules[0]
     assert scheme.scheme is not None
-    layers, packed = {"a.0.b": {"scheme": 0, "shape": [32, 48]}}, {"a.0.b": {"codes": (96,)}}
+    layers, packed = {"a.0.b": {"scheme": 0, "shape": [32, 64]}}, {"a.0.b": {"codes": (96,)}}
     values = [scheme.scheme.as_dict()]
     described = Description(values, layers, "fast", None, packed, ["a.0.c"])
     layout = format_named(name)
@@ -424,7 +429,7 @@ def test_exclusive_layouts_refuse_others_and_other_layers(name: str, other: str)
     def decision(layer: Layer, layout: str) -> Decision:
         return Decision(layer, Plan.from_dict({"rules": [rule_for(layout)]}).rules[0].scheme, "")
 
-    inside, beside = (Layer(f"m.{index}.up", 32, 48, "block", index) for index in range(2))
+    inside, beside = (Layer(f"m.{index}.up", 32, 64, "block", index) for index in range(2))
     pair = [decision(inside, name), decision(beside, other)]
     exclusive = any(format_named(one).exclusive for one in (name, other))
     with pytest.raises(PlanError, match=r"m\.[01]\.up") if exclusive and name != other else free():

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantine.core.spec import QuantSpec
+from quantine.core.spec import RARE, QuantSpec
 from quantine.errors import PlanError
 from quantine.families.layers import Layer
 from quantine.methods import METHODS
@@ -189,11 +189,11 @@ class TestRefusals:
             ({"method": "rtn", "clip": ["mse"]}, "clip must be one of minmax, mse, not ['mse']"),
             (
                 {"method": "rtn", "format": "gguf"},
-                "format must be one of dense, sparse, spqr, spqr-replace, not 'gguf'",
+                "format must be one of dense, sparse, ggml, spqr, spqr-replace, not 'gguf'",
             ),
             (
                 {"method": "rtn", "format": ["dense"]},
-                "format must be one of dense, sparse, spqr, spqr-replace, not ['dense']",
+                "format must be one of dense, sparse, ggml, spqr, spqr-replace, not ['dense']",
             ),
         ],
     )
@@ -401,7 +401,7 @@ class TestPlainValues:
             "match",
             "method",
             "format",
-            *(vars(QuantSpec()).keys() - {"cluster_sizes"}),  # known only in a run
+            *(vars(QuantSpec()).keys() - set(RARE)),
             *vars(solver),
         }
 

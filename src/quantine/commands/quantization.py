@@ -14,6 +14,7 @@ from quantine.errors import PlanError
 if TYPE_CHECKING:
     from quantine.calibrate.segments import Calibration
     from quantine.plan.plan import Plan
+    from quantine.run.job import Job
     from quantine.run.quantize import Result
 
 
@@ -33,6 +34,7 @@ def _add_quantize(verbs: Any) -> None:
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --calibration my-text.jsonl\n"
         "  quantine quantize ./Llama-3.2-1B out --bits-per-weight 3.5 --head-bits 8\n"
         "  quantine quantize ./Llama-3.2-1B out --plan plan.yaml\n"
+        "  quantine quantize ./Llama-3.2-1B out --target llama.cpp:Q4_K_M\n"
         "  quantine quantize ./Llama-3.2-1B out --bits 3 --resume",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -52,16 +54,11 @@ def _add_plan(verbs: Any) -> None:
         "  quantine plan ./Llama-3.2-1B --plan plan.yaml --layers\n"
         "  quantine plan ./Llama-3.2-1B --bits 3 --json request.json\n"
         "  quantine plan ./Llama-3.2-1B --bits 3 --probe\n"
-        "  quantine plan demo --method gptq --bits 4 --target gguf",
+        "  quantine plan demo --method gptq --bits 4 --target gguf\n"
+        "  quantine plan demo --target llama.cpp:Q4_K_M",
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_request(parser)
-    parser.add_argument(
-        "--target",
-        metavar="NAME",
-        help="refuse what cannot be exported without loss to gguf, gptq, compressed-tensors, spqr, "
-        "float, or (as compressed-tensors) vllm",
-    )
     parser.add_argument("--layers", action="store_true", help="list every layer, not one per kind")
     parser.add_argument(
         "--probe",
@@ -120,6 +117,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
+        "--target",
+        metavar="NAME",
+        help="llama.cpp:TYPE (Q4_0, Q4_K_M, Q2_K ...) or vllm: solve every matrix in the grid that "
+        "the engine has; with other options, or gguf, gptq, compressed-tensors, spqr or float: "
+        "refuse what cannot be exported to it without loss",
+    )
+    parser.add_argument(
         "--calibration",
         default="builtin",
         metavar="NAME|FILE",
@@ -165,6 +169,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from quantine.run.quantize import quantize
 
     plan, calibration = _request(arguments)
+    if arguments.target is not None:
+        _check_target(arguments, plan, calibration)
     shown = None if arguments.quiet else Shown(make_console(stderr=True))
     try:
         result = quantize(
@@ -198,7 +204,6 @@ def summary(result: Result) -> str:
 def _plan(arguments: argparse.Namespace) -> None:
     check_writable(arguments.json)
     from quantine.formats.imported import second_rounding
-    from quantine.plan.targets import check_target
     from quantine.report.tables.plan import plan_as_json, print_plan
     from quantine.run.estimate import estimate
     from quantine.run.prepare import prepare
@@ -208,7 +213,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     planned = not arguments.probe
     job = prepare(arguments.model, plan, calibration, arguments.device, planned=planned)
     if arguments.target is not None:
-        check_target(arguments.target, job.decisions, job.plan.activations, job.config, job.model)
+        _check_job(arguments.target, job)
     size = estimate(job, arguments.max_ram, arguments.max_vram)
     rounded = second_rounding(job.source)
     if rounded is not None:
@@ -216,6 +221,22 @@ def _plan(arguments: argparse.Namespace) -> None:
     trial = try_block(job, arguments.max_ram, arguments.max_vram) if arguments.probe else None
     print_plan(job, size, arguments.layers, trial)
     write_json_output(arguments.json, plan_as_json(job, size, trial))
+
+
+def _check_target(arguments: argparse.Namespace, plan: Plan, calibration: Calibration) -> None:
+    """Refuse a run whose result could not be exported, before it begins."""
+    from quantine.run.prepare import prepare
+
+    _check_job(
+        arguments.target,
+        prepare(arguments.model, plan, calibration, arguments.device, planned=True),
+    )
+
+
+def _check_job(target: str, job: Job) -> None:
+    from quantine.plan.targets import check_target
+
+    check_target(target, job.decisions, job.plan.activations, job.config, job.model)
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
@@ -235,6 +256,10 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         arguments.bos,
     )
     flags = _scheme_flags(arguments)
+    if arguments.target is not None and _decides(arguments):
+        from quantine.run.target_plan import target_plan
+
+        return target_plan(arguments.model, arguments.target, **flags), calibration
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
@@ -249,6 +274,28 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.tune is not None:
         plan = dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
     return plan, calibration
+
+
+def _decides(arguments: argparse.Namespace) -> bool:
+    """Whether the target is the plan: if it names grids, and nothing else says what to do."""
+    from quantine.plan.targets import LLAMA_CPP
+    from quantine.run.target_plan import has_plan
+
+    said = (
+        "bits",
+        "group_size",
+        "plan",
+        "bits_per_weight",
+        "preset",
+        "scheme",
+        "head_bits",
+        "tune",
+    )
+    others = [_flag(key) for key in said if getattr(arguments, key) is not None]
+    target = arguments.target
+    if others and target.startswith(LLAMA_CPP):
+        raise PlanError(f"--target {target} decides everything: leave out {' and '.join(others)}")
+    return has_plan(target) and not others
 
 
 def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:

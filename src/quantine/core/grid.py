@@ -9,6 +9,8 @@ A group of values is stored as integer codes ``q`` in ``[0, 2**bits - 1]`` and d
   themselves.
 * A scale is rounded to what is stored *before* codes are chosen, so that each code is the nearest
   to what will really be decoded.
+* Grids of other engines may have signed scales, or a free minimum that is subtracted instead of a
+  zero point (`Grid.minimum`). They are fitted by `quantine.kernels.fit.block_grids`.
 * Decoding is one subtraction and one multiplication in float32, each rounded once, so every device
   decodes the same numbers. With a float16 scale and an integer zero point it is even exact.
 
@@ -33,7 +35,8 @@ class Grid:
     A line is a row of the matrix, or a column where groups run along outputs.
 
     Attributes:
-        scale: ``[lines, groups]``: float16, positive in the grid of a weight; or a `Statistic`.
+        scale: ``[lines, groups]``: float16, positive in the grid of a weight unless its spec is
+            signed; or a `Statistic`.
         zero_point: ``[lines, groups]``: uint8 in the code range, float16, or a `Statistic`.
             ``None`` for a symmetric grid, whose zero point is ``2**(bits - 1)`` everywhere.
         bits: number of bits of one code, 2 to 8.
@@ -44,6 +47,8 @@ class Grid:
             not used. Empty otherwise.
         exponent: scales are ``2**exponent`` times what ``scale`` holds. It is 0 but for weights
             that are too small for scales in float16.
+        minimum: ``[lines, groups]`` float16 or a `Statistic`: what is subtracted from ``scale *
+            code``, in grids that have this instead of zero points; else ``None``.
     """
 
     scale: Tensor | Statistic
@@ -53,6 +58,7 @@ class Grid:
     axis: GroupAxis = "in"
     sizes: tuple[int, ...] = ()
     exponent: int = 0
+    minimum: Tensor | Statistic | None = None
 
     def scales(self) -> Tensor:
         """The scales, decoded if they are stored as codes, as float32 ``[lines, groups]``."""
@@ -60,7 +66,12 @@ class Grid:
         return found * 2.0**self.exponent if self.exponent else found
 
     def zeros(self) -> Tensor:
-        """The zero points as float32 ``[lines, groups]``, also those a symmetric grid implies."""
+        """The zero points as float32 ``[lines, groups]``, also those a symmetric grid implies.
+
+        A minimum is one that is a fraction, up to float rounding.
+        """
+        if self.minimum is not None:
+            return _values(self.minimum) / self.scales()
         if self.zero_point is None:
             return torch.full_like(self.scales(), 2 ** (self.bits - 1))
         return _values(self.zero_point)
@@ -87,8 +98,11 @@ class Grid:
         if self.sizes:
             return decode(codes, self._of_weights(self.scales()), self._of_weights(self.zeros()))
         lines = self._lines(codes)
-        scale, zero = self.scales().unsqueeze(-1), self.zeros().unsqueeze(-1)
-        values = decode(grouped(lines, self.group_size), scale, zero)
+        scale, groups = self.scales().unsqueeze(-1), grouped(lines, self.group_size)
+        if self.minimum is not None:
+            values = groups.float().mul_(scale).sub_(_values(self.minimum).unsqueeze(-1))
+        else:
+            values = decode(groups, scale, self.zeros().unsqueeze(-1))
         return self._lines(values.flatten(1)[:, : lines.shape[1]])
 
     def rows(self, chosen: Tensor) -> Grid:
@@ -102,8 +116,9 @@ class Grid:
         """
         if self.axis == "in":
             zero = None if self.zero_point is None else self.zeros()[chosen]
-            scale = self.scales()[chosen]
-            return Grid(scale, zero, self.bits, self.group_size, sizes=self.sizes)
+            minimum = None if self.minimum is None else _values(self.minimum)[chosen]
+            scale, sizes = self.scales()[chosen], self.sizes
+            return Grid(scale, zero, self.bits, self.group_size, sizes=sizes, minimum=minimum)
         groups = chosen // self.group_size
         zero = None if self.zero_point is None else self.zeros()[:, groups]
         return Grid(self.scales()[:, groups], zero, self.bits, 1, "out")
@@ -125,7 +140,8 @@ class Statistic:
     Attributes:
         codes: ``[groups, lines]`` uint8. They are transposed because the statistics of one group in
             neighbouring lines are alike, and share a second grid.
-        grid: the second grids, over runs of consecutive lines, with float16 zero points.
+        grid: the second grids, over runs of consecutive lines, with float16 zero points; or, with
+            ``axis`` ``"out"``, over runs of consecutive groups of one line.
     """
 
     codes: Tensor
@@ -134,6 +150,20 @@ class Statistic:
     def values(self) -> Tensor:
         """The decoded scales or zero points as float32 ``[lines, groups]``."""
         return self.grid.decode(self.codes).T
+
+    @classmethod
+    def along_lines(cls, codes: Tensor, step: Tensor, bits: int, run: int, sym: bool) -> Statistic:
+        """Statistics that are multiples of one float16 for each run of groups of a line.
+
+        Args:
+            codes: ``[groups, lines]`` uint8.
+            step: ``[lines, runs]`` float16.
+            bits: number of bits of one code.
+            run: number of consecutive groups that share a step.
+            sym: whether the middle code stands for 0, instead of code 0.
+        """
+        zero = None if sym else torch.zeros_like(step)
+        return cls(codes, Grid(step, zero, bits, run, "out"))
 
 
 def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:

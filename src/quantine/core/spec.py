@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from quantine.errors import PlanError, shown
 
@@ -13,6 +14,11 @@ GroupAxis = Literal["in", "out"]
 GROUP_AXES: Final[tuple[GroupAxis, ...]] = ("in", "out")
 """Values of `QuantSpec.group_axis`: the axis of a matrix ``[out, in]`` along which a group
 extends."""
+StatAxis = Literal["lines", "groups"]
+"""Name of what shares a second grid, one of `STAT_AXES`."""
+STAT_AXES: Final[tuple[StatAxis, ...]] = ("lines", "groups")
+"""Values of `QuantSpec.stat_axis`: a second grid holds the statistics of consecutive lines, or of
+consecutive groups of one line."""
 
 MIN_BITS: Final = 2
 """Smallest number of bits of one code."""
@@ -26,6 +32,9 @@ all lines."""
 CLUSTERS: Final = 0
 """Group size that stands for groups as large as the clusters of the matrix's input channels (RPTQ,
 arXiv 2304.01089)."""
+RARE: Final = ("cluster_sizes", "signed", "minimum", "stat_axis")
+"""Fields of `QuantSpec` that few grids have: plain values have them only where they say more than
+their defaults."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,13 @@ class QuantSpec:
             are columns, a group holds outputs of one input.
         cluster_sizes: number of inputs of each cluster, where groups are clusters; empty until they
             are known.
+        signed: whether scales may be negative, for symmetric grids only: codes reach one step
+            farther to one side, and so that side may be either.
+        minimum: whether a weight is ``scale * code - minimum`` instead of ``scale * (code -
+            zero)``; minima are stored in ``zero_bits`` bits.
+        stat_axis: ``"groups"``: a second grid holds the statistics of ``stat_group_size``
+            consecutive groups of one line, as multiples of one float16: from 0 on, or in symmetric
+            grids around 0. Coded minima are then not negative.
 
     Raises:
         PlanError: a field has a value that is not allowed, or fields exclude each other.
@@ -66,17 +82,22 @@ class QuantSpec:
     stat_group_size: int = 16
     group_axis: GroupAxis = "in"
     cluster_sizes: tuple[int, ...] = ()
+    signed: bool = False
+    minimum: bool = False
+    stat_axis: StatAxis = "lines"
 
     def __post_init__(self) -> None:
         for name in ("bits", "group_size", "scale_bits", "zero_bits", "stat_group_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise PlanError(f"{name} must be a whole number, not {shown(value)}")
-        if not isinstance(self.sym, bool):
-            raise PlanError(f"sym must be true or false, not {shown(self.sym)}")
+        for name in ("sym", "signed", "minimum"):
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"{name} must be true or false, not {shown(getattr(self, name))}")
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise PlanError(f"bits must be {MIN_BITS} to {MAX_BITS}, not {shown(self.bits)}")
         check_choice("group_axis", self.group_axis, GROUP_AXES)
+        check_choice("stat_axis", self.stat_axis, STAT_AXES)
         for name, whole in (("group_size", "the whole line"), ("stat_group_size", "all lines")):
             value = getattr(self, name)
             clusters = name == "group_size" and value == CLUSTERS
@@ -97,6 +118,38 @@ class QuantSpec:
                 f"group_size {CLUSTERS} (clusters of inputs) needs group_axis in, scale_bits "
                 f"{FLOAT16} and zero_bits 0: leave them out"
             )
+        if self.blocked or self.stat_axis == "groups":
+            self._check_blocked()
+
+    def _check_blocked(self) -> None:
+        """Refuse signs, minima and second grids along a line where they say nothing together."""
+        coded = {MIN_BITS <= self.scale_bits <= MAX_BITS}
+        if self.minimum:
+            coded.add(MIN_BITS <= self.zero_bits <= MAX_BITS)
+        if self.signed and not self.sym:
+            raise PlanError("signed is for symmetric grids: add sym, or leave it out")
+        if self.minimum and not self.zero_bits:
+            raise PlanError(f"minimum needs zero_bits {MIN_BITS} to {MAX_BITS}, or {FLOAT16}")
+        if not self.blocked or coded != {self.stat_axis == "groups"}:
+            raise PlanError(
+                "stat_axis groups belongs to scales (and minima) of 2 to 8 bits in grids that are "
+                "signed, or have minima"
+            )
+        if self.group_axis == "out" or self.clustered:
+            raise PlanError(
+                "signed and minimum need group_axis in and a group_size: leave them out"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All fields as plain values; those in `RARE` only where they are not the default."""
+        fields = dataclasses.asdict(self)
+        usual = {name for name in RARE if fields[name] == getattr(QuantSpec, name)}
+        return {name: value for name, value in fields.items() if name not in usual}
+
+    @property
+    def blocked(self) -> bool:
+        """Whether scales have signs or minima are free, as in the blocks of GGUF files."""
+        return self.signed or self.minimum
 
     @property
     def clustered(self) -> bool:

@@ -1,6 +1,7 @@
 """Packed layouts and the files that hold them."""
 
 from quantine.errors import FormatError, shown
+from quantine.formats.foreign.gguf.layout import Blocks
 from quantine.formats.foreign.spqr.layout import Spqr
 from quantine.formats.format import Format
 from quantine.formats.sparse import Sparse
@@ -8,6 +9,7 @@ from quantine.formats.sparse import Sparse
 FORMATS: dict[str, Format] = {
     "dense": Sparse(plain=True),
     "sparse": Sparse(),
+    "ggml": Blocks(),
     "spqr": Spqr(),
     "spqr-replace": Spqr(added=False),
 }

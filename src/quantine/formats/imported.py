@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import tempfile
 from collections.abc import Mapping
@@ -175,8 +174,7 @@ def _described(opened: Readable, packed: Mapping[str, Mapping[str, torch.Tensor]
     schemes: list[dict[str, Any]] = []
     layers = {}
     for name, spec in opened.specs.items():
-        fields = {k: v for k, v in dataclasses.asdict(spec).items() if k != "cluster_sizes"}
-        scheme = {"method": METHOD, **fields, "format": LAYOUT}
+        scheme = {"method": METHOD, **spec.as_dict(), "format": LAYOUT}
         if scheme not in schemes:
             schemes.append(scheme)
         layers[name] = {"scheme": schemes.index(scheme), "shape": list(opened.shapes[name])}

@@ -96,7 +96,9 @@ class Sparse:
         return own_config(described)
 
     def supports(self, spec: QuantSpec, outliers: bool) -> bool:
-        """Everything in ``sparse``; in ``dense`` what needs no second grids and no outliers."""
+        """Everything but signs and minima; in ``dense`` no second grids and no outliers either."""
+        if spec.blocked:
+            return False
         plain = spec.scale_bits == FLOAT16 and not spec.zero_bits and not outliers
         return plain or not self.plain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from quantine.core.activation_spec import activations_from
 from quantine.core.arithmetic import ARITHMETICS, UNSTATED, is_arithmetic
@@ -12,6 +12,9 @@ from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION
 from quantine.formats.layout import check_groups
+
+BLOCKED: Final = ("signed", "minimum", "stat_axis")
+"""Fields of a spec that schemes have where they are not the default."""
 
 
 def check_description(found: Mapping[str, Any]) -> None:
@@ -88,6 +91,7 @@ def spec_of(scheme: Mapping[str, Any]) -> QuantSpec:
     fields = {key: scheme[key] for key in ("bits", "group_size", "sym")}
     fields["group_axis"] = scheme.get("group_axis", "in")  # format version 1 had no other
     fields["cluster_sizes"] = tuple(scheme.get("cluster_sizes", ()))
+    fields.update({key: scheme[key] for key in BLOCKED if key in scheme})
     if format_named(scheme["format"]).holds_statistics_as_codes:
         fields.update({k: scheme[k] for k in ("scale_bits", "zero_bits", "stat_group_size")})
     return QuantSpec(**fields)

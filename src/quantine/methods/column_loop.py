@@ -11,12 +11,13 @@ rounds off (SpQR, arXiv 2306.03078, algorithm 1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
+from quantine.core.grid import Grid
 from quantine.core.permute import input_order, inverse
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec, check_choice
@@ -120,11 +121,13 @@ class ColumnLoop:
         spread = factor.upper.diagonal().contiguous()
         if self.groups == "static":
             grid = fit_rows(weight, spread[inverse(order)], spec, cost)
-            values = grid.scales().T.contiguous(), grid.zeros().T.contiguous()
+            mirrored = grid.scales() < 0 if spec.signed else None
+            values = _positive(grid, mirrored)
             groups = _groups_of(spec, order)
             columns = Columns.of(weight, factor.upper, order, grid.bits, values, groups, cost.price)
             round_columns(columns, 1, self.block_size)
-            return result(columns, grid, inverse(order), None)
+            found = result(columns, grid, inverse(order), None)
+            return found if mirrored is None else _mirrored(found, mirrored)
         count = len(order) // length
         fitted = FittedGroups.empty(count, len(weight), length, spec, weight.device)
         columns = Columns.of(
@@ -142,6 +145,29 @@ class ColumnLoop:
             return result(columns, fitted.grid(), None, order if self.stores_order(spec) else None)
         places = inverse(order[::length] // length)
         return result(columns, fitted.grid(places), inverse(order), None)
+
+
+def _positive(grid: Grid, mirrored: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scales and zero points ``[groups, rows]`` as kernels take them: all scales positive.
+
+    A grid of negative scale has the values of one with the opposite scale, from the last code to
+    the first.
+
+    Args:
+        mirrored: ``[rows, groups]``: where scales are negative; ``None`` is nowhere.
+    """
+    scales, zeros = grid.scales(), grid.zeros()
+    if mirrored is not None:
+        scales = scales.abs()
+        zeros = torch.where(mirrored, 2**grid.bits - 1 - zeros, zeros)
+    return scales.T.contiguous(), zeros.T.contiguous()
+
+
+def _mirrored(found: QTensor, mirrored: Tensor) -> QTensor:
+    """``found`` with the codes of some groups ``[rows, groups]`` counted from the last."""
+    groups = found.codes.unflatten(1, (mirrored.shape[1], -1))
+    codes = torch.where(mirrored.unsqueeze(2), 2**found.grid.bits - 1 - groups, groups)
+    return replace(found, codes=codes.flatten(1))
 
 
 def _groups_of(spec: QuantSpec, inputs: Tensor) -> Tensor:

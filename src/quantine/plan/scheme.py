@@ -71,12 +71,9 @@ class Scheme:
 
     def as_dict(self) -> dict[str, Any]:
         """All fields as plain values; `quantine.plan.scheme_parsing.scheme_from` inverts it."""
-        spec = dataclasses.asdict(self.spec)
-        if not self.spec.cluster_sizes:
-            del spec["cluster_sizes"]
         return {
             "method": self.method,
-            **spec,
+            **self.spec.as_dict(),
             **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
             "format": self.format,
             **({AVERAGE: self.average_bits} if self.average_bits else {}),

@@ -56,11 +56,18 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
                 f"{method} with these parameters cannot make groups of clusters (group_size "
                 f"{CLUSTERS}): give a group_size, or use gptq or rtn"
             )
+        if spec.blocked and not solver.takes_clusters:
+            raise PlanError(
+                f"{method} with these parameters fits no grids that are signed or have minima: use "
+                "gptq with groups: static, or rtn"
+            )
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
     average = float(_special(fields.get(AVERAGE, 0.0)))
     keeps = bool(average) or solver.outlier_share != 0
     fitting = [n for n, f in FORMATS.items() if f.writable and f.supports(spec, keeps)]
+    if not fitting:
+        raise PlanError(f"{where}: no format holds such a grid: docs/format.md lists ggml's types")
     layout = value.get("format", fitting[0])
     if not isinstance(layout, str) or layout not in FORMATS:
         raise PlanError(f"{where}: format must be one of {', '.join(FORMATS)}, not {shown(layout)}")

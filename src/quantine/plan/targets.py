@@ -16,6 +16,8 @@ from quantine.plan.scheme import Scheme
 
 ENGINE_LAYOUTS: Final = {"vllm": "compressed-tensors"}
 """The layout in which an engine is to be served, where a target is an engine."""
+LLAMA_CPP: Final = "llama.cpp:"
+"""Beginning of the targets that are types, and mixtures of types, of GGUF files."""
 
 
 def check_target(
@@ -31,7 +33,8 @@ def check_target(
     too small for float16, show only when they are there.
 
     Args:
-        target: a row of `quantine.formats.foreign.FOREIGN`, or an engine in `ENGINE_LAYOUTS`.
+        target: a row of `quantine.formats.foreign.FOREIGN`, an engine in `ENGINE_LAYOUTS`, or
+            `LLAMA_CPP` and a name.
         decisions: what the plan does, one decision per layer of the model.
         activations: how the plan rounds activations.
         config: of the model, in transformers.
@@ -46,7 +49,7 @@ def check_target(
             f"the plan rounds activations, which no export to {target} can hold: leave out "
             "`activations` and `scheme`"
         )
-    layout = ENGINE_LAYOUTS.get(target, target)
+    layout = layout_of(target)
     engine = target if target in ENGINE_LAYOUTS else None
     most = max((len(decision.choices) for decision in decisions), default=0)
     for place in range(max(1, most)):
@@ -61,6 +64,11 @@ def check_target(
             raise PlanError(str(error)) from error
         if found:
             raise PlanError(refused_text(layout, found))
+
+
+def layout_of(target: str) -> str:
+    """The row of `quantine.formats.foreign.FOREIGN` that a target needs."""
+    return "gguf" if target.startswith(LLAMA_CPP) else ENGINE_LAYOUTS.get(target, target)
 
 
 def _scheme(decision: Decision, place: int) -> Scheme | None:

@@ -8,6 +8,7 @@ import pytest
 
 from quantine import FormatError, PlanError
 from quantine.engines.vllm.stored import Stored, missing_claims
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
 
 SCHEME = {"format": "sparse", "bits": 4, "group_size": 16, "sym": True, "group_axis": "in"}
 SCHEME |= {"scale_bits": 16, "zero_bits": 0, "stat_group_size": 16}
@@ -62,6 +63,13 @@ def test_what_vllm_destroys_while_reading_is_refused() -> None:
     with pytest.raises(PlanError, match=r"rearranges .*query_key_value of bloom"):
         stored.with_files("bloom", files(name))
     assert stored.with_files("falcon", files(name)).matrix(name) is not None
+
+
+def test_what_is_solved_for_llama_cpp_is_refused() -> None:
+    found = settings(Q)
+    found["schemes"] = [{**GRID_TYPES["Q4_0"].spec.as_dict(), "format": "ggml"}]
+    with pytest.raises(PlanError, match=r"q_proj was solved for llama.cpp, and is not served"):
+        Stored.of(found)
 
 
 def test_models_that_vllm_computes_wrongly_are_refused() -> None:

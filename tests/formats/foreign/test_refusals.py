@@ -26,6 +26,7 @@ from quantine.formats.foreign.compressed_tensors.layout import pack_matrix as pa
 from quantine.formats.foreign.compressed_tensors.layout import unpack_matrix as unpack_ct
 from quantine.formats.foreign.engines import vllm_refusal
 from quantine.formats.foreign.gguf.blocks import fitting
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, type_of
 from quantine.formats.foreign.gptq.layout import pack_matrix as pack_gptq
 from quantine.formats.foreign.gptq.layout import unpack_matrix as unpack_gptq
 from quantine.formats.foreign.nearest import relative_error, rounded
@@ -44,12 +45,14 @@ from tiny_models import logits_of, tiny_config
 Tiny = Callable[[str], Path]
 Packed = Callable[[str, str], Path]
 NONE = Calibration(samples=0)
-SHAPE = (32, 192)
+SHAPE = (32, 256)
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> QuantSpec:
     """Specs of all kinds that divide `SHAPE`."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.sampled_from([kind.spec for kind in GRID_TYPES.values()]))
     sym = draw(st.booleans())
     return QuantSpec(
         draw(st.integers(2, 8)),
@@ -82,6 +85,11 @@ def held(to: str, qtensor: QTensor, spec: QuantSpec) -> bool:
     wanted = qtensor.dequantize()
     if to == "spqr":
         return torch.equal(Spqr().unpack(Spqr().pack(qtensor), spec, SHAPE[1]).dequantize(), wanted)
+    kind_of_it = type_of(spec)
+    if kind_of_it is not None:
+        return to == "gguf" and torch.equal(
+            kind_of_it.decode(kind_of_it.encode(qtensor)).dequantize(), wanted
+        )
     matrix = plain("l", qtensor)
     if to == "gguf":
         found = fitting(matrix)
@@ -109,6 +117,7 @@ SCHEMES: tuple[dict[str, Any], ...] = (
     {"bits": 3, "group_size": 16, "scale_bits": 3, "zero_bits": 3, "format": "sparse"},
     {"bits": 4, "group_size": 32, "group_axis": "out"},
     {"bits": 4, "group_size": 32, "zero_bits": 16, "format": "sparse"},
+    GRID_TYPES["Q5_0"].spec.as_dict(),
 )
 
 

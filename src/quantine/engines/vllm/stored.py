@@ -31,6 +31,8 @@ FLOAT_WEIGHT: Final = "weight"
 """Name of the weight of a matrix that is not packed."""
 SERVED_SITES: Final = ("norm", "attention", "hidden")
 """Fields of `ActivationSpec` whose roundings are served: those of the inputs of matrices."""
+UNSERVED_LAYOUT: Final = "ggml"
+"""The layout whose grids no part of the plugin cuts or joins."""
 SCRAMBLED: Final = {"bloom": "query_key_value"}
 """Matrices, by model type, whose rows vLLM rearranges while it reads them: in every tensor of the
 matrix, whatever it holds, so that packed ones are destroyed."""
@@ -85,13 +87,19 @@ class Stored:
 
         Raises:
             FormatError: docs/format.md does not allow it.
-            PlanError: activations are rounded where vLLM computes by itself.
+            PlanError: activations are rounded where vLLM computes by itself, or matrices are in
+                blocks of ggml's.
         """
         check_description(settings)
         schemes = settings["schemes"]
         matrices = {}
         for name, layer in settings["layers"].items():
             scheme = schemes[layer["scheme"]]
+            if scheme["format"] == UNSERVED_LAYOUT:
+                raise PlanError(
+                    f"{cut(name)} was solved for llama.cpp, and is not served by vLLM: export --to "
+                    "gguf, or quantize without --target llama.cpp"
+                )
             rows, columns = layer["shape"]
             matrices[name] = StoredMatrix(name, scheme["format"], spec_of(scheme), (rows, columns))
         activations = settings.get("activations")

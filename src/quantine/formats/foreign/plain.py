@@ -20,6 +20,8 @@ from quantine.formats.foreign.target import Matrix
 def plain_refusal(matrix: Matrix) -> str | None:
     """Why a matrix has more than codes, scales in 16 bit and whole zero points along inputs."""
     spec = matrix.spec
+    if spec.blocked:
+        return "its scales have signs or its minima are free, as only GGUF files have them"
     if matrix.outliers:
         return "it may have outliers, for which there is no room"
     if spec.group_axis == "out":

@@ -14,12 +14,15 @@ from quantine.core.grid import Grid
 from quantine.core.spec import QuantSpec
 from quantine.kernels import backend
 from quantine.kernels.fit import cpu
+from quantine.kernels.fit.block_grids import fit_block_grids
 from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.reference import fit_groups_reference
 
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
     """Fit a grid to every group of weights; `fit_groups_reference` says how.
+
+    Signed scales and minima are fitted by `fit_block_grids`, which runs wherever PyTorch does.
 
     Args:
         columns: ``[groups, n, lines]`` float32: groups of ``n`` weights, in each of the lines.
@@ -34,6 +37,8 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
     Raises:
         SolverError: a scale or a zero point does not fit into float16.
     """
+    if spec.blocked:
+        return fit_block_grids(columns, spread, spec, cost)
     kind = backend.of(columns, spread)
     if kind == "native":
         return cpu.fit_groups(columns, spread, spec, cost)

@@ -20,6 +20,7 @@ from typing import Final
 from torch import Tensor
 
 from quantine.core.arithmetic import Arithmetic
+from quantine.core.grid import Statistic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend
 from quantine.kernels.matrix import cpu
@@ -37,12 +38,18 @@ def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
 
     There is none on the CPU without the native extension, nor where groups run along outputs but
     are neither multiples of `quantine.kernels.matrix.cpu.TILE` rows nor all rows, so that tiles of
-    the native layout would cross groups. On GPUs `unit_matrix` says what there can be, and
-    elsewhere there is nothing.
+    the native layout would cross groups, nor for grids with minima or statistics along a line. On
+    GPUs there is none where scales are negative, and else `unit_matrix` says what there can be.
+    Elsewhere there is nothing.
     """
+    scale = qtensor.grid.scale
+    along_line = isinstance(scale, Statistic) and scale.grid.axis == "out"
+    if along_line or qtensor.grid.minimum is not None:
+        return None
     kind = backend.of(qtensor.codes)
     if kind == "triton":
-        return unit_matrix(qtensor)
+        signed = isinstance(scale, Tensor) and bool((scale < 0).any())
+        return None if signed else unit_matrix(qtensor)
     return cpu.packed_matrix(qtensor) if kind == "native" and cpu.tiles_fit(qtensor) else None
 
 

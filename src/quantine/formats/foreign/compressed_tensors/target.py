@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
-from quantine.core.spec import FLOAT16, WHOLE_ROW, QuantSpec
+from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.families import family_of
 from quantine.formats.foreign.checkpoint import ScaleDtype, write_files, write_weights
 from quantine.formats.foreign.compressed_tensors.layout import pack_matrix
@@ -46,8 +45,7 @@ class CompressedTensorsDirectory:
         spec = matrix.spec
         size = spec.group_size if spec.group_axis == "in" and spec.group_size else 32
         size = size if size == WHOLE_ROW or matrix.in_features % size == 0 else WHOLE_ROW
-        plain_spec = replace(spec, scale_bits=FLOAT16, zero_bits=0, cluster_sizes=())
-        return replace(plain_spec, group_axis="in", group_size=size)
+        return QuantSpec(spec.bits, size, spec.sym)
 
     def write(self, source: Exportable, out: Path) -> list[str]:
         """See `quantine.formats.foreign.target.Target.write`."""

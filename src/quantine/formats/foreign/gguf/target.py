@@ -16,6 +16,7 @@ from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.arrange import arranged, row_order
 from quantine.formats.foreign.gguf.blocks import KNOWN, LEAST, TYPES, fitting
 from quantine.formats.foreign.gguf.file import GGUFWriter
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, type_of
 from quantine.formats.foreign.gguf.metadata import ALIKE, architecture_of, metadata_of
 from quantine.formats.foreign.gguf.same_model import as_read
 from quantine.formats.foreign.gguf.tokenizer import tokenizer_of
@@ -31,14 +32,23 @@ FILE: Final = "model.gguf"
 """Name of the file in the directory that is written."""
 FLOATS: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """Codes of ggml's types of floats."""
-FILE_TYPES: Final = {0: 0, 1: 1, 30: 32, **{kind.code: kind.file_type for kind in TYPES}}
+FILE_TYPES: Final = {
+    0: 0,
+    1: 1,
+    30: 32,
+    **{kind.code: kind.file_type for kind in TYPES},
+    **{kind.code: kind.file_type for kind in GRID_TYPES.values()},
+}
 """What ``general.file_type`` calls a file, by the type that most of its matrices have."""
 IN_FLOAT32: Final = ("position_embd.weight", "token_types.weight")
 """Matrices that llama.cpp adds to others, and so wants in float32."""
 
 
 class GGUFFileTarget:
-    """Blocks of one scale: 3 bits in Q4_0, 4 in Q5_0, more in Q8_0, or smaller where that fits."""
+    """Blocks of one scale: 3 bits in Q4_0, 4 in Q5_0, more in Q8_0, or smaller where that fits.
+
+    Matrices on the grid of one of ggml's types are written in that.
+    """
 
     decodes: ClassVar[bool] = False
     float_dtype: ClassVar[None] = None
@@ -59,10 +69,14 @@ class GGUFFileTarget:
 
     def refusal(self, matrix: Matrix) -> str | None:
         """See `quantine.formats.foreign.target.Target.refusal`."""
+        spec, kind = matrix.spec, type_of(matrix.spec)
+        if kind is not None:
+            width = matrix.in_features
+            fits = width % kind.weights == 0
+            return None if fits else f"{kind.name} needs multiples of {kind.weights}, not {width}"
         reason = plain_refusal(matrix)
         if reason is not None:
             return reason
-        spec = matrix.spec
         if matrix.ordered and spec.group_size != WHOLE_ROW:
             return "GGUF takes no order of columns: solve with groups: static"
         size = spec.group_length(matrix.in_features)
@@ -113,7 +127,12 @@ class GGUFFileTarget:
         stored = names[full]
         found = source.read(name) if name in source.matrices else source.read_float(name)
         if isinstance(found, QTensor):
-            self._add_blocks(writer, source.config, stored, name, plain(name, found))
+            kind = type_of(source.matrices[name].spec)
+            if kind is None:
+                self._add_fitting(writer, source.config, stored, name, plain(name, found))
+            else:
+                rows, shape = kind.encode(found), found.codes.shape
+                self._add_rows(writer, source.config, stored, shape, kind.code, rows)
             return
         owner = source.model.get_submodule(full.rpartition(".")[0])
         if name not in source.matrices and type(owner).__name__ == "Conv1D" and found.ndim == 2:
@@ -124,18 +143,29 @@ class GGUFFileTarget:
         data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         writer.add(stored, tensor.shape, FLOATS[tensor.dtype], data)
 
-    def _add_blocks(
+    def _add_fitting(
         self, writer: GGUFWriter, config: Any, stored: str, name: str, matrix: Plain
     ) -> None:
+        """Write a matrix in the smallest type that holds it."""
         fits = fitting(matrix)
         if fits is None:
             raise FormatError(f"{name} does not fit into any type of GGUF: use --nearest")
         kind, values, scale = fits
-        order = row_order(stored, len(values), config)
-        if order is not None:
-            values, scale = values[order], scale[order]
-        data = kind.encode(values, scale).contiguous().numpy().tobytes()
-        writer.add(stored, values.shape, kind.code, data)
+        self._add_rows(writer, config, stored, values.shape, kind.code, kind.encode(values, scale))
+
+    def _add_rows(
+        self,
+        writer: GGUFWriter,
+        config: Any,
+        stored: str,
+        shape: torch.Size,
+        code: int,
+        rows: Tensor,
+    ) -> None:
+        """Write rows of bytes ``[out, bytes]`` in the order in which llama.cpp wants them."""
+        order = row_order(stored, len(rows), config)
+        rows = rows if order is None else rows[order]
+        writer.add(stored, shape, code, rows.contiguous().numpy().tobytes())
 
     def _add_frequencies(self, writer: GGUFWriter, config: Any, rope: Mapping[str, float]) -> None:
         """The factors of rotary embeddings of Llama 3.1 and later, which no metadata say."""

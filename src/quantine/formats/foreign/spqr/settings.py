@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,7 +51,7 @@ def describe(
     if not layers:
         raise FormatError("no Linear of the model has packed tensors: the weights are not there")
     layout = "spqr" if added else "spqr-replace"
-    scheme = {"method": METHOD, **dataclasses.asdict(SPEC), "format": layout}
+    scheme = {"method": METHOD, **SPEC.as_dict(), "format": layout}
     return {"format_version": FORMAT_VERSION, "schemes": [scheme], "layers": layers}
 
 
