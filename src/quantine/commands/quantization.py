@@ -242,7 +242,6 @@ def _check_job(target: str, job: Job) -> None:
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     from quantine.calibrate.segments import Calibration
     from quantine.core.spec import GROUP_AXES
-    from quantine.core.tuning_spec import SETTINGS
     from quantine.plan.plan import Plan
 
     if arguments.both_axes and arguments.bits_per_weight is None:
@@ -259,7 +258,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.target is not None and _decides(arguments):
         from quantine.run.target_plan import target_plan
 
-        return target_plan(arguments.model, arguments.target, **flags), calibration
+        plan = target_plan(arguments.model, arguments.target, **flags)
+        return _tuned(plan, arguments), calibration
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
@@ -271,9 +271,16 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
     if arguments.head_bits is not None:
         plan = plan.with_head(arguments.head_bits)
-    if arguments.tune is not None:
-        plan = dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
-    return plan, calibration
+    return _tuned(plan, arguments), calibration
+
+
+def _tuned(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    """``plan``, with tuning if that is asked for."""
+    from quantine.core.tuning_spec import SETTINGS
+
+    if arguments.tune is None:
+        return plan
+    return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
 
 
 def _decides(arguments: argparse.Namespace) -> bool:
@@ -281,18 +288,11 @@ def _decides(arguments: argparse.Namespace) -> bool:
     from quantine.plan.targets import LLAMA_CPP
     from quantine.run.target_plan import has_plan
 
-    said = (
-        "bits",
-        "group_size",
-        "plan",
-        "bits_per_weight",
-        "preset",
-        "scheme",
-        "head_bits",
-        "tune",
-    )
-    others = [_flag(key) for key in said if getattr(arguments, key) is not None]
+    said = ["bits", "group_size", "plan", "bits_per_weight", "preset", "scheme", "head_bits"]
     target = arguments.target
+    if target.startswith(LLAMA_CPP):
+        said.append("tune")  # which would leave the grids of llama.cpp's types
+    others = [_flag(key) for key in said if getattr(arguments, key) is not None]
     if others and target.startswith(LLAMA_CPP):
         raise PlanError(f"--target {target} decides everything: leave out {' and '.join(others)}")
     return has_plan(target) and not others
