@@ -51,8 +51,8 @@ def test_the_same_perplexity_in_its_own_types(target: str, tmp_path: Path) -> No
 def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) -> None:
     """A random model whose rows are whole blocks.
 
-    Decoded by llama.cpp: with blocks of some types it crashes on so small a model, also on files of
-    its own quantizer.
+    Decoded by llama.cpp: a build for another processor crashes when it multiplies with blocks, also
+    on files of its own quantizer.
     """
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
