@@ -20,6 +20,7 @@ from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 from quantine.run.store import RunStore
+from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.tune import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
 
@@ -140,6 +141,21 @@ def test_other_values_are_refused(value: object) -> None:
 def test_rounded_activations_are_refused() -> None:
     with pytest.raises(PlanError, match="activations"):
         replace(Plan.scheme("W4A8"), tune=TUNING)
+
+
+def test_grids_that_tuning_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:
+    rule = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32, "signed": True}
+    rule |= {"sym": True, "format": "ggml"}
+    plan = Plan.from_dict({"rules": [rule], "tune": {"steps": 2}})
+    with pytest.raises(
+        PlanError, match=r"layers\.0\.\S+: grids of llama.cpp's types are not tuned"
+    ):
+        prepare(model, plan, Calibration(samples=2, seqlen=32))
+    rule = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32}
+    plan = Plan.from_dict({"rules": [rule], "tune": {"steps": 2}})
+    write_specimen(specimen_config("qwen3_moe"), tmp_path / "mixture")
+    with pytest.raises(PlanError, match=r"experts\.0\.\S+: mixtures of experts are not tuned yet"):
+        prepare(tmp_path / "mixture", plan, Calibration(samples=2, seqlen=32))
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -108,6 +108,8 @@ def prepare(
     _check_fixed(decisions, family)
     _check_inputs(decisions, calibration, plan)
     _check_biases(decisions, bare)
+    if plan.tune is not None:
+        _check_tuned(decisions)
     tokenizer = source.tokenizer()
     text = config.get_text_config()
     known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
@@ -289,6 +291,23 @@ def _check_fixed(decisions: list[Decision], family: Family) -> None:
             raise FamilyError(
                 f"{name} cannot be quantized: {reasons[name]}; keep it ({decision.reason})"
             )
+
+
+def _check_tuned(decisions: list[Decision]) -> None:
+    """Refuse to tune matrices whose numbers tuning does not know.
+
+    Raises:
+        PlanError: names one, and why.
+    """
+    for decision in decisions:
+        used = decision.choices or (() if decision.scheme is None else (decision.scheme,))
+        why = None
+        if used and decision.layer.experts:
+            why = "mixtures of experts are not tuned yet"
+        elif any(scheme.spec.blocked for scheme in used):
+            why = "grids of llama.cpp's types are not tuned yet"
+        if why is not None:
+            raise PlanError(f"{decision.layer.name}: {why}: leave out `tune`")
 
 
 def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
