@@ -11,7 +11,7 @@ from test_resume import assert_same_run, files_of, report_of, stop_after
 
 import quantine
 from quantine import Calibration, Plan, cli
-from quantine.formats.directory import RUN_DIRECTORY
+from quantine.formats.directory import PAGE, RUN_DIRECTORY, SCORES
 from tiny_models import build, tiny_config
 
 RULES = [{"match": "@blocks", "method": "spqr", "bits": 3, "group_size": 16}]
@@ -77,10 +77,14 @@ def test_layers_done_again_are_those_of_a_run_with_that_plan(
 def test_only_the_head_is_done_again(model: Path, short: Calibration, tmp_path: Path) -> None:
     plan = Plan.from_dict({"rules": [HEAD, *RULES]})
     out = quantine.quantize(model, tmp_path / "out", plan, short).path
+    said = [out / SCORES, out / PAGE]  # of other weights
+    for file in said:
+        file.write_text("{}")
     options = ["--redo", "@head", "--set", "bits=6"]
     assert resumed(out, *options, "--calibration", short.source) == 0
     other = Plan.from_dict({"rules": [{**HEAD, "match": "lm_head", "bits": 6}, *RULES]})
     assert_same_run(out, quantine.quantize(model, tmp_path / "whole", other, short).path)
+    assert not any(file.exists() for file in said)
 
 
 def test_what_was_there_stays_until_the_end(
@@ -109,6 +113,7 @@ def test_what_was_there_stays_until_the_end(
         (["--redo", "*.1.*", "--set", "dump=0.05"], "has no parameter 'dump'"),
         (["--redo", "*.1.*", "--set", "damp"], "KEY=VALUE"),
         (["--redo", "*.1.*"], "give both"),
+        (["--redo", "*.1.*", "--set", "match=x"], "--redo PATTERN says that"),
         (["--set", "damp=0.05"], "give both"),
     ],
 )
@@ -141,3 +146,6 @@ def test_another_text_is_refused(
     assert "another calibration tokens" in capsys.readouterr().err
     assert resumed(tmp_path) == 2
     assert "holds no run" in capsys.readouterr().err
+    (out / RUN_DIRECTORY).mkdir()  # as where a process was killed before it said more
+    assert resumed(out) == 2
+    assert "delete" in capsys.readouterr().err

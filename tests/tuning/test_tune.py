@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +17,7 @@ import quantine
 from quantine import Calibration, Plan
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
 from quantine.errors import PlanError
+from quantine.formats.directory import MAPS
 from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
@@ -66,6 +68,9 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     codes = [name for name in before if name.endswith(".codes")]
     assert codes
     assert all(torch.equal(before[name], after[name]) for name in codes)
+    maps = [load_file(tmp_path / out / MAPS) for out in ("plain", "tuned")]
+    assert maps[0]
+    assert maps[0].keys() == maps[1].keys()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def add(verbs: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     check_writable(arguments.html)
     from quantine.eval.score_text import JUDGED
+    from quantine.formats.directory import PAGE
     from quantine.report.facts import gather
     from quantine.report.page import write_page
     from quantine.report.tables.console import make_console
@@ -53,7 +54,7 @@ def _run(arguments: argparse.Namespace) -> int:
     facts = gather(arguments.directory, floors, arguments.comparison)
     if floors:
         keep_floors(arguments.directory, floors)
-    path = arguments.html or arguments.directory / "quantine_report.html"
+    path = arguments.html or arguments.directory / PAGE
     write_page(facts, path)
     console = make_console()
     for check in facts.checks:

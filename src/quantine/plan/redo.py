@@ -55,6 +55,8 @@ def plan_for_redo(
     Raises:
         PlanError: a parameter is unknown or has a value that is not allowed.
     """
+    if "match" in changes:
+        raise PlanError("--set changes parameters, not which layers: --redo PATTERN says that")
     own = []
     for decision in decisions:
         if decision.layer.name in names:

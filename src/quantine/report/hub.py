@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from quantine.errors import FormatError, OutputError, PlanError, QuantineError, cut
-from quantine.formats.directory import COPIED, REPORT, is_finished, read_json
+from quantine.formats.directory import COPIED, REPORT, SCORES, is_finished, read_json
 from quantine.formats.finished import FinishedDirectory
-from quantine.report.record import CARD, SCORES, recorded, write_card
+from quantine.report.record import CARD, recorded, write_card
 from quantine.report.verdict import checks_of, kept_floors
 from quantine.source.locate import locate
 from quantine.source.weight_files import INDEX, SINGLE

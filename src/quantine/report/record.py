@@ -9,12 +9,18 @@ from typing import Any, Final
 
 from quantine.errors import FormatError
 from quantine.eval.score_text import measured_on, task_cells, text_cells
-from quantine.formats.directory import REPORT, encoded, is_finished, read_json, write_json, writing
+from quantine.formats.directory import (
+    REPORT,
+    SCORES,
+    encoded,
+    is_finished,
+    read_json,
+    write_json,
+    writing,
+)
 from quantine.formats.shards import write_atomically
 from quantine.run.card import model_card
 
-SCORES: Final = "quantine_scores.json"
-"""Name of the file of scores in a quantized directory."""
 CARD: Final = "README.md"
 """Name of the model card in a quantized directory."""
 

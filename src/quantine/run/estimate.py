@@ -202,7 +202,9 @@ def disk_while_running(job: Job, output: int) -> int:
         output: bytes of the weight files that it makes.
     """
     maps = MAP_CELLS**2 * 2 * len(job.scheme_layers())
-    return output + maps + MOVED_BYTES + _scratch_bytes(job)
+    # Parts are tuned when all are there, and committed again.
+    copies = 1 if job.plan.tune is None else 2
+    return copies * (output + maps) + MOVED_BYTES + _scratch_bytes(job)
 
 
 def _scratch_bytes(job: Job) -> int:

@@ -68,6 +68,11 @@ def stored_request(out: Path) -> Request:
         report = read_json(path)
         value = {**report, "name": report.get("model")}
         calibration = _calibration(report["calibration"])
+    elif (out / RUN_DIRECTORY).is_dir():
+        again = "quantize with --resume"
+        if (out / REPORT).is_file():
+            again = f"delete {out / RUN_DIRECTORY}, and repeat the command"
+        raise OutputError(f"{out} was stopped before it said what it was asked for: {again}")
     else:
         raise OutputError(f"{out} holds no run: give the directory that quantize was given")
     try:

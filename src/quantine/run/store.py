@@ -19,8 +19,10 @@ from torch import Tensor
 from quantine.errors import OutputError, ResumeMismatch
 from quantine.formats.directory import (
     MAPS,
+    PAGE,
     REPORT,
     RUN_DIRECTORY,
+    SCORES,
     is_finished,
     read_json,
     write_json,
@@ -115,6 +117,11 @@ class RunStore:
         """The tensors of a committed part, by full name."""
         return {k: v.clone() for k, v in load_file(self._parts / f"{part}.safetensors").items()}
 
+    def maps(self, part: str) -> dict[str, Tensor]:
+        """The tensors for pictures of a committed part, by name; none where it has none."""
+        path = self._maps / f"{part}.safetensors"
+        return {k: v.clone() for k, v in load_file(path).items()} if path.exists() else {}
+
     def entries(self, parts: list[str]) -> list[Entry]:
         """Names, shapes and places of the tensors of committed ``parts``."""
         moves = self.recall(MOVES)
@@ -169,8 +176,10 @@ class RunStore:
                 ),
                 "maps": planned_move([path for path in maps if path.exists()], MAPS),
             }
-            for old in (*self.out.glob("model*.safetensors"), self.out / INDEX, self.out / MAPS):
-                old.unlink(missing_ok=True)  # of the run that this one redoes in part
+            # Of the run that this one redoes in part: its weights, and what was said of them.
+            said = [self.out / name for name in (INDEX, MAPS, SCORES, PAGE)]
+            for old in (*self.out.glob("model*.safetensors"), *said):
+                old.unlink(missing_ok=True)
             self.remember(MOVES, moves)
         move_parts(moves["weights"], self._parts, self._run / "shards", self.out)
         move_parts(moves["maps"], self._maps, self._run / "shards", self.out)

@@ -113,7 +113,7 @@ def _measured(stages: Stages, began: float) -> Trial:
         block=index,
         blocks=count,
         block_seconds=block_seconds,
-        seconds=entered - began + block_seconds * times,
+        seconds=entered - began + block_seconds * times + (stages.size.tuning_seconds or 0.0),
         peak_memory=peak_memory(),
         output=output,
         disk_while_running=disk_while_running(job, output),

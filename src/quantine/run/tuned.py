@@ -74,7 +74,7 @@ def tuned_parts(
         changed = {**tensors[part], **_vectors(job, tensors[part], student)}
         for one in solved:
             changed.update(packed_tensors(one))
-        store.commit(name, changed, _reports(reports[part], solved))
+        store.commit(name, changed, _reports(reports[part], solved), store.maps(part))
     return names
 
 

@@ -70,7 +70,7 @@ TRENDS: Final = (
         "output_error",
         100.0,
         log=True,
-        missing="outputs were not measured, as there was no calibration",
+        missing="outputs were not measured: there was no calibration, or tuning came after it",
     ),
     Trend("bits_per_weight", "Size", "bits per weight", "bits_per_weight"),
 )
