@@ -106,6 +106,7 @@ def job_of(shape: Shape, plan: Plan) -> Job:
         segments,
         None,
         False,
+        {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()},
         torch.device("cuda"),
     )
 

@@ -100,19 +100,6 @@ def test_an_architecture_that_transformers_knows_and_quantine_does_not(tmp_path:
     assert "blocks" in said
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_experts_is_refused(kind: str, tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300}
-    experts = {
-        "mixtral": {"num_local_experts": 2},
-        "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32},
-    }[kind]
-    config = transformers.AutoConfig.for_model(kind, **sizes, **heads, **experts)
-    model = build(config, tmp_path / "model")
-    refused(quantine.FamilyError, kind, model, tmp_path / "out")
-
-
 def test_experts_inside_a_covered_family_are_refused(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

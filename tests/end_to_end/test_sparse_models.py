@@ -158,7 +158,7 @@ def test_an_interrupted_budget_ends_with_the_same_bytes(
         raise AssertionError("probed again")
 
     with monkeypatch.context() as patched:
-        patched.setattr("quantine.run.quantize.probe", no_second_probe)
+        patched.setattr("quantine.run.stages.probe", no_second_probe)
         again = quantine.quantize(tiny("llama"), tmp_path / "out", budget(3.6), short, resume=True)
     schemes = [[layer["scheme"] for layer in run.report["layers"]] for run in (whole, again)]
     assert schemes[0] == schemes[1]
