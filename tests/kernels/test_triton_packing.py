@@ -103,9 +103,11 @@ def test_compilers_are_told_what_is_written() -> None:
     scale, zero = (each.to(DEVICE) for each in grid_of(1, 2, 16, 4))
     states = torch.randn(1, 2, 3, 16, device=DEVICE)
     packed = torch.zeros(1, 2, 3, 8, dtype=torch.uint8, device=DEVICE)
-    operands = (states, 4, scale, zero, packed, feedback_of(1, 2, 16).to(DEVICE))
-    outcomes = torch.library.opcheck(torch.ops.quantine.pack_states.default, operands)
-    assert set(outcomes.values()) == {"SUCCESS"}
+    fed = feedback_of(1, 2, 16).to(DEVICE)
+    for start in (None, torch.tensor(0, device=DEVICE)):
+        operands = (states, 4, scale, zero, packed, fed, start)
+        outcomes = torch.library.opcheck(torch.ops.quantine.pack_states.default, operands)
+        assert set(outcomes.values()) == {"SUCCESS"}
 
 
 def test_programs_are_chosen_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
