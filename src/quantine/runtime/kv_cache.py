@@ -20,8 +20,9 @@ from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
 from quantine.families import described_family
 from quantine.families.layers import block_list
+from quantine.kernels import backend
 from quantine.kernels.bits.reference import packed_bytes
-from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packed_states import PackedStates, RecordedStates
 from quantine.kernels.kv_attention.packing import pack_states
 
 if TYPE_CHECKING:
@@ -174,8 +175,8 @@ class StaticPackedLayer(StaticLayer):
             args, kwargs: further arguments of transformers, not used.
 
         Returns:
-            Keys and values of the whole room, as `PackedStates`. What is not filled stands for
-            some floats that are finite.
+            Keys and values of the whole room, as `PackedStates`, or as `RecordedStates` in a graph
+            that PyTorch compiles. What is not filled stands for some floats that are finite.
 
         Raises:
             ValueError: there is no room for them. On a GPU of NVIDIA nothing is raised or written:
@@ -190,10 +191,11 @@ class StaticPackedLayer(StaticLayer):
         self.cumulative_length.add_(key_states.shape[2])
         return key, value
 
-    def _added(self, which: int, room: Tensor, states: Tensor) -> PackedStates:
+    def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
         grid, (scale, zero) = self._grids[which], self._channels[which]
         pack_states(states, grid.bits, scale, zero, room, grid.fed(), self.cumulative_length)
-        return PackedStates(room, grid.bits, scale, zero, self.dtype)
+        kind = RecordedStates if backend.is_compiled() else PackedStates
+        return kind(room, grid.bits, scale, zero, self.dtype)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quantine.kernels import backend
 from quantine.kernels.kv_attention import cpu
-from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packed_states import PackedStates, RecordedStates
 from quantine.kernels.kv_attention.reference import attend_reference
 from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.tiled import TILE, attend_in_tiles
@@ -35,8 +35,8 @@ and values into float32 costs more than tiles save."""
 
 def attend(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | RecordedStates,
+    value: Tensor | RecordedStates,
     mask: Tensor | None,
     scoring: Scoring,
     dropout: float = 0.0,
@@ -49,14 +49,21 @@ def attend(
     codes, see docs/gpu.md.
 
     Args:
-        key, value: ``[batch, kv_heads, context, dim]``, floats or `PackedStates`.
+        key, value: ``[batch, kv_heads, context, dim]``, floats or `PackedStates`; in a graph that
+            PyTorch compiles, `RecordedStates` for both.
         keep: whether the caller reads the probabilities; ``None`` may be returned for them if not.
     """
-    if dropout > 0 or _learning(query, key, value, *(() if mask is None else (mask,))):
+    masks = () if mask is None else (mask,)
+    reference = dropout > 0 or _learning(query, *masks)
+    if isinstance(key, RecordedStates) or isinstance(value, RecordedStates):
+        assert isinstance(key, RecordedStates)
+        assert isinstance(value, RecordedStates)
+        if not reference:
+            return _operated(query, key, value, mask, scoring, keep)
+        key, value = key.decoded(), value.decoded()
+    if reference or _learning(key, value):
         return attend_reference(query, key, value, mask, scoring, dropout)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
-        if backend.is_compiled():
-            return _operated(query, key, value, mask, scoring, keep)
         kind = _kind(query, key, value, mask)
         if kind == "triton":
             return _operated(query, key, value, mask, scoring, keep)
@@ -80,8 +87,8 @@ def _kind(
 
 def _operated(
     query: Tensor,
-    key: PackedStates,
-    value: PackedStates,
+    key: PackedStates | RecordedStates,
+    value: PackedStates | RecordedStates,
     mask: Tensor | None,
     scoring: Scoring,
     keep: bool,
