@@ -205,6 +205,7 @@ for _factory in _FILLING:
 _OWN: Final[dict[Any, Callable[..., Any]]] = {
     bits.unpack._opoverload: bits.unpack._init_fn,
     packing.round_states._opoverload: packing.round_states._init_fn,
+    packing._pack_states._opoverload: packing._pack_states._init_fn,
 }
 """quantine's own functions meet its tensors as they are, and choose kernels by them."""
 

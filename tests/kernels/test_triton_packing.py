@@ -99,13 +99,30 @@ def test_no_tokens_write_nothing() -> None:
     check(torch.zeros(1, 2, 0, 32), 4, scale, zero, None)
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("start", [0, 4, 6, 9, -1])
+def test_places_are_read_on_the_device(start: int, tokens: int) -> None:
+    scale, zero = (each.to(DEVICE) for each in grid_of(1, 2, 16, 3))
+    states = torch.randn(2, 2, tokens, 16, generator=generator(1)).to(DEVICE)
+    room = torch.full((2, 2, 7, 6), UNTOUCHED, dtype=torch.uint8, device=DEVICE)
+    pack_states(states, 3, scale, zero, room, None, torch.tensor(start, device=DEVICE))
+    expected = torch.full_like(room, UNTOUCHED)
+    codes = pack_states_reference(states, 3, scale, zero)
+    for number in range(tokens):  # what has no place is written nowhere
+        if 0 <= start + number < 7:
+            expected[:, :, start + number] = codes[:, :, number]
+    assert torch.equal(room, expected)
+
+
 def test_compilers_are_told_what_is_written() -> None:
     scale, zero = (each.to(DEVICE) for each in grid_of(1, 2, 16, 4))
     states = torch.randn(1, 2, 3, 16, device=DEVICE)
     packed = torch.zeros(1, 2, 3, 8, dtype=torch.uint8, device=DEVICE)
-    operands = (states, 4, scale, zero, packed, feedback_of(1, 2, 16).to(DEVICE))
-    outcomes = torch.library.opcheck(torch.ops.quantine.pack_states.default, operands)
-    assert set(outcomes.values()) == {"SUCCESS"}
+    fed = feedback_of(1, 2, 16).to(DEVICE)
+    for start in (None, torch.tensor(0, device=DEVICE)):
+        operands = (states, 4, scale, zero, packed, fed, start)
+        outcomes = torch.library.opcheck(torch.ops.quantine.pack_states.default, operands)
+        assert set(outcomes.values()) == {"SUCCESS"}
 
 
 def test_programs_are_chosen_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.overrides import is_overridden
 from quantine.kernels.kv_attention import attend
-from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packed_states import PackedStates, RecordedStates
 from quantine.kernels.kv_attention.scoring import Scoring
 
 NAME: Final = "quantine"
@@ -33,8 +33,8 @@ def register() -> None:
 def attention(
     module: nn.Module,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | RecordedStates,
+    value: Tensor | RecordedStates,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -49,7 +49,8 @@ def attention(
     Args:
         module: the model's attention module.
         query: ``[batch, heads, tokens, dim]``, before rounding.
-        key, value: ``[batch, kv_heads, context, dim]``, before rounding, or `PackedStates`.
+        key, value: ``[batch, kv_heads, context, dim]``, before rounding, or packed: see
+            `quantine.kernels.kv_attention.attend`.
         attention_mask: added to scores, broadcastable to ``[batch, heads, tokens, context]``; or
             booleans, false where a token is not seen; ``None`` for no mask.
         scaling: factor on products of queries and keys; ``None`` is ``dim ** -0.5``.
@@ -73,7 +74,11 @@ def attention(
     if isinstance(sites, AttentionSites):
         scoring = replace(scoring, softmax_bits=sites.softmax, relative=sites.relative)
         query = _through(sites.query, query)
-        key, value = _through(sites.key, key), _through(sites.value, value)
+        # Packed codes are these sites': rounding them again changes nothing.
+        if not isinstance(key, PackedStates | RecordedStates):
+            key = _through(sites.key, key)
+        if not isinstance(value, PackedStates | RecordedStates):
+            value = _through(sites.value, value)
     return attend(
         query,
         key,
@@ -90,13 +95,12 @@ def _through(site: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         site: takes and returns ``[batch, tokens, heads * dim]``.
-        x: ``[batch, heads, tokens, dim]``, the shape of the result. Packed states are returned as
-            they are.
+        x: ``[batch, heads, tokens, dim]``, the shape of the result.
     """
-    if type(site) is nn.Identity and not is_overridden(site):
+    # A compiler does not look into modules, and leaves out what changes nothing.
+    plain = type(site) is nn.Identity and not torch.compiler.is_compiling()
+    if plain and not is_overridden(site):
         return x
-    if isinstance(x, PackedStates):
-        return x  # its codes are this site's: rounding them again changes nothing
     flat: Tensor = site(x.transpose(1, 2).flatten(2))
     heads: Tensor = flat.unflatten(2, (x.shape[1], x.shape[3]))
     return heads.transpose(1, 2)

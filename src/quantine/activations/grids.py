@@ -141,7 +141,8 @@ class StaticGrid(FixedDtypes):
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel, ``[channels]`` float32 each."""
         labels = self.get_buffer("labels")
-        return self.get_buffer("scale")[labels], self.get_buffer("zero")[labels]
+        scale, zero = self.get_buffer("scale"), self.get_buffer("zero")
+        return scale.index_select(0, labels), zero.index_select(0, labels)
 
 
 class TokenGrid(nn.Module):

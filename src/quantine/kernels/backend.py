@@ -156,6 +156,15 @@ def is_recorded() -> bool:
     return tracing or torch.compiler.is_compiling()
 
 
+def is_compiled() -> bool:
+    """Whether PyTorch compiles the computation for this process.
+
+    Such a recording may hold quantine's own operators; what is exported or traced may leave the
+    process, and holds PyTorch's.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def name() -> Backend:
     """The backend of tensors on the CPU."""
     return "reference" if native() is None else "native"

@@ -2,8 +2,8 @@
 
 A graph holds everything that the model's modules start on the GPU for one token, so that nothing
 waits for Python. It reads the token and writes the logits in memory of its own, and its KV cache
-has room for all tokens from the beginning. Models that read values on the host while they compute,
-or whose caches grow, cannot be recorded, and are refused with the reason.
+has room for all tokens from the beginning, packed where the model rounds keys and values. Models
+that read values on the host while they compute cannot be recorded, and are refused with the reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from quantine.activations.attention import NAME as ROUNDED_ATTENTION
 from quantine.core.ambient import own_state
 from quantine.errors import BackendUnavailable, cut
 
@@ -55,12 +54,9 @@ class StaticDecoder:
     def __init__(
         self, model: PreTrainedModel, capacity: int, record: Callable[[Step], Step]
     ) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
+        from quantine.runtime.kv_cache import static_cache
 
-        length, count = max(capacity, LEAST_ROOM), model.config.num_hidden_layers
-        # Those of sliding windows are as long: what lies outside of them is masked.
-        self._layers: list[Any] = [StaticLayer(max_cache_len=length) for _ in range(count)]
-        self._cache = Cache(layers=self._layers)
+        self._cache: Any = static_cache(model, max(capacity, LEAST_ROOM))
         self._model = model
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         self._position = 0
@@ -79,7 +75,7 @@ class StaticDecoder:
 
     def reset(self) -> None:
         """Forget all tokens seen, so that a new text can begin."""
-        for layer in self._layers:
+        for layer in self._cache.layers:
             layer.cumulative_length.zero_()
         self._position = 0
 
@@ -195,8 +191,6 @@ def _refusal(model: PreTrainedModel) -> str | None:
     places: dict[str, Any] = getattr(model, "hf_device_map", {})
     if len(set(places.values())) > 1:
         return "accelerate has spread the modules of the model over several places"
-    if model.config._attn_implementation == ROUNDED_ATTENTION:
-        return "keys and values are packed, in a cache that grows"
     if any(_has_hooks(module) for module in model.modules()):
         return "the model has hooks"
     return None

@@ -1,8 +1,9 @@
-"""A KV cache that keeps keys and values as packed codes of their static grids.
+"""KV caches that keep keys and values as packed codes of their static grids.
 
-It extends transformers' cache: ``generate`` with beams and batches, cropping and reordering work as
-they do with floats. quantine's attention reads the codes; any other attention function gets decoded
-floats, of one layer at a time.
+They extend transformers' caches: one grows, and ``generate`` with beams and batches, cropping and
+reordering work as they do with floats; the other's memory never moves, so that a step can be
+recorded and repeated. quantine's attention reads the codes; any other attention function gets
+decoded floats, of one layer at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
@@ -19,8 +20,9 @@ from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
 from quantine.families import described_family
 from quantine.families.layers import block_list
+from quantine.kernels import backend
 from quantine.kernels.bits.reference import packed_bytes
-from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention.packed_states import PackedStates, RecordedStates
 from quantine.kernels.kv_attention.packing import pack_states
 
 if TYPE_CHECKING:
@@ -123,27 +125,121 @@ class PackedLayer(DynamicLayer):
         return sum(values.nbytes for pair in self._channels for values in pair)
 
 
-def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
-    """An empty packed cache for ``model``, or ``None`` where not all of it can be packed.
+class StaticPackedLayer(StaticLayer):
+    """Packed keys and values of one block in room for all tokens from the beginning.
 
-    Every block must be found where its family has it, and must round keys and values with static
-    grids that compute what their class says. Without the cache, attention rounds them.
+    They are uint8 ``[batch, heads, room, bytes]`` each. How many tokens there are is a tensor: new
+    ones are written behind them, and a mask hides what is not filled, without the host reading the
+    number.
+
+    Args:
+        key_grid, value_grid: as for `PackedLayer`.
+        room: number of tokens that it can hold. Whoever replays a recorded step counts them.
     """
-    family = described_family(model.config.model_type)
-    try:
-        modules = [block.get_submodule(family.attention) for block in block_list(model, family)]
-    except (AttributeError, FamilyError):  # somebody put something around blocks or their list
+
+    def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid, room: int) -> None:
+        super().__init__(max_cache_len=room)
+        self._grids = key_grid, value_grid
+        self._channels: list[tuple[Tensor, Tensor]] = []  # scale and zero, [heads, dim]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the codes; called by the first `update`.
+
+        Args:
+            key_states, value_states: ``[batch, heads, tokens, dim]``, of which only shape, dtype
+                and device matter.
+        """
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads, _, dim = key_states.shape
+        self.k_head_dim = self.v_head_dim = dim
+        rooms = []
+        for grid in self._grids:
+            scale, zero = grid.of_channels()
+            self._channels.append((scale.view(-1, dim), zero.view(-1, dim)))
+            row = packed_bytes(dim, grid.bits)
+            shape = (self.batch_size, self.num_heads, self.max_cache_len, row)
+            rooms.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        self.keys, self.values = rooms
+        self.cumulative_length = self.cumulative_length.to(self.device)
+        for kept in (*rooms, self.cumulative_length):
+            torch._dynamo.mark_static_address(kept)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Round the keys and values of new tokens, and write them behind those that are there.
+
+        Args:
+            key_states, value_states: ``[batch, heads, tokens, dim]`` of any float dtype.
+            args, kwargs: further arguments of transformers, not used.
+
+        Returns:
+            Keys and values of the whole room, as `PackedStates`, or as `RecordedStates` in a graph
+            that PyTorch compiles. What is not filled stands for some floats that are finite.
+
+        Raises:
+            ValueError: there is no room for them. On a GPU of NVIDIA nothing is raised or written:
+                see `quantine.kernels.kv_attention.packing.pack_states`.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        key = self._added(0, self.keys, key_states)
+        value = self._added(1, self.values, value_states)
+        self.cumulative_length.add_(key_states.shape[2])
+        return key, value
+
+    def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
+        grid, (scale, zero) = self._grids[which], self._channels[which]
+        pack_states(states, grid.bits, scale, zero, room, grid.fed(), self.cumulative_length)
+        kind = RecordedStates if backend.is_compiled() else PackedStates
+        return kind(room, grid.bits, scale, zero, self.dtype)
+
+
+def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
+    """An empty packed cache for ``model``, or ``None`` where `_grids_of` finds no grids for it."""
+    grids = _grids_of(model)
+    if grids is None:
         return None
     cache = DynamicCache()
-    for index, attention in enumerate(modules):
-        layer = _layer(attention)
-        if layer is None or getattr(attention, "layer_idx", None) != index:
-            return None
-        cache.layers.append(layer)
+    cache.layers.extend(PackedLayer(key, value) for key, value in grids)
     return cache
 
 
-def _layer(attention: nn.Module) -> PackedLayer | None:
+def static_cache(model: PreTrainedModel, room: int) -> Cache:
+    """An empty cache of ``model`` with room for so many tokens, packed if all of it can be.
+
+    Layers of sliding windows have as much room as others: what lies outside of them is masked.
+    """
+    grids, count = _grids_of(model), model.config.num_hidden_layers
+    if grids is None:
+        return Cache(layers=[StaticLayer(max_cache_len=room) for _ in range(count)])
+    return Cache(layers=[StaticPackedLayer(key, value, room) for key, value in grids])
+
+
+def _grids_of(model: PreTrainedModel) -> list[tuple[StaticGrid, StaticGrid]] | None:
+    """The grids of keys and of values of each block, or ``None`` where not all can be packed.
+
+    Every block must be found where its family has it, and must round keys and values with static
+    grids that compute what their class says. Without a packed cache, attention rounds them.
+    """
+    try:
+        family = described_family(model.config.model_type)
+        modules = [block.get_submodule(family.attention) for block in block_list(model, family)]
+    except (AttributeError, FamilyError):  # not known, or somebody put something around blocks
+        return None
+    found = []
+    for index, attention in enumerate(modules):
+        grids = _grids(attention)
+        if grids is None or getattr(attention, "layer_idx", None) != index:
+            return None
+        found.append(grids)
+    return found
+
+
+def _grids(attention: nn.Module) -> tuple[StaticGrid, StaticGrid] | None:
     sites = getattr(attention, SITES_NAME, None)
     if not isinstance(sites, AttentionSites):
         return None
@@ -153,4 +249,4 @@ def _layer(attention: nn.Module) -> PackedLayer | None:
             return None
     assert isinstance(key, StaticGrid)
     assert isinstance(value, StaticGrid)
-    return PackedLayer(key, value)
+    return key, value

@@ -14,6 +14,7 @@ from quantine.kernels import integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.runtime.input_grid import integer_grid, is_plain_grid
 from quantine.runtime.packed import Packed, takes_kernels
+from quantine.runtime.recorded import is_compiled
 from quantine.runtime.snapshot import Snapshot
 
 INTEGER_ROWS: Final = 12
@@ -80,20 +81,26 @@ class QuantLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
+        if self.inputs is not None and is_compiled(x):
+            product = self._operated(x, rounds=True)
+        else:
+            product = self.rounded_product(x)
+        return product if self.bias is None else product + self.bias.to(x.dtype)
+
+    def rounded_product(self, x: Tensor) -> Tensor:
+        """The product with ``x`` ``[..., in]``, which is rounded first if inputs are."""
         rows = x.reshape(-1, self.in_features)
         enough = INTEGER_ROWS if x.device.type == "cpu" else 0
         taken = len(rows) >= enough and self.inputs is not None and takes_kernels(x)
         grid = self.input_grid(x.device) if taken else None
         if grid is None:
-            product = self.product(multiplied_input(self, x))
-        elif isinstance(grid, GriddedMatrix):
+            return self.product(multiplied_input(self, x))
+        if isinstance(grid, GriddedMatrix):
             product = integer.multiply_gridded(grid, rows)
-            product = product.view(*x.shape[:-1], self.out_features)
         else:
             rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(x.device), grid, rows).to(x.dtype)
-            product = product.view(*x.shape[:-1], self.out_features)
-        return product if self.bias is None else product + self.bias.to(x.dtype)
+        return product.view(*x.shape[:-1], self.out_features)
 
     def _forget(self) -> None:
         super()._forget()

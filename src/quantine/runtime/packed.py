@@ -143,11 +143,19 @@ class Packed(FixedDtypes):
             ``[..., out]`` in the dtype of ``x``.
         """
         if is_compiled(x):
-            rows = x.reshape(-1, self.in_features)
-            result: Tensor = multiply_packed(rows, self._number, self.out_features)
-            return result.view(*x.shape[:-1], self.out_features)
+            return self._operated(x, rounds=False)
         with without_autocast(x.device):
             return self._product(x)
+
+    def rounded_product(self, x: Tensor) -> Tensor:
+        """`product`, after the inputs are rounded if they are; shapes are those of it."""
+        return self.product(x)
+
+    def _operated(self, x: Tensor, rounds: bool) -> Tensor:
+        """A product as one operator, see `quantine.runtime.recorded`."""
+        rows = x.reshape(-1, self.in_features)
+        result: Tensor = multiply_packed(rows, self._number, self.out_features, rounds)
+        return result.view(*x.shape[:-1], self.out_features)
 
     def _product(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16 and "exponent" in self.tensor_names:

@@ -14,12 +14,18 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from quantine.kernels import backend
+
 
 class Multiplies(Protocol):
     """What has a number: a module that holds a packed matrix."""
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T``."""
+        ...
+
+    def rounded_product(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` with ``x`` rounded as the module rounds its inputs."""
         ...
 
 
@@ -36,22 +42,24 @@ def listed(module: Multiplies) -> int:
 
 
 @torch.library.custom_op("quantine::multiply_packed", mutates_args=())
-def multiply_packed(x: Tensor, number: int, outputs: int) -> Tensor:
+def multiply_packed(x: Tensor, number: int, outputs: int, rounds: bool) -> Tensor:
     """``x @ W.T`` with the matrix ``W`` of the module of a number.
 
     Args:
         x: ``[batch, in]`` of a float dtype.
         number: what `listed` returned.
         outputs: number of rows of ``W``.
+        rounds: whether the module rounds ``x`` first.
 
     Returns:
         ``[batch, outputs]`` in the dtype of ``x``.
     """
-    return _LISTED[number].product(x)
+    module = _LISTED[number]
+    return module.rounded_product(x) if rounds else module.product(x)
 
 
 @multiply_packed.register_fake
-def _shape(x: Tensor, number: int, outputs: int) -> Tensor:
+def _shape(x: Tensor, number: int, outputs: int, rounds: bool) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
 
 
@@ -60,6 +68,4 @@ def is_compiled(x: Tensor) -> bool:
 
     What is exported or traced leaves the process, and holds PyTorch's own operators instead.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
-        return False
-    return not (torch.is_grad_enabled() and x.requires_grad)
+    return backend.is_compiled() and not (torch.is_grad_enabled() and x.requires_grad)

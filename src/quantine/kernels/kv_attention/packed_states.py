@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,11 +55,7 @@ class PackedStates(Tensor):
 
     def decoded(self) -> Tensor:
         """The floats that the codes stand for, ``[batch, heads, tokens, dim]`` of this dtype."""
-        batch, heads, tokens, dim = self.shape
-        rows = self.packed.reshape(batch * heads * tokens, self.packed.shape[3])
-        codes = unpack(rows, self.bits, dim).view(batch, heads, tokens, dim)
-        states = decode(codes, self.scale.unsqueeze(1), self.zero.unsqueeze(1))
-        return states.to(self.dtype)
+        return _decoded(self)
 
     # Functions of PyTorch keep their results as they are: floats.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -74,3 +71,34 @@ class PackedStates(Tensor):
         """Call PyTorch's ``func`` with decoded floats in place of packed states."""
         args, kwargs = tree_map_only(cls, cls.decoded, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class RecordedStates:
+    """What stands for `PackedStates` while PyTorch compiles, which cannot make such a tensor.
+
+    Only quantine's attention reads it. Attributes are those of `PackedStates`.
+    """
+
+    packed: Tensor
+    bits: int
+    scale: Tensor
+    zero: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[batch, heads, tokens, dim]``."""
+        return torch.Size((*self.packed.shape[:3], self.scale.shape[1]))
+
+    def decoded(self) -> Tensor:
+        """The floats that the codes stand for, ``[batch, heads, tokens, dim]`` of this dtype."""
+        return _decoded(self)
+
+
+def _decoded(states: PackedStates | RecordedStates) -> Tensor:
+    batch, heads, tokens, dim = states.shape
+    rows = states.packed.reshape(batch * heads * tokens, states.packed.shape[3])
+    codes = unpack(rows, states.bits, dim).view(batch, heads, tokens, dim)
+    floats = decode(codes, states.scale.unsqueeze(1), states.zero.unsqueeze(1))
+    return floats.to(states.dtype)

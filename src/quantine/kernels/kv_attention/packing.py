@@ -21,8 +21,12 @@ def pack_states(
     zero: Tensor,
     packed: Tensor,
     feedback: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> None:
     """Round keys or values and write their codes into ``packed``.
+
+    On GPUs, in compiled graphs and where ``start`` says the place, it is an operator of PyTorch,
+    ``quantine::pack_states``, which chooses kernels when it runs.
 
     Args:
         states: ``[batch, heads, tokens, dim]`` of any float dtype.
@@ -30,16 +34,66 @@ def pack_states(
         packed: ``[batch, heads, tokens, bytes]`` uint8, overwritten.
         feedback: ``[heads, dim, dim]`` float16, for error feedback among channels, see
             `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
+        start: ``[]`` int64 on the device of ``packed``, which then has room for more tokens: those
+            from place ``start`` on are overwritten. The host does not read it on a GPU, where
+            tokens without room are not written; the caller counts them.
+
+    Raises:
+        ValueError: ``packed`` has no room from ``start`` on, on other devices than GPUs of NVIDIA.
     """
-    kind = backend.of(states, scale, zero, packed, feedback)
-    if kind == "native":
-        cpu.pack_states(states, bits, scale, zero, packed, feedback)
-    elif kind == "triton":
+    operands = states, bits, scale, zero, packed, feedback, start
+    if start is None and not backend.is_compiled():
+        kind = backend.of(states, scale, zero, packed, feedback)
+        if kind != "triton":
+            _chosen(*operands)
+            return
+    _pack_states(*operands)
+
+
+def _chosen(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+    start: Tensor | None,
+) -> None:
+    kind = backend.of(states, scale, zero, packed, feedback, start)
+    if kind == "triton":
         from quantine.kernels.kv_attention.triton import packing as programs
 
-        programs.pack_states(states, bits, scale, zero, packed, feedback)
+        programs.pack_states(states, bits, scale, zero, packed, feedback, start)
+        return
+    if start is not None:
+        packed = _part(packed, int(start), states.shape[2])
+    if kind == "native":
+        cpu.pack_states(states, bits, scale, zero, packed, feedback)
     else:
         packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
+
+
+def _part(packed: Tensor, start: int, tokens: int) -> Tensor:
+    room = packed.shape[2]
+    if not 0 <= start <= room - tokens:
+        raise ValueError(f"{tokens} tokens after {start}, in a cache with room for {room}")
+    return packed[:, :, start : start + tokens]
+
+
+_pack_states = torch.library.custom_op("quantine::pack_states", _chosen, mutates_args=("packed",))
+
+
+@_pack_states.register_fake
+def _(
+    states: Tensor,
+    bits: int,
+    scale: Tensor,
+    zero: Tensor,
+    packed: Tensor,
+    feedback: Tensor | None,
+    start: Tensor | None,
+) -> None:
+    return None
 
 
 def pack_states_reference(

@@ -1,11 +1,9 @@
-"""Attention over packed keys and values on a GPU, as an operator of PyTorch.
+"""Attention over packed keys and values on a GPU.
 
 A program takes a tile of rows, the queries of a few tokens that share a head of keys, and a part of
 the context. It decodes codes in registers and multiplies them by tensor cores; softmax goes along,
 so scores are not kept. Parts are joined in their order, so results do not depend on the order in
 which programs run. Where a mask hides the ends of the context from a tile, they are not read.
-
-Importing this module registers the operator ``quantine::attend_packed``.
 """
 
 from __future__ import annotations
@@ -35,65 +33,11 @@ def attend(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """See `quantine.kernels.kv_attention.attend`; has no gradients and no dropout."""
-    out, probabilities = _attend(
-        query.detach(),
-        *(key.packed, key.bits, key.scale, key.zero),
-        *(value.packed, value.bits, value.scale, value.zero),
-        mask,
-        *(scoring.scaling, scoring.softcap, scoring.softmax_bits, scoring.relative),
-        keep,
-    )
-    return out, probabilities if keep else None
-
-
-@torch.library.custom_op("quantine::attend_packed", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    key_bits: int,
-    key_scale: Tensor,
-    key_zero: Tensor,
-    value: Tensor,
-    value_bits: int,
-    value_scale: Tensor,
-    value_zero: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    softmax_bits: int,
-    relative: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    keys = PackedStates(key, key_bits, key_scale, key_zero, query.dtype)
-    values = PackedStates(value, value_bits, value_scale, value_zero, query.dtype)
-    _check(query, keys, values, mask)
-    request = Request(query, keys, values, Scoring(scaling, softcap, softmax_bits, relative))
+    _check(query, key, value, mask)
+    request = Request(query, key, value, scoring)
     if mask is not None:
         request = _masked(request, mask)
     return _computed(request, keep)
-
-
-@_attend.register_fake
-def _shapes(
-    query: Tensor,
-    key: Tensor,
-    key_bits: int,
-    key_scale: Tensor,
-    key_zero: Tensor,
-    value: Tensor,
-    value_bits: int,
-    value_scale: Tensor,
-    value_zero: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    softmax_bits: int,
-    relative: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, dim = query.shape
-    kept = (batch, heads, tokens, key.shape[2]) if keep else (0,)
-    return query.new_empty(batch, tokens, heads, dim), query.new_empty(kept)
 
 
 def _check(query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None) -> None:
@@ -129,8 +73,8 @@ def _masked(request: Request, mask: Tensor) -> Request:
     return replace(request, mask=mask.expand(shape), ends=ends.expand(2, *shape[:3], -1))
 
 
-def _computed(request: Request, keep: bool) -> tuple[Tensor, Tensor]:
-    """Outputs ``[batch, tokens, heads, dim]``, and probabilities, which are empty if not kept."""
+def _computed(request: Request, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Outputs ``[batch, tokens, heads, dim]``, and probabilities if they are kept."""
     query, scoring = request.query, request.scoring
     batch, heads, tokens, dim = query.shape
     out, scores, known = query.new_empty(batch, tokens, heads, dim), None, None
@@ -149,7 +93,7 @@ def _computed(request: Request, keep: bool) -> tuple[Tensor, Tensor]:
         launch(request, known, scores, parts=found)
         _join(request, found, out)
     if scores is None:
-        return out, query.new_empty(0)
+        return out, None
     probabilities = scores.softmax(-1)
     if request.top:
         probabilities = round_probabilities(probabilities, scoring.softmax_bits, scoring.relative)

@@ -1,13 +1,9 @@
-"""Rounding keys and values to packed codes on a GPU, as an operator of PyTorch.
-
-Importing this module registers the operator ``quantine::pack_states``.
-"""
+"""Rounding keys and values to packed codes on a GPU."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
-import torch
 import triton
 from torch import Tensor
 
@@ -19,14 +15,14 @@ TOKENS: Final = 4
 """Most tokens of a program, which is one warp."""
 
 
-@torch.library.custom_op("quantine::pack_states", mutates_args=("packed",))
 def pack_states(
     states: Tensor,
     bits: int,
     scale: Tensor,
     zero: Tensor,
     packed: Tensor,
-    feedback: Tensor | None,
+    feedback: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> None:
     """See `quantine.kernels.kv_attention.packing.pack_states`, whose reference it is bit by bit.
 
@@ -35,22 +31,10 @@ def pack_states(
     """
     if states.numel() == 0:
         return
-    program, operands, settings = launch_of(states, bits, scale, zero, packed, feedback)
+    program, operands, settings = launch_of(states, bits, scale, zero, packed, feedback, start)
     batch, heads, tokens, _ = states.shape
     with backend.launching(states):
         program[(triton.cdiv(tokens, settings["TOKENS"]), heads, batch)](*operands, **settings)
-
-
-@pack_states.register_fake
-def _(
-    states: Tensor,
-    bits: int,
-    scale: Tensor,
-    zero: Tensor,
-    packed: Tensor,
-    feedback: Tensor | None,
-) -> None:
-    return None
 
 
 def launch_of(
@@ -60,6 +44,7 @@ def launch_of(
     zero: Tensor,
     packed: Tensor,
     feedback: Tensor | None,
+    start: Tensor | None = None,
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """The program, its operands in order, and what is fixed when it is compiled."""
     tokens, dim = states.shape[2:]
@@ -70,7 +55,8 @@ def launch_of(
         zero.contiguous(),
         None if feedback is None else feedback.contiguous(),
         packed,
-        tokens,
+        start,
+        *(tokens, packed.shape[2]),
         *states.stride(),
         *packed.stride()[:3],
     ]

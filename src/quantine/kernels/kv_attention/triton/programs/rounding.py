@@ -58,7 +58,9 @@ def round_to_codes(
     zero,
     feedback,
     packed,
+    start,
     tokens,
+    room,
     sample_stride,
     head_stride,
     token_stride,
@@ -73,7 +75,10 @@ def round_to_codes(
     WORDS: tl.constexpr,
     CODES: tl.constexpr,
 ):
-    """Round ``TOKENS`` tokens of a head and pack their codes."""
+    """Round ``TOKENS`` tokens of a head and pack their codes.
+
+    ``start`` points to the place of the first of all tokens; without it, that is 0.
+    """
     head, sample = tl.program_id(1), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     there = token < tokens
@@ -93,7 +98,11 @@ def round_to_codes(
     codes = tl.reshape(codes.to(tl.int32).to(tl.uint32), [TOKENS, pieces, CODES])
     row_bytes: tl.constexpr = (DIM * BITS + 7) // 8
     packed += sample * packed_sample_stride + head.to(tl.int64) * packed_head_stride
-    line = token.to(tl.int64)[:, None] * packed_token_stride
+    place_of_token = token.to(tl.int64)
+    if start is not None:
+        place_of_token += tl.load(start)
+        there = there & (place_of_token >= 0) & (place_of_token < room)
+    line = place_of_token[:, None] * packed_token_stride
     for number in tl.static_range(WORDS):
         word = _word(codes, number, BITS, CODES)
         for octet in tl.static_range(4):

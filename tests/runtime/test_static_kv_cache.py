@@ -1,0 +1,114 @@
+"""The packed cache whose memory never moves, against the one that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_compiled import OPERATOR, compiled, overload
+from test_graph_decoder import decoded, recorded, replayed
+from torch import Tensor
+
+import quantine
+from other_device import no_extension
+from quantine import Calibration, Plan, quantize
+from quantine.kernels import backend
+from quantine.runtime.generate import ModuleDecoder
+from quantine.runtime.graph_decoder import StaticDecoder
+from quantine.runtime.kv_cache import BLOCK, StaticPackedLayer, packed_cache, static_cache
+from tiny_models import some_tokens
+
+Rounding = Callable[[str], Any]
+SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV")
+
+
+@pytest.fixture(scope="module")
+def rounding(
+    tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> Rounding:
+    pytest.importorskip("sklearn")
+    root = tmp_path_factory.mktemp("static")
+
+    def loaded(scheme: str) -> Any:
+        out = root / scheme
+        if not out.exists():
+            quantize(tiny("llama"), out, Plan.scheme(scheme, arithmetic="exact"), short)
+        return quantine.load(out, torch.float32)[0]
+
+    return loaded
+
+
+@torch.no_grad()
+def logits_with(cache: Any, call: Callable[..., Any], tokens: Tensor, parts: list[int]) -> Tensor:
+    found = [call(input_ids=x, past_key_values=cache).logits for x in tokens.split(parts, 1)]
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_repeated_step_computes_what_the_modules_do(scheme: str, rounding: Rounding) -> None:
+    model = rounding(scheme)
+    decoder, usual = StaticDecoder(model, BLOCK + 9, replayed), ModuleDecoder(model)
+    for prompt in (some_tokens(BLOCK + 4, 1)[0], some_tokens(1, 1)[0]):
+        pairs = zip(decoded(decoder, prompt, 6), decoded(usual, prompt, 6), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_graph_holds_of_a_step_computes_it_again(rounding: Rounding) -> None:
+    model = rounding("W16A3KV")
+    with no_extension():  # whose products are no operators
+        decoder, usual = StaticDecoder(model, 16, recorded), ModuleDecoder(model)
+        prompt = some_tokens(9, 1)[0]
+        pairs = zip(decoded(decoder, prompt, 5), decoded(usual, prompt, 5), strict=True)
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_several_texts_fill_it_to_the_end(bits: int, rounding: Rounding) -> None:
+    model = rounding(f"W16A{bits}KV")
+    tokens, parts = some_tokens(BLOCK + 6, 2), [BLOCK + 2, 1, 1, 2]
+    expected = logits_with(packed_cache(model), model, tokens, parts)
+    cache = static_cache(model, tokens.shape[1])
+    found = logits_with(cache, model, tokens, parts)
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert all(isinstance(layer, StaticPackedLayer) for layer in cache.layers)
+    before = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(ValueError, match="1 tokens after 70, in a cache with room for 70"):
+        logits_with(cache, model, tokens[:, :1], [1])
+    assert all(torch.equal(a, b.keys) for a, b in zip(before, cache.layers, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_holds_operators(backend: str, rounding: Rounding) -> None:
+    model, parts = rounding("W4A4KV"), [9, 1, 1, 1]
+    tokens = some_tokens(12, 1)
+    expected = logits_with(static_cache(model, 12), model, tokens, parts)
+    torch._dynamo.reset()
+    whole, operators = compiled(model, backend)
+
+    def step(**inputs: Any) -> Any:
+        return (whole if inputs["input_ids"].shape[1] == 1 else model)(**inputs)
+
+    found = logits_with(static_cache(model, 12), step, tokens, parts)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    names = [str(overload(target)) for target in operators]
+    layers = model.config.num_hidden_layers
+    assert sum("attend_packed" in name for name in names) % layers == 0
+    for part in ("attend_packed", "pack_states", str(OPERATOR)):
+        assert sum(part in name for name in names) >= layers, part
+
+
+def test_programs_of_gpus_append_and_attend(
+    rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    model, tokens, parts = rounding("W16A4KV"), some_tokens(5, 2), [3, 1, 1]
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    expected = logits_with(packed_cache(model), model, tokens, parts)
+    found = logits_with(static_cache(model, 6), model, tokens, parts)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
