@@ -135,6 +135,7 @@ def test_floors_need_numbers(out: Path, hub: Hub) -> None:
     [
         (lambda out: (out / ".quantine").mkdir(), "no finished directory of quantine"),
         (lambda out: (out / "quantine_report.json").unlink(), "no finished directory"),
+        (lambda out: (out / "quantine_report.json").write_text("{}"), "not say which model"),
         (lambda out: (out / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda out: (out / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
     ],

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -269,6 +270,24 @@ def test_routes(served: Served) -> None:
     half = json.dumps({**ASKED, "prompt": "\ud800"}).encode()
     with pytest.raises(openai.BadRequestError, match="half of a surrogate pair"):
         client.post("/completions", content=half, cast_to=object)
+    half = json.dumps({**ASKED, "\ud800": 1}).encode()
+    with pytest.raises(openai.BadRequestError, match="is not known here"):
+        client.post("/completions", content=half, cast_to=object)
+
+
+def test_of_the_smallest_share_one_token_is_left(served: Served) -> None:
+    assert served.text(temperature=1.0, top_p=1e-300) == served.text(temperature=0.0)
+
+
+def test_a_client_may_leave_within_its_request(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = served.client.base_url
+    with socket.create_connection((url.host, url.port)) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n{"
+        connection.sendall(head.encode())
+    assert served.text()
+    assert "Exception" not in caplog.text
 
 
 def test_a_program_serves_until_it_is_interrupted(served: Served) -> None:

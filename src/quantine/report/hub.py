@@ -73,7 +73,10 @@ def prepare_upload(directory: Path, floors: Mapping[str, float]) -> Upload:
     files += [name for name in (SCORES, *COPIED) if (directory / name).is_file()]
     scores = recorded(directory)
     objections = _objections(directory, {**kept_floors(directory), **floors})
-    source = str(read_json(directory / REPORT)["model"])
+    report = read_json(directory / REPORT)
+    source = report.get("model") if isinstance(report, dict) else None
+    if not isinstance(source, str):
+        raise OutputError(f"{directory / REPORT} does not say which model it is of: it is damaged")
     return Upload(directory, files, objections, scores is not None, source)
 
 

@@ -111,6 +111,8 @@ class Parts:
             return self.matrices[id(weight)]
         matrix = module.matrix()
         if matrix is None:
+            if module.spec.blocked:
+                refuse("grids of llama.cpp's types with a K or a minimum have no native kernel")
             size = module.spec.group_size
             refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
         return matrix

@@ -73,5 +73,6 @@ def _nucleus(probabilities: Tensor, share: float) -> Tensor:
     """``probabilities`` with zeros for all but the most likely that sum to at least ``share``."""
     ordered, places = probabilities.sort(descending=True, stable=True)
     before = ordered.cumsum(0) - ordered
-    kept = ordered.masked_fill(before >= share, 0)
+    # The first stays, however small the share is: in float32 it may be 0.
+    kept = ordered.masked_fill((before >= share) & (before > 0), 0)
     return torch.zeros_like(probabilities).scatter_(0, places, kept)

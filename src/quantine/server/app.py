@@ -11,6 +11,7 @@ from typing import Any, Final
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -48,6 +49,7 @@ def make_app(engine: Engine, is_ending: Callable[[], bool]) -> Starlette:
         exception_handlers={
             Refusal: _refuse,
             HTTPException: _refuse_route,
+            ClientDisconnect: _leave,
             Exception: _fail,  # whose traceback the server logs
         },
     )
@@ -190,6 +192,10 @@ async def _refuse_route(http: HttpRequest, error: Exception) -> Response:
     message = f"{http.method} {http.url.path} is not served here: see /v1/models"
     body = error_body(message, "invalid_request_error")
     return JSONResponse(body, error.status_code, error.headers)
+
+
+async def _leave(_: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=GONE)  # which nobody reads
 
 
 async def _fail(_: HttpRequest, error: Exception) -> Response:

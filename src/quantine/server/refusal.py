@@ -35,5 +35,10 @@ class Refusal(Exception):
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """An error as OpenAI's clients read it; half of a surrogate pair in it is escaped."""
+    message, named = _sendable(message), None if param is None else _sendable(param)
+    return {"error": {"message": message, "type": kind, "param": named, "code": code}}
+
+
+def _sendable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
