@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 import quantine
 from quantine import Calibration, Plan, quantize
@@ -23,7 +23,7 @@ from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
-from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache
+from quantine.runtime.kv_cache import BLOCK, PackedLayer, StaticPackedLayer, packed_cache
 from tiny_models import byte_tokenizer
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
@@ -209,6 +209,33 @@ def test_generation_is_that_of_rounded_floats(
     assert torch.equal(packed, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 6},
+        {"max_length": 18, "num_beams": 2},
+        {"max_new_tokens": 3, "max_cache_len": 40},
+        {},
+    ],
+)
+def test_a_static_cache_that_is_asked_for_is_packed(
+    options: dict[str, int], rounding: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rounding("llama", "W16A4KV")
+    tokens = tokens_of(TEXT[:12], TEXT[3:15])
+    asked = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    expected = model.generate(tokens, **asked, **options)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
+    found = model.generate(tokens, return_dict_in_generate=True, **asked, **options)
+    assert torch.equal(found.sequences, expected)
+    layers = found.past_key_values.layers
+    assert {type(layer) for layer in layers} == {StaticPackedLayer}
+    room = options.get("max_cache_len", expected.shape[1])
+    assert {layer.max_cache_len for layer in layers} == {room}
+    assert model.generation_config.cache_implementation == "static"
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(
     ("settings", "kind"),
@@ -216,7 +243,7 @@ def test_generation_is_that_of_rounded_floats(
         ({}, PackedLayer),
         ({"cache_implementation": "hybrid"}, PackedLayer),  # in the files of Gemma 2
         ({"cache_implementation": "dynamic"}, DynamicLayer),
-        ({"cache_implementation": "static"}, StaticLayer),
+        ({"cache_implementation": "static"}, StaticPackedLayer),
         ({"use_cache": False}, None),
     ],
 )

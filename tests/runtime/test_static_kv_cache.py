@@ -15,8 +15,10 @@ from torch import Tensor
 import quantine
 from other_device import no_extension
 from quantine import Calibration, Plan, quantize
+from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.runtime.generate import ModuleDecoder
+from quantine.runtime.generate_cache import check_room
 from quantine.runtime.graph_decoder import StaticDecoder
 from quantine.runtime.kv_cache import BLOCK, StaticPackedLayer, packed_cache, static_cache
 from tiny_models import some_tokens
@@ -110,5 +112,16 @@ def test_programs_of_gpus_append_and_attend(
     model, tokens, parts = rounding("W16A4KV"), some_tokens(5, 2), [3, 1, 1]
     monkeypatch.setattr(backend, "of", lambda *_: "triton")
     expected = logits_with(packed_cache(model), model, tokens, parts)
-    found = logits_with(static_cache(model, 6), model, tokens, parts)
+    cache = static_cache(model, 6)
+    found = logits_with(cache, model, tokens, parts)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    check_room(cache)
+    with pytest.raises(RuntimeError, match="more tokens than a static cache has room for"):
+        logits_with(cache, model, tokens[:, :2], [2])
+
+
+def test_more_tokens_than_room_are_found_after_the_last(rounding: Rounding) -> None:
+    cache = static_cache(rounding("W16A4KV"), 6)
+    cache.layers[0].cumulative_length += 7  # as a graph counts
+    with pytest.raises(BackendUnavailable, match="7 tokens met a static cache with room for 6"):
+        check_room(cache)

@@ -179,8 +179,9 @@ class StaticPackedLayer(StaticLayer):
             that PyTorch compiles. What is not filled stands for some floats that are finite.
 
         Raises:
-            ValueError: there is no room for them. On a GPU of NVIDIA nothing is raised or written:
-                see `quantine.kernels.kv_attention.packing.pack_states`.
+            ValueError: there is no room for them.
+            RuntimeError: the same on a GPU of NVIDIA: see
+                `quantine.kernels.kv_attention.packing.pack_states`.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
