@@ -1,12 +1,15 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check explore sanitize fuzz gpu engines bench families wheel docs clean
+.PHONY: help install demo demo-model test check explore sanitize fuzz gpu engines arm bench families wheels docs clean
 
 PYTHON = python3
 TORCH =
 BIN = .venv/bin
 STAMP = .venv/installed
 NATIVE_TESTS = tests/kernels tests/runtime/test_decoder.py
+ARM_TESTS = tests/kernels/test_bits.py tests/kernels/test_columns.py tests/kernels/test_fit.py \
+	tests/kernels/test_integer.py tests/kernels/test_kv_attention.py tests/kernels/test_matrix.py \
+	tests/runtime/test_decoder.py
 SOURCES = pyproject.toml constraints.txt CMakeLists.txt README.md csrc src
 
 # Exact versions, for what is installed and for the tools that build the extension.
@@ -23,9 +26,10 @@ help:
 	@echo "make fuzz      10,000 damaged inputs: each must be refused by name, or load and run"
 	@echo "make gpu       test and time the programs for GPUs, on a GPU"
 	@echo "make engines   test with the real vLLM and llama.cpp, on the CPU (4 GB, see docs/engines.md)"
+	@echo "make arm       test the kernels of ARM processors, imitated by QEMU (see docs/kernels.md)"
 	@echo "make bench     time the kernels"
 	@echo "make families  try every causal language model of transformers; writes docs/families.md"
-	@echo "make wheel     build dist/quantine-*.whl"
+	@echo "make wheels    build dist/quantine-*.whl for x86-64 and ARM, and import them (see docs/kernels.md)"
 	@echo "make docs      check the links, code and commands in the documentation"
 	@echo "make clean     remove everything that was made here"
 	@echo
@@ -141,8 +145,24 @@ families: install
 	$(BIN)/quantine families --json docs/families.json
 	$(BIN)/python docs/families.py
 
-wheel: install
-	$(PIP) wheel -q --no-deps -w dist .
+.venv-arm/python: wheels/arm_environment.sh constraints.txt
+	@PYTHON=$(PYTHON) sh wheels/arm_environment.sh
+
+# The extension is compiled here, and its tests run in QEMU.
+arm: .venv-arm/python
+	rm -rf build/arm
+	sh wheels/build_arm.sh build/arm
+	.venv-arm/build/bin/python -m zipfile -e build/arm/*.whl build/arm/site
+	QUANTINE_ARM=build/arm/site .venv-arm/python -m pytest -p no:cacheprovider \
+		--hypothesis-profile=emulated $(ARM_TESTS)
+
+# Tags say which systems a wheel is for: those whose C library is as old as this one's, or newer.
+wheels: install .venv-arm/python
+	rm -rf build/wheels
+	$(PIP) wheel -q --no-deps -w build/wheels .
+	sh wheels/build_arm.sh build/wheels
+	for wheel in build/wheels/*.whl; do .venv-arm/build/bin/auditwheel repair -w dist $$wheel || exit 1; done
+	sh wheels/check.sh dist
 
 docs: install
 	$(BIN)/python docs/check.py

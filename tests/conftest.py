@@ -13,7 +13,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import pytest
 import torch
 import transformers
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from quantine import Calibration, Plan, quantize
 from tiny_models import FAMILIES, build, matrices_of, mixed_rules, tiny_config
@@ -25,6 +25,14 @@ SENTENCES = 400
 # that does other things, too.
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
+# For processors that a program imitates.
+settings.register_profile(
+    "emulated",
+    deadline=None,
+    derandomize=True,
+    max_examples=12,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("same")
 
 

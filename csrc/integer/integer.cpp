@@ -8,6 +8,7 @@
 #include <limits>
 #include <stdexcept>
 
+#include "base/arm.h"
 #include "base/half.h"
 #include "base/lanes.h"
 #include "integer/codes.h"
@@ -32,6 +33,11 @@ std::vector<const IntegerLevel*> found_levels() {
 #endif
     found.push_back(&integer_avx512());
   }
+#endif
+#if defined(QUANTINE_ARM)
+  if (has_arm_mixed_dot_product()) found.push_back(&integer_i8mm());
+  if (has_arm_dot_product()) found.push_back(&integer_dotprod());
+  found.push_back(&integer_neon());
 #endif
   found.push_back(&integer_scalar());
   return found;

@@ -54,6 +54,11 @@ const IntegerLevel& integer_scalar();
 #if defined(QUANTINE_X86)
 const IntegerLevel& integer_avx512();
 #endif
+#if defined(QUANTINE_ARM)
+const IntegerLevel& integer_neon();
+const IntegerLevel& integer_dotprod();
+const IntegerLevel& integer_i8mm();
+#endif
 #if defined(QUANTINE_AMX)
 const IntegerLevel& integer_amx();  // `allow_integer_tiles` said yes
 bool allow_integer_tiles();

@@ -28,6 +28,9 @@ const StateLevel& chosen_level() {
   if (name == "avx512") return avx512_state_level();
   if (name == "avx2") return avx2_state_level();
 #endif
+#if defined(QUANTINE_ARM)
+  if (level() != "scalar") return neon_state_level();
+#endif
   return scalar_state_level();
 }
 

@@ -35,5 +35,8 @@ const StateLevel& scalar_state_level();
 const StateLevel& avx2_state_level();
 const StateLevel& avx512_state_level();
 #endif
+#if defined(QUANTINE_ARM)
+const StateLevel& neon_state_level();
+#endif
 
 }  // namespace quantine

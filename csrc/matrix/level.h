@@ -1,5 +1,5 @@
-// What an instruction set has to offer for products with matrices. scalar.cpp, avx2.cpp and
-// avx512.cpp make one each.
+// What an instruction set has to offer for products with matrices. scalar.cpp and
+// the files named after instruction sets make one each.
 #pragma once
 
 #include <cstddef>
@@ -43,6 +43,11 @@ const Level& scalar_level();
 #if defined(QUANTINE_X86)
 const Level& avx2_level();
 const Level& avx512_level();
+#endif
+#if defined(QUANTINE_ARM)
+const Level& neon_level();
+const Level& dotprod_level();
+const Level& i8mm_level();
 #endif
 
 }  // namespace quantine

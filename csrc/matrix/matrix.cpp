@@ -13,6 +13,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "base/arm.h"
 #include "matrix/activations.h"
 
 namespace quantine {
@@ -33,6 +34,11 @@ std::vector<const Level*> found_levels() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
     found.push_back(&avx512_level());
   if (avx2) found.push_back(&avx2_level());
+#endif
+#if defined(QUANTINE_ARM)
+  if (has_arm_mixed_dot_product()) found.push_back(&i8mm_level());
+  if (has_arm_dot_product()) found.push_back(&dotprod_level());
+  found.push_back(&neon_level());
 #endif
   found.push_back(&scalar_level());
   return found;

@@ -8,7 +8,7 @@ import pytest
 from extension import native
 
 
-@pytest.fixture(scope="module", params=["avx512", "avx2", "scalar"])
+@pytest.fixture(scope="module", params=["avx512", "avx2", "i8mm", "dotprod", "neon", "scalar"])
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set that this processor has, for products and attention."""
     if request.param not in native().levels():

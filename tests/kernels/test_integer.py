@@ -31,7 +31,7 @@ from quantine.kernels.threads import pool
 from samples import generator, quick
 
 ZEROS = ("middle", "whole", "half", "coded")
-LEVELS = ("amx", "avx512", "scalar")
+LEVELS = ("amx", "avx512", "i8mm", "dotprod", "neon", "scalar")
 
 
 @pytest.fixture(params=LEVELS)
