@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -12,8 +13,10 @@ from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
+from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.runtime.input_grid import integer_grid, is_plain_grid
 from quantine.runtime.packed import Packed, takes_kernels
+from quantine.runtime.shared_input import SharedInput
 from quantine.runtime.snapshot import Snapshot
 
 INTEGER_ROWS: Final = 12
@@ -35,6 +38,8 @@ class QuantLinear(Packed):
 
     Attributes:
         inputs: the module that rounds ``x`` first; ``None`` where ``x`` is not rounded.
+        shared: what has the codes of ``x`` for all matrices that read it; ``None`` where they
+            are not shared.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class QuantLinear(Packed):
         super().__init__(format_name, spec, out_features, in_features, tensors)
         self.bias = bias
         self.inputs: nn.Module | None = None
+        self.shared: SharedInput | None = None
         self._gridded_from: Snapshot | None = None
         self._gridded_for: torch.device | None = None
         self._grid: Any = None
@@ -73,6 +79,8 @@ class QuantLinear(Packed):
             self._grid = integer_grid(self.inputs, self._unpacked(packed))
             self._gridded_for = place
             if isinstance(self._grid, GriddedMatrix):
+                if self.shared is not None:
+                    self._grid = replace(self._grid, inputs=self.shared.one_of(self._grid.inputs))
                 self._leave_to_programs(packed, place)
             found = [*self.inputs.buffers(), *self.packed_tensors().values()]
             self._gridded_from = Snapshot(found)
@@ -87,13 +95,18 @@ class QuantLinear(Packed):
         if grid is None:
             product = self.product(multiplied_input(self, x))
         elif isinstance(grid, GriddedMatrix):
-            product = integer.multiply_gridded(grid, rows)
+            product = integer.multiply_rounded(grid, self._rounded(x, grid.inputs), x.dtype)
             product = product.view(*x.shape[:-1], self.out_features)
         else:
             rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(x.device), grid, rows).to(x.dtype)
             product = product.view(*x.shape[:-1], self.out_features)
         return product if self.bias is None else product + self.bias.to(x.dtype)
+
+    def _rounded(self, x: Tensor, inputs: InputUnits) -> Rounded:
+        if self.shared is None:
+            return integer.rounded(x.reshape(-1, self.in_features), inputs)
+        return self.shared.rounded(x, inputs, self._number)
 
     def _forget(self) -> None:
         super()._forget()

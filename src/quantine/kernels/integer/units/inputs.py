@@ -55,6 +55,8 @@ class InputUnits:
         weight, bias: ``[32 * units]`` float32, of the `Norm`, at the places of the channels; both
             ``None`` where there is no norm.
         eps, centred: of the norm.
+        written: ``[32 * units]`` int32: where the channel at each place comes in what the norm
+            writes; ``None`` where there is no norm.
     """
 
     source: Tensor
@@ -69,6 +71,7 @@ class InputUnits:
     bias: Tensor | None = None
     eps: float = 0.0
     centred: bool = False
+    written: Tensor | None = None
 
     @classmethod
     def of(
@@ -120,12 +123,18 @@ class InputUnits:
             bias=bias,
             eps=norm.eps,
             centred=norm.centred,
+            written=self.source,
         )
+
+    def equals(self, other: InputUnits) -> bool:
+        """Whether both round, on one device, the same inputs to the same codes."""
+        (tensors, *rest), (others, *more) = self.parts(), other.parts()
+        return rest == more and all(map(_equal, tensors, others))
 
     def parts(self) -> tuple[list[Tensor | None], list[int], float]:
         """All that this consists of, as an operator of PyTorch takes it; see `of_parts`."""
         grids = [self.scale, self.zero, self.above, self.below]
-        tensors = [self.source, self.counts, *grids, self.weight, self.bias]
+        tensors = [self.source, self.counts, *grids, self.weight, self.bias, self.written]
         return tensors, [self.bits, self.columns, int(self.centred)], self.eps
 
     @classmethod
@@ -133,12 +142,13 @@ class InputUnits:
         cls, tensors: Sequence[Tensor | None], numbers: Sequence[int], eps: float
     ) -> InputUnits:
         """Put together what `parts` took apart."""
-        source, counts, scale, zero, above, below, weight, bias = tensors
+        source, counts, scale, zero, above, below, weight, bias, written = tensors
         bits, columns, centred = numbers
         assert source is not None
         assert counts is not None
         grids = (scale, zero, above, below)
-        return cls(source, counts, bits, columns, *grids, weight, bias, eps, bool(centred))
+        norm = (weight, bias, eps, bool(centred), written)
+        return cls(source, counts, bits, columns, *grids, *norm)
 
 
 @dataclass(frozen=True)
@@ -190,6 +200,27 @@ def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Ro
         codes = lanes.view(torch.int32).squeeze(3)
     scale = scale.squeeze(1).masked_fill(lost, torch.nan)
     return Rounded(codes, sums, scale, shift.squeeze(1).masked_fill(lost, 0))
+
+
+def normed_reference(x: Tensor, inputs: InputUnits) -> Tensor:
+    """What the norm writes of ``x`` ``[batch, columns]``, of its shape and dtype.
+
+    It is in the order in which the matrix's inputs come in the model.
+
+    Args:
+        x: of any float dtype.
+        inputs: made by `InputUnits.after`.
+    """
+    assert inputs.written is not None
+    there, result = inputs.there(), torch.empty_like(x)
+    result[:, inputs.written.long()[there]] = _normed(x.float(), inputs)[:, there].to(x.dtype)
+    return result
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _normed(x: Tensor, inputs: InputUnits) -> Tensor:

@@ -49,7 +49,9 @@ def round_row(
     below,
     weight,
     bias,
+    written,
     eps,
+    normed,
     codes,
     sums,
     scales,
@@ -117,6 +119,10 @@ def round_row(
         unit = start + tl.arange(0, WIDTH)
         held = unit < UNITS
         value, there = take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS)
+        number = tl.arange(0, 32)[None, :]
+        if normed is not None:
+            at = tl.load(written + unit[:, None] * 32 + number, mask=held[:, None], other=0)
+            tl.store(normed + row * columns + at, value.to(normed.dtype.element_ty), mask=there)
         value = tl.where(lost, 0.0, value)
         if above is not None:
             value = tl.div_rn(value, scale)
@@ -129,7 +135,6 @@ def round_row(
         value = tl.minimum(tl.maximum(value, 0.0), top) + 8388608.0
         code = (value.to(tl.int32, bitcast=True) & 255) - middle
         code = tl.where(there & (lost == 0), code, 0)
-        number = tl.arange(0, 32)[None, :]
         target = unit[:, None] * 32 + number
         if IN_QUADS:
             target = number // 4 * (UNITS * 4) + unit[:, None] * 4 + number % 4
