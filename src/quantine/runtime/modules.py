@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantine.core.spec import QuantSpec
 from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
-from quantine.kernels import integer
+from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.runtime.input_grid import integer_grid, is_plain_grid
@@ -89,8 +89,9 @@ class QuantLinear(Packed):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., in]`` of any float dtype to ``[..., out]`` of the same dtype."""
         rows = x.reshape(-1, self.in_features)
-        enough = INTEGER_ROWS if x.device.type == "cpu" else 0
-        taken = len(rows) >= enough and self.inputs is not None and takes_kernels(x)
+        taken = self.inputs is not None and takes_kernels(x)
+        if taken and backend.of(x) == "native":
+            taken = len(rows) >= INTEGER_ROWS
         grid = self.input_grid(x.device) if taken else None
         if grid is None:
             product = self.product(multiplied_input(self, x))

@@ -115,10 +115,10 @@ def is_known(norm: nn.Module) -> bool:
     Norms of transformers that are called so, and have ``variance_epsilon``, multiply what they have
     divided by their ``weight``. Gemma's, which do otherwise, have ``eps``.
     """
-    kind = type(norm)
+    kind: type[nn.Module] = type(norm)
     if patched_method(kind) is not None or getattr(norm, "weight", None) is None:
         return False
-    if kind is nn.LayerNorm:
+    if isinstance(norm, nn.LayerNorm) and kind is nn.LayerNorm:
         return len(norm.normalized_shape) == 1
     own = kind.__module__.startswith("transformers.models.") and kind.__name__.endswith("RMSNorm")
     return own and hasattr(norm, "variance_epsilon") and not hasattr(norm, "bias")

@@ -147,8 +147,9 @@ class InputUnits:
         assert source is not None
         assert counts is not None
         grids = (scale, zero, above, below)
-        norm = (weight, bias, eps, bool(centred), written)
-        return cls(source, counts, bits, columns, *grids, *norm)
+        units = cls(source, counts, bits, columns, *grids)
+        norm = {"weight": weight, "bias": bias, "eps": eps, "centred": bool(centred)}
+        return replace(units, **norm, written=written)
 
 
 @dataclass(frozen=True)
