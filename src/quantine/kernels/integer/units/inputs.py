@@ -148,8 +148,9 @@ class InputUnits:
         assert counts is not None
         grids = (scale, zero, above, below)
         units = cls(source, counts, bits, columns, *grids)
-        norm = {"weight": weight, "bias": bias, "eps": eps, "centred": bool(centred)}
-        return replace(units, **norm, written=written)
+        return replace(
+            units, weight=weight, bias=bias, eps=eps, centred=bool(centred), written=written
+        )
 
 
 @dataclass(frozen=True)
