@@ -102,7 +102,7 @@ class Operators(TorchDispatchMode):
         return self.names.count("quantine::round_inputs")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*tensors: Tensor | None) -> str:
         on = {tensor.device.type for tensor in tensors if tensor is not None}
@@ -133,7 +133,7 @@ def block_of(norm: str = "llama") -> Block:
 
 
 @pytest.fixture
-def block(_quick: None) -> Block:
+def block(_on_a_gpu: None, _quick: None) -> Block:
     return block_of()
 
 
@@ -163,6 +163,7 @@ def assert_same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.02 * float(expected.abs().max()))
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 @pytest.mark.parametrize(("norm", "rows"), [("llama", 1), ("gemma", 1), ("opt", 5)])
 def test_norm_gather_and_rounding_are_one_launch(norm: str, rows: int) -> None:
     block, x = block_of(norm), some(rows)

@@ -49,8 +49,8 @@ class InputUnits:
             grid of its own.
         above, below: ``[units]`` float32, `quantine.kernels.integer.token_factors.steepness` of
             these grids; ``None`` where tokens have no factors.
-        written: ``[32 * units]`` int32: the input at each place, any where units are filled up;
-            ``None`` where channels are inputs as they come.
+        order: ``[columns]`` int32: channel ``order[j]`` is input ``j`` of the matrix, which
+            ``source`` allows for; ``None`` where channels are inputs as they come.
         weight, bias, eps, centred: of the `Norm`; the first two are ``None`` where there is none.
     """
 
@@ -62,7 +62,7 @@ class InputUnits:
     zero: Tensor | None
     above: Tensor | None
     below: Tensor | None
-    written: Tensor | None = None
+    order: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
@@ -111,8 +111,8 @@ class InputUnits:
         Args:
             order: ``[channels]`` integers, as of `quantine.activations.modules.PermutedNorm`.
         """
-        source = order.long()[self.source.long()].int()
-        return replace(self, source=source, written=self.source)
+        order = order.int()
+        return replace(self, source=order[self.source.long()], order=order)
 
     def after(self, norm: Norm) -> InputUnits:
         """These units, for inputs that go through ``norm`` first.
@@ -129,7 +129,7 @@ class InputUnits:
     def parts(self) -> tuple[list[Tensor | None], list[int], float]:
         """All that this consists of, as an operator of PyTorch takes it; see `of_parts`."""
         grids = [self.scale, self.zero, self.above, self.below]
-        tensors = [self.source, self.counts, *grids, self.written, self.weight, self.bias]
+        tensors = [self.source, self.counts, *grids, self.order, self.weight, self.bias]
         return tensors, [self.bits, self.columns, int(self.centred)], self.eps
 
     @classmethod
@@ -137,12 +137,12 @@ class InputUnits:
         cls, tensors: Sequence[Tensor | None], numbers: Sequence[int], eps: float
     ) -> InputUnits:
         """Put together what `parts` took apart."""
-        source, counts, scale, zero, above, below, written, weight, bias = tensors
+        source, counts, scale, zero, above, below, order, weight, bias = tensors
         bits, columns, centred = numbers
         assert source is not None
         assert counts is not None
         grids = (scale, zero, above, below)
-        units = cls(source, counts, bits, columns, *grids, written)
+        units = cls(source, counts, bits, columns, *grids, order)
         return replace(units, weight=weight, bias=bias, eps=eps, centred=bool(centred))
 
 
@@ -172,7 +172,7 @@ class Rounded:
 def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Rounded:
     """Norm and round ``x`` ``[batch, columns]`` of any float dtype."""
     there, middle = inputs.there(), 2 ** (inputs.bits - 1)
-    values = _normed(x.float(), inputs)
+    values = _normed(x.float(), inputs)[:, inputs.source.long()]
     lost = values[:, there].isnan().any(1)
     low, high = values[:, there].aminmax(dim=1, keepdim=True)
     values = values.masked_fill(~there, 0)
@@ -204,10 +204,8 @@ def normed_reference(x: Tensor, inputs: InputUnits) -> Tensor:
         x: of any float dtype.
         inputs: made by `InputUnits.after`; `InputUnits.gathered` sets the order of the result.
     """
-    written = inputs.source if inputs.written is None else inputs.written
-    there, result = inputs.there(), torch.empty_like(x)
-    result[:, written.long()[there]] = _normed(x.float(), inputs)[:, there].to(x.dtype)
-    return result
+    normed = _normed(x.float(), inputs).to(x.dtype)
+    return normed if inputs.order is None else normed[:, inputs.order.long()]
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:
@@ -217,12 +215,11 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _normed(x: Tensor, inputs: InputUnits) -> Tensor:
-    """Channels ``x`` ``[batch, columns]`` float32 at their places, after the norm if there is."""
-    source = inputs.source.long()
+    """Channels ``x`` ``[batch, columns]`` float32 as they come, after the norm if there is one."""
     if inputs.weight is None:
-        return x[:, source]
+        return x
     if inputs.centred:
         x = x - x.mean(1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + inputs.eps)
-    values = x[:, source] * inputs.weight.float()[source]
-    return values if inputs.bias is None else values + inputs.bias.float()[source]
+    x = x * inputs.weight.float()
+    return x if inputs.bias is None else x + inputs.bias.float()

@@ -29,10 +29,30 @@ def take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS: tl.
     """As `take_centred`, but after the norm with this mean and inverse deviation."""
     value, at, there = take_centred(x, source, counts, unit, mean, UNITS)
     if weight is not None:
-        value = value * inverse * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
-        if bias is not None:
-            value += tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+        value = weigh(value * inverse, weight, bias, at, there)
     return value, there
+
+
+@triton.jit
+def weigh(value, weight, bias, at, there):
+    """Values of the channels ``at``, those that are ``there``, times their weights, and biases."""
+    value = value * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def write_normed(
+    x, order, weight, bias, mean, inverse, normed, columns, first, COUNT: tl.constexpr
+):
+    """Inputs ``first`` to ``first + COUNT - 1``, as the norm writes them, to ``normed``."""
+    place = first + tl.arange(0, COUNT)
+    there = place < columns
+    at = place if order is None else tl.load(order + place, mask=there, other=0)
+    value = (tl.load(x + at, mask=there, other=0.0).to(tl.float32) - mean) * inverse
+    value = weigh(value, weight, bias, at, there)
+    tl.store(normed + place, value.to(normed.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -44,7 +64,7 @@ def round_row(
     zeros,
     above,
     below,
-    written,
+    order,
     weight,
     bias,
     eps,
@@ -73,14 +93,14 @@ def round_row(
     if CENTRED:
         for start in range(0, UNITS, WIDTH):
             unit = start + tl.arange(0, WIDTH)
-            value, at, there = take_centred(x, source, counts, unit, 0.0, UNITS)
+            value, _at, there = take_centred(x, source, counts, unit, 0.0, UNITS)
             mean += tl.sum(value)
         mean /= columns
     if weight is not None:
         square = 0.0
         for start in range(0, UNITS, WIDTH):
             unit = start + tl.arange(0, WIDTH)
-            value, at, there = take_centred(x, source, counts, unit, mean, UNITS)
+            value, _at, there = take_centred(x, source, counts, unit, mean, UNITS)
             square += tl.sum(value * value)
         inverse = tl.rsqrt(square / columns + eps)
     largest: tl.constexpr = 3.4028234663852886e38
@@ -117,10 +137,6 @@ def round_row(
         held = unit < UNITS
         value, there = take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS)
         number = tl.arange(0, 32)[None, :]
-        if normed is not None:
-            inputs = source if written is None else written
-            at = tl.load(inputs + unit[:, None] * 32 + number, mask=held[:, None], other=0)
-            tl.store(normed + row * columns + at, value.to(normed.dtype.element_ty), mask=there)
         value = tl.where(lost, 0.0, value)
         if above is not None:
             value = tl.div_rn(value, scale)
@@ -140,3 +156,9 @@ def round_row(
         tl.store(sums + row * UNITS + unit, tl.sum(code, 1).to(tl.float32), mask=held)
     tl.store(scales + row, tl.where(lost, float("nan"), scale))
     tl.store(shifts + row, tl.where(lost, 0.0, shift))
+    if normed is not None:
+        normed += row * columns
+        for start in range(0, UNITS, WIDTH):
+            write_normed(
+                x, order, weight, bias, mean, inverse, normed, columns, start * 32, WIDTH * 32
+            )
