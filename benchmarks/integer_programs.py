@@ -13,7 +13,7 @@ from quantine.core.spec import CLUSTERS
 from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.integer.triton import few_rows, many_rows, rounding
 from quantine.kernels.integer.units.gridded_matrix import gridded_matrix
-from quantine.kernels.integer.units.inputs import InputUnits, Norm, Rounded, round_reference
+from quantine.kernels.integer.units.inputs import InputUnits, Norm, round_reference
 
 ROWS = 64
 """Outputs of the matrices: programs do not depend on how many there are."""
@@ -84,7 +84,7 @@ class IntegerProduct:
 class Rounding:
     """Rounding to compile, of inputs of 32 clusters with factors of tokens.
 
-    ``norm`` is the norm before it, ``""`` for none.
+    ``norm`` is the norm before it, which writes its result, too; ``""`` for none.
     """
 
     norm: str
@@ -103,10 +103,11 @@ class Rounding:
         if self.norm:
             weight = torch.ones(self.columns)
             bias = weight if self.norm == "LayerNorm" else None
-            inputs = inputs.after(Norm(weight, bias, 1e-5, bias is not None, order))
+            norm = Norm(weight, bias, 1e-5, bias is not None)
+            inputs = inputs.gathered(order).after(norm)
         x = torch.randn(self.batch, self.columns).half()
         made = round_reference(x, inputs, self.batch <= few_rows.FEW)
-        return rounding.launch_of(x, inputs, Rounded(made.codes, made.sums, made.scale, made.shift))
+        return rounding.launch_of(x, inputs, made, torch.empty_like(x) if self.norm else None)
 
 
 INTEGERS = (

@@ -14,6 +14,8 @@ from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.core.qtensor import QTensor
 from quantine.engines.linear import FloatPart, FusedLinear, PackedPart
 from quantine.formats import format_named
+from quantine.kernels import backend, integer
+from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.kernels.matrix import FEW_ROWS
 from quantine.runtime.modules import INTEGER_ROWS, QuantLinear
 from samples import generator, observed, random_weight
@@ -76,6 +78,29 @@ def test_rounded_inputs_are_multiplied_as_in_quantines_own_module(rows: int, kin
     assert torch.equal(FusedLinear([PackedPart(qtensor, "exact", grid)])(x), own(x))
     weight = random_weight(16, WIDTH)
     torch.testing.assert_close(FloatPart(weight, grid)(x), grid(x) @ weight.T)
+
+
+def test_parts_that_round_alike_share_codes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    rounded, rounds = [], integer.rounded
+
+    def counted(x: Tensor, inputs: InputUnits) -> Rounded:
+        rounded.append(inputs)
+        return rounds(x, inputs)
+
+    monkeypatch.setattr(integer, "rounded", counted)
+    plain, clustered = QuantSpec(4, 32), QuantSpec(4, 0, cluster_sizes=(16, 48))
+    parts: list[FloatPart | PackedPart] = [
+        PackedPart(solved(spec, 2), "fast", TokenGrid(bits))
+        for spec, bits in ((plain, 8), (clustered, 8), (plain, 8), (plain, 4))
+    ]
+    parts.insert(1, FloatPart(random_weight(3, WIDTH), TokenGrid(8)))
+    x = some(1)
+    with torch.inference_mode():  # in which engines run models
+        found = FusedLinear(parts)(x)
+        assert len(rounded) == 3
+        assert torch.equal(found, torch.cat([part(x) for part in parts], 1))
 
 
 def test_orders_of_inputs_and_outputs() -> None:

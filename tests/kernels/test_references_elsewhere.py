@@ -31,7 +31,7 @@ from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.integer.reference import multiply_reference as multiply_codes
 from quantine.kernels.integer.token_factors import factors, steepness
 from quantine.kernels.integer.units.gridded_matrix import gridded_matrix
-from quantine.kernels.integer.units.inputs import Norm, round_reference
+from quantine.kernels.integer.units.inputs import Norm, normed_reference, round_reference
 from quantine.kernels.kv_attention import attend
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import (
@@ -287,15 +287,16 @@ def test_products_of_codes(kind: str, rounds: str) -> None:
 @pytest.mark.parametrize("rounds", ["static", "token", "reach"])
 @pytest.mark.parametrize("kind", QTENSORS)
 def test_matrices_and_inputs_as_gpus_multiply_their_codes(kind: str, rounds: str) -> None:
-    def arranged(q: QTensor, grid: InputGrid, norm: Norm, x: Tensor) -> tuple[Any, Any]:
+    def arranged(q: QTensor, grid: InputGrid, norm: Norm, order: Tensor, x: Tensor) -> Any:
         matrix = gridded_matrix(q, grid)
         assert matrix is not None
-        return matrix, round_reference(x, matrix.inputs.after(norm), in_quads=True)
+        inputs = matrix.inputs.gathered(order).after(norm)
+        return matrix, round_reference(x, inputs, in_quads=True), normed_reference(x, inputs)
 
     qtensor = QTENSORS[kind]()
     order = torch.randperm(INPUTS, generator=generator(4))
-    norm = Norm(spread_of(INPUTS), spread_of(INPUTS), 1e-5, True, order)
-    check_same(arranged, qtensor, grid_of(qtensor, rounds), norm, inputs_of(6))
+    norm = Norm(spread_of(INPUTS), spread_of(INPUTS), 1e-5, True)
+    check_same(arranged, qtensor, grid_of(qtensor, rounds), norm, order, inputs_of(6))
 
 
 def test_grids_of_channels_as_groups_meet_them() -> None:

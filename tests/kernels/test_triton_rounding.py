@@ -13,11 +13,21 @@ from torch import Tensor, nn
 
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import PermutedNorm
-from quantine.kernels.integer.units.inputs import InputUnits, Norm, Rounded, round_reference
+from quantine.kernels.integer.units.inputs import (
+    InputUnits,
+    Norm,
+    Rounded,
+    normed_reference,
+    round_reference,
+)
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from quantine.kernels.integer.triton.rounding import MOST_UNITS, round_inputs  # noqa: E402
+from quantine.kernels.integer.triton.rounding import (  # noqa: E402
+    MOST_UNITS,
+    norm_and_round,
+    round_inputs,
+)
 
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 EPS = 1e-5
@@ -29,11 +39,17 @@ def inputs_of(seed: int, kind: str, lengths: list[int], bits: int) -> InputUnits
     return InputUnits.of(grid, tuple(lengths), order, order.device)
 
 
-def norm_of(seed: int, channels: int, centred: bool, biased: bool, ordered: bool) -> Norm:
+def norm_of(
+    seed: int, channels: int, centred: bool, biased: bool, dtype: torch.dtype = torch.float32
+) -> Norm:
     g = torch.Generator().manual_seed(seed)
-    weight, bias = (torch.randn(2, channels, generator=g) + 1).to(DEVICE)
-    order = torch.randperm(channels, generator=g).int().to(DEVICE) if ordered else None
-    return Norm(weight, bias if biased else None, EPS, centred, order)
+    weight, bias = (torch.randn(2, channels, generator=g) + 1).to(DEVICE, dtype)
+    return Norm(weight, bias if biased else None, EPS, centred)
+
+
+def order_of(seed: int, channels: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed + 1)
+    return torch.randperm(channels, generator=g).int().to(DEVICE)
 
 
 def activations(seed: int, batch: int, channels: int, size: float) -> Tensor:
@@ -103,9 +119,14 @@ def test_norms_before_rounding(
     in_quads: bool,
 ) -> None:
     inputs = inputs_of(seed, kind, lengths, bits)
-    inputs = inputs.after(norm_of(seed, sum(lengths), centred, biased, ordered))
+    if ordered:
+        inputs = inputs.gathered(order_of(seed, sum(lengths)))
+    inputs = inputs.after(norm_of(seed, sum(lengths), centred, biased, dtype))
     x = activations(seed, 3, sum(lengths), 5.0).to(dtype)
-    found, expected = (f(x, inputs, in_quads) for f in (round_inputs, round_reference))
+    normed, found = norm_and_round(x, inputs, in_quads)
+    expected = round_reference(x, inputs, in_quads)
+    close = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(normed, normed_reference(x, inputs), rtol=close, atol=1e-5)
     torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=1e-30)
     # Values that lie next to the middle between two codes may get either.
     assert_next_to(bytes_of(found), bytes_of(expected))
@@ -122,8 +143,8 @@ def assert_next_to(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("centred", [False, True])
 def test_codes_stand_for_what_the_modules_compute(centred: bool, kind: str) -> None:
     lengths, bits = [40, 7, 64], 8
-    norm, x = norm_of(1, 111, centred, centred, True), activations(2, 4, 111, 5.0)
-    assert norm.order is not None
+    norm, order = norm_of(1, 111, centred, centred), order_of(1, 111)
+    x = activations(2, 4, 111, 5.0)
     own: nn.Module = nn.RMSNorm(111, EPS) if not centred else nn.LayerNorm(111, EPS)
     own.to(DEVICE).load_state_dict(
         {"weight": norm.weight} | ({} if norm.bias is None else {"bias": norm.bias})
@@ -134,8 +155,9 @@ def test_codes_stand_for_what_the_modules_compute(centred: bool, kind: str) -> N
     if kind != "token":
         rounding = StaticGrid(bits, grid.scale, grid.zero, labels, reach=grid.reach)
     with torch.no_grad():
-        expected = rounding(PermutedNorm(own, norm.order)(x))
-    inputs = InputUnits.of(grid, tuple(lengths), None, x.device).after(norm)
+        expected = rounding(PermutedNorm(own, order)(x))
+    inputs = InputUnits.of(grid, tuple(lengths), None, x.device)
+    inputs = inputs.gathered(order).after(norm)
     found = round_inputs(x, inputs, False)
     codes = bytes_of(found)[:, inputs.there()].float()
     scale, zero = found.scale.unsqueeze(1), found.shift.unsqueeze(1)
@@ -157,7 +179,8 @@ def test_long_rows_are_rounded_in_parts(centred: bool, kind: str) -> None:
     x = activations(1, 2, sum(lengths), 1.0)
     found, expected = round_inputs(x, inputs, True), round_reference(x, inputs, True)
     assert torch.equal(found.codes, expected.codes)
-    inputs = inputs.after(norm_of(1, sum(lengths), centred, True, True))
+    inputs = inputs.gathered(order_of(1, sum(lengths)))
+    inputs = inputs.after(norm_of(1, sum(lengths), centred, True))
     found, expected = round_inputs(x, inputs, True), round_reference(x, inputs, True)
     assert_next_to(bytes_of(found), bytes_of(expected))
 

@@ -57,8 +57,8 @@ def test_rounded_activations_meet_codes(
     expected = logits_of(model, tokens)
     monkeypatch.setattr(backend, "of", lambda *_: "triton")
     model, _ = load(packed("llama", plan))
-    found = logits_of(model, tokens)
     rounded = [m for _, m in packed_modules(model) if isinstance(m, QuantLinear) and m.inputs]
     assert rounded
     assert all(isinstance(module.input_grid(), GriddedMatrix) for module in rounded)
+    found = logits_of(model, tokens)  # one rounding for what reads the same norm
     assert float((found - expected).abs().max()) <= 2e-2 * float(expected.abs().max())

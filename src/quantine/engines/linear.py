@@ -18,6 +18,7 @@ from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.core.qtensor import QTensor
 from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
+from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.kernels.matrix import FEW_ROWS, multiply, packed_matrix, product
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 from quantine.runtime.input_grid import integer_grid
@@ -80,7 +81,7 @@ class PackedPart:
         if self._too_small and x.dtype == torch.float16:
             return self(x.float()).to(x.dtype)  # float16 would not hold the weights
         if isinstance(self.grid, GriddedMatrix):
-            return integer.multiply_gridded(self.grid, x)
+            return self.of_codes(x, integer.rounded(x, self.grid.inputs))
         if self.grid is not None and len(x) >= INTEGER_ROWS:
             return integer.multiply(self.matrix, self.grid, x.float().contiguous()).to(x.dtype)
         x = x if self.inputs is None else self.inputs(x)
@@ -88,9 +89,20 @@ class PackedPart:
             return linear(x, self._decoded.dequantize().to(x.dtype))
         return product(self.matrix, x, self.arithmetic)
 
+    @property
+    def rounds(self) -> InputUnits | None:
+        """How a GPU's programs round the input; ``None`` where no such programs multiply it."""
+        return self.grid.inputs if isinstance(self.grid, GriddedMatrix) else None
+
+    def of_codes(self, x: Tensor, rounded: Rounded) -> Tensor:
+        """As calling it with ``x``, whose codes ``rounded`` are, made as `rounds` says."""
+        return integer.multiply_rounded(self.grid, rounded, x.dtype)
+
 
 class FusedLinear:
     """Matrices with the same input, whose outputs stand one after another.
+
+    On a GPU, parts that round the input alike share its codes, which are made once in a call.
 
     Args:
         parts: the matrices.
@@ -113,6 +125,7 @@ class FusedLinear:
         together = len(self.parts) == len(packed) > 1 and len(arithmetics) == 1
         self._together = [part.matrix for part in packed] if together else []
         self._arithmetic = packed[0].arithmetic if together else UNSTATED
+        self._codes_of = _alike(self.parts)
 
     @property
     def out_features(self) -> int:
@@ -131,5 +144,26 @@ class FusedLinear:
         if self._together and len(x) <= FEW_ROWS and backend.of(x) == "native":
             results = multiply(self._together, x.float().contiguous(), self._arithmetic)
             return torch.cat(results, 1).to(x.dtype)
-        results = [part(x) for part in self.parts]
+        codes: dict[int, Rounded] = {}
+        results = []
+        for part, first in zip(self.parts, self._codes_of, strict=True):
+            if isinstance(part, PackedPart) and part.rounds is not None:
+                if first not in codes:
+                    codes[first] = integer.rounded(x, part.rounds)
+                results.append(part.of_codes(x, codes[first]))
+            else:
+                results.append(part(x))
         return results[0] if len(results) == 1 else torch.cat(results, 1)
+
+
+def _alike(parts: Sequence[FloatPart | PackedPart]) -> list[int]:
+    """For each part the number of the first one that rounds its input to the same codes."""
+    rounds = [part.rounds if isinstance(part, PackedPart) else None for part in parts]
+
+    def first(number: int) -> int:
+        own = rounds[number]
+        if own is None:
+            return number
+        return next(n for n, other in enumerate(rounds) if other is not None and other.equals(own))
+
+    return [first(number) for number in range(len(parts))]

@@ -90,7 +90,7 @@ class Definitions:
     def patched(self) -> str | None:
         """Full name of a function or class that is not its library's own; ``None`` if all are."""
         for kind in self._classes:
-            name = _patched_method(kind)
+            name = patched_method(kind)
             if name is not None:
                 return f"{kind.__module__}.{kind.__qualname__}.{name}"
         for module in self._modules:
@@ -133,7 +133,8 @@ def _tables(modules: Iterable[ModuleType]) -> list[dict[str, Any]]:
     ]
 
 
-def _patched_method(kind: type) -> str | None:
+def patched_method(kind: type) -> str | None:
+    """Name of a method of ``kind`` that is not its library's own; ``None`` if all are."""
     for name, value in vars(kind).items():
         method = getattr(value, "__func__", value)  # of a static or a class method
         if isinstance(method, FunctionType):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from quantine.core.spec import QuantSpec
 from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
-from quantine.kernels import integer
+from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.runtime.input_grid import integer_grid, is_plain_grid
 from quantine.runtime.packed import Packed, takes_kernels
 from quantine.runtime.recorded import is_compiled
+from quantine.runtime.shared_input import SharedInput
 from quantine.runtime.snapshot import Snapshot
 
 INTEGER_ROWS: Final = 12
@@ -36,6 +38,8 @@ class QuantLinear(Packed):
 
     Attributes:
         inputs: the module that rounds ``x`` first; ``None`` where ``x`` is not rounded.
+        shared: what a GPU's programs get codes of ``x`` from that another matrix may have made;
+            ``None`` where no other reads ``x``.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class QuantLinear(Packed):
         super().__init__(format_name, spec, out_features, in_features, tensors)
         self.bias = bias
         self.inputs: nn.Module | None = None
+        self.shared: SharedInput | None = None
         self._gridded_from: Snapshot | None = None
         self._gridded_for: torch.device | None = None
         self._grid: Any = None
@@ -74,6 +79,8 @@ class QuantLinear(Packed):
             self._grid = integer_grid(self.inputs, self._unpacked(packed))
             self._gridded_for = place
             if isinstance(self._grid, GriddedMatrix):
+                if self.shared is not None:
+                    self._grid = replace(self._grid, inputs=self.shared.one_of(self._grid.inputs))
                 self._leave_to_programs(packed, place)
             found = [*self.inputs.buffers(), *self.packed_tensors().values()]
             self._gridded_from = Snapshot(found)
@@ -84,19 +91,30 @@ class QuantLinear(Packed):
         if self.inputs is not None and is_compiled(x):
             product = self._operated(x, rounds=True)
         else:
-            product = self.rounded_product(x)
+            product = self._rounded_product(x, self.shared)
         return product if self.bias is None else product + self.bias.to(x.dtype)
 
     def rounded_product(self, x: Tensor) -> Tensor:
-        """The product with ``x`` ``[..., in]``, which is rounded first if inputs are."""
+        """The product with ``x`` ``[..., in]``, which is rounded first if inputs are.
+
+        Its codes are not shared: compiled programs write to tensors without counting it.
+        """
+        return self._rounded_product(x, None)
+
+    def _rounded_product(self, x: Tensor, shared: SharedInput | None) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        enough = INTEGER_ROWS if x.device.type == "cpu" else 0
-        taken = len(rows) >= enough and self.inputs is not None and takes_kernels(x)
+        taken = self.inputs is not None and takes_kernels(x)
+        if taken and backend.of(x) == "native":
+            taken = len(rows) >= INTEGER_ROWS
         grid = self.input_grid(x.device) if taken else None
         if grid is None:
             return self.product(multiplied_input(self, x))
         if isinstance(grid, GriddedMatrix):
-            product = integer.multiply_gridded(grid, rows)
+            if shared is None:
+                rounded = integer.rounded(rows, grid.inputs)
+            else:
+                rounded = shared.rounded(x, grid.inputs, self._number)
+            product = integer.multiply_rounded(grid, rounded, x.dtype)
         else:
             rows = rows.float().contiguous()
             product = integer.multiply(self.matrix(x.device), grid, rows).to(x.dtype)

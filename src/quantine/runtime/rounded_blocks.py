@@ -14,6 +14,7 @@ from quantine.families import described_family
 from quantine.families.family import Family
 from quantine.formats.headers import Entry
 from quantine.runtime.placeholder import placeholder
+from quantine.runtime.rounding_norm import share_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ def rebuild(
 ) -> None:
     """Install grids and reordered norms in the blocks of ``model``, without values.
 
-    transformers then loads the values from the files.
+    transformers then loads the values from the files. Matrices that read one rounded input
+    share its codes, see `quantine.runtime.shared_input`.
 
     Args:
         model: the model as transformers builds it, with or without its head.
@@ -47,6 +49,7 @@ def rebuild(
         if isinstance(blocks, nn.ModuleList):
             for index, block in enumerate(blocks):
                 install.rebuild_block(block, f"{path}.{index}", family, spec, stored)
+                share_inputs(block, family)
             return
     raise FormatError(f"a model without {family.blocks} has no activations to round")
 

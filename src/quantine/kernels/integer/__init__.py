@@ -129,6 +129,22 @@ def rounded(x: Tensor, inputs: InputUnits) -> Rounded:
     return round_rows(x, inputs)
 
 
+def normed_and_rounded(x: Tensor, inputs: InputUnits) -> tuple[Tensor, Rounded]:
+    """What the norm before a matrix writes, and `rounded`, in one pass.
+
+    Args:
+        x: what the norm reads; as for `multiply_gridded`.
+        inputs: what ``after`` made of the inputs of a `GriddedMatrix`; ``gathered`` before it lets
+            the norm write its channels in an order.
+
+    Returns:
+        What the norm writes, of the shape and dtype of ``x``, and the codes of it.
+    """
+    from quantine.kernels.integer.triton.product import normed_and_rounded as norm_rows
+
+    return norm_rows(x, inputs)
+
+
 def multiply_rounded(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, out]`` in ``dtype`` with inputs from `rounded`."""
     from quantine.kernels.integer.triton.product import multiply_rounded as multiply_rows

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantine.kernels.integer.triton import few_rows, many_rows
-from quantine.kernels.integer.triton.rounding import round_inputs
+from quantine.kernels.integer.triton.rounding import norm_and_round, round_inputs
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 
@@ -24,6 +24,11 @@ def rounded(x: Tensor, inputs: InputUnits) -> Rounded:
         inputs: how it is normed and rounded.
     """
     return round_inputs(x, inputs, len(x) <= few_rows.FEW)
+
+
+def normed_and_rounded(x: Tensor, inputs: InputUnits) -> tuple[Tensor, Rounded]:
+    """What the norm of ``inputs`` makes of ``x``, ``[batch, columns]``, and `rounded`."""
+    return norm_and_round(x, inputs, len(x) <= few_rows.FEW)
 
 
 def multiply_rounded(matrix: GriddedMatrix, x: Rounded, dtype: torch.dtype) -> Tensor:

@@ -28,15 +28,12 @@ class Norm:
         eps: what is added to the mean square.
         centred: whether the mean is taken off first, as in ``LayerNorm``, or not, as in
             ``RMSNorm``.
-        order: ``[channels]`` integers: channel ``order[j]`` becomes input ``j``, as of
-            `quantine.activations.modules.PermutedNorm`; ``None`` where they stay in place.
     """
 
     weight: Tensor
     bias: Tensor | None
     eps: float
     centred: bool
-    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,9 @@ class InputUnits:
             grid of its own.
         above, below: ``[units]`` float32, `quantine.kernels.integer.token_factors.steepness` of
             these grids; ``None`` where tokens have no factors.
-        weight, bias: ``[32 * units]`` float32, of the `Norm`, at the places of the channels; both
-            ``None`` where there is no norm.
-        eps, centred: of the norm.
+        order: ``[columns]`` int32: channel ``order[j]`` is input ``j`` of the matrix, which
+            ``source`` allows for; ``None`` where channels are inputs as they come.
+        weight, bias, eps, centred: of the `Norm`; the first two are ``None`` where there is none.
     """
 
     source: Tensor
@@ -65,6 +62,7 @@ class InputUnits:
     zero: Tensor | None
     above: Tensor | None
     below: Tensor | None
+    order: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
@@ -107,25 +105,31 @@ class InputUnits:
         numbers = torch.arange(UNIT, device=self.counts.device)
         return (numbers < self.counts.unsqueeze(1)).flatten()
 
+    def gathered(self, order: Tensor) -> InputUnits:
+        """These units, for a row of which channel ``order[j]`` is input ``j``.
+
+        Args:
+            order: ``[channels]`` integers, as of `quantine.activations.modules.PermutedNorm`.
+        """
+        order = order.int()
+        return replace(self, source=order[self.source.long()], order=order)
+
     def after(self, norm: Norm) -> InputUnits:
-        """These units, for inputs that go through ``norm`` first."""
-        source = self.source.long()
-        if norm.order is not None:
-            source = norm.order.long()[source]
-        bias = None if norm.bias is None else norm.bias.float()[source]
-        return replace(
-            self,
-            source=source.int(),
-            weight=norm.weight.float()[source],
-            bias=bias,
-            eps=norm.eps,
-            centred=norm.centred,
-        )
+        """These units, for inputs that go through ``norm`` first.
+
+        Its tensors are read whenever rows are rounded, as they are then.
+        """
+        return replace(self, weight=norm.weight, bias=norm.bias, eps=norm.eps, centred=norm.centred)
+
+    def equals(self, other: InputUnits) -> bool:
+        """Whether both round, on one device, the same inputs to the same codes."""
+        (tensors, *rest), (others, *more) = self.parts(), other.parts()
+        return rest == more and all(map(_equal, tensors, others))
 
     def parts(self) -> tuple[list[Tensor | None], list[int], float]:
         """All that this consists of, as an operator of PyTorch takes it; see `of_parts`."""
         grids = [self.scale, self.zero, self.above, self.below]
-        tensors = [self.source, self.counts, *grids, self.weight, self.bias]
+        tensors = [self.source, self.counts, *grids, self.order, self.weight, self.bias]
         return tensors, [self.bits, self.columns, int(self.centred)], self.eps
 
     @classmethod
@@ -133,12 +137,13 @@ class InputUnits:
         cls, tensors: Sequence[Tensor | None], numbers: Sequence[int], eps: float
     ) -> InputUnits:
         """Put together what `parts` took apart."""
-        source, counts, scale, zero, above, below, weight, bias = tensors
+        source, counts, scale, zero, above, below, order, weight, bias = tensors
         bits, columns, centred = numbers
         assert source is not None
         assert counts is not None
         grids = (scale, zero, above, below)
-        return cls(source, counts, bits, columns, *grids, weight, bias, eps, bool(centred))
+        units = cls(source, counts, bits, columns, *grids, order)
+        return replace(units, weight=weight, bias=bias, eps=eps, centred=bool(centred))
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,7 @@ class Rounded:
 def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Rounded:
     """Norm and round ``x`` ``[batch, columns]`` of any float dtype."""
     there, middle = inputs.there(), 2 ** (inputs.bits - 1)
-    values = _normed(x.float(), inputs)
+    values = _normed(x.float(), inputs)[:, inputs.source.long()]
     lost = values[:, there].isnan().any(1)
     low, high = values[:, there].aminmax(dim=1, keepdim=True)
     values = values.masked_fill(~there, 0)
@@ -192,13 +197,29 @@ def round_reference(x: Tensor, inputs: InputUnits, in_quads: bool = False) -> Ro
     return Rounded(codes, sums, scale, shift.squeeze(1).masked_fill(lost, 0))
 
 
+def normed_reference(x: Tensor, inputs: InputUnits) -> Tensor:
+    """What the norm writes of ``x`` ``[batch, columns]``, of its shape and dtype.
+
+    Args:
+        x: of any float dtype.
+        inputs: made by `InputUnits.after`; `InputUnits.gathered` sets the order of the result.
+    """
+    normed = _normed(x.float(), inputs).to(x.dtype)
+    return normed if inputs.order is None else normed[:, inputs.order.long()]
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
+
+
 def _normed(x: Tensor, inputs: InputUnits) -> Tensor:
-    """Channels ``x`` ``[batch, columns]`` float32 at their places, after the norm if there is."""
-    source = inputs.source.long()
+    """Channels ``x`` ``[batch, columns]`` float32 as they come, after the norm if there is one."""
     if inputs.weight is None:
-        return x[:, source]
+        return x
     if inputs.centred:
         x = x - x.mean(1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + inputs.eps)
-    values = x[:, source] * inputs.weight
-    return values if inputs.bias is None else values + inputs.bias
+    x = x * inputs.weight.float()
+    return x if inputs.bias is None else x + inputs.bias.float()

@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def take_centred(x, source, counts, unit, mean, UNITS: tl.constexpr):
-    """Channels of units ``[n]`` less ``mean``, ``[n, 32]``, and whether places are not filled up.
+    """Channels of units ``[n]`` less ``mean``, ``[n, 32]``, which they are, and which are there.
 
     What fills up units is zero.
     """
@@ -21,21 +21,38 @@ def take_centred(x, source, counts, unit, mean, UNITS: tl.constexpr):
     there = number < tl.load(counts + unit, mask=held, other=0)[:, None]
     at = tl.load(source + unit[:, None] * 32 + number, mask=held[:, None], other=0)
     value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
-    return tl.where(there, value - mean, 0.0), there
+    return tl.where(there, value - mean, 0.0), at, there
 
 
 @triton.jit
 def take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS: tl.constexpr):
     """As `take_centred`, but after the norm with this mean and inverse deviation."""
-    value, there = take_centred(x, source, counts, unit, mean, UNITS)
+    value, at, there = take_centred(x, source, counts, unit, mean, UNITS)
     if weight is not None:
-        held = (unit < UNITS)[:, None]
-        place = unit[:, None] * 32 + tl.arange(0, 32)[None, :]
-        value = value * inverse * tl.load(weight + place, mask=held, other=0.0)
-        if bias is not None:
-            value += tl.load(bias + place, mask=held, other=0.0)
-            value = tl.where(there, value, 0.0)  # what fills up units asks for no factor
+        value = weigh(value * inverse, weight, bias, at, there)
     return value, there
+
+
+@triton.jit
+def weigh(value, weight, bias, at, there):
+    """Values of the channels ``at``, those that are ``there``, times their weights, and biases."""
+    value = value * tl.load(weight + at, mask=there, other=0.0).to(tl.float32)
+    if bias is not None:
+        value += tl.load(bias + at, mask=there, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def write_normed(
+    x, order, weight, bias, mean, inverse, normed, columns, first, COUNT: tl.constexpr
+):
+    """Inputs ``first`` to ``first + COUNT - 1``, as the norm writes them, to ``normed``."""
+    place = first + tl.arange(0, COUNT)
+    there = place < columns
+    at = place if order is None else tl.load(order + place, mask=there, other=0)
+    value = (tl.load(x + at, mask=there, other=0.0).to(tl.float32) - mean) * inverse
+    value = weigh(value, weight, bias, at, there)
+    tl.store(normed + place, value.to(normed.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -47,9 +64,11 @@ def round_row(
     zeros,
     above,
     below,
+    order,
     weight,
     bias,
     eps,
+    normed,
     codes,
     sums,
     scales,
@@ -74,14 +93,14 @@ def round_row(
     if CENTRED:
         for start in range(0, UNITS, WIDTH):
             unit = start + tl.arange(0, WIDTH)
-            value, there = take_centred(x, source, counts, unit, 0.0, UNITS)
+            value, _at, there = take_centred(x, source, counts, unit, 0.0, UNITS)
             mean += tl.sum(value)
         mean /= columns
     if weight is not None:
         square = 0.0
         for start in range(0, UNITS, WIDTH):
             unit = start + tl.arange(0, WIDTH)
-            value, there = take_centred(x, source, counts, unit, mean, UNITS)
+            value, _at, there = take_centred(x, source, counts, unit, mean, UNITS)
             square += tl.sum(value * value)
         inverse = tl.rsqrt(square / columns + eps)
     largest: tl.constexpr = 3.4028234663852886e38
@@ -117,6 +136,7 @@ def round_row(
         unit = start + tl.arange(0, WIDTH)
         held = unit < UNITS
         value, there = take_normed(x, source, counts, weight, bias, unit, mean, inverse, UNITS)
+        number = tl.arange(0, 32)[None, :]
         value = tl.where(lost, 0.0, value)
         if above is not None:
             value = tl.div_rn(value, scale)
@@ -129,7 +149,6 @@ def round_row(
         value = tl.minimum(tl.maximum(value, 0.0), top) + 8388608.0
         code = (value.to(tl.int32, bitcast=True) & 255) - middle
         code = tl.where(there & (lost == 0), code, 0)
-        number = tl.arange(0, 32)[None, :]
         target = unit[:, None] * 32 + number
         if IN_QUADS:
             target = number // 4 * (UNITS * 4) + unit[:, None] * 4 + number % 4
@@ -137,3 +156,9 @@ def round_row(
         tl.store(sums + row * UNITS + unit, tl.sum(code, 1).to(tl.float32), mask=held)
     tl.store(scales + row, tl.where(lost, float("nan"), scale))
     tl.store(shifts + row, tl.where(lost, 0.0, shift))
+    if normed is not None:
+        normed += row * columns
+        for start in range(0, UNITS, WIDTH):
+            write_normed(
+                x, order, weight, bias, mean, inverse, normed, columns, start * 32, WIDTH * 32
+            )
