@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quantine.activations.attention import NAME as ATTENTION
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.decoder_model import check_decodes
+from quantine.runtime.hf_caches import StaticLoop, asks_for_static, with_packed_cache
 from quantine.runtime.model_state import ModelState
 
 if TYPE_CHECKING:
@@ -39,11 +39,6 @@ ELSEWHERE: Final = frozenset(
 
 UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
 """Arguments that transformers passes to the loop and that the native decoder can do without."""
-
-CACHES: Final = ("past_key_values", "cache_implementation")
-"""Arguments of ``generate`` that choose a KV cache."""
-UNSPECIFIC: Final = (None, "hybrid")
-"""Values of a configuration's ``cache_implementation`` that leave the choice to transformers."""
 
 OUTPUTS: Final = (
     "return_dict_in_generate",
@@ -92,27 +87,12 @@ class Generate:
                 self._say(str(reason))
             finally:
                 self._kept = loop.kept
-        return ordinary(self._model, *args, streamer=streamer, **self._with_cache(options))
-
-    def _with_cache(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The arguments ``options`` with a packed KV cache added, where nothing speaks against it.
-
-        The model must round keys and values anyway, and the caller must not have chosen a cache, or
-        none.
-        """
-        from quantine.runtime.kv_cache import packed_cache
-
-        if self._model.config._attn_implementation != ATTENTION:
-            return options
-        asked = any(options.get(name) is not None for name in CACHES)
-        configs = (self._model.generation_config, options.get("generation_config"))
-        for config in configs:
-            asked |= getattr(config, "cache_implementation", None) not in UNSPECIFIC
-        uses = [getattr(config, "use_cache", None) for config in configs]
-        if asked or False in (options.get("use_cache"), *uses):
-            return options
-        cache = packed_cache(self._model)
-        return options if cache is None else {**options, "past_key_values": cache}
+        config = args[1] if len(args) > 1 else options.get("generation_config")
+        if asks_for_static(self._model, config, options):
+            static = StaticLoop(streamer, options)
+            return ordinary(self._model, *args, **{**options, "custom_generate": static})
+        options = with_packed_cache(self._model, config, options)
+        return ordinary(self._model, *args, streamer=streamer, **options)
 
     def _say(self, reason: str) -> None:
         if reason and reason != self._said:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ASSERTING: Final = ("cpu", "cuda")
+"""Devices where PyTorch asserts without the host. On others `pack_states` reads and raises."""
 BLOCK: Final = 64
 """Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
 
@@ -161,12 +163,16 @@ class StaticPackedLayer(StaticLayer):
 
     Args:
         key_grid, value_grid: as for `PackedLayer`.
-        room: number of tokens that it can hold. Whoever replays a recorded step counts them.
+        room: number of tokens that it can hold.
+        counts: whether the device checks that new tokens have room; one layer of a cache is enough.
     """
 
-    def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid, room: int) -> None:
+    def __init__(
+        self, key_grid: StaticGrid, value_grid: StaticGrid, room: int, counts: bool = True
+    ) -> None:
         super().__init__(max_cache_len=room)
         self._grids = key_grid, value_grid
+        self._counts = counts
         self._by_head: list[HeadGrid] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -205,8 +211,9 @@ class StaticPackedLayer(StaticLayer):
             that PyTorch compiles. What is not filled stands for some floats that are finite.
 
         Raises:
-            ValueError: there is no room for them. On a GPU of NVIDIA nothing is raised or written:
-                see `quantine.kernels.kv_attention.packing.pack_states`.
+            ValueError: there is no room for them. On a GPU of NVIDIA, where the host waits for
+                nothing, they are not written, and an assertion of the device fails, as it does
+                when a recorded step is repeated: CUDA raises it the next time that values are read.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -215,6 +222,9 @@ class StaticPackedLayer(StaticLayer):
         key = self._added(0, self.keys, key_states)
         value = self._added(1, self.values, value_states)
         self.cumulative_length.add_(key_states.shape[2])
+        if self._counts and self.device.type in ASSERTING:
+            there_is_room = self.cumulative_length <= self.max_cache_len
+            torch._assert_async(there_is_room, f"more tokens than room for {self.max_cache_len}")
         return key, value
 
     def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
@@ -241,7 +251,12 @@ def static_cache(model: PreTrainedModel, room: int) -> Cache:
     grids, count = _grids_of(model), model.config.num_hidden_layers
     if grids is None:
         return Cache(layers=[StaticLayer(max_cache_len=room) for _ in range(count)])
-    return Cache(layers=[StaticPackedLayer(key, value, room) for key, value in grids])
+    return Cache(
+        layers=[
+            StaticPackedLayer(key, value, room, counts=number == 0)
+            for number, (key, value) in enumerate(grids)
+        ]
+    )
 
 
 def _grids_of(model: PreTrainedModel) -> list[tuple[StaticGrid, StaticGrid]] | None:

@@ -29,6 +29,11 @@ class Multiplies(Protocol):
         ...
 
 
+# Operators of PyTorch take tensors and numbers only. A module's tensors would not do: the matrix that
+# kernels read is an object of the native extension, or made anew on another device, and inputs of a
+# graph lose what Python has attached to them. An operator for each module would be in PyTorch's own
+# table, which forgets nothing. So the process has one table, as PyTorch has of its operators. It
+# decides nothing: no number is used twice, and a module's place goes with the module.
 _LISTED: Final[WeakValueDictionary[int, Multiplies]] = WeakValueDictionary()
 """Modules of this process by number, as long as they live."""
 _NUMBERS: Final = itertools.count()

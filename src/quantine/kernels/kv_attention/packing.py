@@ -36,7 +36,8 @@ def pack_states(
             `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
         start: ``[]`` int64 on the device of ``packed``, which then has room for more tokens: those
             from place ``start`` on are overwritten. The host does not read it on a GPU, where
-            tokens without room are not written; the caller counts them.
+            tokens without room are not written: `quantine.runtime.kv_cache` lets the device
+            check that there are none.
 
     Raises:
         ValueError: ``packed`` has no room from ``start`` on, on other devices than GPUs of NVIDIA.
