@@ -17,7 +17,6 @@ from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.triton import groups as matrix_fit
 from quantine.kernels.fit.triton.programs.matrix import fit_matrix
-from quantine.kernels.fit.triton.request import Share, run_of
 
 ROWS, INPUTS = 256, 256
 """Shape of the matrices: programs do not depend on it."""
@@ -88,18 +87,27 @@ class Fit:
     @property
     def name(self) -> str:
         spec = self.spec
-        return f"fit, {spec.bits} bits, groups of {spec.group_size} inputs by {self.cost.clip}"
+        outliers = ", outliers" if self.cost.price < math.inf else ""
+        groups = f"groups of {spec.group_size} inputs"
+        return f"fit, {spec.bits} bits, {groups} by {self.cost.clip}{outliers}"
 
     def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
         """The program, its operands in order, and what is fixed when it is compiled."""
         length, device = self.spec.group_size, torch.device("cpu")
         groups = torch.zeros(ROWS, 4 * length).T.unflatten(0, (4, length))
         fitted = FittedGroups.empty(4, ROWS, length, self.spec, device)
-        share = Share.of(run_of(self.spec, fitted.run), length)
+        share = matrix_fit.share_of(fitted, self.cost)
         assert share is not None
         spread = torch.ones(4, length)
         _, operands, settings = matrix_fit.launch_of(groups, spread, fitted, self.cost, share)
         return fit_matrix, operands, settings
 
 
-FITS = (Fit(QuantSpec(4), GridCost("mse")), Fit(QuantSpec(4, 128), GridCost("minmax")))
+FITS = (
+    Fit(QuantSpec(4), GridCost("mse")),
+    Fit(QuantSpec(4, 128), GridCost("minmax")),
+    Fit(QuantSpec(4, 1024), GridCost("mse")),
+    Fit(QuantSpec(4, 8192), SPQR),
+    Fit(QuantSpec(4, 14336), GridCost("mse")),
+    Fit(QuantSpec(4, 14336), GridCost("hessian")),
+)

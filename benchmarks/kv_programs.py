@@ -10,7 +10,7 @@ import torch
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.scoring import Scoring
-from quantine.kernels.kv_attention.triton import packing
+from quantine.kernels.kv_attention.triton import joining, packing, seen
 from quantine.kernels.kv_attention.triton.request import Parts, Request, launch_of
 
 HEADS = 2
@@ -45,8 +45,8 @@ class Attention:
             f"one, {self.tokens} token{'s' * (self.tokens > 1)}"
         )
 
-    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
-        """What `quantine.kernels.kv_attention.triton.request.launch_of` says of it."""
+    def request(self) -> Request:
+        """What it computes."""
         shape = (1, HEADS, self.context, packed_bytes(self.dim, self.bits))
         grid = torch.ones(HEADS, self.dim)
         packed = torch.zeros(shape, dtype=torch.uint8)
@@ -54,7 +54,7 @@ class Attention:
         query = torch.zeros(1, HEADS * self.copies, self.tokens, self.dim, dtype=torch.float16)
         mask = torch.zeros(1, 1, self.tokens, self.context, dtype=torch.float16)
         ends = torch.zeros(2, 1, 1, self.tokens, 4, dtype=torch.int32)
-        request = Request(
+        return Request(
             query,
             states,
             states,
@@ -62,38 +62,87 @@ class Attention:
             mask.expand(-1, HEADS * self.copies, -1, -1),
             ends.expand(-1, -1, HEADS * self.copies, -1, -1),
         )
-        known = None
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """What `quantine.kernels.kv_attention.triton.request.launch_of` says of it."""
+        request, known = self.request(), None
         if request.top:
-            known = (torch.zeros(query.shape[:3]),) * 2
+            known = (torch.zeros(request.query.shape[:3]),) * 2
         if request.parts > 1:
             return launch_of(request, known, None, Parts.empty(request, mixed=True), None)
-        out = query.new_empty(1, self.tokens, HEADS * self.copies, self.dim)
-        return launch_of(request, known, None, None, out)
+        return launch_of(request, known, None, None, out_of(request))
+
+
+def out_of(request: Request) -> torch.Tensor:
+    batch, heads, tokens, dim = request.query.shape
+    return request.query.new_empty(batch, tokens, heads, dim)
+
+
+@dataclass(frozen=True)
+class Joining:
+    """The parts of the context of attention, joined, to compile."""
+
+    attention: Attention
+
+    @property
+    def name(self) -> str:
+        attention = self.attention
+        return f"joining {attention.request().parts} parts; {attention.dim} channels"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """What `quantine.kernels.kv_attention.triton.joining.launch_of` says of it."""
+        request = self.attention.request()
+        return joining.launch_of(request, Parts.empty(request, mixed=True), out_of(request))
+
+
+@dataclass(frozen=True)
+class Looking:
+    """What queries see of the context by a mask in float16, to compile."""
+
+    tokens: int
+    context: int
+
+    @property
+    def name(self) -> str:
+        return f"looking at a mask; {self.tokens} token{'s' * (self.tokens > 1)}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """What `quantine.kernels.kv_attention.triton.seen.launch_of` says of it."""
+        mask = torch.zeros(1, 1, self.tokens, self.context, dtype=torch.float16)
+        chunks = -(-self.context // seen.CHUNK)
+        ends = torch.zeros(2, 1, 1, self.tokens, chunks, dtype=torch.int32)
+        return seen.launch_of(mask, self.context, ends)
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """Rounding of the keys or values of one token to compile: bits, channels, error feedback."""
+    """Rounding of the keys or values of one token to compile: bits, channels, error feedback.
+
+    Where the place ``is_read`` on the device, there is room for all tokens.
+    """
 
     bits: int
     dim: int
     fed: bool
+    is_read: bool = False
 
     @property
     def name(self) -> str:
         fed = ", with feedback" if self.fed else ""
-        return f"rounding of keys, {self.bits} bits{fed}; {self.dim} channels, 1 token"
+        place = ", its place read" if self.is_read else ""
+        return f"rounding of keys, {self.bits} bits{fed}; {self.dim} channels, 1 token{place}"
 
     def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
         """What `quantine.kernels.kv_attention.triton.packing.launch_of` says of it."""
         grid = torch.ones(HEADS, self.dim)
-        packed = torch.zeros(1, HEADS, 1, packed_bytes(self.dim, self.bits), dtype=torch.uint8)
+        room, start = (4096, torch.tensor(0)) if self.is_read else (1, None)
+        packed = torch.zeros(1, HEADS, room, packed_bytes(self.dim, self.bits), dtype=torch.uint8)
         feedback = torch.zeros(HEADS, self.dim, self.dim).half() if self.fed else None
         states = torch.zeros(1, HEADS, 1, self.dim, dtype=torch.float16)
-        return packing.launch_of(states, self.bits, grid, grid, packed, feedback)
+        return packing.launch_of(states, self.bits, grid, grid, packed, feedback, start)
 
 
-KV_PROGRAMS: tuple[Attention | Rounding, ...] = (
+KV_PROGRAMS: tuple[Attention | Joining | Looking | Rounding, ...] = (
     Attention(4, 128, 4, 1, 4096),
     Attention(3, 128, 4, 1, 4096),
     Attention(4, 64, 1, 1, 4096),
@@ -104,4 +153,9 @@ KV_PROGRAMS: tuple[Attention | Rounding, ...] = (
     Attention(4, 256, 2, 4096, 4096),
     Rounding(4, 128, True),
     Rounding(3, 128, False),
+    Rounding(4, 128, False, is_read=True),
+    Joining(Attention(4, 128, 4, 1, 4096)),
+    Joining(Attention(4, 256, 2, 1, 2**16)),
+    Looking(1, 4096),
+    Looking(4096, 4096),
 )

@@ -195,9 +195,9 @@ def test_optional_libraries_are_imported_inside_functions() -> None:
 
 
 def in_triton(path: str) -> bool:
-    """Whether a file belongs to a stem's package of programs for GPUs."""
+    """Whether a file belongs to a stem's package of programs for GPUs, or to what they share."""
     parts = Path(path).parts
-    return parts[0] == "kernels" and parts[2:3] == ("triton",)
+    return parts[0] == "kernels" and (parts[2:3] == ("triton",) or parts[1] == "programs")
 
 
 def test_triton_is_imported_at_first_use() -> None:
@@ -205,7 +205,11 @@ def test_triton_is_imported_at_first_use() -> None:
     wrong = [
         f"{found.file}:{found.line} imports {found.target} ({found.where})"
         for found in imports()
-        if (found.target.split(".")[0] == "triton" or ".triton" in found.target)
+        if (
+            found.target.split(".")[0] == "triton"
+            or ".triton" in found.target + "."
+            or found.target.startswith("quantine.kernels.programs")
+        )
         and found.where != "function"
         and not in_triton(found.file)
     ]

@@ -13,13 +13,14 @@ from test_fit import fractional, groups_of, specs, total_cost
 
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
+from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import Clip, GridCost
 from quantine.kernels.fit.reference import fit_groups_reference, without_outliers
 from samples import generator, quick
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from quantine.kernels.fit.triton.groups import fit_groups
+from quantine.kernels.fit.triton.groups import fit_groups, share_of
 
 
 @settings(quick, max_examples=EXAMPLES)
@@ -76,9 +77,25 @@ def test_what_float16_does_not_hold_is_refused(large: float) -> None:
         fit_groups(moved(columns), moved(torch.ones(1, 4)), QuantSpec(3, 4), GridCost("mse"))
 
 
-def test_what_registers_do_not_hold_is_fitted_by_the_reference() -> None:
-    columns, spread = groups_of((1, 600, 3), "plain", 0), torch.ones(1, 600)
-    spec, cost = QuantSpec(3, 600), GridCost("mse")
+@pytest.mark.parametrize(
+    ("length", "lines", "cost", "held"),
+    [
+        (600, 19, GridCost("mse"), 16),
+        (600, 3, GridCost("hessian", 0.01, look_ahead=True), 8),
+        (8193, 2, GridCost("hessian"), 1),  # a whole row
+        (8193, 2, GridCost("hessian", 0.01, look_ahead=True), 0),  # registers do not hold it
+        (16385, 2, GridCost("minmax"), 0),
+    ],
+)
+def test_long_groups_have_fewer_lines_in_a_program(
+    length: int, lines: int, cost: GridCost, held: int
+) -> None:
+    columns, spread = groups_of((1, length, lines), "plain", 0), torch.ones(1, length)
+    spec = QuantSpec(3, length)
+    fitted = FittedGroups.empty(1, lines, length, spec, columns.device)
+    share = share_of(fitted, cost)
+    assert (0 if share is None else share.runs * share.span) == held
     found = moved(fit_groups(moved(columns), moved(spread), spec, cost), "cpu")
     expected = fit_groups_reference(columns, spread, spec, cost)
     torch.testing.assert_close(found.scales(), expected.scales())
+    torch.testing.assert_close(found.zeros(), expected.zeros())

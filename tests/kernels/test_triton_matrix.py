@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import GroupAxis
+from quantine.kernels.matrix import rows_of
 from quantine.kernels.matrix.reference import multiply_reference
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
@@ -165,6 +166,9 @@ def test_decoding(q: QTensor, dtype: torch.dtype) -> None:
     found = many_rows.decode(matrix, dtype).cpu()
     first, stop = matrix.rows // 3, matrix.rows // 3 + 2
     assert torch.equal(many_rows.decode(matrix, dtype, first, stop).cpu(), found[first:stop])
+    if q.outliers is None:
+        rows = torch.tensor([matrix.rows - 1, 0, 0], device=DEVICE)
+        assert torch.equal(rows_of(matrix, rows, dtype).cpu(), found[rows.cpu()])
     expected, size = q.dequantize(), reach(q)
     assert found.dtype == dtype
     # Tiny weights among large ones of the same matrix are rounded to multiples of a subnormal.

@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from quantine import load
+from quantine.core.spec import QuantSpec
+from quantine.formats import format_named
 from quantine.kernels import backend
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.matrix import TILED_ROWS
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
-from quantine.runtime.modules import QuantLinear
+from quantine.methods.rtn import RTN
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.packed import packed_modules
+from samples import generator
 from tiny_models import logits_of, some_tokens
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
@@ -45,6 +49,22 @@ def test_very_many_rows_meet_a_decoded_matrix(
     x = torch.randn(TILED_ROWS + 1, module.in_features, generator=torch.Generator().manual_seed(1))
     expected = x @ module.dequantize().T
     assert float((module.product(x) - expected).abs().max()) <= 2e-3 * float(expected.abs().max())
+
+
+def test_a_table_that_is_the_head_is_looked_up_in_what_the_head_reads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec, weight = QuantSpec(4, 32), torch.randn(70, 96, generator=generator(2))
+    packed = format_named("dense").pack(RTN()(weight, None, spec))
+    table, tokens = QuantEmbedding("dense", spec, 70, 96, packed), torch.tensor([[69, 3], [0, 68]])
+    expected = table.dequantize()[tokens]
+    logits = expected @ table.dequantize().T
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    pair = torch.nn.Sequential(table, TiedHead(table))
+    torch.testing.assert_close(table(tokens), expected, rtol=2**-10, atol=0)
+    assert float((pair(tokens) - logits).abs().max()) <= 5e-3 * float(logits.abs().max())
+    whole = torch.compile(table, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(tokens), table(tokens))
 
 
 @pytest.mark.parametrize("plan", ["W4A8", "W4A4"])

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from other_device import NAME, OtherDevice, tensors_in
+from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
 from quantine.kernels import backend
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 from quantine.methods.rtn import RTN
-from quantine.runtime.modules import QuantEmbedding, QuantLinear
+from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.packed import Packed
 
 OUT, IN = 24, 512
@@ -106,6 +108,24 @@ def test_a_matrix_that_has_no_units_stays_as_it_is() -> None:
     module = module_of(spec=QuantSpec(4, 0, cluster_sizes=(500, 12))).to(NAME)
     assert module.matrix(torch.device(NAME, 0)) is None
     assert {tensor.device.type for tensor in module.buffers()} == {NAME}
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_a_table_that_is_the_head_is_there_once(outliers: bool) -> None:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(5))
+    qtensor = RTN()(weight, None, SPEC)
+    if outliers:
+        qtensor = replace(qtensor, outliers=Csr.where(weight.abs() > 2.5, weight))
+    layout = "sparse" if outliers else "dense"
+    table: Packed = QuantEmbedding(layout, SPEC, OUT, IN, format_named(layout).pack(qtensor))
+    stored = nbytes(list(table.packed_tensors().values()))
+    head = TiedHead(table)  # type: ignore[arg-type]
+    pair = torch.nn.ModuleList([table, head]).to(NAME)
+    assert isinstance(table.matrix(torch.device(NAME, 0)), UnitMatrix)
+    arranged = OUT * IN // 2 + OUT * (IN // 128) * 4 + OUT * 4
+    held = nbytes([tensor for tensor in there(table) if tensor.numel()])
+    assert held >= arranged + stored if outliers else held == arranged
+    assert pair[0] is table
 
 
 def test_rows_are_looked_up_on_the_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,22 @@ import pytest
 import torch
 from test_compiled import OPERATOR, compiled, overload
 from test_graph_decoder import decoded, recorded, replayed
+from test_hf_generate import Heard
 from torch import Tensor
 
 import quantine
 from other_device import no_extension
 from quantine import Calibration, Plan, quantize
-from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.runtime.generate import ModuleDecoder
-from quantine.runtime.generate_cache import check_room
 from quantine.runtime.graph_decoder import StaticDecoder
-from quantine.runtime.kv_cache import BLOCK, StaticPackedLayer, packed_cache, static_cache
+from quantine.runtime.kv_cache import (
+    BLOCK,
+    PackedLayer,
+    StaticPackedLayer,
+    packed_cache,
+    static_cache,
+)
 from tiny_models import some_tokens
 
 Rounding = Callable[[str], Any]
@@ -105,6 +111,41 @@ def test_a_compiled_step_holds_operators(backend: str, rounding: Rounding) -> No
         assert sum(part in name for name in names) >= layers, part
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=lambda options: ",".join(options) or "greedy",
+)
+def test_generate_takes_it_where_a_static_cache_is_asked_for(
+    options: dict[str, Any], rounding: Rounding
+) -> None:
+    model, tokens = rounding("W16A4KV"), some_tokens(9, 2)
+    model.generation_config.eos_token_id = None
+    found = []
+    for asked in ({}, {"cache_implementation": "static"}):
+        torch.manual_seed(5)
+        out = model.generate(
+            tokens, max_new_tokens=6, return_dict_in_generate=True, **asked, **options
+        )
+        found.append(out)
+    growing, static = (out.past_key_values for out in found)
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert all(isinstance(layer, StaticPackedLayer) for layer in static.layers)
+    assert all(isinstance(layer, PackedLayer) for layer in growing.layers)
+    assert static.layers[0].keys.dtype == torch.uint8
+
+
+def test_a_configuration_asks_for_it_and_streamers_hear_it(rounding: Rounding) -> None:
+    model, tokens = rounding("W16A4KV"), some_tokens(9, 1)
+    wanted = type(model).generate(model, tokens, max_new_tokens=4, do_sample=False)
+    config = copy.deepcopy(model.generation_config)
+    config.cache_implementation, config.max_new_tokens, config.do_sample = "static", 4, False
+    heard = Heard()
+    assert torch.equal(model.generate(tokens, config, streamer=heard), wanted)
+    assert [token for part in heard.parts for token in part] == wanted[0].tolist()
+    assert heard.ended == 1
+
+
 def test_programs_of_gpus_append_and_attend(
     rounding: Rounding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,13 +156,6 @@ def test_programs_of_gpus_append_and_attend(
     cache = static_cache(model, 6)
     found = logits_with(cache, model, tokens, parts)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
-    check_room(cache)
-    with pytest.raises(RuntimeError, match="more tokens than a static cache has room for"):
-        logits_with(cache, model, tokens[:, :2], [2])
-
-
-def test_more_tokens_than_room_are_found_after_the_last(rounding: Rounding) -> None:
-    cache = static_cache(rounding("W16A4KV"), 6)
-    cache.layers[0].cumulative_length += 7  # as a graph counts
-    with pytest.raises(BackendUnavailable, match="7 tokens met a static cache with room for 6"):
-        check_room(cache)
+    cache = static_cache(model, 2)
+    with pytest.raises(RuntimeError, match="more tokens than room for 2"):  # the device asserts
+        logits_with(cache, model, tokens[:, :3], [3])

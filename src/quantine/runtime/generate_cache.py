@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from quantine.activations.attention import NAME as ATTENTION
-from quantine.errors import BackendUnavailable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +35,7 @@ def with_cache(
 
     Args:
         model: the model whose ``generate`` is called.
-        args: its positional arguments.
+        args: its positional arguments: the prompt, if that is one.
         options: its other arguments; they stay as they are.
     """
     from quantine.runtime.kv_cache import packed_cache, static_cache
@@ -51,31 +50,9 @@ def with_cache(
         cache = packed_cache(model)
         return options if cache is None else {**options, "past_key_values": cache}
     room = call.room()
-    if room is None or len(args) > 1 or packed_cache(model) is None:
+    if room is None or packed_cache(model) is None:
         return options
     return {**call.without("cache_implementation"), "past_key_values": static_cache(model, room)}
-
-
-def check_room(cache: Any) -> None:
-    """Refuse the tokens of a call that had more than its static packed cache has room for.
-
-    On a GPU nobody reads how many there are while they are made, and those without room are not
-    written.
-
-    Raises:
-        BackendUnavailable: there were more.
-    """
-    from quantine.runtime.kv_cache import StaticPackedLayer
-
-    for layer in getattr(cache, "layers", ()):
-        if not isinstance(layer, StaticPackedLayer):
-            continue
-        count = int(layer.cumulative_length)
-        if count > layer.max_cache_len:
-            raise BackendUnavailable(
-                f"{count} tokens met a static cache with room for {layer.max_cache_len}: what was "
-                "generated is not the model's; make a cache with more room"
-            )
 
 
 class _Call:
@@ -85,8 +62,7 @@ class _Call:
         self, model: PreTrainedModel, args: Sequence[Any], options: dict[str, Any]
     ) -> None:
         self._options = options
-        given = args[1] if len(args) > 1 else options.get("generation_config")
-        self._settings = given, model.generation_config
+        self._settings = options.get("generation_config"), model.generation_config
         self._prompt = args[0] if args else options.get("inputs", options.get("input_ids"))
 
     def setting(self, name: str) -> Any:

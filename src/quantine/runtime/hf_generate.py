@@ -18,7 +18,7 @@ from torch import Tensor
 from quantine.errors import BackendUnavailable
 from quantine.runtime.decoder import Decoder, decoder_for, most_likely
 from quantine.runtime.decoder_model import check_decodes
-from quantine.runtime.generate_cache import check_room, with_cache
+from quantine.runtime.generate_cache import with_cache
 from quantine.runtime.model_state import ModelState
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ class Generate:
     def __call__(self, *args: Any, streamer: Any = None, **options: Any) -> Any:
         """Generate tokens; arguments and results are those of transformers' ``generate``."""
         ordinary: Any = type(self._model).generate  # type: ignore[attr-defined]
-        plain = len(args) <= 2 and not any(options.get(name) is not None for name in ELSEWHERE)
+        if len(args) == 2:
+            args, options = args[:1], {**options, "generation_config": args[1]}
+        plain = len(args) <= 1 and not any(options.get(name) is not None for name in ELSEWHERE)
         if plain:
             # A call from another thread meanwhile gets a decoder of its own.
             kept, self._kept = self._kept, None
@@ -88,9 +90,7 @@ class Generate:
             finally:
                 self._kept = loop.kept
         options = with_cache(self._model, args, options)
-        found = ordinary(self._model, *args, streamer=streamer, **options)
-        check_room(options.get("past_key_values"))
-        return found
+        return ordinary(self._model, *args, streamer=streamer, **options)
 
     def _say(self, reason: str) -> None:
         if reason and reason != self._said:

@@ -8,7 +8,7 @@ decoded floats, of one layer at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ASSERTING: Final = ("cpu", "cuda")
+"""Devices where PyTorch asserts without the host. On others `pack_states` reads and raises."""
 BLOCK: Final = 64
 """Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
+
+
+class HeadGrid(NamedTuple):
+    """The grid of the keys or the values of a block, head by head.
+
+    Attributes:
+        bits, scale, zero: as of `PackedStates`.
+        feedback: as for `pack_states`.
+    """
+
+    bits: int
+    scale: Tensor
+    zero: Tensor
+    feedback: Tensor | None
+
+    @classmethod
+    def of(cls, grid: StaticGrid, dim: int) -> HeadGrid:
+        """What ``grid`` says of its channels, ``dim`` in each head."""
+        scale, zero = grid.of_channels()
+        return cls(grid.bits, scale.view(-1, dim), zero.view(-1, dim), grid.fed())
+
+    @property
+    def row(self) -> int:
+        """Bytes of a token of a head."""
+        return packed_bytes(self.scale.shape[1], self.bits)
+
+    def pack(self, states: Tensor, packed: Tensor, start: Tensor | None = None) -> None:
+        """Round ``states`` into ``packed``: see `pack_states`."""
+        pack_states(states, self.bits, self.scale, self.zero, packed, self.feedback, start)
+
+    def states(self, packed: Tensor, dtype: torch.dtype) -> PackedStates | RecordedStates:
+        """What ``packed`` stands for; while PyTorch compiles, in a form that it can compile."""
+        kind = RecordedStates if backend.is_compiled() else PackedStates
+        return kind(packed, self.bits, self.scale, self.zero, dtype)
 
 
 class PackedLayer(DynamicLayer):
@@ -48,7 +84,7 @@ class PackedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._grids = key_grid, value_grid
         self._rooms: list[Tensor] = []
-        self._channels: list[tuple[Tensor, Tensor]] = []  # scale and zero, [heads, dim]
+        self._by_head: list[HeadGrid] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set up empty codes; called by the first `update`.
@@ -59,19 +95,17 @@ class PackedLayer(DynamicLayer):
         """
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
-        self._channels = []
-        self._rooms = []
-        for grid in self._grids:
-            scale, zero = grid.of_channels()
-            self._channels.append((scale.view(heads, dim), zero.view(heads, dim)))
-            nothing = (batch, heads, 0, packed_bytes(dim, grid.bits))
-            self._rooms.append(torch.empty(nothing, dtype=torch.uint8, device=self.device))
+        self._by_head = [HeadGrid.of(grid, dim) for grid in self._grids]
+        self._rooms = [
+            torch.empty(batch, heads, 0, grid.row, dtype=torch.uint8, device=self.device)
+            for grid in self._by_head
+        ]
         self.keys, self.values = self._rooms
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Round and append the keys and values of new tokens.
 
         Args:
@@ -88,7 +122,8 @@ class PackedLayer(DynamicLayer):
         assert self.values is not None
         self.keys = self._added(0, self.keys, key_states)
         self.values = self._added(1, self.values, value_states)
-        return self._seen(0, self.keys), self._seen(1, self.values)
+        key, value = self._by_head
+        return key.states(self.keys, self.dtype), value.states(self.values, self.dtype)
 
     def _added(self, which: int, used: Tensor, states: Tensor) -> Tensor:
         before = used.shape[2]
@@ -98,14 +133,8 @@ class PackedLayer(DynamicLayer):
             shape = (*used.shape[:2], -(-after // BLOCK) * BLOCK, used.shape[3])
             room = self._rooms[which] = used.new_empty(shape)
             room[:, :, :before] = used
-        bits, (scale, zero) = self._grids[which].bits, self._channels[which]
-        added = room[:, :, before:after]
-        pack_states(states, bits, scale, zero, added, self._grids[which].fed())
+        self._by_head[which].pack(states, room[:, :, before:after])
         return room[:, :, :after]
-
-    def _seen(self, which: int, used: Tensor) -> PackedStates:
-        bits, (scale, zero) = self._grids[which].bits, self._channels[which]
-        return PackedStates(used, bits, scale, zero, self.dtype)
 
     def reset(self) -> None:
         """Forget all tokens and free their memory."""
@@ -122,7 +151,7 @@ class PackedLayer(DynamicLayer):
     @property
     def statistics_nbytes(self) -> int:
         """Bytes of the scales and zero points of all channels, which do not grow with tokens."""
-        return sum(values.nbytes for pair in self._channels for values in pair)
+        return sum(grid.scale.nbytes + grid.zero.nbytes for grid in self._by_head)
 
 
 class StaticPackedLayer(StaticLayer):
@@ -134,13 +163,17 @@ class StaticPackedLayer(StaticLayer):
 
     Args:
         key_grid, value_grid: as for `PackedLayer`.
-        room: number of tokens that it can hold. Whoever replays a recorded step counts them.
+        room: number of tokens that it can hold.
+        counts: whether the device checks that new tokens have room; one layer of a cache is enough.
     """
 
-    def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid, room: int) -> None:
+    def __init__(
+        self, key_grid: StaticGrid, value_grid: StaticGrid, room: int, counts: bool = True
+    ) -> None:
         super().__init__(max_cache_len=room)
         self._grids = key_grid, value_grid
-        self._channels: list[tuple[Tensor, Tensor]] = []  # scale and zero, [heads, dim]
+        self._counts = counts
+        self._by_head: list[HeadGrid] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the codes; called by the first `update`.
@@ -152,13 +185,12 @@ class StaticPackedLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, dim = key_states.shape
         self.k_head_dim = self.v_head_dim = dim
-        rooms = []
-        for grid in self._grids:
-            scale, zero = grid.of_channels()
-            self._channels.append((scale.view(-1, dim), zero.view(-1, dim)))
-            row = packed_bytes(dim, grid.bits)
-            shape = (self.batch_size, self.num_heads, self.max_cache_len, row)
-            rooms.append(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        self._by_head = [HeadGrid.of(grid, dim) for grid in self._grids]
+        shape = (self.batch_size, self.num_heads, self.max_cache_len)
+        rooms = [
+            torch.zeros(*shape, grid.row, dtype=torch.uint8, device=self.device)
+            for grid in self._by_head
+        ]
         self.keys, self.values = rooms
         self.cumulative_length = self.cumulative_length.to(self.device)
         for kept in (*rooms, self.cumulative_length):
@@ -167,7 +199,7 @@ class StaticPackedLayer(StaticLayer):
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Round the keys and values of new tokens, and write them behind those that are there.
 
         Args:
@@ -179,9 +211,9 @@ class StaticPackedLayer(StaticLayer):
             that PyTorch compiles. What is not filled stands for some floats that are finite.
 
         Raises:
-            ValueError: there is no room for them.
-            RuntimeError: the same on a GPU of NVIDIA: see
-                `quantine.kernels.kv_attention.packing.pack_states`.
+            ValueError: there is no room for them. On a GPU of NVIDIA, where the host waits for
+                nothing, they are not written, and an assertion of the device fails, as it does
+                when a recorded step is repeated: CUDA raises it the next time that values are read.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -190,13 +222,15 @@ class StaticPackedLayer(StaticLayer):
         key = self._added(0, self.keys, key_states)
         value = self._added(1, self.values, value_states)
         self.cumulative_length.add_(key_states.shape[2])
+        if self._counts and self.device.type in ASSERTING:
+            there_is_room = self.cumulative_length <= self.max_cache_len
+            torch._assert_async(there_is_room, f"more tokens than room for {self.max_cache_len}")
         return key, value
 
     def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
-        grid, (scale, zero) = self._grids[which], self._channels[which]
-        pack_states(states, grid.bits, scale, zero, room, grid.fed(), self.cumulative_length)
-        kind = RecordedStates if backend.is_compiled() else PackedStates
-        return kind(room, grid.bits, scale, zero, self.dtype)
+        grid = self._by_head[which]
+        grid.pack(states, room, self.cumulative_length)
+        return grid.states(room, self.dtype)
 
 
 def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
@@ -217,7 +251,12 @@ def static_cache(model: PreTrainedModel, room: int) -> Cache:
     grids, count = _grids_of(model), model.config.num_hidden_layers
     if grids is None:
         return Cache(layers=[StaticLayer(max_cache_len=room) for _ in range(count)])
-    return Cache(layers=[StaticPackedLayer(key, value, room) for key, value in grids])
+    return Cache(
+        layers=[
+            StaticPackedLayer(key, value, room, counts=number == 0)
+            for number, (key, value) in enumerate(grids)
+        ]
+    )
 
 
 def _grids_of(model: PreTrainedModel) -> list[tuple[StaticGrid, StaticGrid]] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from quantine.families.layers import multiplied_input
 from quantine.formats import format_named
 from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
+from quantine.kernels.matrix import rows_of
+from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
+from quantine.runtime.device_map import is_loaded_per_call
 from quantine.runtime.input_grid import integer_grid, is_plain_grid
 from quantine.runtime.packed import Packed, takes_kernels
-from quantine.runtime.recorded import is_compiled
+from quantine.runtime.recorded import is_compiled, look_up
 from quantine.runtime.shared_input import SharedInput
 from quantine.runtime.snapshot import Snapshot
 
@@ -140,7 +143,9 @@ class QuantLinear(Packed):
 class QuantEmbedding(Packed):
     """A token embedding whose table ``[tokens, width]`` is packed; only rows looked up are decoded.
 
-    They are looked up in the packed tensors, which stay on the model's device.
+    They are looked up in the packed tensors, which stay on the model's device. Where the table is
+    the head, too, and a GPU's programs read it, they are looked up in what these read, and the
+    packed tensors go to the CPU as those of other matrices do, unless there are outliers.
 
     Args:
         format_name, spec, out_features, in_features, tensors: as for `Packed`; ``out_features`` is
@@ -148,8 +153,6 @@ class QuantEmbedding(Packed):
         scale: factor on every row (Gemma scales its embeddings).
         dtype: dtype of the result until the model is cast.
     """
-
-    leaves_gpus: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -162,6 +165,7 @@ class QuantEmbedding(Packed):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(format_name, spec, out_features, in_features, tensors)
+        self.leaves_gpus = False
         self.factor = scale  # `scale` is the name of a packed tensor
         # Follows the model's dtype, which an embedding decides for all that comes after it.
         follows = torch.empty(0, dtype=dtype, device=next(iter(tensors.values())).device)
@@ -170,10 +174,35 @@ class QuantEmbedding(Packed):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map token ids ``[...]`` to their rows ``[..., in]``, in the model's dtype."""
         dtype = self.get_buffer("output_like").dtype
-        layout = format_named(self.format_name)
-        rows = layout.unpack(self.packed_tensors(), self.spec, self.in_features, tokens.reshape(-1))
-        result = rows.dequantize().to(dtype).view(*tokens.shape, self.in_features)
+        if self.leaves_gpus and is_compiled(tokens):
+            rows: Tensor = look_up(tokens.reshape(-1), self._number, self.in_features, dtype)
+        else:
+            rows = self.rows(tokens.reshape(-1), dtype)
+        result = rows.view(*tokens.shape, self.in_features)
         return result if self.factor == 1.0 else result * result.new_full((), self.factor)
+
+    def rows(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ``[n, in]`` in ``dtype`` of token ids ``[n]``, not scaled."""
+        packed = self.packed_tensors()
+        if self.leaves_gpus:
+            programs = backend.of(tokens) == "triton" and not backend.is_recorded()
+            if programs and not is_loaded_per_call(self):
+                matrix = self.matrix(tokens.device)
+                if _is_looked_up(matrix):
+                    return rows_of(matrix, tokens, dtype)
+            packed = self._packed_on(tokens.device)
+        layout = format_named(self.format_name)
+        return layout.unpack(packed, self.spec, self.in_features, tokens).dequantize().to(dtype)
+
+    def _leave_to_programs(
+        self, packed: dict[str, Tensor], place: torch.device, made: bool = True
+    ) -> None:
+        super()._leave_to_programs(packed, place, made and _is_looked_up(self._matrix))
+
+
+def _is_looked_up(matrix: Any) -> bool:
+    """Whether rows of ``matrix`` can be looked up in what a GPU's programs read."""
+    return isinstance(matrix, UnitMatrix) and matrix.entries is None
 
 
 class TiedHead(nn.Module):
@@ -187,6 +216,7 @@ class TiedHead(nn.Module):
     def __init__(self, table: QuantEmbedding, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.bias = bias
+        table.leaves_gpus = True
         # In a list, so that the table is registered, saved and moved once, as the embedding.
         self._table = [table]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Final, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Packed(FixedDtypes):
             time.
     """
 
-    leaves_gpus: ClassVar[bool] = True
+    leaves_gpus: bool = True
     """Whether buffers go to the CPU where a GPU's programs read a matrix of their own."""
 
     def __init__(

@@ -1,14 +1,14 @@
-"""Products with packed matrices as one operator of PyTorch: ``quantine::multiply_packed``.
+"""Products with packed matrices, and rows of packed tables, as operators of PyTorch.
 
-A compiled graph holds operators on tensors and numbers. So it holds this one, and in it the number
-of a module, which multiplies when the graph runs: by whichever kernels its device has, with the
-packed tensors that it has then.
+A compiled graph holds operators on tensors and numbers. So it holds ``quantine::multiply_packed``
+and ``quantine::look_up_packed``, and in them the number of a module, which computes when the graph
+runs: by whichever kernels its device has, with the packed tensors that it has then.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -29,6 +29,11 @@ class Multiplies(Protocol):
         ...
 
 
+# Operators of PyTorch take tensors and numbers only. A module's tensors would not do: the matrix
+# that kernels read is an object of the native extension, or is made anew on another device, and
+# inputs of a graph lose what Python has attached to them. An operator for each module would be in
+# PyTorch's own table, which forgets nothing. So the process has one table, as PyTorch has of its
+# operators. It decides nothing: no number is used twice, and an entry goes with its module.
 _LISTED: Final[WeakValueDictionary[int, Multiplies]] = WeakValueDictionary()
 """Modules of this process by number, as long as they live."""
 _NUMBERS: Final = itertools.count()
@@ -61,6 +66,29 @@ def multiply_packed(x: Tensor, number: int, outputs: int, rounds: bool) -> Tenso
 @multiply_packed.register_fake
 def _shape(x: Tensor, number: int, outputs: int, rounds: bool) -> Tensor:
     return x.new_empty(x.shape[0], outputs)
+
+
+@torch.library.custom_op("quantine::look_up_packed", mutates_args=())
+def look_up(tokens: Tensor, number: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of the table of the module of a number, not scaled.
+
+    Args:
+        tokens: ``[n]`` int64.
+        number: what `listed` returned for a `quantine.runtime.modules.QuantEmbedding`.
+        width: of a row.
+        dtype: of the result.
+
+    Returns:
+        ``[n, width]``.
+    """
+    module: Any = _LISTED[number]
+    rows: Tensor = module.rows(tokens, dtype)
+    return rows
+
+
+@look_up.register_fake
+def _rows(tokens: Tensor, number: int, width: int, dtype: torch.dtype) -> Tensor:
+    return tokens.new_empty(tokens.shape[0], width, dtype=dtype)
 
 
 def is_compiled(x: Tensor) -> bool:

@@ -36,12 +36,11 @@ def pack_states(
             `quantine.kernels.kv_attention.feedback`; ``None`` rounds to nearest.
         start: ``[]`` int64 on the device of ``packed``, which then has room for more tokens: those
             from place ``start`` on are overwritten. The host does not read it on a GPU, where
-            tokens without room are not written; in a CUDA graph the caller counts them.
+            tokens without room are not written: `quantine.runtime.kv_cache` lets the device
+            check that there are none.
 
     Raises:
-        ValueError: ``packed`` has no room from ``start`` on.
-        RuntimeError: the same on a GPU of NVIDIA, as soon as the host waits for it; not in a
-            CUDA graph.
+        ValueError: ``packed`` has no room from ``start`` on, on other devices than GPUs of NVIDIA.
     """
     operands = states, bits, scale, zero, packed, feedback, start
     if start is None and not backend.is_compiled():
@@ -65,11 +64,6 @@ def _chosen(
     if kind == "triton":
         from quantine.kernels.kv_attention.triton import packing as programs
 
-        recording = packed.is_cuda and torch.cuda.is_current_stream_capturing()
-        if start is not None and not recording:
-            # On the GPU, without waiting for it; a graph would repeat that for each token.
-            inside = start <= packed.shape[2] - states.shape[2]
-            torch._assert_async(inside, "more tokens than a static cache has room for")
         programs.pack_states(states, bits, scale, zero, packed, feedback, start)
         return
     if start is not None:

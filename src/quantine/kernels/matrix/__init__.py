@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from quantine.core.arithmetic import Arithmetic
@@ -74,6 +75,23 @@ def product(matrix: Matrix | UnitMatrix, x: Tensor, arithmetic: Arithmetic) -> T
     if len(x) > FEW_ROWS:
         return multiply_panels(matrix, x, arithmetic)
     return multiply([matrix], x.float().contiguous(), arithmetic)[0].to(x.dtype)
+
+
+def rows_of(matrix: UnitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of a matrix that a GPU's programs read, which has no outliers, decoded.
+
+    Args:
+        matrix: the matrix, on a GPU of NVIDIA.
+        rows: ``[n]`` int64 on its device.
+        dtype: of the result; weights are rounded to float16 on the way, as where many rows of
+            activations meet them.
+
+    Returns:
+        ``[n, in]``, columns in the order of inputs.
+    """
+    from quantine.kernels.matrix.triton.many_rows import decode
+
+    return decode(matrix.of_rows(rows), dtype)
 
 
 def float_matrix(weight: Tensor) -> Matrix | None:

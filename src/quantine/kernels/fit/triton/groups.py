@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import triton
 from torch import Tensor
@@ -16,12 +16,17 @@ from quantine.kernels.fit.reference import fit_groups_reference
 from quantine.kernels.fit.triton.programs.matrix import fit_matrix
 from quantine.kernels.fit.triton.request import Request, Share, operands, run_of
 
+LARGEST_TILE: Final = 2**14
+"""Most places of a tile, which is held in registers: a whole row of 16384 inputs."""
+LEAVING_OUT: Final = 2**13
+"""The same where ranges leave out likely outliers, which takes twice the registers."""
+
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
     """See `quantine.kernels.fit.fit_groups`; tiles that registers do not hold go to PyTorch."""
     groups, length, lines = columns.shape
     fitted = FittedGroups.empty(groups, lines, length, spec, columns.device)
-    share = Share.of(run_of(spec, fitted.run), length)
+    share = share_of(fitted, cost)
     if share is None:
         return fit_groups_reference(columns, spread, spec, cost)
     grid, values, settings = launch_of(columns, spread, fitted, cost, share)
@@ -29,6 +34,13 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
         fit_matrix[grid](*values, **settings)
     fitted.check()
     return fitted.grid()
+
+
+def share_of(fitted: FittedGroups, cost: GridCost) -> Share | None:
+    """The lines of a program; ``None`` where registers do not hold what is fitted together."""
+    most = LEAVING_OUT if cost.leaves_out else LARGEST_TILE
+    lines = most // int(triton.next_power_of_2(fitted.length))
+    return Share.of(run_of(fitted.spec, fitted.run, lines), fitted.length, most)
 
 
 def launch_of(

@@ -14,9 +14,10 @@ from quantine.kernels.fit.grid_cost import Clip, GridCost
 from quantine.kernels.fit.reference import SHRINKS, farthest_of
 
 LEAST_LINES: Final = 16
-"""Lines of a program, at least."""
+"""Lines of a program, at least, where registers hold as many."""
 LARGEST_TILE: Final = 2**12
-"""Most places of a tile, which is held in registers. PyTorch fits what takes more."""
+"""Most places of a tile of the column loop, which is held in registers. PyTorch fits what takes
+more."""
 NARROW: Final = 16
 """Length of a group up to which a thread can hold it whole, and a warp needs no other."""
 OF_A_WARP: Final = (1024, 512)
@@ -101,15 +102,15 @@ class Share:
     warps: int
 
     @classmethod
-    def of(cls, run: int, length: int) -> Share | None:
+    def of(cls, run: int, length: int, most: int = LARGEST_TILE) -> Share | None:
         """The share of lines that stay together in runs of ``run``, in groups of ``length``.
 
-        ``None`` if such a run takes more than `LARGEST_TILE`.
+        ``None`` if such a run takes more than ``most`` places.
         """
-        span = int(triton.next_power_of_2(run))
-        runs = max(1, LEAST_LINES // span)
-        tile = runs * span * int(triton.next_power_of_2(length))
-        if tile > LARGEST_TILE:
+        span, width = int(triton.next_power_of_2(run)), int(triton.next_power_of_2(length))
+        runs = max(1, min(LEAST_LINES, most // width) // span)
+        tile = runs * span * width
+        if tile > most:
             return None
         return cls(runs, span, run, max(1, tile // OF_A_WARP[length > NARROW]))
 
@@ -118,9 +119,14 @@ class Share:
         return -(-lines // (self.runs * self.run))
 
 
-def run_of(spec: QuantSpec, run: int) -> int:
-    """Number of lines that one program must hold: the ``run`` of a second level, or any."""
-    return run if spec.second_level else LEAST_LINES
+def run_of(spec: QuantSpec, run: int, most: int = LEAST_LINES) -> int:
+    """Number of lines that one program must hold: the ``run`` of a second level, or any.
+
+    Args:
+        spec, run: how lines are fitted.
+        most: lines that registers hold.
+    """
+    return run if spec.second_level else max(1, min(LEAST_LINES, most))
 
 
 def operands(fitted: FittedGroups) -> tuple[Tensor, ...]:

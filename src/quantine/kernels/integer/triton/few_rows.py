@@ -19,18 +19,13 @@ from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
+from quantine.kernels.matrix.triton.warps import CHUNK, LANES, warps_of
 from quantine.kernels.matrix.units.layout import TOGETHER
 
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 AT_ONCE: Final = 2
 """Rows of activations that meet the same decoded codes."""
-LANES: Final = 32
-"""Threads of a warp."""
-MOST_WARPS: Final = 8
-"""Warps of a program where rows are long."""
-CHUNK: Final = 128
-"""Outliers that a program reads at once."""
 FOUR_PRODUCTS: Final = "dp4a.u32.s32 $0, $1, $2, $3;"
 """The instruction that adds four products of bytes, those of weights without a sign."""
 
@@ -48,9 +43,7 @@ def launch_of(
     matrix: GriddedMatrix, x: Rounded, result: Tensor
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
-    warps = 1
-    while warps < MOST_WARPS and warps * LANES * TOGETHER < matrix.units:
-        warps *= 2
+    warps = warps_of(matrix.units)
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,

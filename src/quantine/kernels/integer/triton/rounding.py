@@ -20,12 +20,11 @@ from quantine.kernels.integer.token_factors import LARGEST, SMALLEST
 from quantine.kernels.integer.triton.programs.rounding import round_row
 from quantine.kernels.integer.units.inputs import InputUnits, Rounded
 from quantine.kernels.integer.units.layout import QUADS
+from quantine.kernels.matrix.triton.warps import LANES
 from quantine.kernels.matrix.units.layout import UNIT
 
 EACH: Final = 32
 """Inputs of a thread, where a row is long enough."""
-LANES: Final = 32
-"""Threads of a warp."""
 MOST_UNITS: Final = 512
 """Units that a program has in registers at once; longer rows are read several times."""
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
 from torch import Tensor
 
-from quantine.kernels import backend
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.reference import round_probabilities
 from quantine.kernels.kv_attention.scoring import Scoring
-from quantine.kernels.kv_attention.triton.programs.outputs import join_parts
+from quantine.kernels.kv_attention.triton.joining import join
 from quantine.kernels.kv_attention.triton.request import Parts, Request, launch
 from quantine.kernels.kv_attention.triton.seen import look
 
@@ -91,28 +89,10 @@ def _computed(request: Request, keep: bool) -> tuple[Tensor, Tensor | None]:
     else:
         found = Parts.empty(request, mixed=True)
         launch(request, known, scores, parts=found)
-        _join(request, found, out)
+        join(request, found, out)
     if scores is None:
         return out, None
     probabilities = scores.softmax(-1)
     if request.top:
         probabilities = round_probabilities(probabilities, scoring.softmax_bits, scoring.relative)
     return out, probabilities.to(query.dtype)
-
-
-def _join(request: Request, parts: Parts, out: Tensor) -> None:
-    batch, heads, tokens, dim = request.query.shape
-    value = request.value
-    with backend.launching(out):
-        join_parts[(tokens, heads, batch)](
-            *(parts.mixed, parts.tops, parts.sums),
-            *(value.scale, value.zero),
-            out,
-            *(heads, tokens, request.parts),
-            BITS=value.bits,
-            DIM=dim,
-            WIDTH=request.width,
-            COPIES=request.copies,
-            PARTS=triton.next_power_of_2(request.parts),
-            TOP=0 if request.scoring.relative else request.top,
-        )

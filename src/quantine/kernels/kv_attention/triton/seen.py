@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 import triton
@@ -32,14 +32,31 @@ def look(mask: Tensor, context: int) -> Tensor:
     batch, heads, tokens, _ = mask.shape
     chunks = triton.cdiv(context, CHUNK)
     ends = mask.new_empty(2, batch, heads, tokens, chunks, dtype=torch.int32)
+    program, operands, settings = launch_of(mask, context, ends)
     with backend.launching(mask):
-        find_seen[(chunks, triton.cdiv(tokens, QUERIES), batch * heads)](
-            mask,
-            *ends,
-            *(heads, tokens, context, chunks),
-            *mask.expand(-1, -1, -1, context).stride(),
-            LEAST=torch.finfo(mask.dtype).min if mask.is_floating_point() else float("-inf"),
-            TOKENS=min(QUERIES, triton.next_power_of_2(tokens)),
-            CHUNK=CHUNK,
-        )
+        grid = (chunks, triton.cdiv(tokens, QUERIES), batch * heads)
+        program[grid](*operands, **settings)
     return ends
+
+
+def launch_of(mask: Tensor, context: int, ends: Tensor) -> tuple[Any, list[Any], dict[str, Any]]:
+    """The program, its operands in order, and what is fixed when it is compiled.
+
+    Args:
+        mask, context: as of `look`.
+        ends: what it fills.
+    """
+    heads, tokens = mask.shape[1:3]
+    operands = [
+        mask,
+        *ends,
+        *(heads, tokens, context, ends.shape[4]),
+        *mask.expand(-1, -1, -1, context).stride(),
+    ]
+    settings = {
+        "LEAST": torch.finfo(mask.dtype).min if mask.is_floating_point() else float("-inf"),
+        "TOKENS": min(QUERIES, triton.next_power_of_2(tokens)),
+        "CHUNK": CHUNK,
+        "num_warps": 4,
+    }
+    return find_seen, operands, settings

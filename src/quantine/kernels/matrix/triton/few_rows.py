@@ -20,6 +20,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
+from quantine.kernels.matrix.triton.warps import CHUNK, LANES, warps_of
 from quantine.kernels.matrix.units.activations import Arranged
 from quantine.kernels.matrix.units.instructions import (
     PAIR_TIMES_PAIR,
@@ -32,12 +33,6 @@ from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
-LANES: Final = 32
-"""Threads of a warp."""
-MOST_WARPS: Final = 8
-"""Warps of a program where rows are long."""
-CHUNK: Final = 128
-"""Outliers that a program reads at once."""
 BLOCK: Final = 4
 """Rows that a program of groups along outputs multiplies at once."""
 
@@ -56,9 +51,7 @@ def launch_of(
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
     entries, groups = matrix.entries, matrix.groups
-    warps = 1
-    while warps < MOST_WARPS and warps * LANES * TOGETHER < matrix.units:
-        warps *= 2
+    warps = warps_of(matrix.units)
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -49,6 +49,21 @@ class RowGroups:
         """Number of groups in a unit, 1 if they are as long as a unit or longer."""
         return len(self.words)
 
+    def of_rows(self, rows: Tensor) -> RowGroups:
+        """Those of ``rows`` ``[n]`` int64, which share no second grids."""
+        grids = [
+            None if each is None else each[rows // self.tile]
+            for each in (self.scale_grids, self.zero_grids)
+        ]
+        return replace(
+            self,
+            words=self.words.index_select(1, rows),
+            factors=self.factors[rows],
+            scale_grids=grids[0],
+            zero_grids=grids[1],
+            tile=1,
+        )
+
 
 @dataclass(frozen=True)
 class ColumnGroups:
@@ -67,6 +82,12 @@ class ColumnGroups:
     zeros: Tensor | None
     size: int
     factors: Tensor
+
+    def of_rows(self, rows: Tensor) -> ColumnGroups:
+        """Those of ``rows`` ``[n]`` int64, each a group of its own."""
+        groups = rows // self.size
+        zeros = None if self.zeros is None else self.zeros[groups]
+        return ColumnGroups(self.scales[groups], zeros, 1, self.factors[groups])
 
 
 def row_groups(qtensor: QTensor) -> RowGroups | None:

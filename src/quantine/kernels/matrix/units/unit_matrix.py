@@ -98,6 +98,14 @@ class UnitMatrix:
         """Number of units of a row."""
         return self.words.shape[2]
 
+    def of_rows(self, rows: Tensor) -> UnitMatrix:
+        """The matrix of ``rows`` ``[n]`` int64, in their order; without the outliers of this one.
+
+        The host waits for nothing.
+        """
+        words, groups = self.words.index_select(0, rows), self.groups.of_rows(rows)
+        return replace(self, words=words, groups=groups, entries=None, program=1)
+
     def parts(self) -> tuple[list[Tensor | None], list[int], float]:
         """All that the matrix consists of, as an operator of PyTorch takes it; see `of_parts`."""
         groups, entries = self.groups, self.entries

@@ -8,10 +8,10 @@ import triton.language as tl
 from quantine.kernels.fit.triton.programs.grids import (
     FIRST_INFINITE,
     SMALLEST_DIVISOR,
-    nearest_code,
     to_half,
 )
 from quantine.kernels.fit.triton.programs.group import fit_group, lines_of
+from quantine.kernels.programs.whole_numbers import nearest_code
 
 
 # Known divisors of rows would make threads hold four of them, and move them between threads.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantine.kernels.programs.whole_numbers import nearest_code
+
 SMALLEST_SCALE = tl.constexpr(2.0**-24)
 """`quantine.core.fit_range.SMALLEST_SCALE`."""
 LARGEST_HALF = tl.constexpr(65504.0)
@@ -16,13 +18,6 @@ FIRST_INFINITE = tl.constexpr(65520.0)
 """Least magnitude that float16 rounds to infinity."""
 SMALLEST_DIVISOR = tl.constexpr(1e-9)
 """`quantine.kernels.fit.grid_cost.SMALLEST_DIVISOR`."""
-
-
-@triton.jit
-def nearest_code(x, BITS: tl.constexpr):
-    """The whole number nearest to ``x``, to even on ties, among the codes of ``BITS`` bits."""
-    # Adding 1.5 * 2**23 leaves no bits for fractions.
-    return (tl.minimum(tl.maximum(x, 0.0), 2.0**BITS - 1) + 12582912.0) - 12582912.0
 
 
 @triton.jit

@@ -13,10 +13,10 @@ from quantine.kernels.fit.triton.programs.grids import (
     SMALLEST_DIVISOR,
     SMALLEST_SCALE,
     cost_of,
-    nearest_code,
     report,
     to_half,
 )
+from quantine.kernels.programs.whole_numbers import nearest_code
 
 
 @triton.jit

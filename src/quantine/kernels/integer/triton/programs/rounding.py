@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantine.kernels.programs.whole_numbers import to_whole
+
 
 @triton.jit
 def take_centred(x, source, counts, unit, mean, UNITS: tl.constexpr):
@@ -129,8 +131,7 @@ def round_row(
         low, high = tl.where(lost, 0.0, low), tl.where(lost, 0.0, high)
         least = tl.maximum(tl.maximum(tl.abs(low), tl.abs(high)) * LEAST_SHARE, LEAST_SCALE)
         scale = tl.maximum(tl.div_rn(high - low, top), least)
-        # Adding 3 * 2**22 rounds to a whole number, whose magnitude is 2**22 at most.
-        zero = (tl.div_rn(-low, scale) + 12582912.0) - 12582912.0
+        zero = to_whole(tl.div_rn(-low, scale))
         shift = zero - middle
     for start in range(0, UNITS, WIDTH):
         unit = start + tl.arange(0, WIDTH)

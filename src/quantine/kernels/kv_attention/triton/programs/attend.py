@@ -7,6 +7,7 @@ import triton.language as tl
 
 from quantine.kernels.kv_attention.triton.programs.codes import paired, take_codes, unpaired
 from quantine.kernels.kv_attention.triton.programs.outputs import outputs_of
+from quantine.kernels.programs.whole_numbers import to_whole
 
 
 @triton.jit
@@ -162,8 +163,7 @@ def attend_part(
             share = tl.exp(score - top)
             if not RELATIVE:
                 share = share / whole
-            # Adding 1.5 * 2**23 leaves no bits for fractions: steps are whole, ties go to even.
-            share = (share * TOP + 12582912.0) - 12582912.0
+            share = to_whole(share * TOP)
         else:
             higher = tl.maximum(top, tl.max(score, 1, keep_dims=True))
             base = tl.where(higher == float("-inf"), 0.0, higher)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from quantine.kernels.programs.whole_numbers import nearest_code
+
 
 @triton.jit
 def _encoded(x, scale, zero, BITS: tl.constexpr):
     """The nearest codes of ``x``, as floats: see `quantine.core.grid.encode`."""
-    place = tl.minimum(tl.maximum(tl.div_rn(x, scale) + zero, 0.0), 2.0**BITS - 1)
-    # Adding 1.5 * 2**23 leaves no bits for fractions: the sum is rounded, ties to even.
-    return (place + 12582912.0) - 12582912.0
+    return nearest_code(tl.div_rn(x, scale) + zero, BITS)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Parts of programs in Triton that several kernels have."""
