@@ -75,7 +75,8 @@ class Generate:
         """Generate tokens; arguments and results are those of transformers' ``generate``."""
         ordinary: Any = type(self._model).generate  # type: ignore[attr-defined]
         if len(args) == 2:
-            args, options = args[:1], {**options, "generation_config": args[1]}
+            options["generation_config"] = args[1]
+            args = args[:1]
         plain = len(args) <= 1 and not any(options.get(name) is not None for name in ELSEWHERE)
         if plain:
             # A call from another thread meanwhile gets a decoder of its own.
