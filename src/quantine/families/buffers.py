@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 UNSET: Final = 77
 """What buffers are filled with before the initializer is asked; none is meant to be this all over.
 """
 
 
-def compute_buffers(
-    model: PreTrainedModel, module: nn.Module, buffers: Mapping[str, Tensor]
-) -> None:
+def compute_buffers(model: Any, module: nn.Module, buffers: Mapping[str, Tensor]) -> None:
     """Replace buffers of a module by new ones that the model's initializer computes.
 
     transformers calls it for every module when it loads a model. Where it leaves one for
     which no file has a place, it is called for the modules around, from the inside to the outside.
 
     Args:
-        model: the model, whose weights in these modules may be others afterwards.
+        model: a model of transformers, whose weights in these modules may be others afterwards.
         module: one of its modules.
         buffers: tensors by the names in the module, which say shapes, dtypes and devices.
     """
