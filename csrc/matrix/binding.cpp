@@ -175,6 +175,33 @@ void multiply(const std::vector<const Matrix*>& matrices, Array<const float> x,
                      exact ? Arithmetic::kExact : Arithmetic::kFast, pool);
 }
 
+// For every expert some matrices, which all read its rows of `x`: `counts` of them after those of
+// the expert before. `ys` has the results of the first matrix of every expert, of the second, ...
+void multiply_grouped(const std::vector<std::vector<const Matrix*>>& experts, Array<const float> x,
+                      const std::vector<std::size_t>& counts, const std::vector<Array<float>>& ys,
+                      bool exact, Pool& pool) {
+  if (experts.size() != counts.size()) throw nb::value_error("every expert needs a count of rows");
+  std::vector<quantine::OwnProduct> products;
+  std::size_t first = 0;
+  for (std::size_t e = 0; e < experts.size(); ++e) {
+    if (counts[e] > x.shape(0) - first || experts[e].size() != ys.size())
+      throw nb::value_error("counts must sum to the rows of x, every matrix needs an output");
+    for (std::size_t i = 0; i < ys.size(); ++i) {
+      const Matrix& matrix = *experts[e][i];
+      if (matrix.columns() != x.shape(1) || ys[i].shape(0) != x.shape(0) ||
+          ys[i].shape(1) != matrix.rows())
+        throw nb::value_error("x must be [batch, columns], every y [batch, rows]");
+      products.push_back({&matrix, x.data() + first * x.shape(1), counts[e],
+                          ys[i].data() + first * matrix.rows()});
+    }
+    first += counts[e];
+  }
+  if (first != x.shape(0)) throw nb::value_error("counts must sum to the rows of x");
+  nb::gil_scoped_release release;
+  quantine::multiply_grouped(products.data(), products.size(),
+                             exact ? Arithmetic::kExact : Arithmetic::kFast, pool);
+}
+
 void check_rows(const Matrix& matrix, std::size_t first, std::size_t count, std::size_t columns) {
   if (columns != matrix.columns() || first > matrix.rows() || count > matrix.rows() - first)
     throw nb::value_error("out must be [count, columns], within the rows of the matrix");
@@ -232,6 +259,8 @@ void bind_matrix(nb::module_& m) {
       .def("decode_bfloat16", &decode_bfloat16, nb::arg("first"), nb::arg("out"), nb::arg("pool"));
   m.def("multiply", &multiply, nb::arg("matrices"), nb::arg("x"), nb::arg("ys"), nb::arg("exact"),
         nb::arg("pool"));
+  m.def("multiply_grouped", &multiply_grouped, nb::arg("experts"), nb::arg("x"), nb::arg("counts"),
+        nb::arg("ys"), nb::arg("exact"), nb::arg("pool"));
   m.def("has_bfloat16", &quantine::has_bfloat16);
   m.def("levels", &quantine::levels);
   m.def("level", &quantine::level);

@@ -72,19 +72,19 @@ struct Task {
   std::size_t product, first, count;
 };
 
-void multiply_common(const Level& level, const Product& product, const Task& task,
-                     const Activations& a, std::size_t batch, bool exact) {
+void multiply_common(const Level& level, const OwnProduct& product, const Task& task,
+                     const Activations& a, bool exact) {
   for (std::size_t tile = task.first; tile < task.first + task.count; ++tile)
-    level.multiply(product.matrix->weights(), a, batch, tile, product.y, exact);
+    level.multiply(product.matrix->weights(), a, product.batch, tile, product.y, exact);
 }
 
 // For groups along outputs: activations are scaled for one group after another.
-void multiply_scaled(const Level& level, const Product& product, const Task& task,
-                     const Activations& a, std::size_t batch, bool exact) {
+void multiply_scaled(const Level& level, const OwnProduct& product, const Task& task,
+                     const Activations& a, bool exact) {
   const Weights& w = product.matrix->weights();
-  Scaled scaled(level, w, std::min(batch, kTile), exact);
-  for (std::size_t row = 0; row < batch; row += kTile) {
-    const std::size_t rows = std::min(kTile, batch - row);
+  Scaled scaled(level, w, std::min(product.batch, kTile), exact);
+  for (std::size_t row = 0; row < product.batch; row += kTile) {
+    const std::size_t rows = std::min(kTile, product.batch - row);
     for (std::size_t tile = task.first; tile < task.first + task.count; ++tile) {
       const std::size_t at = tile * kTile;
       if (tile == task.first || at % w.group_rows == 0)
@@ -92,6 +92,19 @@ void multiply_scaled(const Level& level, const Product& product, const Task& tas
       level.multiply(w, scaled.view(), rows, tile, product.y + row * w.rows, exact);
     }
   }
+}
+
+// What products with the same activations read.
+struct Arrangement {
+  const Weights* weights;  // of the first of these products
+  const float* x;
+  std::size_t batch;
+  bool outliers;  // in any of them
+};
+
+bool same_input(const Arrangement& one, const OwnProduct& product) {
+  return one.x == product.x && one.batch == product.batch &&
+         alike(*one.weights, product.matrix->weights());
 }
 
 }  // namespace
@@ -156,32 +169,46 @@ void Matrix::decode(std::size_t first, std::size_t count, std::uint16_t* out, Po
 
 void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
               Arithmetic arithmetic, Pool& pool) {
+  std::vector<OwnProduct> own;
+  own.reserve(count);
+  for (std::size_t p = 0; p < count; ++p)
+    own.push_back({products[p].matrix, x, batch, products[p].y});
+  multiply_grouped(own.data(), count, arithmetic, pool);
+}
+
+void multiply_grouped(const OwnProduct* products, std::size_t count, Arithmetic arithmetic,
+                      Pool& pool) {
   const Level& level = current_level();
   const bool exact = arithmetic == Arithmetic::kExact;
-  std::vector<Arranged> arranged;
-  arranged.reserve(count);
+  std::vector<Arrangement> wanted;
+  wanted.reserve(count);
   std::vector<std::size_t> uses(count);
   std::vector<Task> tasks;
   tasks.reserve(64);
-  const bool outliers = std::any_of(products, products + count, [](const Product& product) {
-    return !product.matrix->weights().outlier_offsets.empty();
-  });
   for (std::size_t p = 0; p < count; ++p) {
-    const Weights& w = products[p].matrix->weights();
-    std::size_t same = 0;
-    while (same < p && !alike(products[same].matrix->weights(), w)) ++same;
-    if (same == p) arranged.emplace_back(level, w, x, batch, exact, outliers);
-    uses[p] = same == p ? arranged.size() - 1 : uses[same];
+    const OwnProduct& product = products[p];
+    if (product.batch == 0) continue;
+    const Weights& w = product.matrix->weights();
+    const auto found = std::find_if(wanted.begin(), wanted.end(), [&](const Arrangement& one) {
+      return same_input(one, product);
+    });
+    uses[p] = static_cast<std::size_t>(found - wanted.begin());
+    if (found == wanted.end()) wanted.push_back({&w, product.x, product.batch, false});
+    wanted[uses[p]].outliers |= !w.outlier_offsets.empty();
     const std::size_t tiles = tiles_of(w), count_together = together(w);
     for (std::size_t tile = 0; tile < tiles; tile += count_together)
       tasks.push_back({p, tile, std::min(count_together, tiles - tile)});
   }
+  std::vector<Arranged> arranged;
+  arranged.reserve(wanted.size());
+  for (const Arrangement& one : wanted)
+    arranged.emplace_back(level, *one.weights, one.x, one.batch, exact, one.outliers);
   const auto run = [&](std::size_t index) {
     const Task& task = tasks[index];
-    const Product& product = products[task.product];
+    const OwnProduct& product = products[task.product];
     const auto multiply_tiles =
         product.matrix->weights().group_rows == 0 ? multiply_common : multiply_scaled;
-    multiply_tiles(level, product, task, arranged[uses[task.product]].view(), batch, exact);
+    multiply_tiles(level, product, task, arranged[uses[task.product]].view(), exact);
   };
   pool.run(tasks.size(), std::ref(run));  // by reference, nothing is allocated
 }

@@ -137,6 +137,18 @@ struct Product {
 void multiply(const Product* products, std::size_t count, const float* x, std::size_t batch,
               Arithmetic arithmetic, Pool& pool);
 
+// A product with activations of its own, such as those of the tokens that chose one expert.
+struct OwnProduct {
+  const Matrix* matrix;
+  const float* x;     // [batch, columns]
+  std::size_t batch;  // may be 0
+  float* y;           // [batch, rows], overwritten
+};
+
+// One parallel step for all of them. Those that read the same activations arrange these once.
+void multiply_grouped(const OwnProduct* products, std::size_t count, Arithmetic arithmetic,
+                      Pool& pool);
+
 // Whether this machine has instructions for products of bfloat16.
 bool has_bfloat16();
 

@@ -134,7 +134,7 @@ def test_views_share_an_input_and_what_was_written_to_is_another() -> None:
 
 def test_a_parameter_that_is_no_matrix_is_kept() -> None:
     block = Block()
-    assert kept_in(block, "block", trace_of(block)) == {"factors": "no matrix of a product"}
+    assert kept_in(block, "block", trace_of(block), {}) == {"factors": "no matrix of a product"}
 
 
 class Odd(Block):
@@ -159,25 +159,32 @@ class Odd(Block):
 def test_experts_that_were_not_chosen_are_refused() -> None:
     block = Odd("expert")
     with pytest.raises(FamilyError, match=r"block\.experts\.1 did not run: experts in lists"):
-        kept_in(block, "block", trace_of(block))
+        kept_in(block, "block", trace_of(block), {})
 
 
 def test_products_outside_of_modules_are_refused() -> None:
-    block = Odd("product")
+    block, shapes = Odd("product"), {"block.factors": (33, 800)}
     with pytest.raises(FamilyError, match=r"block\.factors \(3, 8\) in a Odd is used by matmul"):
-        kept_in(block, "block", trace_of(block))
+        kept_in(block, "block", trace_of(block), shapes)
+
+
+def test_narrow_ones_of_the_model_itself_are_kept() -> None:
+    block, shapes = Odd("product"), {"block.factors": (32, 800)}
+    kept = kept_in(block, "block", trace_of(block), shapes)
+    assert kept["factors"] == "in no Linear module, and only 32 wide or less"
 
 
 def test_a_matrix_that_is_read_elsewhere_is_kept() -> None:
     block = Odd("weight")
-    reason = kept_in(block, "block", trace_of(block))["one.weight"]
+    reason = kept_in(block, "block", trace_of(block), {})["one.weight"]
     assert reason == "read outside of its module, too (__getitem__, mul)"
 
 
-def test_a_matrix_that_runs_twice_is_refused() -> None:
-    trace = trace_of(Odd("twice"))
-    with pytest.raises(FamilyError, match=r"block\.one runs 2 times in one pass"):
-        groups_of("block", {}, trace)
+def test_a_matrix_that_runs_twice_is_kept() -> None:
+    block = Odd("twice")
+    kept = kept_in(block, "block", trace := trace_of(block), {})
+    assert kept["one.weight"] == "it runs 2 times in one pass"
+    assert groups_of("block", kept, trace) == (("experts.0",), ("experts.1",))
 
 
 class Doubling(nn.Linear):
@@ -197,7 +204,7 @@ class Same(nn.Linear):
 def test_what_a_module_computes_counts_and_not_its_class() -> None:
     block = Block()
     block.one, block.two = Doubling(8, 8), Same(8, 8)
-    kept = kept_in(block, "block", trace_of(block))
+    kept = kept_in(block, "block", trace_of(block), {})
     assert kept == {
         "one.weight": "its Doubling does not only multiply",
         "factors": "no matrix of a product",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from quantine.families.buffers import compute_buffers
 from quantine.families.experts import separate
 from quantine.source.settings import attention_of
 
@@ -44,13 +45,10 @@ def skeleton(config: PretrainedConfig, attention: str | None = None) -> PreTrain
 def make_buffers(model: PreTrainedModel, module: nn.Module, device: torch.device) -> None:
     """Compute the buffers of a part of a model that have no values yet, on ``device``."""
     for child in module.modules():
-        missing = [name for name, b in child._buffers.items() if b is not None and b.is_meta]
-        for name in missing:
-            child._buffers[name] = torch.empty_like(child.get_buffer(name), device=device)
+        missing = {n: b for n, b in child._buffers.items() if b is not None and b.is_meta}
         if missing:
-            # Buffers that no checkpoint holds (rotary frequencies, embedding scales) are computed
-            # by the architecture's own initializer, as transformers does when it loads a model.
-            model._init_weights(child)
+            empty = {n: torch.empty_like(b, device=device) for n, b in missing.items()}
+            compute_buffers(model, child, empty)
 
 
 def weight_names(module: nn.Module, path: str, skip: str = "-") -> list[str]:

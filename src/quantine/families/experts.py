@@ -7,8 +7,9 @@ checkpoints store.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -84,15 +85,25 @@ class Expert(nn.Module):
                 linear.bias = nn.Parameter(bias, requires_grad=False)
             setattr(self, leaf, linear)
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the matrices that read the tokens: the gate, where there is one, and ``UP``."""
+        return (GATE, UP) if self._fused[0].has_gate else (UP,)
+
+    def activated(self, *products: Tensor) -> Tensor:
+        """What the last matrix reads, from the outputs of `inputs`; all experts do the same."""
+        rule = self._fused[0]
+        if not rule.has_gate:
+            inner: Tensor = rule.act_fn(*products)
+        elif rule.is_concatenated:
+            inner = rule._apply_gate(torch.cat(products, -1))
+        else:
+            inner = rule._apply_gate(torch.stack(products, -1).flatten(-2))
+        return inner
+
     def forward(self, x: Tensor) -> Tensor:
         """Map the tokens ``[tokens, width]`` that chose this expert to its outputs."""
-        rule, up = self._fused[0], self.up_proj(x)
-        if not rule.has_gate:
-            inner = rule.act_fn(up)
-        elif rule.is_concatenated:
-            inner = rule._apply_gate(torch.cat([self.gate_proj(x), up], -1))
-        else:
-            inner = rule._apply_gate(torch.stack([self.gate_proj(x), up], -1).flatten(-2))
+        inner = self.activated(*(self.get_submodule(name)(x) for name in self.inputs))
         result: Tensor = self.down_proj(inner)
         return result
 
@@ -121,13 +132,27 @@ class Experts(nn.ModuleList):
             top_k_index: ``[tokens, k]``, the numbers of each token's experts.
             top_k_weights: ``[tokens, k]``, the factors of their outputs.
         """
-        tokens, width = hidden_states.shape
-        outputs = hidden_states.new_zeros(tokens, top_k_index.shape[1], width)
-        for number in top_k_index.unique().tolist():
-            rows, place = torch.where(top_k_index == number)
-            found = self[number](hidden_states[rows]) * top_k_weights[rows, place, None]
-            outputs[rows, place] = found.to(outputs.dtype)
-        return outputs.sum(1)
+        tokens, chosen = top_k_index.shape
+        numbers = top_k_index.flatten()
+        order = numbers.argsort(stable=True)
+        counts = numbers.bincount(minlength=len(self)).tolist()
+        found = self.run(hidden_states[order // chosen], counts)
+        outputs = torch.empty_like(found)
+        outputs[order] = (found * top_k_weights.flatten()[order, None]).to(found.dtype)
+        return outputs.view(tokens, chosen, -1).sum(1)
+
+    def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """Outputs ``[rows, width]`` of the experts; one without rows is not run.
+
+        Args:
+            x: ``[rows, width]``, those of the first expert, of the second, and so on.
+            counts: how many rows each expert has.
+        """
+        outputs = torch.empty_like(x)
+        for expert, rows in zip(self, rows_of(counts), strict=True):
+            if rows.start < rows.stop:
+                outputs[rows] = expert(x[rows])
+        return outputs
 
     def groups(self, count: int) -> Iterator[tuple[str, ...]]:
         """Names inside of such a module of its matrices; those that read one input together.
@@ -154,14 +179,23 @@ class Experts(nn.ModuleList):
                     yield f"{number}.{leaf}.bias", bias
 
 
-def separate(model: nn.Module) -> None:
+def rows_of(counts: Sequence[int]) -> list[slice]:
+    """Rows that follow each other, so many of each."""
+    return [slice(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+
+
+def separate(model: nn.Module, kind: type[Experts] = Experts) -> None:
     """Put `Experts` in the place of every module of fused experts that is understood.
 
     What the model computes stays the same. Others are left as they are.
+
+    Args:
+        model: the model that is changed.
+        kind: what is put there.
     """
     for name, module in fused_experts(model).items():
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, Experts(module))
+        setattr(model.get_submodule(path), leaf, kind(module))
 
 
 def fused_experts(model: nn.Module) -> dict[str, Any]:

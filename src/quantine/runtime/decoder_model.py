@@ -15,6 +15,7 @@ from quantine.families.gemma import GEMMA
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.runtime.decoder_checks import check_model, classes_of, expect, refuse
+from quantine.runtime.decoder_multipliers import MULTIPLIES, multipliers_of
 from quantine.runtime.decoder_parts import Angles, Parts
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 LAYER_TYPES: Final = frozenset({"full_attention", "sliding_attention"})
 """Types of attention in ``config.layer_types`` that the native decoder has."""
-ONE_MASK: Final = frozenset({"llama", "mistral"})
+LLAMA_LIKE: Final = (*LLAMA.model_types, *MULTIPLIES)
+"""Model types with the blocks of the llama family."""
+ONE_MASK: Final = frozenset({"llama", "mistral", "granite"})
 """Model types whose layers all have the same mask, whatever ``config.layer_types`` says."""
 NORMED_HEADS: Final = frozenset({"qwen3", "gemma3_text"})
 """Model types that normalize the queries and keys of each head."""
@@ -69,7 +72,7 @@ def check_decodes(model: PreTrainedModel) -> None:
         BackendUnavailable: there is no native decoder for this model; the message says why.
     """
     kind = model.config.model_type
-    if kind not in (*LLAMA.model_types, *GEMMA.model_types, *OPT.model_types):
+    if kind not in (*LLAMA_LIKE, *GEMMA.model_types, *OPT.model_types):
         refuse(f"there is none for model type {kind!r}")
     classes_of(model)
     check_model(model)
@@ -88,26 +91,33 @@ def _llama(model: Any, parts: Parts, capacity: int) -> dict[str, Any]:
     if getattr(config, "final_logit_softcapping", None) is not None:
         refuse("logits are capped")
     angles = Angles(body.rotary_emb, parts.native, capacity)
-    gemma = config.model_type in GEMMA.model_types
+    gemma, multipliers = config.model_type in GEMMA.model_types, multipliers_of(model)
+    smaller = multipliers.residual
     blocks = [
-        _llama_block(config, index, layer, parts, angles, gemma)
+        _llama_block(config, index, layer, parts, angles, gemma, smaller)
         for index, layer in enumerate(_layers(body.layers, config))
     ]
     matrix, factor = parts.embedding(body.embed_tokens)
     return {
         **_heads([layer.self_attn for layer in body.layers]),
         "embedding": matrix,
-        "embedding_factor": factor,
+        "embedding_factor": factor * multipliers.embedding / smaller,
         "positions": None,
         "position_offset": 0,
         "blocks": blocks,
-        "norm": parts.norm(body.norm, gemma),
+        "norm": parts.norm(body.norm, gemma, smaller, 1 / multipliers.logits),
         "head": parts.head(model.lm_head, body.embed_tokens),
     }
 
 
 def _llama_block(
-    config: Any, index: int, layer: Any, parts: Parts, angles: Angles, gemma: bool
+    config: Any,
+    index: int,
+    layer: Any,
+    parts: Parts,
+    angles: Angles,
+    gemma: bool,
+    smaller: float,
 ) -> Any:
     expect(layer, parts.classes.named("DecoderLayer"), "a block", GEMMA_BLOCK if gemma else BLOCK)
     attention, mlp = layer.self_attn, layer.mlp
@@ -126,9 +136,9 @@ def _llama_block(
 
     after = layer.post_attention_layernorm
     return parts.native.Block(
-        attention_norm=norm(layer.input_layernorm),
+        attention_norm=parts.norm(layer.input_layernorm, gemma, smaller),
         after_attention=norm(after) if gemma else None,
-        mlp_norm=norm(layer.pre_feedforward_layernorm if gemma else after),
+        mlp_norm=parts.norm(layer.pre_feedforward_layernorm if gemma else after, gemma, smaller),
         after_mlp=norm(layer.post_feedforward_layernorm) if gemma else None,
         q=parts.linear(attention.q_proj),
         k=parts.linear(attention.k_proj),

@@ -117,11 +117,15 @@ class Parts:
             refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
         return matrix
 
-    def norm(self, module: Any, plus_one: bool = False) -> Any:
+    def norm(
+        self, module: Any, plus_one: bool = False, smaller: float = 1.0, factor: float = 1.0
+    ) -> Any:
         """The native ``Norm`` of a ``nn.LayerNorm`` or of the model's own RMS norm.
 
         Args:
             plus_one: whether the model's own norm multiplies by ``1 + weight``, as Gemma's does.
+            smaller: what the inputs of the model's own norm are divided by beforehand.
+            factor: on its outputs.
 
         Raises:
             BackendUnavailable: it is something else.
@@ -139,7 +143,8 @@ class Parts:
             refuse(f"a norm is a {type(module).__name__}")
         if plus_one:
             return self.native.Norm(vector(module.weight) + 1.0, None, module.eps)
-        return self.native.Norm(vector(module.weight), None, module.variance_epsilon)
+        eps = module.variance_epsilon / smaller**2
+        return self.native.Norm(vector(module.weight) * factor, None, eps)
 
     def activation(self, module: nn.Module) -> str:
         """The native name of an activation function.

@@ -24,6 +24,7 @@ from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
 from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.device_map import computes_on_cpu
+from quantine.runtime.experts import PackedExperts
 from quantine.runtime.float_dtypes import convert_floats, float_dtypes
 from quantine.runtime.loaded import check_loaded
 from quantine.runtime.methods import replace_methods
@@ -125,7 +126,7 @@ class QuantineQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         check_settings(model.config)
-        separate(model)
+        separate(model, PackedExperts)
         self._chooses = bool(experts_in(model))
         entries = entries_of(Path(file) for file in checkpoint_files or [])
         config = self.quantization_config

@@ -71,10 +71,12 @@ class Checkpoint:
                     self._headers[name] = tuple(part.get_shape()), str(part.get_dtype())
         self._stored = {name: name for name in self._file_of}
         self._pieces: dict[str, Piece] = {}
+        self._joined: dict[str, tuple[str, ...]] = {}
         self.unused: tuple[str, ...] = ()
         if model is not None:
             names = match_names(model, self._file_of)
             self._stored, self._pieces, self.unused = names.stored, names.pieces, names.unused
+            self._joined = names.joined
 
     def __contains__(self, name: str) -> bool:
         return name in self._stored
@@ -96,29 +98,47 @@ class Checkpoint:
         """What `read` returns, unrecorded."""
         by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
-            stored = self._stored_name(name)
-            by_file.setdefault(self._file_of[stored], []).append((name, stored))
-        tensors = {}
+            for stored in self._stored_names(name):
+                by_file.setdefault(self._file_of[stored], []).append((name, stored))
+        found: dict[str, dict[str, Tensor]] = {}
         for file, pairs in by_file.items():
             with _opened(file) as shard:
                 for name, stored in pairs:
                     piece = self._pieces.get(name)
                     if piece is None:
-                        tensors[name] = shard.get_tensor(stored).clone()
+                        tensor = shard.get_tensor(stored).clone()
                     else:
-                        tensors[name] = piece.of(shard.get_slice(stored)[piece.expert]).clone(
+                        tensor = piece.of(shard.get_slice(stored)[piece.expert]).clone(
                             memory_format=torch.contiguous_format
                         )
-        return tensors
+                    found.setdefault(name, {})[stored] = tensor
+        return {name: self._whole(name, parts) for name, parts in found.items()}
+
+    def _whole(self, name: str, parts: dict[str, Tensor]) -> Tensor:
+        """The tensor ``name``, of its parts by their names in the files, which may be just one.
+
+        Raises:
+            CheckpointError: parts differ in their dtypes, or in all dimensions but the first.
+        """
+        ordered = [parts[stored] for stored in self._stored_names(name)]
+        if len(ordered) == 1:
+            return ordered[0]
+        if len({(part.dtype, part.shape[1:]) for part in ordered}) > 1:
+            raise CheckpointError(
+                f"{name} is stored in parts that do not fit together: {cut(', '.join(parts), 120)}"
+            )
+        return torch.cat(ordered)
 
     def shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
         """Shapes by name, of those of ``names`` that exist."""
         shapes = {}
         for name in names:
             if name in self._stored:
-                shape, _ = self._headers[self._stored[name]]
+                shape, *others = (self._headers[stored][0] for stored in self._stored_names(name))
                 piece = self._pieces.get(name)
                 shapes[name] = shape if piece is None else _shape_of(piece, shape)
+                if others:
+                    shapes[name] = (sum(part[0] for part in (shape, *others)), *shape[1:])
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
@@ -186,8 +206,8 @@ class Checkpoint:
         for name in record.names():
             if name not in self:
                 return name
-            file = self._file(name)
-            if file in touched and tensor_digest(self._read([name])[name]) != record[name]:
+            parts = {self._file_of[stored] for stored in self._stored_names(name)}
+            if parts & touched and tensor_digest(self._read([name])[name]) != record[name]:
                 return name
         for file in touched:
             record.look(file)
@@ -196,6 +216,10 @@ class Checkpoint:
     def _file(self, name: str) -> Path:
         """The file that holds the tensor ``name``."""
         return self._file_of[self._stored_name(name)]
+
+    def _stored_names(self, name: str) -> tuple[str, ...]:
+        """The names in the files of all parts of the tensor ``name``, in their order."""
+        return self._joined.get(name) or (self._stored_name(name),)
 
     def _stored_name(self, name: str) -> str:
         """The name in the files of the tensor ``name``."""

@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from quantine.errors import CheckpointError
-from quantine.source.pieces import Piece, in_another_layout, piece_stored_as, pieces_of
+from quantine.source.pieces import Join, Piece, piece_stored_as, pieces_of, there_twice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +27,14 @@ class Names:
         stored: names in the files, by the model's names. Both names of a tied tensor are there.
         pieces: what of the stored tensor each is, by the model's names; those of tensors that are
             stored alone are missing.
+        joined: all stored tensors that one of the model's is made of, one after the other along the
+            first dimension, by its name; ``stored`` has the first of them.
         unused: names in the files for which the model has no use.
     """
 
     stored: dict[str, str]
     pieces: dict[str, Piece]
+    joined: dict[str, tuple[str, ...]]
     unused: tuple[str, ...]
 
 
@@ -60,6 +62,7 @@ def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
     conversions = [change for change in changes if isinstance(change, WeightConverter)]
     stored: dict[str, str] = {}
     pieces: dict[str, Piece] = {}
+    joins: dict[str, Join] = {}
     unused = []
     for old in sorted(found):
         name, converted = rename_source_key(old, renamings, conversions, prefix, known)
@@ -72,21 +75,24 @@ def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
             unused.append(old)
             continue
         if converted is not None:
-            raise in_another_layout(old)
+            converter = next(one for one in conversions if converted in one.source_patterns)
+            joins.setdefault(name, Join(name, converter)).add(old, converted)
+            continue
         parts = larger.get(name, {})
         pieces.update(parts)
         for part in parts or [name]:
             if part in stored:
-                raise CheckpointError(
-                    f"{part} is there twice, as {stored[part]} and as {old}: which one counts is "
-                    "open"
-                )
+                raise there_twice(part, stored[part], old)
             stored[part] = old
+    joined = {name: join.parts() for name, join in joins.items()}
+    for name in joined.keys() & stored.keys():
+        raise there_twice(name, stored[name], joined[name][0])
+    stored |= {name: parts[0] for name, parts in joined.items()}
     for target, source in model.all_tied_weights_keys.items():
         for name, other in ((target, source), (source, target)):
             if name not in stored and other in stored:
                 stored[name] = stored[other]
-    return Names(stored, pieces, tuple(not_understood(model, unused)))
+    return Names(stored, pieces, joined, tuple(not_understood(model, unused)))
 
 
 def not_understood(model: PreTrainedModel, unused: Collection[str]) -> list[str]:

@@ -17,6 +17,9 @@ MERGES: Final = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenat
 """Operations of transformers, with their dimensions, that make a fused parameter of tensors of
 single experts: a list of them becomes one of more dimensions; then several of these, with gates and
 ups, become one."""
+JOINS: Final = [("Concatenate", 0)]
+"""Operations that make one tensor of several, such as one convolution of those of queries, keys and
+values."""
 NUMBER: Final = re.compile(r"\.(\d+)\.")
 """Where the number of an expert, or of a block, is in the name of a tensor."""
 
@@ -85,6 +88,55 @@ def piece_stored_as(
     if operations not in MERGES or not plain or len(of_expert) != len(converter.source_patterns):
         raise in_another_layout(old)
     return of_expert[converter.source_patterns.index(pattern)]
+
+
+class Join:
+    """A tensor of a model that files hold in parts, which follow each other in its first dimension.
+
+    Args:
+        name: what the model calls it.
+        converter: what transformers makes it with.
+    """
+
+    def __init__(self, name: str, converter: WeightConverter) -> None:
+        self._name, self._converter = name, converter
+        self._found: dict[str, str] = {}
+
+    def add(self, old: str, pattern: str) -> None:
+        """Take a stored tensor for the part whose names in the converter are ``pattern``.
+
+        Raises:
+            CheckpointError: the converter does more than to join such parts; or there are two.
+        """
+        operations = [
+            (type(one).__name__, getattr(one, "dim", 0)) for one in self._converter.operations
+        ]
+        if operations != JOINS or "*" in pattern:
+            raise in_another_layout(old)
+        if pattern in self._found:
+            raise there_twice(self._name, self._found[pattern], old)
+        self._found[pattern] = old
+
+    def parts(self) -> tuple[str, ...]:
+        """Names of all parts in the files, in their order.
+
+        Raises:
+            CheckpointError: one is missing.
+        """
+        for pattern in self._converter.source_patterns:
+            if pattern not in self._found:
+                raise CheckpointError(
+                    f"{self._name} lacks a part: no file holds what ends with {pattern}, beside "
+                    f"{next(iter(self._found.values()))}; the download may be incomplete"
+                )
+        return tuple(self._found[pattern] for pattern in self._converter.source_patterns)
+
+
+def there_twice(name: str, one: str, other: str) -> CheckpointError:
+    """The error for two stored tensors that are the same one of the model."""
+    return CheckpointError(
+        f"{name} is there twice, as {one} and as {other}: which one counts is open"
+    )
 
 
 def in_another_layout(old: str) -> CheckpointError:

@@ -32,6 +32,11 @@ UNSTATED: Final[dict[str, dict[str, Any]]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_hidden_layers": 3,
+        "num_dense_layers": 1,
+    },
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"sliding_window": None},

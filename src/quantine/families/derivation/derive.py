@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,7 +15,7 @@ from quantine.families.derivation.expert_groups import (
 )
 from quantine.families.derivation.matrices import groups_of, kept_in
 from quantine.families.derivation.one_by_one import check_blocks, check_buffers, run
-from quantine.families.derivation.small import randomize, small_model
+from quantine.families.derivation.small import bare_model, randomize, small_model
 from quantine.families.derivation.trace import Trace, is_matrix, traced
 from quantine.families.experts import experts_in
 from quantine.families.family import Family
@@ -45,18 +44,18 @@ def derive(config: PretrainedConfig) -> Family:
     """
     try:
         with torch.no_grad(), torch.device("cpu"):
-            return _derived(small_model(config), counts_of_experts(config))
+            return _derived(small_model(config), bare_model(config))
     except FamilyError as error:
         raise FamilyError(f"{config.model_type} models are not understood: {error}") from error
 
 
-def _derived(model: PreTrainedModel, counts: Mapping[str, int]) -> Family:
+def _derived(model: PreTrainedModel, whole: PreTrainedModel) -> Family:
     randomize(model)
     tokens = [_tokens(seed) for seed in range(2)]
     check_experts(model, tokens[0])
     with traced(model) as trace:
         run(model, tokens[0])
-    family = _family(model, trace, counts)
+    family = _family(model, trace, whole)
     check_blocks(model, family, *tokens)
     check_buffers(model, trace.calls)
     return family
@@ -67,8 +66,8 @@ def _tokens(seed: int) -> Tensor:
     return torch.randint(*TOKENS, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
 
 
-def _family(model: PreTrainedModel, trace: Trace, counts: Mapping[str, int]) -> Family:
-    """What a trace of a small model tells, whose large one has ``counts`` experts by their path.
+def _family(model: PreTrainedModel, trace: Trace, whole: PreTrainedModel) -> Family:
+    """What a trace of a small model tells of the ``whole`` one, whose weights are not looked at.
 
     Raises:
         FamilyError: it does not fit into what a family can say.
@@ -76,9 +75,11 @@ def _family(model: PreTrainedModel, trace: Trace, counts: Mapping[str, int]) -> 
     kind: str = model.config.model_type
     path = _blocks(model, trace)
     blocks = list(model.get_submodule(path).children())
+    counts = counts_of_experts(whole)
+    shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
     kept: dict[str, str] = {}
     for index, block in enumerate(blocks):
-        kept.update(kept_in(block, f"{path}.{index}", trace))
+        kept.update(kept_in(block, f"{path}.{index}", trace, shapes))
     groups = tuple(
         with_all_experts(
             groups_of(f"{path}.{index}", kept, trace), block, f"{path}.{index}", counts

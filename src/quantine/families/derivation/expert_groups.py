@@ -10,19 +10,18 @@ from torch import Tensor, nn
 
 from quantine.errors import FamilyError
 from quantine.families.derivation.one_by_one import run
-from quantine.families.derivation.small import bare_model
 from quantine.families.experts import Experts, experts_in, fused_experts, separate
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 Groups = tuple[tuple[str, ...], ...]
 """Groups of matrices of a block, see `quantine.families.family.Family.groups`."""
 
 
-def counts_of_experts(config: PretrainedConfig) -> dict[str, int]:
-    """Numbers of experts of a model of any size, by the full path of the module that has them."""
-    return {path: fused.num_experts for path, fused in fused_experts(bare_model(config)).items()}
+def counts_of_experts(model: PreTrainedModel) -> dict[str, int]:
+    """Numbers of experts of a model, by the full path of the module that has them."""
+    return {path: fused.num_experts for path, fused in fused_experts(model).items()}
 
 
 def check_experts(model: PreTrainedModel, tokens: Tensor) -> None:

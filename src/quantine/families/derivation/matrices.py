@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Final
 
@@ -22,6 +23,9 @@ HARMLESS: Final = frozenset(
 )
 """Names of functions of PyTorch that may read parameters which stay in 16 bit: they look rows up,
 convolve, or compute number by number. What any other function reads may be a matrix."""
+NARROW: Final = 32
+"""Most outputs, or inputs, of a matrix outside of Linear modules that stays in 16 bit. Wider ones
+would be much of a block, of which a user hears before anything is quantized."""
 
 
 def groups_of(prefix: str, kept: dict[str, str], trace: Trace) -> tuple[tuple[str, ...], ...]:
@@ -33,9 +37,6 @@ def groups_of(prefix: str, kept: dict[str, str], trace: Trace) -> tuple[tuple[st
         prefix: full path of the block.
         kept: parameters that are not quantized, by path inside of blocks.
         trace: of a forward pass.
-
-    Raises:
-        FamilyError: a matrix ran more than once.
     """
     inside = [
         (product.name.removeprefix(f"{prefix}."), product.input)
@@ -43,21 +44,20 @@ def groups_of(prefix: str, kept: dict[str, str], trace: Trace) -> tuple[tuple[st
         if product.name.startswith(f"{prefix}.")
     ]
     inside = [one for one in inside if f"{one[0]}.weight" not in kept]
-    paths = [path for path, _ in inside]
-    for path in paths:
-        if paths.count(path) > 1:
-            raise FamilyError(f"{prefix}.{path} runs {paths.count(path)} times in one pass")
     runs = groupby(inside, key=lambda one: one[1])
     return tuple(tuple(path for path, _ in products) for _, products in runs)
 
 
-def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
+def kept_in(
+    block: nn.Module, prefix: str, trace: Trace, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, str]:
     """Parameters of two or more dimensions in a block that stay in 16 bit, with the reasons.
 
     Args:
-        block: the block.
+        block: the block, of a small model.
         prefix: its full path.
         trace: of a forward pass.
+        shapes: those of the parameters of the model itself, by their full names.
 
     Returns:
         The reasons by path inside the block.
@@ -81,6 +81,12 @@ def kept_in(block: nn.Module, prefix: str, trace: Trace) -> dict[str, str]:
                 found[path] = reason
             continue
         unknown = {use for use in uses if not use.startswith(".")} - HARMLESS
+        narrow = (
+            parameter.ndim == 2 and min(shapes.get(f"{prefix}.{path}", parameter.shape)) <= NARROW
+        )
+        if unknown and narrow:
+            found[path] = f"in no Linear module, and only {NARROW} wide or less"
+            continue
         if unknown:
             functions = cut(", ".join(sorted(unknown)), 60)
             raise FamilyError(
@@ -103,6 +109,9 @@ def _why_kept(
         return f"read outside of its module, too ({cut(', '.join(sorted(uses)), 60)})"
     if f"{prefix}.{path}" in trace.unlike:
         return f"its {type(modules[path]).__name__} does not only multiply"
+    runs = sum(product.name == f"{prefix}.{path}" for product in trace.products)
+    if runs > 1:
+        return f"it runs {runs} times in one pass"
     if f"{prefix}.{path}" in trace.calls:
         return None
     parents = [path.rsplit(".", depth)[0] for depth in range(1, path.count(".") + 1)]

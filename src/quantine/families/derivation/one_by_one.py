@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.errors import FamilyError, cut
+from quantine.families.buffers import compute_buffers
 from quantine.families.derivation.small import own_generators
 from quantine.families.family import Family
 from quantine.families.layers import block_list
@@ -96,7 +97,7 @@ def _calls(model: PreTrainedModel, family: Family, tokens: Tensor) -> tuple[Tens
 def check_buffers(model: PreTrainedModel, paths: Sequence[str]) -> None:
     """Check that the model's initializer computes every buffer that no file holds.
 
-    Weights of modules with such buffers may be others afterwards.
+    Weights of modules with such buffers, and around them, may be others afterwards.
 
     Args:
         model: a small model.
@@ -111,11 +112,9 @@ def check_buffers(model: PreTrainedModel, paths: Sequence[str]) -> None:
         names = [name for name, _ in module.named_buffers(recurse=False)]
         names = [name for name in names if f"{path}.{name}".lstrip(".") not in stored]
         before = {name: module.get_buffer(name) for name in names}
-        for name, buffer in before.items():
-            module._buffers[name] = torch.full_like(buffer, 77)
         if names:
             with own_generators():
-                model._init_weights(module)
+                compute_buffers(model, module, before)
         for name, buffer in before.items():
             if not torch.equal(module.get_buffer(name), buffer):
                 raise FamilyError(f"its initializer does not compute {path}.{name}")

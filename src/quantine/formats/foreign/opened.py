@@ -20,6 +20,7 @@ from quantine.formats.headers import FLOATS, Entry, entries_of
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.names import listed, match_names
+from quantine.source.pieces import in_another_layout
 from quantine.source.weight_files import weight_files
 
 Spec = Callable[[str], QuantSpec | None]
@@ -87,7 +88,10 @@ class ForeignDirectory:
         self.decoded: Sequence[str] = ()
         taken = {entry.name for part in self._packed.values() for entry in part.values()}
         others = [name for name in entries if name not in taken]
-        self._stored = match_names(self.model, others).stored
+        names = match_names(self.model, others)
+        for part, *_ in names.joined.values():
+            raise in_another_layout(part)
+        self._stored = names.stored
         tied = self.model.all_tied_weights_keys
         self.floats = [
             name

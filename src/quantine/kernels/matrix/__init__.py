@@ -94,6 +94,26 @@ def rows_of(matrix: UnitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return decode(matrix.of_rows(rows), dtype)
 
 
+def grouped_product(
+    experts: Sequence[Sequence[Matrix]], x: Tensor, counts: Sequence[int], arithmetic: Arithmetic
+) -> list[Tensor]:
+    """`multiply_grouped` by whichever way is fastest for the rows of each expert, as `product`.
+
+    Args:
+        experts, counts, arithmetic: as for `multiply_grouped`.
+        x: ``[rows, in]`` float32, bfloat16 or float16.
+
+    Returns:
+        The results in the dtype of ``x``.
+    """
+    if max(counts) <= FEW_ROWS:
+        found = multiply_grouped(experts, x.float().contiguous(), counts, arithmetic)
+        return [result.to(x.dtype) for result in found]
+    parts = zip(experts, x.split(list(counts)), strict=True)
+    rows = [[product(matrix, part, arithmetic) for matrix in some] for some, part in parts]
+    return [torch.cat(results) for results in zip(*rows, strict=True)]
+
+
 def float_matrix(weight: Tensor) -> Matrix | None:
     """The native matrix of a float weight, or ``None`` without the extension or off the CPU.
 
@@ -120,6 +140,31 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> l
     """
     backend.check_native(x)
     return cpu.multiply(matrices, x, arithmetic)
+
+
+def multiply_grouped(
+    experts: Sequence[Sequence[Matrix]], x: Tensor, counts: Sequence[int], arithmetic: Arithmetic
+) -> list[Tensor]:
+    """``x @ W.T`` for matrices of several experts, each with rows of its own, in one parallel step.
+
+    Only matrices of experts with rows are read. What is computed is that of `multiply`; see
+    `quantine.kernels.matrix.reference.multiply_grouped_reference`.
+
+    Args:
+        experts: native matrices ``[out, in]``, equally many of each expert; those in one place are
+            of one shape.
+        x: ``[rows, in]`` float32, contiguous: rows of the first expert, of the second, and so on.
+        counts: how many rows each expert has.
+        arithmetic: ``"exact"`` or ``"fast"``, see the module.
+
+    Returns:
+        ``[rows, out]`` float32: of the first matrix of every expert, of the second, and so on.
+
+    Raises:
+        BackendUnavailable: ``x`` is not on the CPU.
+    """
+    backend.check_native(x)
+    return cpu.multiply_grouped(experts, x, counts, arithmetic)
 
 
 def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:

@@ -101,6 +101,17 @@ def multiply(matrices: Sequence[Matrix], x: Tensor, arithmetic: Arithmetic) -> l
     return results
 
 
+def multiply_grouped(
+    experts: Sequence[Sequence[Matrix]], x: Tensor, counts: Sequence[int], arithmetic: Arithmetic
+) -> list[Tensor]:
+    """See `quantine.kernels.matrix.multiply_grouped`."""
+    results = [x.new_empty(len(x), matrix.rows) for matrix in experts[0]]
+    each = [list(matrices) for matrices in experts]
+    exact = arithmetic == "exact"
+    backend.extension().multiply_grouped(each, x, list(counts), results, exact, pool())
+    return results
+
+
 def multiply_panels(matrix: Matrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:
     """See `quantine.kernels.matrix.multiply_panels`."""
     rounds = arithmetic == "fast" and x.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The meaning of `quantine.kernels.matrix.multiply`, in plain PyTorch."""
+"""The meaning of `quantine.kernels.matrix.multiply` and `multiply_grouped`, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -51,6 +51,29 @@ def multiply_reference(qtensor: QTensor, x: Tensor, arithmetic: Arithmetic) -> T
     added = torch.zeros_like(centred)
     added[places] = kept.values.float() - (centred * scales)[places]
     return _multiply_rounded(centred, grid, stored) + stored @ added.T
+
+
+def multiply_grouped_reference(
+    experts: Sequence[Sequence[QTensor]], x: Tensor, counts: Sequence[int], arithmetic: Arithmetic
+) -> list[Tensor]:
+    """Products of several experts, see `quantine.kernels.matrix.multiply_grouped`.
+
+    Args:
+        experts: for every expert its matrices ``[out, in]``.
+        x: ``[rows, in]`` float32, the rows of one expert after those of another.
+        counts: how many rows each expert has.
+        arithmetic: ``"exact"`` or ``"fast"``.
+
+    Returns:
+        ``[rows, out]`` float32 for each place in the lists of matrices.
+    """
+    parts = x.split(list(counts))
+    return [
+        torch.cat(
+            [multiply_reference(q, part, arithmetic) for q, part in zip(same, parts, strict=True)]
+        )
+        for same in zip(*experts, strict=True)
+    ]
 
 
 def has_exact_zero(grid: Grid) -> bool:
