@@ -60,7 +60,7 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   const auto* halves =
       feedback ? reinterpret_cast<const std::uint16_t*>(feedback->data()) : nullptr;
   nb::gil_scoped_release release;
-  quantine::pack_states(floats, scale.data(), zero.data(), halves, bits, packed.data(),
+  quantine::pack_states(floats, {bits, scale.data(), zero.data(), halves}, packed.data(),
                         stride(packed, 0), stride(packed, 1), stride(packed, 2), pool);
 }
 
