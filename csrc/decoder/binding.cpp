@@ -76,7 +76,10 @@ void make_channels(StateChannels* self, int bits, Table scale, Table zero,
                    std::optional<Halves> feedback) {
   check_bits(bits);
   new (self) StateChannels{bits, copied(std::optional(scale)), copied(std::optional(zero)), {}};
-  if (feedback) self->feedback.assign(feedback->data(), feedback->data() + feedback->size());
+  if (!feedback) return;
+  self->feedback.resize(feedback->size());
+  quantine::widen(reinterpret_cast<const std::uint16_t*>(feedback->data()), feedback->size(),
+                  self->feedback.data());
 }
 
 void make_states(quantine::AttentionRounding* self, StateChannels key, StateChannels value,

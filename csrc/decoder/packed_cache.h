@@ -16,8 +16,8 @@ namespace quantine {
 // The numbers of a StateGrid.
 struct StateChannels {
   int bits;
-  std::vector<float> scale, zero;       // [heads, dim]
-  std::vector<std::uint16_t> feedback;  // [heads, dim, dim], or empty
+  std::vector<float> scale, zero;  // [heads, dim]
+  std::vector<float> feedback;     // [heads, dim, dim], or empty
 
   StateGrid grid() const {
     return {bits, scale.data(), zero.data(), feedback.empty() ? nullptr : feedback.data()};

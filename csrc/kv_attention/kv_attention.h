@@ -25,13 +25,16 @@ struct FloatStates {
   std::size_t batch_stride, head_stride, token_stride;
 };
 
-// The grid of each channel, and error feedback among the channels of a head: the error of a channel,
-// times its row of `feedback`, is taken off the channels after it.
+// The grid of each channel, and error feedback among the channels of a head: the error of a
+// channel, times its row of `feedback`, is taken off the channels after it.
 struct StateGrid {
-  int bits;                       // 2 to 8
-  const float *scale, *zero;      // [heads, dim]
-  const std::uint16_t* feedback;  // [heads, dim, dim], finite float16; or null
+  int bits;                   // 2 to 8
+  const float *scale, *zero;  // [heads, dim]
+  const float* feedback;      // [heads, dim, dim], or null
 };
+
+// Floats [n] from finite float16, as which feedback is stored.
+void widen(const std::uint16_t* halves, std::size_t n, float* out);
 
 // Writes the codes of `states` as rows of bit streams into `packed`, whose strides are bytes. The
 // number of threads does not change codes.

@@ -22,18 +22,6 @@ void encode(const float* x, const float* scale, const float* zero, std::size_t n
         static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
 }
 
-// Floats from finite float16, without the branches of `half_to_float`: vectors can do it.
-QUANTINE_CLONES
-void widen(const std::uint16_t* halves, std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(halves[i] & 0x7fffu) << 13;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    value *= 0x1p112f;  // from the one bias of exponents to the other
-    out[i] = (halves[i] & 0x8000u) != 0 ? -value : value;
-  }
-}
-
 // The same one channel after another; `rest` are the values, of which errors are taken off.
 QUANTINE_CLONES
 void encode_fed(float* rest, const float* scale, const float* zero, const float* feedback,
@@ -64,15 +52,15 @@ void encode_each(const FloatStates& states, const StateGrid& grid, Pool& pool, c
     const std::size_t end = std::min(states.tokens, first + kRunTokens);
     const float *scale = grid.scale + head * dim, *zero = grid.zero + head * dim;
     std::vector<std::uint8_t> codes(dim);
-    std::vector<float> rest(dim), feedback(fed ? dim * dim : 0);
-    if (fed) widen(grid.feedback + head * dim * dim, dim * dim, feedback.data());
+    std::vector<float> rest(dim);
     for (std::size_t batch = 0; batch < states.batch; ++batch)
       for (std::size_t token = first; token < end; ++token) {
         const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
                          token * states.token_stride;
         if (fed) {
           std::copy(x, x + dim, rest.begin());
-          encode_fed(rest.data(), scale, zero, feedback.data(), dim, top, codes.data());
+          encode_fed(rest.data(), scale, zero, grid.feedback + head * dim * dim, dim, top,
+                     codes.data());
         } else {
           encode(x, scale, zero, dim, top, codes.data());
         }
@@ -86,24 +74,37 @@ void encode_each(const FloatStates& states, const StateGrid& grid, Pool& pool, c
 
 }  // namespace
 
+// Without the branches of `half_to_float`: vectors can do it.
+QUANTINE_CLONES
+void widen(const std::uint16_t* halves, std::size_t n, float* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(halves[i] & 0x7fffu) << 13;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;  // from the one bias of exponents to the other
+    out[i] = (halves[i] & 0x8000u) != 0 ? -value : value;
+  }
+}
+
 void pack_states(const FloatStates& states, const StateGrid& grid, std::uint8_t* packed,
                  std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
                  Pool& pool) {
-  encode_each(states, grid, pool,
-              [&](std::size_t batch, std::size_t head, std::size_t token, const std::uint8_t* codes) {
-                std::uint8_t* row =
-                    packed + batch * batch_stride + head * head_stride + token * token_stride;
-                pack_bits(codes, row, 1, states.dim, grid.bits);
-              });
+  const auto pack = [&](std::size_t batch, std::size_t head, std::size_t token,
+                        const std::uint8_t* codes) {
+    std::uint8_t* row = packed + batch * batch_stride + head * head_stride + token * token_stride;
+    pack_bits(codes, row, 1, states.dim, grid.bits);
+  };
+  encode_each(states, grid, pool, pack);
 }
 
 void round_states(const FloatStates& states, const StateGrid& grid, float* out, Pool& pool) {
-  encode_each(states, grid, pool,
-              [&](std::size_t batch, std::size_t head, std::size_t token, const std::uint8_t* codes) {
-                const std::size_t row = (batch * states.heads + head) * states.tokens + token;
-                decode(codes, grid.scale + head * states.dim, grid.zero + head * states.dim,
-                       states.dim, out + row * states.dim);
-              });
+  const std::size_t dim = states.dim;
+  const auto put = [&](std::size_t batch, std::size_t head, std::size_t token,
+                       const std::uint8_t* codes) {
+    const std::size_t row = (batch * states.heads + head) * states.tokens + token;
+    decode(codes, grid.scale + head * dim, grid.zero + head * dim, dim, out + row * dim);
+  };
+  encode_each(states, grid, pool, put);
 }
 
 }  // namespace quantine
