@@ -59,9 +59,10 @@ outliers in 16 bit lose less. Below them a scheme of RPTQ.""",
 with `kill -9` while the second plan was evaluated. The tasks are PIQA and ARC-easy with local
 definitions. With 200 questions a standard error is 3.5 points, and the float model itself is 14
 and 26 points above guessing: tasks do not order these plans, perplexity and KL do. The demo model's
-weights lie on a 4 bit grid of 32 inputs. A scheme's activations keep its tokens/s low: it
-decodes through transformers, module by module. The tokens/s of 4 bit RTN were taken while something
-else ran: GPTQ's packed weights are of the same kind.""",
+weights lie on a 4 bit grid of 32 inputs. When this was measured, schemes decoded
+through transformers, module by module; now they do
+[natively](kernels.md#rounded-activations-while-decoding). The tokens/s of 4 bit RTN were taken
+while something else ran: GPTQ's packed weights are of the same kind.""",
     ),
     Table(
         "spqr-opt-mini",

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <new>
 
 #include "decoder/attention_span.h"
 #include "decoder/layers.h"
@@ -32,13 +31,6 @@ Cache::Cache(Heads heads, std::size_t capacity, Arithmetic arithmetic)
   if (exact) return;
   key_scales_ = zeros(tokens * sizeof(float));
   value_scales_ = zeros(tokens * sizeof(float));
-}
-
-// The system maps zero pages when they are first used: what is never reached costs nothing.
-Cache::Memory Cache::zeros(std::size_t bytes) {
-  Memory memory(std::calloc(bytes, 1));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
 }
 
 void Cache::put(std::size_t position, const float* keys, const float* values) {

@@ -3,11 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "base/pool.h"
+#include "decoder/memory.h"
 #include "matrix/matrix.h"
 
 namespace quantine {
@@ -50,11 +49,6 @@ class Cache {
   }
 
  private:
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  using Memory = std::unique_ptr<void, Free>;
-  static Memory zeros(std::size_t bytes);
   template <typename T>
   static T* at(const Memory& memory) {
     return static_cast<T*>(memory.get());

@@ -23,6 +23,7 @@ using quantine::Decoder;
 using quantine::Linear;
 using quantine::Model;
 using quantine::Norm;
+using quantine::StateChannels;
 
 using Floats = Vector<const float>;
 using Table = Array<const float>;
@@ -30,6 +31,10 @@ using Logits = Vector<float>;
 using SharedPool = std::shared_ptr<quantine::Pool>;
 using SharedRotary = std::shared_ptr<const quantine::Rotary>;
 using SharedMatrix = std::shared_ptr<const quantine::Matrix>;
+using SharedInputs = std::shared_ptr<const quantine::InputRounding>;
+using SharedStates = std::shared_ptr<const quantine::AttentionRounding>;
+using Order = Vector<const std::int32_t>;
+using Halves = nb::ndarray<const std::int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
 template <typename Numbers>
 std::vector<float> copied(const std::optional<Numbers>& array) {
@@ -45,12 +50,44 @@ Activation activation_named(const std::string& name) {
   throw nb::value_error("no such activation");
 }
 
-void make_linear(Linear* self, SharedMatrix matrix, std::optional<Floats> bias) {
-  new (self) Linear{std::move(matrix), copied(bias)};
+void check_bits(int bits) {
+  if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
 }
 
-void make_norm(Norm* self, Floats weight, std::optional<Floats> bias, float eps) {
-  new (self) Norm{copied(std::optional(weight)), copied(bias), eps};
+void make_linear(Linear* self, SharedMatrix matrix, std::optional<Floats> bias,
+                 SharedInputs rounding, std::optional<quantine::InputGrid> integers) {
+  new (self) Linear{std::move(matrix), copied(bias), std::move(rounding), std::move(integers)};
+}
+
+// For tests.
+void round_rows(const quantine::InputRounding& self, Table x, Array<float> y, SharedPool pool) {
+  if (x.shape(1) != self.ends.back() || !has_shape(y, x.shape(0), x.shape(1)))
+    throw nb::value_error("x and y must be [batch, channels]");
+  quantine::round_inputs(self.grid, self.ends, x.data(), x.shape(0), y.data(), *pool);
+}
+
+void make_norm(Norm* self, Floats weight, std::optional<Floats> bias, float eps,
+               std::optional<Order> order) {
+  new (self) Norm{copied(std::optional(weight)), copied(bias), eps, {}};
+  if (order) self->order.assign(order->data(), order->data() + order->size());
+}
+
+void make_channels(StateChannels* self, int bits, Table scale, Table zero,
+                   std::optional<Halves> feedback) {
+  check_bits(bits);
+  new (self) StateChannels{bits, copied(std::optional(scale)), copied(std::optional(zero)), {}};
+  if (!feedback) return;
+  self->feedback.resize(feedback->size());
+  quantine::widen(reinterpret_cast<const std::uint16_t*>(feedback->data()), feedback->size(),
+                  self->feedback.data());
+}
+
+void make_states(quantine::AttentionRounding* self, StateChannels key, StateChannels value,
+                 std::optional<StateChannels> query, float scaling, int softmax_bits,
+                 bool relative) {
+  if (softmax_bits != 16) check_bits(softmax_bits);
+  new (self) quantine::AttentionRounding{std::move(key), std::move(value), std::move(query),
+                                         scaling,        softmax_bits,     relative};
 }
 
 void make_rotary(quantine::Rotary* self, Table cos, Table sin) {
@@ -62,7 +99,7 @@ void make_block(Block* self, Norm attention_norm, Norm mlp_norm, Linear q, Linea
                 const std::string& activation, SharedRotary rotary, float attention_scale,
                 std::optional<std::size_t> window, std::optional<Norm> q_norm,
                 std::optional<Norm> k_norm, std::optional<Norm> after_attention,
-                std::optional<Norm> after_mlp) {
+                std::optional<Norm> after_mlp, SharedStates states) {
   new (self) Block{std::move(attention_norm),
                    std::move(mlp_norm),
                    std::move(after_attention),
@@ -79,13 +116,14 @@ void make_block(Block* self, Norm attention_norm, Norm mlp_norm, Linear q, Linea
                    activation_named(activation),
                    std::move(rotary),
                    attention_scale,
-                   window ? *window : static_cast<std::size_t>(-1)};
+                   window ? *window : static_cast<std::size_t>(-1),
+                   std::move(states)};
 }
 
 void make_decoder(Decoder* self, std::size_t heads, std::size_t kv_heads, std::size_t dim,
                   SharedMatrix embedding, float embedding_factor, SharedMatrix positions,
                   std::size_t position_offset, std::vector<Block> blocks, Norm norm, Linear head,
-                  std::size_t capacity, bool exact, SharedPool pool) {
+                  std::size_t capacity, bool exact, std::size_t integer_rows, SharedPool pool) {
   Model model{{heads, kv_heads, dim},
               std::move(embedding),
               embedding_factor,
@@ -96,7 +134,7 @@ void make_decoder(Decoder* self, std::size_t heads, std::size_t kv_heads, std::s
               std::move(head)};
   new (self) Decoder(std::move(model), capacity,
                      exact ? quantine::Arithmetic::kExact : quantine::Arithmetic::kFast,
-                     std::move(pool));
+                     integer_rows, std::move(pool));
 }
 
 void append(Decoder& self, Vector<const std::int64_t> tokens, Logits logits) {
@@ -113,20 +151,39 @@ void activate(const std::string& name, Vector<float> x) {
 
 void bind_decoder(nb::module_& m) {
   m.def("activate", &activate, "name"_a, "x"_a);
-  nb::class_<Linear>(m, "Linear").def("__init__", &make_linear, "matrix"_a, "bias"_a.none());
-  nb::class_<Norm>(m, "Norm").def("__init__", &make_norm, "weight"_a, "bias"_a.none(), "eps"_a);
+  nb::class_<quantine::InputRounding>(m, "InputRounding")
+      .def("__init__",
+           [](quantine::InputRounding* self, const quantine::InputGrid& grid,
+              std::vector<std::size_t> ends) {
+             if (ends.empty()) throw nb::value_error("there are no inputs");
+             new (self) quantine::InputRounding{grid, std::move(ends)};
+           },
+           "grid"_a, "ends"_a)
+      .def("round", &round_rows, "x"_a, "y"_a, "pool"_a);
+  nb::class_<Linear>(m, "Linear")
+      .def("__init__", &make_linear, "matrix"_a, "bias"_a.none(),
+           "rounding"_a.none() = nb::none(), "integers"_a.none() = nb::none());
+  nb::class_<Norm>(m, "Norm")
+      .def("__init__", &make_norm, "weight"_a, "bias"_a.none(), "eps"_a,
+           "order"_a.none() = nb::none());
+  nb::class_<StateChannels>(m, "StateChannels")
+      .def("__init__", &make_channels, "bits"_a, "scale"_a, "zero"_a,
+           "feedback"_a.none() = nb::none());
+  nb::class_<quantine::AttentionRounding>(m, "AttentionRounding")
+      .def("__init__", &make_states, nb::kw_only(), "key"_a, "value"_a, "query"_a.none(),
+           "scaling"_a, "softmax_bits"_a, "relative"_a);
   nb::class_<quantine::Rotary>(m, "Rotary").def("__init__", &make_rotary, "cos"_a, "sin"_a);
   nb::class_<Block>(m, "Block")
       .def("__init__", &make_block, nb::kw_only(), "attention_norm"_a, "mlp_norm"_a, "q"_a, "k"_a,
            "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "activation"_a, "rotary"_a.none(),
            "attention_scale"_a, "window"_a.none(), "q_norm"_a.none() = nb::none(),
            "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
-           "after_mlp"_a.none() = nb::none());
+           "after_mlp"_a.none() = nb::none(), "states"_a.none() = nb::none());
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__", &make_decoder, nb::kw_only(), "heads"_a, "kv_heads"_a, "dim"_a,
            "embedding"_a, "embedding_factor"_a, "positions"_a.none(), "position_offset"_a,
            "blocks"_a, "norm"_a, "head"_a, "capacity"_a, "exact"_a,
-           "pool"_a)
+           "integer_rows"_a, "pool"_a)
       .def("append", &append, "tokens"_a, "logits"_a)
       .def("reset", &Decoder::reset)
       .def_prop_ro("position", &Decoder::position)

@@ -14,89 +14,40 @@ constexpr std::size_t kAttending = 16;  // of them, those that attend at once: e
 
 void normalize(const Norm& norm, const float* x, float* y, std::size_t count) {
   const std::size_t n = norm.weight.size();
+  std::vector<float> plain(norm.order.empty() ? 0 : n);
   for (std::size_t row = 0; row < count; ++row) {
+    float* normed = plain.empty() ? y + row * n : plain.data();
     if (norm.bias.empty())
-      rms_norm(x + row * n, norm.weight.data(), norm.eps, n, y + row * n);
+      rms_norm(x + row * n, norm.weight.data(), norm.eps, n, normed);
     else
-      layer_norm(x + row * n, norm.weight.data(), norm.bias.data(), norm.eps, n, y + row * n);
+      layer_norm(x + row * n, norm.weight.data(), norm.bias.data(), norm.eps, n, normed);
+    for (std::size_t j = 0; j < plain.size(); ++j) y[row * n + j] = plain[norm.order[j]];
   }
-}
-
-void need(bool fits, const char* what) {
-  if (!fits) throw std::invalid_argument(std::string("the shape of ") + what + " does not fit");
-}
-
-void need_shape(const Linear& linear, std::size_t rows, std::size_t columns, const char* what) {
-  need(linear.matrix != nullptr && linear.matrix->rows() == rows &&
-           linear.matrix->columns() == columns &&
-           (linear.bias.empty() || linear.bias.size() == rows),
-       what);
-}
-
-void need_shape(const Norm& norm, std::size_t n) {
-  need(norm.weight.size() == n && (norm.bias.empty() || norm.bias.size() == n), "a norm");
-}
-
-void need_shape(const std::optional<Norm>& norm, std::size_t n) {
-  if (norm) need_shape(*norm, n);
-}
-
-std::size_t widest_mlp(const Model& model) {
-  std::size_t widest = 0;
-  for (const DecoderBlock& block : model.blocks)
-    widest = std::max(widest, block.up.matrix == nullptr ? 0 : block.up.matrix->rows());
-  return widest;
 }
 
 }  // namespace
 
 Decoder::Decoder(Model model, std::size_t capacity, Arithmetic arithmetic,
-                 std::shared_ptr<Pool> pool)
+                 std::size_t integer_rows, std::shared_ptr<Pool> pool)
     : model_(std::move(model)),
       capacity_(capacity),
       arithmetic_(arithmetic),
+      integer_rows_(integer_rows),
+      integer_level_(integer_levels().front()),
       pool_(std::move(pool)),
       attention_(model_.heads, capacity, kAttending) {
-  check_shapes();
-  for (std::size_t block = 0; block < model_.blocks.size(); ++block)
-    caches_.emplace_back(model_.heads, capacity, arithmetic_);
+  check_shapes(model_, capacity_);
+  for (const DecoderBlock& block : model_.blocks) {
+    if (block.states)
+      caches_.emplace_back(std::in_place_type<PackedCache>, model_.heads, capacity, *block.states);
+    else
+      caches_.emplace_back(std::in_place_type<Cache>, model_.heads, capacity, arithmetic_);
+  }
   const Heads& heads = model_.heads;
   for (auto* buffer : {&hidden_, &input_, &output_}) buffer->resize(kTokens * width());
   for (auto* buffer : {&q_, &attended_}) buffer->resize(kTokens * heads.heads * heads.dim);
   for (auto* buffer : {&k_, &v_}) buffer->resize(kTokens * heads.kv_heads * heads.dim);
   for (auto* buffer : {&gate_, &up_}) buffer->resize(kTokens * widest_mlp(model_));
-}
-
-void Decoder::check_shapes() const {
-  need(model_.embedding != nullptr && capacity_ > 0, "the embedding");
-  const Heads& heads = model_.heads;
-  const std::size_t q = heads.heads * heads.dim, kv = heads.kv_heads * heads.dim;
-  need(kv > 0 && q > 0 && heads.heads % heads.kv_heads == 0, "heads");
-  const std::size_t angles = capacity_ * heads.dim / 2;
-  const auto& positions = model_.positions;
-  need(positions == nullptr || (positions->columns() == width() &&
-                                positions->rows() >= model_.position_offset + capacity_),
-       "the table of positions");
-  for (const DecoderBlock& block : model_.blocks) {
-    for (const auto* norm : {&block.attention_norm, &block.mlp_norm}) need_shape(*norm, width());
-    for (const auto* norm : {&block.after_attention, &block.after_mlp}) need_shape(*norm, width());
-    for (const auto* norm : {&block.q_norm, &block.k_norm}) need_shape(*norm, heads.dim);
-    need_shape(block.q, q, width(), "q");
-    need_shape(block.k, kv, width(), "k");
-    need_shape(block.v, kv, width(), "v");
-    need_shape(block.o, width(), q, "o");
-    need(block.up.matrix != nullptr, "up");
-    const std::size_t inner = block.up.matrix->rows();
-    need_shape(block.up, inner, width(), "up");
-    need_shape(block.down, width(), inner, "down");
-    if (block.gate.matrix != nullptr) need_shape(block.gate, inner, width(), "gate");
-    need(!block.rotary || (heads.dim % 2 == 0 && block.rotary->cos.size() >= angles &&
-                           block.rotary->sin.size() >= angles),
-         "cos, sin");
-    need(block.window > 0, "the window");
-  }
-  need_shape(model_.norm, width());
-  need_shape(model_.head, vocabulary(), width(), "the head");
 }
 
 void Decoder::append(const std::int64_t* tokens, std::size_t count, float* logits) {
@@ -144,37 +95,50 @@ void Decoder::embed(const std::int64_t* tokens, std::size_t count) {
   add(hidden_.data(), output_.data(), count * width());
 }
 
-void Decoder::attend(const DecoderBlock& block, Cache& cache, std::size_t count) {
+void Decoder::attend(const DecoderBlock& block, AnyCache& cache, std::size_t count) {
   normalize(block.attention_norm, hidden_.data(), input_.data(), count);
   apply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, input_.data(), count);
-  place(block, cache, count);
+  rotate_heads(block, count);
+  put(cache, count);
   const std::size_t width = model_.heads.heads * model_.heads.dim;
-  for (std::size_t first = 0; first < count; first += kAttending)
-    attention_.run(cache, q_.data() + first * width, std::min(kAttending, count - first),
-                   position_ + first, block.window, attended_.data() + first * width, *pool_);
+  for (std::size_t done = 0; done < count; done += kAttending) {
+    const std::size_t some = std::min(kAttending, count - done), first = position_ + done;
+    const float* queries = q_.data() + done * width;
+    float* out = attended_.data() + done * width;
+    if (const auto* packed = std::get_if<PackedCache>(&cache))
+      packed->attend(queries, some, first, block.window, out, scratch_, *pool_);
+    else
+      attention_.run(std::get<Cache>(cache), queries, some, first, block.window, out, *pool_);
+  }
   apply({{block.o, output_.data()}}, attended_.data(), count);
   join(block.after_attention, count);
 }
 
-// Turns queries and keys to their positions, and puts keys and values into the cache.
-void Decoder::place(const DecoderBlock& block, Cache& cache, std::size_t count) {
+// Turns queries and keys to their positions.
+void Decoder::rotate_heads(const DecoderBlock& block, std::size_t count) {
   const Heads& heads = model_.heads;
   if (block.q_norm) normalize(*block.q_norm, q_.data(), q_.data(), count * heads.heads);
   if (block.k_norm) normalize(*block.k_norm, k_.data(), k_.data(), count * heads.kv_heads);
   scale(q_.data(), block.attention_scale, count * heads.heads * heads.dim);
-  const std::size_t half = heads.dim / 2, kv = heads.kv_heads * heads.dim;
+  if (!block.rotary) return;
+  const std::size_t half = heads.dim / 2;
   for (std::size_t row = 0; row < count; ++row) {
-    const std::size_t position = position_ + row;
-    if (block.rotary) {
-      const float* cos = block.rotary->cos.data() + position * half;
-      const float* sin = block.rotary->sin.data() + position * half;
-      for (std::size_t head = 0; head < heads.heads; ++head)
-        rotate(q_.data() + (row * heads.heads + head) * heads.dim, cos, sin, half);
-      for (std::size_t head = 0; head < heads.kv_heads; ++head)
-        rotate(k_.data() + (row * heads.kv_heads + head) * heads.dim, cos, sin, half);
-    }
-    cache.put(position, k_.data() + row * kv, v_.data() + row * kv);
+    const float* cos = block.rotary->cos.data() + (position_ + row) * half;
+    const float* sin = block.rotary->sin.data() + (position_ + row) * half;
+    for (std::size_t head = 0; head < heads.heads; ++head)
+      rotate(q_.data() + (row * heads.heads + head) * heads.dim, cos, sin, half);
+    for (std::size_t head = 0; head < heads.kv_heads; ++head)
+      rotate(k_.data() + (row * heads.kv_heads + head) * heads.dim, cos, sin, half);
   }
+}
+
+// Puts the new keys and values into the cache.
+void Decoder::put(AnyCache& cache, std::size_t count) {
+  if (auto* packed = std::get_if<PackedCache>(&cache))
+    return packed->put(position_, count, k_.data(), v_.data(), *pool_);
+  const std::size_t width = model_.heads.kv_heads * model_.heads.dim;
+  for (std::size_t row = 0; row < count; ++row)
+    std::get<Cache>(cache).put(position_ + row, k_.data() + row * width, v_.data() + row * width);
 }
 
 void Decoder::run_mlp(const DecoderBlock& block, std::size_t count) {
@@ -198,18 +162,41 @@ void Decoder::join(const std::optional<Norm>& norm, std::size_t count) {
   add(hidden_.data(), output_.data(), count * width());
 }
 
+// Linears that read the same inputs share one parallel step.
 void Decoder::apply(std::initializer_list<Application> applications, const float* x,
                     std::size_t count) {
-  Product products[3] = {};
-  std::size_t number = 0;
-  for (const Application& one : applications)
-    products[number++] = {one.linear.matrix.get(), one.y};
-  multiply(products, number, x, count, arithmetic_, *pool_);
+  const auto in_integers = [&](const Application& one) {
+    return one.linear.integers && count >= integer_rows_;
+  };
+  for (const Application* one = applications.begin(); one != applications.end();) {
+    const Linear& linear = one->linear;
+    if (in_integers(*one)) {
+      multiply_integer(*linear.matrix, *linear.integers, x, count, one->y, integer_level_, *pool_);
+      ++one;
+      continue;
+    }
+    Product products[3] = {};
+    std::size_t number = 0;
+    for (; one != applications.end() && one->linear.rounding == linear.rounding &&
+           !in_integers(*one);
+         ++one)
+      products[number++] = {one->linear.matrix.get(), one->y};
+    multiply(products, number, rounded(linear.rounding.get(), x, count), count, arithmetic_,
+             *pool_);
+  }
   for (const Application& one : applications) {
     const std::size_t rows = one.linear.bias.size();
     for (std::size_t row = 0; rows > 0 && row < count; ++row)
       add(one.y + row * rows, one.linear.bias.data(), rows);
   }
+}
+
+// The inputs `x` as linears with `rounding` multiply them; valid until the next call.
+const float* Decoder::rounded(const InputRounding* rounding, const float* x, std::size_t count) {
+  if (rounding == nullptr) return x;
+  rounded_.resize(count * rounding->ends.back());
+  round_inputs(rounding->grid, rounding->ends, x, count, rounded_.data(), *pool_);
+  return rounded_.data();
 }
 
 }  // namespace quantine

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/lanes.h"
 
@@ -65,6 +66,17 @@ void divide(const float* x, std::size_t count, float by, float* out) {
   for (std::size_t j = 0; j < count; ++j) out[j] = x[j] / by;
 }
 
+// What codes of one grid stand for.
+QUANTINE_CLONES
+void decode(const std::uint8_t* codes, std::size_t count, float scale, float zero, float* out) {
+  for (std::size_t j = 0; j < count; ++j) out[j] = (static_cast<float>(codes[j]) - zero) * scale;
+}
+
+QUANTINE_CLONES
+void multiply(float* x, std::size_t count, float by) {
+  for (std::size_t j = 0; j < count; ++j) x[j] *= by;
+}
+
 // An odd number of cache lines: rows at a power of two would displace each other.
 std::size_t stride_of(const std::vector<Span>& spans) {
   const std::size_t used = spans.back().start + spans.back().padded;
@@ -89,17 +101,21 @@ std::vector<Span> spans_of(const Weights& w, std::size_t step) {
   return spans;
 }
 
-RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, const IntegerLevel& level,
-                         const float* x, std::size_t rows, bool sums, Pool& pool)
-    : grid_(grid),
+RoundedRows::RoundedRows(std::vector<Span> spans, std::size_t columns,
+                         const std::vector<std::uint32_t>& order, const InputGrid& grid,
+                         const IntegerLevel& level, const float* x, std::size_t rows, bool sums,
+                         Pool& pool)
+    : order_(order),
+      columns_(columns),
+      grid_(grid),
       level_(level),
-      spans_(spans_of(w, level.step)),
+      spans_(std::move(spans)),
       lost_(rows),
       codes_{spans_.data(), spans_.size(), stride_of(spans_), nullptr, nullptr},
       memory_((rows + kWhole) / kWhole * kWhole * codes_.stride) {
   codes_.codes = memory_.data();
   if (sums) {
-    sums_.resize((rows + kWhole) / kWhole * kWhole * w.groups);
+    sums_.resize((rows + kWhole) / kWhole * kWhole * spans_.size());
     codes_.sums = sums_.data();
   }
   if (grid.scale.empty()) {
@@ -110,27 +126,26 @@ RoundedRows::RoundedRows(const Weights& w, const InputGrid& grid, const IntegerL
   pool.run((rows + kTogether - 1) / kTogether, [&](std::size_t index) {
     std::vector<float> ordered;
     for (std::size_t row = index * kTogether; row < std::min(rows, (index + 1) * kTogether); ++row)
-      round(w, x + row * w.columns, row, ordered);
+      round(x + row * columns, row, ordered);
   });
 }
 
-void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
-                        std::vector<float>& ordered) {
-  if (!w.order.empty()) {
-    ordered.resize(w.columns);
-    for (std::size_t j = 0; j < w.columns; ++j) ordered[j] = x[w.order[j]];
+void RoundedRows::round(const float* x, std::size_t row, std::vector<float>& ordered) {
+  if (!order_.empty()) {
+    ordered.resize(columns_);
+    for (std::size_t j = 0; j < columns_; ++j) ordered[j] = x[order_[j]];
     x = ordered.data();
   }
   if (has_factors()) {
     factor_[row] = factor_of(x);
-    ordered.resize(w.columns);
-    divide(x, w.columns, factor_[row], ordered.data());
+    ordered.resize(columns_);
+    divide(x, columns_, factor_[row], ordered.data());
     x = ordered.data();
   }
   const float top = static_cast<float>((1 << grid_.bits) - 1);
   const float *scales = grid_.scale.data(), *zeros = grid_.zero.data();
   if (own_grids()) {
-    const Ends ends = ends_of(x, w.columns);
+    const Ends ends = ends_of(x, columns_);
     const float reach = larger(std::fabs(ends.low), std::fabs(ends.high));
     const float least = larger(reach * kSmallestShare, kSmallestStep);
     own_scale_[row] = larger((ends.high - ends.low) / top, least);
@@ -139,11 +154,12 @@ void RoundedRows::round(const Weights& w, const float* x, std::size_t row,
     zeros = &own_zero_[row];
     lost_[row] = !std::isfinite(own_scale_[row]);
   }
-  std::vector<std::int32_t> sums(codes_.sums == nullptr ? 0 : w.groups);
+  std::vector<std::int32_t> sums(codes_.sums == nullptr ? 0 : spans_.size());
   if (level_.round(x, codes_, scales, zeros, own_grids(), top, memory_.data() + row * codes_.stride,
                    sums.empty() ? nullptr : sums.data()))
     lost_[row] = 1;
-  std::copy(sums.begin(), sums.end(), sums_.begin() + static_cast<std::ptrdiff_t>(row * w.groups));
+  std::copy(sums.begin(), sums.end(),
+            sums_.begin() + static_cast<std::ptrdiff_t>(row * spans_.size()));
 }
 
 // Of a row in stored order.
@@ -167,6 +183,36 @@ void RoundedRows::values(std::size_t row, std::size_t count, float* out) const {
             (static_cast<float>(codes[i]) - zero) * scale;
     }
   }
+}
+
+void RoundedRows::floats(std::size_t row, float* out) const {
+  if (is_lost(row)) {
+    std::fill_n(out, columns_, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  for (std::size_t group = 0; group < spans_.size(); ++group) {
+    const Span& span = spans_[group];
+    const float scale = own_grids() ? own_scale_[row] : grid_.scale[group];
+    const float zero = own_grids() ? own_zero_[row] : grid_.zero[group];
+    decode(codes_.codes + row * codes_.stride + span.start, span.width, scale, zero,
+           out + span.column);
+  }
+  if (has_factors()) multiply(out, columns_, factor_[row]);
+}
+
+void round_inputs(const InputGrid& grid, const std::vector<std::size_t>& ends, const float* x,
+                  std::size_t batch, float* y, Pool& pool) {
+  static const std::vector<std::uint32_t> as_they_are;
+  const std::size_t columns = ends.back();
+  std::vector<Span> spans;
+  std::size_t first = 0;
+  for (const std::size_t end : ends) {
+    spans.push_back({first, end - first, first, end - first});
+    first = end;
+  }
+  const RoundedRows rows(std::move(spans), columns, as_they_are, grid, best_integer_level(), x,
+                         batch, false, pool);
+  for (std::size_t row = 0; row < batch; ++row) rows.floats(row, y + row * columns);
 }
 
 }  // namespace quantine

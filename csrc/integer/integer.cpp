@@ -6,9 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <stdexcept>
 
-#include "base/arm.h"
 #include "base/half.h"
 #include "base/lanes.h"
 #include "integer/codes.h"
@@ -21,38 +19,6 @@ namespace {
 constexpr std::size_t kPanelBytes = 1u << 20;
 constexpr std::size_t kMostTiles = 8;     // of a panel
 constexpr std::size_t kPair = 2 * kTile;  // outputs of two tiles
-
-std::vector<const IntegerLevel*> found_levels() {
-  std::vector<const IntegerLevel*> found;
-#if defined(QUANTINE_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")) {
-#if defined(QUANTINE_AMX)
-    if (allow_integer_tiles()) found.push_back(&integer_amx());
-#endif
-    found.push_back(&integer_avx512());
-  }
-#endif
-#if defined(QUANTINE_ARM)
-  if (has_arm_mixed_dot_product()) found.push_back(&integer_i8mm());
-  if (has_arm_dot_product()) found.push_back(&integer_dotprod());
-  found.push_back(&integer_neon());
-#endif
-  found.push_back(&integer_scalar());
-  return found;
-}
-
-const std::vector<const IntegerLevel*>& all_levels() {
-  static const std::vector<const IntegerLevel*> found = found_levels();
-  return found;
-}
-
-const IntegerLevel& level_named(const std::string& name) {
-  for (const IntegerLevel* level : all_levels())
-    if (name == level->name) return *level;
-  throw std::invalid_argument("this machine has no level " + name);
-}
 
 // Whether zero points may differ from the whole numbers that codes of a byte can be less of.
 bool has_rests(const Weights& w) {
@@ -284,16 +250,10 @@ class Work {
 
 }  // namespace
 
-std::vector<std::string> integer_levels() {
-  std::vector<std::string> names;
-  for (const IntegerLevel* level : all_levels()) names.push_back(level->name);
-  return names;
-}
-
 void multiply_integer(const Matrix& matrix, const InputGrid& grid, const float* x,
                       std::size_t batch, float* y, const std::string& name, Pool& pool) {
   const Weights& w = matrix.weights();
-  const IntegerLevel& level = level_named(name);
+  const IntegerLevel& level = integer_level(name);
   const RoundedRows rows(w, grid, level, x, batch, has_rests(w), pool);
   const Work work(w, grid, level, rows, batch, y, pool);
   pool.run(work.tasks(), [&](std::size_t task) { work.run(task); });
@@ -301,7 +261,7 @@ void multiply_integer(const Matrix& matrix, const InputGrid& grid, const float* 
 
 void integer_codes(const Matrix& matrix, const InputGrid& grid, const float* x, std::size_t batch,
                    std::uint8_t* codes, Pool& pool) {
-  const RoundedRows rows(matrix.weights(), grid, *all_levels().front(), x, batch, false, pool);
+  const RoundedRows rows(matrix.weights(), grid, best_integer_level(), x, batch, false, pool);
   const Codes& found = rows.codes();
   for (std::size_t row = 0; row < batch; ++row)
     for (std::size_t group = 0; group < found.groups; ++group) {

@@ -33,6 +33,12 @@ std::vector<std::string> integer_levels();
 void multiply_integer(const Matrix& matrix, const InputGrid& grid, const float* x,
                       std::size_t batch, float* y, const std::string& level, Pool& pool);
 
+// y [batch, columns]: the floats that the codes of `x` stand for, times the factors of rows.
+// `ends[g]` is the input after the last one on the grid of scale g; where rows have grids of their
+// own, all inputs are before `ends[0]`. Rows become NaN as in `multiply_integer`.
+void round_inputs(const InputGrid& grid, const std::vector<std::size_t>& ends, const float* x,
+                  std::size_t batch, float* y, Pool& pool);
+
 // The codes that are multiplied, [batch, columns] in stored order.
 void integer_codes(const Matrix& matrix, const InputGrid& grid, const float* x, std::size_t batch,
                    std::uint8_t* codes, Pool& pool);

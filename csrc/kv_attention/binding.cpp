@@ -2,6 +2,7 @@
 #include <nanobind/stl/optional.h>
 
 #include <optional>
+#include <vector>
 
 #include "bindings.h"
 #include "bits/bits.h"
@@ -57,10 +58,13 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   const quantine::FloatStates floats{states.data(),     states.shape(0),   heads,
                                      states.shape(2),   dim,               stride(states, 0),
                                      stride(states, 1), stride(states, 2)};
-  const auto* halves =
-      feedback ? reinterpret_cast<const std::uint16_t*>(feedback->data()) : nullptr;
   nb::gil_scoped_release release;
-  quantine::pack_states(floats, scale.data(), zero.data(), halves, bits, packed.data(),
+  std::vector<float> widened(feedback ? feedback->size() : 0);
+  if (feedback)
+    quantine::widen(reinterpret_cast<const std::uint16_t*>(feedback->data()), widened.size(),
+                    widened.data());
+  const float* rows = feedback ? widened.data() : nullptr;
+  quantine::pack_states(floats, {bits, scale.data(), zero.data(), rows}, packed.data(),
                         stride(packed, 0), stride(packed, 1), stride(packed, 2), pool);
 }
 

@@ -1,5 +1,5 @@
-// Packing of new keys and values, and attention over packed ones in three steps that threads share:
-// the scores of spans of tokens, the softmax of each row, and mixtures of values.
+// Attention over packed keys and values in three steps that threads share: the scores of spans of
+// tokens, the softmax of each row, and mixtures of values.
 #include "kv_attention/kv_attention.h"
 
 #include <algorithm>
@@ -11,7 +11,6 @@
 
 #include "base/lanes.h"
 #include "base/vector_math.h"
-#include "bits/bits.h"
 #include "kv_attention/level.h"
 #include "matrix/matrix.h"
 
@@ -20,7 +19,6 @@ namespace {
 
 constexpr std::size_t kSpanTokens = 256;  // of one task
 constexpr std::size_t kSmall = 65536;     // multiplications that are done before a thread wakes up
-constexpr std::size_t kRunTokens = 64;    // of a head that a thread packs at once
 
 const StateLevel& chosen_level() {
 #if defined(QUANTINE_X86)
@@ -77,40 +75,6 @@ float normalize(float* scores, std::size_t n, int bits, bool relative) {
     divide(scores, n, last);
   }
   return sum_of(n, [scores](std::size_t j) { return scores[j]; });
-}
-
-// The nearest codes: x / scale + zero, which rounds twice, as quantine.core.grid.encode does.
-QUANTINE_CLONES
-void encode(const float* x, const float* scale, const float* zero, std::size_t n, float top,
-            std::uint8_t* codes) {
-  for (std::size_t d = 0; d < n; ++d)
-    codes[d] = static_cast<std::uint8_t>(
-        static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
-}
-
-// Floats from finite float16, without the branches of `half_to_float`: vectors can do it.
-QUANTINE_CLONES
-void widen(const std::uint16_t* halves, std::size_t n, float* out) {
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(halves[i] & 0x7fffu) << 13;
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    value *= 0x1p112f;  // from the one bias of exponents to the other
-    out[i] = (halves[i] & 0x8000u) != 0 ? -value : value;
-  }
-}
-
-// The same one channel after another; `rest` are the values, of which errors are taken off.
-QUANTINE_CLONES
-void encode_fed(float* rest, const float* scale, const float* zero, const float* feedback,
-                std::size_t n, float top, std::uint8_t* codes) {
-  for (std::size_t d = 0; d < n; ++d) {
-    const float code = nearest_code(rest[d] / scale[d] + zero[d], top);
-    const float error = rest[d] - (code - zero[d]) * scale[d];
-    codes[d] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
-    const float* row = feedback + d * n;
-    for (std::size_t k = d + 1; k < n; ++k) rest[k] = rest[k] - error * row[k];
-  }
 }
 
 // Whole vectors in memory, so that none crosses a line of the processor's cache.
@@ -236,40 +200,6 @@ class Run {
 };
 
 }  // namespace
-
-void pack_states(const FloatStates& states, const float* scale, const float* zero,
-                 const std::uint16_t* feedback, int bits, std::uint8_t* packed,
-                 std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
-                 Pool& pool) {
-  const std::size_t dim = states.dim, runs = (states.tokens + kRunTokens - 1) / kRunTokens;
-  const auto top = static_cast<float>((1 << bits) - 1);
-  const auto pack = [&](std::size_t index) {
-    const std::size_t head = index % states.heads, first = index / states.heads * kRunTokens;
-    const std::size_t end = std::min(states.tokens, first + kRunTokens);
-    const float *own_scale = scale + head * dim, *own_zero = zero + head * dim;
-    std::vector<std::uint8_t> codes(dim);
-    std::vector<float> rest(dim), own_feedback(feedback == nullptr ? 0 : dim * dim);
-    if (feedback != nullptr) widen(feedback + head * dim * dim, dim * dim, own_feedback.data());
-    for (std::size_t batch = 0; batch < states.batch; ++batch)
-      for (std::size_t token = first; token < end; ++token) {
-        const float* x = states.values + batch * states.batch_stride + head * states.head_stride +
-                         token * states.token_stride;
-        if (feedback == nullptr) {
-          encode(x, own_scale, own_zero, dim, top, codes.data());
-        } else {
-          std::copy(x, x + dim, rest.begin());
-          encode_fed(rest.data(), own_scale, own_zero, own_feedback.data(), dim, top, codes.data());
-        }
-        pack_bits(codes.data(),
-                  packed + batch * batch_stride + head * head_stride + token * token_stride, 1, dim,
-                  bits);
-      }
-  };
-  const std::size_t work = states.batch * states.tokens * states.heads * dim;
-  if (work * (feedback == nullptr ? 1 : dim) > kSmall)
-    return pool.run(states.heads * runs, pack);
-  for (std::size_t index = 0; index < states.heads * runs; ++index) pack(index);
-}
 
 void attend_packed(const PackedAttention& call, const float* queries, float* probabilities,
                    float* out, Pool& pool) {

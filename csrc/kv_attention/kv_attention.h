@@ -25,14 +25,25 @@ struct FloatStates {
   std::size_t batch_stride, head_stride, token_stride;
 };
 
-// Writes what `states` are on a grid, scale and zero [heads, dim], as rows of bit streams of `bits`
-// bits into `packed`, whose strides are bytes. The error of a channel, times its row of its head's
-// `feedback` [heads, dim, dim], finite float16, is taken off the channels after it, unless that is
-// null. The number of threads does not change codes.
-void pack_states(const FloatStates& states, const float* scale, const float* zero,
-                 const std::uint16_t* feedback, int bits, std::uint8_t* packed,
+// The grid of each channel, and error feedback among the channels of a head: the error of a
+// channel, times its row of `feedback`, is taken off the channels after it.
+struct StateGrid {
+  int bits;                   // 2 to 8
+  const float *scale, *zero;  // [heads, dim]
+  const float* feedback;      // [heads, dim, dim], or null
+};
+
+// Floats [n] from finite float16, as which feedback is stored.
+void widen(const std::uint16_t* halves, std::size_t n, float* out);
+
+// Writes the codes of `states` as rows of bit streams into `packed`, whose strides are bytes. The
+// number of threads does not change codes.
+void pack_states(const FloatStates& states, const StateGrid& grid, std::uint8_t* packed,
                  std::size_t batch_stride, std::size_t head_stride, std::size_t token_stride,
                  Pool& pool);
+
+// The floats that the codes of `states` stand for: out [batch, heads, tokens, dim].
+void round_states(const FloatStates& states, const StateGrid& grid, float* out, Pool& pool);
 
 // Added to scores; a stride of 0 repeats.
 struct ScoreMask {

@@ -23,6 +23,8 @@ Packed = Callable[[str, str], Path]
 
 NATIVE: Final = ("llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "opt")
 """A variant of every model type that decodes natively."""
+ROUNDING: Final = "W4A4-strict"
+"""A scheme in which every site has a grid."""
 NEVER: Final = frozenset({"gemma2"})
 """Model types of these families that do not. Those that multiply have tests of their own."""
 
@@ -232,9 +234,9 @@ def decodes(model: Any) -> bool:
     return model.generate._kept is not None
 
 
-def generating(packed: Packed, name: str) -> tuple[Any, Tensor]:
+def generating(packed: Packed, name: str, kind: str = "rtn") -> tuple[Any, Tensor]:
     """A model that has generated natively, and the scores it had."""
-    model = load(packed(name, "rtn"), dtype=torch.float32)[0]
+    model = load(packed(name, kind), dtype=torch.float32)[0]
     model.generation_config.eos_token_id = None
     before = scores(model, model.generate)
     assert decodes(model)
@@ -258,6 +260,16 @@ def test_replaced_computation_counts(name: str, way: Any, packed: Packed) -> Non
     assert len(paths) > 15
     idle = {"model"} if name == "opt" else set()  # OPT calls what is inside
     tried = [path for path in paths if fits(path, way) and path not in idle]
+    effects = {path: compared(model, way(model, path), before, path) for path in tried}
+    assert all(effects.values()), effects
+
+
+@pytest.mark.parametrize("way", [subclass, hook])
+def test_replaced_rounding_counts(way: Any, packed: Packed) -> None:
+    model, before = generating(packed, "llama", ROUNDING)
+    own = ("norm", ".inputs", ".query", ".key", ".value")
+    tried = [path for path in tried_paths(model) if ".layers." in path and path.endswith(own)]
+    assert len(tried) == 4 + 7 + 3  # norms with what is in them, matrices, attention
     effects = {path: compared(model, way(model, path), before, path) for path in tried}
     assert all(effects.values()), effects
 
@@ -377,3 +389,20 @@ def test_changed_tensors_count(name: str, way: Any, packed: Packed) -> None:
                 continue
             effect = compared(model, way(module, key), before, f"{path}.{key}")
             assert effect or path.endswith("k_proj")  # a bias of keys is the same for all of them
+
+
+@pytest.mark.parametrize("way", [data, written, written_unseen, exchanged])
+def test_changed_grids_count(way: Any, packed: Packed) -> None:
+    model, before = generating(packed, "llama", ROUNDING)
+    block = model.model.layers[1]
+    for grid in (block.mlp.down_proj.inputs, block.self_attn.sites.key):
+        assert compared(model, way(grid, "zero"), before, "zero")
+
+
+def test_changed_settings_of_rounding_count(packed: Packed) -> None:
+    model, before = generating(packed, "llama", ROUNDING)
+    block = model.model.layers[1]
+    sites = block.self_attn.sites
+    changes = [(sites, "softmax", 2), (sites, "relative", False), (sites.key, "bits", 2)]
+    for owner, name, value in [*changes, (block.mlp.up_proj.inputs, "bits", 3)]:
+        assert compared(model, attribute(owner, name, value), before, name), name

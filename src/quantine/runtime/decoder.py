@@ -17,6 +17,7 @@ from quantine.errors import BackendUnavailable
 from quantine.kernels import backend
 from quantine.kernels.threads import pool
 from quantine.runtime.decoder_model import arguments_for
+from quantine.runtime.modules import INTEGER_ROWS
 from quantine.runtime.packed import packed_modules
 
 if TYPE_CHECKING:
@@ -98,7 +99,13 @@ def decoder_for(
     threads_pool = pool() if threads is None else native.Pool(threads)
     exact = (_arithmetic(model) if arithmetic is None else arithmetic) == "exact"
     try:
-        made = native.Decoder(**arguments, capacity=capacity, exact=exact, pool=threads_pool)
+        made = native.Decoder(
+            **arguments,
+            capacity=capacity,
+            exact=exact,
+            integer_rows=INTEGER_ROWS,
+            pool=threads_pool,
+        )
     except ValueError as error:  # a shape that modules may broadcast
         raise BackendUnavailable(f"no native decoder: {error}") from error
     return Decoder(made)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
+from quantine.activations.attention import NAME as ROUNDING
+from quantine.activations.attention import attention as rounding_attention
 from quantine.core.overrides import own_methods
 from quantine.errors import BackendUnavailable
-from quantine.runtime.definitions import LIBRARIES, Definitions
+from quantine.runtime.definitions import KNOWN_ATTENTION, LIBRARIES, Definitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,15 +92,19 @@ def check_model(model: PreTrainedModel) -> None:
     Raises:
         BackendUnavailable: it is in training mode or not on the CPU, or only in part; it has hooks,
             methods or tensors of another kind; a class or function that it uses was replaced; or it
-            has another attention function than ``eager`` or ``sdpa``.
+            has another attention function than ``eager``, ``sdpa`` or quantine's.
     """
     if hasattr(model, "hf_device_map"):
         refuse("accelerate has spread the modules of the model over several places")
     for name, module in model.named_modules():
         _check_module(name or "the model", module, OURS if module is model else frozenset())
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     attention = model.config._attn_implementation
-    if attention not in {"eager", "sdpa"}:
+    if attention not in KNOWN_ATTENTION:
         refuse(f"attention is {attention!r}")
+    if attention == ROUNDING and ALL_ATTENTION_FUNCTIONS[ROUNDING] is not rounding_attention:
+        refuse(f"the attention function {ROUNDING!r} was replaced")
     if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         refuse("PyTorch has hooks for all modules")
     patched = Definitions(model).patched()

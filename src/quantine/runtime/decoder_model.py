@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from torch import nn
 
+from quantine.activations.attention import NAME as ROUNDING
+from quantine.activations.modules import SITES_NAME
 from quantine.families.gemma import GEMMA
 from quantine.families.llama import LLAMA
 from quantine.families.opt import OPT
 from quantine.runtime.decoder_checks import check_model, classes_of, expect, refuse
 from quantine.runtime.decoder_multipliers import MULTIPLIES, multipliers_of
 from quantine.runtime.decoder_parts import Angles, Parts
+from quantine.runtime.decoder_rounding import Roundings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +63,7 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     check_decodes(model)
     describe = _opt if model.config.model_type in OPT.model_types else _llama
     try:
-        return describe(model, Parts(native, classes_of(model)), capacity)
+        return describe(model, Parts(native, classes_of(model), Roundings(native)), capacity)
     except AttributeError as error:
         return refuse(f"something is missing: {error}")
 
@@ -123,13 +126,16 @@ def _llama_block(
     attention, mlp = layer.self_attn, layer.mlp
     normed = config.model_type in NORMED_HEADS
     projections = PROJECTIONS | HEAD_NORMS if normed else PROJECTIONS
-    expect(attention, parts.classes.named("Attention"), "attention", projections)
+    children = projections | _sites(config, attention)
+    expect(attention, parts.classes.named("Attention"), "attention", children)
     expect(
         mlp, parts.classes.named("MLP"), "an MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"}
     )
     _check_attention(config, index, attention)
     kind, window = _mask(config, index)
     rotates = attention.use_rope if config.model_type in CHOOSES_ROPE else True
+
+    states = parts.roundings.states(attention, attention.scaling)
 
     def norm(module: nn.Module) -> Any:
         return parts.norm(module, gemma)
@@ -147,7 +153,8 @@ def _llama_block(
         q_norm=norm(attention.q_norm) if normed else None,
         k_norm=norm(attention.k_norm) if normed else None,
         rotary=angles.of(kind, attention.head_dim) if rotates else None,
-        attention_scale=attention.scaling,
+        attention_scale=attention.scaling if states is None else 1.0,  # else it scales scores
+        states=states,
         window=window,
         gate=parts.linear(mlp.gate_proj),
         up=parts.linear(mlp.up_proj),
@@ -165,6 +172,12 @@ def _check_attention(config: Any, index: int, attention: Any) -> None:
         refuse(f"layer {index} keeps its keys as if it were layer {attention.layer_idx}")
     if attention.config is not config:
         refuse(f"layer {index} has a configuration of its own")
+
+
+def _sites(config: Any, attention: Any) -> set[str]:
+    """The child with which attention rounds, where its function does."""
+    rounds = config._attn_implementation == ROUNDING and SITES_NAME in attention._modules
+    return {SITES_NAME} if rounds else set()
 
 
 def _mask(config: Any, index: int) -> tuple[str, int | None]:
@@ -220,8 +233,8 @@ def _opt(model: Any, parts: Parts, capacity: int) -> dict[str, Any]:
 def _opt_block(config: Any, index: int, layer: Any, parts: Parts) -> Any:
     expect(layer, parts.classes.named("DecoderLayer"), "a block", OPT_BLOCK)
     attention = layer.self_attn
-    projections = {"q_proj", "k_proj", "v_proj", "out_proj"}
-    expect(attention, parts.classes.named("Attention"), "attention", projections)
+    children = {"q_proj", "k_proj", "v_proj", "out_proj"} | _sites(config, attention)
+    expect(attention, parts.classes.named("Attention"), "attention", children)
     _check_attention(config, index, attention)
     if not layer.do_layer_norm_before:
         refuse("norms come after attention and MLP (do_layer_norm_before is false)")
@@ -234,6 +247,7 @@ def _opt_block(config: Any, index: int, layer: Any, parts: Parts) -> Any:
         o=parts.linear(attention.out_proj),
         rotary=None,
         attention_scale=attention.scaling,
+        states=parts.roundings.states(attention, 1.0),  # queries are scaled before
         window=None,
         gate=None,
         up=parts.linear(layer.fc1),

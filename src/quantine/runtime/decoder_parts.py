@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Final
@@ -9,9 +10,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.modules import GriddedLinear, PermutedNorm
+from quantine.families.layers import INPUTS_NAME
 from quantine.kernels.matrix import float_matrix
 from quantine.kernels.matrix.cpu import TILE
 from quantine.runtime.decoder_checks import Classes, expect, refuse
+from quantine.runtime.decoder_rounding import Roundings
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 
 ACTIVATIONS: Final = {
@@ -43,23 +47,34 @@ class Parts:
     Attributes:
         native: the module ``quantine._native``.
         classes: the classes that transformers defines for the model.
+        roundings: turns the modules that round activations into parts.
         matrices: native matrices by the identity of the float weight, so that a weight which two
             modules share becomes one matrix.
     """
 
     native: ModuleType
     classes: Classes
+    roundings: Roundings
     matrices: dict[int, Any] = field(default_factory=dict)
 
-    def linear(self, module: nn.Module) -> Any:
-        """The native ``Linear`` of a ``nn.Linear`` or `QuantLinear`.
+    def linear(self, module: Any) -> Any:
+        """The native ``Linear`` of a ``nn.Linear``, `GriddedLinear` or `QuantLinear`.
 
         Raises:
-            BackendUnavailable: it is something else, or rounds its inputs.
+            BackendUnavailable: it is something else, or rounds its inputs in a way that is not
+                known.
         """
-        if type(module) not in (nn.Linear, QuantLinear):
+        if type(module) not in (nn.Linear, GriddedLinear, QuantLinear):
             refuse(f"a matrix is in a {type(module).__name__}")
-        return self._linear(module, getattr(module, "bias", None))
+        inputs = getattr(module, INPUTS_NAME, None)
+        if inputs is None:
+            return self._linear(module, getattr(module, "bias", None))
+        return self.native.Linear(
+            self._matrix(module, {INPUTS_NAME}),
+            None if module.bias is None else vector(module.bias),
+            rounding=self.roundings.inputs(inputs, module.in_features),
+            integers=module.input_grid() if type(module) is QuantLinear else None,
+        )
 
     def head(self, module: nn.Module, embedding: nn.Module) -> Any:
         """The native ``Linear`` of an output head, which may share the table of ``embedding``.
@@ -102,8 +117,8 @@ class Parts:
             refuse("an embedding rescales its rows (max_norm)")
         return self._matrix(module)
 
-    def _matrix(self, module: Any) -> Any:
-        expect(module, type(module), "a matrix", ())
+    def _matrix(self, module: Any, children: Iterable[str] = ()) -> Any:
+        expect(module, type(module), "a matrix", children)
         if not isinstance(module, QuantLinear | QuantEmbedding):
             weight = module.weight
             if id(weight) not in self.matrices:
@@ -122,6 +137,8 @@ class Parts:
     ) -> Any:
         """The native ``Norm`` of a ``nn.LayerNorm`` or of the model's own RMS norm.
 
+        It may be in a `PermutedNorm`.
+
         Args:
             plus_one: whether the model's own norm multiplies by ``1 + weight``, as Gemma's does.
             smaller: what the inputs of the model's own norm are divided by beforehand.
@@ -130,6 +147,10 @@ class Parts:
         Raises:
             BackendUnavailable: it is something else.
         """
+        order = None
+        if type(module) is PermutedNorm:
+            expect(module, PermutedNorm, "a norm", {"norm"})
+            order, module = module.get_buffer("order").contiguous(), module.norm
         expect(module, type(module), "a norm", ())
         if type(module) is nn.LayerNorm:
             weight, bias = module.weight, module.bias
@@ -138,13 +159,14 @@ class Parts:
                 _or_filled(weight, 1.0, width),
                 _or_filled(bias, 0.0, width),
                 module.eps,
+                order,
             )
         if type(module) is not self.classes.home.__dict__.get(f"{self.classes.prefix}RMSNorm"):
             refuse(f"a norm is a {type(module).__name__}")
         if plus_one:
-            return self.native.Norm(vector(module.weight) + 1.0, None, module.eps)
+            return self.native.Norm(vector(module.weight) + 1.0, None, module.eps, order)
         eps = module.variance_epsilon / smaller**2
-        return self.native.Norm(vector(module.weight) * factor, None, eps)
+        return self.native.Norm(vector(module.weight) * factor, None, eps, order)
 
     def activation(self, module: nn.Module) -> str:
         """The native name of an activation function.

@@ -21,8 +21,14 @@ import torch
 import torch.nn.functional
 from torch import nn
 
+from quantine.activations import attention as rounding
+from quantine.activations.attention import NAME as ROUNDING
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+KNOWN_ATTENTION: Final = ("eager", "sdpa", ROUNDING)
+"""Names of attention functions that the native decoder computes."""
 
 COMPUTING: Final = frozenset(
     {"forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__"}
@@ -117,6 +123,7 @@ def _modules_of(model: PreTrainedModel) -> tuple[ModuleType, ...]:
         masking_utils,
         modeling_rope_utils,
         sdpa_attention,
+        rounding,
     )
 
 
@@ -128,7 +135,7 @@ def _tables(modules: Iterable[ModuleType]) -> list[dict[str, Any]]:
     used = (getattr(module, "ALL_ATTENTION_FUNCTIONS", None) for module in modules)
     tables = [ALL_MASK_ATTENTION_FUNCTIONS, ALL_ATTENTION_FUNCTIONS, *filter(None, used)]
     return [
-        {name: table[name] for name in ("eager", "sdpa") if name in table.valid_keys()}
+        {name: table[name] for name in KNOWN_ATTENTION if name in table.valid_keys()}
         for table in tables
     ]
 
