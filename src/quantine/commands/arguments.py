@@ -66,6 +66,17 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says in how many parts statistics of the text are summed."""
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="parts of the text that are summed one after another, so that as many processes of "
+        "torchrun, or fewer, give the same bytes; default one for each process",
+    )
+
+
 def comma_list(text: str) -> list[str]:
     """The parts of ``text`` between commas; empty ones are left out."""
     return [name for name in text.split(",") if name]
