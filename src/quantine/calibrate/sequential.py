@@ -117,6 +117,9 @@ class Sequential:
         block: number of the block that comes first: all before it have been passed.
         lost: what is wrong with the hidden states that the earlier process left; ``None`` if they
             were taken over, or there was no such process.
+        batches: number of batches of all ranks.
+        judged: number of the batches of the first shard: what is decided by outputs of the block is
+            decided by these, on the first rank, whose first batches they are.
     """
 
     def __init__(self, setup: CalibrationSetup, done: int = 0) -> None:
@@ -132,7 +135,8 @@ class Sequential:
         # The numbers of the batches of each shard.
         self._shards = [range(*pair) for pair in pairwise(ends)]
         in_memory, directory = setup.spill is None, setup.spill or setup.saved
-        before = sum(len(shard) for shard in shards[: own.start])
+        self.batches, self.judged = sum(map(len, shards)), len(shards[0])
+        before = sum(map(len, shards[: own.start]))
         self._hidden = HiddenStates(
             len(batches), directory, setup.device, setup.kept_on, in_memory, before
         )

@@ -77,6 +77,15 @@ def add_shards(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def shards_of(arguments: argparse.Namespace, ranks: int = 1) -> int:
+    """The number of shards that `add_shards` was given, else one for each of ``ranks``.
+
+    There are at most as many as samples.
+    """
+    given: int | None = arguments.shards
+    return max(1, min(ranks, arguments.samples)) if given is None else given
+
+
 def comma_list(text: str) -> list[str]:
     """The parts of ``text`` between commas; empty ones are left out."""
     return [name for name in text.split(",") if name]

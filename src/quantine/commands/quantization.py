@@ -14,6 +14,7 @@ from quantine.commands.arguments import (
     add_device,
     add_shards,
     add_verb,
+    shards_of,
 )
 from quantine.commands.json_output import check_writable, write_json_output
 from quantine.errors import PlanError
@@ -176,8 +177,7 @@ def _quantize(arguments: argparse.Namespace) -> None:
     from quantine.ranks.start import started
 
     with started(arguments.device) as (ranks, arguments.device):
-        if arguments.shards is None:
-            arguments.shards = _shards(arguments, ranks.count)
+        arguments.shards = _shards(arguments, ranks.count)
         _quantize_on(arguments, ranks)
 
 
@@ -212,14 +212,13 @@ def _quantize_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def _shards(arguments: argparse.Namespace, ranks: int) -> int:
-    """As many shards as the run that is continued has, else one for each rank."""
+    """As many shards as are asked for, or as the run has that is continued."""
     from quantine.run.store import SHARDS, stored_identity
 
     found = stored_identity(arguments.out) if arguments.resume else None
-    if found is not None:
+    if arguments.shards is None and found is not None:
         return int(found.get(SHARDS, 1))
-    samples: int = arguments.samples
-    return max(1, min(ranks, samples))
+    return shards_of(arguments, ranks)
 
 
 def summary(result: Result) -> str:
@@ -284,7 +283,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         arguments.seed,
         arguments.bfloat16,
         arguments.bos,
-        1 if arguments.shards is None else arguments.shards,
+        shards_of(arguments),
     )
     flags = _scheme_flags(arguments)
     if arguments.target is not None and _decides(arguments):

@@ -14,9 +14,9 @@ from quantine.ranks.ranks import ALONE, Ranks
 
 JOINING: Final = timedelta(minutes=5)
 """How long ranks wait for each other to begin."""
-PATIENCE: Final = timedelta(hours=1)
-"""How long a rank waits for one that is connected but does not answer: the others' largest matrix
-takes less. One that ends is noticed at once."""
+PATIENCE: Final = timedelta(days=7)
+"""How long a rank waits for what another one computes; see `quantine.ranks.pulse` for one that
+hangs. One that ends is noticed at once."""
 
 
 @contextmanager
@@ -44,15 +44,17 @@ def started(device: str) -> Iterator[tuple[Ranks, str]]:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from quantine.ranks.ending import Ending, ended_by_signal
+    from quantine.ranks.ending import Ending
     from quantine.ranks.torch_ranks import TorchRanks
 
     store, index, count = _joined()
     ending = Ending(PrefixStore("ending", store), index, count)
-    before = signal.signal(signal.SIGTERM, lambda *_: ended_by_signal(ending))
+    before = signal.signal(signal.SIGTERM, lambda *_: ending.signalled())
     try:
         own, tensors = _connected(PrefixStore("groups", store), index, count, device)
+        ending.pulse.begin()
         yield TorchRanks(ending, tensors), own
+        ending.pulse.end()
         dist.destroy_process_group()
     except BaseException as error:
         end = ending.said(error)

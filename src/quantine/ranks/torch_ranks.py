@@ -73,9 +73,9 @@ class TorchRanks(Ranks):
         return [total.to(device) for total in sums]
 
     def meet(self) -> None:
-        """Wait until all ranks have come here, or tell which one does not."""
+        """Wait until all ranks have come here."""
         with self._talking():
-            dist.monitored_barrier(wait_all_ranks=True)
+            dist.barrier()
 
     def _sendable(self, tensor: Tensor) -> Tensor:
         return tensor.contiguous() if self._tensors is not None else tensor.cpu().contiguous()

@@ -15,7 +15,7 @@ from quantine.core.ambient import own_state, repeatable
 from quantine.core.device import described
 from quantine.core.device_memory import bounded, forget_peak_device_memory, peak_device_memory
 from quantine.core.process_memory import peak_memory, reuse_freed_memory
-from quantine.errors import DeviceMemoryError, OutputError, cut
+from quantine.errors import DeviceMemoryError, OutputError, PlanError, cut
 from quantine.formats.directory import REPORT, is_finished, read_json
 from quantine.formats.imported import second_rounding
 from quantine.plan.plan import Plan
@@ -128,7 +128,10 @@ def carry_out(
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
     size = estimate(job, max_ram, max_vram)
-    check_ranks(job, size.residence.batch_tokens, adjust is not None)
+    check_ranks(job)
+    if adjust is not None and job.ranks.count > 1:
+        raise PlanError("adjustments of blocks are not shared by ranks: run one process")
+    job.ranks.agree(job.identity(None, size.residence.batch_tokens))
     if job.ranks.first:
         check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)

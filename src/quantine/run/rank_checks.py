@@ -11,32 +11,22 @@ from quantine.run.store import stored_identity
 from quantine.source.read_record import ReadRecord
 
 
-def check_ranks(job: Job, batch_tokens: int, adjusts: bool) -> None:
+def check_ranks(job: Job) -> None:
     """Check, before work starts, that the ranks of ``job`` can share it.
 
-    Args:
-        job: the checked request.
-        batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
-        adjusts: whether solved blocks will be adjusted.
-
     Raises:
-        PlanError: they cannot, or they are asked for different things.
+        PlanError: they cannot.
     """
     count, shards = job.ranks.count, job.calibration.shards
     if count == 1:
         return
-    job.ranks.agree(job.identity(None, batch_tokens))
     if job.segments is not None and shards < count:
         raise PlanError(
             f"{count} ranks cannot share a text of {shards} shards: give --shards {count} or more "
             "to a new run, or start fewer ranks"
         )
-    if job.plan.activations is not None:
-        raise PlanError("grids of activations are found in one process: run it without torchrun")
     if job.plan.tune is not None:
         raise PlanError("tuning is not shared by ranks: leave out `tune`, or run one process")
-    if adjusts:
-        raise PlanError("adjustments of blocks are not shared by ranks: run one process")
 
 
 def check_sight(ranks: Ranks, out: Path, identity: dict[str, str]) -> None:
