@@ -57,12 +57,12 @@ def started(device: str) -> Iterator[tuple[Ranks, str]]:
         ending.pulse.end()
         dist.destroy_process_group()
     except BaseException as error:
+        # Signals stay in its hands: torchrun's must not end this rank before it has said why.
         end = ending.said(error)
         if end is error:
             raise
         raise end from error
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before)
 
 
 def _joined() -> tuple[Any, int, int]:

@@ -22,8 +22,8 @@ def check_ranks(job: Job) -> None:
         return
     if job.segments is not None and shards < count:
         raise PlanError(
-            f"{count} ranks cannot share a text of {shards} shards: give --shards {count} or more "
-            "to a new run, or start fewer ranks"
+            f"--shards {shards} is too few for {count} ranks: give a new run --shards {count} or "
+            "more, or start fewer ranks"
         )
     if job.plan.tune is not None:
         raise PlanError("tuning is not shared by ranks: leave out `tune`, or run one process")

@@ -48,7 +48,9 @@ def befall(rank: int, run: dict[str, Any]) -> None:
         advance(self, index)
 
     Sequential.advance = failing  # type: ignore[method-assign]
-    pulse.SILENCE = 8
+    pulse.BEAT = 0.2
+    if "stop" in run:
+        pulse.SILENCE = 20
 
 
 def started(rank: int, run: dict[str, Any], port: int, errors: int) -> int:
@@ -111,9 +113,12 @@ def carried_out(run: dict[str, Any]) -> dict[str, Any]:
         store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         if "kill" in run:
             parts = Path(run["out"]) / ".quantine" / "parts"
-            while len(list(parts.glob("block-*.json"))) < run["parts"]:
+            victim = children[run["kill"]]
+            running = True
+            while running and len(list(parts.glob("block-*.json"))) < run["parts"]:
                 time.sleep(0.0005)
-            os.kill(children[run["kill"]], signal.SIGKILL)
+                running = os.waitid(os.P_PID, victim, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            os.kill(victim, signal.SIGKILL)
         statuses = dict(ended_unless_stopped(children, run))
         errors.seek(0)
         said = errors.read()
