@@ -34,9 +34,9 @@ PLAN: Final = {
         {"match": "@blocks", "method": "spqr", "bits": 3, "group_size": 16},
     ]
 }
-KILLS: Final = (0, 1, 2)
-"""The ranks that are killed, each when one block more is on disk."""
-LEFT: Final = (1, 3, 2)
+KILLS: Final = (0, 2)
+"""The ranks of three that are killed, each when one block more is on disk."""
+LEFT: Final = (1, 3)
 """Numbers of the ranks that then go on."""
 
 Runs = dict[str, dict[str, Any]]
@@ -89,13 +89,14 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
     (root / "plan.yaml").write_text(yaml.safe_dump(PLAN))
     shards = ["--shards", str(SHARDS)]
     planned = ["--plan", str(root / "plan.yaml"), *shards]
-    for ranks in (1, 2, 3):
+    for ranks in (1, 2):
         ordered.quantize(f"plan {ranks}", f"plan-{ranks}", model, planned, ranks)
     for blocks, (victim, ranks) in enumerate(zip(KILLS, LEFT, strict=True), 1):
         out = f"killed-{victim}"
         ordered.quantize(f"kill {victim}", out, model, planned, 3, kill=victim, parts=blocks)
         # Without --shards it is that of the first command.
         ordered.quantize(f"left {victim}", out, model, [*planned[:2], "--resume"], ranks)
+    ordered.runs["left 2"]["command"] = ["resume", str(root / "killed-2"), "--quiet"]
     ordered.quantize("memory", "failed", model, planned, 2, error="memory")
     ordered.quantize("bug", "failed", model, [*planned, "--resume"], 2, error="bug")
     ordered.quantize("hung", "failed", model, [*planned, "--resume"], 2, stop=0)
@@ -104,7 +105,7 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
     ordered.quantize("tuned", "none", model, ["--tune", "quick"], 2)
     several: dict[str, tuple[Path, list[str]]] = {
         "activations": (tiny("opt"), ["--scheme", "W4A4", "--group-size", "32"]),
-        "budget": (model, ["--bits-per-weight", "3.5"]),
+        "budget": (tiny("llama"), ["--bits-per-weight", "3.5"]),
         "experts": (
             source_of("qwen3_moe", root / "moe"),
             ["--method", "gptq", "--group-size", "16"],
@@ -139,11 +140,11 @@ def sentences(said: str) -> list[str]:
 
 
 def test_any_number_of_ranks_makes_the_same_bytes(runs: Runs, root: Path) -> None:
-    for ranks in (1, 2, 3):
+    for ranks in (1, 2):
         assert runs[f"plan {ranks}"] == {"statuses": [0] * ranks, "said": ""}
-        assert_same_run(root / f"plan-{ranks}", root / "plan-1")
-    report = json.loads((root / "plan-3" / "quantine_report.json").read_text())
-    assert report["run"]["ranks"] == 3
+    assert_same_run(root / "plan-2", root / "plan-1")
+    report = json.loads((root / "plan-2" / "quantine_report.json").read_text())
+    assert report["run"]["ranks"] == 2
     assert report["calibration"]["shards"] == int(report["identity"]["shards"]) == SHARDS
 
 
@@ -163,7 +164,8 @@ def test_a_lost_rank_ends_the_run_and_others_go_on(victim: int, runs: Runs, root
         f"quantine: rank {victim} of 3 ended or hung: continue with --resume, with any number of "
         "ranks"
     ]
-    assert set(runs[f"left {victim}"]["statuses"]) == {0}
+    left = dict(zip(KILLS, LEFT, strict=True))[victim]
+    assert runs[f"left {victim}"] == {"statuses": [0] * left, "said": ""}
     assert_same_run(root / f"killed-{victim}", root / "plan-1")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from quantine import CalibrationError, DeviceMemoryError, RankError
+from quantine import BackendUnavailable, CalibrationError, DeviceMemoryError, RankError
 from quantine.ranks import pulse
 from quantine.ranks.ending import Ending
 
@@ -21,7 +22,7 @@ def three(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Ending]]:
     store: Any = dist.HashStore()
     endings = [Ending(store, index, 3) for index in range(3)]
     for ending in endings:
-        ending.pulse.begin()
+        ending.pulse.begin(timedelta(seconds=1))
     yield endings
     for ending in endings:
         ending.pulse.end()
@@ -72,6 +73,14 @@ def test_what_happened_to_a_rank_is_told_by_another(three: list[Ending]) -> None
     assert said.startswith("rank 1 failed (KeyError('a bug')): mend that and continue")
 
 
+def test_ranks_that_do_not_come_are_not_waited_for() -> None:
+    store: Any = dist.HashStore()
+    with pytest.raises(
+        BackendUnavailable, match=r"rank 0 waited 0:00:00.1.* for the others in vain"
+    ):
+        Ending(store, 0, 2).pulse.begin(timedelta(seconds=0.1))
+
+
 def test_silence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse, "BEAT", 0.01)
     monkeypatch.setattr(pulse, "SILENCE", 5)
@@ -79,7 +88,7 @@ def test_silence_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[list[int]] = []
     listening = pulse.Pulse(store, 0, 2, heard.append)
     store.set("1", "7")  # of a rank that hangs from then on
-    listening.begin()
+    listening.begin(timedelta(seconds=1))
     while not heard:
         assert listening._thread.is_alive()
     listening.end()

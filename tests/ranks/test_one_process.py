@@ -45,9 +45,9 @@ def test_facts_that_differ_are_named() -> None:
 
     ranks = Two()
     ranks.index, ranks.count = 1, 2
-    ranks.agree({"plan": "a", "threads": "1"})
+    ranks.agree(lambda: {"plan": "a", "threads": "1"})
     with pytest.raises(PlanError, match="ranks 1 and 0 have another threads, weights: give all"):
-        ranks.agree({"plan": "a", "threads": "2", "weights": "b"})
+        ranks.agree(lambda: {"plan": "a", "threads": "2", "weights": "b"})
 
 
 def test_a_process_that_torchrun_did_not_start_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

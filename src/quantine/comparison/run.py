@@ -126,7 +126,7 @@ def compare(
     for each in plans.values():
         check_ranks(replace(prepare(model, each, calibration, where), ranks=ranks))
     settings = _settings(source, calibration, cut, tasks, measured.bos, where)
-    ranks.agree(settings)
+    ranks.agree(lambda: settings)
     lock = DirectoryLock(out)
     try:
         ranks.of_first(lambda: _open(out, lock, settings))

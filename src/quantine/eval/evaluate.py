@@ -109,7 +109,7 @@ def evaluate(
     source = locate(model)
     begins = begun(source.tokenizer(), bos)
     cut = cut_texts(source, texts, window, limit, bos)
-    ranks.agree({"model": source.file_digests(), "texts": text_digests(cut)})
+    ranks.agree(lambda: {"model": source.file_digests(), "texts": text_digests(cut)})
     compared = None
     if reference is not None:
         compared = reference_of(source, reference, dtype, cache, where)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, Final
+
+from quantine.errors import BackendUnavailable
 
 BEAT: Final = 0.5
 """Seconds between two signs of life, which are the number of the beat."""
@@ -42,10 +45,20 @@ class Pulse:
         self._silent = dict.fromkeys(self._others, 0)  # own beats since the last sign
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="quantine-pulse", daemon=True)
+        self._store.set(str(index), "0")
 
-    def begin(self) -> None:
-        """Give the first sign of life, which all ranks do before they listen."""
-        self._store.set(str(self._index), "0")
+    def begin(self, patience: timedelta) -> None:
+        """Wait until all ranks have given their first sign, and begin to listen.
+
+        Raises:
+            BackendUnavailable: after so long, some have not.
+        """
+        try:
+            self._store.wait([str(rank) for rank in self._others], patience)
+        except RuntimeError as error:
+            raise BackendUnavailable(
+                f"rank {self._index} waited {patience} for the others in vain: start all of them"
+            ) from error
         self._thread.start()
 
     def end(self) -> None:

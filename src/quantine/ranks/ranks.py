@@ -68,12 +68,18 @@ class Ranks:
     def meet(self) -> None:
         """Wait until all ranks have come here."""
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Check that all ranks have the same ``facts``, by what they describe.
+    def agree(self, facts_of_this: Callable[[], dict[str, Any]]) -> None:
+        """Check that all ranks have the same facts, by what they describe.
+
+        Args:
+            facts_of_this: gives those of this rank; not called where there is only one.
 
         Raises:
             PlanError: a rank has others; names it, and what differs.
         """
+        if self.count == 1:
+            return
+        facts = facts_of_this()
         for rank, other in enumerate(self.gather(facts)):
             keys = [key for key in {**facts, **other} if facts.get(key) != other.get(key)]
             if keys:

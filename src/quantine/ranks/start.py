@@ -51,8 +51,8 @@ def started(device: str) -> Iterator[tuple[Ranks, str]]:
     ending = Ending(PrefixStore("ending", store), index, count)
     before = signal.signal(signal.SIGTERM, lambda *_: ending.signalled())
     try:
+        ending.pulse.begin(JOINING)
         own, tensors = _connected(PrefixStore("groups", store), index, count, device)
-        ending.pulse.begin()
         yield TorchRanks(ending, tensors), own
         ending.pulse.end()
         dist.destroy_process_group()
@@ -95,10 +95,16 @@ def _connected(store: Any, index: int, count: int, device: str) -> tuple[str, An
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=PATIENCE)
-    wanted = "cuda" if device == "auto" and torch.cuda.is_available() else device
-    if wanted != "cuda":
+    nvidia = torch.cuda.is_available() and torch.version.hip is None
+    if device != "cuda" and not (device == "auto" and nvidia):
         return device, None
-    own = f"cuda:{_number('LOCAL_RANK', index)}"
+    number, found = _number("LOCAL_RANK", index), torch.cuda.device_count()
+    if number >= found:
+        raise BackendUnavailable(
+            f"rank {index} has no GPU of its own among {found}: start fewer ranks here, or name "
+            "one device for all, such as cuda:0"
+        )
+    own = f"cuda:{number}"
     torch.cuda.set_device(own)
     return own, dist.new_group(backend="nccl", timeout=PATIENCE)
 

@@ -45,8 +45,12 @@ def reorder_block(
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
     ranks = sequential.setup.ranks
-    maps = reordering.maps().items()
-    ranks.agree({f"clusters of {kind}": tensor_digest(one.cpu()) for kind, one in maps})
+    ranks.agree(
+        lambda: {
+            f"clusters of {kind}": tensor_digest(one.cpu())
+            for kind, one in reordering.maps().items()
+        }
+    )
     reordering.apply(block)
     ranking = ranking_batches(sequential) if spec.searches else 0
     before = sequential.outputs(index, ranking) if ranks.first else []

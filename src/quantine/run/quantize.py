@@ -131,7 +131,7 @@ def carry_out(
     check_ranks(job)
     if adjust is not None and job.ranks.count > 1:
         raise PlanError("adjustments of blocks are not shared by ranks: run one process")
-    job.ranks.agree(job.identity(None, size.residence.batch_tokens))
+    job.ranks.agree(lambda: job.identity(None, size.residence.batch_tokens))
     if job.ranks.first:
         check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)

@@ -54,5 +54,6 @@ def check_same_weights(job: Job, record: ReadRecord, index: int) -> None:
         PlanError: they have not; names a tensor.
     """
     inside = f"{job.family.blocks}.{index}."
-    names = [name for name in record.names() if name.startswith(inside)]
-    job.ranks.agree({name: record[name] for name in names})
+    job.ranks.agree(
+        lambda: {name: record[name] for name in record.names() if name.startswith(inside)}
+    )
