@@ -5,7 +5,7 @@
 
 Both start the command line of the installed quantine, with several ranks by torchrun. Times are
 the medians of runs with one and with two ranks in turn, on one thread each: with as many cores as
-ranks, nothing else should run. A killed rank is a random one at a random moment, and one or three
+ranks, nothing else should run. A killed rank is a random one in a random block, and one or three
 ranks go on. The exit status is 1 if any bytes differ.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -25,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-PLAN: Final = ["--method", "spqr", "--bits", "3", "--seqlen", "256", "--quiet"]
+PLAN: Final = ["--method", "spqr", "--bits", "3", "--quiet"]
 SHARDS: Final = ["--samples", "24", "--shards", "6"]
 
 
@@ -36,14 +37,16 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=3, help="runs with each number of ranks")
     parser.add_argument("--kills", type=int, default=0, help="kill ranks instead, so many times")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seqlen", type=int, default=256)
     arguments = parser.parse_args()
+    model = [arguments.model, "--seqlen", str(arguments.seqlen)]
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.kills:
-            return killed(arguments.model, Path(scratch), arguments.kills, arguments.seed)
-        return timed(arguments.model, Path(scratch), arguments.repeat)
+            return killed(model, Path(scratch), arguments.kills, arguments.seed)
+        return timed(model, Path(scratch), arguments.repeat)
 
 
-def timed(model: str, scratch: Path, repeat: int) -> int:
+def timed(model: list[str], scratch: Path, repeat: int) -> int:
     """Print the seconds of one rank and of two, and the ratio of their medians."""
     seconds: dict[int, list[float]] = {1: [], 2: []}
     hashes = set()
@@ -62,41 +65,40 @@ def timed(model: str, scratch: Path, repeat: int) -> int:
     return int(len(hashes) != 1)
 
 
-def killed(model: str, scratch: Path, kills: int, seed: int) -> int:
-    """Kill a random rank of three at a random moment, and go on with one or three."""
-    moments = random.Random(seed)
-    began = time.perf_counter()
-    subprocess.run(command(model, scratch / "whole", 3), env=environment(), check=True)
-    seconds, expected, wrong = time.perf_counter() - began, digest(scratch / "whole"), 0
+def killed(model: list[str], scratch: Path, kills: int, seed: int) -> int:
+    """Kill a random rank of three in a random block, and go on with one or three."""
+    moments, wrong, whole = random.Random(seed), 0, scratch / "whole"
+    subprocess.run(command(model, whole, 3), env=environment(), check=True)
+    expected = digest(whole)
+    blocks = json.loads((whole / "config.json").read_text())["num_hidden_layers"]
     for number in range(kills):
         out, victim, ranks = scratch / f"killed-{number}", moments.randrange(3), (1, 3)[number % 2]
-        moment = seconds * moments.uniform(0.3, 0.95)
-        said, blocks = kill(command(model, out, 3), victim, moment, out)
+        done = moments.randrange(blocks)
+        said = kill(command(model, out, 3), victim, done, out)
         subprocess.run(command(model, out, ranks, resume=True), env=environment(), check=True)
         same = digest(out) == expected
         wrong += not same
-        bytes_are = "the same bytes" if same else "OTHER BYTES"
-        print(
-            f"rank {victim} killed, {blocks} blocks on disk; {ranks} went on: {bytes_are}; {said}"
-        )
+        print(f"rank {victim} killed after {done} blocks; {said}")
+        print(f"    {ranks} went on: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
         shutil.rmtree(out)
     return int(wrong > 0)
 
 
-def kill(arguments: list[str], victim: int, seconds: float, out: Path) -> tuple[str, int]:
-    """Start ranks and kill one of them; returns what they said, and how many blocks were done."""
+def kill(arguments: list[str], victim: int, blocks: int, out: Path) -> str:
+    """Start ranks, and kill one once so many blocks are on disk; returns what the others say."""
+    states, parts = out / ".quantine" / "states", out / ".quantine" / "parts"
     with subprocess.Popen(
         arguments, env=environment(), stderr=subprocess.PIPE, text=True
     ) as torchrun:
-        time.sleep(seconds)
+        while torchrun.poll() is None and (
+            not states.exists() or len(list(parts.glob("block-*.json"))) < blocks
+        ):
+            time.sleep(0.001)
         children = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
         ranks = {rank_of(int(child)): int(child) for child in children}
-        if victim in ranks:
-            os.kill(ranks[victim], signal.SIGKILL)
+        os.kill(ranks[victim], signal.SIGKILL)
         _, errors = torchrun.communicate()
-    blocks = len(list((out / ".quantine" / "parts").glob("block-*.json")))
-    said = [line for line in errors.splitlines() if line.startswith("quantine:")]
-    return "; ".join(said) or "it had ended before", blocks
+    return "; ".join(line for line in errors.splitlines() if line.startswith("quantine:"))
 
 
 def rank_of(process: int) -> int:
@@ -106,9 +108,17 @@ def rank_of(process: int) -> int:
     return int(found[0].removeprefix(b"RANK=")) if found else -1
 
 
-def command(model: str, out: Path, ranks: int, resume: bool = False) -> list[str]:
+def command(model: list[str], out: Path, ranks: int, resume: bool = False) -> list[str]:
     """The command that quantizes ``model`` with so many ranks."""
-    verb = ["quantize", model, str(out), *PLAN, *SHARDS, *(["--resume"] if resume else [])]
+    verb = [
+        "quantize",
+        model[0],
+        str(out),
+        *model[1:],
+        *PLAN,
+        *SHARDS,
+        *(["--resume"] if resume else []),
+    ]
     if ranks == 1:
         return [sys.executable, "-m", "quantine", *verb]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
