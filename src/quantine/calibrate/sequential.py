@@ -301,11 +301,14 @@ class Sequential:
         missing = [path for path in paths if path not in found]
         if missing:
             raise self._never_ran(f"{self._family.blocks}.{index}.{missing[0]}")
-        first, *others = self._setup.ranks.gather(found)
+        if self._setup.ranks.count == 1:
+            return found
+        sent = {path: seen.to(CPU) for path, seen in found.items()}  # ranks have other devices
+        whole, *others = self._setup.ranks.gather(sent)
         for other in others:
             for path in paths:
-                first[path].merge(other[path])
-        return first
+                whole[path].merge(other[path])
+        return {path: seen.to(self._setup.device) for path, seen in whole.items()}
 
     def _never_ran(self, name: str) -> CalibrationError:
         return CalibrationError(

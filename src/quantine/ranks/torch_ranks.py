@@ -53,18 +53,18 @@ class TorchRanks(Ranks):
 
         The first rank adds its parts as they come; the others hold all of theirs until then.
         """
-        rest = iter(parts) if self.first else iter(list(parts))
-        own = list(next(rest))
-        device = own[0].device
-        sums = [self._sendable(part) for part in own]
+        # What is computed when a part is asked for fails here, not among what ranks tell each other.
+        own = [super().total(parts)] if self.first else [list(part) for part in parts]
+        device = own[0][0].device
+        sendable = [[self._sendable(tensor) for tensor in part] for part in own]
         with self._talking():
-            if not self.first:
-                add = sums
-                sums = [torch.empty_like(part) for part in add]
+            if self.first:
+                (sums,) = sendable
+            else:
+                sums = [torch.empty_like(tensor) for tensor in sendable[0]]
                 for total in sums:
                     dist.recv(total, self.index - 1, group=self._tensors)
-                add_to(sums, [add])
-            add_to(sums, ([self._sendable(part) for part in own] for own in rest))
+                add_to(sums, sendable)
             if self.index + 1 < self.count:
                 for total in sums:
                     dist.send(total, self.index + 1, group=self._tensors)
