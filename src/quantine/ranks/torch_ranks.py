@@ -53,7 +53,7 @@ class TorchRanks(Ranks):
 
         The first rank adds its parts as they come; the others hold all of theirs until then.
         """
-        # What is computed when a part is asked for fails here, not among what ranks tell each other.
+        # Computing the parts fails here, and is not taken for ranks that do not answer.
         own = [super().total(parts)] if self.first else [list(part) for part in parts]
         device = own[0][0].device
         sendable = [[self._sendable(tensor) for tensor in part] for part in own]
