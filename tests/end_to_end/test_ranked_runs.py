@@ -104,7 +104,7 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
     ordered.quantize("too many", "none", model, ["--shards", "1"], 2)
     ordered.quantize("tuned", "none", model, ["--tune", "quick"], 2)
     several: dict[str, tuple[Path, list[str]]] = {
-        "activations": (tiny("opt"), ["--scheme", "W4A4", "--group-size", "32"]),
+        "activations": (tiny("opt"), ["--scheme", "W4A4KV", "--group-size", "32"]),
         "budget": (tiny("llama"), ["--bits-per-weight", "3.5"]),
         "experts": (
             source_of("qwen3_moe", root / "moe"),
