@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         OutputError,
         PlanError,
         QuantineError,
+        RankError,
         ResumeMismatch,
         SolverError,
     )
@@ -64,6 +65,7 @@ __all__ = [
     "QTensor",
     "QuantSpec",
     "QuantineError",
+    "RankError",
     "ResumeMismatch",
     "Rule",
     "Scheme",
@@ -91,6 +93,7 @@ _HOME = {
     "QuantSpec": "core.spec",
     "QuantineError": "errors",
     "RTN": "methods.rtn",
+    "RankError": "errors",
     "SpQR": "methods.spqr",
     "ResumeMismatch": "errors",
     "Rule": "plan.rules",

@@ -10,6 +10,7 @@ QuantineError
 ├── OutputError         the output directory is not ours to write, or the disk is full
 │   └── ResumeMismatch  an unfinished run was started with other inputs
 ├── DeviceMemoryError   a device, or what of it may be used, is too small for the run
+├── RankError           another process of a run is gone; --resume goes on
 └── BackendUnavailable  a kernel or device was asked for that does not exist here
 """
 
@@ -84,6 +85,10 @@ class ResumeMismatch(OutputError):
 
 class DeviceMemoryError(QuantineError):
     """The memory of a device, or what of it may be used, is too small for the run."""
+
+
+class RankError(QuantineError):
+    """Another process of a run that several share has ended, or does not answer."""
 
 
 class BackendUnavailable(QuantineError):

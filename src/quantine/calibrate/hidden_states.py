@@ -30,6 +30,7 @@ class HiddenStates:
         device: device that batches are put on when they are read.
         kept_on: device of batches that are kept in memory; ``None`` leaves them where they are.
         in_memory: whether batches are kept in memory although ``directory`` holds them.
+        before: number of the batches in ``directory`` that come before these, and are others'.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class HiddenStates:
         device: torch.device | str = "cpu",
         kept_on: torch.device | None = None,
         in_memory: bool = False,
+        before: int = 0,
     ) -> None:
         self._kept: list[Tensor | None] = [None] * batches
         self._enters = [0] * batches
         self._directory, self._device, self._kept_on = directory, device, kept_on
-        self._in_memory = in_memory or directory is None
+        self._in_memory, self._before = in_memory or directory is None, before
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -107,7 +109,7 @@ class HiddenStates:
 
     def _file(self, index: int) -> Path:
         assert self._directory is not None
-        return self._directory / f"{index:06}.safetensors"
+        return self._directory / f"{self._before + index:06}.safetensors"
 
 
 def _write(path: Path, hidden: Tensor, enters: int) -> None:

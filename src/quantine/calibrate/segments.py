@@ -26,7 +26,8 @@ profit from."""
 class Calibration:
     """A request for calibration: which text, how much of it, and in which precision.
 
-    Raises `CalibrationError` if ``samples`` is negative, ``seqlen`` below 1, or ``bos`` unknown.
+    Raises `CalibrationError` if ``samples`` is negative, ``seqlen`` below 1, ``shards`` below 1 or
+    above ``samples``, or ``bos`` unknown.
 
     Attributes:
         source: a text, named as for `quantine.calibrate.text.read_text`.
@@ -38,6 +39,8 @@ class Calibration:
             processor can. Weights, norms, hidden states and statistics stay in float32.
         bos: which segments begin as the tokenizer begins a text, see
             `quantine.calibrate.bos.Bos`.
+        shards: number of parts of the text whose statistics are summed one after another, see
+            `quantine.calibrate.shards`; as many processes can share a run, or fewer.
     """
 
     source: str = BUILTIN
@@ -46,12 +49,17 @@ class Calibration:
     seed: int = 0
     bfloat16: bool = False
     bos: Bos = BOS_DEFAULT
+    shards: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < 0:
             raise CalibrationError(f"samples must not be negative, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 1:
             raise CalibrationError(f"seqlen must be positive, not {self.seqlen}")
+        if not 1 <= self.shards <= max(1, self.samples):
+            raise CalibrationError(
+                f"shards must be from 1 to the number of samples, {self.samples}, not {self.shards}"
+            )
         check_bos(self.bos)
 
     def segment_length(self, longest_context: int | None) -> int:

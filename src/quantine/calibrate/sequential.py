@@ -6,8 +6,9 @@ quantized, put out for the calibration text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from quantine.calibrate.expert_tokens import lend_tokens
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.replay import Replay
+from quantine.calibrate.shards import batch_samples, cut
 from quantine.calibrate.skeleton import (
     drop_weights,
     fill,
@@ -30,6 +32,7 @@ from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
 from quantine.families.stand_in import StandIn
 from quantine.kernels.gram import add_gram
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
 
@@ -43,16 +46,6 @@ if TYPE_CHECKING:
 
 TOKENS_PER_BATCH: Final = 2048
 """Largest number of tokens that go through a block at once, unless one segment is longer."""
-
-
-def batch_samples(samples: int, seqlen: int, batch_tokens: int = TOKENS_PER_BATCH) -> int:
-    """Number of segments in a batch, of ``samples`` segments of ``seqlen`` tokens.
-
-    The largest divisor of ``samples`` that keeps a batch within ``batch_tokens`` tokens; at least
-    1.
-    """
-    fitting = [n for n in range(1, samples + 1) if samples % n == 0 and n * seqlen <= batch_tokens]
-    return max(fitting, default=1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,8 @@ class CalibrationSetup:
             is ``device``.
         batch_tokens: largest number of tokens that go through a block at once, unless one segment
             is longer.
+        shards: number of parts of the segments whose statistics are summed one after another.
+        ranks: the processes that share the segments, each some of the shards.
     """
 
     model: PreTrainedModel
@@ -94,6 +89,8 @@ class CalibrationSetup:
     device: torch.device = CPU
     kept_on: torch.device | None = None
     batch_tokens: int = TOKENS_PER_BATCH
+    shards: int = 1
+    ranks: Ranks = ALONE
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.
@@ -106,7 +103,8 @@ class CalibrationSetup:
 class Sequential:
     """Runs calibration segments through a model, block by block.
 
-    It holds the hidden states that enter the current block. Each block in turn gets its weights
+    It holds the hidden states that enter the current block, those of the shards of this process.
+    Statistics are those of all shards, on every rank. Each block in turn gets its weights
     (see `quantine.calibrate.block_loader`), is observed, quantized by the caller, and passed by
     `advance` before it is released.
 
@@ -119,6 +117,9 @@ class Sequential:
         block: number of the block that comes first: all before it have been passed.
         lost: what is wrong with the hidden states that the earlier process left; ``None`` if they
             were taken over, or there was no such process.
+        batches: number of batches of all ranks.
+        judged: number of the batches of the first shard: what is decided by outputs of the block is
+            decided by these, on the first rank, whose first batches they are.
     """
 
     def __init__(self, setup: CalibrationSetup, done: int = 0) -> None:
@@ -126,15 +127,25 @@ class Sequential:
         self._family = setup.family
         self._blocks = block_list(setup.model, setup.family)
         samples, seqlen = setup.segments.shape
-        size = batch_samples(samples, seqlen, setup.batch_tokens)
-        batches = setup.segments.to(setup.device).split(size)
+        size = batch_samples(samples, seqlen, setup.batch_tokens, setup.shards)
+        shards = [shard.split(size) for shard in cut(setup.segments, setup.shards)]
+        own = setup.ranks.share(setup.shards)
+        batches = [batch.to(setup.device) for shard in own for batch in shards[shard]]
+        ends = [0, *accumulate(len(shards[shard]) for shard in own)]
+        # The numbers of the batches of each shard.
+        self._shards = [range(*pair) for pair in pairwise(ends)]
         in_memory, directory = setup.spill is None, setup.spill or setup.saved
-        self._hidden = HiddenStates(len(batches), directory, setup.device, setup.kept_on, in_memory)
+        self.batches, self.judged = sum(map(len, shards)), len(shards[0])
+        before = sum(map(len, shards[: own.start]))
+        self._hidden = HiddenStates(
+            len(batches), directory, setup.device, setup.kept_on, in_memory, before
+        )
         self._replays = [Replay() for _ in batches] if setup.resumes else None
         # How the model calls each block, hidden states apart; the same for every batch.
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.lost = self._enter(batches, done)
-        self.block = min(self._hidden.enters(batch) for batch in range(len(batches)))
+        enters = min(self._hidden.enters(batch) for batch in range(len(batches)))
+        self.block = min(setup.ranks.gather(enters))
 
     @property
     def setup(self) -> CalibrationSetup:
@@ -158,6 +169,16 @@ class Sequential:
         Raises:
             CalibrationError: a matrix was never reached.
         """
+        hessians = self._summed(
+            layers, (self._observed(index, layers, batches) for batches in self._shards)
+        )
+        lend_tokens(layers, hessians)
+        return hessians
+
+    def _observed(
+        self, index: int, layers: Sequence[Layer], batches: Sequence[int]
+    ) -> list[Hessian]:
+        """The result of `observe` for some batches."""
         observers = [_InputObserver(layer, self._setup) for layer in layers]
 
         chosen = any(layer.experts for layer in layers)  # some by no token of a batch
@@ -168,7 +189,7 @@ class Sequential:
 
         handles = [observer.register(enough) for observer in observers]
         try:
-            for batch in range(len(self._hidden)):
+            for batch in batches:
                 try:
                     self.run(index, self._hidden[batch])
                 except _Enough:
@@ -177,11 +198,26 @@ class Sequential:
             for handle in handles:
                 handle.remove()
         for layer, observer in zip(layers, observers, strict=True):
-            if not layer.experts and observer.seen < len(self._hidden):
+            if not layer.experts and observer.seen < len(batches):
                 raise self._never_ran(layer.name)
-        hessians = [observer.hessian for observer in observers]
-        lend_tokens(layers, hessians)
-        return hessians
+        return [observer.hessian for observer in observers]
+
+    def _summed(
+        self, layers: Sequence[Layer], shards: Iterable[Sequence[Hessian]]
+    ) -> list[Hessian]:
+        """The Hessians of the inputs of ``layers`` over all shards, of which some are given."""
+
+        def parts() -> Iterator[list[Tensor]]:
+            for hessians in shards:
+                tokens = [hessian.tokens for hessian in hessians]
+                counts = torch.tensor(tokens, dtype=torch.int64, device=self._setup.device)
+                yield [*(hessian.matrix for hessian in hessians), counts]
+
+        *sums, counts = self._setup.ranks.total(parts())
+        return [
+            Hessian.of(total, int(tokens), add_gram)
+            for total, tokens in zip(sums, counts.tolist(), strict=True)
+        ]
 
     @torch.no_grad()
     def observe_next(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
@@ -201,8 +237,16 @@ class Sequential:
         layer = layers[0]
         if self._replays is None or layer.experts:
             return self.observe(index, layers)
+        return self._summed(
+            layers, ([self._continued(index, layer, batches)] for batches in self._shards)
+        )
+
+    def _continued(self, index: int, layer: Layer, batches: Sequence[int]) -> Hessian:
+        """The result of `observe_next` for some batches, where forward passes continue."""
+        assert self._replays is not None
         hessian = Hessian(layer.in_features, add_gram, self._setup.device)
-        for batch, replay in enumerate(self._replays):
+        for batch in batches:
+            replay = self._replays[batch]
 
             def stop(x: Tensor, replay: Replay = replay) -> None:
                 replay.stop()
@@ -217,7 +261,7 @@ class Sequential:
                 hessian.update(_as_multiplied(reached.x, self._setup))
             finally:
                 handle.remove()
-        return [hessian]
+        return hessian
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
@@ -257,7 +301,14 @@ class Sequential:
         missing = [path for path in paths if path not in found]
         if missing:
             raise self._never_ran(f"{self._family.blocks}.{index}.{missing[0]}")
-        return found
+        if self._setup.ranks.count == 1:
+            return found
+        sent = {path: seen.to(CPU) for path, seen in found.items()}  # ranks have other devices
+        whole, *others = self._setup.ranks.gather(sent)
+        for other in others:
+            for path in paths:
+                whole[path].merge(other[path])
+        return {path: seen.to(self._setup.device) for path, seen in whole.items()}
 
     def _never_ran(self, name: str) -> CalibrationError:
         return CalibrationError(
@@ -368,6 +419,7 @@ class Sequential:
             first = entered(batches[0])
             if done:
                 lost = self._hidden.restore([len(tokens) for tokens in batches], first, done)
+                lost = next(filter(None, setup.ranks.gather(lost)), None)
             if not done or lost is not None:
                 for batch, tokens in enumerate(batches):
                     self._hidden.put(batch, entered(tokens) if batch else first, 0)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from quantine.calibrate.sequential import Sequential
 
 OUTPUT_TOKENS: Final = 4096
-"""Number of calibration tokens whose inputs are recorded, enough to rank changes of an output."""
+"""Number of calibration tokens whose inputs are recorded, enough to rank changes of an output. They
+are of the first shard of the text, which may have fewer."""
 
 
 def judged_module(groups: Sequence[Sequence[str]], path: str) -> str:
@@ -37,7 +38,7 @@ def judged_module(groups: Sequence[Sequence[str]], path: str) -> str:
 
 
 class SubmoduleOutputs:
-    """Submodules of a block, with their inputs recorded when this is made.
+    """Submodules of a block, with their inputs recorded when this is made, on the first rank.
 
     Args:
         sequential: runs the block on the calibration text.
@@ -59,7 +60,7 @@ class SubmoduleOutputs:
         hidden, tokens = sequential.hidden, 0
         try:
             with torch.no_grad():
-                for batch in range(len(hidden)):
+                for batch in range(sequential.judged):
                     if tokens < OUTPUT_TOKENS:
                         sequential.run(index, hidden[batch])
                         tokens += hidden[batch].shape[0] * hidden[batch].shape[1]

@@ -66,6 +66,26 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says in how many parts statistics of the text are summed."""
+    parser.add_argument(
+        "--shards",
+        type=int,
+        metavar="N",
+        help="parts of the text that are summed one after another, so that as many processes of "
+        "torchrun, or fewer, give the same bytes; default one for each process",
+    )
+
+
+def shards_of(arguments: argparse.Namespace, ranks: int = 1) -> int:
+    """The number of shards that `add_shards` was given, else one for each of ``ranks``.
+
+    There are at most as many as samples.
+    """
+    given: int | None = arguments.shards
+    return max(1, min(ranks, arguments.samples)) if given is None else given
+
+
 def comma_list(text: str) -> list[str]:
     """The parts of ``text`` between commas; empty ones are left out."""
     return [name for name in text.split(",") if name]

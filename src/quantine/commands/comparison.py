@@ -5,10 +5,21 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quantine.commands.arguments import MODEL_HELP, add_bos, add_device, add_verb, comma_list
+from quantine.commands.arguments import (
+    MODEL_HELP,
+    add_bos,
+    add_device,
+    add_shards,
+    add_verb,
+    comma_list,
+    shards_of,
+)
 from quantine.commands.evaluation import add_tasks, add_texts, tasks_of
+
+if TYPE_CHECKING:
+    from quantine.ranks.ranks import Ranks
 
 
 def add(verbs: Any) -> None:
@@ -44,6 +55,7 @@ def add(verbs: Any) -> None:
     parser.add_argument(
         "--bfloat16", action="store_true", help="multiply in bfloat16 while calibrating"
     )
+    add_shards(parser)
     add_texts(parser)
     add_tasks(parser)
     add_bos(parser, "segments and windows")
@@ -52,6 +64,13 @@ def add(verbs: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from quantine.ranks.start import started
+
+    with started(arguments.device) as (ranks, arguments.device):
+        _compare(arguments, ranks)
+
+
+def _compare(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from quantine.calibrate.segments import Calibration
     from quantine.comparison.run import Measured, compare
     from quantine.comparison.short_forms import plans_of
@@ -61,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from quantine.report.plots.pareto import pareto_figure, save_figure
     from quantine.report.tables.console import make_console
 
-    console = make_console(arguments.quiet)
+    console = make_console(arguments.quiet or not ranks.first)
     rows = compare(
         arguments.model,
         plans_of(arguments.plans),
@@ -73,6 +92,7 @@ def _run(arguments: argparse.Namespace) -> None:
             arguments.seed,
             arguments.bfloat16,
             arguments.bos,
+            shards_of(arguments, ranks.count),
         ),
         Measured(
             tuple(arguments.text),
@@ -82,8 +102,11 @@ def _run(arguments: argparse.Namespace) -> None:
             arguments.bos,
         ),
         device=arguments.device,
+        ranks=ranks,
         on_step=lambda name: console.print(f"now: {name}"),
     )
+    if not ranks.first:
+        return
     files = write_tables(rows, arguments.out)
     points = [
         (row["name"], row["bits_per_weight"], loss)

@@ -19,6 +19,7 @@ from quantine.commands.json_output import check_writable, json_numbers, write_js
 
 if TYPE_CHECKING:
     from quantine.eval.tasks import TaskRequest
+    from quantine.ranks.ranks import Ranks
 
 
 def add(verbs: Any) -> None:
@@ -110,13 +111,20 @@ def _run(arguments: argparse.Namespace) -> None:
         from quantine.report.record import check_recordable
 
         check_recordable(Path(arguments.model))
+    from quantine.ranks.start import started
+
+    with started(arguments.device) as (ranks, arguments.device):
+        _evaluate(arguments, ranks)
+
+
+def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> None:
     import torch
 
     from quantine.eval.evaluate import evaluate
     from quantine.report.tables.console import make_console
     from quantine.report.tables.scores import print_scores, window_line
 
-    console = make_console(arguments.quiet)
+    console = make_console(arguments.quiet or not ranks.first)
     live = console.is_terminal
 
     def on_window(text: str, done: int, count: int, perplexity: float) -> None:
@@ -136,7 +144,10 @@ def _run(arguments: argparse.Namespace) -> None:
         bos=arguments.bos,
         device=arguments.device,
         on_window=on_window,
+        ranks=ranks,
     )
+    if not ranks.first:
+        return
     print_scores(scores, console)
     write_json_output(arguments.json, scores)
     if arguments.record:

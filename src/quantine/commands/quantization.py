@@ -7,13 +7,22 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_bos, add_device, add_verb
+from quantine.commands.arguments import (
+    MODEL_HELP,
+    TEXT_FILES_HELP,
+    add_bos,
+    add_device,
+    add_shards,
+    add_verb,
+    shards_of,
+)
 from quantine.commands.json_output import check_writable, write_json_output
 from quantine.errors import PlanError
 
 if TYPE_CHECKING:
     from quantine.calibrate.segments import Calibration
     from quantine.plan.plan import Plan
+    from quantine.ranks.ranks import Ranks
     from quantine.run.job import Job
     from quantine.run.quantize import Result
 
@@ -132,6 +141,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="segments; default 64")
     parser.add_argument("--seqlen", type=int, metavar="L", help="tokens per segment; default 512")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default 0")
+    add_shards(parser)
     add_bos(parser, "segments")
     add_device(parser)
     parser.add_argument(
@@ -164,6 +174,14 @@ def gigabytes(text: str) -> float:
 
 
 def _quantize(arguments: argparse.Namespace) -> None:
+    from quantine.ranks.start import started
+
+    with started(arguments.device) as (ranks, arguments.device):
+        arguments.shards = _shards(arguments, ranks.count)
+        _quantize_on(arguments, ranks)
+
+
+def _quantize_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from quantine.report.tables.console import make_console
     from quantine.run.progress import Shown
     from quantine.run.quantize import quantize
@@ -171,7 +189,8 @@ def _quantize(arguments: argparse.Namespace) -> None:
     plan, calibration = _request(arguments)
     if arguments.target is not None:
         _check_target(arguments, plan, calibration)
-    shown = None if arguments.quiet else Shown(make_console(stderr=True))
+    quiet = arguments.quiet or not ranks.first
+    shown = None if quiet else Shown(make_console(stderr=True))
     try:
         result = quantize(
             arguments.model,
@@ -183,12 +202,23 @@ def _quantize(arguments: argparse.Namespace) -> None:
             max_vram=arguments.max_vram,
             progress=shown,
             device=arguments.device,
+            ranks=ranks,
         )
     finally:
         if shown is not None:
             shown.stop()
     if shown is not None:
         shown.note(summary(result))
+
+
+def _shards(arguments: argparse.Namespace, ranks: int) -> int:
+    """As many shards as are asked for, or as the run has that is continued."""
+    from quantine.run.store import SHARDS, stored_identity
+
+    found = stored_identity(arguments.out) if arguments.resume else None
+    if arguments.shards is None and found is not None:
+        return int(found.get(SHARDS, 1))
+    return shards_of(arguments, ranks)
 
 
 def summary(result: Result) -> str:
@@ -253,6 +283,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         arguments.seed,
         arguments.bfloat16,
         arguments.bos,
+        shards_of(arguments),
     )
     flags = _scheme_flags(arguments)
     if arguments.target is not None and _decides(arguments):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_device, add_verb
 from quantine.commands.quantization import add_memory, summary
 from quantine.errors import PlanError, shown
+
+if TYPE_CHECKING:
+    from quantine.ranks.ranks import Ranks
+    from quantine.run.request import Request
 
 
 def add(verbs: Any) -> None:
@@ -49,6 +53,13 @@ def add(verbs: Any) -> None:
 
 
 def _resume(arguments: argparse.Namespace) -> None:
+    from quantine.ranks.start import started
+
+    with started(arguments.device) as (ranks, arguments.device):
+        _resume_on(arguments, ranks)
+
+
+def _resume_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from quantine.report.tables.console import make_console
     from quantine.run.progress import Shown
     from quantine.run.redo import begin_redo
@@ -58,15 +69,21 @@ def _resume(arguments: argparse.Namespace) -> None:
     changes = _changes(arguments.set)
     if (arguments.redo is None) != (not changes):
         raise PlanError("--redo says which layers, and --set what is new for them: give both")
-    request = stored_request(arguments.out)
-    if arguments.model is not None:
-        request = replace(request, model=arguments.model)
-    if arguments.calibration is not None:
-        calibration = replace(request.calibration, source=arguments.calibration)
-        request = replace(request, calibration=calibration)
-    if arguments.redo is not None:
-        request = begin_redo(arguments.out, request, arguments.redo, changes, arguments.device)
-    shown_progress = None if arguments.quiet else Shown(make_console(stderr=True))
+
+    def request_to_carry_out() -> Request:
+        request = stored_request(arguments.out)
+        if arguments.model is not None:
+            request = replace(request, model=arguments.model)
+        if arguments.calibration is not None:
+            calibration = replace(request.calibration, source=arguments.calibration)
+            request = replace(request, calibration=calibration)
+        if arguments.redo is None:
+            return request
+        return begin_redo(arguments.out, request, arguments.redo, changes, arguments.device)
+
+    request = ranks.of_first(request_to_carry_out)
+    quiet = arguments.quiet or not ranks.first
+    shown_progress = None if quiet else Shown(make_console(stderr=True))
     try:
         result = resume(
             arguments.out,
@@ -75,6 +92,7 @@ def _resume(arguments: argparse.Namespace) -> None:
             arguments.max_vram,
             shown_progress,
             arguments.device,
+            ranks,
         )
     finally:
         if shown_progress is not None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.segments import Calibration
@@ -27,21 +29,24 @@ from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
     OnWindow,
     bits_per_weight,
+    check_alone,
     cut_texts,
-    digest_of,
     evaluate,
     reference_answers,
     summary,
+    text_digests,
 )
-from quantine.eval.perplexity import Score, Windows
+from quantine.eval.perplexity import Score, Windows, dealt
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import TaskRequest, Tasks, compare_tasks
 from quantine.eval.text_speed import decode_speed
 from quantine.formats.directory import read_json, write_json, writing
 from quantine.plan.plan import Plan
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.run.directory_lock import LOCK_FILE, DirectoryLock
 from quantine.run.prepare import prepare
 from quantine.run.quantize import quantize
+from quantine.run.rank_checks import check_ranks
 from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
@@ -86,6 +91,7 @@ def compare(
     measured: Measured,
     *,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
     on_step: Callable[[str], None] = lambda _: None,
     on_window: OnWindow = lambda *_: None,
 ) -> list[dict[str, Any]]:
@@ -98,6 +104,8 @@ def compare(
         plans: by name, see `quantine.comparison.short_forms.plans_of`.
         calibration: for every plan that needs one.
         device: where models are quantized, measured and timed, by PyTorch's name.
+        ranks: the processes that share the work, see `quantine.run.quantize.quantize`. All get the
+            rows, and the first one writes.
         on_step: told what is done next.
 
     Returns:
@@ -112,30 +120,36 @@ def compare(
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     out, source, where = Path(out), locate(model), device_named(device)
+    check_alone(measured.tasks, ranks)
     tasks = None if measured.tasks is None else Tasks(measured.tasks)
     cut = cut_texts(source, measured.texts, measured.window, measured.limit, measured.bos)
     for each in plans.values():
-        prepare(model, each, calibration, where)
+        check_ranks(replace(prepare(model, each, calibration, where), ranks=ranks))
+    settings = _settings(source, calibration, cut, tasks, measured.bos, where)
+    ranks.agree(lambda: settings)
     lock = DirectoryLock(out)
     try:
-        _open(out, lock, _settings(source, calibration, cut, tasks, measured.bos, where))
+        ranks.of_first(lambda: _open(out, lock, settings))
         reference = Predictions(source, torch.float32, out / PREDICTIONS, where)
         reference.reserve(cut.values())
         rows = []
         wanted: dict[str, Plan | None] = {FLOAT: None, **plans}
         for name, plan in wanted.items():
             path = out / ROWS / f"{name}.json"
-            row = _finished(path, plan)
+            row = ranks.of_first(partial(_finished, path, plan))
             if row is None:
                 on_step(name)
                 if plan is None:
-                    row = _float_row(reference, cut, tasks, measured.bos, on_window)
+                    row = _float_row(reference, cut, tasks, measured.bos, on_window, ranks)
                     # A new one, without the model in memory.
                     reference = Predictions(source, torch.float32, out / PREDICTIONS, where)
                 else:
-                    row = _row(model, plan, out, name, calibration, measured, where, on_window)
-                with writing(path):
-                    write_json(path, row)
+                    row = _row(
+                        model, plan, out, name, calibration, measured, where, on_window, ranks
+                    )
+                if ranks.first:
+                    with writing(path):
+                        write_json(path, row)
             rows.append(row)
         return rows
     finally:
@@ -175,12 +189,14 @@ def _settings(
     data = "" if file is None else hashlib.blake2b(file.path.read_bytes()).hexdigest()
     named = {**asdict(calibration), "source": text_name(calibration.source), "digest": data}
     begins = [named.pop("bos"), bos]
+    if named["shards"] == 1:  # as before there were any
+        del named["shards"]
     return {
         "model": source.file_digests(),
         "calibration": named,
         # Where the tokenizer begins texts with nothing, both values of bos are the same.
         **({} if begun(source.tokenizer(), bos) == "none" else {"bos": begins}),
-        "texts": {name: digest_of(windows.tokens) for name, windows in cut.items()},
+        "texts": text_digests(cut),
         "tasks": None if tasks is None else tasks.request.identity(),
         "threads": torch.get_num_threads(),
         # Other devices round other sums, and their seconds are others.
@@ -211,14 +227,17 @@ def _float_row(
     tasks: Tasks | None,
     bos: Bos,
     on_window: OnWindow,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """The row of the model itself, from predictions that later rows are compared with."""
     source = reference.source
 
     def scores(windows: Windows) -> Iterator[Score]:
-        for tokens in windows.tokens:
+        def score(tokens: Tensor) -> Score:
             made = reference(tokens, windows.context)
-            yield Score(made.loss, 0.0, 0, len(made.top))
+            return Score(made.loss, 0.0, 0, len(made.top))
+
+        return dealt(score, windows, ranks)
 
     texts = {
         name: summary(name, scores(windows), windows, on_window) for name, windows in cut.items()
@@ -232,7 +251,7 @@ def _float_row(
         "bos": begun(source.tokenizer(), bos),
         "texts": texts,
         "tasks": {} if answers is None else compare_tasks(answers, None),
-        "tokens_per_second": decode_speed(reference.model, CONTEXT, RUNS),
+        "tokens_per_second": ranks.of_first(lambda: decode_speed(reference.model, CONTEXT, RUNS)),
         "seconds": None,
         "peak_memory_bytes": None,
         "outlier_share": None,
@@ -248,12 +267,15 @@ def _row(
     measured: Measured,
     device: torch.device,
     on_window: OnWindow,
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Quantize ``model`` under ``plan``, or go on with it, and measure what comes out."""
     directory = out / MODELS / name
     forget_peak_memory()
-    resumed = directory.exists()
-    report = quantize(model, directory, plan, calibration, resume=resumed, device=device).report
+    resumed = ranks.of_first(directory.exists)
+    report = quantize(
+        model, directory, plan, calibration, resume=resumed, device=device, ranks=ranks
+    ).report
     scores = evaluate(
         directory,
         measured.texts,
@@ -265,13 +287,18 @@ def _row(
         bos=measured.bos,
         device=device,
         on_window=on_window,
+        ranks=ranks,
     )
-    packed = load_model(locate(directory), torch.float32, device)
+
+    def speed() -> dict[str, float]:
+        packed = load_model(locate(directory), torch.float32, device)
+        return decode_speed(packed, CONTEXT, RUNS)
+
     return {
         "name": name,
         "plan": plan.as_dict(),
         **{key: scores[key] for key in COMMON},
-        "tokens_per_second": decode_speed(packed, CONTEXT, RUNS),
+        "tokens_per_second": ranks.of_first(speed),
         "seconds": report["run"]["seconds"],
         "peak_memory_bytes": report["run"]["peak_memory_bytes"],
         "outlier_share": _outlier_share(report),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from quantine.calibrate.text import BUILTIN, text_name
 from quantine.calibrate.token_stream import begun
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
-from quantine.errors import CalibrationError
+from quantine.errors import CalibrationError, PlanError
 from quantine.eval.interval import mean_with_error, perplexity_recovery
 from quantine.eval.perplexity import (
     Score,
@@ -30,6 +30,7 @@ from quantine.eval.perplexity import (
 )
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import TaskRequest, Tasks, TaskScore, compare_tasks
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.runtime.load import load_model
 from quantine.runtime.packed import packed_modules
 from quantine.source.locate import locate
@@ -57,6 +58,7 @@ def evaluate(
     bos: Bos = BOS_DEFAULT,
     on_window: OnWindow = lambda *_: None,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Measure a float or quantized model.
 
@@ -76,6 +78,9 @@ def evaluate(
             does either.
         on_window: called after each window.
         device: device of the computation, by PyTorch's name.
+        ranks: the processes that share the windows, from `quantine.ranks.start.started`. All call
+            this with the same arguments, devices apart, and get the same numbers; each holds the
+            models.
 
     Returns:
         The names ``model``, ``dtype`` and ``reference``; ``bos``, or ``"none"`` if the tokenizer
@@ -95,13 +100,16 @@ def evaluate(
         CalibrationError: a text is too short, given twice, or belongs to another tokenizer.
         CheckpointError, FormatError: a model cannot be read.
         OutputError: predictions cannot be kept.
-        PlanError: a task does not exist, cannot be run, or runs code without leave to do so.
+        PlanError: a task does not exist, cannot be run, or runs code without leave to do so; or
+            there are tasks and several ranks.
     """
+    check_alone(tasks, ranks)
     where = device_named(device)
     asked = None if tasks is None else Tasks(tasks)
     source = locate(model)
     begins = begun(source.tokenizer(), bos)
     cut = cut_texts(source, texts, window, limit, bos)
+    ranks.agree(lambda: {"model": source.file_digests(), "texts": text_digests(cut)})
     compared = None
     if reference is not None:
         compared = reference_of(source, reference, dtype, cache, where)
@@ -115,7 +123,7 @@ def evaluate(
         "bits_per_weight": bits_per_weight(tested, source),
         "model_bytes": source.weight_bytes(),
         "texts": {
-            name: summary(name, score_windows(tested, compared, windows), windows, on_window)
+            name: summary(name, score_windows(tested, compared, windows, ranks), windows, on_window)
             for name, windows in cut.items()
         },
         "tasks": {} if asked is None else measure_tasks(tested, source, compared, asked, bos),
@@ -200,6 +208,21 @@ def summary(
         **_closeness(scores),
         "seconds": time.perf_counter() - started,
     }
+
+
+def text_digests(cut: Mapping[str, Windows]) -> dict[str, str]:
+    """Hashes of the windows of texts, by the texts' names."""
+    return {name: digest_of(windows.tokens) for name, windows in cut.items()}
+
+
+def check_alone(tasks: TaskRequest | None, ranks: Ranks) -> None:
+    """Refuse to ask the questions of tasks with several processes.
+
+    Raises:
+        PlanError: there are both.
+    """
+    if tasks is not None and ranks.count > 1:
+        raise PlanError("questions of tasks are not shared by ranks: ask them in one process")
 
 
 def digest_of(windows: Tensor) -> str:

@@ -22,6 +22,7 @@ from quantine.calibrate.token_stream import token_stream
 from quantine.core.device import for_float64
 from quantine.errors import CalibrationError, ending
 from quantine.eval.interval import mean_with_error
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.source.model_source import ModelSource
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def score_windows(
     model: PreTrainedModel,
     reference: Callable[[Tensor, int], Prediction] | None,
     windows: Windows,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Score]:
     """Score a model on windows of text, one after another as they are asked for.
 
@@ -184,15 +186,31 @@ def score_windows(
         reference: gives the reference's prediction, on any device, for the token ids ``[window]``
             of a window and its `Windows.context`; ``None`` for no reference.
         windows: the windows.
+        ranks: the processes that share the windows; each gets all scores.
     """
-    for tokens in windows.tokens:
+
+    def score(tokens: Tensor) -> Score:
         own = predict(model, tokens, windows.context)
         if reference is None:
-            yield Score(own.loss, 0.0, 0, len(own.top))
-            continue
+            return Score(own.loss, 0.0, 0, len(own.top))
         other = reference(tokens, windows.context)
         agree = int((own.top == other.top.to(own.top.device)).sum())
-        yield Score(own.loss, divergence(own, other), agree, len(own.top), other.loss)
+        return Score(own.loss, divergence(own, other), agree, len(own.top), other.loss)
+
+    return dealt(score, windows, ranks)
+
+
+def dealt(score: Callable[[Tensor], Score], windows: Windows, ranks: Ranks) -> Iterator[Score]:
+    """The scores of all windows in order, each computed by one of the ranks.
+
+    Args:
+        score: computes that of a window ``[window]``.
+        windows: the windows.
+        ranks: the processes that share them, as many windows at a time as there are ranks.
+    """
+    for together in windows.tokens.split(ranks.count):
+        own = score(together[ranks.index]) if ranks.index < len(together) else None
+        yield from (one for one in ranks.gather(own) if one is not None)
 
 
 def divergence(model: Prediction, reference: Prediction) -> float:

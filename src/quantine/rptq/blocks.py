@@ -16,6 +16,7 @@ from quantine.formats.floats import as_stored
 from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
 from quantine.rptq.reordering import Reordering
 from quantine.source.checkpoint import Checkpoint
+from quantine.source.read_record import tensor_digest
 
 
 def reorder_block(
@@ -43,9 +44,16 @@ def reorder_block(
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
+    ranks = sequential.setup.ranks
+    ranks.agree(
+        lambda: {
+            f"clusters of {kind}": tensor_digest(one.cpu())
+            for kind, one in reordering.maps().items()
+        }
+    )
     reordering.apply(block)
     ranking = ranking_batches(sequential) if spec.searches else 0
-    before = sequential.outputs(index, ranking)
+    before = sequential.outputs(index, ranking) if ranks.first else []
     add_grids(block, family, spec, reordering.grid)
     if spec.searches:
         choose_grids(sequential, index, block, reordering, before)

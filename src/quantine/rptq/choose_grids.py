@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import torch
@@ -56,10 +57,12 @@ class CandidateGrid:
 def ranking_batches(sequential: Sequential) -> int:
     """Number of calibration batches, from the first, on which candidate grids are compared.
 
-    As many as hold `SEARCH_TOKENS` tokens, but at most half of all batches and at least one.
+    As many as hold `SEARCH_TOKENS` tokens, but at most half of all batches and those of the first
+    shard, and at least one.
     """
     tokens = sequential.hidden[0].shape[:2].numel()
-    return max(1, min(-(-SEARCH_TOKENS // tokens), len(sequential.hidden) // 2))
+    most = min(sequential.batches // 2, sequential.judged)
+    return max(1, min(-(-SEARCH_TOKENS // tokens), most))
 
 
 def ranking_samples(sequential: Sequential) -> int:
@@ -68,7 +71,7 @@ def ranking_samples(sequential: Sequential) -> int:
     0 where there are no other batches to fit candidates to.
     """
     batches = ranking_batches(sequential)
-    return batches * len(sequential.hidden[0]) if batches < len(sequential.hidden) else 0
+    return batches * len(sequential.hidden[0]) if batches < sequential.batches else 0
 
 
 def choose_grids(
@@ -82,8 +85,8 @@ def choose_grids(
 
     Each site takes the candidate with which the block's output differs least from ``before``, the
     sites before it having theirs. Candidates are compared without knowing the samples they are
-    compared on; the winner is then fitted to all samples. Sites of `FINE_BITS` bits or more keep
-    the grid they have.
+    compared on, by the first rank; the winner is then fitted to all samples. Sites of `FINE_BITS`
+    bits or more keep the grid they have.
 
     Args:
         sequential: the calibration text, as it enters the block.
@@ -91,8 +94,9 @@ def choose_grids(
         block: the block, reordered and with its grids installed; these are changed in place.
         reordering: the block's clusters and calibration ranges.
         before: outputs of the block before grids were installed, for the batches that rank
-            grids.
+            grids, on the first rank.
     """
+    ranks = sequential.setup.ranks
     candidates = Candidates(reordering, block)
     for shared in _rounded(reordering.family, block):
         grids = [block.get_submodule(point.grid) for point in shared]
@@ -100,12 +104,24 @@ def choose_grids(
         assert isinstance(first, StaticGrid)
         if first.bits >= FINE_BITS:
             continue
-        changes = []
-        for candidate in candidates.of(shared[0], first.bits, final=False):
-            _refit(grids, candidate)
-            changes.append(token_loss(before, sequential.outputs(index, len(before))).value)
-        best = changes.index(min(changes))
+        offered = candidates.of(shared[0], first.bits, final=False) if ranks.first else []
+        best = ranks.of_first(partial(_best, sequential, index, grids, offered, before))
         _refit(grids, candidates.of(shared[0], first.bits, final=True)[best])
+
+
+def _best(
+    sequential: Sequential,
+    index: int,
+    grids: Sequence[nn.Module],
+    offered: Sequence[CandidateGrid],
+    before: Sequence[Tensor],
+) -> int:
+    """The number of the candidate with which the block's output differs least."""
+    changes = []
+    for candidate in offered:
+        _refit(grids, candidate)
+        changes.append(token_loss(before, sequential.outputs(index, len(before))).value)
+    return changes.index(min(changes))
 
 
 def _refit(grids: Sequence[nn.Module], fitted: CandidateGrid) -> None:

@@ -24,7 +24,15 @@ from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.scheme_parsing import scheme_from
 from quantine.rptq.blocks import float_tensors, reorder_block, restore_block
 from quantine.run.job import Job
-from quantine.run.layer import Solved, packed_tensors, sensitivity, solve, solve_choice, unpack
+from quantine.run.layer import (
+    Solved,
+    known_to_all,
+    packed_tensors,
+    sensitivity,
+    solve,
+    solve_choice,
+    unpack,
+)
 from quantine.run.progress import Progress
 from quantine.run.store import Reports
 from quantine.source.checkpoint import Checkpoint
@@ -159,23 +167,61 @@ class BlockRun:
         return decisions, float_tensors(block, path, self.checkpoint, packed)
 
     def _solved(self, decisions: Sequence[Decision]) -> Iterator[Solved]:
-        """Solve the matrices group after group; the block computes with each result thereafter."""
-        losses = self._choice_losses()
-        hessians = self._observed()
-        for group in self.job.block_groups(self.index):
-            hessian = next(hessians)
-            for decision in (d for d in decisions if d.layer.group == group):
-                weight = decision.layer.read(self.job.model)
-                solved = self._solve(decision, weight, hessian, losses)
-                self._install(decision.layer, solved.qtensor)
-                self._maps.update(sensitivity(solved, weight, hessian))
-                if self.adjust is not None and hessian is not None:
-                    self._weights[decision.layer.name] = weight
-                    self._hessians[decision.layer.name] = hessian
-                self.progress.layer(solved.report())
-                yield solved
+        """Solve the matrices group after group; the block computes with each result thereafter.
+
+        Of the matrices whose inputs are observed at once, each rank solves every so many-th.
+        """
+        losses = self.job.ranks.of_first(self._choice_losses)
+        count = self.job.ranks.count
+        for observed in self._observed():
+            work = [
+                (decision, hessian)
+                for group, hessian in observed
+                for decision in decisions
+                if decision.layer.group == group
+            ]
+            for start in range(0, len(work), count):
+                for solved in self._solved_together(work[start : start + count], losses):
+                    self._install(solved.layer, solved.qtensor)
+                    self.progress.layer(solved.report())
+                    yield solved
+
+    def _solved_together(
+        self,
+        work: Sequence[tuple[Decision, Hessian | None]],
+        losses: Mapping[str, list[RelativeLoss]],
+    ) -> Iterator[Solved]:
+        """Solve at most as many matrices as there are ranks, at once, each on one of them."""
+        job = self.job
+        # The first rank alone knows what is left of a budget.
+        owners = [
+            0 if decision.by_budget else job.ranks.owner(number)
+            for number, (decision, _) in enumerate(work)
+        ]
+        own = [
+            self._solve(decision, hessian, losses) if owner == job.ranks.index else None
+            for (decision, hessian), owner in zip(work, owners, strict=True)
+        ]
+        for (decision, _), owner, found in zip(work, owners, own, strict=True):
+            solved, maps = known_to_all(job.ranks, owner, decision, found, job.device)
+            self._maps.update(maps)
+            yield solved
 
     def _solve(
+        self,
+        decision: Decision,
+        hessian: Hessian | None,
+        losses: Mapping[str, list[RelativeLoss]],
+    ) -> tuple[Solved, dict[str, Tensor]]:
+        """Solve a matrix; also returns its tensors for pictures."""
+        weight = decision.layer.read(self.job.model)
+        solved = self._solve_one(decision, weight, hessian, losses)
+        if self.adjust is not None and hessian is not None:
+            self._weights[decision.layer.name] = weight
+            self._hessians[decision.layer.name] = hessian
+        return solved, sensitivity(solved, weight, hessian)
+
+    def _solve_one(
         self,
         decision: Decision,
         weight: Tensor,
@@ -260,21 +306,24 @@ class BlockRun:
             layers[candidate.name].write(job.model, candidate.weight)
         return losses
 
-    def _observed(self) -> Iterator[Hessian | None]:
-        """The Hessian of each group's input; ``None`` without calibration.
+    def _observed(self) -> Iterator[list[tuple[int, Hessian | None]]]:
+        """The groups with the Hessians of their inputs, in running order; ``None`` for no text.
 
-        If the plan is true-sequential, each is observed only when it is asked for, so that the
-        groups before it are already quantized.
+        If the plan is true-sequential, each list has what is observed at once, only when it is
+        asked for, so that the groups before it are already quantized.
         """
         job, sequential, stages = self.job, self.sequential, self.job.block_stages(self.index)
         layers = [layer for stage in stages for layer in stage]
+        groups = iter(job.block_groups(self.index))
         if sequential is None:
-            yield from [None] * len(layers)
+            yield [(group, None) for group in groups]
         elif job.plan.float_inputs or not job.plan.true_sequential:
-            yield from sequential.observe(self.index, layers)
+            hessians = sequential.observe(self.index, layers)
+            yield list(zip(groups, hessians, strict=True))
         else:
             for stage in stages:
-                yield from sequential.observe_next(self.index, stage)
+                hessians = sequential.observe_next(self.index, stage)
+                yield [(next(groups), hessian) for hessian in hessians]
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
         """Let the block compute with a result, unless the plan wants inputs of the float model."""

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
-from quantine.calibrate.sequential import TOKENS_PER_BATCH, CalibrationSetup, batch_samples
-from quantine.calibrate.share import EVERYTHING, Share
+from quantine.calibrate.sequential import TOKENS_PER_BATCH, CalibrationSetup
+from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.token_stream import begun
 from quantine.core.device import CPU, device_facts
 from quantine.families.family import Family
@@ -30,6 +30,8 @@ from quantine.formats.imported import is_foreign
 from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
+from quantine.ranks.ranks import ALONE, Ranks
+from quantine.run.store import SHARDS
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.read_record import ReadRecord
@@ -61,7 +63,7 @@ class Job:
             separately.
         shapes: those of the model's tensors by name, before a run changes its modules.
         device: where matrices are solved and blocks run.
-        share: which part of the work this process does.
+        ranks: the processes that share the work.
         tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
     """
 
@@ -77,7 +79,7 @@ class Job:
     unties: bool
     shapes: Mapping[str, tuple[int, ...]]
     device: torch.device = CPU
-    share: Share = EVERYTHING
+    ranks: Ranks = ALONE
     tuning_text: TuningText | None = None
 
     @property
@@ -133,7 +135,7 @@ class Job:
         kept_on: torch.device | None = None,
         batch_tokens: int = TOKENS_PER_BATCH,
     ) -> CalibrationSetup:
-        """The calibration segments of this process, and the model they run through.
+        """The calibration segments, and the model they run through.
 
         There must be calibration segments. Arguments are those of
         `quantine.calibrate.sequential.CalibrationSetup`.
@@ -143,7 +145,7 @@ class Job:
             self.model,
             self.family,
             checkpoint,
-            self.share.segments(self.segments),
+            self.segments,
             spill,
             saved,
             replaced or {},
@@ -152,6 +154,8 @@ class Job:
             self.device,
             kept_on,
             batch_tokens,
+            self.calibration.shards,
+            self.ranks,
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
@@ -270,7 +274,8 @@ class Job:
             **({} if self.begun() == "none" else {"calibration bos": self.begun()}),
             # Other devices sum floats in other orders; the CPU is what runs always had.
             **({} if self.device == CPU else device_facts(self.device)),
-            # Statistics are summed batch after batch.
+            # Statistics are summed shard after shard, and in each batch after batch.
+            **({} if self.calibration.shards == 1 else {SHARDS: str(self.calibration.shards)}),
             **(
                 {}
                 if self._batch(batch_tokens) == self._batch()
@@ -291,7 +296,7 @@ class Job:
         if self.segments is None:
             return 0
         samples, seqlen = self.segments.shape
-        return batch_samples(samples, seqlen, batch_tokens)
+        return batch_samples(samples, seqlen, batch_tokens, self.calibration.shards)
 
 
 def _hash(data: bytes) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
@@ -18,6 +19,8 @@ from quantine.errors import FormatError, SolverError
 from quantine.families.layers import Layer
 from quantine.methods.adadim import cheapest, describe_choice
 from quantine.plan.decision import Decision
+from quantine.plan.scheme import Scheme
+from quantine.ranks.ranks import Ranks
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.losses import RelativeLoss
 from quantine.statistics.sensitivity_map import sensitivity_map
@@ -159,6 +162,44 @@ def solve_choice(
         solved = every[cheapest(found)]
     choice = describe_choice(decision.objective, decision.choices, found)
     return replace(solved, choice=choice)
+
+
+def known_to_all(
+    ranks: Ranks,
+    owner: int,
+    decision: Decision,
+    found: tuple[Solved, dict[str, Tensor]] | None,
+    device: torch.device,
+) -> tuple[Solved, dict[str, Tensor]]:
+    """A result that one rank has, on every rank; packed tensors are what is sent.
+
+    Args:
+        ranks: the processes that share the work.
+        owner: the rank that has it.
+        decision: the decision about the layer.
+        found: the result and its tensors for pictures, on the owner.
+        device: where this rank computes.
+    """
+    if ranks.count == 1:
+        assert found is not None
+        return found
+
+    def message() -> tuple[Scheme | None, dict[str, Any], dict[str, Tensor]]:
+        assert found is not None
+        solved, maps = found
+        plain = {field.name: getattr(solved, field.name) for field in fields(solved)}
+        del plain["decision"], plain["qtensor"]  # which the others have, and can make
+        plain["packed"] = {key: value.cpu() for key, value in solved.packed.items()}
+        return solved.decision.scheme, plain, maps
+
+    scheme, plain, maps = ranks.of_rank(owner, message)
+    if found is not None:
+        return found
+    assert scheme is not None
+    packed = {key: value.to(device) for key, value in plain.pop("packed").items()}
+    qtensor = scheme.layout.unpack(packed, scheme.spec, decision.layer.in_features)
+    decision = replace(decision, scheme=scheme)
+    return Solved(decision=decision, packed=packed, qtensor=qtensor, **plain), maps
 
 
 def packed_tensors(solved: Solved) -> dict[str, Tensor]:

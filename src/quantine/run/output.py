@@ -45,6 +45,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             "seed": calibration.seed,
             "bfloat16": calibration.bfloat16,
             "bos": job.begun(),
+            **({} if calibration.shards == 1 else {"shards": calibration.shards}),
             "tokens": 0 if job.segments is None else job.segments.numel(),
         },
         "device": device_facts(job.device),

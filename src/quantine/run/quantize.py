@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,25 @@ from quantine.core.ambient import own_state, repeatable
 from quantine.core.device import described
 from quantine.core.device_memory import bounded, forget_peak_device_memory, peak_device_memory
 from quantine.core.process_memory import peak_memory, reuse_freed_memory
-from quantine.errors import DeviceMemoryError, OutputError, cut
+from quantine.errors import DeviceMemoryError, OutputError, PlanError, cut
 from quantine.formats.directory import REPORT, is_finished, read_json
 from quantine.formats.imported import second_rounding
 from quantine.plan.plan import Plan
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.run.block import Adjustment
 from quantine.run.estimate import Estimate, estimate
 from quantine.run.job import Job
 from quantine.run.output import output_files, report_of
 from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
+from quantine.run.rank_checks import check_ranks, check_sight
 from quantine.run.request import REQUEST, request_of
 from quantine.run.stages import Stages, opened
 from quantine.run.store import RunStore, check_identity, check_output, clear_remains
 from quantine.run.tuned import OUTCOME, tuned_parts
 from quantine.run.used_source import check_record, check_source, recorded_source
+from quantine.source.checkpoint import Checkpoint
+from quantine.source.read_record import ReadRecord
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def quantize(
     max_vram: float | None = None,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Quantize a model into a directory that `quantine.load` and transformers open.
 
@@ -76,6 +81,8 @@ def quantize(
         progress: receives the events of the run; default shows nothing.
         device: where matrices are solved and blocks run, by PyTorch's name; ``"auto"`` is a GPU of
             NVIDIA where there is one, else the CPU.
+        ranks: the processes that share the run, from `quantine.ranks.start.started`. All call this
+            with the same arguments, their devices and ``progress`` apart, and see the same ``out``.
 
     Returns:
         The output directory and its report.
@@ -85,7 +92,8 @@ def quantize(
             Errors are raised before work starts where they can be known by then.
     """
     started = time.perf_counter()
-    job = prepare(model, plan or Plan.preset("spqr"), calibration or Calibration(), device)
+    plan, calibration = plan or Plan.preset("spqr"), calibration or Calibration()
+    job = replace(prepare(model, plan, calibration, device), ranks=ranks)
     out = Path(out)
     return carry_out(job, out, resume, max_ram, max_vram, progress or Silent(), started=started)
 
@@ -120,7 +128,12 @@ def carry_out(
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
     size = estimate(job, max_ram, max_vram)
-    check_output_path(out, resume, size.disk_while_running)
+    check_ranks(job)
+    if adjust is not None and job.ranks.count > 1:
+        raise PlanError("adjustments of blocks are not shared by ranks: run one process")
+    job.ranks.agree(lambda: job.identity(None, size.residence.batch_tokens))
+    if job.ranks.first:
+        check_output_path(out, resume, size.disk_while_running)
     store = RunStore(out)
     run = _Run(job, store, resume, size, progress or Silent(), adjust)
     try:
@@ -153,6 +166,26 @@ class _Run:
     def finished(self, started: float) -> Result:
         """Do all that is left to do, which may be nothing, and return the finished directory."""
         job, store, out = self.job, self.store, self.store.out
+        begun = job.ranks.of_first(self._begun)
+        if begun is None:
+            return Result(out, read_json(out / REPORT))
+        identity, record = begun
+        check_sight(job.ranks, out, identity)
+        forget_peak_device_memory(job.device)
+        checkpoint = opened(job, store, record)
+        stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)
+        parts = stages.all_committed()
+        report = job.ranks.of_first(lambda: self._ended(checkpoint, identity, parts, started))
+        self.progress.finish(report)
+        return Result(out, report)
+
+    def _begun(self) -> tuple[dict[str, str], ReadRecord] | None:
+        """Begin the run, or go on with it, in the one process that writes.
+
+        Returns:
+            The identity of the run, and what it has read of its source; ``None`` if it is finished.
+        """
+        job, store, out = self.job, self.store, self.store.out
         self.progress.note(f"reading {job.source.name}; computing on {described(job.device)}")
         rounded = second_rounding(job.source)
         if rounded is not None:
@@ -170,14 +203,17 @@ class _Run:
         if is_finished(out):
             clear_remains(out)
             self.progress.note(f"{out} is finished already")
-            return Result(out, read_json(out / REPORT))
+            return None
         store.open(identity)
         if store.recall(REQUEST) is None:
             store.remember(REQUEST, request_of(job).as_plain())
-        forget_peak_device_memory(job.device)
-        checkpoint = opened(job, store, record)
-        stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)
-        parts = stages.all_committed()
+        return identity, record
+
+    def _ended(
+        self, checkpoint: Checkpoint, identity: dict[str, str], parts: list[str], started: float
+    ) -> dict[str, Any]:
+        """Make the final files of the committed parts; returns the report."""
+        job, store = self.job, self.store
         if job.plan.tune is not None:
             parts = tuned_parts(job, checkpoint, store, parts, self.progress.note)
         identity.setdefault("weights", checkpoint.digest())
@@ -189,11 +225,11 @@ class _Run:
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_bytes": peak_memory(),
             **({} if on_device is None else {"peak_device_memory_bytes": on_device}),
+            **({} if job.ranks.count == 1 else {"ranks": job.ranks.count}),
         }
         files = output_files(job, checkpoint.directory, report, store.entries(parts))
         store.finish(parts, files, report)
-        self.progress.finish(report)
-        return Result(out, report)
+        return report
 
     def _converted_digest(self) -> str | None:
         """The digest of weights that are read at once, as they are converted; else ``None``."""

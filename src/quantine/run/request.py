@@ -84,7 +84,9 @@ def stored_request(out: Path) -> Request:
 
 def _calibration(said: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of `Calibration` that a report stands for."""
-    fields = {key: said[key] for key in ("source", "samples", "seed", "bfloat16") if key in said}
+    fields = {
+        key: said[key] for key in ("source", "samples", "seed", "bfloat16", "shards") if key in said
+    }
     bos = {} if said.get("bos") in (None, "none") else {"bos": said["bos"]}
     return {**fields, **bos, "seqlen": said["seqlen"] or None}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from quantine.core.ambient import own_state
+from quantine.ranks.ranks import ALONE, Ranks
 from quantine.run.prepare import prepare
 from quantine.run.progress import Progress
 from quantine.run.quantize import Result, carry_out
@@ -23,6 +24,7 @@ def resume(
     max_vram: float | None = None,
     progress: Progress | None = None,
     device: str | torch.device = "cpu",
+    ranks: Ranks = ALONE,
 ) -> Result:
     """Continue the run in ``out``.
 
@@ -34,6 +36,7 @@ def resume(
         max_vram: see there.
         progress: see there.
         device: see there.
+        ranks: see there.
 
     Raises:
         QuantineError: as for `quantine.run.quantize.quantize`.
@@ -41,5 +44,5 @@ def resume(
     started = time.perf_counter()
     job = prepare(request.model, request.plan, request.calibration, device)
     # Results call the model what the first command called it, wherever it is now.
-    job = replace(job, source=replace(job.source, name=request.name))
+    job = replace(job, source=replace(job.source, name=request.name), ranks=ranks)
     return carry_out(job, out, True, max_ram, max_vram, progress, started=started)

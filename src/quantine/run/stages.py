@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Final
 import torch
 
 from quantine.budget.allocation import Allocation
-from quantine.budget.probe import Budgeted, probe
+from quantine.budget.probe import Budgeted, Options, probe
 from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.sequential import CalibrationSetup, Sequential
 from quantine.core.device import CPU
@@ -19,12 +19,15 @@ from quantine.core.process_memory import return_freed_memory
 from quantine.families.layers import block_list
 from quantine.formats.imported import write_floats
 from quantine.formats.shards import flush_to_disk
+from quantine.plan.decision import Decision
+from quantine.ranks.ranks import ALONE
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
 from quantine.run.estimate import Estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.prepare import check_headers
 from quantine.run.progress import Progress
+from quantine.run.rank_checks import check_same_weights
 from quantine.run.store import RunStore
 from quantine.run.used_source import SOURCE
 from quantine.source.checkpoint import Checkpoint
@@ -47,8 +50,9 @@ def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
     """
     if not job.converts:
         return job.checkpoint(record=record)
-    if not store.converted.exists():
+    if job.ranks.first and not store.converted.exists():
         _convert(job, store.scratch).replace(store.converted)
+    job.ranks.meet()
     checkpoint = job.checkpoint(store.converted, record)
     check_headers(job, checkpoint)
     return checkpoint
@@ -95,14 +99,17 @@ class Stages:
     adjust: Adjustment | None = None
 
     def all_committed(self) -> list[str]:
-        """Commit every part of the output that is missing; returns all parts in file order."""
-        outside = self.stage_outside()
+        """Commit every part of the output that is missing; returns all parts in file order.
+
+        Ranks work together; the first one writes.
+        """
+        outside = self.job.ranks.of_first(self.stage_outside)
         count = len(block_list(self.job.model, self.job.family))
         blocks = [f"block-{index:05}" for index in range(count)]
-        done = sum(self.store.is_committed(part) for part in blocks)
-        self.progress.start(count, done)
-        if done < count:
-            self._stage_blocks(blocks)
+        missing = self.job.ranks.of_first(lambda: self._missing(blocks))
+        self.progress.start(count, count - len(missing))
+        if missing:
+            self._stage_blocks(blocks, missing)
         return [*outside, *blocks]
 
     def stage_outside(self) -> list[str]:
@@ -110,10 +117,13 @@ class Stages:
         loose = self._stage_loose()
         return [*self._stage_tables(), *loose]
 
-    def _stage_blocks(self, parts: list[str]) -> None:
-        """Quantize and commit the blocks that no earlier process committed."""
+    def _missing(self, blocks: list[str]) -> list[int]:
+        """Numbers of the blocks that no earlier process committed."""
+        return [i for i, part in enumerate(blocks) if not self.store.is_committed(part)]
+
+    def _stage_blocks(self, parts: list[str], missing: list[int]) -> None:
+        """Quantize and commit the ``missing`` blocks."""
         job, setup = self.job, self.setup()
-        missing = [i for i, part in enumerate(parts) if not self.store.is_committed(part)]
         with BlockLoader(job.model, job.family, self.checkpoint, job.device) as loader:
             allocation = None if setup is None else self._allocation(setup, loader)
             self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
@@ -132,7 +142,9 @@ class Stages:
                 return_freed_memory()
                 if index in missing:
                     self.progress.block(index)
-        self.store.drop_states()
+        job.ranks.meet()  # hidden states may be those of other ranks
+        if job.ranks.first:
+            self.store.drop_states()
 
     def _entered(self, setup: CalibrationSetup, done: int) -> Sequential:
         """The calibration segments, as far as an earlier process brought them."""
@@ -152,12 +164,17 @@ class Stages:
         allocation: Allocation | None = None,
     ) -> None:
         """Quantize and commit a block whose weights are loaded."""
+        assert self.checkpoint.record is not None
+        check_same_weights(self.job, self.checkpoint.record, index)
         run = BlockRun(
             self.job, self.checkpoint, sequential, index, allocation, self.progress, self.adjust
         )
         result = run.quantize()
-        self._remember_source()
-        self.store.commit(part, result.tensors, result.reports, result.maps)
+        if self.job.ranks.first:
+            self._remember_source()
+            self.store.commit(part, result.tensors, result.reports, result.maps)
+        # Before hidden states pass a block, it is committed.
+        self.job.ranks.meet()
 
     def _restore(self, index: int, part: str) -> None:
         """Give a block that an earlier process committed its quantized weights."""
@@ -231,14 +248,23 @@ class Stages:
         if plan.bits_per_weight is None:
             return None
         decisions = [d for d in job.scheme_layers() if d.by_budget]
-        table = self.store.recall(PROBE)
+        table = job.ranks.of_first(lambda: self._probed(setup, loader, decisions))
+        weights = sum(decision.layer.weights for decision in decisions)
+        return Allocation(plan.name, plan.bits_per_weight, weights, table)
+
+    def _probed(
+        self, setup: CalibrationSetup, loader: BlockLoader, decisions: list[Decision]
+    ) -> dict[str, Options]:
+        """The table of the budget, which one rank makes, by itself."""
+        job = self.job
+        table: dict[str, Options] | None = self.store.recall(PROBE)
         if table is None:
             read = partial(job.read, self.checkpoint)
             budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
             note = self.progress.note
-            table = probe(setup, loader, budgeted, job.observed, read, scratch, seed, note)
+            alone = replace(setup, shards=1, ranks=ALONE)
+            table = probe(alone, loader, budgeted, job.observed, read, scratch, seed, note)
             self._remember_source()
             self.store.remember(PROBE, table)
-        weights = sum(decision.layer.weights for decision in decisions)
-        return Allocation(plan.name, plan.bits_per_weight, weights, table)
+        return table

@@ -37,6 +37,8 @@ REMAINS: Final = ".quantine-finished"
 """Name of the run's directory once the output is complete, until it is deleted."""
 IDENTITY: Final = "identity.json"
 """Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
+SHARDS: Final = "shards"
+"""Key of the identity for the number of shards of the text, where there are several."""
 MOVES: Final = "moves"
 """Name under which a run stores where the tensors of its parts go, before it moves them."""
 SHARD_BYTES: Final = 4_000_000_000

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from quantine.calibrate.backward import LOGITS
-from quantine.calibrate.sequential import TOKENS_PER_BATCH, batch_samples
+from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.submodules import OUTPUT_TOKENS
 from quantine.core.device import CPU
 from quantine.families.layers import Layer
@@ -251,7 +252,8 @@ def _batch_tokens(job: Job, residence: Residence) -> int:
     if job.segments is None:
         return 0
     samples, length = job.segments.shape
-    return batch_samples(samples, length, residence.batch_tokens) * length
+    shards = job.calibration.shards
+    return batch_samples(samples, length, residence.batch_tokens, shards) * length
 
 
 def _tokens(job: Job) -> int:

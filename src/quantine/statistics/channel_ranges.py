@@ -63,6 +63,14 @@ class ChannelRanges:
         self.rows = torch.cat([self.rows, other.rows])
         self.tokens += other.tokens
 
+    def to(self, device: torch.device | str) -> ChannelRanges:
+        """The statistics on another device."""
+        result = ChannelRanges(self.lows.shape[1], device)
+        result.lows, result.highs = self.lows.to(device), self.highs.to(device)
+        result.firsts, result.rows = self.firsts.to(device), self.rows.to(device)
+        result.tokens = self.tokens
+        return result
+
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Lower and upper end of each channel's range over all samples, ``[channels]`` float32."""
         return self.lows.amin(0), self.highs.amax(0)

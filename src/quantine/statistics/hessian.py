@@ -43,6 +43,13 @@ class Hessian:
         self._factor: InverseFactor | None = None
         self._damp: float | None = None
 
+    @classmethod
+    def of(cls, matrix: Tensor, tokens: int, add_gram: Callable[[Tensor, Tensor], None]) -> Hessian:
+        """The Hessian of ``tokens`` tokens whose sum is ``matrix``, which it takes over."""
+        hessian = cls(0, add_gram, matrix.device)
+        hessian.matrix, hessian.tokens = matrix, tokens
+        return hessian
+
     def update(self, x: Tensor) -> None:
         """Add the inputs ``x`` ``[..., in]`` of some tokens."""
         rows = x.reshape(-1, x.shape[-1])
