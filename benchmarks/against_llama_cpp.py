@@ -15,18 +15,23 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_cpp_inputs import TEXT, Inputs, arguments_of, held_out
 from quantine.eval.evaluate import evaluate
 from quantine.families.layers import Layer
+from quantine.formats.foreign.gguf.target import FILE, GGUFFileTarget
+from quantine.formats.foreign.target import Exportable
 from quantine.source.gguf.parts import read_parts
 from quantine.source.locate import locate
+from quantine.source.weight_files import float_files, read_config
 
 PROGRAM: Final = str(Path(__file__).with_name("llama_cpp_quantizer.py"))
 KEPT: Final = ("perplexity", "stderr", "kl", "kl_stderr", "top1", "recovery")
@@ -46,7 +51,7 @@ def main() -> None:
     files = [("float", "float", base)]
     for target in arguments.targets:
         theirs, ours = work / f"{target}.engine.gguf", work / f"{target}.quantine"
-        exported = work / f"{target}.gguf.d" / "model.gguf"
+        exported = work / f"{target}.gguf.d" / FILE
         if not theirs.exists():
             engine("quantize", str(base), target, str(theirs), str(importance))
         if not exported.exists():
@@ -83,15 +88,29 @@ def engine(*arguments: str) -> str:
 
 
 def float_file(model: str, out: Path) -> None:
-    """The float weights as a GGUF file: llama.cpp's of a GGUF, else quantine's export."""
+    """The float weights as a GGUF file: decoded by llama.cpp, or written by quantine."""
     source = locate(model)
     if source.gguf_file is not None:
         engine("decode", str(source.gguf_parts[0].path), str(out))
         return
-    kept, exported = out.with_suffix(".kept"), out.with_suffix(".d")
-    quantine("quantize", model, str(kept), "--method", "keep", "--quiet")
-    quantine("export", str(kept), str(exported), "--to", "gguf", "--dtype", "float32")
-    (exported / "model.gguf").rename(out)
+    tensors: dict[str, Tensor] = {}
+    for file in float_files(source.directory):
+        tensors |= load_file(file)
+    config = source.config()
+    written = Exportable(
+        directory=source.directory,
+        config=config,
+        settings=read_config(source.directory),
+        model=source.bare_model(config),
+        matrices={},
+        floats=list(tensors),
+        kept_linears=[],
+        read=lambda name: tensors[name],
+        read_float=lambda name: tensors[name].float(),
+    )
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        GGUFFileTarget().write(written, Path(scratch))
+        (Path(scratch) / FILE).rename(out)
 
 
 def solve(model: str, target: str, samples: int, out: Path, exported: Path) -> None:
