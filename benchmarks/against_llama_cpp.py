@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,10 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llama_cpp_inputs import TEXT, Inputs, arguments_of, held_out
+from quantine import Calibration, quantize
 from quantine.eval.evaluate import evaluate
 from quantine.families.layers import Layer
+from quantine.formats.export import export
 from quantine.formats.foreign.gguf.target import FILE, GGUFFileTarget
 from quantine.formats.foreign.target import Exportable
+from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
 from quantine.source.locate import locate
 from quantine.source.weight_files import float_files, read_config
@@ -41,40 +44,56 @@ KEPT: Final = ("perplexity", "stderr", "kl", "kl_stderr", "top1", "recovery")
 def main() -> None:
     """Make all files, score them, print and write a row for each."""
     arguments = arguments_of(__doc__.splitlines()[0], windows=16).parse_args()
-    work = arguments.work
+    work, length, count = arguments.work, arguments.window, arguments.windows
     work.mkdir(exist_ok=True)
+    files = made(arguments.model, arguments.targets, arguments.samples, work)
+    served = served_scores([path for _, _, path in files], length, count, work)
+    rows = []
+    for (target, by, path), there in zip(files, served, strict=True):
+        here = own_scores(path, files[0][2], length, count, work / "predictions")
+        rows.append({"target": target, "by": by, **sizes(path), "here": here, "there": there})
+        print(json.dumps(rows[-1]), flush=True)
+    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
+    arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+
+
+def made(
+    model: str, targets: Sequence[str], samples: int, work: Path
+) -> list[tuple[str, str, Path]]:
+    """The float file, and of every target llama.cpp's and quantine's: target, by whom, path."""
     base, importance = work / "float.gguf", work / "importance.npz"
     if not base.exists():
-        float_file(arguments.model, base)
+        float_file(model, base)
     if not importance.exists():
-        np.savez(importance, **mean_squares(arguments.model, arguments.samples))
+        np.savez(importance, **mean_squares(model, samples))
     files = [("float", "float", base)]
-    for target in arguments.targets:
-        theirs, ours = work / f"{target}.engine.gguf", work / f"{target}.quantine"
-        exported = work / f"{target}.gguf.d" / FILE
+    for target in targets:
+        theirs, exported = work / f"{target}.engine.gguf", work / f"{target}.gguf.d"
         if not theirs.exists():
             engine("quantize", str(base), target, str(theirs), str(importance))
         if not exported.exists():
-            solve(arguments.model, target, arguments.samples, ours, exported.parent)
-        files += [(target, "llama.cpp", theirs), (target, "quantine", exported)]
-    windows = held_out(locate(base), arguments.window, arguments.windows)
+            solve(model, target, samples, work / f"{target}.quantine", exported)
+        files += [(target, "llama.cpp", theirs), (target, "quantine", exported / FILE)]
+    return files
+
+
+def served_scores(
+    files: Sequence[Path], length: int, count: int, work: Path
+) -> list[dict[str, float]]:
+    """What llama.cpp finds of each file as it serves it, compared with the first."""
+    windows = held_out(locate(files[0]), length, count)
     assert windows.context == 1, "llama.cpp is asked for all tokens but the first"
     asked = work / "windows.json"
     asked.write_text(json.dumps(windows.tokens.tolist()))
-    paths = [str(path) for _, _, path in files]
-    served = json.loads(engine("score", str(asked), *paths).splitlines()[-1])
-    rows = []
-    for (target, by, path), there in zip(files, served, strict=True):
-        result = evaluate(
-            path, TEXT, window=arguments.window, limit=arguments.windows, reference=base,
-            cache=work / "predictions",
-        )  # fmt: skip
-        (found,) = result["texts"].values()
-        here = {key: found[key] for key in KEPT}
-        rows.append({"target": target, "by": by, **sizes(path), "here": here, "there": there})
-        print(json.dumps(rows[-1]), flush=True)
-    said = {key: vars(arguments)[key] for key in ("model", "samples", "windows", "window")}
-    arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+    found = json.loads(engine("score", str(asked), *map(str, files)).splitlines()[-1])
+    return [{key: one[key] for key in ("perplexity", "divergence")} for one in found]
+
+
+def own_scores(file: Path, base: Path, length: int, count: int, cache: Path) -> dict[str, float]:
+    """What quantine finds of a file, opened as floats, compared with ``base``."""
+    found = evaluate(file, TEXT, window=length, limit=count, reference=base, cache=cache)
+    (scores,) = found["texts"].values()
+    return {key: scores[key] for key in KEPT}
 
 
 def engine(*arguments: str) -> str:
@@ -115,15 +134,10 @@ def float_file(model: str, out: Path) -> None:
 
 def solve(model: str, target: str, samples: int, out: Path, exported: Path) -> None:
     """Quantize for ``target``, and export."""
-    asked = ["--target", f"llama.cpp:{target}", "--samples", str(samples), "--quiet"]
     if not out.exists():
-        quantine("quantize", model, str(out), *asked)
-    quantine("export", str(out), str(exported), "--to", "gguf")
-
-
-def quantine(*arguments: str) -> None:
-    """Run the program ``quantine``."""
-    subprocess.run([sys.executable, "-m", "quantine.cli", *arguments], check=True)
+        plan = target_plan(model, f"llama.cpp:{target}")
+        quantize(model, out, plan, Calibration(TEXT, samples))
+    export(out, exported, "gguf")
 
 
 def mean_squares(model: str, samples: int) -> dict[str, Any]:
