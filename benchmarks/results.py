@@ -294,7 +294,8 @@ Perplexity and KL divergence from the float model are quantine's, on held-out te
 opened as floats; "served" are those of llama.cpp, which rounds activations to 8 bits.
 
 ```sh
-QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/against_llama_cpp.py demo OUT.json --work DIR
+QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/against_llama_cpp.py demo OUT.json \\
+    --work DIR --windows 8
 ```
 """
 LLAMA_CPP_TABLES: dict[str, str] = {
