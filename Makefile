@@ -96,7 +96,7 @@ QUANTINE_COMPRESSED_TENSORS_PYTHON = .venv-compressed-tensors/bin/python
 ENGINES = QUANTINE_VLLM_PYTHON=$(QUANTINE_VLLM_PYTHON) \
 	QUANTINE_LLAMA_CPP_PYTHON=$(QUANTINE_LLAMA_CPP_PYTHON) \
 	QUANTINE_COMPRESSED_TENSORS_PYTHON=$(QUANTINE_COMPRESSED_TENSORS_PYTHON)
-# llama.cpp's products by AMX end in a fault where GCC 12 or older compiled them: its intrinsic that
+# llama.cpp's products by AMX end in a fault where GCC 12 compiled them: its intrinsic that
 # loads the shapes of tiles says that it reads 8 of their 64 bytes, and the others are never written.
 NO_TILES = -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__
 ENGINE_PIP = PIP_DISABLE_PIP_VERSION_CHECK=1 $@ -m pip install -q
