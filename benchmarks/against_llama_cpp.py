@@ -4,71 +4,96 @@
 
 Both start from the same float weights and the same calibration text: of it, llama.cpp's quantizer
 gets the mean square of each input (its importance matrix), quantine the same and how inputs move
-together. Both files are scored by llama.cpp, as it serves them: perplexity on held-out text, and
-the mean divergence of its predictions from those of the float model. Files that are already in
-DIR are not made again.
+together. Both files are opened here, as floats, and scored by one evaluation: perplexity on
+held-out text, and the mean divergence of predictions from those of the float model. llama.cpp
+scores them, too, as it serves them. Files that are already in DIR are not made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
-import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from quantine.calibrate.segments import Calibration, calibration_segments
-from quantine.calibrate.text import read_text
-from quantine.families import family_of
-from quantine.families.layers import find_layers
+from llama_cpp_inputs import TEXT, Inputs, arguments_of, held_out
+from quantine import Calibration, quantize
+from quantine.eval.evaluate import evaluate
+from quantine.families.layers import Layer
+from quantine.formats.export import export
+from quantine.formats.foreign.gguf.target import FILE, GGUFFileTarget
+from quantine.formats.foreign.target import Exportable
+from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
-from quantine.source.gguf.weights import model_names
 from quantine.source.locate import locate
+from quantine.source.weight_files import float_files, read_config
 
 PROGRAM: Final = str(Path(__file__).with_name("llama_cpp_quantizer.py"))
-TARGETS: Final = ("Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K")
+KEPT: Final = ("perplexity", "stderr", "kl", "kl_stderr", "top1", "recovery")
+"""What is written of an evaluation."""
 
 
 def main() -> None:
-    """Make all files, score them at once, print and write a row for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--window", type=int, default=512)
-    arguments = parser.parse_args()
-    work = arguments.work
+    """Make all files, score them, print and write a row for each."""
+    arguments = arguments_of(__doc__.splitlines()[0], windows=16).parse_args()
+    work, length, count = arguments.work, arguments.window, arguments.windows
     work.mkdir(exist_ok=True)
-    calibration = Calibration(samples=arguments.samples)
+    files = made(arguments.model, arguments.targets, arguments.samples, work)
+    served = served_scores([path for _, _, path in files], length, count, work)
+    rows = []
+    for (target, by, path), there in zip(files, served, strict=True):
+        here = own_scores(path, files[0][2], length, count, work / "predictions")
+        rows.append({"target": target, "by": by, **sizes(path), "here": here, "there": there})
+        print(json.dumps(rows[-1]), flush=True)
+    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
+    arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+
+
+def made(
+    model: str, targets: Sequence[str], samples: int, work: Path
+) -> list[tuple[str, str, Path]]:
+    """The float file, and of every target llama.cpp's and quantine's: target, by whom, path."""
     base, importance = work / "float.gguf", work / "importance.npz"
     if not base.exists():
-        float_file(arguments.model, base)
+        float_file(model, base)
     if not importance.exists():
-        np.savez(importance, **mean_squares(arguments.model, calibration))
-    files = [base]
-    for target in arguments.targets:
-        theirs, ours = work / f"{target}.engine.gguf", work / f"{target}.quantine"
+        np.savez(importance, **mean_squares(model, samples))
+    files = [("float", "float", base)]
+    for target in targets:
+        theirs, exported = work / f"{target}.engine.gguf", work / f"{target}.gguf.d"
         if not theirs.exists():
             engine("quantize", str(base), target, str(theirs), str(importance))
-        if not ours.with_suffix(".gguf.d").exists():
-            solve(arguments.model, target, calibration, ours)
-        files += [theirs, ours.with_suffix(".gguf.d") / "model.gguf"]
-    windows = work / "windows.json"
-    windows.write_text(json.dumps(held_out(arguments.model, arguments.window, arguments.windows)))
-    scores = json.loads(engine("score", str(windows), *map(str, files)).splitlines()[-1])
-    rows = [row(file, score) for file, score in zip(files, scores, strict=True)]
-    for one in rows:
-        print(*one.values())
-    said = {key: vars(arguments)[key] for key in ("model", "samples", "windows", "window")}
-    arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+        if not exported.exists():
+            solve(model, target, samples, work / f"{target}.quantine", exported)
+        files += [(target, "llama.cpp", theirs), (target, "quantine", exported / FILE)]
+    return files
+
+
+def served_scores(
+    files: Sequence[Path], length: int, count: int, work: Path
+) -> list[dict[str, float]]:
+    """What llama.cpp finds of each file as it serves it, compared with the first."""
+    windows = held_out(locate(files[0]), length, count)
+    assert windows.context == 1, "llama.cpp is asked for all tokens but the first"
+    asked = work / "windows.json"
+    asked.write_text(json.dumps(windows.tokens.tolist()))
+    found = json.loads(engine("score", str(asked), *map(str, files)).splitlines()[-1])
+    return [{key: one[key] for key in ("perplexity", "divergence")} for one in found]
+
+
+def own_scores(file: Path, base: Path, length: int, count: int, cache: Path) -> dict[str, float]:
+    """What quantine finds of a file, opened as floats, compared with ``base``."""
+    found = evaluate(file, TEXT, window=length, limit=count, reference=base, cache=cache)
+    (scores,) = found["texts"].values()
+    return {key: scores[key] for key in KEPT}
 
 
 def engine(*arguments: str) -> str:
@@ -82,68 +107,57 @@ def engine(*arguments: str) -> str:
 
 
 def float_file(model: str, out: Path) -> None:
-    """The float weights as a GGUF file, by llama.cpp; ``model`` is a GGUF file itself."""
-    engine("decode", str(locate(model).gguf_parts[0].path), str(out))
-
-
-def solve(model: str, target: str, calibration: Calibration, out: Path) -> None:
-    """Quantize for ``target``, and export."""
-    quantine = [sys.executable, "-m", "quantine.cli"]
-    samples = ["--samples", str(calibration.samples), "--quiet"]
-    asked = ["--target", f"llama.cpp:{target}", *samples]
-    subprocess.run([*quantine, "quantize", model, str(out), *asked], check=True)
-    exported = str(out.with_suffix(".gguf.d"))
-    subprocess.run([*quantine, "export", str(out), exported, "--to", "gguf"], check=True)
-
-
-@torch.no_grad()
-def mean_squares(model: str, calibration: Calibration) -> dict[str, Any]:
-    """The mean square of each input of every matrix in the blocks, by llama.cpp's names."""
+    """The float weights as a GGUF file: decoded by llama.cpp, or written by quantine."""
     source = locate(model)
+    if source.gguf_file is not None:
+        engine("decode", str(source.gguf_parts[0].path), str(out))
+        return
+    tensors: dict[str, Tensor] = {}
+    for file in float_files(source.directory):
+        tensors |= load_file(file)
     config = source.config()
-    text = config.get_text_config()
-    segments = calibration_segments(
-        calibration, source.tokenizer(), text.vocab_size, text.max_position_embeddings
+    written = Exportable(
+        directory=source.directory,
+        config=config,
+        settings=read_config(source.directory),
+        model=source.bare_model(config),
+        matrices={},
+        floats=list(tensors),
+        kept_linears=[],
+        read=lambda name: tensors[name],
+        read_float=lambda name: tensors[name].float(),
     )
-    loaded = source.float_model(torch.float32)
-    stored = {
-        name: gguf
-        for gguf, name in model_names(
-            source.gguf_parts[0].metadata["general.architecture"], loaded
-        ).items()
-    }
-    sums: dict[str, torch.Tensor] = {}
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        GGUFFileTarget().write(written, Path(scratch))
+        (Path(scratch) / FILE).rename(out)
 
-    def watch(name: str, x: torch.Tensor) -> None:
-        square = x.flatten(0, -2).double().square().sum(0)
-        sums[name] = sums.get(name, 0) + square
 
-    for layer in find_layers(loaded, family_of(config)):
-        if layer.role == "block":
-            name = stored[f"{layer.name}.weight"]
-            layer.observe(loaded, lambda x, name=name: watch(name, x))
-    for segment in segments:
-        loaded(segment.unsqueeze(0))
+def solve(model: str, target: str, samples: int, out: Path, exported: Path) -> None:
+    """Quantize for ``target``, and export."""
+    if not out.exists():
+        plan = target_plan(model, f"llama.cpp:{target}")
+        quantize(model, out, plan, Calibration(TEXT, samples))
+    export(out, exported, "gguf")
+
+
+def mean_squares(model: str, samples: int) -> dict[str, Any]:
+    """The mean square of each input of every matrix in the blocks, by llama.cpp's names."""
+    inputs = Inputs.of(model, torch.float32)
+    segments = inputs.calibration(samples)
+    sums: dict[str, Tensor] = {}
+
+    def watch(layer: Layer, x: Tensor) -> None:
+        name = inputs.stored[layer.stored_name]
+        sums[name] = sums.get(name, 0) + x.double().square().sum(0)
+
+    inputs.observe(segments, watch)
     return {name: (total / segments.numel()).float().numpy() for name, total in sums.items()}
 
 
-def held_out(model: str, length: int, count: int) -> list[list[int]]:
-    """The first windows of the held-out text."""
-    tokenizer = locate(model).tokenizer()
-    ids = tokenizer(read_text("builtin", "heldout"), add_special_tokens=False)["input_ids"]
-    return [ids[start : start + length] for start in range(0, length * count, length)]
-
-
-def row(file: Path, score: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: name, bytes of tensors, scores."""
-    nbytes = sum(tensor.nbytes for part in read_parts(file) for tensor in part.tensors)
-    name = file.parent.name if file.name == "model.gguf" else file.name
-    return {
-        "name": name,
-        "tensor_bytes": nbytes,
-        "perplexity": round(score["perplexity"], 4),
-        "divergence": round(score["divergence"], 5),
-    }
+def sizes(file: Path) -> dict[str, int]:
+    """Bytes of a file, and of the tensors in it."""
+    tensors = sum(tensor.nbytes for part in read_parts(file) for tensor in part.tensors)
+    return {"file_bytes": file.stat().st_size, "tensor_bytes": tensors}
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from quantine.run.prepare import prepare
 from quantine.run.quantize import carry_out
 from quantine.runtime.packed import packed_modules
 from quantine.survey.specimen import byte_tokenizer
+from trained_models import LENGTH, fit
 
 SIZES = {
     "vocab_size": 320,
@@ -55,7 +56,6 @@ LARGER = {
     "num_attention_heads": 16,
 }
 """Sizes of the mixture whose speed is measured."""
-BATCH, LENGTH, RATE = 8, 128, 3e-3
 LOUD, FACTORS = 0.05, (4.0, 30.0)
 """Share of the channels that become loud, and by how much."""
 GROUPS = {"bits": 3, "group_size": 32}
@@ -110,23 +110,7 @@ def train(out: Path, text: Path, seconds: float) -> None:
     config = AutoConfig.for_model("qwen3_moe", **SIZES)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tokenizer = byte_tokenizer()
-    data = torch.tensor(tokenizer(text.read_text(encoding="utf-8"))["input_ids"])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    started, steps, share = time.perf_counter(), 0, 0.0
-    while share < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (steps + 1) / 50) * (1 - share)
-        starts = torch.randint(0, len(data) - LENGTH, (BATCH,))
-        tokens = torch.stack([data[start : start + LENGTH] for start in starts])
-        loss = model(input_ids=tokens, labels=tokens, output_router_logits=True).loss
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        steps += 1
-        share = (time.perf_counter() - started) / seconds
-        if steps % 50 == 0:
-            print(f"step {steps}: loss {loss.item():.3f}, {share:.0%} of the time", flush=True)
+    fit(model, tokenizer, text, seconds, output_router_logits=True)
     make_loud(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -9,20 +9,16 @@ output: by the engine, and by methods here that saw the same calibration text.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from against_llama_cpp import TARGETS, held_out
-from quantine.calibrate.segments import Calibration, calibration_segments
+from llama_cpp_inputs import Inputs, arguments_of, held_out
 from quantine.core.permute import inverse
-from quantine.families import family_of
-from quantine.families.layers import Layer, find_layers
 from quantine.formats.foreign.gguf.arrange import row_order
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType
 from quantine.kernels.gram import add_gram
@@ -31,8 +27,6 @@ from quantine.methods.rtn import RTN
 from quantine.methods.solver import Solver
 from quantine.source.gguf.header import GGUFTensor
 from quantine.source.gguf.parts import read_parts
-from quantine.source.gguf.weights import model_names
-from quantine.source.locate import locate
 from quantine.statistics.hessian import Hessian
 
 SOLVERS: Final[dict[str, Solver]] = {
@@ -45,31 +39,23 @@ MATRICES: Final = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.d
 
 def main() -> None:
     """Print and write a row for each matrix and type."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("json", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser = arguments_of(__doc__.splitlines()[0], windows=8)
     parser.add_argument("--blocks", nargs="+", type=int, default=(4, 18))
     arguments = parser.parse_args()
-    source = locate(arguments.model)
-    config = source.config()
-    model = source.float_model(torch.bfloat16)
-    names = {name: gguf for gguf, name in model_names("llama", model).items()}
+    inputs = Inputs.of(arguments.model, torch.bfloat16)
+    config = inputs.source.config()
     wanted = {f"model.layers.{block}.{path}" for block in arguments.blocks for path in MATRICES}
-    layers = [one for one in find_layers(model, family_of(config)) if one.name in wanted]
-    text = calibration_segments(
-        Calibration(samples=16), source.tokenizer(), config.vocab_size, None
-    )
-    seen = observed(model, layers, text)
-    unseen = observed(model, layers, torch.tensor(held_out(arguments.model, 512, 8)))
+    layers = [layer for layer in inputs.layers if layer.name in wanted]
+    inputs = replace(inputs, layers=layers)
+    seen = observed(inputs, inputs.calibration(arguments.samples))
+    unseen = observed(inputs, held_out(inputs.source, arguments.window, arguments.windows).tokens)
     rows: list[dict[str, Any]] = []
     for target in arguments.targets:
         parts = read_parts(arguments.work / f"{target}.engine.gguf")
         stored = {tensor.name: tensor for part in parts for tensor in part.tensors}
         found = []
         for layer in layers:
-            gguf, weight = names[layer.stored_name], layer.read(model).float()
+            gguf, weight = inputs.stored[layer.stored_name], layer.read(inputs.model).float()
             kind = next(k for k in GRID_TYPES.values() if k.code == stored[gguf].type)
             made = {"engine": engine_weight(stored[gguf], kind, config)}
             for name, solver in SOLVERS.items():
@@ -89,18 +75,10 @@ def main() -> None:
     arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-@torch.no_grad()
-def observed(model: Any, layers: list[Layer], text: Tensor) -> dict[str, Hessian]:
-    """Statistics of the inputs of ``layers`` on the windows ``text``, by name."""
-    found = {layer.name: Hessian(layer.in_features, add_gram) for layer in layers}
-    handles = [
-        layer.observe(model, lambda x, name=layer.name: found[name].update(x.float()))
-        for layer in layers
-    ]
-    for window in text:
-        model.model(window[None])
-    for handle in handles:
-        handle.remove()
+def observed(inputs: Inputs, text: Tensor) -> dict[str, Hessian]:
+    """Statistics of the matrices' inputs on the windows ``text``, by name."""
+    found = {layer.name: Hessian(layer.in_features, add_gram) for layer in inputs.layers}
+    inputs.observe(text, lambda layer, x: found[layer.name].update(x))
     return found
 
 

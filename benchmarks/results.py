@@ -286,6 +286,25 @@ ENGINE_TABLES = {
 }
 """Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
 
+LLAMA_CPP = """
+### Solved in llama.cpp's types, against its own quantizer
+
+Files of the same types at the same bytes, from the same float weights and the same calibration
+text: of it, llama.cpp's quantizer gets the mean square of each input (its importance matrix).
+Perplexity and KL divergence from the float model are quantine's, on held-out text, of either file
+opened as floats; "served" are those of llama.cpp, which rounds activations to 8 bits.
+
+```sh
+QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/against_llama_cpp.py demo OUT.json \\
+    --work DIR --windows 8
+```
+"""
+LLAMA_CPP_TABLES: dict[str, str] = {
+    "demo": """SmolLM2-135M. Rows of 576 inputs, six of seven matrices, are no whole blocks of the
+types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
+}
+"""Files of `benchmarks/against_llama_cpp.py` (``llama-cpp-NAME.json``), and what the models are."""
+
 INTRODUCTION = """# Results
 
 What the papers claim, measured again with quantine on the models at hand. This page is written by
@@ -315,6 +334,8 @@ def page() -> str:
         parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
     parts += [MEMORY, memory(), ENGINES]
     parts += [f"\n### {shown}\n\n{engines(name)}" for name, shown in ENGINE_TABLES.items()]
+    parts.append(LLAMA_CPP)
+    parts += [f"\n{shown}\n\n{llama_cpp(name)}" for name, shown in LLAMA_CPP_TABLES.items()]
     return "".join(parts)
 
 
@@ -412,6 +433,31 @@ def engines(name: str) -> str:
         cells = [row["plan"], to, row["engine"], row["windows"], f"{there:.4f}", f"{here:.4f}"]
         lines.append(_line([*cells, f"{there / here - 1:+.4%}"]))
     return "\n".join(lines) + "\n"
+
+
+def llama_cpp(name: str) -> str:
+    """Files solved here and by llama.cpp's quantizer, side by side."""
+    found = _read(f"llama-cpp-{name}")
+    head = ["file", "by", "bytes", "perplexity", "KL", "same top word"]
+    lines = _head([*head, "served: perplexity", "served: KL"])
+    for row in found["rows"]:
+        here, there = row["here"], row["there"]
+        lines.append(
+            _line(
+                [
+                    row["target"],
+                    f"**{row['by']}**" if row["by"] == "quantine" else row["by"],
+                    f"{row['file_bytes']:,}",
+                    f"{here['perplexity']:.3f} ± {here['stderr']:.2f}",
+                    f"{here['kl']:.4f} ± {here['kl_stderr']:.4f}",
+                    f"{here['top1']:.1%}",
+                    f"{there['perplexity']:.3f}",
+                    f"{there['divergence']:.4f}",
+                ]
+            )
+        )
+    said = f"{found['windows']} windows of {found['window']} tokens; {found['samples']} segments"
+    return "\n".join(lines) + f"\n\n{said} of calibration text. ± is one standard error.\n"
 
 
 def _read(name: str) -> Any:

@@ -25,6 +25,11 @@ ARCHITECTURES = {
     "gpt2": "gpt2",
 }
 """What llama.cpp calls the model types that quantine reads from GGUF files."""
+MODELS = (
+    *("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "falcon_old", "falcon_new"),
+    *("bloom", "gpt2"),
+)
+"""Tiny models of these types, by their names in `tiny_models`."""
 
 
 def write_gguf(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from quantine.run.prepare import prepare
 from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import model_names
+from sentencepieces import for_transformers, sentencepiece
 from tiny_models import build, some_tokens, tiny_config
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 TEXTS = ["Hello world 123, it's  fine.\n\n ok", "naïve 日本 2024!", "def f(x):\n\treturn x**2"]
+LETTERS = "the aonqu.日é\n"
 QUANTIZER = Path(__file__).parents[2] / "benchmarks" / "llama_cpp_quantizer.py"
 SAME = 0.001
 """Largest relative difference of perplexities, where llama.cpp multiplies with decoded weights."""
@@ -49,11 +52,7 @@ def test_the_same_perplexity_in_its_own_types(target: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("target", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q4_1", "Q5_1"])
 def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) -> None:
-    """A random model whose rows are whole blocks.
-
-    Decoded by llama.cpp: a build for another processor crashes when it multiplies with blocks, also
-    on files of its own quantizer.
-    """
+    """A random model whose rows are whole blocks."""
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
     model = build(tiny_config("llama", **sizes), tmp_path / "model")
@@ -65,6 +64,8 @@ def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) ->
     decoded = run_engine(python, "llama_cpp_program.py", str(file), str(asked), "decoded")
     expected = own_perplexity(out, windows)
     assert decoded["perplexity"] == pytest.approx(expected, rel=SAME)
+    found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
+    assert found["perplexity"] == pytest.approx(expected, rel=ROUNDED)
 
 
 def assert_same_perplexity(plan: Plan, count: int, tmp_path: Path) -> None:
@@ -92,6 +93,27 @@ def test_the_same_tokens(tmp_path: Path) -> None:
     found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
     tokenizer = locate(out).tokenizer()
     assert found["texts"] == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
+
+
+def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    model = build(tiny_config("llama", vocab_size=424), tmp_path / "model")
+    own = for_transformers(sentencepiece())
+    own.save_pretrained(model)
+    plan = Plan.preset("rtn", group_size=32)
+    out = quantize(model, tmp_path / "out", plan, Calibration(samples=0)).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    pick = random.Random(0)
+    texts = [
+        *TEXTS,
+        "  two",
+        "aaaaaaa 🦊",
+        *("".join(pick.choices(LETTERS, k=60)) for _ in range(40)),
+    ]
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
+    found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
+    assert found["texts"] == [own(t, add_special_tokens=False)["input_ids"] for t in texts]
 
 
 @pytest.mark.parametrize("target", ["Q4_0", "Q2_K", "Q3_K_M", "Q4_K_M"])

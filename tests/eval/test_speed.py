@@ -21,6 +21,7 @@ from quantine.kernels.matrix import product
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 from quantine.report.tables.console import make_console
 from quantine.report.tables.speeds import print_speeds
+from quantine.run.target_plan import target_plan
 from quantine.runtime.packed import packed_modules
 
 Packed = Callable[[str, str], Path]
@@ -81,7 +82,18 @@ def test_matrices_without_native_products_are_no_kernels(
     out = quantize(tiny("llama"), tmp_path / "out", Plan.from_dict({"rules": rules}), nothing)
     found = speed.measure(out.path, contexts=(4,), runs=1)
     assert [kind["name"] for kind in found["kernels"]] == ["model.layers.0.self_attn.o_proj"]
+    assert sum(kind["matrices"] for kind in found["decoded"]) == 12
+    assert all(kind["speed"]["median"] > 0 for kind in found["decoded"])
     assert {row["name"] for row in found["text"]} == {"modules"}
+
+
+def test_types_of_llama_cpp_are_timed_as_what_they_are(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = target_plan(tiny("llama"), "llama.cpp:Q4_1", method="rtn")
+    out = quantize(tiny("llama"), tmp_path / "out", plan, Calibration(samples=0)).path
+    assert main(["bench", str(out), "--context", "4", "--runs", "1"]) == 0
+    assert "decoded at each use" in capsys.readouterr().out
 
 
 def test_refusals(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import quantine
+from ggufs import MODELS, write_gguf
 from quantine import Calibration, CheckpointError, FamilyError, Plan
 from quantine.calibrate.skeleton import skeleton
 from quantine.source.locate import locate
-from tiny_models import build, logits_of, tiny_config
+from tiny_models import build, logits_of, random_model, tiny_config
 
 RTN = Plan.preset("rtn", bits=8, group_size=32)
 NONE = Calibration(samples=0)
@@ -40,6 +41,18 @@ def edit(model: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 def set_config(model: Path, **changes: Any) -> None:
     path = model / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_gguf_tokenizer_is_what_transformers_makes_of_the_file(
+    family: str, tmp_path: Path
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", random_model(tiny_config(family)))
+    found = locate(path).tokenizer()
+    expected = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.special_tokens_map == expected.special_tokens_map
 
 
 WRONG: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {

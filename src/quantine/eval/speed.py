@@ -70,6 +70,8 @@ def measure(
           ``matrices``, ``shape``, ``format``, ``bits_per_weight`` in files and
           ``bits_in_memory``, and for ``exact`` and ``fast``, on GPUs for ``float16``, the speed in
           GB/s of packed bytes and its ``share`` of ``read``;
+        * ``decoded``, the same for each kind of matrix that no kernel multiplies, with the
+          ``speed`` of its module, which decodes it at each use;
         * ``text``, for each model and context: ``name``, ``context``, and ``prefill`` and
           ``decode`` in tokens/s.
 
@@ -88,7 +90,7 @@ def measure(
     source = locate(directory)
     model = load_packed(source, torch.float32 if where == CPU else torch.bfloat16, device=where)
     rivals = rivals_of(source, model, against)
-    kinds = _kinds(model, where)
+    kinds, others = _kinds(model, where)
     arithmetics = ARITHMETICS if where == CPU else GPU_ARITHMETICS
     read: list[float] = []
     speeds: dict[tuple[str, str], list[float]] = {}
@@ -99,6 +101,8 @@ def measure(
             for arithmetic in arithmetics:
                 speed = _product_speed(modules, where, arithmetic)
                 speeds.setdefault((name, arithmetic), []).append(speed)
+        for name, modules in others.items():
+            speeds.setdefault((name, "decoded"), []).append(_module_speed(modules[0], where))
     ceiling = statistics.median(read)
     return {
         "model": source.name,
@@ -109,27 +113,39 @@ def measure(
         "read": timed(read),
         "kernels": [
             {
-                **_described(name, modules, where),
+                **_described(name, modules),
+                "bits_in_memory": _bits_in_memory(modules[0], where),
                 **{kind: _share(speeds[name, kind], ceiling) for kind in arithmetics},
             }
             for name, modules in kinds.items()
+        ],
+        "decoded": [
+            {**_described(name, modules), "speed": _share(speeds[name, "decoded"], ceiling)}
+            for name, modules in others.items()
         ],
         "text": text_speeds(rivals, fitting(source, contexts), runs, on_step),
     }
 
 
-def _kinds(model: PreTrainedModel, device: torch.device) -> dict[str, list[Packed]]:
+def _kinds(
+    model: PreTrainedModel, device: torch.device
+) -> tuple[dict[str, list[Packed]], dict[str, list[Packed]]]:
     """Packed modules of the same layout, spec and shape, by the name of the first of each kind.
 
-    Those that kernels of ``device`` have no matrix for are left out, see
-    `quantine.kernels.matrix.packed_matrix`.
+    Returns:
+        Those that kernels of ``device`` have a matrix for, and those that they have none for, see
+        `quantine.kernels.matrix.packed_matrix`.
     """
     found: dict[tuple[object, ...], list[tuple[str, Packed]]] = {}
     for name, module in packed_modules(model):
-        kind = (module.format_name, module.spec, module.out_features, module.in_features)
-        if module.matrix(device) is not None:
-            found.setdefault(kind, []).append((name, module))
-    return {alike[0][0]: [module for _, module in alike] for alike in found.values()}
+        has = module.matrix(device) is not None
+        kind = (has, module.format_name, module.spec, module.out_features, module.in_features)
+        found.setdefault(kind, []).append((name, module))
+    with_kernels, others = (
+        {alike[0][0]: [one for _, one in alike] for kind, alike in found.items() if kind[0] is has}
+        for has in (True, False)
+    )
+    return with_kernels, others
 
 
 def _memory_speed(device: torch.device) -> float:
@@ -162,19 +178,32 @@ def _product_speed(modules: list[Packed], device: torch.device, arithmetic: Any)
     return float(rounds * nbytes / seconds(multiply_all) / 1e9)
 
 
-def _described(name: str, modules: list[Packed], device: torch.device) -> dict[str, Any]:
-    first, matrix = modules[0], modules[0].matrix(device)
+def _module_speed(module: Packed, device: torch.device) -> float:
+    """Speed of a product that decodes the matrix first, in GB/s of packed bytes."""
+    dtype = torch.float32 if device == CPU else torch.bfloat16
+    x = torch.ones(1, module.in_features, dtype=dtype, device=device)
+    timer = seconds if device == CPU else timer_of(device)
+    nbytes = sum(tensor.nbytes for tensor in module.packed_tensors().values())
+    return float(nbytes / timer(lambda: module.product(x)) / 1e9)
+
+
+def _described(name: str, modules: list[Packed]) -> dict[str, Any]:
+    first = modules[0]
     nbytes = sum(tensor.nbytes for tensor in first.packed_tensors().values())
-    held = matrix.nbytes if device == CPU else device_bytes(matrix)
-    weights = first.out_features * first.in_features
     return {
         "name": name,
         "matrices": len(modules),
         "shape": [first.out_features, first.in_features],
         "format": first.format_name,
-        "bits_per_weight": nbytes * 8 / weights,
-        "bits_in_memory": held * 8 / weights,
+        "bits_per_weight": nbytes * 8 / (first.out_features * first.in_features),
     }
+
+
+def _bits_in_memory(module: Packed, device: torch.device) -> float:
+    """Bits of a weight as kernels of ``device`` read the matrix."""
+    matrix = module.matrix(device)
+    held = matrix.nbytes if device == CPU else device_bytes(matrix)
+    return float(held * 8 / (module.out_features * module.in_features))
 
 
 def _share(speeds: list[float], ceiling: float) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 
 from quantine.core.ambient import own_state
 from quantine.core.arithmetic import DEFAULT
+from quantine.core.spec import QuantSpec
 from quantine.errors import CheckpointError, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
@@ -37,8 +38,10 @@ READABLE: Final[dict[str, DirectoryLayout]] = {
 """Directories of other engines that are read, by ``quant_method`` in their ``config.json``."""
 METHOD: Final = "import"
 """What reports call the method of a matrix that another program quantized."""
-LAYOUT: Final = "dense"
-"""Name of the layout in which it is stored."""
+DENSE: Final = "dense"
+"""Name of the layout of codes and zero points."""
+GGML: Final = "ggml"
+"""Name of the layout of blocks of ggml's other types."""
 
 
 @dataclass(frozen=True)
@@ -163,18 +166,23 @@ def _write_weights(opened: Readable, out: Path) -> dict[str, dict[str, torch.Ten
             if name not in opened.specs:
                 write_tensors(parts[-1], {name: opened.float_tensor(name).contiguous()})
                 continue
-            tensors = format_named(LAYOUT).pack(opened.qtensor(name))
+            tensors = format_named(_layout(opened.specs[name])).pack(opened.qtensor(name))
             packed[name] = {key: tensor.to("meta") for key, tensor in tensors.items()}
             write_tensors(parts[-1], {f"{name}.{key}": t for key, t in tensors.items()})
         merge_parts(parts, out, SHARD_BYTES)
     return packed
 
 
+def _layout(spec: QuantSpec) -> str:
+    """Name of the layout of a matrix on the grid ``spec``."""
+    return GGML if spec.blocked else DENSE
+
+
 def _described(opened: Readable, packed: Mapping[str, Mapping[str, torch.Tensor]]) -> Description:
     schemes: list[dict[str, Any]] = []
     layers = {}
     for name, spec in opened.specs.items():
-        scheme = {"method": METHOD, **spec.as_dict(), "format": LAYOUT}
+        scheme = {"method": METHOD, **spec.as_dict(), "format": _layout(spec)}
         if scheme not in schemes:
             schemes.append(scheme)
         layers[name] = {"scheme": schemes.index(scheme), "shape": list(opened.shapes[name])}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from quantine.errors import CheckpointError, cut
-from quantine.source.gguf.parts import read_parts
+from quantine.source.gguf.parts import first_part
 from quantine.source.model_source import ModelSource
 
 DEMO: Final = "demo"
@@ -40,7 +40,9 @@ def locate(model: str | Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{path} is a file, but not a .gguf model")
-        return ModelSource(name, path.parent, read_parts(path)[0].path.name)
+        source = ModelSource(name, path.parent, first_part(path.name))
+        source.gguf_parts  # noqa: B018 - read once, here, where damage is refused
+        return source
     if name == DEMO:
         return _demo()
     return _from_hub(name)

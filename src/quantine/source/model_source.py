@@ -127,11 +127,17 @@ class ModelSource:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        from transformers import AutoTokenizer
+        from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
-        gguf = {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        kind: Any = AutoTokenizer
+        options: dict[str, Any] = {}
+        if self.gguf_file is not None:
+            # The class that AutoTokenizer would choose, having read the header once more, slowly.
+            classes: Any = TOKENIZER_MAPPING
+            kind = classes.get(type(self.config()), PreTrainedTokenizerFast)
+            options = {"gguf_file": self.gguf_file}
         try:
-            found = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False, **gguf)
+            found = kind.from_pretrained(self.directory, trust_remote_code=False, **options)
             found.decode(found("a")["input_ids"])  # damage may show only in use
             return found
         except MemoryError:

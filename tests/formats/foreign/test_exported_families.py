@@ -12,11 +12,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import quantine
-from quantine import FormatError
+from quantine import Calibration, FormatError
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
+from quantine.formats.foreign.gguf.read import OWN
 from quantine.formats.imported import import_model
-from tiny_models import FAMILIES, logits_of
+from quantine.run.target_plan import target_plan
+from quantine.source.gguf.parts import read_parts
+from tiny_models import FAMILIES, build, logits_of, tiny_config
 
 Packed = Callable[[str, str], Path]
 OWN_DEFAULTS = ("qwen3", "phi3", "gpt2")
@@ -101,6 +104,27 @@ def test_gguf_files_come_back(name: str, kind: str, packed: Packed, tmp_path: Pa
         return
     model = AutoModelForCausalLM.from_pretrained(exported.path, gguf_file="model.gguf")
     torch.testing.assert_close(logits_of(model), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_types_with_a_k_come_back(tmp_path: Path) -> None:
+    """Rows of q and k are turned on the way out and in; blocks stay the bytes that they are."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    source = build(tiny_config("llama", **sizes), tmp_path / "model")
+    plan = target_plan(source, "llama.cpp:Q3_K_M", method="rtn")
+    out = quantine.quantize(source, tmp_path / "out", plan, Calibration(samples=0)).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    imported = import_model(file, tmp_path / "back")
+    assert not imported.decoded
+    same_weights(out, imported.path)
+    again, expected = (logits_of(quantine.load(path)[0]) for path in (imported.path, out))
+    torch.testing.assert_close(again, expected)
+    block = next(t for part in read_parts(file) for t in part.tensors if t.type in OWN)
+    with file.open("r+b") as damaged:
+        damaged.seek(block.offset)
+        damaged.write(b"\xff" * block.nbytes)
+    with pytest.raises(FormatError, match=f"{block.name} in .* a scale that is not finite"):
+        import_model(file, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 @pytest.mark.parametrize("name", UNTOLD)

@@ -10,10 +10,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 import quantine
-from ggufs import divergence, write_gguf
+from ggufs import ARCHITECTURES, MODELS, divergence, write_gguf
 from quantine import Calibration, CheckpointError, Plan
+from quantine.source.gguf.weights import model_names
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
 
@@ -25,6 +27,13 @@ ENDS = {"token_embd.weight", "output_norm.weight", "output.weight"}
 @functools.cache
 def model_of(family: str) -> Any:
     return random_model(tiny_config(family))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_names_are_those_that_transformers_finds(family: str) -> None:
+    model = model_of(family)
+    found = get_gguf_hf_weights_map(model, TensorProcessor())
+    assert model_names(ARCHITECTURES[model.config.model_type], model) == found
 
 
 LOST: dict[str, tuple[Callable[[str], bool], str]] = {

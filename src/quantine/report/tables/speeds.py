@@ -22,7 +22,12 @@ def print_speeds(found: Mapping[str, Any], console: Console) -> None:
         f"{gives} {with_range(found['read'], 'GB/s')}"
     )
     arithmetics = ("exact", "fast") if on_cpu else ("float16",)
-    console.print(_matrix_table(found["kernels"], arithmetics))
+    if found["kernels"]:
+        console.print(_matrix_table(found["kernels"], arithmetics))
+    if found["decoded"]:
+        console.print("no kernel multiplies these matrices, which are decoded at each use:")
+        rows = [{**one, "decoded": one["speed"]} for one in found["decoded"]]
+        console.print(_matrix_table(rows, ("decoded",)))
     console.print(_text_table(found["text"]))
 
 

@@ -34,16 +34,16 @@ def read_parts(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -
     Raises:
         CheckpointError: a part is missing, damaged, or of another model.
     """
-    first = read_header(path, known)
-    count = first.metadata.get("split.count", 1)
     found = PART.match(path.name)
     if found is None:
+        whole = read_header(path, known)
+        count = whole.metadata.get("split.count", 1)
         if count != 1:
             raise CheckpointError(
                 f"{path} is one of {cut(count, 20)} parts of a model, but its name does not say "
                 "which: name it as llama.cpp does, NAME-00001-of-00002.gguf"
             )
-        return [first]
+        return [whole]
     total = int(found["count"])
     names = [f"{found['stem']}-{number:05}-of-{total:05}.gguf" for number in range(1, total + 1)]
     missing = [name for name in names if not (path.parent / name).is_file()]
@@ -68,6 +68,12 @@ def read_parts(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -
             f"different, not {expected}: they are of several models"
         )
     return parts
+
+
+def first_part(name: str) -> str:
+    """Name of the first file of the model that the file ``name`` is part of: its own if alone."""
+    found = PART.match(name)
+    return name if found is None else f"{found['stem']}-00001-of-{found['count']}.gguf"
 
 
 def join(parts: Sequence[GGUFFile], path: Path) -> None:

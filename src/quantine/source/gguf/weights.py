@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from quantine.errors import CheckpointError
 from quantine.source.gguf.header import GGUFFile
@@ -56,18 +56,22 @@ def check_gguf_weights(parts: Sequence[GGUFFile], model: PreTrainedModel) -> Non
 
 
 def model_names(architecture: str, model: PreTrainedModel) -> dict[str, str]:
-    """What the model calls each tensor, by llama.cpp's name; the mapping is transformers'.
+    """What the model calls each tensor, by llama.cpp's name; the names are those of ``gguf``.
 
     Args:
-        architecture: of the file.
+        architecture: of the file, one of `quantine.source.gguf.config.ARCHITECTURES`.
         model: of its config, whose weights may be on the meta device.
     """
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    processor: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    names: dict[str, str] = get_gguf_hf_weights_map(model, processor())
+    code = next(code for code, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    known = get_tensor_name_map(code, model.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for name in model.state_dict():
+        # Some are listed as the model without its head calls them.
+        for listed_name in (name, name.removeprefix(f"{model.base_model_prefix}.")):
+            stored = known.get_name(listed_name, (".weight", ".bias"))
+            if stored is not None:
+                names.setdefault(stored, name)
+                break
     return names

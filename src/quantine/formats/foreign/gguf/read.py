@@ -20,6 +20,7 @@ from quantine.families import family_of
 from quantine.families.layers import find_layers, is_transposed
 from quantine.formats.foreign.gguf.arrange import row_order
 from quantine.formats.foreign.gguf.blocks import KNOWN, TYPES, BlockType
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFTensor
 from quantine.source.gguf.parts import read_parts
@@ -27,7 +28,9 @@ from quantine.source.gguf.weights import check_gguf_weights, model_names
 from quantine.source.model_source import ModelSource
 
 PACKED: Final = {kind.code: kind for kind in TYPES}
-"""Those types by code."""
+"""Types of one scale, by code: their matrices are stored as codes and zero points."""
+OWN: Final = {kind.code: kind for kind in GRID_TYPES.values() if kind.code not in PACKED}
+"""The other types that are grids, by code: their matrices stay the blocks that they are."""
 FLOATS: Final = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types of floats by code."""
 BITS: Final = {"Q2_0": 2, "Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
@@ -42,7 +45,7 @@ class GGUFModel:
 
     Attributes:
         settings: ``config.json`` of the float model, as plain values.
-        specs: the grid of each matrix whose blocks are a grid of quantine's.
+        specs: the grid of each matrix whose type is one of quantine's grids.
         shapes: ``(out, in)`` of each.
         floats: names of the other tensors.
         decoded: names of the layers among these that are packed, but on no grid of quantine's.
@@ -63,20 +66,23 @@ class GGUFModel:
             **json.loads(self._config.to_json_string(use_diff=True)),
             "architectures": [type(self.model).__name__],
         }
-        names = model_names(parts[0].metadata["general.architecture"], self.model)
-        tensors = [tensor for part in parts for tensor in part.tensors if tensor.name in names]
-        self._tensors = {names[tensor.name]: tensor for tensor in tensors}
+        stored = model_names(parts[0].metadata["general.architecture"], self.model)
+        tensors = [tensor for part in parts for tensor in part.tensors if tensor.name in stored]
+        self._tensors = {stored[tensor.name]: tensor for tensor in tensors}
         layers = find_layers(self.model, family_of(self._config))
         self.specs: dict[str, QuantSpec] = {}
         for layer in layers:
             tensor = self._tensors.get(f"{layer.name}.weight")
-            kind = None if tensor is None else PACKED.get(tensor.type)
-            if kind is not None:
+            if tensor is not None and tensor.type in PACKED:
+                kind = PACKED[tensor.type]
                 self.specs[layer.name] = QuantSpec(BITS[kind.name], kind.weights, kind.high == 127)
+            elif tensor is not None and tensor.type in OWN:
+                self.specs[layer.name] = OWN[tensor.type].spec
         if not self.specs:
+            names = ", ".join([*BITS, *(kind.name for kind in OWN.values())])
             raise FormatError(
-                f"{path} holds no matrix in {', '.join(kind.name for kind in TYPES)}, the types "
-                "that are grids of quantine's: quantize it, as a source of floats"
+                f"{path} holds no matrix in {names}, the types that are grids of quantine's: "
+                "quantize it, as a source of floats"
             )
         packed = {f"{name}.weight" for name in self.specs}
         self.shapes = {
@@ -104,14 +110,19 @@ class GGUFModel:
             FormatError: a scale is not finite.
         """
         tensor = self._tensors[f"{name}.weight"]
+        rows = _data(tensor).reshape(tensor.shape[0], -1)
+        order = row_order(tensor.name, len(rows), self._config)
+        rows = rows if order is None else rows[inverse(order)]
+        if tensor.type in OWN:
+            try:
+                OWN[tensor.type].check_statistics(rows)
+            except FormatError as error:
+                raise FormatError(f"{tensor.name} in {tensor.file}: {error}") from error
+            return OWN[tensor.type].decode(rows)
         kind = PACKED[tensor.type]
-        values, scale = kind.decode(_data(tensor).reshape(tensor.shape[0], -1))
+        values, scale = kind.decode(rows)
         if not bool(torch.isfinite(scale).all()):
             raise FormatError(f"{tensor.name} in {tensor.file} has a scale that is not finite")
-        order = row_order(tensor.name, len(values), self._config)
-        if order is not None:
-            back = inverse(order)
-            values, scale = values[back], scale[back]
         return _qtensor(name, values, scale, kind)
 
     def float_tensor(self, name: str) -> Tensor:

@@ -107,15 +107,18 @@ class GGUFFileTarget:
                 self._add_frequencies(writer, source.config, rope)
             kinds = Counter(tensor.kind for tensor in writer.tensors if len(tensor.shape) > 1)
             file_type = FILE_TYPES[kinds.most_common(1)[0][0]]
+            words, notes = tokenizer_of(source.directory, source.config.vocab_size, source.settings)
             metadata = {
                 **metadata_of(source.config, source.directory.absolute().name, file_type),
-                **tokenizer_of(source.directory, source.config.vocab_size, source.settings),
+                **words,
             }
             writer.finish(out / FILE, metadata)
         check_gguf_weights(read_parts(out / FILE, KNOWN), model)
         if TYPES[0].code in kinds:
-            return [f"{TYPES[0].name} is read by llama.cpp since 2026, and by no other reader yet"]
-        return []
+            notes.append(
+                f"{TYPES[0].name} is read by llama.cpp since 2026, and by no other reader yet"
+            )
+        return notes
 
     def _add(
         self, writer: GGUFWriter, source: Exportable, name: str, names: Mapping[str, str]

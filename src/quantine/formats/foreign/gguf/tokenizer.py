@@ -1,4 +1,4 @@
-"""A tokenizer in the words of a GGUF file: byte-level BPE, as ``tokenizer.json`` has it."""
+"""A tokenizer in the words of a GGUF file: byte-level BPE, or SentencePiece's kind of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any, Final
 
 from quantine.errors import FormatError, cut
 from quantine.formats.foreign.gguf.file import Value
+from quantine.formats.foreign.gguf.sentencepiece import NORMAL, sentencepiece_of
 
-NORMAL: Final = 1
-"""Type of a word of the vocabulary."""
 CONTROL: Final = 3
 """Type of a special token."""
 ADDED: Final = 4
@@ -39,7 +38,9 @@ SPLITS: Final[Mapping[tuple[str, ...], str]] = {
 one, ``bytes`` as GPT-2 does it, or a pattern."""
 
 
-def tokenizer_of(directory: Path, rows: int, ids: Mapping[str, Any]) -> dict[str, Value]:
+def tokenizer_of(
+    directory: Path, rows: int, ids: Mapping[str, Any]
+) -> tuple[dict[str, Value], list[str]]:
     """The metadata of the tokenizer in ``directory``.
 
     Args:
@@ -47,29 +48,20 @@ def tokenizer_of(directory: Path, rows: int, ids: Mapping[str, Any]) -> dict[str
         rows: of the token table, of which the last may have no word.
         ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the model, if it has them.
 
+    Returns:
+        Metadata, and what llama.cpp does otherwise, in sentences.
+
     Raises:
         FormatError: it is none that llama.cpp splits text like.
     """
     path = directory / "tokenizer.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        model, added = found["model"], found["added_tokens"]
-        if model["type"] != "BPE" or model.get("byte_fallback"):
-            raise FormatError(
-                f"{path} is no byte-level BPE, and only such tokenizers are written to GGUF files"
-            )
-        words, kinds = _words(model["vocab"], added, rows)
-        merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        split = _split(found, path)
+        values, notes = _read(found, rows)
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}: give llama.cpp the float model's tokenizer") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise FormatError(f"{path} cannot be read: {cut(error)}") from error
-    values: dict[str, Value] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": split,
-        "tokenizer.ggml.tokens": words,
-        "tokenizer.ggml.token_type": kinds,
-        "tokenizer.ggml.merges": merges,
-    }
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     for short, name in names.items():
         token = ids.get(f"{short}_token_id")
@@ -80,7 +72,27 @@ def tokenizer_of(directory: Path, rows: int, ids: Mapping[str, Any]) -> dict[str
     template = _template(directory)
     if template is not None:
         values["tokenizer.chat_template"] = template
-    return values
+    return values, notes
+
+
+def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[str]]:
+    """How ``tokenizer.json`` splits text, see `tokenizer_of`."""
+    model = found["model"]
+    if model["type"] != "BPE":
+        raise FormatError("only BPE is written to GGUF files")
+    words, kinds = _words(model["vocab"], found["added_tokens"], rows)
+    if model.get("byte_fallback"):
+        return sentencepiece_of(found, words, kinds)
+    values: dict[str, Value] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": _split(found),
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": [
+            m if isinstance(m, str) else " ".join(m) for m in model["merges"]
+        ],
+    }
+    return values, []
 
 
 def _words(
@@ -99,7 +111,7 @@ def _words(
     return words, kinds
 
 
-def _split(found: Mapping[str, Any], path: Path) -> str:
+def _split(found: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way in which the tokenizer splits text."""
     normalizer = found.get("normalizer")
     stages = found.get("pre_tokenizer") or {}
@@ -109,8 +121,8 @@ def _split(found: Mapping[str, Any], path: Path) -> str:
     plain = normalizer is None or normalizer.get("type") == "NFC"
     if not plain or steps not in SPLITS:
         raise FormatError(
-            f"{path} splits text in a way for which no name in GGUF files is known here "
-            f"({cut(steps, 60)}): give llama.cpp the float model's tokenizer"
+            f"it splits text in a way for which no name in GGUF files is known here "
+            f"({cut(steps, 60)})"
         )
     return SPLITS[steps]
 
