@@ -171,7 +171,12 @@ def test_int8_of_compressed_tensors(
     out = quantize(directories.floats("llama"), tmp_path / "out", plan, short).path
     served = export(out, tmp_path / "ct", "compressed-tensors", engine="vllm").path
     [result] = serve(tmp_path, [job(served)])
-    check(out, result)
+    assert "error" not in result, result["error"]
+    pairs = list(zip(own_answers(out), result["answers"], strict=True))
+    same = [(logprobs, one) for (tokens, logprobs), one in pairs if one["tokens"] == tokens]
+    assert len(same) >= len(pairs) - 1  # a value between two codes may decide between two words
+    for logprobs, one in same:
+        assert one["logprobs"] == pytest.approx(logprobs, abs=ROUNDED)
 
 
 @pytest.mark.slow
