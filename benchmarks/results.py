@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantine.comparison.table import markdown
@@ -284,6 +285,20 @@ ENGINE_TABLES = {
     "families": "Tiny random models, every matrix of another width and grid",
 }
 """Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
+THROUGHPUT = """
+### vLLM: tokens per second
+
+New tokens of all requests per second of processor time, after prompts of 4 tokens, in vLLM on the
+CPU: the float model in bfloat16, and the same engine with packed matrices, by turns, by
+`benchmarks/vllm_throughput.py`. Medians of the rounds; the ratio is taken within a round, with the
+smallest and largest in brackets. One thread of an Intel Xeon with AMX, on which others worked at
+the same time, which costs caches. Weights are rounded to nearest: the method changes no kernel.
+
+"""
+THROUGHPUT_TABLES = {
+    "demo": "SmolLM2-135M, 4.25 bits, table and head of 8 bits",
+}
+"""Files of `benchmarks/vllm_throughput.py` (``vllm-throughput-NAME.json``), and the models."""
 
 INTRODUCTION = """# Results
 
@@ -314,6 +329,7 @@ def page() -> str:
         parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
     parts += [MEMORY, memory(), ENGINES]
     parts += [f"\n### {shown}\n\n{engines(name)}" for name, shown in ENGINE_TABLES.items()]
+    parts += [THROUGHPUT, throughput()]
     return "".join(parts)
 
 
@@ -410,6 +426,21 @@ def engines(name: str) -> str:
         to = row["to"] or "(own)"
         cells = [row["plan"], to, row["engine"], row["windows"], f"{there:.4f}", f"{here:.4f}"]
         lines.append(_line([*cells, f"{there / here - 1:+.4%}"]))
+    return "\n".join(lines) + "\n"
+
+
+def throughput() -> str:
+    """Tokens per second in vLLM, packed against float, by number of requests."""
+    lines = _head(["", "graphs", "requests", "rounds", "bfloat16", "packed", "ratio"])
+    for name, shown in THROUGHPUT_TABLES.items():
+        found = _read(f"vllm-throughput-{name}")
+        graphs = "eager" if found["eager"] else "compiled"
+        for requests in dict.fromkeys(row["requests"] for row in found["rows"]):
+            floats, packed = (row["speeds"] for row in found["rows"] if row["requests"] == requests)
+            ratios = [two / one for one, two in zip(floats, packed, strict=True)]
+            medians = [f"{median(speeds):.1f}" for speeds in (floats, packed)]
+            ratio = f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(_line([shown, graphs, str(requests), str(len(ratios)), *medians, ratio]))
     return "\n".join(lines) + "\n"
 
 
