@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from quantine.comparison.table import markdown
@@ -285,6 +286,20 @@ ENGINE_TABLES = {
     "families": "Tiny random models, every matrix of another width and grid",
 }
 """Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
+THROUGHPUT = """
+### vLLM: tokens per second
+
+New tokens of all requests per second of processor time, after prompts of 4 tokens, in vLLM on the
+CPU: the float model in bfloat16, and the same engine with packed matrices, by turns, by
+`benchmarks/vllm_throughput.py`. Medians of the rounds; the ratio is taken within a round, with the
+smallest and largest in brackets. One thread of an Intel Xeon with AMX, on which others worked at
+the same time, which costs caches. Weights are rounded to nearest: the method changes no kernel.
+
+"""
+THROUGHPUT_TABLES = {
+    "demo": "SmolLM2-135M, 4.25 bits, table and head of 8 bits",
+}
+"""Files of `benchmarks/vllm_throughput.py` (``vllm-throughput-NAME.json``), and the models."""
 
 LLAMA_CPP = """
 ### Solved in llama.cpp's types, against its own quantizer
@@ -336,6 +351,7 @@ def page() -> str:
     parts += [f"\n### {shown}\n\n{engines(name)}" for name, shown in ENGINE_TABLES.items()]
     parts.append(LLAMA_CPP)
     parts += [f"\n{shown}\n\n{llama_cpp(name)}" for name, shown in LLAMA_CPP_TABLES.items()]
+    parts += [THROUGHPUT, throughput()]
     return "".join(parts)
 
 
@@ -458,6 +474,21 @@ def llama_cpp(name: str) -> str:
         )
     said = f"{found['windows']} windows of {found['window']} tokens; {found['samples']} segments"
     return "\n".join(lines) + f"\n\n{said} of calibration text. ± is one standard error.\n"
+
+
+def throughput() -> str:
+    """Tokens per second in vLLM, packed against float, by number of requests."""
+    lines = _head(["", "graphs", "requests", "rounds", "bfloat16", "packed", "ratio"])
+    for name, shown in THROUGHPUT_TABLES.items():
+        found = _read(f"vllm-throughput-{name}")
+        graphs = "eager" if found["eager"] else "compiled"
+        for requests in dict.fromkeys(row["requests"] for row in found["rows"]):
+            floats, packed = (row["speeds"] for row in found["rows"] if row["requests"] == requests)
+            ratios = [two / one for one, two in zip(floats, packed, strict=True)]
+            medians = [f"{median(speeds):.1f}" for speeds in (floats, packed)]
+            ratio = f"**{median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f})"
+            lines.append(_line([shown, graphs, str(requests), str(len(ratios)), *medians, ratio]))
+    return "\n".join(lines) + "\n"
 
 
 def _read(name: str) -> Any:

@@ -6,7 +6,7 @@ hold is refused by name, or rounded once more where the caller asks for that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,12 +14,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec, activations_from
 from quantine.core.ambient import own_state
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, OutputError, PlanError, cut, ending
 from quantine.families import family_of
-from quantine.families.layers import Layer, find_layers
+from quantine.families.layers import INPUTS_NAME, Layer, find_layers
 from quantine.formats.described import read_config
 from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
@@ -38,6 +39,9 @@ OWN_FIELDS: Final = (
 )  # fmt: skip
 """Fields of ``config.json`` that an exported model does not have: ``torch_dtype`` is an old name of
 ``dtype``, which every layout says."""
+
+GRID: Final = ("scale", "zero")
+"""Tensors of the static grid on which the input of a matrix is rounded."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,14 @@ def export(
         raise PlanError(f"readers of layout {to} compute in {needed}, not {given}: leave dtype out")
     finished = FinishedDirectory(path)
     model = _Model.of(finished)
-    found = refusals(weights_of or to, engine, model.config, model.matrices)
+    found = refusals(
+        weights_of or to,
+        engine,
+        model.config,
+        model.matrices,
+        model.activations,
+        model.block_floats,
+    )
     if found and not nearest:
         raise FormatError(refused_text(to, found))
     source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
@@ -116,14 +127,13 @@ class _Model:
     bare: Any
     settings: Mapping[str, Any]
     matrices: Mapping[str, Matrix]
+    activations: ActivationSpec | None
+    block_floats: Sequence[str]
 
     @classmethod
     def of(cls, finished: FinishedDirectory) -> _Model:
-        if finished.description.activations is not None:
-            raise FormatError(
-                f"{finished.path} rounds activations, which no other engine does in this way: "
-                "serve it with quantine, or quantize weights only"
-            )
+        said = finished.description.activations
+        activations = None if said is None else activations_from(said, "config.json")
         source = ModelSource(str(finished.path), finished.path)
         config = source.config()
         for name in OWN_FIELDS:
@@ -132,14 +142,20 @@ class _Model:
         bare = source.bare_model(config)
         layers = {layer.name: layer for layer in find_layers(bare, family_of(config))}
         matrices = {
-            name: _matrix(finished, name, layers.get(name), bare)
+            name: _matrix(finished, name, layers.get(name), bare, activations is not None)
             for name in finished.description.layers
         }
         order = [name for name in layers if name in matrices]
-        return cls(config, bare, settings, {name: matrices[name] for name in order})
+        floats = [
+            name for name, one in layers.items() if one.role == "block" and name not in matrices
+        ]
+        ordered = {name: matrices[name] for name in order}
+        return cls(config, bare, settings, ordered, activations, floats)
 
 
-def _matrix(finished: FinishedDirectory, name: str, layer: Layer | None, bare: Any) -> Matrix:
+def _matrix(
+    finished: FinishedDirectory, name: str, layer: Layer | None, bare: Any, rounded: bool
+) -> Matrix:
     if layer is None or layer.module:
         raise FormatError(f"{name} is no whole weight of a module: only quantine reads it")
     packed = finished.description.packed[name]
@@ -158,6 +174,7 @@ def _matrix(finished: FinishedDirectory, name: str, layer: Layer | None, bare: A
         ordered,
         layer.transposed,
         biased,
+        rounded,
     )
 
 
@@ -180,11 +197,13 @@ class _Source:
             self.model.settings,
             self.model.bare,
             self.model.matrices,
-            tuple(self.finished.kept),
+            tuple(name for name in self.finished.kept if f".{INPUTS_NAME}." not in name),
             self.finished.description.kept_linears,
             self._read,
             self._read_float,
             self.dtype,
+            self.model.activations,
+            self._read_grid,
         )
 
     def _read(self, name: str) -> QTensor | Tensor:
@@ -221,6 +240,11 @@ class _Source:
         if not torch.equal(stored.to(tensor.dtype), tensor):
             self.shortened.append(name)
         return stored
+
+    def _read_grid(self, name: str) -> dict[str, Tensor]:
+        names = {key: f"{name}.{INPUTS_NAME}.{key}" for key in GRID}
+        kept = self.finished.kept
+        return {key: self.finished.kept_tensor(full) for key, full in names.items() if full in kept}
 
     def _floats(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` as the layout needs it, or else as the user wants it."""

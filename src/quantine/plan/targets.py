@@ -44,22 +44,22 @@ def check_target(
         PlanError: there is no such target; or a layer or the model cannot be exported to it, and
             the message names the layer, the reason and the nearest grid.
     """
-    if activations is not None:
-        raise PlanError(
-            f"the plan rounds activations, which no export to {target} can hold: leave out "
-            "`activations` and `scheme`"
-        )
     layout = layout_of(target)
     engine = target if target in ENGINE_LAYOUTS else None
     most = max((len(decision.choices) for decision in decisions), default=0)
     for place in range(max(1, most)):
         matrices = {
-            decision.layer.name: _matrix(decision, scheme, model)
+            decision.layer.name: _matrix(decision, scheme, model, activations is not None)
             for decision in decisions
             if (scheme := _scheme(decision, place)) is not None
         }
+        floats = [
+            decision.layer.name
+            for decision in decisions
+            if decision.layer.role == "block" and decision.layer.name not in matrices
+        ]
         try:
-            found = refusals(layout, engine, config, matrices)
+            found = refusals(layout, engine, config, matrices, activations, floats)
         except FormatError as error:
             raise PlanError(str(error)) from error
         if found:
@@ -77,7 +77,7 @@ def _scheme(decision: Decision, place: int) -> Scheme | None:
     return choices[min(place, len(choices) - 1)] if choices else decision.scheme
 
 
-def _matrix(decision: Decision, scheme: Scheme, model: nn.Module) -> Matrix:
+def _matrix(decision: Decision, scheme: Scheme, model: nn.Module, rounded: bool) -> Matrix:
     layer = decision.layer
     if layer.module:
         raise PlanError(f"{layer.name} is no whole weight of a module: only quantine reads it")
@@ -91,4 +91,5 @@ def _matrix(decision: Decision, scheme: Scheme, model: nn.Module) -> Matrix:
         scheme.solver.stores_order(scheme.spec),
         layer.transposed,
         getattr(model.get_submodule(layer.name), "bias", None) is not None,
+        rounded,
     )

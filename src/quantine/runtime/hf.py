@@ -156,9 +156,12 @@ class QuantineQuantizer(HfQuantizer):
         _part_empty_tensors(model)
         replace_methods(model)
 
-    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> Any:
-        """None where experts have modules of their own: files have the names that these have."""
-        return [] if experts_in(model) else weight_conversions
+    def update_weight_conversions(self, weight_conversions: Any, *_: Any) -> Any:
+        """None where experts have modules of their own: files have the names that these have.
+
+        transformers 5.19 does not hand over the model, so nothing is asked of it here.
+        """
+        return [] if self._chooses else weight_conversions
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes packed tensors as they are."""

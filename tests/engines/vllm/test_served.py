@@ -149,6 +149,36 @@ def test_compressed_tensors_of_other_bits(
         check(directory, result)
 
 
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_int8_of_compressed_tensors(
+    granularity: str, directories: Directories, short: Calibration, tmp_path: Path
+) -> None:
+    plan = Plan.from_dict(
+        {
+            "rules": [
+                {"match": "@blocks", "method": "rtn", "bits": 8, "group_size": -1, "sym": True}
+            ],
+            "activations": {
+                "norm": 8,
+                "attention": 8,
+                "hidden": 8,
+                "granularity": granularity,
+                "token_factors": False,
+            },
+            "arithmetic": "exact",
+        }
+    )
+    out = quantize(directories.floats("llama"), tmp_path / "out", plan, short).path
+    served = export(out, tmp_path / "ct", "compressed-tensors", engine="vllm").path
+    [result] = serve(tmp_path, [job(served)])
+    assert "error" not in result, result["error"]
+    pairs = list(zip(own_answers(out), result["answers"], strict=True))
+    same = [(logprobs, one) for (tokens, logprobs), one in pairs if one["tokens"] == tokens]
+    assert len(same) >= len(pairs) - 1  # a value between two codes may decide between two words
+    for logprobs, one in same:
+        assert one["logprobs"] == pytest.approx(logprobs, abs=ROUNDED)
+
+
 @pytest.mark.slow
 def test_the_demo_model(tmp_path: Path) -> None:
     directory = tmp_path / "demo"

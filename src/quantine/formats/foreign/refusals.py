@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError, shown
 from quantine.formats.foreign import target_named
@@ -41,7 +42,12 @@ class Refused:
 
 
 def refusals(
-    layout: str, engine: str | None, config: Any, matrices: Mapping[str, Matrix]
+    layout: str,
+    engine: str | None,
+    config: Any,
+    matrices: Mapping[str, Matrix],
+    activations: ActivationSpec | None = None,
+    floats: Sequence[str] = (),
 ) -> list[Refused]:
     """The quantized layers of a model that cannot be held without loss, in running order.
 
@@ -50,6 +56,8 @@ def refusals(
         engine: a key of `ENGINES`, whose limits count, too; ``None`` counts the layout's only.
         config: of the model.
         matrices: its quantized layers, by name.
+        activations: how they are rounded; ``None`` where they are not.
+        floats: names of the matrices in its blocks that are not quantized.
 
     Raises:
         PlanError: there is no such layout or engine, or the engine does not read the layout.
@@ -64,6 +72,10 @@ def refusals(
     reason = target.model_refusal(config)
     if reason is None and engine == "vllm":
         reason = vllm_model_refusal(config)
+    if reason is None and activations is not None:
+        reason = target.activations_refusal(activations)
+        if reason is None and floats:
+            reason = f"{floats[0]} is kept in floats, but its input is rounded"
     if reason is not None:
         raise FormatError(f"the model cannot be exported: {reason}")
     reasons = _reasons(layout, engine, config, matrices)

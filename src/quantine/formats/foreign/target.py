@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.families.layers import Role
 
 if TYPE_CHECKING:
     import torch
+
+WEIGHTS_ONLY: Final = (
+    "it rounds activations, which this layout does not hold: quantize weights only"
+)
+"""Why a layout that says nothing of activations refuses models that round them."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Matrix:
         ordered: whether its columns are stored in another order than the inputs'.
         transposed: whether the model stores its weight as ``[in, out]`` (GPT-2's Conv1D).
         biased: whether its module has a bias.
+        rounded: whether the model rounds activations.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Matrix:
     ordered: bool = False
     transposed: bool = False
     biased: bool = False
+    rounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class Exportable:
         read: gives a matrix: quantized, or in floats ``[out, in]`` where the layout gets it so.
         read_float: gives a tensor that is not quantized, as it is to be stored.
         dtype: of floats, and in which engines are to compute; ``None`` leaves it to the layout.
+        activations: how they are rounded; ``None`` where they are not.
+        read_grid: gives the tensors of the static grid of a matrix's input, by name; none where it
+            has no such grid.
     """
 
     directory: Path
@@ -76,6 +87,8 @@ class Exportable:
     read: Callable[[str], QTensor | Tensor]
     read_float: Callable[[str], Tensor]
     dtype: torch.dtype | None = None
+    activations: ActivationSpec | None = None
+    read_grid: Callable[[str], Mapping[str, Tensor]] = lambda _: {}
 
 
 class Readable(Protocol):
@@ -134,6 +147,10 @@ class Target(Protocol):
 
     def model_refusal(self, config: Any) -> str | None:
         """Why no model of this architecture and configuration can be held; ``None`` if it can."""
+        ...
+
+    def activations_refusal(self, activations: ActivationSpec) -> str | None:
+        """Why no model that rounds its activations like this can be held; ``None`` if it can."""
         ...
 
     def refusal(self, matrix: Matrix) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, cut, shown
+from quantine.formats.foreign.compressed_tensors.int8 import FORMAT as INT8_FORMAT
 from quantine.formats.foreign.plain import names_in, plain_spec
 
 METHOD: Final = "compressed-tensors"
@@ -22,7 +23,10 @@ ORDERS: Final = (None, "static", "weight", False)
 
 
 def settings_of(
-    specs: Mapping[str, QuantSpec], kept: Sequence[str], every_linear: bool
+    specs: Mapping[str, QuantSpec],
+    kept: Sequence[str],
+    every_linear: bool,
+    inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The fields of ``quantization_config`` for layers with these grids.
 
@@ -30,16 +34,18 @@ def settings_of(
         specs: of the quantized layers, by name.
         kept: names of the Linear modules that are not quantized.
         every_linear: whether layers with one common grid may be called ``Linear`` together.
+        inputs: how inputs of layers are rounded; ``None`` where they are not.
     """
+    layout = FORMAT if inputs is None else INT8_FORMAT
     distinct = list(dict.fromkeys(specs.values()))
     groups = {}
     for number, spec in enumerate(distinct):
         names = [name for name, other in specs.items() if other == spec]
         targets = ["Linear"] if len(distinct) == 1 and every_linear else names
-        groups[f"group_{number}"] = _group(spec, targets)
+        groups[f"group_{number}"] = _group(spec, targets, layout, inputs)
     return {
         "quant_method": METHOD,
-        "format": FORMAT,
+        "format": layout,
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(kept),
@@ -48,7 +54,9 @@ def settings_of(
     }
 
 
-def _group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
+def _group(
+    spec: QuantSpec, targets: list[str], layout: str, inputs: Mapping[str, Any] | None
+) -> dict[str, Any]:
     rows = spec.group_size == WHOLE_ROW
     return {
         "targets": targets,
@@ -61,9 +69,9 @@ def _group(spec: QuantSpec, targets: list[str]) -> dict[str, Any]:
             "dynamic": False,
             "actorder": None,
         },
-        "input_activations": None,
+        "input_activations": inputs,
         "output_activations": None,
-        "format": FORMAT,
+        "format": layout,
     }
 
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.formats.foreign.checkpoint import write_files, write_weights
-from quantine.formats.foreign.target import Exportable, Matrix
+from quantine.formats.foreign.target import WEIGHTS_ONLY, Exportable, Matrix
 
 
 class FloatDirectory:
@@ -23,6 +24,10 @@ class FloatDirectory:
     def model_refusal(self, config: Any) -> str | None:
         """None: any architecture has a place for it."""
         return None
+
+    def activations_refusal(self, activations: ActivationSpec) -> str | None:
+        """Any: there is no place for how they are rounded."""
+        return WEIGHTS_ONLY
 
     def refusal(self, matrix: Matrix) -> str | None:
         """None: float32 holds every weight."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError
@@ -21,7 +22,7 @@ from quantine.formats.foreign.gguf.metadata import ALIKE, architecture_of, metad
 from quantine.formats.foreign.gguf.same_model import as_read
 from quantine.formats.foreign.gguf.tokenizer import tokenizer_of
 from quantine.formats.foreign.plain import Plain, plain, plain_refusal
-from quantine.formats.foreign.target import Exportable, Matrix
+from quantine.formats.foreign.target import WEIGHTS_ONLY, Exportable, Matrix
 from quantine.source.gguf.config import ARCHITECTURES
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.rope import FREQUENCIES, llama3_factors
@@ -66,6 +67,10 @@ class GGUFFileTarget:
         except FormatError as error:
             return str(error)
         return None
+
+    def activations_refusal(self, activations: ActivationSpec) -> str | None:
+        """Any: there is no place for how they are rounded."""
+        return WEIGHTS_ONLY
 
     def refusal(self, matrix: Matrix) -> str | None:
         """See `quantine.formats.foreign.target.Target.refusal`."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.families import family_of
@@ -15,7 +16,7 @@ from quantine.formats.foreign.checkpoint import ScaleDtype, write_files, write_w
 from quantine.formats.foreign.gptq.layout import BITS, pack_matrix
 from quantine.formats.foreign.gptq.settings import settings_of
 from quantine.formats.foreign.plain import plain, plain_refusal
-from quantine.formats.foreign.target import Exportable, Matrix
+from quantine.formats.foreign.target import WEIGHTS_ONLY, Exportable, Matrix
 
 
 class GPTQDirectory:
@@ -27,6 +28,10 @@ class GPTQDirectory:
     def model_refusal(self, config: Any) -> str | None:
         """None: any architecture has a place for it."""
         return None
+
+    def activations_refusal(self, activations: ActivationSpec) -> str | None:
+        """Any: there is no place for how they are rounded."""
+        return WEIGHTS_ONLY
 
     def refusal(self, matrix: Matrix) -> str | None:
         """See `quantine.formats.foreign.target.Target.refusal`."""

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.formats.description import Description
 from quantine.formats.foreign.checkpoint import write_files, write_weights
 from quantine.formats.foreign.spqr.layout import SPEC, Spqr
-from quantine.formats.foreign.target import Exportable, Matrix
+from quantine.formats.foreign.target import WEIGHTS_ONLY, Exportable, Matrix
 
 
 class SpqrDirectory:
@@ -30,6 +31,10 @@ class SpqrDirectory:
         if config.model_type == "gpt2":
             return "layout spqr holds Linear layers only, and GPT-2 has Conv1D"
         return None
+
+    def activations_refusal(self, activations: ActivationSpec) -> str | None:
+        """Any: there is no place for how they are rounded."""
+        return WEIGHTS_ONLY
 
     def refusal(self, matrix: Matrix) -> str | None:
         """See `quantine.formats.foreign.target.Target.refusal`."""
