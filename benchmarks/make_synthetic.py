@@ -1,6 +1,6 @@
 """Write a sharded random checkpoint of any shape, for runs where only sizes and time matter.
 
-    python benchmarks/make_synthetic.py llama-70b /tmp/shape --set num_hidden_layers=4
+    python benchmarks/make_synthetic.py llama-70b shape --set num_hidden_layers=4
 
 A tensor is made and written some rows at a time, so memory stays small whatever the model's size.
 A few inputs of each matrix, and a few single weights, are much larger than the others, as in real

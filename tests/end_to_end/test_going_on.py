@@ -18,6 +18,7 @@ from quantine import Calibration, Plan
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
 from quantine.formats.directory import RUN_DIRECTORY
+from quantine.run.progress import Silent
 from quantine.run.store import RunStore
 from quantine.source.checkpoint import Checkpoint
 from tiny_models import build, tiny_config
@@ -252,13 +253,13 @@ def test_a_shard_that_becomes_unreadable_in_the_middle(
     source = own / "model.safetensors"
     before = source.read_bytes()
 
-    class Cutting(Heard):
+    class Cutting(Silent):
         def block(self, index: int) -> None:
             if index == 1:  # the next block has been read ahead
                 source.write_bytes(before[: len(before) // 2])
 
     with pytest.raises(quantine.CheckpointError, match="half downloaded"):
-        quantine.quantize(own, tmp_path / "out", GPTQ, short, progress=Cutting())  # type: ignore[arg-type]
+        quantine.quantize(own, tmp_path / "out", GPTQ, short, progress=Cutting())
     source.write_bytes(before)
     passed.clear()
     again = quantine.quantize(own, tmp_path / "out", GPTQ, short, resume=True)

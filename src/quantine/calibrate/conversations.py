@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quantine.calibrate.token_stream import frame_of
-from quantine.errors import CalibrationError
+from quantine.errors import CalibrationError, cut
 
 
 def conversation_text(messages: list[Any], tokenizer: Any, where: str) -> str:
@@ -34,16 +35,36 @@ def conversation_text(messages: list[Any], tokenizer: Any, where: str) -> str:
             "give plain texts, or a model made for chats"
         )
     try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except MemoryError:
-        raise
-    except Exception as error:  # templates are programs, which fail in many ways
+        text = in_template(tokenizer, messages, answer=False)
+    except CalibrationError as error:  # which may quote a text that is nobody's business
         raise CalibrationError(
             f"{where}: the tokenizer's chat template refuses the conversation: change its roles or "
             "their order, or leave it out"
         ) from error
     before = frame_of(tokenizer).before
     return text.removeprefix(tokenizer.decode(before)) if before else text
+
+
+def in_template(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, answer: bool) -> str:
+    """The text of a conversation in the chat template that a tokenizer has.
+
+    Args:
+        tokenizer: of transformers.
+        messages: each with ``role`` and ``content``.
+        answer: whether the text ends where the answer of a model begins.
+
+    Raises:
+        CalibrationError: the template refuses the conversation.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=answer
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # templates are programs, which fail in many ways
+        raise CalibrationError(f"the chat template refuses the messages: {cut(error)}") from error
+    return text
 
 
 def _is_message(value: Any) -> bool:

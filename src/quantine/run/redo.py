@@ -137,5 +137,6 @@ def _commit(store: RunStore, kept: Mapping[str, str], reports: list[dict[str, An
 def _beginning(file: Path, prefix: str) -> dict[str, Tensor]:
     """The tensors of a file whose names, with a dot after them, begin with ``prefix``."""
     with safe_open(file, framework="pt") as shard:
-        names = [name for name in shard.keys() if f"{name}.".startswith(prefix)]  # noqa: SIM118
-        return {name: shard.get_tensor(name).clone() for name in names}
+        names = shard.keys()  # a handle is not iterable itself
+        own = [name for name in names if f"{name}.".startswith(prefix)]
+        return {name: shard.get_tensor(name).clone() for name in own}

@@ -65,7 +65,7 @@ def stream(
     where = device_named(device)
     source = locate(model)
     tokenizer = source.tokenizer()
-    config = source.config()
+    config = source.config().get_text_config()
     if chat:
         messages = [{"role": "user", "content": prompt}]
         ids = conversation_ids(tokenizer, messages, config.vocab_size)

@@ -8,8 +8,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quantine.calibrate.conversations import in_template
 from quantine.calibrate.token_stream import token_stream
-from quantine.errors import CalibrationError, PlanError, cut
+from quantine.errors import PlanError
 
 UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for a character of which tokens are missing."""
@@ -48,12 +49,7 @@ def conversation_ids(
     """
     if not getattr(tokenizer, "chat_template", None):
         raise PlanError("the tokenizer has no chat template: leave out --chat")
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except MemoryError:
-        raise
-    except Exception as error:  # a template is a program, with errors of its own
-        raise CalibrationError(f"the chat template refuses the messages: {cut(error)}") from error
+    text = in_template(tokenizer, messages, answer=True)
     # A chat template brings its own beginning.
     return _ids(token_stream(tokenizer, text, vocabulary, "PROMPT").tokens)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final
+from typing import IO, Final
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from quantine.runtime.generate import ModuleDecoder, continue_tokens, decoder_on
 from quantine.runtime.load import load_model
 from quantine.runtime.prompt import conversation_ids, text_ids
 from quantine.server.refusal import Refusal
+from quantine.server.requests import Conversation, Request
 from quantine.source.locate import locate
-
-if TYPE_CHECKING:
-    from quantine.server.requests import Request
 
 CONTEXT: Final = 4096
 """Tokens of prompt and answer at most, where nobody says and the model has room for them."""
@@ -59,7 +57,7 @@ class Engine:
     ) -> None:
         where = device_named(device)
         source = locate(model)
-        config = source.config()
+        config = source.config().get_text_config()
         self.context = _context(context, getattr(config, "max_position_embeddings", None))
         self.tokenizer = source.tokenizer()
         self.name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else str(model)
@@ -74,8 +72,9 @@ class Engine:
         Raises:
             Refusal: it is no prompt for this model, or leaves no room for an answer.
         """
-        param = "messages" if request.chat else "prompt"
-        if request.chat and not getattr(self.tokenizer, "chat_template", None):
+        chat = isinstance(request.prompt, Conversation)
+        param = "messages" if chat else "prompt"
+        if chat and not getattr(self.tokenizer, "chat_template", None):
             raise Refusal("this model has no chat template: use /v1/completions", param)
         try:
             ids = self._ids(request)
@@ -95,9 +94,9 @@ class Engine:
         prompt = request.prompt
         if isinstance(prompt, str):
             return text_ids(self.tokenizer, prompt, self._vocabulary)
-        if request.chat:
-            return conversation_ids(self.tokenizer, prompt, self._vocabulary)  # type: ignore[arg-type]
-        if not all(0 <= token < self._vocabulary for token in prompt):  # type: ignore[operator]
+        if isinstance(prompt, Conversation):
+            return conversation_ids(self.tokenizer, prompt.messages, self._vocabulary)
+        if not all(0 <= token < self._vocabulary for token in prompt):
             raise PlanError(f"token ids must be below {self._vocabulary}, and not negative")
         return torch.tensor([prompt], dtype=torch.int64, device="cpu")
 

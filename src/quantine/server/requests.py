@@ -18,8 +18,16 @@ TEXT_TOKENS: Final = 16
 HOTTEST: Final = 2.0
 """Largest temperature."""
 
-Prompt = str | list[int] | list[dict[str, str]]
-"""A text, its token ids, or messages with ``role`` and ``content``."""
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that an answer continues.
+
+    Attributes:
+        messages: each with ``role`` and ``content``.
+    """
+
+    messages: list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,7 @@ class Request:
     """What a client asks for.
 
     Attributes:
-        prompt: what is continued.
-        chat: whether it is a conversation.
+        prompt: what is continued: a text, its token ids, or a conversation.
         most: tokens of the answer at most; ``None`` if only the context is a limit.
         sampling: how tokens are chosen.
         stops: strings that end the answer, which does not have them.
@@ -36,8 +43,7 @@ class Request:
         usage: whether the last piece says how many tokens there were.
     """
 
-    prompt: Prompt
-    chat: bool
+    prompt: str | list[int] | Conversation
     most: int | None
     sampling: Sampling
     stops: tuple[str, ...]
@@ -61,8 +67,7 @@ def read_request(body: Any, chat: bool, model: str, context: int) -> Request:
     _check_model(fields, model)
     stream = fields.switch("stream")
     request = Request(
-        _messages(fields) if chat else _text(fields),
-        chat,
+        Conversation(_messages(fields)) if chat else _text(fields),
         _most(fields, chat, context),
         _sampling(fields),
         fields.stops(),

@@ -64,7 +64,8 @@ class Checkpoint:
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and dtype
         for file in weight_files(directory):
             with _opened(file) as shard:
-                for name in shard.keys():  # noqa: SIM118
+                within = shard.keys()  # a handle is not iterable itself
+                for name in within:
                     part = shard.get_slice(name)
                     self._file_of[name] = file
                     self._headers[name] = tuple(part.get_shape()), str(part.get_dtype())
