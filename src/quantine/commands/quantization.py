@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_bos, add_device, add_verb
 from quantine.commands.json_output import check_writable, write_json_output
+from quantine.core.tuning_spec import SETTINGS
 from quantine.errors import PlanError
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tune",
-        choices=("quick", "long"),
+        choices=SETTINGS,
         help="afterwards tune scales, zero points, outliers and norms by gradient, so that "
         "predictions agree with the float model's; costs time, no bytes",
     )
@@ -276,8 +277,6 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
 
 def _tuned(plan: Plan, arguments: argparse.Namespace) -> Plan:
     """``plan``, with tuning if that is asked for."""
-    from quantine.core.tuning_spec import SETTINGS
-
     if arguments.tune is None:
         return plan
     return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])

@@ -1,4 +1,4 @@
-"""The verb `resume`, which continues a run, and does single layers of a finished one again."""
+"""The verb `resume`: a run is continued; a finished one is tuned, or layers of it done again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_device, add_verb
 from quantine.commands.quantization import add_memory, summary
+from quantine.core.tuning_spec import SETTINGS
 from quantine.errors import PlanError, shown
 
 
@@ -20,10 +21,11 @@ def add(verbs: Any) -> None:
         verbs,
         "resume",
         _resume,
-        "Continue a run of quantize, or do single layers of a finished one again.",
+        "Continue a run of quantize; or tune a finished one, or do single layers of it again.",
         "  quantine resume out\n"
         "  quantine resume out --model /elsewhere/Llama-3.2-1B\n"
-        "  quantine resume out --redo 'model.layers.12.*' --set damp=0.05",
+        "  quantine resume out --redo 'model.layers.12.*' --set damp=0.05\n"
+        "  quantine resume out --tune quick",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="directory that quantize was given")
     parser.add_argument("--model", metavar="MODEL", help=f"where the model is now: {MODEL_HELP}")
@@ -43,6 +45,9 @@ def add(verbs: Any) -> None:
         metavar="KEY=VALUE",
         help="with --redo: another parameter for these layers, such as damp=0.05; may be repeated",
     )
+    parser.add_argument(
+        "--tune", choices=SETTINGS, help="tune what is finished, as quantize would have done"
+    )
     add_device(parser)
     add_memory(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -51,13 +56,15 @@ def add(verbs: Any) -> None:
 def _resume(arguments: argparse.Namespace) -> None:
     from quantine.report.tables.console import make_console
     from quantine.run.progress import Shown
-    from quantine.run.redo import begin_redo
+    from quantine.run.reopen import begin_redo, begin_tuning
     from quantine.run.request import stored_request
     from quantine.run.resume import resume
 
     changes = _changes(arguments.set)
     if (arguments.redo is None) != (not changes):
         raise PlanError("--redo says which layers, and --set what is new for them: give both")
+    if arguments.redo is not None and arguments.tune is not None:
+        raise PlanError("--redo and --tune are one after the other: first --redo, then --tune")
     request = stored_request(arguments.out)
     if arguments.model is not None:
         request = replace(request, model=arguments.model)
@@ -66,6 +73,9 @@ def _resume(arguments: argparse.Namespace) -> None:
         request = replace(request, calibration=calibration)
     if arguments.redo is not None:
         request = begin_redo(arguments.out, request, arguments.redo, changes, arguments.device)
+    elif arguments.tune is not None:
+        tuning = SETTINGS[arguments.tune]
+        request = begin_tuning(arguments.out, request, tuning, arguments.device)
     shown_progress = None if arguments.quiet else Shown(make_console(stderr=True))
     try:
         result = resume(
