@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_resume import assert_same_run, files_of, report_of, stop_after
 
 import quantine
 from quantine import Calibration, Plan, cli
+from quantine.core.tuning_spec import SETTINGS, Tuning
 from quantine.formats.directory import PAGE, RUN_DIRECTORY, SCORES
 from tiny_models import build, tiny_config
 
@@ -106,6 +108,19 @@ def test_what_was_there_stays_until_the_end(
     assert_same_run(out, whole.path)
 
 
+def test_what_is_finished_is_tuned_as_if_at_once(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SETTINGS, "quick", Tuning(steps=2, segments=2))
+    plan, text = Plan.from_dict({"rules": [HEAD, *RULES]}), Calibration(samples=8, seqlen=32)
+    out = quantine.quantize(model, tmp_path / "out", plan, text).path
+    assert resumed(out, "--tune", "quick") == 0
+    tuned = replace(plan, tune=SETTINGS["quick"])
+    assert_same_run(out, quantine.quantize(model, tmp_path / "whole", tuned, text).path)
+    assert resumed(out, "--tune", "quick") == 2
+    assert "tuned already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -115,6 +130,7 @@ def test_what_was_there_stays_until_the_end(
         (["--redo", "*.1.*"], "give both"),
         (["--redo", "*.1.*", "--set", "match=x"], "--redo PATTERN says that"),
         (["--set", "damp=0.05"], "give both"),
+        (["--redo", "*.1.*", "--set", "bits=4", "--tune", "quick"], "first --redo, then --tune"),
     ],
 )
 def test_what_cannot_be_done_again_is_refused(

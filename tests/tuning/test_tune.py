@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import quantine
 from quantine import Calibration, Plan
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
-from quantine.errors import PlanError
+from quantine.errors import CheckpointError, PlanError
 from quantine.formats.directory import MAPS
 from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
@@ -114,6 +114,28 @@ def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
     whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "stopped")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_source_that_changed_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(tiny_config("llama"), tmp_path / "model")
+    plan = replace(Plan.preset("rtn", bits=4, group_size=32), tune=replace(TUNING, steps=1))
+    commit = RunStore.commit
+
+    def changing(self: RunStore, part: str, *rest: Any) -> None:
+        commit(self, part, *rest)
+        if part == "block-00001":
+            tensors = load_file(model / "model.safetensors")
+            save_file(
+                {n: t + (n == "model.norm.weight") for n, t in tensors.items()},
+                model / "model.safetensors",
+                {"format": "pt"},
+            )
+
+    monkeypatch.setattr(RunStore, "commit", changing)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* not what this run read"):
+        quantine.quantize(model, tmp_path / "out", plan, CALIBRATION)
 
 
 def test_numbers_that_became_worse_are_put_back(model: Path, tmp_path: Path) -> None:

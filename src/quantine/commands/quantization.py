@@ -17,6 +17,7 @@ from quantine.commands.arguments import (
     shards_of,
 )
 from quantine.commands.json_output import check_writable, write_json_output
+from quantine.core.tuning_spec import SETTINGS
 from quantine.errors import PlanError
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tune",
-        choices=("quick", "long"),
+        choices=SETTINGS,
         help="afterwards tune scales, zero points, outliers and norms by gradient, so that "
         "predictions agree with the float model's; costs time, no bytes",
     )
@@ -307,8 +308,6 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
 
 def _tuned(plan: Plan, arguments: argparse.Namespace) -> Plan:
     """``plan``, with tuning if that is asked for."""
-    from quantine.core.tuning_spec import SETTINGS
-
     if arguments.tune is None:
         return plan
     return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])

@@ -1,4 +1,4 @@
-"""The verb `resume`, which continues a run, and does single layers of a finished one again."""
+"""The verb `resume`: a run is continued; a finished one is tuned, or layers of it done again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from quantine.commands.arguments import MODEL_HELP, TEXT_FILES_HELP, add_device, add_verb
 from quantine.commands.quantization import add_memory, summary
+from quantine.core.tuning_spec import SETTINGS
 from quantine.errors import PlanError, shown
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ def add(verbs: Any) -> None:
         verbs,
         "resume",
         _resume,
-        "Continue a run of quantize, or do single layers of a finished one again.",
+        "Continue a run of quantize; or tune a finished one, or do single layers of it again.",
         "  quantine resume out\n"
         "  quantine resume out --model /elsewhere/Llama-3.2-1B\n"
-        "  quantine resume out --redo 'model.layers.12.*' --set damp=0.05",
+        "  quantine resume out --redo 'model.layers.12.*' --set damp=0.05\n"
+        "  quantine resume out --tune quick",
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="directory that quantize was given")
     parser.add_argument("--model", metavar="MODEL", help=f"where the model is now: {MODEL_HELP}")
@@ -47,6 +49,9 @@ def add(verbs: Any) -> None:
         metavar="KEY=VALUE",
         help="with --redo: another parameter for these layers, such as damp=0.05; may be repeated",
     )
+    parser.add_argument(
+        "--tune", choices=SETTINGS, help="tune what is finished, as quantize would have done"
+    )
     add_device(parser)
     add_memory(parser)
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
@@ -62,13 +67,17 @@ def _resume(arguments: argparse.Namespace) -> None:
 def _resume_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
     from quantine.report.tables.console import make_console
     from quantine.run.progress import Shown
-    from quantine.run.redo import begin_redo
+    from quantine.run.reopen import begin_redo, begin_tuning
     from quantine.run.request import stored_request
     from quantine.run.resume import resume
 
     changes = _changes(arguments.set)
     if (arguments.redo is None) != (not changes):
         raise PlanError("--redo says which layers, and --set what is new for them: give both")
+    if arguments.redo is not None and arguments.tune is not None:
+        raise PlanError("--redo and --tune are one after the other: first --redo, then --tune")
+    if arguments.tune is not None and ranks.count > 1:
+        raise PlanError("tuning cannot be shared among ranks: start one process")
 
     def request_to_carry_out() -> Request:
         request = stored_request(arguments.out)
@@ -77,9 +86,12 @@ def _resume_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
         if arguments.calibration is not None:
             calibration = replace(request.calibration, source=arguments.calibration)
             request = replace(request, calibration=calibration)
-        if arguments.redo is None:
-            return request
-        return begin_redo(arguments.out, request, arguments.redo, changes, arguments.device)
+        if arguments.redo is not None:
+            return begin_redo(arguments.out, request, arguments.redo, changes, arguments.device)
+        if arguments.tune is not None:
+            tuning = SETTINGS[arguments.tune]
+            return begin_tuning(arguments.out, request, tuning, arguments.device)
+        return request
 
     request = ranks.of_first(request_to_carry_out)
     quiet = arguments.quiet or not ranks.first

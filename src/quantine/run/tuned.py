@@ -49,6 +49,7 @@ def tuned_parts(
         Names of the parts with tuned numbers, in the same order.
 
     Raises:
+        CheckpointError: the source is not what it was when it was quantized.
         FormatError: a layout cannot hold a tuned matrix; the message names the layer.
     """
     names = [f"tuned-{part}" for part in parts]
@@ -99,7 +100,7 @@ def _student(
     matrices: Mapping[Layer, QTensor],
     floats: Mapping[str, Tensor],
 ) -> Student:
-    teacher = float_model(job.config, checkpoint.directory, job.device)
+    teacher = float_model(job.config, checkpoint, job.device)
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
     return Student(teacher, matrices, floats, dtype)
 

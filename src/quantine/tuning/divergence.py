@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-NUMBERS_AT_ONCE: Final = 2**20
+NUMBERS_AT_ONCE: Final = 2**18
 """Number of logits whose probabilities are in float32 at once: as many as fit a cache."""
 
 

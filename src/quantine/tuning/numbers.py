@@ -89,7 +89,8 @@ class TunedMatrix:
         grid = qtensor.grid
         for name, stored in (("scale", grid.scale), ("zero_point", grid.zero_point)):
             if isinstance(stored, Statistic):
-                self.numbers[f"{name}.step"] = Numbers.factors(stored.grid.scale)  # type: ignore[arg-type]
+                assert isinstance(stored.grid.scale, Tensor)
+                self.numbers[f"{name}.step"] = Numbers.factors(stored.grid.scale)
                 if isinstance(stored.grid.zero_point, Tensor):
                     self.numbers[f"{name}.zero"] = Numbers.offsets(stored.grid.zero_point)
             elif stored is not None and stored.is_floating_point():

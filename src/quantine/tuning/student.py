@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,24 +11,29 @@ from torch import Tensor, nn
 from quantine.calibrate.skeleton import fill, make_buffers, set_tensor, skeleton, weight_names
 from quantine.core.qtensor import QTensor
 from quantine.families.layers import Layer
-from quantine.source.checkpoint import Checkpoint
 from quantine.tuning.divergence import divergence
 from quantine.tuning.numbers import Numbers, TunedMatrix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from quantine.source.checkpoint import Checkpoint
 
-def float_model(config: PretrainedConfig, directory: Path, device: torch.device) -> PreTrainedModel:
+
+def float_model(
+    config: PretrainedConfig, checkpoint: Checkpoint, device: torch.device
+) -> PreTrainedModel:
     """The float model as a whole, in float32.
 
     Args:
         config: of the model.
-        directory: has its float weights.
+        checkpoint: its float weights, which records what is read.
         device: where it computes.
+
+    Raises:
+        CheckpointError: a tensor is not what was read before.
     """
     model = skeleton(config)
-    checkpoint = Checkpoint(directory, model)
     make_buffers(model, model, device)
     for path, child in model.named_children():
         fill(model, checkpoint.read(weight_names(child, path)), device)

@@ -1,8 +1,9 @@
-"""Single layers of a finished directory are quantized again, and what depends on them."""
+"""A finished directory becomes an unfinished run: single layers are done again, or it is tuned."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quantine.core.ambient import own_state
+from quantine.core.tuning_spec import Tuning
 from quantine.errors import OutputError, PlanError
 from quantine.families.layers import block_list
 from quantine.formats.directory import MAPS, REPORT, is_finished, read_json
+from quantine.plan.plan import Plan
 from quantine.plan.redo import plan_for_redo, redone_layers
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
@@ -53,18 +56,57 @@ def begin_redo(
         ResumeMismatch: the model, the text or a version is not that of the first run.
         QuantineError: as for `quantine.run.prepare.prepare`.
     """
-    if not is_finished(out):
-        raise OutputError(f"{out} is not finished: continue it first, without --redo")
-    report = read_json(out / REPORT)
-    if "tuning" in report:
+    if "tuning" in _report(out, "--redo"):
         raise PlanError(f"{out} was tuned as a whole: its layers cannot be redone one by one")
     before = prepare(request.model, request.plan, request.calibration, device)
     names = redone_layers(before.decisions, pattern)
+    plan = plan_for_redo(request.plan, before.decisions, names, changes)
+    return _reopen(out, request, before, plan, names)
+
+
+@own_state()
+def begin_tuning(
+    out: Path, request: Request, tuning: Tuning, device: str | torch.device = "cpu"
+) -> Request:
+    """Make an unfinished run of a finished directory, in which only tuning is left to be done.
+
+    See `begin_redo`, also for ``out``, ``request``, ``device`` and what is returned.
+
+    Args:
+        out: see there.
+        request: see there.
+        tuning: how the model is tuned.
+        device: see there.
+
+    Raises:
+        PlanError: ``out`` is tuned already, or cannot be tuned.
+        QuantineError: as for `begin_redo`.
+    """
+    if "tuning" in _report(out, "--tune"):
+        raise PlanError(f"{out} is tuned already, and what it was before is gone: quantize again")
+    before = prepare(request.model, request.plan, request.calibration, device)
+    return _reopen(out, request, before, replace(request.plan, tune=tuning), ())
+
+
+def _report(out: Path, option: str) -> dict[str, Any]:
+    """The report of a directory that has to be finished for ``option``."""
+    if not is_finished(out):
+        raise OutputError(f"{out} is not finished: continue it first, without {option}")
+    report: dict[str, Any] = read_json(out / REPORT)
+    return report
+
+
+def _reopen(
+    out: Path, request: Request, before: Job, plan: Plan, names: Collection[str]
+) -> Request:
+    """Make an unfinished run with ``plan`` of what the run ``before`` left in ``out``.
+
+    The layers ``names``, and what depends on them, are left out.
+    """
     record = ReadRecord()
     weights = _digest(before, record)
     check_identity(out, {**before.identity(weights), **_batches(out)})
-    plan = plan_for_redo(request.plan, before.decisions, names, changes)
-    job = prepare(request.model, plan, request.calibration, device)
+    job = prepare(request.model, plan, request.calibration, before.device)
     again = Request(request.name, request.model, plan, request_of(job).calibration)
     store = RunStore(out)
     try:
@@ -74,7 +116,7 @@ def begin_redo(
         store.open(identity)
         store.remember(SOURCE, record.as_plain())
         store.remember(REQUEST, again.as_plain())
-        _commit(store, kept, report["layers"])
+        _commit(store, kept, read_json(out / REPORT)["layers"])
     finally:
         store.close()
     return again
