@@ -80,7 +80,7 @@ def test_what_float16_does_not_hold_is_refused(large: float) -> None:
 @pytest.mark.parametrize(
     ("length", "lines", "cost", "held"),
     [
-        (600, 19, GridCost("mse"), 16),
+        (600, 19, GridCost("mse"), 8),
         (600, 3, GridCost("hessian", 0.01, look_ahead=True), 8),
         (8193, 2, GridCost("hessian"), 1),  # a whole row
         (8193, 2, GridCost("hessian", 0.01, look_ahead=True), 0),  # registers do not hold it

@@ -77,7 +77,7 @@ def _resume_on(arguments: argparse.Namespace, ranks: Ranks) -> None:
     if arguments.redo is not None and arguments.tune is not None:
         raise PlanError("--redo and --tune are one after the other: first --redo, then --tune")
     if arguments.tune is not None and ranks.count > 1:
-        raise PlanError("tuning cannot be shared among ranks: start one process")
+        raise PlanError("tuning is not shared by ranks: run one process")
 
     def request_to_carry_out() -> Request:
         request = stored_request(arguments.out)

@@ -16,10 +16,10 @@ from quantine.kernels.fit.reference import fit_groups_reference
 from quantine.kernels.fit.triton.programs.matrix import fit_matrix
 from quantine.kernels.fit.triton.request import Request, Share, operands, run_of
 
-LARGEST_TILE: Final = 2**14
-"""Most places of a tile, which is held in registers: a whole row of 16384 inputs."""
-LEAVING_OUT: Final = 2**13
-"""The same where ranges leave out likely outliers, which takes twice the registers."""
+LARGEST_TILE: Final = 2**13
+"""Most places of a tile, which is held in registers."""
+LONGEST_ROW: Final = 2**14
+"""The same of a single row whose range leaves out no likely outliers, which takes fewer."""
 
 
 def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost) -> Grid:
@@ -38,8 +38,10 @@ def fit_groups(columns: Tensor, spread: Tensor, spec: QuantSpec, cost: GridCost)
 
 def share_of(fitted: FittedGroups, cost: GridCost) -> Share | None:
     """The lines of a program; ``None`` where registers do not hold what is fitted together."""
-    most = LEAVING_OUT if cost.leaves_out else LARGEST_TILE
-    lines = most // int(triton.next_power_of_2(fitted.length))
+    width, most = int(triton.next_power_of_2(fitted.length)), LARGEST_TILE
+    if LARGEST_TILE < width <= LONGEST_ROW and not (cost.leaves_out or fitted.spec.second_level):
+        most = LONGEST_ROW
+    lines = most // width
     return Share.of(run_of(fitted.spec, fitted.run, lines), fitted.length, most)
 
 
