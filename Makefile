@@ -6,10 +6,11 @@ PYTHON = python3
 TORCH =
 BIN = .venv/bin
 STAMP = .venv/installed
-NATIVE_TESTS = tests/kernels tests/runtime/test_decoder.py
+DECODER_TESTS = tests/runtime/test_decoder.py tests/runtime/test_decoder_rounding.py
+NATIVE_TESTS = tests/kernels $(DECODER_TESTS)
 ARM_TESTS = tests/kernels/test_bits.py tests/kernels/test_columns.py tests/kernels/test_fit.py \
-	tests/kernels/test_integer.py tests/kernels/test_kv_attention.py tests/kernels/test_matrix.py \
-	tests/runtime/test_decoder.py
+	tests/kernels/test_grouped_matrix.py tests/kernels/test_integer.py \
+	tests/kernels/test_kv_attention.py tests/kernels/test_matrix.py $(DECODER_TESTS)
 SOURCES = pyproject.toml constraints.txt CMakeLists.txt README.md csrc src
 
 # Exact versions, for what is installed and for the tools that build the extension.
