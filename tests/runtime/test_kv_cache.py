@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.cache_utils import DynamicLayer
 
 import quantine
 from quantine import Calibration, Plan, quantize
@@ -23,7 +23,7 @@ from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
-from quantine.runtime.kv_cache import BLOCK, PackedLayer, packed_cache
+from quantine.runtime.kv_cache import BLOCK, PackedLayer, StaticPackedLayer, packed_cache
 from tiny_models import byte_tokenizer
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
@@ -216,7 +216,7 @@ def test_generation_is_that_of_rounded_floats(
         ({}, PackedLayer),
         ({"cache_implementation": "hybrid"}, PackedLayer),  # in the files of Gemma 2
         ({"cache_implementation": "dynamic"}, DynamicLayer),
-        ({"cache_implementation": "static"}, StaticLayer),
+        ({"cache_implementation": "static"}, StaticPackedLayer),
         ({"use_cache": False}, None),
     ],
 )
