@@ -183,7 +183,7 @@ def test_operators_are_whole_to_compilers() -> None:
         x = activations(2, batch, 47)
         made = integer.rounded(x, matrix.inputs)
         for operator, operands in (
-            ("round_inputs", (x, *matrix.inputs.parts(), batch == 2)),
+            ("round_inputs", (x, *matrix.inputs.parts(), batch == 2, False)),
             (
                 "multiply_rounded",
                 (made.codes, made.sums, made.scale, made.shift, *matrix.parts(), x.dtype),

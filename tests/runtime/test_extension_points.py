@@ -210,7 +210,7 @@ def test_hidden_states_once_do_not_end_native_decoding(model: Any) -> None:
 
 def test_rounded_inputs_are_not_skipped(model: Any) -> None:
     model.model.layers[0].mlp.down_proj.inputs = TokenGrid(3)
-    check_follows(model)
+    check_follows(model, native=True)
 
 
 def test_matrices_of_several_arithmetics_are_refused(model: Any) -> None:

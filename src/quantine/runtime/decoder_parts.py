@@ -17,6 +17,7 @@ from quantine.kernels.matrix.cpu import TILE
 from quantine.runtime.decoder_checks import Classes, expect, refuse
 from quantine.runtime.decoder_rounding import Roundings
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
+from quantine.runtime.rounding_norm import RoundingNorm
 
 ACTIVATIONS: Final = {
     "ReLU": "relu",
@@ -137,7 +138,7 @@ class Parts:
     ) -> Any:
         """The native ``Norm`` of a ``nn.LayerNorm`` or of the model's own RMS norm.
 
-        It may be in a `PermutedNorm`.
+        It may be in a `PermutedNorm`, also in one that rounds on GPUs.
 
         Args:
             plus_one: whether the model's own norm multiplies by ``1 + weight``, as Gemma's does.
@@ -148,8 +149,8 @@ class Parts:
             BackendUnavailable: it is something else.
         """
         order = None
-        if type(module) is PermutedNorm:
-            expect(module, PermutedNorm, "a norm", {"norm"})
+        if type(module) in (PermutedNorm, RoundingNorm):
+            expect(module, type(module), "a norm", {"norm"})
             order, module = module.get_buffer("order").contiguous(), module.norm
         expect(module, type(module), "a norm", ())
         if type(module) is nn.LayerNorm:
