@@ -236,6 +236,14 @@ def test_a_static_cache_that_is_asked_for_is_packed(
     assert model.generation_config.cache_implementation == "static"
 
 
+def test_guessed_tokens_are_not_taken_back_from_a_static_cache(
+    rounding: Callable[[str, str], Any],
+) -> None:
+    asked = {"prompt_lookup_num_tokens": 3, "cache_implementation": "static", "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="assisted generate is not supported with Static cache"):
+        rounding("llama", "W16A4KV").generate(tokens_of(TEXT[:12]), do_sample=False, **asked)
+
+
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize(
     ("settings", "kind"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from other_device import NAME, OtherDevice, tensors_in
+from quantine.activations.grids import StaticGrid
 from quantine.core.sparse import Csr
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
@@ -134,3 +135,10 @@ def test_rows_are_looked_up_on_the_device() -> None:
     found = table(torch.tensor([3, 3, 0]).to(NAME))
     assert found.device.type == NAME
     assert torch.equal(found.cpu(), expected)
+
+
+def test_a_module_that_rounds_is_shown_before_it_runs() -> None:
+    module = module_of()
+    labels = torch.zeros(IN, dtype=torch.int64)
+    module.inputs = StaticGrid(4, torch.tensor([0.1]), torch.tensor([7.0]), labels)
+    assert ", integers" in repr(module.to(NAME))

@@ -50,7 +50,7 @@ def with_cache(
         cache = packed_cache(model)
         return options if cache is None else {**options, "past_key_values": cache}
     room = call.room()
-    if room is None or packed_cache(model) is None:
+    if room is None or call.guesses() or packed_cache(model) is None:
         return options
     return {**call.without("cache_implementation"), "past_key_values": static_cache(model, room)}
 
@@ -69,6 +69,11 @@ class _Call:
         """A setting; ``None`` if nobody says."""
         said = [self._options.get(name), *(getattr(held, name, None) for held in self._settings)]
         return next((value for value in said if value is not None), None)
+
+    def guesses(self) -> bool:
+        """Whether tokens are guessed and taken back, which no static cache can do."""
+        names = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        return any(self.setting(name) is not None for name in names)
 
     def without(self, name: str) -> dict[str, Any]:
         """The arguments without a setting, which is not taken from the model's settings either."""

@@ -69,12 +69,13 @@ class QuantLinear(Packed):
         tensor of the grid or of the matrix is replaced or written to, or for another device.
 
         Args:
-            device: ``None`` is that of the grid made last, or where the packed tensors are.
+            device: ``None`` is that of the grid made last, or where the numbers of ``inputs`` are:
+                packed tensors may have stayed on the CPU.
         """
         if not is_plain_grid(self.inputs):
             return None
         found = [*self.inputs.buffers(), *self.packed_tensors().values()]
-        place = device or self._gridded_for or found[-1].device
+        place = device or self._gridded_for or found[0].device
         fresh = self._gridded_from is not None and self._gridded_from.holds(found)
         if not fresh or place != self._gridded_for:
             self._grid = None  # frees its memory
