@@ -60,7 +60,7 @@ demo: demo-model
 	$(BIN)/quantine generate demo-out "The capital of France is" --tokens 32
 
 test: demo-model
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install
 	$(BIN)/ruff format --check
