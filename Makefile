@@ -174,5 +174,5 @@ docs: install
 	$(BIN)/python docs/check.py
 
 clean:
-	rm -rf .venv .venv-gpu .venv-vllm .venv-llama-cpp .venv-compressed-tensors build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-arm .venv-gpu .venv-vllm .venv-llama-cpp .venv-compressed-tensors build dist demo-out .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

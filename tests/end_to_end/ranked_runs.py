@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ import transformers
 
 from quantine import cli
 from quantine.calibrate.sequential import Sequential
-from quantine.ranks import pulse, start, torch_ranks  # noqa: F401
+from quantine.ranks import pulse, start, torch_ranks  # noqa: F401 - before children fork
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -47,7 +48,7 @@ def befall(rank: int, run: dict[str, Any]) -> None:
             raise ERRORS[run["error"]]
         advance(self, index)
 
-    Sequential.advance = failing  # type: ignore[method-assign]
+    mock.patch.object(Sequential, "advance", failing).start()
     pulse.BEAT = 0.2
     if "stop" in run:
         pulse.SILENCE = 20
@@ -61,7 +62,7 @@ def started(rank: int, run: dict[str, Any], port: int, errors: int) -> int:
     status = 70
     try:
         os.dup2(errors, 2)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - to its end
         os.environ |= {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quantine import Calibration, DeviceMemoryError, Plan, PlanError
-from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.device import CPU, is_here
 from quantine.run.estimate import WORKSPACE, estimate
 from quantine.run.job import Job

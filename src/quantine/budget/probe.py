@@ -19,7 +19,8 @@ from torch import Tensor
 from quantine.calibrate.backward import backward, replace_by_gradients
 from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.hidden_states import HiddenStates
-from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.setup import CalibrationSetup
 from quantine.core.process_memory import return_freed_memory
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError

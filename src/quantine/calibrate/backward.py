@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from quantine.calibrate.hidden_states import HiddenStates
-from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.setup import CalibrationSetup
 from quantine.calibrate.skeleton import drop_weights, set_tensor
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list

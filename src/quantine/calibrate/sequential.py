@@ -6,17 +6,18 @@ quantized, put out for the calibration text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.expert_tokens import lend_tokens
 from quantine.calibrate.hidden_states import HiddenStates
+from quantine.calibrate.input_observer import Enough, InputObserver, Reached, as_multiplied
 from quantine.calibrate.replay import Replay
+from quantine.calibrate.setup import CalibrationSetup
 from quantine.calibrate.shards import batch_samples, cut
 from quantine.calibrate.skeleton import (
     drop_weights,
@@ -28,76 +29,14 @@ from quantine.calibrate.skeleton import (
 from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
-from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
 from quantine.families.stand_in import StandIn
 from quantine.kernels.gram import add_gram
-from quantine.ranks.ranks import ALONE, Ranks
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from torch.utils.hooks import RemovableHandle
-    from transformers import PreTrainedModel
-
-    from quantine.source.checkpoint import Checkpoint
-
-TOKENS_PER_BATCH: Final = 2048
-"""Largest number of tokens that go through a block at once, unless one segment is longer."""
-
-
-@dataclass(frozen=True)
-class CalibrationSetup:
-    """Everything a calibration run needs: model, weights, segments, and how to compute.
-
-    Attributes:
-        model: a model from `quantine.calibrate.skeleton.skeleton`; each block gets its weights only
-            while it is worked on.
-        family: the model's architecture.
-        checkpoint: the files that weights are read from.
-        segments: ``[samples, seqlen]`` int64 token ids, without padding.
-        spill: directory for hidden states; ``None`` keeps them in memory.
-        saved: directory that holds hidden states, too, where they are in memory, so that another
-            process can go on from them; ``None`` holds none.
-        replaced: float32 tensors by name that are used in place of the checkpoint's, outside of
-            blocks (such as a quantized embedding).
-        bfloat16: multiply matrices in bfloat16, and take statistics, in float32, of the inputs so
-            rounded; weights, norms and hidden states stay in float32.
-        resumes: let `Sequential.observe_next` continue forward passes where they stopped instead of
-            running the block again from its start; takes a few times the memory of the hidden
-            states.
-        device: device of blocks and hidden states while they are worked on.
-        kept_on: device of the hidden states between two blocks, where they are in memory; ``None``
-            is ``device``.
-        batch_tokens: largest number of tokens that go through a block at once, unless one segment
-            is longer.
-        shards: number of parts of the segments whose statistics are summed one after another.
-        ranks: the processes that share the segments, each some of the shards.
-    """
-
-    model: PreTrainedModel
-    family: Family
-    checkpoint: Checkpoint
-    segments: Tensor
-    spill: Path | None = None
-    saved: Path | None = None
-    replaced: Mapping[str, Tensor] = field(default_factory=dict)
-    bfloat16: bool = False
-    resumes: bool = False
-    device: torch.device = CPU
-    kept_on: torch.device | None = None
-    batch_tokens: int = TOKENS_PER_BATCH
-    shards: int = 1
-    ranks: Ranks = ALONE
-
-    def autocast(self) -> torch.autocast:
-        """A context that sets the precision of matrix products as ``bfloat16`` asks.
-
-        It overrides any autocast context of the caller.
-        """
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+    pass
 
 
 class Sequential:
@@ -179,20 +118,20 @@ class Sequential:
         self, index: int, layers: Sequence[Layer], batches: Sequence[int]
     ) -> list[Hessian]:
         """The result of `observe` for some batches."""
-        observers = [_InputObserver(layer, self._setup) for layer in layers]
+        observers = [InputObserver(layer, self._setup) for layer in layers]
 
         chosen = any(layer.experts for layer in layers)  # some by no token of a batch
 
         def enough() -> None:
             if not chosen and len({observer.seen for observer in observers}) == 1:
-                raise _Enough
+                raise Enough
 
         handles = [observer.register(enough) for observer in observers]
         try:
             for batch in batches:
                 try:
                     self.run(index, self._hidden[batch])
-                except _Enough:
+                except Enough:
                     continue
         finally:
             for handle in handles:
@@ -250,15 +189,15 @@ class Sequential:
 
             def stop(x: Tensor, replay: Replay = replay) -> None:
                 replay.stop()
-                raise _Reached(x)
+                raise Reached(x)
 
             handle = layer.observe(self._setup.model, stop)
             try:
                 with replay:
                     self.run(index, self._hidden[batch])
                 raise self._never_ran(layer.name)
-            except _Reached as reached:
-                hessian.update(_as_multiplied(reached.x, self._setup))
+            except Reached as reached:
+                hessian.update(as_multiplied(reached.x, self._setup))
             finally:
                 handle.remove()
         return hessian
@@ -429,47 +368,3 @@ class Sequential:
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         drop_weights(base)
         return lost
-
-
-class _Enough(Exception):
-    """Raised inside a block to leave its forward pass once all observed inputs have been seen."""
-
-
-class _Reached(Exception):
-    """Raised inside a block to leave its forward pass at the observed matrix.
-
-    Attributes:
-        x: the input ``[..., in]`` of the matrix.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x = x
-
-
-class _InputObserver:
-    """Sums up the Hessian of one matrix's inputs.
-
-    Attributes:
-        hessian: over all inputs so far.
-        seen: number of times the matrix was called.
-    """
-
-    def __init__(self, layer: Layer, setup: CalibrationSetup) -> None:
-        self._layer, self._setup = layer, setup
-        self.hessian = Hessian(layer.in_features, add_gram, setup.device)
-        self.seen = 0
-
-    def register(self, after: Callable[[], None]) -> RemovableHandle:
-        def look(x: Tensor) -> None:
-            with torch.autocast(self._setup.device.type, enabled=False):
-                self.hessian.update(_as_multiplied(x, self._setup))
-            self.seen += 1
-            after()
-
-        return self._layer.observe(self._setup.model, look)
-
-
-def _as_multiplied(x: Tensor, setup: CalibrationSetup) -> Tensor:
-    """The input ``x`` of a matrix in the dtype that it is multiplied in: bfloat16 if so asked."""
-    return x.bfloat16() if setup.bfloat16 else x

@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from quantine.budget.probe import probe_segments
-from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.device import CPU
 from quantine.core.device_memory import free_memory
 from quantine.core.memory_limit import memory_limit

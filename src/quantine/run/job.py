@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.calibrate.segments import Calibration
-from quantine.calibrate.sequential import TOKENS_PER_BATCH, CalibrationSetup
+from quantine.calibrate.setup import TOKENS_PER_BATCH, CalibrationSetup
 from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.token_stream import begun
 from quantine.core.device import CPU, device_facts

@@ -13,7 +13,8 @@ import torch
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, Options, probe
 from quantine.calibrate.block_loader import BlockLoader
-from quantine.calibrate.sequential import CalibrationSetup, Sequential
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.setup import CalibrationSetup
 from quantine.core.device import CPU
 from quantine.core.process_memory import return_freed_memory
 from quantine.families.layers import block_list

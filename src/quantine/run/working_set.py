@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from quantine.calibrate.backward import LOGITS
-from quantine.calibrate.sequential import TOKENS_PER_BATCH
+from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.submodules import OUTPUT_TOKENS
 from quantine.core.device import CPU
