@@ -25,9 +25,17 @@ from quantine.run.estimate import WORKSPACE, estimate
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
 from quantine.run.working_set import Residence, working_set
-from tiny_models import stored_tensors
+from tiny_models import FAMILIES, build, stored_tensors, tiny_config
 
 Tiny = Callable[[str], Path]
+
+NARROW = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+"""Every number of a column is a call of Python on this device."""
 
 BOTH_AXES = {
     "rules": [
@@ -43,7 +51,7 @@ BOTH_AXES = {
 }
 PLANS: dict[str, Callable[[], Plan]] = {
     "rtn": lambda: Plan.preset("rtn", bits=4, group_size=32),
-    "gptq": lambda: Plan.preset("gptq", bits=3, group_size=32),
+    "gptq": lambda: Plan.preset("gptq", bits=3, group_size=16),
     "spqr": lambda: Plan.preset("spqr", bits=3, group_size=16),
     "adadim": lambda: Plan.from_dict(BOTH_AXES),
     "W4A4KV": lambda: Plan.scheme("W4A4KV"),
@@ -51,28 +59,48 @@ PLANS: dict[str, Callable[[], Plan]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A llama of so many blocks, half as wide as the other tiny ones."""
+    root = tmp_path_factory.mktemp("narrow")
+
+    def model(blocks: int) -> Path:
+        path = root / str(blocks)
+        if not path.exists():
+            build(tiny_config("llama", **NARROW, num_hidden_layers=blocks), path)
+        return path
+
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [
         ("llama", "rtn"),
-        ("llama", "spqr"),
-        ("llama", "adadim"),
-        ("llama", "W4A4KV"),
-        pytest.param("llama", "budget", marks=pytest.mark.slow),
+        ("narrow", "spqr"),
+        ("narrow", "adadim"),
+        ("narrow", "W4A4KV"),
+        ("narrow", "budget"),
         ("opt", "gptq"),
     ],
 )
 def test_a_run_there_writes_what_references_write_here(
-    model: str, name: str, tiny: Tiny, text_file: Path, tmp_path: Path
+    model: str,
+    name: str,
+    tiny: Tiny,
+    narrow: Callable[[int], Path],
+    text_file: Path,
+    tmp_path: Path,
 ) -> None:
+    source = tiny(model) if model in FAMILIES else narrow(1)
     plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
     if plan.activations is not None:
         pytest.importorskip("sklearn")
     # The CPU has attention of its own, which rounds otherwise.
     with no_extension(), sdpa_kernel(SDPBackend.MATH):
-        quantize(tiny(model), tmp_path / "here", plan, short)
+        quantize(source, tmp_path / "here", plan, short)
     with OtherDevice(), untouched_extension(), without_float64():
-        quantize(tiny(model), tmp_path / "there", plan, short, device=NAME)
+        quantize(source, tmp_path / "there", plan, short, device=NAME)
     here, there = stored_tensors(tmp_path / "here"), stored_tensors(tmp_path / "there")
     assert list(here) == list(there)
     for tensor_name, tensor in here.items():
@@ -86,8 +114,10 @@ def layers_of(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
-@pytest.mark.parametrize("name", ["gptq", pytest.param("W4A4KV", marks=pytest.mark.slow)])
-def test_a_run_there_can_be_resumed(name: str, tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gptq", "W4A4KV"])
+def test_a_run_there_can_be_resumed(
+    name: str, narrow: Callable[[int], Path], text_file: Path, tmp_path: Path
+) -> None:
     class Stopped(Exception):
         pass
 
@@ -98,12 +128,12 @@ def test_a_run_there_can_be_resumed(name: str, tiny: Tiny, text_file: Path, tmp_
     if plan.activations is not None:
         pytest.importorskip("sklearn")
     with OtherDevice(), untouched_extension():
-        quantize(tiny("llama"), tmp_path / "whole", plan, short, device=NAME)
+        quantize(narrow(2), tmp_path / "whole", plan, short, device=NAME)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Silent, "block", stop)
             with pytest.raises(Stopped):
-                quantize(tiny("llama"), tmp_path / "cut", plan, short, device=NAME)
-        quantize(tiny("llama"), tmp_path / "cut", plan, short, device=NAME, resume=True)
+                quantize(narrow(2), tmp_path / "cut", plan, short, device=NAME)
+        quantize(narrow(2), tmp_path / "cut", plan, short, device=NAME, resume=True)
     whole, cut = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -145,16 +175,20 @@ def test_where_hidden_states_are_does_not_matter(
             assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-@pytest.mark.parametrize("name", ["adadim", pytest.param("W4A4KV", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["adadim", "W4A4KV"])
 def test_a_device_without_float64_gives_what_others_give(
-    name: str, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    narrow: Callable[[int], Path],
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As Apple's GPUs: whatever needs float64 is computed on the CPU."""
     plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
     if plan.activations is not None:
         pytest.importorskip("sklearn")
     with OtherDevice():
-        quantize(tiny("llama"), tmp_path / "with", plan, short, device=NAME)
+        quantize(narrow(1), tmp_path / "with", plan, short, device=NAME)
         plain = OtherTensor.__new__
 
         def refusing(cls: type[OtherTensor], inner: torch.Tensor) -> OtherTensor:
@@ -165,7 +199,7 @@ def test_a_device_without_float64_gives_what_others_give(
         monkeypatch.setattr(OtherTensor, "__new__", staticmethod(refusing))
         has_float64.cache_clear()
         try:
-            quantize(tiny("llama"), tmp_path / "without", plan, short, device=NAME)
+            quantize(narrow(1), tmp_path / "without", plan, short, device=NAME)
         finally:
             has_float64.cache_clear()
     one, other = stored_tensors(tmp_path / "with"), stored_tensors(tmp_path / "without")

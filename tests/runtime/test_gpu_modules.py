@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantine import load
+from quantine import Calibration, Plan, load, quantize
 from quantine.core.spec import QuantSpec
 from quantine.formats import format_named
 from quantine.kernels import backend
@@ -19,11 +19,20 @@ from quantine.methods.rtn import RTN
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.packed import packed_modules
 from samples import generator
-from tiny_models import logits_of, some_tokens
+from tiny_models import build, logits_of, some_tokens, tiny_config
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 Packed = Callable[[str, str], Path]
+
+NARROW = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 1,
+}
+"""The interpreter calls a program for every few rows."""
 
 
 @pytest.mark.parametrize("plan", ["gptq", "mixed"])
@@ -69,14 +78,16 @@ def test_a_table_that_is_the_head_is_looked_up_in_what_the_head_reads(
 
 @pytest.mark.parametrize("plan", ["W4A8", "W4A4"])
 def test_rounded_activations_meet_codes(
-    packed: Packed, plan: str, monkeypatch: pytest.MonkeyPatch
+    plan: str, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sklearn")
-    model, _ = load(packed("llama", plan), arithmetic="exact")
+    source = build(tiny_config("llama", **NARROW), tmp_path / "float")
+    out = quantize(source, tmp_path / "out", Plan.scheme(plan, arithmetic="exact"), short).path
+    model, _ = load(out, arithmetic="exact")
     tokens = some_tokens(5)
     expected = logits_of(model, tokens)
     monkeypatch.setattr(backend, "of", lambda *_: "triton")
-    model, _ = load(packed("llama", plan))
+    model, _ = load(out)
     rounded = [m for _, m in packed_modules(model) if isinstance(m, QuantLinear) and m.inputs]
     assert rounded
     assert all(isinstance(module.input_grid(), GriddedMatrix) for module in rounded)
