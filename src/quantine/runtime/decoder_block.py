@@ -12,10 +12,10 @@ from quantine.activations.attention import NAME as ROUNDING
 from quantine.activations.modules import SITES_NAME
 from quantine.runtime.decoder_checks import Classes, dropouts, expect, refuse
 from quantine.runtime.decoder_heads import Heads, halves, outputs_of
-from quantine.runtime.decoder_layout import Layout
 from quantine.runtime.decoder_masks import mask_of
 from quantine.runtime.decoder_parts import Parts
 from quantine.runtime.decoder_positions import Angles
+from quantine.runtime.decoder_structure import Structure
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Blocks:
 
     Attributes:
         config: the model's configuration.
-        layout: how the model is built.
+        structure: how the model is built.
         parts: turns modules into parts.
         angles: tables of angles; ``None`` in models without.
         bias: the native ``ScoreBias`` of all blocks; ``None`` in models without.
@@ -32,7 +32,7 @@ class Blocks:
     """
 
     config: Any
-    layout: Layout
+    structure: Structure
     parts: Parts
     angles: Angles | None
     bias: Any
@@ -44,27 +44,27 @@ class Blocks:
         Raises:
             BackendUnavailable: the native decoder would not compute the same.
         """
-        layout = self.layout
+        structure = self.structure
         self._check_block(layer)
-        attention = layer.get_submodule(layout.attention)
+        attention = layer.get_submodule(structure.attention)
         self._check_attention(index, attention)
-        heads = layout.heads(attention)
+        heads = structure.heads(attention)
         q, k, v = self._qkv(attention, heads)
-        q_norm, k_norm = layout.head_norms or (None, None)
-        kind, window = mask_of(self.config, layout, index)
-        turned = self.angles if layout.rotates(attention) else None
-        scaling = layout.scaling(attention)
+        q_norm, k_norm = structure.head_norms or (None, None)
+        kind, window = mask_of(self.config, structure, index)
+        turned = self.angles if structure.rotates(attention) else None
+        scaling = structure.scaling(attention)
         states = self._states(attention, heads, scaling)
-        scales_queries = states is None or layout.scales_queries
+        scales_queries = states is None or structure.scales_queries
         return self.parts.native.Block(
-            attention_norm=self._norm(layer, layout.attention_norm, self.smaller),
-            mlp_norm=self._norm(layer, layout.mlp_norm, self.smaller),
-            after_attention=self._norm(layer, layout.after_attention),
-            after_mlp=self._norm(layer, layout.after_mlp),
+            attention_norm=self._norm(layer, structure.attention_norm, self.smaller),
+            mlp_norm=self._norm(layer, structure.mlp_norm, self.smaller),
+            after_attention=self._norm(layer, structure.after_attention),
+            after_mlp=self._norm(layer, structure.after_mlp),
             q=q,
             k=k,
             v=v,
-            o=self.parts.linear(attention.get_submodule(layout.o)),
+            o=self.parts.linear(attention.get_submodule(structure.o)),
             q_norm=self._norm(attention, q_norm),
             k_norm=self._norm(attention, k_norm),
             rotary=None if turned is None else turned.of(kind, heads.dim),
@@ -73,23 +73,28 @@ class Blocks:
             scoring=self.parts.native.Scoring(
                 window=window, cap=self._cap(attention), bias=self.bias
             ),
-            parallel=bool(layout.parallel(layer)),
-            **self._mlp(layer.get_submodule(layout.mlp)),
+            parallel=bool(structure.parallel(layer)),
+            **self._mlp(layer.get_submodule(structure.mlp)),
         )
 
     def _check_block(self, layer: Any) -> None:
-        layout = self.layout
-        norms = {layout.attention_norm, layout.mlp_norm, layout.after_attention, layout.after_mlp}
-        needed = {layout.attention, *(name for name in norms if name is not None)}
-        needed |= {layout.mlp} if layout.mlp else self._mlp_children()
-        expect(layer, type(layer), "a block", needed | dropouts(layer, layout.idle))
+        structure = self.structure
+        norms = {
+            structure.attention_norm,
+            structure.mlp_norm,
+            structure.after_attention,
+            structure.after_mlp,
+        }
+        needed = {structure.attention, *(name for name in norms if name is not None)}
+        needed |= {structure.mlp} if structure.mlp else self._mlp_children()
+        expect(layer, type(layer), "a block", needed | dropouts(layer, structure.idle))
         if getattr(layer, "config", self.config) is not self.config:
             refuse("a block has a configuration of its own")
 
     def _check_attention(self, index: int, attention: Any) -> None:
-        layout = self.layout
-        needed = {*layout.qkv, layout.o, *layout.head_norms, *self._sites(attention)}
-        idle = dropouts(attention, layout.idle)
+        structure = self.structure
+        needed = {*structure.qkv, structure.o, *structure.head_norms, *self._sites(attention)}
+        idle = dropouts(attention, structure.idle)
         expect(attention, self.parts.classes.named("Attention"), "attention", needed | idle)
         if not getattr(attention, "is_causal", True):
             refuse("attention looks ahead")
@@ -100,11 +105,11 @@ class Blocks:
 
     def _sites(self, attention: Any) -> set[str]:
         """The child with which attention rounds, where its function does."""
-        rounds = self.layout.registered and self.config._attn_implementation == ROUNDING
+        rounds = self.structure.registered and self.config._attn_implementation == ROUNDING
         return {SITES_NAME} if rounds and SITES_NAME in attention._modules else set()
 
     def _states(self, attention: Any, heads: Heads, scaling: float) -> Any:
-        factor = 1.0 if self.layout.scales_queries else scaling
+        factor = 1.0 if self.structure.scales_queries else scaling
         states = self.parts.roundings.states(attention, heads.dim, factor)
         if states is not None and self.bias is not None:
             refuse("attention rounds, and adds biases to scores")
@@ -116,7 +121,7 @@ class Blocks:
         if cap is None:
             return None
         if not (
-            self.layout.caps_scores and self.config._attn_implementation in {"eager", ROUNDING}
+            self.structure.caps_scores and self.config._attn_implementation in {"eager", ROUNDING}
         ):
             refuse(
                 f"attention scores are capped, by {self.config._attn_implementation!r} attention"
@@ -124,44 +129,44 @@ class Blocks:
         return positive(cap, "attention scores")
 
     def _qkv(self, attention: Any, heads: Heads) -> list[Any]:
-        modules = [attention.get_submodule(name) for name in self.layout.qkv]
+        modules = [attention.get_submodule(name) for name in self.structure.qkv]
         if len(modules) > 1:
             return [self.parts.linear(module) for module in modules]
         slices = heads.slices(outputs_of(modules[0]))
         return [self.parts.linear(modules[0], part) for part in slices]
 
     def _mlp_children(self) -> set[str]:
-        layout = self.layout
-        gate = set() if layout.gate is None else {layout.gate}
-        return {layout.up, layout.down, layout.activation} | gate
+        structure = self.structure
+        gate = set() if structure.gate is None else {structure.gate}
+        return {structure.up, structure.down, structure.activation} | gate
 
     def _mlp(self, mlp: Any) -> dict[str, Any]:
-        layout, linear = self.layout, self.parts.linear
-        if layout.mlp:
-            needed = self._mlp_children() | dropouts(mlp, layout.idle)
+        structure, linear = self.structure, self.parts.linear
+        if structure.mlp:
+            needed = self._mlp_children() | dropouts(mlp, structure.idle)
             expect(mlp, self.parts.classes.named("MLP"), "an MLP", needed)
-        up = mlp.get_submodule(layout.up)
-        if layout.gate is None:
+        up = mlp.get_submodule(structure.up)
+        if structure.gate is None:
             parts = (None, linear(up))
-        elif layout.gate == layout.up:
+        elif structure.gate == structure.up:
             first, second = halves(outputs_of(up))
             parts = (linear(up, first), linear(up, second))
         else:
-            parts = (linear(mlp.get_submodule(layout.gate)), linear(up))
+            parts = (linear(mlp.get_submodule(structure.gate)), linear(up))
         return {
             "gate": parts[0],
             "up": parts[1],
-            "down": linear(mlp.get_submodule(layout.down)),
-            "activation": self.parts.activation(mlp.get_submodule(layout.activation)),
+            "down": linear(mlp.get_submodule(structure.down)),
+            "activation": self.parts.activation(mlp.get_submodule(structure.activation)),
         }
 
     def _norm(self, owner: nn.Module, name: str | None, smaller: float = 1.0) -> Any:
         if name is None:
             return None
-        return self.parts.norm(owner.get_submodule(name), self.layout.one_plus, smaller)
+        return self.parts.norm(owner.get_submodule(name), self.structure.one_plus, smaller)
 
 
-def check_known(layers: Iterable[nn.Module], layout: Layout, classes: Classes) -> None:
+def check_known(layers: Iterable[nn.Module], structure: Structure, classes: Classes) -> None:
     """Check that blocks are of the class that belongs there, and compute nothing unknown.
 
     Raises:
@@ -171,7 +176,7 @@ def check_known(layers: Iterable[nn.Module], layout: Layout, classes: Classes) -
     for layer in layers:
         if type(layer) is not kind:
             refuse(f"a block is a {type(layer).__name__}")
-        reason = layout.refused(layer)
+        reason = structure.refused(layer)
         if reason:
             refuse(reason)
 

@@ -14,12 +14,12 @@ from torch import nn
 from quantine.runtime.decoder_block import Blocks, check_known, positive
 from quantine.runtime.decoder_checks import check_model, classes_of, dropouts, expect, refuse
 from quantine.runtime.decoder_heads import Heads
-from quantine.runtime.decoder_layout import Layout
-from quantine.runtime.decoder_layouts import LAYOUTS, layout_of
 from quantine.runtime.decoder_multipliers import multipliers_of
 from quantine.runtime.decoder_parts import Parts
 from quantine.runtime.decoder_positions import Angles, offset_of
 from quantine.runtime.decoder_rounding import Roundings
+from quantine.runtime.decoder_structure import Structure
+from quantine.runtime.decoder_structures import STRUCTURES, structure_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     """The arguments of ``quantine._native.Decoder`` that describe ``model``.
 
     Args:
-        model: a model of a type in `LAYOUTS`.
+        model: a model of a type in `STRUCTURES`.
         native: the module ``quantine._native``.
         capacity: largest number of tokens that the decoder will see.
 
@@ -39,7 +39,7 @@ def arguments_for(model: PreTrainedModel, native: ModuleType, capacity: int) -> 
     check_decodes(model)
     parts = Parts(native, classes_of(model), Roundings(native))
     try:
-        return _described(model, layout_of(model), parts, capacity)
+        return _described(model, structure_of(model), parts, capacity)
     except AttributeError as error:
         return refuse(f"something is missing: {error}")
 
@@ -51,11 +51,11 @@ def check_decodes(model: PreTrainedModel) -> None:
         BackendUnavailable: there is no native decoder for this model; the message says why.
     """
     kind = model.config.model_type
-    if kind not in LAYOUTS:
+    if kind not in STRUCTURES:
         refuse(f"there is none for model type {kind!r}")
     classes_of(model)
     check_model(model)
-    body = LAYOUTS[kind].body.partition(".")[0]
+    body = STRUCTURES[kind].body.partition(".")[0]
     expect(model, type(model), "the model", {body, "lm_head"})
     config: Any = model.config
     ahead = getattr(config, "use_bidirectional_attention", None)
@@ -63,46 +63,49 @@ def check_decodes(model: PreTrainedModel) -> None:
         refuse("attention looks ahead")
 
 
-def _described(model: Any, layout: Layout, parts: Parts, capacity: int) -> dict[str, Any]:
-    config, body = model.config, model.get_submodule(layout.body)
-    layers = _layers(body.get_submodule(layout.layers), config)
-    check_known(layers, layout, parts.classes)
-    _check_body(model, body, layout, parts)
+def _described(model: Any, structure: Structure, parts: Parts, capacity: int) -> dict[str, Any]:
+    config, body = model.config, model.get_submodule(structure.body)
+    layers = _layers(body.get_submodule(structure.layers), config)
+    check_known(layers, structure, parts.classes)
+    _check_body(model, body, structure, parts)
     multipliers = multipliers_of(model)
     smaller = multipliers.residual
-    angles, bias = _angles(body, layout, parts, capacity), _bias(body, layout, parts, capacity)
-    blocks = Blocks(config, layout, parts, angles, bias, smaller)
-    table = body.get_submodule(layout.embedding)
+    angles, bias = (
+        _angles(body, structure, parts, capacity),
+        _bias(body, structure, parts, capacity),
+    )
+    blocks = Blocks(config, structure, parts, angles, bias, smaller)
+    table = body.get_submodule(structure.embedding)
     matrix, factor = parts.embedding(table)
-    last = body.get_submodule(layout.norm)
-    normed = layout.embedding_norm
+    last = body.get_submodule(structure.norm)
+    normed = structure.embedding_norm
     return {
         "blocks": [blocks.block(index, layer) for index, layer in enumerate(layers)],
-        **_heads([layout.heads(layer.get_submodule(layout.attention)) for layer in layers]),
+        **_heads([structure.heads(layer.get_submodule(structure.attention)) for layer in layers]),
         "embedding": matrix,
         "embedding_factor": factor * multipliers.embedding / smaller,
         "embedding_norm": None if normed is None else parts.norm(body.get_submodule(normed)),
-        **_positions(body, layout, parts, capacity),
-        "norm": parts.norm(last, layout.one_plus, smaller, 1 / multipliers.logits),
+        **_positions(body, structure, parts, capacity),
+        "norm": parts.norm(last, structure.one_plus, smaller, 1 / multipliers.logits),
         "head": parts.head(model.lm_head, table),
-        "logit_cap": _logit_cap(config, layout),
+        "logit_cap": _logit_cap(config, structure),
     }
 
 
-def _check_body(model: Any, body: nn.Module, layout: Layout, parts: Parts) -> None:
-    outer, _, inner = layout.body.partition(".")
+def _check_body(model: Any, body: nn.Module, structure: Structure, parts: Parts) -> None:
+    outer, _, inner = structure.body.partition(".")
     if inner:
         expect(model.get_submodule(outer), parts.classes.named("Model"), "the model", {inner})
     named = {
-        layout.embedding,
-        layout.positions,
-        layout.embedding_norm,
-        layout.layers,
-        layout.norm,
-        layout.rotary,
+        structure.embedding,
+        structure.positions,
+        structure.embedding_norm,
+        structure.layers,
+        structure.norm,
+        structure.rotary,
     }
-    children = {name for name in named if name is not None} | dropouts(body, layout.idle)
-    expect(body, parts.classes.named(*layout.body_classes), "the model", children)
+    children = {name for name in named if name is not None} | dropouts(body, structure.idle)
+    expect(body, parts.classes.named(*structure.body_classes), "the model", children)
     if getattr(body, "config", None) is not model.config:
         refuse("the body of the model has a configuration of its own")
 
@@ -115,33 +118,35 @@ def _layers(layers: nn.Module, config: Any) -> nn.ModuleList:
     return layers
 
 
-def _angles(body: nn.Module, layout: Layout, parts: Parts, capacity: int) -> Angles | None:
-    if layout.rotary is None:
+def _angles(body: nn.Module, structure: Structure, parts: Parts, capacity: int) -> Angles | None:
+    if structure.rotary is None:
         return None
-    rotary = body.get_submodule(layout.rotary)
+    rotary = body.get_submodule(structure.rotary)
     expect(rotary, parts.classes.named("RotaryEmbedding"), "the rotary embedding", ())
-    return Angles(rotary, parts.native, capacity, layout.neighbours, layout.partial)
+    return Angles(rotary, parts.native, capacity, structure.neighbours, structure.partial)
 
 
-def _bias(body: nn.Module, layout: Layout, parts: Parts, capacity: int) -> Any:
+def _bias(body: nn.Module, structure: Structure, parts: Parts, capacity: int) -> Any:
     """The native ``ScoreBias``, ``None`` in models without."""
-    if layout.biases is None:
+    if structure.biases is None:
         return None
-    return parts.native.ScoreBias(layout.biases(body, parts.classes, capacity).contiguous())
+    return parts.native.ScoreBias(structure.biases(body, parts.classes, capacity).contiguous())
 
 
-def _positions(body: nn.Module, layout: Layout, parts: Parts, capacity: int) -> dict[str, Any]:
-    if layout.positions is None:
+def _positions(
+    body: nn.Module, structure: Structure, parts: Parts, capacity: int
+) -> dict[str, Any]:
+    if structure.positions is None:
         return {"positions": None, "position_offset": 0}
-    table = body.get_submodule(layout.positions)
+    table = body.get_submodule(structure.positions)
     offset = offset_of(table, parts.classes, capacity)
     return {"positions": parts.table(table), "position_offset": offset}
 
 
-def _logit_cap(config: Any, layout: Layout) -> float | None:
+def _logit_cap(config: Any, structure: Structure) -> float | None:
     """The bound of logits, ``None`` where they have none."""
     cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None and not layout.caps_logits:
+    if cap is not None and not structure.caps_logits:
         refuse("logits are capped")
     return None if cap is None else positive(cap, "logits")
 

@@ -31,7 +31,7 @@ def understood(_: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Structure:
     """How models of one type are built; the defaults are those of Llama.
 
     Names are those of children; ``None`` where a model has no such module.

@@ -1,7 +1,7 @@
 """How models of each type are built, as data.
 
-Classes and attributes are those of transformers. What a layout says of a type is proved by tests
-that compare the native decoder with the modules; that a model is built as its layout says is
+Classes and attributes are those of transformers. What a structure says of a type is proved by tests
+that compare the native decoder with the modules; that a model is built as its structure says is
 checked module by module, see `quantine.runtime.decoder_model`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from quantine.runtime import decoder_heads as heads
 from quantine.runtime import decoder_positions as positions
-from quantine.runtime.decoder_layout import Layout, always, never
+from quantine.runtime.decoder_structure import Structure, always, never
 
 HEAD_NORMS: Final = ("q_norm", "k_norm")
 
@@ -53,7 +53,7 @@ def _refused_in_falcon(layer: Any) -> str:
     return ""
 
 
-LLAMA_LIKE: Final = Layout()
+LLAMA_LIKE: Final = Structure()
 """How models like Llama are built."""
 FULL: Final = replace(LLAMA_LIKE, masks="full")
 WINDOW: Final = replace(LLAMA_LIKE, masks="window")
@@ -97,7 +97,7 @@ GLM_4: Final = replace(
     neighbours=True,
     partial=True,
 )
-OPT: Final = Layout(
+OPT: Final = Structure(
     body="model.decoder",
     body_classes=("Decoder",),
     positions="embed_positions",
@@ -116,7 +116,7 @@ OPT: Final = Layout(
     masks="full",
     refused=_refused_in_opt,
 )
-GPT_2: Final = Layout(
+GPT_2: Final = Structure(
     body="transformer",
     embedding="wte",
     positions="wpe",
@@ -137,7 +137,7 @@ GPT_2: Final = Layout(
     rotates=never,
     masks="full",
 )
-GPT_NEOX: Final = Layout(
+GPT_NEOX: Final = Structure(
     body="gpt_neox",
     embedding="embed_in",
     norm="final_layer_norm",
@@ -186,9 +186,9 @@ FALCON: Final = replace(
     parallel=_falcon_is_parallel,
     refused=_refused_in_falcon,
 )
-"""With rotary embeddings, and norms of attention and MLP apart; see `layout_of`."""
+"""With rotary embeddings, and norms of attention and MLP apart; see `structure_of`."""
 
-LAYOUTS: Final[dict[str, Layout]] = {
+STRUCTURES: Final[dict[str, Structure]] = {
     "llama": FULL,
     "mistral": WINDOW,
     "qwen2": LLAMA_LIKE,
@@ -206,23 +206,23 @@ LAYOUTS: Final[dict[str, Layout]] = {
     "bloom": BLOOM,
     "falcon": FALCON,
 }
-"""Layouts by model type."""
+"""Structures by model type."""
 
 
-def layout_of(model: Any) -> Layout:
-    """The layout of ``model``, whose type is in `LAYOUTS`.
+def structure_of(model: Any) -> Structure:
+    """The structure of ``model``, whose type is in `STRUCTURES`.
 
     Falcon's depends on settings: with ALiBi nothing is rotated, and where attention and MLP are
     parallel they have a norm each, or share one.
     """
-    layout = LAYOUTS[model.config.model_type]
-    if layout is not FALCON:
-        return layout
+    structure = STRUCTURES[model.config.model_type]
+    if structure is not FALCON:
+        return structure
     config = model.config
     if model.transformer.use_alibi:
-        layout = replace(layout, rotates=never, biases=positions.of_falcon)
+        structure = replace(structure, rotates=never, biases=positions.of_falcon)
     if not config.parallel_attn:
-        return layout
+        return structure
     if config.new_decoder_architecture and config.num_ln_in_parallel_attn == 2:
-        return replace(layout, attention_norm="ln_attn", mlp_norm="ln_mlp")
-    return replace(layout, mlp_norm="input_layernorm")
+        return replace(structure, attention_norm="ln_attn", mlp_norm="ln_mlp")
+    return replace(structure, mlp_norm="input_layernorm")
