@@ -1,6 +1,7 @@
 // For loops that compilers vectorize: exp, and sums over a fixed number of lanes.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -32,6 +33,12 @@ QUANTINE_INLINE float exponential(float x) {
   float whole;
   std::memcpy(&whole, &bits, sizeof whole);
   return x < kLowest ? 0.0f : x != x ? x : fraction * whole;
+}
+
+// bound * tanh(x / bound), to about 2e-7 of the bound.
+QUANTINE_INLINE float capped(float x, float bound) {
+  const float decay = exponential(-2.0f * std::fabs(x / bound));
+  return std::copysign(bound * ((1.0f - decay) / (1.0f + decay)), x);
 }
 
 QUANTINE_INLINE float fold(float (&lanes)[kSumLanes]) {

@@ -63,10 +63,10 @@ Attention::Attention(Heads heads, std::size_t capacity, std::size_t most_tokens)
       partials_(most_tokens * heads.heads * spans_ * stride_) {}
 
 void Attention::run(const Cache& cache, const float* queries, std::size_t tokens, std::size_t first,
-                    std::size_t window, float* out, Pool& pool) {
+                    const Scoring& scoring, float* out, Pool& pool) {
   tokens_ = tokens;
   first_ = first;
-  window_ = window;
+  scoring_ = &scoring;
   const std::size_t oldest = begin(0) / kSpan;
   const std::size_t tasks = (blocks_of(first + tokens, kSpan) - oldest) * heads_.kv_heads;
   const auto task = [&](std::size_t index) {
@@ -86,7 +86,7 @@ void Attention::run(const Cache& cache, const float* queries, std::size_t tokens
 
 std::size_t Attention::begin(std::size_t token) const {
   const std::size_t end = first_ + token + 1;
-  return end > window_ ? end - window_ : 0;
+  return end > scoring_->window ? end - scoring_->window : 0;
 }
 
 float* Attention::partial(std::size_t token, std::size_t head, std::size_t span) {
@@ -99,11 +99,12 @@ void Attention::attend(const Cache& cache, const float* queries, std::size_t kv_
                        std::size_t span) {
   const std::size_t group = heads_.heads / heads_.kv_heads, start = span * kSpan;
   SpanOf<T> tokens{cache.keys<T>(kv_head, start), cache.values<T>(kv_head, start), nullptr, nullptr,
-                   heads_.dim};
+                   heads_.dim, scoring_->cap};
   if (!cache.is_exact()) {
     tokens.key_scales = cache.key_scales(kv_head, start);
     tokens.value_scales = cache.value_scales(kv_head, start);
   }
+  const ScoreBias* bias = scoring_->bias.get();
   Query asked[kQueries];
   std::size_t count = 0;
   for (std::size_t index = 0; index < tokens_ * group; ++index) {
@@ -112,7 +113,9 @@ void Attention::attend(const Cache& cache, const float* queries, std::size_t kv_
     const std::size_t to = std::min(first_ + token + 1, start + kSpan);
     if (from < to)
       asked[count++] = {queries + (token * heads_.heads + head) * heads_.dim, from - start,
-                        to - start, partial(token, head, span)};
+                        to - start,
+                        bias == nullptr ? nullptr : bias->of(head, heads_.heads) + start,
+                        partial(token, head, span)};
     if (count == kQueries || index + 1 == tokens_ * group) {
       attend_span(tokens, asked, count);
       count = 0;

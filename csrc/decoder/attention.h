@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/pool.h"
@@ -16,6 +17,22 @@ struct Heads {
   std::size_t heads;
   std::size_t kv_heads;
   std::size_t dim;
+};
+
+// What is added to scores, by head and by position of the key.
+struct ScoreBias {
+  std::vector<float> values;  // [heads, capacity]
+
+  const float* of(std::size_t head, std::size_t heads) const {
+    return values.data() + head * (values.size() / heads);
+  }
+};
+
+// Which keys a query meets, and what becomes of its products with them.
+struct Scoring {
+  std::size_t window;  // tokens that a token sees, itself included
+  float cap;           // scores become cap * tanh(score / cap); 0: they stay as they are
+  std::shared_ptr<const ScoreBias> bias;  // of scores once they are capped; null: none
 };
 
 // Keys and values of one decoder block for up to `capacity` tokens. Exact: float32. Fast: whole
@@ -69,9 +86,9 @@ class Attention {
   Attention(Heads heads, std::size_t capacity, std::size_t most_tokens);
   // Queries [tokens, heads, dim], already scaled, of the tokens at positions first, first + 1, ...
   // whose keys and values are in the cache; out [tokens, heads, dim]. Each attends to itself and to
-  // the `window` - 1 tokens before it.
+  // tokens before it.
   void run(const Cache& cache, const float* queries, std::size_t tokens, std::size_t first,
-           std::size_t window, float* out, Pool& pool);
+           const Scoring& scoring, float* out, Pool& pool);
 
  private:
   float* partial(std::size_t token, std::size_t head, std::size_t span);
@@ -84,7 +101,8 @@ class Attention {
   std::size_t spans_;            // of the whole capacity
   std::size_t stride_;           // of partials
   std::vector<float> partials_;  // [tokens, heads, spans, stride]: weighted values, maximum, sum
-  std::size_t tokens_ = 0, first_ = 0, window_ = 0;  // of the current run
+  std::size_t tokens_ = 0, first_ = 0;  // of the current run
+  const Scoring* scoring_ = nullptr;    // likewise
 };
 
 }  // namespace quantine

@@ -56,6 +56,14 @@ QUANTINE_INLINE void score(const SpanOf<T>& tokens, const Query* queries, std::s
     for (std::size_t r = first; r < first + kKeyLanes; ++r) scores[q][r] *= tokens.key_scales[r];
 }
 
+// Caps the scores of what the query looks at, and adds their biases.
+QUANTINE_INLINE void adjust(const Query& query, float cap, float* scores) {
+  if (cap > 0.0f)
+    for (std::size_t j = query.begin; j < query.end; ++j) scores[j] = capped(scores[j], cap);
+  if (query.bias != nullptr)
+    for (std::size_t j = query.begin; j < query.end; ++j) scores[j] += query.bias[j];
+}
+
 QUANTINE_INLINE float largest(const float* scores) {
   float best[kKeyLanes];
   for (std::size_t r = 0; r < kKeyLanes; ++r) best[r] = scores[r];
@@ -105,6 +113,7 @@ QUANTINE_INLINE void attend_some(const SpanOf<T>& tokens, const Query* queries) 
   for (std::size_t j = begin / kKeyLanes * kKeyLanes; j < end; j += kKeyLanes)
     score<kCount>(tokens, queries, j, scores);
   for (int q = 0; q < kCount; ++q) {
+    adjust(queries[q], tokens.cap, scores[q]);
     exponentiate(queries[q], scores[q], queries[q].partial + width);
     if (tokens.value_scales == nullptr) continue;
     for (std::size_t j = queries[q].begin; j < queries[q].end; ++j)

@@ -19,12 +19,14 @@ struct SpanOf {
   const float* key_scales;  // [kSpan], not for floats
   const float* value_scales;
   std::size_t dim;
+  float cap;  // scores become cap * tanh(score / cap); 0: they stay as they are
 };
 
 // One head of one token, which attends to the tokens `begin` to `end` of the span, one at least.
 struct Query {
   const float* x;  // [dim]
   std::size_t begin, end;
+  const float* bias;  // [kSpan], added to scores once they are capped; null: nothing is
   // [dim rounded up to whole vectors + 2]: the values weighted by e^(score - largest), the largest
   // score, the sum of e^(score - largest).
   float* partial;

@@ -33,6 +33,7 @@ using SharedRotary = std::shared_ptr<const quantine::Rotary>;
 using SharedMatrix = std::shared_ptr<const quantine::Matrix>;
 using SharedInputs = std::shared_ptr<const quantine::InputRounding>;
 using SharedStates = std::shared_ptr<const quantine::AttentionRounding>;
+using SharedBias = std::shared_ptr<const quantine::ScoreBias>;
 using Order = Vector<const std::int32_t>;
 using Halves = nb::ndarray<const std::int16_t, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 
@@ -55,8 +56,10 @@ void check_bits(int bits) {
 }
 
 void make_linear(Linear* self, SharedMatrix matrix, std::optional<Floats> bias,
-                 SharedInputs rounding, std::optional<quantine::InputGrid> integers) {
-  new (self) Linear{std::move(matrix), copied(bias), std::move(rounding), std::move(integers)};
+                 SharedInputs rounding, std::optional<quantine::InputGrid> integers,
+                 std::optional<quantine::Slice> slice) {
+  new (self) Linear{std::move(matrix), copied(bias), slice, std::move(rounding),
+                    std::move(integers)};
 }
 
 // For tests.
@@ -90,16 +93,27 @@ void make_states(quantine::AttentionRounding* self, StateChannels key, StateChan
                                          scaling,        softmax_bits,     relative};
 }
 
-void make_rotary(quantine::Rotary* self, Table cos, Table sin) {
-  new (self) quantine::Rotary{copied(std::optional(cos)), copied(std::optional(sin))};
+void make_rotary(quantine::Rotary* self, Table cos, Table sin, bool neighbours) {
+  if (!has_shape(sin, cos.shape(0), cos.shape(1)))
+    throw nb::value_error("cos and sin must be [capacity, half]");
+  new (self) quantine::Rotary{copied(std::optional(cos)), copied(std::optional(sin)), cos.shape(1),
+                              neighbours};
 }
 
-void make_block(Block* self, Norm attention_norm, Norm mlp_norm, Linear q, Linear k, Linear v,
-                Linear o, std::optional<Linear> gate, Linear up, Linear down,
-                const std::string& activation, SharedRotary rotary, float attention_scale,
-                std::optional<std::size_t> window, std::optional<Norm> q_norm,
-                std::optional<Norm> k_norm, std::optional<Norm> after_attention,
-                std::optional<Norm> after_mlp, SharedStates states) {
+void make_scoring(quantine::Scoring* self, std::optional<std::size_t> window,
+                  std::optional<float> cap, SharedBias bias) {
+  if (cap && !(*cap > 0.0f)) throw nb::value_error("scores are capped by what is not above 0");
+  new (self) quantine::Scoring{window ? *window : static_cast<std::size_t>(-1),
+                               cap ? *cap : 0.0f, std::move(bias)};
+}
+
+void make_block(Block* self, std::optional<Norm> attention_norm, std::optional<Norm> mlp_norm,
+                Linear q, Linear k, Linear v, Linear o, std::optional<Linear> gate, Linear up,
+                Linear down, const std::string& activation, SharedRotary rotary,
+                float attention_scale, quantine::Scoring scoring, bool parallel,
+                std::optional<Norm> q_norm, std::optional<Norm> k_norm,
+                std::optional<Norm> after_attention, std::optional<Norm> after_mlp,
+                SharedStates states) {
   new (self) Block{std::move(attention_norm),
                    std::move(mlp_norm),
                    std::move(after_attention),
@@ -116,22 +130,28 @@ void make_block(Block* self, Norm attention_norm, Norm mlp_norm, Linear q, Linea
                    activation_named(activation),
                    std::move(rotary),
                    attention_scale,
-                   window ? *window : static_cast<std::size_t>(-1),
+                   std::move(scoring),
+                   parallel,
                    std::move(states)};
 }
 
 void make_decoder(Decoder* self, std::size_t heads, std::size_t kv_heads, std::size_t dim,
                   SharedMatrix embedding, float embedding_factor, SharedMatrix positions,
-                  std::size_t position_offset, std::vector<Block> blocks, Norm norm, Linear head,
+                  std::size_t position_offset, std::optional<Norm> embedding_norm,
+                  std::vector<Block> blocks, Norm norm, Linear head, std::optional<float> logit_cap,
                   std::size_t capacity, bool exact, std::size_t integer_rows, SharedPool pool) {
+  if (logit_cap && !(*logit_cap > 0.0f))
+    throw nb::value_error("logits are capped by what is not above 0");
   Model model{{heads, kv_heads, dim},
               std::move(embedding),
               embedding_factor,
               std::move(positions),
               position_offset,
+              std::move(embedding_norm),
               std::move(blocks),
               std::move(norm),
-              std::move(head)};
+              std::move(head),
+              logit_cap ? *logit_cap : 0.0f};
   new (self) Decoder(std::move(model), capacity,
                      exact ? quantine::Arithmetic::kExact : quantine::Arithmetic::kFast,
                      integer_rows, std::move(pool));
@@ -160,9 +180,15 @@ void bind_decoder(nb::module_& m) {
            },
            "grid"_a, "ends"_a)
       .def("round", &round_rows, "x"_a, "y"_a, "pool"_a);
+  nb::class_<quantine::Slice>(m, "Slice")
+      .def("__init__",
+           [](quantine::Slice* self, std::size_t offset, std::size_t length, std::size_t stride,
+              std::size_t runs) { new (self) quantine::Slice{offset, length, stride, runs}; },
+           "offset"_a, "length"_a, "stride"_a, "runs"_a);
   nb::class_<Linear>(m, "Linear")
       .def("__init__", &make_linear, "matrix"_a, "bias"_a.none(),
-           "rounding"_a.none() = nb::none(), "integers"_a.none() = nb::none());
+           "rounding"_a.none() = nb::none(), "integers"_a.none() = nb::none(),
+           "slice"_a.none() = nb::none());
   nb::class_<Norm>(m, "Norm")
       .def("__init__", &make_norm, "weight"_a, "bias"_a.none(), "eps"_a,
            "order"_a.none() = nb::none());
@@ -172,18 +198,28 @@ void bind_decoder(nb::module_& m) {
   nb::class_<quantine::AttentionRounding>(m, "AttentionRounding")
       .def("__init__", &make_states, nb::kw_only(), "key"_a, "value"_a, "query"_a.none(),
            "scaling"_a, "softmax_bits"_a, "relative"_a);
-  nb::class_<quantine::Rotary>(m, "Rotary").def("__init__", &make_rotary, "cos"_a, "sin"_a);
+  nb::class_<quantine::Rotary>(m, "Rotary")
+      .def("__init__", &make_rotary, "cos"_a, "sin"_a, "neighbours"_a);
+  nb::class_<quantine::ScoreBias>(m, "ScoreBias")
+      .def("__init__",
+           [](quantine::ScoreBias* self, Table values) {
+             new (self) quantine::ScoreBias{copied(std::optional(values))};
+           },
+           "values"_a);
+  nb::class_<quantine::Scoring>(m, "Scoring")
+      .def("__init__", &make_scoring, nb::kw_only(), "window"_a.none(), "cap"_a.none(),
+           "bias"_a.none());
   nb::class_<Block>(m, "Block")
-      .def("__init__", &make_block, nb::kw_only(), "attention_norm"_a, "mlp_norm"_a, "q"_a, "k"_a,
-           "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a, "activation"_a, "rotary"_a.none(),
-           "attention_scale"_a, "window"_a.none(), "q_norm"_a.none() = nb::none(),
-           "k_norm"_a.none() = nb::none(), "after_attention"_a.none() = nb::none(),
-           "after_mlp"_a.none() = nb::none(), "states"_a.none() = nb::none());
+      .def("__init__", &make_block, nb::kw_only(), "attention_norm"_a.none(),
+           "mlp_norm"_a.none(), "q"_a, "k"_a, "v"_a, "o"_a, "gate"_a.none(), "up"_a, "down"_a,
+           "activation"_a, "rotary"_a.none(), "attention_scale"_a, "scoring"_a, "parallel"_a,
+           "q_norm"_a.none(), "k_norm"_a.none(), "after_attention"_a.none(), "after_mlp"_a.none(),
+           "states"_a.none());
   nb::class_<Decoder>(m, "Decoder")
       .def("__init__", &make_decoder, nb::kw_only(), "heads"_a, "kv_heads"_a, "dim"_a,
            "embedding"_a, "embedding_factor"_a, "positions"_a.none(), "position_offset"_a,
-           "blocks"_a, "norm"_a, "head"_a, "capacity"_a, "exact"_a,
-           "integer_rows"_a, "pool"_a)
+           "embedding_norm"_a.none(), "blocks"_a, "norm"_a, "head"_a, "logit_cap"_a.none(),
+           "capacity"_a, "exact"_a, "integer_rows"_a, "pool"_a)
       .def("append", &append, "tokens"_a, "logits"_a)
       .def("reset", &Decoder::reset)
       .def_prop_ro("position", &Decoder::position)

@@ -25,6 +25,13 @@ void normalize(const Norm& norm, const float* x, float* y, std::size_t count) {
   }
 }
 
+// The outputs y of a slice, [count, outputs], from those of the matrix, x [count, rows].
+void take(const Slice& slice, const float* x, std::size_t rows, std::size_t count, float* y) {
+  for (std::size_t row = 0; row < count; ++row, x += rows)
+    for (std::size_t run = 0; run < slice.runs; ++run)
+      y = std::copy_n(x + slice.offset + run * slice.stride, slice.length, y);
+}
+
 }  // namespace
 
 Decoder::Decoder(Model model, std::size_t capacity, Arithmetic arithmetic,
@@ -60,6 +67,7 @@ void Decoder::append(const std::int64_t* tokens, std::size_t count, float* logit
   std::copy_n(hidden_.data() + (chunk - 1) * width(), width(), hidden_.data());
   normalize(model_.norm, hidden_.data(), input_.data(), 1);
   apply({{model_.head, logits}}, input_.data(), 1);
+  if (model_.logit_cap > 0.0f) cap(logits, model_.logit_cap, vocabulary());
 }
 
 void Decoder::check_tokens(const std::int64_t* tokens, std::size_t count) const {
@@ -78,8 +86,14 @@ void Decoder::check_tokens(const std::int64_t* tokens, std::size_t count) const 
 void Decoder::forward(const std::int64_t* tokens, std::size_t count) {
   embed(tokens, count);
   for (std::size_t index = 0; index < model_.blocks.size(); ++index) {
-    attend(model_.blocks[index], caches_[index], count);
-    run_mlp(model_.blocks[index], count);
+    const DecoderBlock& block = model_.blocks[index];
+    enter(block.attention_norm, count);
+    attend(block, caches_[index], count);
+    if (block.parallel) enter(block.mlp_norm, count);
+    join(block.after_attention, count);
+    if (!block.parallel) enter(block.mlp_norm, count);
+    run_mlp(block, count);
+    join(block.after_mlp, count);
   }
   position_ += count;
 }
@@ -90,13 +104,23 @@ void Decoder::embed(const std::int64_t* tokens, std::size_t count) {
                              hidden_.data() + row * width(), *pool_);
   if (model_.embedding_factor != 1.0f)
     scale(hidden_.data(), model_.embedding_factor, count * width());
-  if (model_.positions == nullptr) return;
-  model_.positions->decode(model_.position_offset + position_, count, output_.data(), *pool_);
-  add(hidden_.data(), output_.data(), count * width());
+  if (model_.positions != nullptr) {
+    model_.positions->decode(model_.position_offset + position_, count, output_.data(), *pool_);
+    add(hidden_.data(), output_.data(), count * width());
+  }
+  if (model_.embedding_norm)
+    normalize(*model_.embedding_norm, hidden_.data(), hidden_.data(), count);
+}
+
+// Makes the residual stream, or its norm, what matrices read.
+void Decoder::enter(const std::optional<Norm>& norm, std::size_t count) {
+  if (norm)
+    normalize(*norm, hidden_.data(), input_.data(), count);
+  else
+    std::copy_n(hidden_.data(), count * width(), input_.data());
 }
 
 void Decoder::attend(const DecoderBlock& block, AnyCache& cache, std::size_t count) {
-  normalize(block.attention_norm, hidden_.data(), input_.data(), count);
   apply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, input_.data(), count);
   rotate_heads(block, count);
   put(cache, count);
@@ -106,29 +130,33 @@ void Decoder::attend(const DecoderBlock& block, AnyCache& cache, std::size_t cou
     const float* queries = q_.data() + done * width;
     float* out = attended_.data() + done * width;
     if (const auto* packed = std::get_if<PackedCache>(&cache))
-      packed->attend(queries, some, first, block.window, out, scratch_, *pool_);
+      packed->attend(queries, some, first, block.scoring, out, scratch_, *pool_);
     else
-      attention_.run(std::get<Cache>(cache), queries, some, first, block.window, out, *pool_);
+      attention_.run(std::get<Cache>(cache), queries, some, first, block.scoring, out, *pool_);
   }
   apply({{block.o, output_.data()}}, attended_.data(), count);
-  join(block.after_attention, count);
 }
 
 // Turns queries and keys to their positions.
 void Decoder::rotate_heads(const DecoderBlock& block, std::size_t count) {
   const Heads& heads = model_.heads;
-  if (block.q_norm) normalize(*block.q_norm, q_.data(), q_.data(), count * heads.heads);
-  if (block.k_norm) normalize(*block.k_norm, k_.data(), k_.data(), count * heads.kv_heads);
-  scale(q_.data(), block.attention_scale, count * heads.heads * heads.dim);
+  const std::size_t queries = count * heads.heads * heads.dim;
+  const std::size_t keys = count * heads.kv_heads * heads.dim;
+  if (const auto& norm = block.q_norm)
+    normalize(*norm, q_.data(), q_.data(), queries / norm->weight.size());
+  if (const auto& norm = block.k_norm)
+    normalize(*norm, k_.data(), k_.data(), keys / norm->weight.size());
+  scale(q_.data(), block.attention_scale, queries);
   if (!block.rotary) return;
-  const std::size_t half = heads.dim / 2;
+  const std::size_t half = block.rotary->half;
+  const auto turn = block.rotary->neighbours ? rotate_neighbours : rotate;
   for (std::size_t row = 0; row < count; ++row) {
     const float* cos = block.rotary->cos.data() + (position_ + row) * half;
     const float* sin = block.rotary->sin.data() + (position_ + row) * half;
     for (std::size_t head = 0; head < heads.heads; ++head)
-      rotate(q_.data() + (row * heads.heads + head) * heads.dim, cos, sin, half);
+      turn(q_.data() + (row * heads.heads + head) * heads.dim, cos, sin, half);
     for (std::size_t head = 0; head < heads.kv_heads; ++head)
-      rotate(k_.data() + (row * heads.kv_heads + head) * heads.dim, cos, sin, half);
+      turn(k_.data() + (row * heads.kv_heads + head) * heads.dim, cos, sin, half);
   }
 }
 
@@ -142,8 +170,7 @@ void Decoder::put(AnyCache& cache, std::size_t count) {
 }
 
 void Decoder::run_mlp(const DecoderBlock& block, std::size_t count) {
-  normalize(block.mlp_norm, hidden_.data(), input_.data(), count);
-  const std::size_t inner = count * block.up.matrix->rows();
+  const std::size_t inner = count * block.up.outputs();
   if (block.gate.matrix == nullptr) {
     apply({{block.up, up_.data()}}, input_.data(), count);
     activate(block.activation, up_.data(), inner);
@@ -153,7 +180,6 @@ void Decoder::run_mlp(const DecoderBlock& block, std::size_t count) {
     gate(up_.data(), gate_.data(), inner);
   }
   apply({{block.down, output_.data()}}, up_.data(), count);
-  join(block.after_mlp, count);
 }
 
 // Adds output_ to the residual stream.
@@ -162,9 +188,28 @@ void Decoder::join(const std::optional<Norm>& norm, std::size_t count) {
   add(hidden_.data(), output_.data(), count * width());
 }
 
-// Linears that read the same inputs share one parallel step.
 void Decoder::apply(std::initializer_list<Application> applications, const float* x,
                     std::size_t count) {
+  const Linear& first = applications.begin()->linear;
+  if (first.slice) {
+    const std::size_t rows = first.matrix->rows();
+    fused_.resize(count * rows);
+    multiply_all({{first, fused_.data()}}, x, count);
+    for (const Application& one : applications)
+      take(*one.linear.slice, fused_.data(), rows, count, one.y);
+  } else {
+    multiply_all(applications, x, count);
+  }
+  for (const Application& one : applications) {
+    const std::size_t outputs = one.linear.bias.size();
+    for (std::size_t row = 0; outputs > 0 && row < count; ++row)
+      add(one.y + row * outputs, one.linear.bias.data(), outputs);
+  }
+}
+
+// All rows of the matrices. Those that read the same inputs share one parallel step.
+void Decoder::multiply_all(std::initializer_list<Application> applications, const float* x,
+                           std::size_t count) {
   const auto in_integers = [&](const Application& one) {
     return one.linear.integers && count >= integer_rows_;
   };
@@ -183,11 +228,6 @@ void Decoder::apply(std::initializer_list<Application> applications, const float
       products[number++] = {one->linear.matrix.get(), one->y};
     multiply(products, number, rounded(linear.rounding.get(), x, count), count, arithmetic_,
              *pool_);
-  }
-  for (const Application& one : applications) {
-    const std::size_t rows = one.linear.bias.size();
-    for (std::size_t row = 0; rows > 0 && row < count; ++row)
-      add(one.y + row * rows, one.linear.bias.data(), rows);
   }
 }
 

@@ -1,4 +1,4 @@
-// A whole language model, one call per token: embedding, pre-norm decoder blocks, head.
+// A whole language model, one call per token: embedding, decoder blocks, head.
 #pragma once
 
 #include <cstddef>
@@ -48,11 +48,14 @@ class Decoder {
   void forward(const std::int64_t* tokens, std::size_t count);
   void embed(const std::int64_t* tokens, std::size_t count);
   using AnyCache = std::variant<Cache, PackedCache>;
+  void enter(const std::optional<Norm>& norm, std::size_t count);
   void attend(const DecoderBlock& block, AnyCache& cache, std::size_t count);
   void rotate_heads(const DecoderBlock& block, std::size_t count);
   void put(AnyCache& cache, std::size_t count);
   void run_mlp(const DecoderBlock& block, std::size_t count);
   void apply(std::initializer_list<Application> applications, const float* x, std::size_t count);
+  void multiply_all(std::initializer_list<Application> applications, const float* x,
+                    std::size_t count);
   const float* rounded(const InputRounding* rounding, const float* x, std::size_t count);
   void join(const std::optional<Norm>& norm, std::size_t count);
 
@@ -69,7 +72,7 @@ class Decoder {
   PackedScratch scratch_;
   std::size_t position_ = 0;
   // Of up to kTokens tokens: the residual stream, the input of a matrix, and what matrices put out.
-  std::vector<float> hidden_, input_, output_, q_, k_, v_, attended_, gate_, up_, rounded_;
+  std::vector<float> hidden_, input_, output_, q_, k_, v_, attended_, gate_, up_, rounded_, fused_;
 };
 
 }  // namespace quantine

@@ -71,6 +71,20 @@ void rotate(float* x, const float* cos, const float* sin, std::size_t half) {
 }
 
 QUANTINE_CLONES
+void rotate_neighbours(float* x, const float* cos, const float* sin, std::size_t half) {
+  for (std::size_t i = 0; i < half; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    x[2 * i] = a * cos[i] - b * sin[i];
+    x[2 * i + 1] = b * cos[i] + a * sin[i];
+  }
+}
+
+QUANTINE_CLONES
+void cap(float* x, float bound, std::size_t n) {
+  for (std::size_t j = 0; j < n; ++j) x[j] = capped(x[j], bound);
+}
+
+QUANTINE_CLONES
 void gate(float* x, const float* y, std::size_t n) {
   for (std::size_t j = 0; j < n; ++j) x[j] *= y[j];
 }

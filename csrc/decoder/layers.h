@@ -24,6 +24,12 @@ void scale(float* x, float factor, std::size_t n);
 // Rotates the pairs (x[i], x[i + half]) by the angles whose cosine and sine are cos[i], sin[i].
 void rotate(float* x, const float* cos, const float* sin, std::size_t half);
 
+// Rotates the pairs (x[2 i], x[2 i + 1]) likewise.
+void rotate_neighbours(float* x, const float* cos, const float* sin, std::size_t half);
+
+// x[n] = bound * tanh(x[n] / bound).
+void cap(float* x, float bound, std::size_t n);
+
 // x[n] = activation(x[n]).
 void activate(Activation activation, float* x, std::size_t n);
 

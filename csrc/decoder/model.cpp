@@ -2,6 +2,7 @@
 #include "decoder/model.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -35,13 +36,29 @@ void need_shape(const AttentionRounding& rounding, const Heads& heads) {
        "the grids of queries, keys and values");
 }
 
+bool has_shape(const Slice& slice, std::size_t rows) {
+  if (slice.runs == 0 || slice.offset + slice.length > rows) return false;
+  const std::size_t left = rows - slice.offset - slice.length;
+  return slice.runs - 1 <= left / std::max<std::size_t>(1, slice.stride);
+}
+
 void need_shape(const Linear& linear, std::size_t rows, std::size_t columns, const char* what) {
-  need(linear.matrix != nullptr && linear.matrix->rows() == rows &&
-           linear.matrix->columns() == columns &&
+  need(linear.matrix != nullptr && linear.matrix->columns() == columns &&
+           (!linear.slice || has_shape(*linear.slice, linear.matrix->rows())) &&
+           linear.outputs() == rows &&
            (linear.bias.empty() || linear.bias.size() == rows) &&
            (linear.rounding == nullptr || has_shape(*linear.rounding, columns)) &&
            (!linear.integers || has_shape(*linear.integers, linear.matrix->weights())),
        what);
+}
+
+// All are slices of the first one's matrix, or none is a slice.
+void need_together(std::initializer_list<const Linear*> linears, const char* what) {
+  const Linear& first = **linears.begin();
+  for (const Linear* one : linears)
+    need(one->slice.has_value() == first.slice.has_value() &&
+             (!one->slice || one->matrix == first.matrix),
+         what);
 }
 
 void need_shape(const Norm& norm, std::size_t n) {
@@ -56,6 +73,24 @@ void need_shape(const std::optional<Norm>& norm, std::size_t n) {
   if (norm) need_shape(*norm, n);
 }
 
+// Of each head, or of all at once.
+void need_head_shape(const std::optional<Norm>& norm, std::size_t heads, std::size_t dim) {
+  if (norm) need_shape(*norm, norm->weight.size() == dim ? dim : heads * dim);
+}
+
+void need_shape(const Scoring& scoring, const Heads& heads, std::size_t capacity) {
+  need(scoring.window > 0, "the window");
+  need(scoring.bias == nullptr || scoring.bias->values.size() == heads.heads * capacity,
+       "what is added to scores");
+}
+
+void need_shape(const Rotary& rotary, const Heads& heads, std::size_t capacity) {
+  const std::size_t angles = capacity * rotary.half;
+  need(rotary.half > 0 && 2 * rotary.half <= heads.dim && rotary.cos.size() >= angles &&
+           rotary.sin.size() >= angles,
+       "cos, sin");
+}
+
 }  // namespace
 
 void check_shapes(const Model& model, std::size_t capacity) {
@@ -64,29 +99,36 @@ void check_shapes(const Model& model, std::size_t capacity) {
   const std::size_t width = model.embedding->columns();
   const std::size_t q = heads.heads * heads.dim, kv = heads.kv_heads * heads.dim;
   need(kv > 0 && q > 0 && heads.heads % heads.kv_heads == 0, "heads");
-  const std::size_t angles = capacity * heads.dim / 2;
   const auto& positions = model.positions;
   need(positions == nullptr || (positions->columns() == width &&
                                 positions->rows() >= model.position_offset + capacity),
        "the table of positions");
+  need_shape(model.embedding_norm, width);
   for (const DecoderBlock& block : model.blocks) {
-    for (const auto* norm : {&block.attention_norm, &block.mlp_norm}) need_shape(*norm, width);
-    for (const auto* norm : {&block.after_attention, &block.after_mlp}) need_shape(*norm, width);
-    for (const auto* norm : {&block.q_norm, &block.k_norm}) need_shape(*norm, heads.dim);
+    for (const auto* norm : {&block.attention_norm, &block.mlp_norm, &block.after_attention,
+                             &block.after_mlp})
+      need_shape(*norm, width);
+    need_head_shape(block.q_norm, heads.heads, heads.dim);
+    need_head_shape(block.k_norm, heads.kv_heads, heads.dim);
     need_shape(block.q, q, width, "q");
     need_shape(block.k, kv, width, "k");
     need_shape(block.v, kv, width, "v");
+    need_together({&block.q, &block.k, &block.v}, "q, k and v");
     need_shape(block.o, width, q, "o");
     need(block.up.matrix != nullptr, "up");
-    const std::size_t inner = block.up.matrix->rows();
+    const std::size_t inner = block.up.outputs();
     need_shape(block.up, inner, width, "up");
     need_shape(block.down, width, inner, "down");
-    if (block.gate.matrix != nullptr) need_shape(block.gate, inner, width, "gate");
-    need(!block.rotary || (heads.dim % 2 == 0 && block.rotary->cos.size() >= angles &&
-                           block.rotary->sin.size() >= angles),
-         "cos, sin");
-    need(block.window > 0, "the window");
-    if (block.states) need_shape(*block.states, heads);
+    if (block.gate.matrix != nullptr) {
+      need_shape(block.gate, inner, width, "gate");
+      need_together({&block.gate, &block.up}, "gate and up");
+    }
+    if (block.rotary) need_shape(*block.rotary, heads, capacity);
+    need_shape(block.scoring, heads, capacity);
+    if (block.states) {
+      need_shape(*block.states, heads);
+      need(block.scoring.bias == nullptr, "what is added to scores of rounded keys");
+    }
   }
   need_shape(model.norm, width);
   need_shape(model.head, model.embedding->rows(), width, "the head");
@@ -95,7 +137,7 @@ void check_shapes(const Model& model, std::size_t capacity) {
 std::size_t widest_mlp(const Model& model) {
   std::size_t widest = 0;
   for (const DecoderBlock& block : model.blocks)
-    widest = std::max(widest, block.up.matrix == nullptr ? 0 : block.up.matrix->rows());
+    widest = std::max(widest, block.up.matrix == nullptr ? 0 : block.up.outputs());
   return widest;
 }
 

@@ -55,18 +55,26 @@ void PackedCache::put_side(Side& side, std::size_t position, std::size_t tokens,
 }
 
 void PackedCache::attend(const float* queries, std::size_t tokens, std::size_t first,
-                         std::size_t window, float* out, PackedScratch& scratch,
+                         const Scoring& scoring, float* out, PackedScratch& scratch,
                          Pool& pool) const {
-  const std::size_t from = first + 1 > window ? first + 1 - window : 0;
+  const std::size_t window = scoring.window, from = first + 1 > window ? first + 1 - window : 0;
   const std::size_t context = first + tokens - from;
   scratch.queries.resize(heads_.heads * tokens * heads_.dim);
   scratch.probabilities.resize(heads_.heads * tokens * context);
   turn(queries, tokens, scratch.queries.data(), pool);
-  PackedAttention call{1,       heads_.heads,          heads_.kv_heads,
-                       tokens,  context,               heads_.dim,
-                       states(keys_, from),            states(values_, from),
-                       {nullptr, 0, 0, 0},             rounding_.scaling,
-                       0.0f,    rounding_.softmax_bits, rounding_.relative};
+  PackedAttention call{1,
+                       heads_.heads,
+                       heads_.kv_heads,
+                       tokens,
+                       context,
+                       heads_.dim,
+                       states(keys_, from),
+                       states(values_, from),
+                       {nullptr, 0, 0, 0},
+                       rounding_.scaling,
+                       scoring.cap,
+                       rounding_.softmax_bits,
+                       rounding_.relative};
   if (tokens > 1) {
     hide(tokens, context, first - from, window, scratch.mask);
     call.mask = {scratch.mask.data(), 0, 0, context};

@@ -44,11 +44,9 @@ float largest(const float* x, std::size_t n) {
   return best[0];
 }
 
-// tanh to some 1e-7 absolute.
 QUANTINE_CLONES
 void cap(float* scores, std::size_t n, float bound) {
-  for (std::size_t j = 0; j < n; ++j)
-    scores[j] = (1.0f - 2.0f / (exponential(2.0f * (scores[j] / bound)) + 1.0f)) * bound;
+  for (std::size_t j = 0; j < n; ++j) scores[j] = capped(scores[j], bound);
 }
 
 // Values in [0, 1] become whole numbers up to `last`.

@@ -20,7 +20,7 @@ from quantine.runtime.decoder_model import arguments_for
 from quantine.runtime.generate import continue_tokens
 from quantine.runtime.packed import packed_modules
 from quantine.runtime.sampling import Sampling
-from tiny_models import FAMILIES, VOCAB, WIDTH, logits_of, random_model, some_tokens, tiny_config
+from tiny_models import VOCAB, WIDTH, logits_of, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]
 
@@ -276,27 +276,18 @@ ROPE_DYNAMIC: Final = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("gemma2", {}, "logits are capped"),
-        ("gemma2", {"final_logit_softcapping": None}, "scores are capped"),
         ("gemma3", {"use_bidirectional_attention": True}, "looks ahead"),
         ("opt_projected", {}, "norms come after"),
-        ("opt_projected", {"do_layer_norm_before": True}, "narrower"),
+        ("opt_projected", {"do_layer_norm_before": True}, "project_in"),
         ("opt", {"_remove_final_layer_norm": True}, "final_layer_norm"),
         ("opt", {"max_position_embeddings": 30}, "fewer than 32 positions"),
         ("opt", {"activation_function": "tanh"}, "activation is a Tanh"),
         ("llama", {"rope_parameters": ROPE_DYNAMIC}, "'dynamic'"),
-        ("phi3", {}, "none for model type 'phi3'"),
     ],
 )
 def test_refusals(name: str, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(BackendUnavailable, match=reason):
         decoder_for(tiny_model(name, **changes), 32)
-
-
-def test_every_family_decodes_or_is_refused() -> None:
-    for name in set(FAMILIES) - set(NATIVE):
-        with pytest.raises(BackendUnavailable, match="no native decoder: "):
-            decoder_for(tiny_model(name), 8)
 
 
 def test_refusals_of_changed_models(monkeypatch: pytest.MonkeyPatch) -> None:

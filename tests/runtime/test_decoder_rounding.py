@@ -42,6 +42,8 @@ SCHEMES: Final = (
     ("opt", "W4A4"),
 )
 """Models, the windows of Mistral's among them, and schemes."""
+FURTHER: Final = (("phi3", "W4A8"), ("gemma2", "W4A4KV"))
+"""Models with fused matrices, or scores that have a bound."""
 NOISE: Final[dict[Arithmetic, float]] = {"exact": 2e-5, "fast": 2e-3}
 """Of logits of equal steps, relative to the largest of a row. In fast arithmetic the products of
 modules and decoder meet rounded activations alike, but noise is larger."""
@@ -86,7 +88,7 @@ def test_steps_are_those_of_the_modules(name: str, scheme: str, packed: Packed) 
     assert_mostly_equal(differences(model, 5, 2, ROOM), NOISE["exact"])
 
 
-@pytest.mark.parametrize(("name", "scheme"), SCHEMES)
+@pytest.mark.parametrize(("name", "scheme"), [*SCHEMES, *FURTHER])
 def test_prompts_are_those_of_the_modules(name: str, scheme: str, packed: Packed) -> None:
     model = rounded_model(packed, name, scheme)
     # 64 tokens are multiplied in integers, the rest as floats.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,32 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from quantine import load
-from quantine.families.gemma import GEMMA
-from quantine.families.llama import LLAMA
-from quantine.families.opt import OPT
-from quantine.runtime.decoder_multipliers import MULTIPLIES
+from quantine.runtime.decoder_structures import STRUCTURES
 from quantine.runtime.hf_generate import Generate
-from tiny_models import FAMILIES, some_tokens
+from tiny_models import FAMILIES, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]
 
 NATIVE: Final = ("llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "opt")
-"""A variant of every model type that decodes natively."""
+"""Variants on which everything is tried."""
+FURTHER: Final = (
+    "gemma2",
+    "phi3",
+    "neox_parallel",
+    "gpt2",
+    "bloom",
+    "falcon_new",
+    "falcon_alibi",
+)
+"""Variants with other blocks; smaller, with float matrices, and some are tried in one way."""
 ROUNDING: Final = "W4A4-strict"
 """A scheme in which every site has a grid."""
-NEVER: Final = frozenset({"gemma2"})
-"""Model types of these families that do not. Those that multiply have tests of their own."""
+APART: Final = frozenset({"granite", "olmo2", "glm4"})
+"""Model types that have tests of their own."""
 
 
 def test_every_model_type_is_tried() -> None:
-    families = {*LLAMA.model_types, *GEMMA.model_types, *OPT.model_types}
-    native = {FAMILIES[name][0] for name in NATIVE}
-    assert native | NEVER == families
+    native = {FAMILIES[name][0] for name in (*NATIVE, *FURTHER)}
+    assert native | APART == set(STRUCTURES)
     table = (Path(__file__).parents[2] / "docs" / "loading.md").read_text(encoding="utf-8")
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
     said = {kind: row[2].split()[0].strip(",:") for row in rows for kind in row[1].split("`")[1::2]}
-    assert {kind for kind in said if said[kind] == "yes"} == native | MULTIPLIES
-    assert {said[FAMILIES[name][0]] for name in FAMILIES} == {"yes", "no"}
+    assert {kind for kind in said if said[kind] == "yes"} == set(STRUCTURES)
 
 
 def changed(value: Any) -> Any:
@@ -236,7 +243,11 @@ def decodes(model: Any) -> bool:
 
 def generating(packed: Packed, name: str, kind: str = "rtn") -> tuple[Any, Tensor]:
     """A model that has generated natively, and the scores it had."""
-    model = load(packed(name, kind), dtype=torch.float32)[0]
+    if name in FURTHER:
+        model = random_model(tiny_config(name, num_hidden_layers=2))
+        model.generate = Generate(model)
+    else:
+        model = load(packed(name, kind), dtype=torch.float32)[0]
     model.generation_config.eos_token_id = None
     before = scores(model, model.generate)
     assert decodes(model)
@@ -248,18 +259,42 @@ def tried_paths(model: Any) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if ".layers.0" not in path and not isinstance(module, nn.ModuleList)
+        if not re.search(r"\.(layers|h)\.[02]", path)
+        and not isinstance(module, nn.ModuleList | nn.Dropout)
     ]
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: str(way.__name__))
-@pytest.mark.parametrize("name", NATIVE)
+IDLE: Final = {"opt": "model", "falcon_alibi": "transformer.rotary_emb"}
+"""A module that is not called: OPT calls what is inside, and ALiBi rotates nothing."""
+EFFECTS: Final = {
+    "gemma2": {"scaling", "eps", "num_hidden_layers", "final_logit_softcapping"},
+    "gemma3": {"scaling", "eps", "num_hidden_layers"},
+    "opt": {"scaling", "eps"},
+    "gpt2": {"scaling", "eps"},
+    "neox_parallel": {"scaling", "eps", "use_parallel_residual"},
+    "bloom": {"inv_norm_factor", "beta", "apply_residual_connection_post_layernorm"},
+    "falcon_new": {"eps", "_output_attentions"},
+    "falcon_alibi": {"eps", "use_alibi", "_output_attentions"},
+}
+"""Attributes whose change must be seen to have an effect."""
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *itertools.product(NATIVE, WAYS),
+        ("gpt2", class_patch),
+        ("bloom", subclass),
+        ("falcon_alibi", hook),
+    ],
+    ids=lambda value: str(getattr(value, "__name__", value)),
+)
 def test_replaced_computation_counts(name: str, way: Any, packed: Packed) -> None:
     model, before = generating(packed, name)
     paths = tried_paths(model)
     assert len(paths) > 15
-    idle = {"model"} if name == "opt" else set()  # OPT calls what is inside
-    tried = [path for path in paths if fits(path, way) and path not in idle]
+    idle = IDLE.get(name, "no module")
+    tried = [path for path in paths if fits(path, way) and path != idle]
     effects = {path: compared(model, way(model, path), before, path) for path in tried}
     assert all(effects.values()), effects
 
@@ -300,7 +335,7 @@ def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, old)
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", [*NATIVE, *FURTHER])
 def test_changed_attributes_count(name: str, packed: Packed) -> None:
     model, before = generating(packed, name)
     owners = {type(module := model.get_submodule(path)): module for path in tried_paths(model)}
@@ -320,9 +355,7 @@ def test_changed_attributes_count(name: str, packed: Packed) -> None:
             if far(wanted, before):
                 check_returns(model, before, what)
                 effects.add(key)
-    wanted_effects = {"scaling", "eps" if name in {"gemma3", "opt"} else "variance_epsilon"}
-    assert wanted_effects <= effects
-    assert name == "opt" or "num_hidden_layers" in effects
+    assert EFFECTS.get(name, {"scaling", "variance_epsilon", "num_hidden_layers"}) <= effects
 
 
 def scaled(tensor: Tensor) -> Tensor:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quantine.errors import PlanError
+from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder_structures import STRUCTURES
 from quantine.survey import survey as module
+from quantine.survey import verdict
 from quantine.survey.survey import causal_classes, chosen_classes, survey
 from quantine.survey.verdict import UNBUILT, Verdict, examine
 
@@ -32,6 +37,8 @@ def test_the_table_has_every_class_of_the_installed_transformers(
     for row in table.values():
         assert list(row) == ["class", "weights", "activations", "native", "reason"]
         assert bool(row["reason"]) != (row["weights"] and row["activations"] and row["native"])
+    native = {name for name, kind in causal_classes().items() if kind in STRUCTURES}
+    assert {name for name, row in table.items() if row["native"]} == native
 
 
 @pytest.mark.parametrize("class_name", SAMPLE)
@@ -43,8 +50,8 @@ def test_the_table_says_what_comes_out(
 
 @pytest.mark.slow
 def test_a_process_tries_a_class() -> None:
-    (verdict,) = survey(chosen_classes(["LlamaForCausalLM"]))
-    assert verdict == Verdict("LlamaForCausalLM", weights=True, activations=True, native=True)
+    (found,) = survey(chosen_classes(["LlamaForCausalLM"]))
+    assert found == Verdict("LlamaForCausalLM", weights=True, activations=True, native=True)
 
 
 def test_classes_are_chosen_by_their_name_or_model_type() -> None:
@@ -55,6 +62,19 @@ def test_classes_are_chosen_by_their_name_or_model_type() -> None:
     }
     with pytest.raises(PlanError, match="no causal language model 'lama'"):
         chosen_classes(["llama", "lama"])
+
+
+def test_a_native_decoder_that_computes_something_else_is_none(
+    packed: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def off(model: Any, capacity: int) -> Decoder:
+        model.model.layers[1].self_attn.scaling *= 1.5
+        return decoder_for(model, capacity)
+
+    verdict._decode(packed("llama", "rtn"))
+    monkeypatch.setattr(verdict, "decoder_for", off)
+    with pytest.raises(verdict.Unlike, match=r"logits of the native decoder are off by \d"):
+        verdict._decode(packed("llama", "rtn"))
 
 
 def test_a_class_that_cannot_be_built_says_so() -> None:
@@ -68,7 +88,7 @@ def test_a_class_that_takes_too_long_or_ends_its_process_does_not_end_the_survey
     monkeypatch.setattr(module, "SECONDS", 20)
     monkeypatch.setattr(module, "_examine", _misbehave)
     found = list(survey({"Dead": "die", "Slow": "sleep", "Fine": "answer"}))
-    assert [verdict.reason for verdict in found] == [
+    assert [one.reason for one in found] == [
         "its process ended without a result",
         "it takes more than 20 seconds",
         "fine",

@@ -82,7 +82,8 @@ def decoder_for(
     """Make a native decoder that computes what ``model`` computes.
 
     Args:
-        model: a model of the llama, gemma or opt family, with float or packed matrices.
+        model: a model of a type in `quantine.runtime.decoder_structures.STRUCTURES`, with float or
+            packed matrices.
         capacity: largest number of tokens it will see, prompt included.
         arithmetic: arithmetic of products with packed matrices, see `quantine.kernels.matrix`;
             ``None`` takes that of the model's modules.

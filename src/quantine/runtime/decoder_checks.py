@@ -39,7 +39,7 @@ OURS: Final = frozenset(
 """
 PLAIN_TENSORS: Final = frozenset({Tensor, nn.Parameter})
 """Types of tensors that compute as PyTorch defines it."""
-HEAD: Final = "ForCausalLM"
+HEADS: Final = ("ForCausalLM", "LMHeadModel")
 """What the names of classes that generate text end with in transformers."""
 
 
@@ -77,13 +77,14 @@ def classes_of(model: PreTrainedModel) -> Classes:
     kind, config = type(model), type(model.config)
     home = kind.__module__
     package = config.__module__.rpartition(".")[0]
+    ending = next(filter(kind.__name__.endswith, HEADS), None)
     if (
         not package.startswith("transformers.models.")
         or home.rpartition(".")[0] != package
-        or not kind.__name__.endswith(HEAD)
+        or ending is None
     ):
         refuse(f"the model is a {kind.__name__} of {home}")
-    return Classes(sys.modules[home], kind.__name__.removesuffix(HEAD))
+    return Classes(sys.modules[home], kind.__name__.removesuffix(ending))
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -172,6 +173,21 @@ def expect(
     odd = {name for name, _ in module.named_children()} ^ {*needed}
     if odd:
         refuse(f"{what} ({kind.__name__}) differs in {', '.join(sorted(odd))}")
+
+
+def dropouts(module: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of ``names`` that are children of ``module``, which do nothing.
+
+    Raises:
+        BackendUnavailable: one is no dropout, or drops something.
+    """
+    found = {name for name in names if name in module._modules}
+    for name in found:
+        child = module.get_submodule(name)
+        expect(child, nn.Dropout, f"the dropout {name}", ())
+        if child.training:
+            refuse(f"{name} is in training mode")
+    return found
 
 
 def refuse(reason: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Turning modules into parts of the native decoder: matrices, norms, angles and activations."""
+"""Turning modules into parts of the native decoder: matrices, norms and activations."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from quantine.activations.modules import GriddedLinear, PermutedNorm
-from quantine.families.layers import INPUTS_NAME
+from quantine.families.layers import INPUTS_NAME, is_transposed
 from quantine.kernels.matrix import float_matrix
 from quantine.kernels.matrix.cpu import TILE
 from quantine.runtime.decoder_checks import Classes, expect, refuse
+from quantine.runtime.decoder_heads import Slice
 from quantine.runtime.decoder_rounding import Roundings
 from quantine.runtime.modules import QuantEmbedding, QuantLinear, TiedHead
 from quantine.runtime.rounding_norm import RoundingNorm
@@ -28,6 +29,7 @@ ACTIVATIONS: Final = {
     "NewGELUActivation": "gelu_tanh",
     "FastGELUActivation": "gelu_tanh",
     "AccurateGELUActivation": "gelu_tanh",
+    "BloomGelu": "gelu_tanh",
 }
 """Native names of activation functions by the name of their class in torch or transformers."""
 PROBE: Final = (-9.0, 9.0, 37)
@@ -37,8 +39,9 @@ CLOSE: Final = 1e-5
 
 SCALED: Final = "TextScaledWordEmbedding"
 """What the names of embeddings end with that multiply their rows by a factor."""
-STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Types of rotary embeddings whose angles do not depend on the length of the text."""
+LINEAR: Final = "Linear"
+"""What the names of classes of a model end with that are its own for matrices, with no more sums
+and products than torch's."""
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,30 @@ class Parts:
     roundings: Roundings
     matrices: dict[int, Any] = field(default_factory=dict)
 
-    def linear(self, module: Any) -> Any:
-        """The native ``Linear`` of a ``nn.Linear``, `GriddedLinear` or `QuantLinear`.
+    def linear(self, module: Any, part: Slice | None = None) -> Any:
+        """The native ``Linear`` of a module with a matrix.
+
+        Args:
+            module: a ``nn.Linear``, ``Conv1D``, `GriddedLinear`, `QuantLinear` or the model's own.
+            part: the outputs that are wanted; ``None`` for all.
 
         Raises:
             BackendUnavailable: it is something else, or rounds its inputs in a way that is not
                 known.
         """
-        if type(module) not in (nn.Linear, GriddedLinear, QuantLinear):
+        from transformers.pytorch_utils import Conv1D
+
+        own = self.classes.home.__dict__.get(f"{self.classes.prefix}{LINEAR}")
+        if type(module) not in (nn.Linear, Conv1D, own, GriddedLinear, QuantLinear):
             refuse(f"a matrix is in a {type(module).__name__}")
         inputs = getattr(module, INPUTS_NAME, None)
         if inputs is None:
-            return self._linear(module, getattr(module, "bias", None))
-        return self.native.Linear(
-            self._matrix(module, {INPUTS_NAME}),
-            None if module.bias is None else vector(module.bias),
+            return self._linear(module, module.bias, part=part)
+        return self._linear(
+            module,
+            module.bias,
+            {INPUTS_NAME},
+            part,
             rounding=self.roundings.inputs(inputs, module.in_features),
             integers=module.input_grid() if type(module) is QuantLinear else None,
         )
@@ -90,8 +102,18 @@ class Parts:
             refuse("the head shares a table that the embedding does not have")
         return self._linear(embedding, module.bias)
 
-    def _linear(self, module: nn.Module, bias: Tensor | None) -> Any:
-        return self.native.Linear(self._matrix(module), None if bias is None else vector(bias))
+    def _linear(
+        self,
+        module: nn.Module,
+        bias: Tensor | None,
+        children: Iterable[str] = (),
+        part: Slice | None = None,
+        **rounded: Any,
+    ) -> Any:
+        if bias is not None:
+            bias = vector(bias if part is None else bias[part.indices()])
+        found = None if part is None else self.native.Slice(*part)
+        return self.native.Linear(self._matrix(module, children), bias, slice=found, **rounded)
 
     def embedding(self, module: Any) -> tuple[Any, float]:
         """The native matrix of a token embedding, and the factor on its rows.
@@ -123,7 +145,9 @@ class Parts:
         if not isinstance(module, QuantLinear | QuantEmbedding):
             weight = module.weight
             if id(weight) not in self.matrices:
-                self.matrices[id(weight)] = float_matrix(weight.detach())
+                stored = weight.detach()
+                plain = stored.T.contiguous() if is_transposed(module) else stored
+                self.matrices[id(weight)] = float_matrix(plain)
             return self.matrices[id(weight)]
         matrix = module.matrix()
         if matrix is None:
@@ -182,6 +206,7 @@ class Parts:
         if name is None or kind not in (
             getattr(activations, kind.__name__, None),
             getattr(nn, kind.__name__, None),
+            getattr(self.classes.home, kind.__name__, None),
         ):
             refuse(f"the activation is a {kind.__name__}")
         x = torch.linspace(*PROBE, dtype=torch.float32, device="cpu")
@@ -190,47 +215,6 @@ class Parts:
         if not torch.allclose(found, wanted, rtol=0.0, atol=CLOSE * PROBE[1]):
             refuse(f"the activation, a {kind.__name__}, computes something else than {name}")
         return name
-
-
-@dataclass(frozen=True)
-class Angles:
-    """Native tables of the cosines and sines of rotary embeddings, one for each type of layer.
-
-    Attributes:
-        rotary: the model's module of rotary embeddings.
-        native: the module ``quantine._native``.
-        capacity: number of positions in a table.
-        tables: the tables made so far, by type of layer.
-    """
-
-    rotary: Any
-    native: ModuleType
-    capacity: int
-    tables: dict[str, Any] = field(default_factory=dict)
-
-    def of(self, layer_type: str, head_dim: int) -> Any:
-        """The table of layers of one type.
-
-        Raises:
-            BackendUnavailable: angles depend on the length of the text, or do not rotate all of a
-                head.
-        """
-        if layer_type not in self.tables:
-            self.tables[layer_type] = self._table(layer_type, head_dim)
-        return self.tables[layer_type]
-
-    def _table(self, layer_type: str, head_dim: int) -> Any:
-        several = isinstance(self.rotary.rope_type, dict)
-        kind = self.rotary.rope_type[layer_type] if several else self.rotary.rope_type
-        if kind not in STATIC_ROPE:
-            refuse(f"rotary embeddings are of type {kind!r}")
-        probe = torch.empty(0, dtype=torch.float32, device="cpu")
-        positions = torch.arange(self.capacity, device="cpu").unsqueeze(0)
-        cos, sin = self.rotary(probe, positions, *([layer_type] if several else []))
-        if cos.shape[-1] != head_dim:
-            refuse("only a part of each head is rotated")
-        half = head_dim // 2  # the second half repeats the first
-        return self.native.Rotary(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
 
 def _or_filled(tensor: Tensor | None, value: float, size: tuple[int, ...]) -> Tensor:

@@ -64,11 +64,12 @@ class Roundings:
             self.inputs_made[key] = self.native.InputRounding(native_grid(grid), ends)
         return self.inputs_made[key]
 
-    def states(self, attention: Any, scaling: float) -> Any:
+    def states(self, attention: Any, dim: int, scaling: float) -> Any:
         """The native ``AttentionRounding`` of an attention module; ``None`` if it rounds nothing.
 
         Args:
             attention: the module, which may hold `AttentionSites`.
+            dim: width of a head.
             scaling: factor on products of queries and keys.
 
         Raises:
@@ -88,7 +89,6 @@ class Roundings:
                     f"attention rounds, but its {name} have no static grids "
                     f"(a {type(site).__name__})"
                 )
-        dim = attention.head_dim
         return self.native.AttentionRounding(
             key=self._channels("keys", sites.key, dim),
             value=self._channels("values", sites.value, dim),

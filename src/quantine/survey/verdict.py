@@ -47,7 +47,7 @@ class Verdict:
         weights: whether a small model of it, quantized by each of `METHODS`, saved and loaded,
             gives the logits of the float model with the dequantized weights.
         activations: whether activations can be rounded.
-        native: whether the native decoder computes it.
+        native: whether the native decoder gives the logits of the first of these models.
         reason: why what is false is so; empty where all is true.
     """
 
@@ -113,9 +113,9 @@ def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verd
     except (QuantineError, Unlike) as error:
         reasons.append(str(error))
     try:
-        decoder_for(load(scratch / METHODS[0])[0], SHAPE[1])
+        _decode(scratch / METHODS[0])
         verdict = replace(verdict, native=True)
-    except BackendUnavailable as error:
+    except (BackendUnavailable, Unlike) as error:
         reasons.append(str(error))
     return replace(verdict, reason="; ".join(reasons))
 
@@ -139,11 +139,32 @@ def _compare(source: Path, out: Path) -> None:
         else:
             _put(plain.get_submodule(name), module.dequantize())
     expected, found = _logits(plain), _logits(packed)
-    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
-    if not difference <= CLOSE * largest:
-        raise Unlike(f"logits of the loaded model are off by {difference / largest:.1e}")
+    _check_equal(found, expected, "the loaded model")
     if torch.equal(expected, as_float):
         raise Unlike("quantized matrices have no part in the logits")
+
+
+def _decode(out: Path) -> None:
+    """Check that the native decoder computes what the modules of a quantized model compute.
+
+    Raises:
+        BackendUnavailable: it does not decode such models.
+        Unlike: it computes something else.
+    """
+    packed, _ = load(out, arithmetic="exact")
+    logits = _logits(packed)
+    decoder = decoder_for(packed, SHAPE[1])
+    for tokens, expected in zip(_tokens(), logits, strict=True):
+        decoder.reset()
+        prompt, *steps = tokens.split([SHAPE[1] - 2, 1, 1])
+        found = [decoder.append(part).clone() for part in (prompt, *steps)]
+        _check_equal(torch.stack(found), expected[-3:], "the native decoder")
+
+
+def _check_equal(found: Tensor, expected: Tensor, what: str) -> None:
+    difference, largest = float((found - expected).abs().max()), float(expected.abs().max())
+    if not difference <= CLOSE * largest:
+        raise Unlike(f"logits of {what} are off by {difference / largest:.1e}")
 
 
 def _pieces(model: nn.Module) -> dict[str, tuple[str, Piece]]:
@@ -161,7 +182,10 @@ def _put(module: nn.Module, weight: Tensor) -> None:
 
 
 def _logits(model: Any) -> Tensor:
-    generator = torch.Generator("cpu").manual_seed(1)
-    tokens = torch.randint(5, 200, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
-    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    logits: Tensor = model(input_ids=_tokens(), use_cache=False).logits.detach()
     return logits.clone()
+
+
+def _tokens() -> Tensor:
+    generator = torch.Generator("cpu").manual_seed(1)
+    return torch.randint(5, 200, SHAPE, generator=generator, dtype=torch.int64, device="cpu")
