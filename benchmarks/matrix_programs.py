@@ -14,7 +14,7 @@ from quantine.kernels.matrix.triton import arrange, few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
-ROWS = 64
+ROWS = 128
 """Outputs of the matrices: programs do not depend on how many there are."""
 
 

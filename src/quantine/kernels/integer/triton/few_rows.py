@@ -19,7 +19,7 @@ from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
-from quantine.kernels.matrix.triton.warps import CHUNK, LANES, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.layout import TOGETHER
 
 FEW: Final = 4
@@ -52,7 +52,7 @@ def launch_of(
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "COMMON": matrix.common,
-        "CHUNK": CHUNK,
+        "CHUNK": outliers_at_once(warps, matrix.program),
         "TEXT": FOUR_PRODUCTS if isinstance(multiply_few, triton.JITFunction) else "",
         "num_warps": warps,
     }

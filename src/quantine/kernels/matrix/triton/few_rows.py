@@ -20,7 +20,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
-from quantine.kernels.matrix.triton.warps import CHUNK, LANES, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.activations import Arranged
 from quantine.kernels.matrix.units.instructions import (
     PAIR_TIMES_PAIR,
@@ -58,7 +58,7 @@ def launch_of(
         "BATCH": len(x.words),
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
-        "CHUNK": CHUNK,
+        "CHUNK": outliers_at_once(warps, matrix.program),
         "num_warps": warps,
     }
     of_outliers: list[Tensor | None] = [None, None, None]
