@@ -25,7 +25,9 @@ from quantine.kernels.matrix.units.layout import TOGETHER
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 AT_ONCE: Final = 2
-"""Rows of activations that meet the same decoded codes."""
+"""Rows of activations that meet the same decoded codes, where registers hold them."""
+COSTLIEST: Final = 5
+"""Bits of codes whose decoding takes the most registers: one row of activations at once."""
 FOUR_PRODUCTS: Final = "dp4a.u32.s32 $0, $1, $2, $3;"
 """The instruction that adds four products of bytes, those of weights without a sign."""
 
@@ -48,7 +50,7 @@ def launch_of(
         "BITS": matrix.bits,
         "UNITS": matrix.units,
         "BATCH": len(x.codes),
-        "EACH": min(AT_ONCE, len(x.codes)),
+        "EACH": 1 if matrix.bits == COSTLIEST else min(AT_ONCE, len(x.codes)),
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "COMMON": matrix.common,

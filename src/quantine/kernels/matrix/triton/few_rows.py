@@ -35,6 +35,9 @@ FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 BLOCK: Final = 4
 """Rows that a program of groups along outputs multiplies at once."""
+REGISTERS: Final = 255
+"""Registers that a thread of these programs may take. Left alone, the compiler takes 168 and spills
+the rest, so that more programs fit on a multiprocessor."""
 
 
 def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
@@ -80,6 +83,7 @@ def launch_of(
         kernel = multiply_column_groups
         of_groups = [groups.scales, groups.zeros, groups.factors]
         settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
+        settings["maxnreg"] = REGISTERS
         settings |= instructions.settings(kernel, SUM=pairs_product(), PAIR=PAIR_TIMES_PAIR)
     settings |= instructions.settings(kernel, UNIT=unit_product(matrix.bits))
     operands = [
