@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from gpu_graphs import copies, replayed
+from allowance import Allowance
+from gpu_graphs import Gpu, copies, replayed, speeds
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention import attend
 from quantine.kernels.kv_attention.packed_states import PackedStates
@@ -17,35 +19,53 @@ from roofline import COPIES, DIM, KV_HEADS
 
 CONTEXTS = (4096, 32768)
 """Tokens that one query of attention meets, of the heads that benchmarks/roofline.py names."""
+BITS = (4, 8, 3)
+"""Bits of keys and values."""
 
 
-def timed_attentions() -> list[dict[str, Any]]:
-    """A row for each context."""
-    return [timed_attention(context) for context in CONTEXTS]
+def timed_attentions(
+    gpu: Gpu,
+    allowance: Allowance,
+    contexts: Sequence[int] = CONTEXTS,
+    bits: Sequence[int] = BITS,
+) -> list[dict[str, Any]]:
+    """A row for each context and width of keys and values."""
+    rows = []
+    for context in contexts:
+        slow: float | None = None
+        for width in bits:
+            if allowance.allows(f"{width} bits, {context} tokens"):
+                slow = float16(gpu, context) if slow is None else slow
+                rows.append(timed_attention(gpu, context, width, slow))
+    return rows
 
 
-def timed_attention(context: int) -> dict[str, Any]:
-    """Microseconds of one query over 4-bit keys and values, beside PyTorch's over float16."""
-    query = torch.randn(1, KV_HEADS * COPIES, 1, DIM, dtype=torch.float16, device="cuda")
+def float16(gpu: Gpu, context: int) -> float:
+    """Microseconds of one query over float16, by PyTorch."""
     shape = (2, 1, KV_HEADS, context, DIM)
-    floats = copies(lambda: torch.randn(shape, dtype=torch.float16, device="cuda"))
-    slow = replayed(
-        [partial(scaled_dot_product_attention, query, *both, enable_gqa=True) for both in floats]
+    floats = copies(torch.randn(shape, dtype=torch.float16, device=gpu.device))
+    query = query_of(gpu)
+    return replayed(
+        gpu,
+        [partial(scaled_dot_product_attention, query, *both, enable_gqa=True) for both in floats],
     )
-    del floats
-    grid = torch.rand(KV_HEADS, DIM, device="cuda") + 0.5
-    shape = (*shape[:4], packed_bytes(DIM, 4))
-    codes = copies(lambda: torch.randint(256, shape, dtype=torch.uint8, device="cuda"))
-    moved = codes[0].nbytes
-    states = [[PackedStates(each, 4, grid, grid, query.dtype) for each in both] for both in codes]
+
+
+def timed_attention(gpu: Gpu, context: int, bits: int, slow: float) -> dict[str, Any]:
+    """Microseconds of one query over packed keys and values, beside ``slow`` of float16."""
+    query = query_of(gpu)
+    grid = torch.rand(KV_HEADS, DIM, device=gpu.device) + 0.5
+    shape = (2, 1, KV_HEADS, context, packed_bytes(DIM, bits))
+    codes = copies(torch.randint(256, shape, dtype=torch.uint8, device=gpu.device))
+    states = [[PackedStates(each, bits, grid, grid, query.dtype) for each in two] for two in codes]
     scoring = Scoring(DIM**-0.5)
-    spent = replayed([partial(attend, query, *both, None, scoring, keep=False) for both in states])
-    row = {
-        "context": context,
-        "microseconds": round(spent, 2),
-        "float16_microseconds": round(slow, 2),
-        "times_float16": round(slow / spent, 2),
-        "gigabytes_per_second": round(moved / spent / 1e3, 1),
-    }
+    calls = [partial(attend, query, *two, None, scoring, keep=False) for two in states]
+    row: dict[str, Any] = {"context": context, "bits": bits}
+    row |= speeds(gpu, replayed(gpu, calls), slow, codes[0].nbytes)
     print(row, flush=True)
     return row
+
+
+def query_of(gpu: Gpu) -> torch.Tensor:
+    """One query of every head."""
+    return torch.randn(1, KV_HEADS * COPIES, 1, DIM, dtype=torch.float16, device=gpu.device)

@@ -1,18 +1,19 @@
 """Compiles the programs for GPUs without having one, and says what the compiler made of them.
 
-    python benchmarks/gpu_compile.py [--capability 9.0] [--json FILE]
+    python benchmarks/gpu_compile.py [--capability 9.0] [--only NAME ...] [--json FILE]
 
 For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
 of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table, of what
 
     python benchmarks/gpu_compile.py --json benchmarks/results/compiled.json
 
-wrote.
+wrote. What the file has of programs that are still the same is taken from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted programs leave nothing to compile
 
@@ -34,8 +35,9 @@ from integer_programs import INTEGERS
 from kv_programs import KV_PROGRAMS
 from matrix_programs import MATRIX_PROGRAMS
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 """Settings that are Triton's, not a program's own."""
+PROGRAMS = (*MATRIX_PROGRAMS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS)
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 TYPES = {
     torch.int32: "*i32",
@@ -51,9 +53,13 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the compiler made of a program."""
+    """What the compiler made of a program.
+
+    ``key`` is Triton's hash of all that is compiled: equal keys, equal results.
+    """
 
     name: str
+    key: str
     capability: str
     warps: int
     registers: int
@@ -68,7 +74,20 @@ class Outcome:
     local: int
 
 
-def compiled(product: Any, capability: str) -> Outcome:
+class Asked(NamedTuple):
+    """What Triton is asked to compile, and with which of its own settings."""
+
+    source: ASTSource
+    options: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        """The hash of both."""
+        return hashlib.sha256(f"{self.source.hash()} {self.options}".encode()).hexdigest()[:16]
+
+
+def asked(product: Any) -> Asked:
+    """What is compiled of a program, as the launcher would ask for it."""
     program, operands, settings = product.launch()
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     signature: dict[str, str] = {}
@@ -88,15 +107,20 @@ def compiled(product: Any, capability: str) -> Outcome:
             known[(place,)] = [["tt.divisibility", 16]]
     for name, value in settings.items():
         signature[name], constants[name] = "constexpr", value
+    return Asked(ASTSource(program, signature, constants, known), options)
+
+
+def compiled(name: str, program: Asked, capability: str) -> Outcome:
+    """What the compiler makes of a program for a compute capability."""
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
-    source = ASTSource(program, signature, constants, known)
-    made = triton.compile(source, target=target, options=options)
+    made = triton.compile(program.source, target=target, options=program.options)
     text = made.asm["ptx"]
     used = resources(made.asm["cubin"])
     return Outcome(
-        product.name,
+        name,
+        program.key,
         capability,
-        options["num_warps"],
+        program.options["num_warps"],
         used["REG"],
         used["STACK"],
         made.metadata.shared,
@@ -122,24 +146,40 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
 
 
+def kept(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """What a file has that this version of Triton made, by name, key and capability."""
+    if path is None or not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if found["triton"] != triton.__version__:
+        return {}
+    return {(o["name"], o.get("key", ""), o["capability"]): o for o in found["programs"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--capability", choices=CAPABILITIES, help="one only")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="programs of these names")
     parser.add_argument("--json", type=Path, help="write the outcomes here as well")
     arguments = parser.parse_args()
-    outcomes = []
     chosen = [arguments.capability] if arguments.capability else CAPABILITIES
+    before, outcomes = kept(arguments.json), []
     print(
         "| product | capability | registers | spilled | shared | wide loads | barriers | tensor |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for product in (*MATRIX_PROGRAMS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS):
+    for product in PROGRAMS:
+        if arguments.only and product.name not in arguments.only:
+            continue
+        program = asked(product)
         for capability in chosen:
-            o = compiled(product, capability)
-            outcomes.append(asdict(o))
+            o = before.get((product.name, program.key, capability))
+            o = o or asdict(compiled(product.name, program, capability))
+            outcomes.append(o)
             print(
-                f"| {o.name} | {o.capability} | {o.registers} | {o.spilled} | {o.shared} | "
-                f"{o.wide_loads} of {o.loads} | {o.barriers} | {o.tensor_core} |",
+                f"| {o['name']} | {capability} | {o['registers']} | {o['spilled']} | "
+                f"{o['shared']} | {o['wide_loads']} of {o['loads']} | {o['barriers']} | "
+                f"{o['tensor_core']} |",
                 flush=True,
             )
     if arguments.json:

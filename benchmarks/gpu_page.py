@@ -141,9 +141,14 @@ def measured(outcome: dict[str, Any]) -> str:
     tables = [
         f"{name.capitalize()}:\n\n{table(list(rows[0]), map(cells, rows))}"
         for name, rows in found.items()
-        if isinstance(rows, list)
+        if isinstance(rows, list) and rows
     ]
-    return "\n\n".join([f"{outcome['device']}, PyTorch {outcome['torch']}.", *tables])
+    left = outcome.get("left_out", {})
+    rest = [f"Left out of {name} for want of time: {'; '.join(left[name])}." for name in left]
+    about = f"{outcome['device']}, PyTorch {outcome['torch']}"
+    speed = outcome.get("gigabytes_per_second_copied")
+    about += f"; its memory copies {speed} GB/s." if speed else "."
+    return "\n\n".join([about, *tables, *rest])
 
 
 def cells(row: dict[str, Any]) -> list[str]:

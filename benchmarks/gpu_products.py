@@ -1,8 +1,12 @@
-"""Products of packed matrices on a GPU beside those of cuBLAS in float16."""
+"""Products of packed matrices on a GPU beside those of cuBLAS in float16.
+
+Each function takes the GPU, the time that it may take, and sizes, so tests run them in the
+interpreter, on little ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,111 +15,141 @@ import torch
 from torch import Tensor
 
 import integer_programs
-from gpu_graphs import copies, on_device, replayed
+from allowance import Allowance
+from gpu_graphs import Gpu, bytes_of, copies, moved, replayed, speeds
 from integer_programs import IntegerProduct
-from matrix_programs import Product, qtensor_of
+from matrix_programs import Product, kinds, qtensor_of
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix, gridded_matrix
+from quantine.kernels.matrix import TILED_ROWS, product
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
-"""Outputs and inputs of the matrices."""
-KINDS = (
-    Product(4, 128, "in", 0, False, False, 1),
-    Product(3, 128, "in", 0, False, False, 1),
-    Product(5, 128, "in", 0, False, False, 1),
-    Product(8, 128, "in", 0, False, False, 1),
-    Product(3, 16, "in", 0, True, False, 1),
-    Product(3, 16, "in", 0, True, True, 1),
-    Product(4, 16, "in", 0, True, False, 1),
-    Product(4, 16, "in", 0, True, True, 1),
-    Product(4, 128, "in", 0, False, True, 1),
-    Product(4, 64, "out", 0, False, False, 1),
-    Product(3, 64, "out", 0, False, True, 1),
-)
+SHAPES = ((14336, 4096), (4096, 14336), (4096, 4096), (28672, 4096), (128256, 4096))
+"""Outputs and inputs of the matrices, those first that marks are set for."""
+KINDS = kinds(4096, 1)
 """Kinds of packed matrices, which get their inputs and rows of activations below."""
+TOGETHER = 8
+"""Kinds that are timed in every shape before the next ones are in any."""
 BATCHES = (1, 4, 16, 256, 1024)
 """Rows of activations."""
+BOTH = 256
+"""Rows of activations from which tiles and decoded matrices are both timed."""
 INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
 """Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
 INTEGER_OUTPUTS = 14336
 """Outputs of their matrices."""
 INTEGER_BATCHES = (1, 4, 16, 256, 2048)
 
-
-def timed_products() -> list[dict[str, Any]]:
-    """A row for each shape, kind of matrix and number of rows of activations."""
-    return [row for shape in SHAPES for row in timed_shape(shape)]
+Way = Callable[[UnitMatrix, Tensor], Tensor]
+"""A function that multiplies a packed matrix with rows of activations."""
 
 
-def timed_shape(shape: tuple[int, int]) -> list[dict[str, Any]]:
-    """A row for each kind of matrix and number of rows of activations."""
-    outputs, inputs = shape
-    floats = copies(lambda: torch.randn(outputs, inputs, dtype=torch.float16, device="cuda"))
-    times = {batch: microseconds(torch.matmul, [w.T for w in floats], batch) for batch in BATCHES}
-    del floats
-    return [row for kind in KINDS for row in timed_kind(kind, shape, times)]
+def timed_products(
+    gpu: Gpu,
+    allowance: Allowance,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    asked: Sequence[Product] = KINDS,
+    batches: Sequence[int] = BATCHES,
+) -> list[dict[str, Any]]:
+    """A row for each shape, kind of matrix, number of rows of activations and way to multiply."""
+    rows: list[dict[str, Any]] = []
+    floats: dict[tuple[int, int], dict[int, float]] = {}
+    for first in range(0, len(asked), TOGETHER):
+        for outputs, inputs in shapes:
+            for kind in asked[first : first + TOGETHER]:
+                if allowance.allows(f"{outputs} x {inputs}: {kind.weights}"):
+                    if (outputs, inputs) not in floats:
+                        floats[outputs, inputs] = float16(gpu, outputs, inputs, batches)
+                    exact = replace(kind, columns=inputs)
+                    rows += timed_kind(gpu, exact, outputs, floats[outputs, inputs])
+    return rows
+
+
+def float16(gpu: Gpu, outputs: int, inputs: int, batches: Sequence[int]) -> dict[int, float]:
+    """Microseconds of cuBLAS, by rows of activations."""
+    weight = torch.randn(outputs, inputs, dtype=torch.float16, device=gpu.device)
+    transposed = [each.T for each in copies(weight)]
+    return {batch: microseconds(gpu, torch.matmul, transposed, batch) for batch in batches}
 
 
 def timed_kind(
-    kind: Product, shape: tuple[int, int], float16: dict[int, float]
+    gpu: Gpu, kind: Product, outputs: int, floats: dict[int, float]
 ) -> list[dict[str, Any]]:
-    """Microseconds of products of one kind beside those of cuBLAS, by rows of activations."""
+    """Rows of products of one kind, for the rows of activations of ``floats``.
+
+    What the runtime does has ``chosen``; from `BOTH` rows on there is the other way beside it.
+    """
+    matrices = copies(packed(kind, outputs, gpu.device))
+    rows = []
+    for batch, slow in floats.items():
+        for by, multiply in ways(batch).items():
+            spent = microseconds(gpu, partial(_swapped, multiply), matrices, batch)
+            name = replace(kind, batch=batch).name
+            row = {"kind": name, "outputs": outputs, "by": by, "chosen": by == chosen(batch)}
+            row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+            print(row, flush=True)
+            rows.append(row)
+    return rows
+
+
+def chosen(batch: int) -> str:
+    """How the runtime multiplies so many rows of activations."""
+    from quantine.kernels.matrix.triton.few_rows import FEW
+
+    return "few rows" if batch <= FEW else "tiles" if batch <= TILED_ROWS else "decoded"
+
+
+def ways(batch: int) -> dict[str, Way]:
+    """Ways to multiply so many rows of activations, first the one that the runtime chooses."""
+    from quantine.kernels.matrix.triton.many_rows import multiply_decoded
     from quantine.kernels.matrix.triton.product import multiply
 
-    outputs, inputs = shape
-    matrices = copies(lambda: packed(replace(kind, columns=inputs), outputs))
-    moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
-    rows = []
-    for batch in BATCHES:
-        spent = microseconds(lambda x, matrix: multiply(matrix, x), matrices, batch)
-        name = replace(kind, columns=inputs, batch=batch).name
-        rows.append(row_of(name, outputs, spent, float16[batch], moved))
-    return rows
+    found: dict[str, Way] = {chosen(batch): lambda matrix, x: product(matrix, x, "exact")}
+    if batch >= BOTH:
+        others: dict[str, Way] = {"tiles": multiply, "decoded": multiply_decoded}
+        found |= {by: way for by, way in others.items() if by not in found}
+    return found
 
 
-def timed_integers() -> list[dict[str, Any]]:
-    """Microseconds of integer products beside those of cuBLAS in float16, by tokens."""
+def _swapped(multiply: Way, x: Tensor, matrix: UnitMatrix) -> Tensor:
+    return multiply(matrix, x)
+
+
+def timed_integers(
+    gpu: Gpu,
+    allowance: Allowance,
+    asked: Sequence[IntegerProduct] = INTEGERS,
+    outputs: int = INTEGER_OUTPUTS,
+    batches: Sequence[int] = INTEGER_BATCHES,
+) -> list[dict[str, Any]]:
+    """Integer products beside those of cuBLAS in float16: a row for each kind and tokens."""
     from quantine.kernels.integer import multiply_gridded
 
-    columns = INTEGERS[0].columns
-    floats = copies(
-        lambda: torch.randn(INTEGER_OUTPUTS, columns, dtype=torch.float16, device="cuda")
-    )
-    transposed = [w.T for w in floats]
-    float16 = {batch: microseconds(torch.matmul, transposed, batch) for batch in INTEGER_BATCHES}
-    del floats, transposed
+    floats = float16(gpu, outputs, asked[0].columns, batches)
     rows = []
-    for kind in INTEGERS:
-        matrices = copies(partial(gridded, kind))
-        moved = sum(tensor.nbytes for tensor in matrices[0].parts()[0] if tensor is not None)
-        for batch in INTEGER_BATCHES:
-            spent = microseconds(lambda x, matrix: multiply_gridded(matrix, x), matrices, batch)
+    for kind in asked:
+        matrices = copies(gridded(kind, outputs, gpu.device))
+        for batch, slow in floats.items():
             name = replace(kind, batch=batch).name
-            rows.append(row_of(name, INTEGER_OUTPUTS, spent, float16[batch], moved))
+            if allowance.allows(name):
+                spent = microseconds(
+                    gpu, lambda x, matrix: multiply_gridded(matrix, x), matrices, batch
+                )
+                row = {"kind": name, "outputs": outputs}
+                row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+                print(row, flush=True)
+                rows.append(row)
     return rows
 
 
-def row_of(kind: str, outputs: int, spent: float, float16: float, moved: int) -> dict[str, Any]:
-    """A product's microseconds, and those of cuBLAS in float16."""
-    row = {
-        "kind": kind,
-        "outputs": outputs,
-        "microseconds": round(spent, 2),
-        "float16_microseconds": round(float16, 2),
-        "times_float16": round(float16 / spent, 2),
-        "gigabytes_per_second": round(moved / spent / 1e3, 1),
-    }
-    print(row, flush=True)
-    return row
-
-
-def microseconds(multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int) -> float:
+def microseconds(
+    gpu: Gpu, multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int
+) -> float:
     """Microseconds of one product with ``batch`` rows of activations."""
-    x = torch.randn(batch, columns_of(matrices[0]), dtype=torch.float16, device="cuda")
-    return replayed([partial(multiply, x, matrix) for matrix in matrices])
+    x = torch.randn(batch, columns_of(matrices[0]), dtype=torch.float16, device=gpu.device)
+    return replayed(gpu, [partial(multiply, x, matrix) for matrix in matrices])
 
 
 def columns_of(matrix: UnitMatrix | GriddedMatrix | Tensor) -> int:
@@ -125,47 +159,50 @@ def columns_of(matrix: UnitMatrix | GriddedMatrix | Tensor) -> int:
     return matrix.columns if isinstance(matrix, UnitMatrix) else matrix.inputs.columns
 
 
-def gridded(product: IntegerProduct) -> GriddedMatrix:
-    """A matrix of random codes and the grid of its inputs, on the GPU."""
-    outputs = INTEGER_OUTPUTS
-    q = integer_programs.qtensor_of(product.bits, product.columns, product.group_size, outputs)
-    matrix = gridded_matrix(on_device(q), on_device(integer_programs.grid_of(8, len(q.grid.sizes))))
+def gridded(kind: IntegerProduct, outputs: int, device: str) -> GriddedMatrix:
+    """A matrix of random codes and the grid of its inputs."""
+    q = integer_programs.qtensor_of(kind.bits, kind.columns, kind.group_size, outputs)
+    grid = integer_programs.grid_of(8, len(q.grid.sizes))
+    matrix = gridded_matrix(moved(q, device), moved(grid, device))
     assert matrix is not None
     return matrix
 
 
-def packed(product: Product, outputs: int) -> UnitMatrix:
-    """A matrix of random codes on the GPU, with ``outputs`` rows."""
-    part = qtensor_of(product)
-    times = -(-outputs // len(part.codes))
-    matrix = unit_matrix(on_device(repeated(part, times)))
+def packed(kind: Product, outputs: int, device: str) -> UnitMatrix:
+    """A matrix of random codes, with ``outputs`` rows or a few more."""
+    part = moved(qtensor_of(kind), device)
+    matrix = unit_matrix(repeated(part, -(-outputs // len(part.codes))))
     assert matrix is not None
     return matrix
 
 
 def repeated(q: QTensor, times: int) -> QTensor:
-    """``q`` with all its rows ``times`` times, one copy below the other."""
+    """``q`` with all its rows ``times`` times, one copy below the other, on its device."""
 
     def lines(stored: Any, along: int) -> Any:
         if isinstance(stored, Statistic):
             second = stored.grid
             grid = Grid(
-                second.scale.repeat(1, times),
-                second.zero_point.repeat(1, times),
+                second.scale.repeat(*_times(1 - along, times)),
+                second.zero_point.repeat(*_times(1 - along, times)),
                 second.bits,
                 second.group_size,
             )
-            return Statistic(stored.codes.repeat(1, times), grid)
-        return stored.repeat(*(times if axis == along else 1 for axis in (0, 1)))
+            return Statistic(stored.codes.repeat(*_times(1 - along, times)), grid)
+        return stored.repeat(*_times(along, times))
 
     grid, along = q.grid, 0 if q.grid.axis == "in" else 1
     scale, zero = lines(grid.scale, along), lines(grid.zero_point, along)
     kept = q.outliers
     if kept is not None:
-        mask = torch.zeros(q.codes.shape, dtype=torch.bool)
+        mask = torch.zeros(q.codes.shape, dtype=torch.bool, device=q.codes.device)
         mask[kept.row_indices(), kept.columns] = True
-        values = torch.zeros(q.codes.shape)
+        values = torch.zeros(q.codes.shape, device=q.codes.device)
         kept.replace_in(values)
         kept = Csr.where(mask.repeat(times, 1), values.repeat(times, 1))
     whole = Grid(scale, zero, grid.bits, grid.group_size, grid.axis)
     return QTensor(q.codes.repeat(times, 1), whole, outliers=kept)
+
+
+def _times(along: int, times: int) -> tuple[int, int]:
+    return (times, 1) if along == 0 else (1, times)

@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from allowance import Allowance
 from quantine import Calibration, Plan, evaluate, quantize
 from quantine.core.spec import QuantSpec
 from quantine.errors import CheckpointError
@@ -66,20 +67,20 @@ TOKENS, SLICE = 2048, 64
 """Tokens that matrices are quantized on, and rows of them that the CPU quantizes."""
 
 
-def quantized(device: str) -> dict[str, Any]:
+def quantized(device: str, allowance: Allowance) -> dict[str, Any]:
     """Seconds of quantizing on ``device``, and how good the result is beside the CPU's."""
     with tempfile.TemporaryDirectory() as scratch:
         block, model = Path(scratch, "one"), Path(scratch, "other")
         block.mkdir()
         model.mkdir()
         found: dict[str, Any] = {
-            "matrices": solved_matrices(EIGHT_BILLION, device, TOKENS, SLICE),
-            "block": solved_block(EIGHT_BILLION, device, CALIBRATION, block),
+            "block": solved_block(EIGHT_BILLION, device, CALIBRATION, block, allowance),
         }
         try:
-            found["model"] = solved_model("demo", device, CALIBRATION, 512, model)
+            found["model"] = solved_model("demo", device, CALIBRATION, 512, model, allowance)
         except CheckpointError as error:
             found["model"] = str(error)  # the demo model is not installed here
+        found["matrices"] = solved_matrices(EIGHT_BILLION, device, TOKENS, SLICE, allowance)
     return found
 
 
@@ -99,7 +100,9 @@ def relative_error(weight: Tensor, solved: Tensor, hessian: Hessian) -> float:
     return hessian.error_energy(weight - solved) / hessian.error_energy(weight)
 
 
-def solved_matrices(shape: Shape, device: str, tokens: int, rows: int) -> list[dict[str, Any]]:
+def solved_matrices(
+    shape: Shape, device: str, tokens: int, rows: int, allowance: Allowance
+) -> list[dict[str, Any]]:
     """Seconds of whole matrices on the device; errors of their first ``rows`` there and here."""
     found = []
     for name, (outputs, inputs) in shape.matrices().items():
@@ -108,6 +111,8 @@ def solved_matrices(shape: Shape, device: str, tokens: int, rows: int) -> list[d
         x = torch.randn(tokens, inputs, generator=generator, device=device)
         x = x.add_(x.roll(1, 1)).mul_(torch.logspace(-1, 1, inputs, device=device))
         for method, (solver, spec) in SOLVERS.items():
+            if not allowance.allows(f"matrix {name}, {method}"):
+                continue
             there, here = (summed(x.to(where)) for where in (device, "cpu"))
             part = weight[:rows]
             errors = [
@@ -137,7 +142,7 @@ def summed(x: Tensor) -> Hessian:
 
 
 def solved_block(
-    shape: Shape, device: str, calibration: Calibration, scratch: Path
+    shape: Shape, device: str, calibration: Calibration, scratch: Path, allowance: Allowance
 ) -> list[dict[str, Any]]:
     """Seconds of whole runs on a random model of one block, and of each of its layers."""
     sys.path.insert(0, str(ROOT / "tests"))
@@ -154,6 +159,8 @@ def solved_block(
     model = build(config, scratch / "block")
     found = []
     for method in SOLVERS:
+        if not allowance.allows(f"block, {method}"):
+            continue
         result, spent = seconds_of(
             device,
             quantize,
@@ -171,11 +178,18 @@ def solved_block(
 
 
 def solved_model(
-    model: str, device: str, calibration: Calibration, window: int, scratch: Path
+    model: str,
+    device: str,
+    calibration: Calibration,
+    window: int,
+    scratch: Path,
+    allowance: Allowance,
 ) -> list[dict[str, Any]]:
     """Seconds and perplexities of a model quantized on the device and on the CPU."""
     found = []
     for method in SOLVERS:
+        if not allowance.allows(f"model {model}, {method}"):
+            continue
         row: dict[str, Any] = {"model": model, "method": method}
         for where, key in ((device, ""), ("cpu", "_of_cpu")):
             out = scratch / f"{method}{key}"

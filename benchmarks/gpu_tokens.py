@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from allowance import Allowance
 from quantine.core.spec import QuantSpec
 from quantine.formats.sparse import Sparse
 from quantine.runtime.graph_decoder import StaticDecoder, graph_decoder_for
@@ -47,21 +48,31 @@ class Shape(NamedTuple):
 
 
 LLAMA_8B = Shape()
+Make = Callable[[Any, int], StaticDecoder]
+"""Makes a decoder of a model for so many tokens."""
 
 
-def timed_models(device: str, shape: Shape) -> list[dict[str, Any]]:
-    """A row for each kind of model; bfloat16 is the first."""
-    floats = speed_of(model_of(shape, None, device), graph_decoder_for)
-    rows = [{"kind": "bfloat16", "tokens_per_second": round(floats, 1), "times_bfloat16": 1.0}]
-    for name, spec in KINDS.items():
-        found = speed_of(model_of(shape, spec, device), graph_decoder_for)
-        times = round(found / floats, 2)
-        rows.append({"kind": name, "tokens_per_second": round(found, 1), "times_bfloat16": times})
-        print(rows[-1], flush=True)
+def timed_models(
+    device: str,
+    allowance: Allowance,
+    shape: Shape = LLAMA_8B,
+    make: Make = graph_decoder_for,
+) -> list[dict[str, Any]]:
+    """A row for each kind of model; bfloat16, which all are compared with, is the first."""
+    rows: list[dict[str, Any]] = []
+    floats = 0.0
+    for name, spec in {"bfloat16": None, **KINDS}.items():
+        if allowance.allows(name):
+            found = speed_of(model_of(shape, spec, device), make)
+            floats = floats or found
+            times = round(found / floats, 2)
+            row = {"kind": name, "tokens_per_second": round(found, 1), "times_bfloat16": times}
+            print(row, flush=True)
+            rows.append(row)
     return rows
 
 
-def speed_of(model: Any, make: Callable[[Any, int], StaticDecoder]) -> float:
+def speed_of(model: Any, make: Make) -> float:
     """Tokens a second of ``model`` after a prompt, by the decoder that ``make`` makes."""
     decoder = make(model, PROMPT + TOKENS)
     found = []

@@ -118,6 +118,8 @@ INTEGERS = (
     IntegerProduct(4, CLUSTERS, 14336, 1),
     IntegerProduct(4, 128, 4096, 4),
     IntegerProduct(4, CLUSTERS, 4096, 4),
+    IntegerProduct(5, 128, 4096, 2),
+    IntegerProduct(5, 128, 4096, 3),
     IntegerProduct(4, 128, 4096, 16),
     IntegerProduct(4, CLUSTERS, 4096, 16),
     IntegerProduct(4, 128, 4096, 256),

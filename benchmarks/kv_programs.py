@@ -151,6 +151,8 @@ KV_PROGRAMS: tuple[Attention | Joining | Looking | Rounding, ...] = (
     Attention(4, 128, 4, 4096, 4096),
     Attention(3, 128, 4, 4096, 4096),
     Attention(4, 256, 2, 4096, 4096),
+    Attention(8, 256, 1, 4096, 4096),
+    Attention(8, 256, 4, 4096, 4096),
     Rounding(4, 128, True),
     Rounding(3, 128, False),
     Rounding(4, 128, False, is_read=True),

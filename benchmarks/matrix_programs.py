@@ -14,7 +14,7 @@ from quantine.kernels.matrix.triton import arrange, few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
-ROWS = 64
+ROWS = 128
 """Outputs of the matrices: programs do not depend on how many there are."""
 
 
@@ -122,17 +122,29 @@ def qtensor_of(product: Product) -> QTensor:
     return QTensor(codes, Grid(scale, zero, product.bits, product.group_size, axis), outliers=kept)
 
 
+def kinds(columns: int, batch: int) -> tuple[Product, ...]:
+    """All kinds of packed matrices: along inputs first, and what is used most before the rest.
+
+    They are of 3, 4, 5 and 8 bits, in groups of 128, or of 16 with SpQR's statistics, with 1%
+    outliers and without, along both axes.
+    """
+    return tuple(
+        Product(bits, size, axis, columns, coded, outliers, batch)
+        for axis in ("in", "out")
+        for many in ((3, 4), (5, 8))
+        for size, coded in ((128, False), (16, True))
+        for outliers in (False, True)
+        for bits in many
+    )
+
+
 MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding, ...] = (
-    Product(4, 128, "in", 4096, False, False, 1),
-    Product(3, 128, "in", 4096, False, False, 1),
-    Product(5, 128, "in", 4096, False, False, 1),
-    Product(8, 128, "in", 4096, False, False, 1),
-    Product(3, 16, "in", 4096, True, False, 1),
-    Product(3, 16, "in", 4096, True, True, 1),
+    *kinds(4096, 1),
     Product(4, 128, "in", 14336, False, False, 1),
     Product(3, 16, "in", 14336, True, True, 1),
     Product(3, 16, "in", 28672, True, True, 1),
     Product(4, 64, "out", 4096, False, False, 1),
+    Product(8, 64, "out", 14336, False, True, 1),
     Product(4, 64, "out", 28672, False, True, 1),
     Product(4, 128, "in", 4096, False, False, 4),
     Product(4, 128, "in", 4096, False, False, 16),

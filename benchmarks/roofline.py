@@ -7,10 +7,7 @@ instructions, of the table of arithmetic throughput in NVIDIA's CUDA programming
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
-
-os.environ.pop("TRITON_INTERPRET", None)
 
 from matrix_programs import ROWS, Product, qtensor_of
 from quantine.core.activation_spec import UNQUANTIZED

@@ -11,8 +11,11 @@ import pytest
 from device_memory import Meter, metered
 from other_device import NAME, OtherDevice
 from quantine import Calibration, Plan, quantize
-from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.estimate import WORKSPACE, estimate, residences
 from quantine.run.prepare import prepare
+from quantine.run.progress import Silent
+from quantine.run.store import AT_ONCE
+from quantine.run.working_set import working_set
 from tiny_models import build, tiny_config
 
 Tiny = Callable[[str], Path]
@@ -95,3 +98,32 @@ def test_plans_predict_the_memory_of_a_block_of_the_demo_model(
     assert resumed.device_memory is not None
     bound = 0.95 * resumed.device_memory / 1e9
     check(model, plan, calibration, tmp_path / "bounded", max_vram=bound)
+
+
+class Notes(Silent):
+    """What a run says, in lines."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_fewer_segments_at_once_are_said_recorded_and_kept(
+    tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    model, plan, out, notes = tiny("llama"), PLANS["gptq"](), tmp_path / "out", Notes()
+    job = prepare(model, plan, short, NAME)
+    *_, smallest = residences(job, 0)
+    least = (WORKSPACE + working_set(job, smallest) + 1) / 1e9
+    options: dict[str, Any] = {"device": NAME, "progress": notes}
+    with OtherDevice():
+        result = quantize(model, out, plan, short, max_vram=least, **options)
+        (said,) = [line for line in notes.lines if "segments go through a block" in line]
+        fewer = result.report["identity"][AT_ONCE]
+        assert int(fewer) < 4
+        assert said.startswith(f"memory of {job.device}: {fewer} instead of 4 segments")
+        notes.lines.clear()
+        quantize(model, out, plan, short, resume=True, **options)  # with all memory there is
+        assert any("finished already" in line for line in notes.lines)

@@ -82,10 +82,14 @@ def test_what_was_measured_becomes_a_table() -> None:
         "row = dict(kind='4 bits', outputs=4096, microseconds=4.6, float16_microseconds=13.2,\n"
         "           times_float16=2.87, gigabytes_per_second=1900.0)\n"
         "attended = row | dict(context=32768)\n"
-        "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended])\n"
+        "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended],\n"
+        "               tokens=[], gigabytes_per_second_copied=4400.0,\n"
+        "               left_out=dict(tokens=['3 bits', '4 bits']))\n"
         "text = gpu_page.measured(outcome)\n"
         "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
         "assert '| 13.2 | 2.87 | 1900.0 | 32768 |' in text\n"
+        "assert 'a card, PyTorch 2.13; its memory copies 4400.0 GB/s.' in text\n"
+        "assert 'Left out of tokens for want of time: 3 bits; 4 bits.' in text\n"
     )
 
 
@@ -95,15 +99,17 @@ def test_quantizing_is_timed_and_compared_with_the_cpu(tmp_path: Path) -> None:
         "from pathlib import Path\n"
         "import gpu_quantizing as quantizing\n"
         "from quantine import Calibration\n"
+        "from allowance import Allowance\n"
         "shape, calibration = quantizing.Shape(64, 128, 4, 2), Calibration(samples=2, seqlen=32)\n"
-        "rows = quantizing.solved_matrices(shape, 'cpu', 200, 16)\n"
+        "time = Allowance(float('inf'))\n"
+        "rows = quantizing.solved_matrices(shape, 'cpu', 200, 16, time)\n"
         "assert len(rows) == 12\n"
         "assert all(0 < row['error'] == row['error_of_cpu'] < 0.02 for row in rows)\n"
         "scratch = [Path(name) for name in ('one', 'other')]\n"
         "for path in scratch: path.mkdir()\n"
-        "rows = quantizing.solved_block(shape, 'cpu', calibration, scratch[0])\n"
+        "rows = quantizing.solved_block(shape, 'cpu', calibration, scratch[0], time)\n"
         "assert all(len(row['seconds_of_layers']) == 7 for row in rows)\n"
-        "rows = quantizing.solved_model('one/block', 'cpu', calibration, 32, scratch[1])\n"
+        "rows = quantizing.solved_model('one/block', 'cpu', calibration, 32, scratch[1], time)\n"
         "assert [row['method'] for row in rows] == ['rtn', 'gptq', 'spqr']\n"
         "assert all(row['perplexity'] == row['perplexity_of_cpu'] for row in rows)\n"
     )
@@ -151,22 +157,70 @@ def test_models_of_any_shape_decode_by_the_step_that_is_recorded(
 
 
 def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
+    # A second passes whenever the clock is read; each part says whether it was allowed two things.
     run(
-        "import json, pathlib, gpu\n"
-        "def fail(): raise RuntimeError('no such program')\n"
-        "asked = {'one': ('say one', lambda: [1]), 'two': ('fail', fail),\n"
-        "         'three': ('say three', lambda: {'a': 3})}\n"
-        "path = pathlib.Path('found.json')\n"
-        "assert not gpu.carried_out(asked, {'device': 'a card'}, path)\n"
+        "import itertools, json, pathlib, gpu\n"
+        "def fail(_): raise RuntimeError('no such program')\n"
+        "def two(allowance): return [allowance.allows(name) for name in ('first', 'second')]\n"
+        "asked = {'one': gpu.Part('say one', 3.5, two), 'two': gpu.Part('fail', 0, fail),\n"
+        "         'three': gpu.Part('say three', 4, two), 'four': gpu.Part('late', 0.5, two)}\n"
+        "path, clock = pathlib.Path('found.json'), itertools.count().__next__\n"
+        "assert not gpu.carried_out(asked, {'device': 'a card'}, path, clock)\n"
         "found = json.loads(path.read_text())\n"
-        "assert set(found.pop('seconds')) == set(asked)\n"
-        "assert found == {'device': 'a card', 'one': [1], 'two': 'failed: no such program',\n"
-        "                 'three': {'a': 3}}\n"
-        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n"
-        "assert not gpu.carried_out({'one': asked['one']}, {}, path, limit=0)\n"
-        "assert 'left out' in json.loads(path.read_text())['one']\n",
+        "assert found.pop('seconds') == dict(one=3, two=1, three=3, four=3)\n"
+        "assert found == {'device': 'a card', 'one': [True, True],\n"
+        "    'two': 'failed: no such program', 'three': [True, False], 'four': [False, False],\n"
+        "    'left_out': {'three': ['second'], 'four': ['first', 'second']}}\n"
+        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n",
         tmp_path,
     )
+
+
+def test_tests_that_begin_when_no_time_is_left_are_skipped(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_first(): time.sleep(0.6)\ndef test_second(): assert False\n"
+    )
+    run(
+        "import sys, gpu, allowance, time\n"
+        "gpu.TESTS, gpu.ROOT = ('test_slow.py',), '.'\n"
+        "left = allowance.Allowance(time.monotonic() + 0.5)\n"
+        "found = gpu.tested(left)\n"
+        "assert found['pytest'].startswith('1 passed, 1 skipped'), found\n"
+        "(skipped,) = left.left_out\n"
+        "assert 'test_slow.py' in skipped\n",
+        tmp_path,
+    )
+
+
+def test_the_packages_of_a_virtual_environment_are_used(tmp_path: Path) -> None:
+    # A tree with a script that says what it sees, a Python without pip, and a torch with a GPU.
+    outer, tree = tmp_path / "outer", tmp_path / "tree"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(outer)], check=True)
+    (site,) = outer.glob("lib/python*/site-packages")
+    (site / "torch.py").write_text(
+        "class cuda:\n    @staticmethod\n    def is_available(): return True\n"
+    )
+    (site / "editable.pth").write_text(str(tmp_path / "beside") + "\n")
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside" / "installed_so.py").touch()
+    (tree / "benchmarks").mkdir(parents=True)
+    (tree / "benchmarks" / "gpu.py").write_text(
+        "import os, sys, torch, installed_so\n"
+        "print(sys.prefix, torch.__file__, os.environ['PYTHONPATH'])\n"
+    )
+    script = tree / "benchmarks" / "gpu.sh"
+    script.write_text((BENCHMARKS / "gpu.sh").read_text())
+    surroundings = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    found = subprocess.run(
+        ["sh", str(script)],
+        env=surroundings | {"PYTHON": str(outer / "bin" / "python")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = found.stdout.splitlines()
+    assert "nothing could be installed" in said[0]
+    assert said[1].split() == [str(tree / ".venv-gpu"), str(site / "torch.py"), "src"]
 
 
 def run(code: str, directory: Path | None = None) -> None:

@@ -145,7 +145,7 @@ def test_groups_are_fitted_when_they_are_reached(
     check_alike(started, [(0, middle), (middle, inputs)], spec)
 
 
-@settings(quick, max_examples=EXAMPLES // 2)
+@settings(quick, max_examples=EXAMPLES)
 @given(
     inputs=st.integers(1, 2),
     groups=st.sampled_from([1, 2, 9]),

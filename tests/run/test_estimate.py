@@ -13,7 +13,7 @@ import torch
 from quantine import Calibration, DeviceMemoryError, Plan, PlanError
 from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.device import CPU, is_here
-from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.estimate import WORKSPACE, estimate, residences
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
 from quantine.run.working_set import Residence, working_set
@@ -85,3 +85,17 @@ def test_statistics_of_other_batches_are_not_mixed(job: Job) -> None:
     here = replace(job, device=CPU)
     usual, smaller = (here.identity("weights", tokens) for tokens in (TOKENS_PER_BATCH, 32))
     assert smaller == usual | {"segments at once": "1"}
+
+
+def test_a_run_that_goes_on_keeps_its_batches_whatever_is_free(job: Job) -> None:
+    def at_once(**options: float) -> int:
+        return job.segments_at_once(estimate(job, **options).residence.batch_tokens)
+
+    usual = at_once(max_vram=10)
+    assert usual == job.segments_at_once() > 1
+    assert at_once(max_vram=10, at_once=1) == 1
+    *_, smallest = residences(job, 0)
+    least = (WORKSPACE + working_set(job, smallest) + 1) / 1e9
+    assert at_once(max_vram=least) < usual
+    with pytest.raises(DeviceMemoryError):
+        estimate(job, max_vram=least, at_once=usual)

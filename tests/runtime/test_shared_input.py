@@ -12,6 +12,7 @@ import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from quantine.kernels import backend, integer
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
 from quantine.kernels.matrix.units.layout import UNIT
+from quantine.runtime import recording as recordings
 from quantine.runtime import shared_input
 from quantine.runtime.modules import QuantLinear
 from quantine.runtime.rounding_norm import RoundingNorm, norm_of, share_inputs
@@ -296,6 +298,25 @@ def test_another_stream_or_a_graph_shares_nothing(
     with torch.no_grad(), Operators() as found:
         assert_same(block(some()), unfused(block, some()))
     assert found.roundings == 4 + len(READERS)
+
+
+def test_recordings_in_one_stream_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = iter([7, 7, 8])
+
+    def said(stream: Any, status: Any, number: Any, *_: None) -> int:
+        status._obj.value, number._obj.value = recordings.GOING_ON, next(numbers)
+        return int(stream.value != 5)
+
+    monkeypatch.setattr(recordings, "_capture_info", lambda: said)
+    stream: Any = SimpleNamespace(cuda_stream=5)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert recordings.recording(stream) is None
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first, again, other = (recordings.recording(stream) for _ in range(3))
+    assert first == again != other
+    for unknown in (None, lambda *_: 1):
+        monkeypatch.setattr(recordings, "_capture_info", lambda unknown=unknown: unknown)
+        assert recordings.recording(stream) != recordings.recording(stream)
 
 
 def test_what_is_recorded_computes_from_what_it_reads(block: Block) -> None:

@@ -13,6 +13,7 @@ from test_compiled import OPERATOR, compiled, overload
 from test_graph_decoder import decoded, recorded, replayed
 from test_hf_generate import Heard
 from torch import Tensor
+from transformers import CompileConfig
 
 import quantine
 from other_device import no_extension
@@ -133,6 +134,20 @@ def test_generate_takes_it_where_a_static_cache_is_asked_for(
     assert all(isinstance(layer, StaticPackedLayer) for layer in static.layers)
     assert all(isinstance(layer, PackedLayer) for layer in growing.layers)
     assert static.layers[0].keys.dtype == torch.uint8
+
+
+def test_generate_compiles_models_that_round(rounding: Rounding) -> None:
+    model, tokens = rounding("W4A4KV"), some_tokens(9, 1)
+    model.generation_config.eos_token_id = None
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    options["cache_implementation"] = "static"
+    expected = model.generate(tokens, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    everywhere = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    everywhere._compile_all_devices = True
+    assert torch.equal(model.generate(tokens, compile_config=everywhere, **options), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_a_configuration_asks_for_it_and_streamers_hear_it(rounding: Rounding) -> None:

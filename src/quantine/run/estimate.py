@@ -96,7 +96,12 @@ class Estimate:
         return self.packed + self.kept
 
 
-def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = None) -> Estimate:
+def estimate(
+    job: Job,
+    max_ram: float | None = None,
+    max_vram: float | None = None,
+    at_once: int | None = None,
+) -> Estimate:
     """Predict what a run will take, and choose where its hidden states are.
 
     Args:
@@ -104,6 +109,8 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
         max_ram: GB (1e9 bytes) that calibration activations may take in memory, see
             `quantine.run.quantize.quantize`.
         max_vram: GB that tensors may take on the device, see there.
+        at_once: segments that go through a block at once on a device, as in a run that is
+            continued; ``None`` chooses the most that fit.
 
     Raises:
         PlanError: ``max_ram`` or ``max_vram`` is negative, or not a number; or the latter is given,
@@ -120,7 +127,7 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
     weights = sum(d.layer.weights for d in job.scheme_layers())
     limit = memory_limit() * DEFAULT_SHARE if max_ram is None else max_ram * 1e9
     room = _device_room(job.device, max_vram)
-    residence = _residence(job, limit, room)
+    residence = _residence(job, limit, room, at_once)
     most = max(working_set(job, residence), tuning_bytes(job))
     on_device = None if job.device == CPU else most + WORKSPACE
     if on_device is not None and room is not None and on_device > room:
@@ -140,19 +147,23 @@ def estimate(job: Job, max_ram: float | None = None, max_vram: float | None = No
     )
 
 
-def _residence(job: Job, limit: float, room: int | None) -> Residence:
+def _residence(job: Job, limit: float, room: int | None, at_once: int | None) -> Residence:
     """Where hidden states are: the fastest place that fits, else the one that takes least.
 
     Args:
         limit: bytes that hidden states, and what stopped blocks keep, may take in memory.
         room: bytes that all tensors may take on the device; ``None`` knows no limit.
+        at_once: see `estimate`.
     """
     if job.device == CPU:
         fits = hidden_bytes(job) <= limit
         resumes = may_resume(job) and hidden_bytes(job) + stopped_bytes(job) <= limit
         return Residence("device" if fits else "disk", resumes)
     found = Residence()
-    for found in residences(job, limit):
+    for one in residences(job, limit):
+        if at_once not in (None, job.segments_at_once(one.batch_tokens)):
+            continue
+        found = one
         if room is None or working_set(job, found) + WORKSPACE <= room:
             break
     return found

@@ -31,7 +31,7 @@ from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.ranks.ranks import ALONE, Ranks
-from quantine.run.store import SHARDS
+from quantine.run.store import AT_ONCE, SHARDS
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.read_record import ReadRecord
@@ -278,8 +278,8 @@ class Job:
             **({} if self.calibration.shards == 1 else {SHARDS: str(self.calibration.shards)}),
             **(
                 {}
-                if self._batch(batch_tokens) == self._batch()
-                else {"segments at once": str(self._batch(batch_tokens))}
+                if self.segments_at_once(batch_tokens) == self.segments_at_once()
+                else {AT_ONCE: str(self.segments_at_once(batch_tokens))}
             ),
             "tokenizer": self.source.tokenizer_digest(self.tokenizer),
             **({} if weights is None else {"weights": weights}),
@@ -291,7 +291,7 @@ class Job:
             **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
         }
 
-    def _batch(self, batch_tokens: int = TOKENS_PER_BATCH) -> int:
+    def segments_at_once(self, batch_tokens: int = TOKENS_PER_BATCH) -> int:
         """Number of segments that go through a block at once."""
         if self.segments is None:
             return 0

@@ -29,7 +29,14 @@ from quantine.run.progress import Progress, Silent
 from quantine.run.rank_checks import check_ranks, check_sight
 from quantine.run.request import REQUEST, request_of
 from quantine.run.stages import Stages, opened
-from quantine.run.store import RunStore, check_identity, check_output, clear_remains
+from quantine.run.store import (
+    AT_ONCE,
+    RunStore,
+    check_identity,
+    check_output,
+    clear_remains,
+    stored_identity,
+)
 from quantine.run.tuned import OUTCOME, tuned_parts
 from quantine.run.used_source import check_record, check_source, recorded_source
 from quantine.source.checkpoint import Checkpoint
@@ -127,7 +134,8 @@ def carry_out(
     """
     started = time.perf_counter() if started is None else started
     reuse_freed_memory()
-    size = estimate(job, max_ram, max_vram)
+    at_once = job.ranks.of_first(lambda: _at_once_before(job, out))
+    size = estimate(job, max_ram, max_vram, at_once)
     check_ranks(job)
     if adjust is not None and job.ranks.count > 1:
         raise PlanError("adjustments of blocks are not shared by ranks: run one process")
@@ -150,6 +158,29 @@ def carry_out(
         raise OutputError(f"{out} cannot be written: {said} continue with --resume") from error
     finally:
         store.close()
+
+
+def _at_once_before(job: Job, out: Path) -> int | None:
+    """Segments that go through a block at once in the run that is in ``out``, if there is one.
+
+    The device's free memory has a say in that number and must not end a run that is continued.
+    """
+    found = stored_identity(out)
+    if found is None:
+        return None
+    kept = found.get(AT_ONCE, "")
+    return int(kept) if kept.isdecimal() else job.segments_at_once()
+
+
+def _fewer_at_once(job: Job, size: Estimate) -> str | None:
+    """What to say where the device's memory decides on bytes of the result, if it does."""
+    usual, now = job.segments_at_once(), job.segments_at_once(size.residence.batch_tokens)
+    if now == usual:
+        return None
+    return (
+        f"memory of {job.device}: {now} instead of {usual} segments go through a block at once, so "
+        "sums round otherwise; the report keeps the number, and so does --resume"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,9 +218,9 @@ class _Run:
         """
         job, store, out = self.job, self.store, self.store.out
         self.progress.note(f"reading {job.source.name}; computing on {described(job.device)}")
-        rounded = second_rounding(job.source)
-        if rounded is not None:
-            self.progress.note(rounded)
+        for said in (second_rounding(job.source), _fewer_at_once(job, self.size)):
+            if said is not None:
+                self.progress.note(said)
         converted = self._converted_digest()
         identity = self._checked_identity(converted)
         record = recorded_source(out)

@@ -21,7 +21,7 @@ from quantine.plan.redo import plan_for_redo, redone_layers
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
 from quantine.run.request import REQUEST, Request, request_of
-from quantine.run.store import RunStore, check_identity, stored_identity
+from quantine.run.store import AT_ONCE, RunStore, check_identity, stored_identity
 from quantine.run.used_source import SOURCE
 from quantine.source.read_record import ReadRecord
 from quantine.source.weight_files import weight_files
@@ -136,7 +136,7 @@ def _digest(job: Job, record: ReadRecord) -> str:
 def _batches(out: Path) -> dict[str, str]:
     """What the identity of the first run says of its batches, which depend on memory."""
     found = stored_identity(out) or {}
-    return {key: found[key] for key in ("segments at once",) if key in found}
+    return {key: found[key] for key in (AT_ONCE,) if key in found}
 
 
 def _kept_parts(job: Job, names: Collection[str]) -> dict[str, str]:

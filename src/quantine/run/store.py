@@ -39,6 +39,9 @@ IDENTITY: Final = "identity.json"
 """Name of the file with the identity of the run, see `quantine.run.job.Job.identity`."""
 SHARDS: Final = "shards"
 """Key of the identity for the number of shards of the text, where there are several."""
+AT_ONCE: Final = "segments at once"
+"""Key of the identity for how many segments go through a block at once, where memory made it fewer
+than usual."""
 MOVES: Final = "moves"
 """Name under which a run stores where the tensors of its parts go, before it moves them."""
 SHARD_BYTES: Final = 4_000_000_000

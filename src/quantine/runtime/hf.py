@@ -171,11 +171,10 @@ class QuantineQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` compiles the model where it has a static cache.
 
-        Attention that rounds is not compiled, nor are models that are spread over devices, nor
-        those that look at numbers to choose which experts to run.
+        Models that are spread over devices are not compiled, nor those that look at numbers to
+        choose which experts to run.
         """
-        rounds = hasattr(self.quantization_config, "activations")
-        return not (rounds or self._spread or self._chooses)
+        return not (self._spread or self._chooses)
 
     @property
     def is_trainable(self) -> bool:

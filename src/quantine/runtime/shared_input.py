@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantine.kernels import integer
 from quantine.kernels.integer.units.inputs import InputUnits, Rounded
+from quantine.runtime.recording import recording
 from quantine.runtime.snapshot import Snapshot
 
 
@@ -43,7 +44,7 @@ class SharedInput:
       that gets the tensor's address) between the calls of two readers is not noticed.
     * The tensor was not made in inference mode, where PyTorch counts no versions.
     * Both round it in the same way, see `one_of`.
-    * Both compute in the same CUDA stream, and both or neither record a CUDA graph.
+    * Both compute in the same CUDA stream, and in the same recording of a CUDA graph, or in none.
     * The reader has not had codes since they were made: one that comes again begins anew.
 
     Codes go when every reader has had them, when the tensor is gone, or when `forget` is called,
@@ -126,9 +127,10 @@ def _fits(kept: _Kept, x: Tensor) -> bool:
 def _place(x: Tensor) -> object:
     """What a computation with ``x`` is ordered by: codes of another stream may not be there yet.
 
-    What was computed outside of a CUDA graph is not in the graph.
+    What was computed outside of a CUDA graph, or in another one, is not in the graph.
     """
     if x.device.type != "cuda":
         return None
     with torch.cuda.device(x.device):
-        return torch.cuda.current_stream(), torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream()
+        return stream, recording(stream)

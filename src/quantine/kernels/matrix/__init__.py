@@ -30,7 +30,7 @@ from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 
 FEW_ROWS: Final = 64
 """Largest number of rows of activations that native kernels multiply straight with the codes."""
-TILED_ROWS: Final = 256
+TILED_ROWS: Final = 255
 """Likewise on GPUs; for more, panels of the matrix are decoded, and PyTorch multiplies."""
 
 

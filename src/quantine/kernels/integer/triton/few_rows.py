@@ -19,13 +19,15 @@ from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
-from quantine.kernels.matrix.triton.warps import CHUNK, LANES, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.layout import TOGETHER
 
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 AT_ONCE: Final = 2
-"""Rows of activations that meet the same decoded codes."""
+"""Rows of activations that meet the same decoded codes, where registers hold them."""
+COSTLIEST: Final = 5
+"""Bits of codes whose decoding takes the most registers: one row of activations at once."""
 FOUR_PRODUCTS: Final = "dp4a.u32.s32 $0, $1, $2, $3;"
 """The instruction that adds four products of bytes, those of weights without a sign."""
 
@@ -48,11 +50,11 @@ def launch_of(
         "BITS": matrix.bits,
         "UNITS": matrix.units,
         "BATCH": len(x.codes),
-        "EACH": min(AT_ONCE, len(x.codes)),
+        "EACH": 1 if matrix.bits == COSTLIEST else min(AT_ONCE, len(x.codes)),
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "COMMON": matrix.common,
-        "CHUNK": CHUNK,
+        "CHUNK": outliers_at_once(warps, matrix.program),
         "TEXT": FOUR_PRODUCTS if isinstance(multiply_few, triton.JITFunction) else "",
         "num_warps": warps,
     }

@@ -25,7 +25,8 @@ TOKENS: Final = 64
 WIDE: Final = 128
 """Channels from above which tiles are a quarter as high, and decode half as many tokens."""
 IN_FOUR_WARPS: Final = 4096
-"""Rows times channels of a tile that four warps hold in registers; others take eight."""
+"""Rows times channels of a tile that four warps hold in registers; others take eight, but for heads
+above `WIDE` of 8-bit codes, of which eight warps would spill some."""
 PART: Final = 256
 """Fewest tokens of the context worth a part of their own."""
 MOST_PARTS: Final = 64
@@ -169,6 +170,7 @@ def launch_of(
         *((0, 0, 0) if ends is None else ends.stride()[1:4]),
         *(scoring.scaling, scoring.softcap),
     ]
+    wide_bytes = request.width > WIDE and max(key.bits, value.bits) == 8
     settings = {
         "KEY_BITS": key.bits,
         "VALUE_BITS": value.bits,
@@ -180,7 +182,7 @@ def launch_of(
         "CHUNKS": triton.next_power_of_2(chunks),
         "TOP": 0 if known is None else request.top,
         "RELATIVE": scoring.relative,
-        "num_warps": 4 if request.rows * request.width <= IN_FOUR_WARPS else 8,
+        "num_warps": 4 if request.rows * request.width <= IN_FOUR_WARPS or wide_bytes else 8,
         "num_stages": 2,
     }
     return attend_part, operands, settings

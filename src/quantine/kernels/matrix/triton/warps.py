@@ -10,8 +10,8 @@ LANES: Final = 32
 """Threads of a warp."""
 MOST_WARPS: Final = 8
 """Warps of a program where rows are long."""
-CHUNK: Final = 128
-"""Outliers that a program reads at once."""
+SUMS: Final = 32
+"""Sums of outliers that a thread holds at most, one for each row and each outlier that it reads."""
 
 
 def warps_of(units: int) -> int:
@@ -20,3 +20,12 @@ def warps_of(units: int) -> int:
     while warps < MOST_WARPS and warps * LANES * TOGETHER < units:
         warps *= 2
     return warps
+
+
+def outliers_at_once(warps: int, rows: int) -> int:
+    """Outliers that a program reads at once, for ``rows`` rows.
+
+    A thread reads up to 8, but never the 4 that it has of units: tensors of equal shapes get one
+    layout, and outliers would move between threads.
+    """
+    return warps * LANES * (2 * TOGETHER if rows * 2 * TOGETHER <= SUMS else TOGETHER // 2)

@@ -55,7 +55,7 @@ def outliers_of(
     CHUNK: tl.constexpr,
 ):
     """What the program's outliers add to the results of row ``m`` of activations."""
-    total = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
     last = tl.load(bounds + program + 1)
     for start in range(tl.load(bounds + program), last, CHUNK):
         entry = start + tl.arange(0, CHUNK)
@@ -65,8 +65,8 @@ def outliers_of(
         x = tl.load(codes + byte, mask=there, other=0).to(tl.float32)
         added = x * tl.load(entry_values + entry, mask=there, other=0.0)
         mine = tl.load(entry_rows + entry, mask=there, other=-1)[None, :] == number[:, None]
-        total += tl.sum(tl.where(mine, added[None, :], 0.0), 1)
-    return total
+        total += tl.where(mine, added[None, :], 0.0)
+    return tl.sum(total, 1)
 
 
 @triton.jit

@@ -43,6 +43,28 @@ def _pairs_times(
 
 
 @triton.jit
+def _side_by_side(parts, COUNT: tl.constexpr, LENGTH: tl.constexpr):
+    """``COUNT`` (1, 2, 4 or 8) tensors ``[LENGTH]`` one after the other, ``[COUNT * LENGTH]``.
+
+    Nothing moves between threads, so that results are brought into the order of memory at once:
+    each time takes a barrier.
+    """
+    if COUNT >= 8:
+        parts = (
+            tl.join(parts[0], parts[4]),
+            tl.join(parts[1], parts[5]),
+            tl.join(parts[2], parts[6]),
+            tl.join(parts[3], parts[7]),
+        )
+    if COUNT >= 4:
+        parts = (tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
+    if COUNT >= 2:
+        parts = (tl.join(parts[0], parts[1]),)
+    joined = tl.reshape(parts[0], [LENGTH, COUNT])
+    return tl.reshape(tl.permute(joined, 1, 0), [COUNT * LENGTH])
+
+
+@triton.jit
 def multiply_column_groups(
     words,
     scales,
@@ -119,15 +141,13 @@ def multiply_column_groups(
                 low, high = codes_times(taken, scaled, BITS, UNIT_TEXT, UNIT_CONSTRAINTS)
                 more = more + (totals[block] + tl.sum(low + high, 1),)
             totals = more
+        finished = ()
         for block in tl.static_range(ROWS // BLOCK):
-            total = (totals[block] - taken_off) * factor
-            if bounds is not None:
-                at = halves + m * 32 * UNITS
-                total = outliers_times(
-                    total, entry_words, entry_rows, first, last, at, BLOCK, CHUNK, block * BLOCK
-                )
-            number = program * ROWS + block * BLOCK + tl.arange(0, BLOCK)
-            total *= tl.load(factors + m) * multiplier
-            tl.store(
-                result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows
-            )
+            finished = finished + (totals[block] - taken_off,)
+        total = _side_by_side(finished, ROWS // BLOCK, BLOCK) * factor
+        if bounds is not None:
+            met = halves + m * 32 * UNITS
+            total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
+        total *= tl.load(factors + m) * multiplier
+        number = program * ROWS + tl.arange(0, ROWS)
+        tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)

@@ -152,7 +152,6 @@ def take_statistics(
 
 @triton.jit
 def outliers_times(
-    total,
     words,
     rows,
     first,
@@ -160,12 +159,13 @@ def outliers_times(
     halves,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    AFTER: tl.constexpr = 0,
 ):
-    """``total`` ``[ROWS]`` and the products of outliers ``first`` to ``last - 1`` with activations.
+    """Sums ``[ROWS]`` of the products of outliers ``first`` to ``last - 1`` with activations.
 
-    Places of outliers count from ``halves``; rows of ``total`` are the program's from ``AFTER`` on.
+    Places of outliers count from ``halves``. Each thread sums what it reads; threads are summed at
+    the end.
     """
+    total = tl.zeros([ROWS, CHUNK], tl.float32)
     for start in range(first, last, CHUNK):
         number = start + tl.arange(0, CHUNK)
         there = number < last
@@ -173,6 +173,6 @@ def outliers_times(
         of_row = tl.load(rows + number, mask=there, other=0).to(tl.int32)
         met = tl.load(halves + ((entry >> 16) & 0xFFFF), mask=there, other=0.0)
         added = low_half(entry).to(tl.float32) * met.to(tl.float32)
-        mine = of_row[None, :] == AFTER + tl.arange(0, ROWS)[:, None]
-        total += tl.sum(tl.where(mine, added[None, :], 0.0), 1)
-    return total
+        mine = of_row[None, :] == tl.arange(0, ROWS)[:, None]
+        total += tl.where(mine, added[None, :], 0.0)
+    return tl.sum(total, 1)

@@ -96,6 +96,6 @@ def multiply_row_groups(
                 total += tl.sum(part * scale, 1)
         if bounds is not None:
             met = halves + m * 32 * UNITS
-            total = outliers_times(total, entry_words, entry_rows, first, last, met, ROWS, CHUNK)
+            total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
         total *= tl.load(factors + m) * multiplier
         tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)

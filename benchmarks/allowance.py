@@ -1,0 +1,32 @@
+"""The time that a part of `make gpu` may take, and what is left out once it is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Allowance:
+    """Time until ``end``, by ``clock``, both in seconds.
+
+    Attributes:
+        left_out: names of what was not done because no time was left.
+    """
+
+    end: float
+    clock: Callable[[], float] = time.monotonic
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, 0 where it is over."""
+        return max(0.0, self.end - self.clock())
+
+    def allows(self, name: str) -> bool:
+        """Whether there is time to do what is called ``name``; else it is left out."""
+        if self.left:
+            return True
+        self.left_out.append(name)
+        return False
