@@ -20,8 +20,9 @@ from quantine import Calibration, Plan
 from quantine.calibrate.skeleton import skeleton
 from quantine.families import described_family
 from quantine.families.layers import find_layers
-from quantine.run.estimate import WORKSPACE, estimate, residences
+from quantine.run.estimate import estimate
 from quantine.run.job import Job
+from quantine.run.peak import WORKSPACE, residences
 from quantine.run.working_set import working_set
 from quantine.source.model_source import ModelSource
 

@@ -11,7 +11,8 @@ import pytest
 from device_memory import Meter, metered
 from other_device import NAME, OtherDevice
 from quantine import Calibration, Plan, quantize
-from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.estimate import estimate
+from quantine.run.peak import WORKSPACE
 from quantine.run.prepare import prepare
 from tiny_models import build, tiny_config
 
