@@ -159,7 +159,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         "--max-ram",
         type=gigabytes,
         metavar="GB",
-        help="most memory of the process, such as 8G; activations go to disk before it is exceeded; "
+        help="most memory of the process, such as 8G: what it keeps and spills is chosen so; "
         "default: activations take a quarter of the machine's",
     )
     parser.add_argument(

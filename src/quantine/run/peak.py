@@ -12,15 +12,17 @@ from quantine.run.job import Job
 from quantine.run.tuning_cost import tuning_bytes
 from quantine.run.working_set import FLOAT, Residence, block_weights, hidden_bytes, working_set
 
-PROGRAM: Final = 620_000_000
-"""Bytes of a process that has imported all that a run needs, and holds nothing (measured)."""
+PROGRAM_STEP: Final = 2**26
+"""Bytes that the program's own memory is rounded up to, so that processes agree about it."""
 WORKSPACE: Final = 64_000_000
 """Bytes that a device's libraries for products of matrices take beside the tensors."""
 GGUF_COPIES: Final = 1.5
 """Number of float32 copies of the model in memory while transformers dequantizes a GGUF file (1.3
 measured)."""
-KEPT_SHARE: Final = 4
-"""The allocator keeps at most one in so many bytes of tensors when they are freed."""
+GAPS: Final = 3 * KEPT_FREE // 2
+"""Bytes of freed memory between tensors that the allocator still holds, at most (measured)."""
+TENSORS_FOR_GAPS: Final = 3
+"""Bytes of tensors, at least, that leave one byte of such gaps (measured)."""
 LOCKED_COPIES: Final = 2
 """Number of copies of a block read ahead for CUDA: page-locked memory comes in powers of two."""
 
@@ -40,7 +42,7 @@ def device_bytes(job: Job, residence: Residence) -> int | None:
 def process_bytes(job: Job, residence: Residence) -> int:
     """Peak resident memory of the process, with what its allocator keeps of freed memory.
 
-    It is the same in every process that has nothing of its own in memory.
+    What this process holds already counts.
 
     Args:
         job: the checked request.
@@ -57,9 +59,9 @@ def process_bytes(job: Job, residence: Residence) -> int:
     if job.source.gguf_file is not None:
         parameters = sum(p.numel() for p in job.model.parameters())
         steps.append(int(parameters * FLOAT * GGUF_COPIES))
-    before = max(PROGRAM, resident_memory() or peak_memory())
+    before = -(-(resident_memory() or peak_memory()) // PROGRAM_STEP) * PROGRAM_STEP
     most = max(steps)
-    return before + _replaced_bytes(job) + most + min(KEPT_FREE, most // KEPT_SHARE)
+    return before + _replaced_bytes(job) + most + min(GAPS, most // TENSORS_FOR_GAPS)
 
 
 def _replaced_bytes(job: Job) -> int:
