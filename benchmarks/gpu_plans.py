@@ -8,8 +8,7 @@ weights are needed: models are shapes.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,10 @@ from quantine import Calibration, Plan
 from quantine.calibrate.skeleton import skeleton
 from quantine.families import described_family
 from quantine.families.layers import find_layers
-from quantine.run.estimate import WORKSPACE, estimate, residences
+from quantine.run.estimate import estimate
 from quantine.run.job import Job
-from quantine.run.working_set import working_set
+from quantine.run.peak import device_bytes
+from quantine.run.residence import residences
 from quantine.source.model_source import ModelSource
 
 SHARE = 0.6
@@ -31,6 +31,11 @@ DISK = 2e9
 """Bytes a second at which weights are taken to be read."""
 STORED = 2
 """Bytes of a stored weight."""
+DEFAULT_SEGMENTS = (64, 512)
+"""Segments of the calibration, and tokens of each, where nothing else is asked for."""
+
+Matrix = tuple[int, int, str]
+"""Outputs and inputs of a matrix, and the name of its input."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,22 @@ def rows() -> Iterator[list[str]]:
             yield cells + [f"{seconds(job, rate):.0f}" for rate in FLOAT32.values()]
 
 
-def job_of(shape: Shape, plan: Plan) -> Job:
-    """The job to quantize a model of ``shape``, with the default calibration."""
+def job_of(
+    shape: Shape,
+    plan: Plan,
+    segments: tuple[int, int] = DEFAULT_SEGMENTS,
+    device: str = "cuda",
+) -> Job:
+    """The job to quantize a model of ``shape``.
+
+    Args:
+        shape: of the model.
+        plan: what is done to it.
+        segments: of the calibration, their number and length.
+        device: where it would run.
+    """
     config = shape.config()
-    bare, family, calibration = skeleton(config), described_family("llama"), Calibration()
-    segments = torch.zeros(calibration.samples, 512, dtype=torch.int64)
+    bare, family = skeleton(config), described_family("llama")
     return Job(
         ModelSource(shape.name, Path()),
         config,
@@ -102,38 +118,58 @@ def job_of(shape: Shape, plan: Plan) -> Job:
         family,
         plan,
         tuple(plan.resolve(find_layers(bare, family))),
-        calibration,
-        segments,
+        Calibration(samples=segments[0], seqlen=segments[1]),
+        torch.zeros(segments, dtype=torch.int64),
         None,
         False,
         {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()},
-        torch.device("cuda"),
+        torch.device(device),
     )
 
 
 def least_memory(job: Job) -> int:
     """Fewest bytes on the device with which the job is accepted."""
-    *_, smallest = residences(job, math.inf)
-    return working_set(job, smallest) + WORKSPACE
+    *_, smallest = residences(job)
+    found = device_bytes(job, smallest)
+    assert found is not None
+    return found
 
 
-def seconds(job: Job, rate: float) -> float:
-    """Least seconds of the products of a run, or of reading its weights if that takes longer."""
-    tokens = 0 if job.segments is None else job.segments.numel()
-    operations, groups = 0.0, set()
-    weights = 0
+def seconds(job: Job, rate: float, ranks: int = 1) -> float:
+    """Least seconds of the products of a run, or of reading its weights if that takes longer.
+
+    Args:
+        job: the request.
+        rate: operations a second of a device.
+        ranks: number of devices that share the run.
+    """
+    blocks: dict[int, list[Matrix]] = {}
     for decision in job.scheme_layers():
         layer = decision.layer
-        if layer.block is None:
-            continue
-        weights += layer.weights
-        square = layer.in_features**2
-        # A pass over the text; the column loop; errors of the weight and of the output.
-        operations += 2.0 * tokens * layer.weights + 5.0 * layer.out_features * square
-        if (layer.block, layer.group) not in groups:
-            groups.add((layer.block, layer.group))
-            operations += tokens * square + layer.in_features * square  # Hessian, factor
-    return max(operations / (SHARE * rate), STORED * weights / DISK)
+        if layer.block is not None:
+            matrix = layer.out_features, layer.in_features, str(layer.group)
+            blocks.setdefault(layer.block, []).append(matrix)
+    tokens = 0 if job.segments is None else job.segments.numel()
+    found = sum(operations(block, tokens, ranks) for block in blocks.values())
+    weights = sum(rows * columns for block in blocks.values() for rows, columns, _ in block)
+    return max(found / (SHARE * rate), STORED * weights / DISK)
+
+
+def operations(matrices: Iterable[Matrix], tokens: int, ranks: int = 1) -> float:
+    """Operations of the products of a block, one after another, if ``ranks`` share it.
+
+    They share the text; of the matrices with one input each solves every so many-th.
+    """
+    groups: dict[tuple[str, int], list[int]] = {}
+    for rows, columns, group in matrices:
+        groups.setdefault((group, columns), []).append(rows)
+    found = 0.0
+    for (_, columns), rows in groups.items():
+        found += tokens * columns * (2.0 * sum(rows) + columns) / ranks  # passes, Hessian
+        found += columns**3  # factor
+        # The column loop; errors of the weight and of the output.
+        found += 5.0 * columns**2 * sum(sorted(rows, reverse=True)[::ranks])
+    return found
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ import pytest
 from device_memory import Meter, metered
 from other_device import NAME, OtherDevice
 from quantine import Calibration, Plan, quantize
-from quantine.run.estimate import WORKSPACE, estimate, residences
+from quantine.run.estimate import estimate
+from quantine.run.peak import WORKSPACE
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
+from quantine.run.residence import residences
 from quantine.run.store import AT_ONCE
 from quantine.run.working_set import working_set
 from tiny_models import build, tiny_config
@@ -115,7 +117,7 @@ def test_fewer_segments_at_once_are_said_recorded_and_kept(
 ) -> None:
     model, plan, out, notes = tiny("llama"), PLANS["gptq"](), tmp_path / "out", Notes()
     job = prepare(model, plan, short, NAME)
-    *_, smallest = residences(job, 0)
+    *_, smallest = residences(job)
     least = (WORKSPACE + working_set(job, smallest) + 1) / 1e9
     options: dict[str, Any] = {"device": NAME, "progress": notes}
     with OtherDevice():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from little_memory import little_memory
 from other_device import (
     NAME,
     OtherDevice,
@@ -21,7 +22,8 @@ from other_device import (
 )
 from quantine import Calibration, Plan, quantize
 from quantine.core.device import has_float64
-from quantine.run.estimate import WORKSPACE, estimate
+from quantine.run.estimate import estimate
+from quantine.run.peak import WORKSPACE
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
 from quantine.run.working_set import Residence, working_set
@@ -165,12 +167,14 @@ def test_where_hidden_states_are_does_not_matter(
     job = prepare(tiny("llama"), plan, short, NAME)
     least = (working_set(job, Residence("disk", False)) + WORKSPACE) / 1e9
     assert estimate(job, max_vram=least).residence == Residence("memory", False)
-    assert estimate(job, 0, least).residence == Residence("disk", False)
+    with little_memory():
+        assert estimate(job, max_vram=least).residence == Residence("disk", False)
     with OtherDevice():
         plenty = quantize(tiny("llama"), tmp_path / "plenty", plan, short, device=NAME).path
-        for max_ram in (None, 0):
-            out = tmp_path / str(max_ram)
-            quantize(tiny("llama"), out, plan, short, max_ram=max_ram, max_vram=least, device=NAME)
+        for little in (False, True):
+            out = tmp_path / str(little)
+            with little_memory(little):
+                quantize(tiny("llama"), out, plan, short, max_vram=least, device=NAME)
             here, there = stored_tensors(plenty), stored_tensors(out)
             assert all(torch.equal(here[name], there[name]) for name in here)
 

@@ -2,7 +2,8 @@
 
 It imports everything once and forks a child per run, so that a run costs no start-up time. Its one
 argument is a JSON file: ``command`` (arguments of quantize without OUT), ``root`` (where the output
-directories go), ``kills``, ``blocks`` of the model and ``seed``. It writes the directories as JSON.
+directories go), ``kills``, ``blocks`` of the model, ``seed``, and whether hidden states are on disk
+(``spills``). It writes the directories as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 from quantine import cli
+from quantine.run import residence
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -58,6 +60,8 @@ def main() -> None:
     """Run what the request asks for."""
     request = json.loads(Path(sys.argv[1]).read_text())
     root, command = Path(request["root"]), request["command"]
+    if request["spills"]:
+        residence.DEFAULT_SHARE = 0.0
     moments = random.Random(request["seed"])
     # Everything that is imported late is imported now, and by no child.
     cli.main(["quantize", command[0], str(root / "warm"), *command[1:], "--quiet"])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import assert_same_run, stop_after
 
 import quantine
+from little_memory import little_memory
 from quantine import Calibration, Plan
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
@@ -24,18 +25,18 @@ from quantine.source.checkpoint import Checkpoint
 from tiny_models import build, tiny_config
 
 GPTQ = Plan.preset("gptq", bits=3, group_size=32)
-PLANS: dict[str, tuple[Plan, dict[str, Any]]] = {
-    "weights": (GPTQ, {}),
-    "spilled": (GPTQ, {"max_ram": 0}),
+PLANS: dict[str, tuple[Plan, bool]] = {
+    "weights": (GPTQ, False),
+    "spilled": (GPTQ, True),
     "float inputs": (
         Plan.from_dict(
             {"rules": [{"match": "@blocks", "method": "gptq", "bits": 3, "group_size": 32}]}
             | {"float_inputs": True}
         ),
-        {},
+        False,
     ),
-    "activations": (Plan.scheme("W4A8", method="rtn"), {}),
-    "budget": (Plan.budget(3.5), {}),
+    "activations": (Plan.scheme("W4A8", method="rtn"), False),
+    "budget": (Plan.budget(3.5), False),
 }
 
 
@@ -77,41 +78,41 @@ def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@pytest.mark.parametrize(("plan", "options"), PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(("plan", "spills"), PLANS.values(), ids=PLANS)
 def test_finished_blocks_are_not_computed_again(
     plan: Plan,
-    options: dict[str, Any],
+    spills: bool,
     model: Path,
     short: Calibration,
     tmp_path: Path,
     passed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = quantine.quantize(model, tmp_path / "whole", plan, short, **options).path
-    with monkeypatch.context() as patched:
-        stop_after(2, patched)
-        with pytest.raises(KeyboardInterrupt):
-            quantine.quantize(model, tmp_path / "out", plan, short, **options)
-    passed.clear()
     heard: Any = Heard()
-    again = quantine.quantize(
-        model, tmp_path / "out", plan, short, resume=True, progress=heard, **options
-    )
+    with little_memory(spills):
+        whole = quantine.quantize(model, tmp_path / "whole", plan, short).path
+        with monkeypatch.context() as patched:
+            stop_after(2, patched)
+            with pytest.raises(KeyboardInterrupt):
+                quantine.quantize(model, tmp_path / "out", plan, short)
+        passed.clear()
+        again = quantine.quantize(model, tmp_path / "out", plan, short, resume=True, progress=heard)
     assert passed == [2, 3]
     assert not any("hidden states" in note for note in heard.notes)
     assert_same_run(again.path, whole)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_ram": 0}], ids=["in memory", "spilled"])
+@pytest.mark.parametrize("spills", [False, True], ids=["in memory", "spilled"])
 def test_killed_between_two_batches(
-    options: dict[str, Any],
+    spills: bool,
     model: Path,
     several: Calibration,
     tmp_path: Path,
     passed: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = quantine.quantize(model, tmp_path / "whole", GPTQ, several, **options).path
+    with little_memory(spills):
+        whole = quantine.quantize(model, tmp_path / "whole", GPTQ, several).path
     put = HiddenStates.put
 
     def killed(self: HiddenStates, index: int, hidden: torch.Tensor, enters: int) -> None:
@@ -121,13 +122,11 @@ def test_killed_between_two_batches(
 
     with monkeypatch.context() as patched:
         patched.setattr(HiddenStates, "put", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quantine.quantize(model, tmp_path / "out", GPTQ, several, **options)
+        with little_memory(spills), pytest.raises(KeyboardInterrupt):
+            quantine.quantize(model, tmp_path / "out", GPTQ, several)
     passed.clear()
-    # It may go on with another bound of memory.
-    again = quantine.quantize(
-        model, tmp_path / "out", GPTQ, several, resume=True, max_ram=None if options else 0
-    )
+    with little_memory(not spills):  # it may go on with other memory
+        again = quantine.quantize(model, tmp_path / "out", GPTQ, several, resume=True)
     assert passed == [1, 2, 3]
     assert_same_run(again.path, whole)
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 import pytest
 
+from quantine.run.peak import PROGRAM_STEP
 from tiny_models import build, tiny_config
 
 WIDE = {
@@ -104,6 +105,32 @@ class Run:
     activations: int
 
 
+BOUNDED = """
+import contextlib, io, json, re, sys
+import torch, transformers
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+from quantine import cli
+from quantine.core.process_memory import peak_memory
+
+model, out, text = sys.argv[1:]
+command = ["quantize", model, out, "--method", "rtn", "--bits", "4", "--calibration", text,
+           "--samples", "64", "--seqlen", "256", "--quiet", "--max-ram"]
+
+def status(bound):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        return cli.main([*command, bound]), said.getvalue()
+
+_, said = status("0.1")
+least = re.findall(r"give (\\S+) or more", said)[0]
+refused, _ = status(f"{float(least) - 0.01:.2f}")
+done, said = status(least + "G")
+print(json.dumps({"least": least, "refused": refused, "done": done, "peak": peak_memory(),
+                  "said": said}))
+"""
+
+
 Allocator = Literal["keeps nothing", "usual"]
 
 
@@ -134,7 +161,7 @@ def test_depth_costs_no_memory_and_the_plan_knows_it(text_file: Path, tmp_path: 
         # with the processor's kernels; the reference's need a third more.
         added, expected = run.peak - run.before, run.predicted - run.before
         assert added <= 1.5 * expected
-        assert expected <= 1.5 * added
+        assert expected <= 1.5 * added + PROGRAM_STEP  # of which the program's are rounded up
 
 
 @pytest.mark.slow
@@ -143,3 +170,16 @@ def test_what_was_freed_goes_back_after_each_block(text_file: Path, tmp_path: Pa
     assert len(run.after_blocks) == SHALLOW
     # With glibc before 2.39 some 12 MB of every block would stay.
     assert max(run.after_blocks) - run.after_blocks[0] < BLOCK_BYTES
+
+
+@pytest.mark.slow
+def test_the_least_memory_that_a_refusal_names_is_enough(text_file: Path, tmp_path: Path) -> None:
+    """Kept in memory, hidden states and what blocks keep of them would take 0.25 GB more."""
+    model = build(tiny_config("llama", **WIDE, num_hidden_layers=2), tmp_path / "model")
+    arguments = [str(model), str(tmp_path / "out"), str(text_file)]
+    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", BOUNDED, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["refused"], found["done"]) == (2, 0), found["said"]
+    assert found["peak"] <= float(found["least"]) * 1e9 < found["peak"] * 1.25

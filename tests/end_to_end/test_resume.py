@@ -67,19 +67,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "kills"), [([], 10), (["--max-ram", "0"], 4)], ids=["in memory", "spilled"]
+    ("spills", "kills"), [(False, 10), (True, 4)], ids=["in memory", "spilled"]
 )
 def test_killed_runs_end_with_the_same_bytes(
-    options: list[str], kills: int, model: Path, text_file: Path, tmp_path: Path
+    spills: bool, kills: int, model: Path, text_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(PLAN))
     calibration = ["--calibration", str(text_file), "--samples", "4", "--seqlen", "32"]
     request = {
-        "command": [str(model), "--plan", str(tmp_path / "plan.yaml"), *calibration, *options],
+        "command": [str(model), "--plan", str(tmp_path / "plan.yaml"), *calibration],
         "root": str(tmp_path),
         "kills": kills,
         "blocks": 4,
         "seed": 6,
+        "spills": spills,
     }
     (tmp_path / "request.json").write_text(json.dumps(request))
     done = subprocess.run(

@@ -13,9 +13,13 @@ import torch
 from quantine import Calibration, DeviceMemoryError, Plan, PlanError
 from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.device import CPU, is_here
-from quantine.run.estimate import WORKSPACE, estimate, residences
+from quantine.run import peak
+from quantine.run.estimate import estimate
 from quantine.run.job import Job
+from quantine.run.peak import WORKSPACE, process_bytes
 from quantine.run.prepare import prepare
+from quantine.run.quantize import carry_out
+from quantine.run.residence import residences
 from quantine.run.working_set import Residence, working_set
 
 Tiny = Callable[[str], Path]
@@ -94,8 +98,64 @@ def test_a_run_that_goes_on_keeps_its_batches_whatever_is_free(job: Job) -> None
     usual = at_once(max_vram=10)
     assert usual == job.segments_at_once() > 1
     assert at_once(max_vram=10, at_once=1) == 1
-    *_, smallest = residences(job, 0)
+    *_, smallest = residences(job)
     least = (WORKSPACE + working_set(job, smallest) + 1) / 1e9
     assert at_once(max_vram=least) < usual
     with pytest.raises(DeviceMemoryError):
         estimate(job, max_vram=least, at_once=usual)
+
+
+@pytest.fixture
+def on_cpu(tiny: Tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job in a process that has nothing else in memory, with many more tokens than weights."""
+    monkeypatch.setattr(peak, "resident_memory", lambda: 1)
+    plan = Plan.preset("gptq", bits=4, group_size=32)
+    return prepare(tiny("llama"), plan, Calibration(str(text_file), samples=400, seqlen=128))
+
+
+def least_ram(job: Job) -> float:
+    """The smallest bound of memory that works, as the refusal of a smaller one names it."""
+    with pytest.raises(PlanError, match=r"takes at least \d+\.\d\d GB of memory") as refused:
+        estimate(job, 0)
+    assert len(str(refused.value)) < 300
+    return float(re.findall(r"give (\S+) or more", str(refused.value))[0])
+
+
+def test_the_refusal_names_the_least_memory_of_the_process_that_works(on_cpu: Job) -> None:
+    least = least_ram(on_cpu)
+    assert not estimate(on_cpu, least).residence.resumes
+    with pytest.raises(PlanError, match=f"more than max_ram {least - 0.01:g}"):
+        estimate(on_cpu, least - 0.01)
+
+
+def test_what_is_spilled_is_chosen_by_the_memory_of_the_process(on_cpu: Job) -> None:
+    least, usual = least_ram(on_cpu), estimate(on_cpu)
+    assert usual.residence == Residence("device", True)
+    most = process_bytes(on_cpu, usual.residence)
+    found = []
+    for part in range(41):
+        bound = most + (least * 1e9 - most) * part / 40
+        residence = estimate(on_cpu, bound / 1e9).residence
+        assert process_bytes(on_cpu, residence) <= bound
+        found.append(residence)
+    assert list(dict.fromkeys((one.hidden, one.resumes) for one in found)) == [
+        ("device", True),
+        ("device", False),
+        ("disk", False),
+    ]
+    # Bytes of results do not depend on memory.
+    assert {one.batch_tokens for one in found} == {TOKENS_PER_BATCH}
+
+
+def test_a_run_begins_only_within_its_bound(on_cpu: Job, tmp_path: Path) -> None:
+    least = least_ram(on_cpu)
+    with pytest.raises(PlanError, match="takes at least"):
+        carry_out(on_cpu, tmp_path / "out", max_ram=least - 0.01)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_is_too_small_is_no_reason_to_refuse(
+    on_cpu: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantine.run.residence.memory_limit", lambda: 1_000)
+    assert estimate(on_cpu).residence == Residence("disk", False, reads_ahead=False)

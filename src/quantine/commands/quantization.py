@@ -159,7 +159,8 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
         "--max-ram",
         type=gigabytes,
         metavar="GB",
-        help="activations kept in memory before they go to disk; default a quarter of the memory",
+        help="most memory of the process, such as 8G: what it keeps and spills is chosen so; "
+        "default: activations take a quarter of the machine's",
     )
     parser.add_argument(
         "--max-vram",

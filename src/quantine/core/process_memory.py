@@ -30,6 +30,13 @@ LARGE_TENSOR: Final = 2**25
 glibc takes."""
 
 
+MALLINFO: Final = (
+    *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+    *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+)
+"""Fields of what glibc's ``mallinfo2`` returns; ``fordblks`` are the free bytes."""
+
+
 KEPT_FREE: Final = 2**28
 """Bytes of freed memory that stay at the end of the heap until `return_freed_memory` is called."""
 
@@ -37,16 +44,27 @@ KEPT_FREE: Final = 2**28
 def peak_memory() -> int:
     """The largest resident memory of this process so far, in bytes."""
     # The peak that getrusage gives a new process includes that of the process that started it.
-    lines = (
-        STATUS.read_text(encoding="utf-8", errors="replace").splitlines()
-        if STATUS.is_file()
-        else []
-    )
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
+    found = _status("VmHWM")
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory() -> int | None:
+    """The resident memory of this process now, in bytes; ``None`` where no file tells (Linux)."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    """A size in bytes that the system tells about this process; ``None`` where it does not."""
+    if not STATUS.is_file():
+        return None
+    for line in STATUS.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return None
 
 
 def forget_peak_memory() -> None:
@@ -66,14 +84,32 @@ def reuse_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
 
 
-def return_freed_memory() -> None:
+def return_freed_memory(least: int = 0) -> None:
     """Give freed memory back to the system, also from gaps in the heap; with glibc only.
 
     The heap fragments: without it a run's memory would grow from block to block. glibc before 2.39
     (its bug 30723) often cannot give the place of a freed tensor to the next one of that size.
+
+    Args:
+        least: bytes; nothing is done while less than that is free in the heap.
     """
-    if _has_glibc():
+    if _has_glibc() and (not least or _freed_memory() >= least):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns, see mallinfo(3)."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in MALLINFO)
+
+
+def _freed_memory() -> int:
+    """Bytes of the heap that nothing uses; 0 where glibc does not tell (before 2.33)."""
+    tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if tell is None:
+        return 0
+    tell.restype = _Mallinfo
+    return int(tell().fordblks)
 
 
 def _has_glibc() -> bool:

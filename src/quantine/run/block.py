@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantine.budget.allocation import Allocation
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.submodules import SubmoduleOutputs, judged_module
+from quantine.core.process_memory import KEPT_FREE, return_freed_memory
 from quantine.core.qtensor import QTensor
 from quantine.families.heads import Heads
 from quantine.families.layers import Layer
@@ -180,6 +181,7 @@ class BlockRun:
                 for decision in decisions
                 if decision.layer.group == group
             ]
+            return_freed_memory(KEPT_FREE)  # of forward passes: solving takes most memory
             for start in range(0, len(work), count):
                 for solved in self._solved_together(work[start : start + count], losses):
                     self._install(solved.layer, solved.qtensor)

@@ -21,6 +21,7 @@ from quantine.formats.imported import second_rounding
 from quantine.plan.plan import Plan
 from quantine.ranks.ranks import ALONE, Ranks
 from quantine.run.block import Adjustment
+from quantine.run.block_costs import stored_costs
 from quantine.run.estimate import Estimate, estimate
 from quantine.run.job import Job
 from quantine.run.output import output_files, report_of
@@ -80,8 +81,10 @@ def quantize(
         calibration: text and sampling; default is the built-in text.
         resume: whether to continue the unfinished run in ``out``. The result has the same bytes
             (apart from measured times) as that of an uninterrupted run.
-        max_ram: GB (1e9 bytes) that calibration activations may take in memory before they go to
-            disk; default is a quarter of what the process may use, in a container of its limit.
+        max_ram: GB (1e9 bytes) that the process may take. Where it does not suffice for everything,
+            blocks are not read ahead, compute again what they could keep, and hidden states go to
+            disk; too little is refused. Default is what the process may use, in a container its
+            limit, of which activations take at most a quarter.
         max_vram: GB that the run may take on ``device``, if that is not the CPU; default is nine
             tenths of what is free. Where it does not suffice for everything, hidden states move to
             the CPU's memory or to disk, and fewer tokens go through a block at once.
@@ -257,6 +260,7 @@ class _Run:
             "peak_memory_bytes": peak_memory(),
             **({} if on_device is None else {"peak_device_memory_bytes": on_device}),
             **({} if job.ranks.count == 1 else {"ranks": job.ranks.count}),
+            "blocks": stored_costs(store),
         }
         files = output_files(job, checkpoint.directory, report, store.entries(parts))
         store.finish(parts, files, report)

@@ -23,6 +23,7 @@ from quantine.formats.shards import flush_to_disk
 from quantine.plan.decision import Decision
 from quantine.ranks.ranks import ALONE
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
+from quantine.run.block_costs import BlockCosts
 from quantine.run.estimate import Estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
@@ -124,7 +125,7 @@ class Stages:
 
     def _stage_blocks(self, parts: list[str], missing: list[int]) -> None:
         """Quantize and commit the ``missing`` blocks."""
-        job, setup = self.job, self.setup()
+        job, setup, costs = self.job, self.setup(), BlockCosts(self.store)
         with BlockLoader(job.model, job.family, self.checkpoint, job.device) as loader:
             allocation = None if setup is None else self._allocation(setup, loader)
             self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
@@ -132,7 +133,8 @@ class Stages:
             # Calibration also runs through finished blocks that hidden states have not passed.
             indices = missing if sequential is None else range(sequential.block, len(parts))
             for index, then in zip_longest(indices, indices[1:]):
-                loader.load(index, then)
+                costs.begin()
+                loader.load(index, then if self.size.residence.reads_ahead else None)
                 if index in missing:
                     self.stage_block(parts[index], index, sequential, allocation)
                 else:
@@ -141,8 +143,11 @@ class Stages:
                     sequential.advance(index)
                 loader.release(index)
                 return_freed_memory()
-                if index in missing:
-                    self.progress.block(index)
+                if index not in missing:
+                    continue
+                if job.ranks.first:
+                    costs.end(index)
+                self.progress.block(index)
         job.ranks.meet()  # hidden states may be those of other ranks
         if job.ranks.first:
             self.store.drop_states()

@@ -99,7 +99,8 @@ def _measured(stages: Stages, began: float) -> Trial:
     index = min(1, count - 1)
     with BlockLoader(job.model, job.family, stages.checkpoint, job.device) as loader:
         entered = time.perf_counter()
-        loader.load(index, min(index + 1, count - 1))
+        ahead = stages.size.residence.reads_ahead
+        loader.load(index, min(index + 1, count - 1) if ahead else None)
         stages.stage_block("block", index, sequential)
         if sequential is not None:
             sequential.advance(index)

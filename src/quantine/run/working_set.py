@@ -32,9 +32,12 @@ STOPPED_TENSORS: Final = 4
 stops to be observed."""
 ATTENDING_TENSORS: Final = 2
 """The same of a block that has not attended yet."""
-SOLVED_COPIES: Final = 6
-"""Number of copies of a matrix when it has been solved: weight, codes, packed and decoded ones, and
-what the error of its output is computed of."""
+SOLVED_COPIES: Final = 4.5
+"""Number of copies of a matrix when it has been solved: codes, packed and decoded ones, and what
+the error of its output is computed of."""
+FACTORED_COPIES: Final = 2.6
+"""Number of Hessians that exist at once while one is factored: the ordered copy becomes the factor,
+with the products of its halves beside it."""
 NARROWEST_HEAD: Final = 32
 """Channels of an attention head, at least, where a model's configuration does not say."""
 SCORES: Final = 3.25
@@ -72,11 +75,13 @@ class Residence:
         resumes: whether a block that stops to be observed keeps what it computed until then,
             instead of computing it again.
         batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
+        reads_ahead: whether a block is read while the one before is worked on.
     """
 
     hidden: Place = "device"
     resumes: bool = True
     batch_tokens: int = TOKENS_PER_BATCH
+    reads_ahead: bool = True
 
 
 def working_set(job: Job, residence: Residence) -> int:
@@ -136,11 +141,22 @@ def _in_block(job: Job, residence: Residence) -> int:
     stopped = stopped_bytes(job) if residence.resumes else 0
     steps = [
         *(_solving(d, square) + stopped for d in job.scheme_layers() if d.layer.role == "block"),
-        4 * square + stopped,  # factorization
+        int(FACTORED_COPIES * square) + stopped,
         square + _forward(job, inside, residence),
+        _summing(job, square + kept) - kept,
         _comparing(job, inside, residence),
     ]
     return FLOAT * block_weights(job) + kept + max(steps)
+
+
+def _summing(job: Job, statistics: int) -> int:
+    """Bytes of the ``statistics`` of all its shards that a rank holds, with those of others.
+
+    The first rank, and one that is alone, adds them up as they come.
+    """
+    count = job.ranks.count
+    held = 1 if count == 1 else -(-job.calibration.shards // count) + 1
+    return held * statistics
 
 
 def _hessians(job: Job, inside: list[Layer]) -> tuple[int, int]:
@@ -166,7 +182,7 @@ def _solving(decision: Decision, square: int) -> int:
     weights, candidates = decision.layer.weights, _candidates(decision)
     searched = SEARCH_COPIES * min(CHUNK, weights) + candidates // 3 if candidates else 0
     fitting = FITTED_COPIES * weights + max(candidates, searched)
-    return FLOAT * max(fitting, SOLVED_COPIES * weights) + 2 * square
+    return FLOAT * max(fitting, int(SOLVED_COPIES * weights)) + 2 * square
 
 
 def _candidates(decision: Decision) -> int:

@@ -128,5 +128,5 @@ class Hessian:
         if not 0 < largest < math.inf:
             return 0.0 if largest == 0 else math.nan
         unit = delta / largest  # squares of small changes would be zero in float32
-        energy = for_float64((unit @ self.matrix) * unit).sum(dtype=torch.float64)
+        energy = for_float64((unit @ self.matrix).mul_(unit)).sum(dtype=torch.float64)
         return float(energy) * largest**2

@@ -30,6 +30,8 @@ class InverseFactor:
 
 LEAF: Final = 128
 """Largest size of a matrix that is factored without halving it."""
+STRIP: Final = 1024
+"""Number of columns that are brought into order at once: other copies than the result are small."""
 
 
 def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
@@ -63,8 +65,11 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
 
 def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
     """A copy of the Hessian, ordered, divided by its mean diagonal, and damped."""
+    matrix, unit = torch.empty_like(hessian), hessian.diagonal().mean().item() or 1.0
     # Symmetric, so gathering rows twice orders both axes; rows are the faster ones.
-    matrix = hessian[order].T.contiguous()[order].div_(hessian.diagonal().mean().item() or 1.0)
+    for start in range(0, len(order), STRIP):
+        strip = hessian[order[start : start + STRIP]].T.contiguous()[order]
+        torch.div(strip, unit, out=matrix[:, start : start + STRIP])
     diagonal = matrix.diagonal()
     diagonal[diagonal == 0] = 1.0
     diagonal.add_(damp)
