@@ -67,7 +67,7 @@ def test_another_model_takes_turns(packed: Packed, tiny: Callable[[str], Path]) 
 
 
 def test_models_without_a_native_decoder_run_as_modules(packed: Packed) -> None:
-    found = speed.measure(packed("gpt2", "rtn"), contexts=(4,), runs=1)
+    found = speed.measure(packed("opt_projected", "rtn"), contexts=(4,), runs=1)
     assert {row["name"] for row in found["text"]} == {"modules"}
 
 

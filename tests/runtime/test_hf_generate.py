@@ -156,7 +156,7 @@ def test_a_changed_configuration_is_noticed(
 ) -> None:
     tokens = some_tokens(9, 1)
     model.generate(tokens, max_new_tokens=3, do_sample=False)
-    model.config.final_logit_softcapping = 5.0  # the native decoder does not cap
+    model.config.final_logit_softcapping = 5.0  # Llama has no such bound
     model.generate(tokens, max_new_tokens=3, do_sample=False)
     assert calls.made == 2  # the second was refused
     assert "logits are capped" in caplog.text
@@ -177,13 +177,13 @@ def test_copies_are_on_their_own(model: Any, calls: Calls) -> None:
 def test_a_refusal_is_told_once(
     packed: Packed, calls: Calls, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = load(packed("gpt2", "rtn"), dtype=torch.float32)[0]
+    model = load(packed("llama", "rtn"), dtype=torch.float32)[0].train()
     with caplog.at_level(logging.WARNING, "quantine"):
         for _ in range(2):
             native, wanted = both(model, some_tokens(9, 1), max_new_tokens=5)
             assert torch.equal(native, wanted)
     assert [record.getMessage() for record in caplog.records if record.name == "quantine"] == [
-        "generating with the modules of transformers: no native decoder: there is none for model "
-        "type 'gpt2'"
+        "generating with the modules of transformers: no native decoder: the model is in training "
+        "mode"
     ]
     assert calls.made == 0
