@@ -160,7 +160,7 @@ def tested(allowance: Allowance) -> dict[str, str]:
     Raises:
         RuntimeError: a test failed.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-p", time_for_tests.__name__, *TESTS]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     on_gpu = os.environ | {
@@ -181,9 +181,9 @@ def tested(allowance: Allowance) -> dict[str, str]:
     ended = ran.stdout.strip().rpartition("\n")[2]
     if ran.returncode != 0:
         raise RuntimeError(f"pytest ended with {ran.returncode}: {ended}")
-    allowance.left_out += [
-        line for line in ran.stdout.splitlines() if line.endswith(time_for_tests.ENOUGH)
-    ]
+    lines = ran.stdout.splitlines()
+    begin = time_for_tests.LEFT_OUT
+    allowance.left_out += [line.removeprefix(begin) for line in lines if line.startswith(begin)]
     return {"pytest": ended}
 
 

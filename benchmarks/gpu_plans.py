@@ -90,11 +90,12 @@ def rows() -> Iterator[list[str]]:
             yield cells + [f"{seconds(job, rate):.0f}" for rate in FLOAT32.values()]
 
 
-def job_of(shape: Shape, plan: Plan) -> Job:
-    """The job to quantize a model of ``shape``, with the default calibration."""
+def job_of(shape: Shape, plan: Plan, calibration: Calibration | None = None) -> Job:
+    """The job to quantize a model of ``shape``, with the default calibration if none is given."""
     config = shape.config()
-    bare, family, calibration = skeleton(config), described_family("llama"), Calibration()
-    segments = torch.zeros(calibration.samples, 512, dtype=torch.int64)
+    bare, family = skeleton(config), described_family("llama")
+    calibration = calibration or Calibration(seqlen=512)
+    segments = torch.zeros(calibration.samples, calibration.seqlen, dtype=torch.int64)
     return Job(
         ModelSource(shape.name, Path()),
         config,
