@@ -131,14 +131,14 @@ def carried_out(
         asked: as `parts` gives them.
         about: fields of the JSON that say where this runs.
         path: of the JSON. There ``seconds`` are those of parts, and ``left_out`` names what no time
-            was left for.
+            was left for, and ``failed`` what failed of parts that found the rest.
         clock: seconds that pass.
 
     Returns:
         Whether every part went well; one that stopped for time did.
     """
     found, well, end = dict(about), True, clock()
-    found |= {"seconds": {}, "left_out": {}}
+    found |= {"seconds": {}, "left_out": {}, "failed": {}}
     for name, part in asked.items():
         print(f"{part.said} ...", flush=True)
         begun, end = clock(), end + part.seconds
@@ -150,6 +150,8 @@ def carried_out(
         found["seconds"][name] = round(clock() - begun, 1)
         if allowance.left_out:
             found["left_out"][name] = allowance.left_out
+        if allowance.failed:
+            found["failed"][name], well = allowance.failed, False
         path.write_text(json.dumps(found, indent=1) + "\n")
     return well
 

@@ -170,7 +170,7 @@ def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
         "assert found.pop('seconds') == dict(one=3, two=1, three=3, four=3)\n"
         "assert found == {'device': 'a card', 'one': [True, True],\n"
         "    'two': 'failed: no such program', 'three': [True, False], 'four': [False, False],\n"
-        "    'left_out': {'three': ['second'], 'four': ['first', 'second']}}\n"
+        "    'left_out': {'three': ['second'], 'four': ['first', 'second']}, 'failed': {}}\n"
         "assert gpu.carried_out({'one': asked['one']}, {}, path)\n",
         tmp_path,
     )
