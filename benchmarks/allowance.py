@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+Row = dict[str, Any]
+"""What was found of one thing, by name."""
 
 
 @dataclass
@@ -13,11 +17,13 @@ class Allowance:
 
     Attributes:
         left_out: names of what was not done because no time was left.
+        failed: names of what failed, and how.
     """
 
     end: float
     clock: Callable[[], float] = time.monotonic
     left_out: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -30,3 +36,13 @@ class Allowance:
             return True
         self.left_out.append(name)
         return False
+
+    def rows(self, name: str, find: Callable[[], list[Row]]) -> list[Row]:
+        """What ``find`` finds; nothing where no time is left, or where it fails, which is noted."""
+        if not self.allows(name):
+            return []
+        try:
+            return find()
+        except Exception as error:  # what else is found must not be lost
+            self.failed.append(f"{name}: {error}")
+            return []

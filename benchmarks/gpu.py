@@ -131,14 +131,14 @@ def carried_out(
         asked: as `parts` gives them.
         about: fields of the JSON that say where this runs.
         path: of the JSON. There ``seconds`` are those of parts, and ``left_out`` names what no time
-            was left for.
+            was left for, and ``failed`` what failed of parts that found the rest.
         clock: seconds that pass.
 
     Returns:
         Whether every part went well; one that stopped for time did.
     """
     found, well, end = dict(about), True, clock()
-    found |= {"seconds": {}, "left_out": {}}
+    found |= {"seconds": {}, "left_out": {}, "failed": {}}
     for name, part in asked.items():
         print(f"{part.said} ...", flush=True)
         begun, end = clock(), end + part.seconds
@@ -150,6 +150,8 @@ def carried_out(
         found["seconds"][name] = round(clock() - begun, 1)
         if allowance.left_out:
             found["left_out"][name] = allowance.left_out
+        if allowance.failed:
+            found["failed"][name], well = allowance.failed, False
         path.write_text(json.dumps(found, indent=1) + "\n")
     return well
 
@@ -160,7 +162,7 @@ def tested(allowance: Allowance) -> dict[str, str]:
     Raises:
         RuntimeError: a test failed.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-p", time_for_tests.__name__, *TESTS]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     on_gpu = os.environ | {
@@ -181,9 +183,9 @@ def tested(allowance: Allowance) -> dict[str, str]:
     ended = ran.stdout.strip().rpartition("\n")[2]
     if ran.returncode != 0:
         raise RuntimeError(f"pytest ended with {ran.returncode}: {ended}")
-    allowance.left_out += [
-        line for line in ran.stdout.splitlines() if line.endswith(time_for_tests.ENOUGH)
-    ]
+    lines = ran.stdout.splitlines()
+    begin = time_for_tests.LEFT_OUT
+    allowance.left_out += [line.removeprefix(begin) for line in lines if line.startswith(begin)]
     return {"pytest": ended}
 
 

@@ -30,13 +30,12 @@ def timed_attentions(
     bits: Sequence[int] = BITS,
 ) -> list[dict[str, Any]]:
     """A row for each context and width of keys and values."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for context in contexts:
-        slow: float | None = None
+        slow = float16(gpu, context)
         for width in bits:
-            if allowance.allows(f"{width} bits, {context} tokens"):
-                slow = float16(gpu, context) if slow is None else slow
-                rows.append(timed_attention(gpu, context, width, slow))
+            name = f"{width} bits, {context} tokens"
+            rows += allowance.rows(name, partial(timed_attention, gpu, context, width, slow))
     return rows
 
 
@@ -51,8 +50,8 @@ def float16(gpu: Gpu, context: int) -> float:
     )
 
 
-def timed_attention(gpu: Gpu, context: int, bits: int, slow: float) -> dict[str, Any]:
-    """Microseconds of one query over packed keys and values, beside ``slow`` of float16."""
+def timed_attention(gpu: Gpu, context: int, bits: int, slow: float) -> list[dict[str, Any]]:
+    """The row of one query over packed keys and values, beside ``slow`` microseconds of float16."""
     query = query_of(gpu)
     grid = torch.rand(KV_HEADS, DIM, device=gpu.device) + 0.5
     shape = (2, 1, KV_HEADS, context, packed_bytes(DIM, bits))
@@ -63,7 +62,7 @@ def timed_attention(gpu: Gpu, context: int, bits: int, slow: float) -> dict[str,
     row: dict[str, Any] = {"context": context, "bits": bits}
     row |= speeds(gpu, replayed(gpu, calls), slow, codes[0].nbytes)
     print(row, flush=True)
-    return row
+    return [row]
 
 
 def query_of(gpu: Gpu) -> torch.Tensor:

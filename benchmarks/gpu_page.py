@@ -145,6 +145,8 @@ def measured(outcome: dict[str, Any]) -> str:
     ]
     left = outcome.get("left_out", {})
     rest = [f"Left out of {name} for want of time: {'; '.join(left[name])}." for name in left]
+    failed = outcome.get("failed", {})
+    rest += [f"Failed of {name}: {'; '.join(failed[name])}." for name in failed]
     about = f"{outcome['device']}, PyTorch {outcome['torch']}"
     speed = outcome.get("gigabytes_per_second_copied")
     about += f"; its memory copies {speed} GB/s." if speed else "."

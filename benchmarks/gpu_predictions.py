@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import gpu_plans
 from gpu_quantizing import EIGHT_BILLION, Shape
+from quantine import Plan
 from quantine.kernels.fit.reference import SHRINKS
 from quantine.kernels.gram.reference import PANEL
 from quantine.methods.spqr import SpQR
+from quantine.run.estimate import estimate
+from quantine.run.residence import DEVICE_SHARE
 
 TOKENS = 128 * 2048
 """Tokens of calibration, as in the papers."""
@@ -41,25 +45,32 @@ NEIGHBOURS = 9
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet: float32 outside of tensor cores, 16 bits in them, memory, clock."""
+    """A GPU by its data sheet: float32 outside of tensor cores, 16 bits in them, memory, clock.
+
+    ``memory`` is in GB, ``bandwidth`` in bytes a second.
+    """
 
     name: str
     operations: float
     tensor: float
     bandwidth: float
     clock: float
+    memory: float
 
 
 CARDS = (
-    Card("A100", 19.5e12, 312e12, 2.04e12, 1.41e9),
-    Card("H100", 66.9e12, 989e12, 3.35e12, 1.83e9),
-    Card("RTX 4090", 82.6e12, 165e12, 1.01e12, 2.52e9),
+    Card("A100", 19.5e12, 312e12, 2.04e12, 1.41e9, 80),
+    Card("H100", 66.9e12, 989e12, 3.35e12, 1.83e9, 80),
+    Card("RTX 4090", 82.6e12, 165e12, 1.01e12, 2.52e9, 24),
 )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Operations, bytes of memory, steps that wait for each other; of what kind, and where."""
+    """Operations, bytes of memory, steps that wait for each other; of what kind, and where.
+
+    ``cards`` are names of those that have it, ``None`` where all do.
+    """
 
     name: str
     operations: float
@@ -67,9 +78,12 @@ class Stage:
     cycles: float = 0.0
     share: float = PRODUCTS
     in_tensor_cores: bool = False
+    cards: tuple[str, ...] | None = None
 
     def seconds(self, card: Card) -> float:
-        """The longest of the three."""
+        """The longest of the three; 0 where the card does not have it."""
+        if self.cards is not None and card.name not in self.cards:
+            return 0.0
         peak = card.tensor if self.in_tensor_cores else card.operations
         return max(
             self.operations / (self.share * peak),
@@ -132,6 +146,36 @@ def forward(shape: Shape, bits: int) -> Stage:
     return Stage("forward", operations, moved, in_tensor_cores=bits == 16)
 
 
+def again(shape: Shape, bits: int) -> Stage:
+    """What is computed again of a block where memory does not hold what it had until it stopped.
+
+    It starts anew for each of the four inputs, and once more for its output.
+    """
+    of = {name: outputs * inputs for name, (outputs, inputs) in shape.matrices().items()}
+    until_o = of["query"] + 2 * of["key"]
+    until_gate = until_o + of["query"]
+    weights = until_o + until_gate + until_gate + 2 * of["gate"]
+    attention = 2 * TOKENS * BATCH * shape.hidden
+    moved = TOKENS * bits / 8 * (3 * 10 * shape.hidden + 2 * shape.inner)
+    return Stage(
+        "parts of the forward again",
+        2 * TOKENS * weights + 3 * attention,
+        moved,
+        in_tensor_cores=bits == 16,
+        cards=tuple(card.name for card in CARDS if not keeps(shape, card)),
+    )
+
+
+def keeps(shape: Shape, card: Card) -> bool:
+    """Whether `quantine plan` keeps what a block computed until it stops, in the card's memory."""
+    segments = TOKENS // BATCH, BATCH
+    model = gpu_plans.Shape(
+        "model", BLOCKS, shape.hidden, shape.inner, shape.heads, shape.key_heads
+    )
+    job = gpu_plans.job_of(model, Plan.preset("spqr", bits=4), segments)
+    return estimate(job, max_vram=DEVICE_SHARE * card.memory).residence.resumes
+
+
 def block_weights(shape: Shape) -> int:
     return sum(outputs * inputs for outputs, inputs in all_matrices(shape))
 
@@ -157,6 +201,7 @@ def of_model(shape: Shape, blocks: int, bits: int) -> list[Stage]:
     inputs = [shape.hidden, shape.hidden, shape.hidden, shape.inner]
     parts: list[list[Stage]] = [
         [forward(shape, bits)],
+        [again(shape, bits)],
         [hessian(n, bits) for n in inputs],
         [factor(n) for n in inputs],
     ]
@@ -174,6 +219,7 @@ def _sum(stages: list[Stage], times: int) -> Stage:
         times * sum(stage.cycles for stage in stages),
         first.share,
         first.in_tensor_cores,
+        first.cards,
     )
 
 
@@ -185,6 +231,8 @@ def table(stages: list[Stage]) -> str:
         "|---|---|---|" + "---|" * len(CARDS),
     ]
     for stage in stages:
+        if stage.cards == ():
+            continue
         seconds = " | ".join(_short(stage.seconds(card)) for card in CARDS)
         operations, moved = _short(stage.operations / 1e12), _short(stage.bytes / 1e9)
         rows.append(f"| {stage.name} | {operations} | {moved} | {seconds} |")

@@ -42,6 +42,8 @@ INTEGER_OUTPUTS = 14336
 """Outputs of their matrices."""
 INTEGER_BATCHES = (1, 4, 16, 256, 2048)
 
+Floats = dict[tuple[int, int], dict[int, float]]
+"""Microseconds of cuBLAS by outputs and inputs, and by rows of activations."""
 Way = Callable[[UnitMatrix, Tensor], Tensor]
 """A function that multiplies a packed matrix with rows of activations."""
 
@@ -55,15 +57,14 @@ def timed_products(
 ) -> list[dict[str, Any]]:
     """A row for each shape, kind of matrix, number of rows of activations and way to multiply."""
     rows: list[dict[str, Any]] = []
-    floats: dict[tuple[int, int], dict[int, float]] = {}
+    floats: Floats = {}
     for first in range(0, len(asked), TOGETHER):
         for outputs, inputs in shapes:
             for kind in asked[first : first + TOGETHER]:
-                if allowance.allows(f"{outputs} x {inputs}: {kind.weights}"):
-                    if (outputs, inputs) not in floats:
-                        floats[outputs, inputs] = float16(gpu, outputs, inputs, batches)
-                    exact = replace(kind, columns=inputs)
-                    rows += timed_kind(gpu, exact, outputs, floats[outputs, inputs])
+                name, exact = f"{outputs} x {inputs}: {kind.weights}", replace(kind, columns=inputs)
+                rows += allowance.rows(
+                    name, partial(timed_kind, gpu, exact, outputs, batches, floats)
+                )
     return rows
 
 
@@ -75,15 +76,19 @@ def float16(gpu: Gpu, outputs: int, inputs: int, batches: Sequence[int]) -> dict
 
 
 def timed_kind(
-    gpu: Gpu, kind: Product, outputs: int, floats: dict[int, float]
+    gpu: Gpu, kind: Product, outputs: int, batches: Sequence[int], floats: Floats
 ) -> list[dict[str, Any]]:
-    """Rows of products of one kind, for the rows of activations of ``floats``.
+    """Rows of products of one kind, by rows of activations.
 
     What the runtime does has ``chosen``; from `BOTH` rows on there is the other way beside it.
+    Microseconds of cuBLAS in that shape are taken from ``floats``, or put there.
     """
+    shape = (outputs, kind.columns)
+    if shape not in floats:
+        floats[shape] = float16(gpu, *shape, batches)
     matrices = copies(packed(kind, outputs, gpu.device))
     rows = []
-    for batch, slow in floats.items():
+    for batch, slow in floats[shape].items():
         for by, multiply in ways(batch).items():
             spent = microseconds(gpu, partial(_swapped, multiply), matrices, batch)
             name = replace(kind, batch=batch).name
@@ -125,23 +130,29 @@ def timed_integers(
     batches: Sequence[int] = INTEGER_BATCHES,
 ) -> list[dict[str, Any]]:
     """Integer products beside those of cuBLAS in float16: a row for each kind and tokens."""
-    from quantine.kernels.integer import multiply_gridded
-
     floats = float16(gpu, outputs, asked[0].columns, batches)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in asked:
         matrices = copies(gridded(kind, outputs, gpu.device))
         for batch, slow in floats.items():
-            name = replace(kind, batch=batch).name
-            if allowance.allows(name):
-                spent = microseconds(
-                    gpu, lambda x, matrix: multiply_gridded(matrix, x), matrices, batch
-                )
-                row = {"kind": name, "outputs": outputs}
-                row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
-                print(row, flush=True)
-                rows.append(row)
+            exact = replace(kind, batch=batch)
+            rows += allowance.rows(
+                exact.name, partial(timed_integer, gpu, exact, matrices, outputs, slow)
+            )
     return rows
+
+
+def timed_integer(
+    gpu: Gpu, kind: IntegerProduct, matrices: list[GriddedMatrix], outputs: int, slow: float
+) -> list[dict[str, Any]]:
+    """The row of one kind and number of tokens; float16 takes ``slow`` microseconds."""
+    from quantine.kernels.integer import multiply_gridded
+
+    spent = microseconds(gpu, lambda x, matrix: multiply_gridded(matrix, x), matrices, kind.batch)
+    row = {"kind": kind.name, "outputs": outputs}
+    row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+    print(row, flush=True)
+    return [row]
 
 
 def microseconds(

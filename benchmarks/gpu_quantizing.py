@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -73,15 +74,20 @@ def quantized(device: str, allowance: Allowance) -> dict[str, Any]:
         block, model = Path(scratch, "one"), Path(scratch, "other")
         block.mkdir()
         model.mkdir()
-        found: dict[str, Any] = {
-            "block": solved_block(EIGHT_BILLION, device, CALIBRATION, block, allowance),
+
+        def demo() -> list[dict[str, Any]]:
+            try:
+                return solved_model("demo", device, CALIBRATION, 512, model, allowance)
+            except CheckpointError as error:  # it is not installed here
+                allowance.left_out.append(str(error))
+                return []
+
+        parts = {
+            "block": partial(solved_block, EIGHT_BILLION, device, CALIBRATION, block, allowance),
+            "model": demo,
+            "matrices": partial(solved_matrices, EIGHT_BILLION, device, TOKENS, SLICE, allowance),
         }
-        try:
-            found["model"] = solved_model("demo", device, CALIBRATION, 512, model, allowance)
-        except CheckpointError as error:
-            found["model"] = str(error)  # the demo model is not installed here
-        found["matrices"] = solved_matrices(EIGHT_BILLION, device, TOKENS, SLICE, allowance)
-    return found
+        return {name: allowance.rows(name, find) for name, find in parts.items()}
 
 
 def seconds_of(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,17 +60,22 @@ def timed_models(
     make: Make = graph_decoder_for,
 ) -> list[dict[str, Any]]:
     """A row for each kind of model; bfloat16, which all are compared with, is the first."""
-    rows: list[dict[str, Any]] = []
-    floats = 0.0
-    for name, spec in {"bfloat16": None, **KINDS}.items():
-        if allowance.allows(name):
-            found = speed_of(model_of(shape, spec, device), make)
-            floats = floats or found
-            times = round(found / floats, 2)
-            row = {"kind": name, "tokens_per_second": round(found, 1), "times_bfloat16": times}
-            print(row, flush=True)
-            rows.append(row)
+    floats = speed_of(model_of(shape, None, device), make)
+    rows = [{"kind": "bfloat16", "tokens_per_second": round(floats, 1), "times_bfloat16": 1.0}]
+    for name, spec in KINDS.items():
+        rows += allowance.rows(name, partial(timed_model, name, spec, device, shape, make, floats))
     return rows
+
+
+def timed_model(
+    name: str, spec: QuantSpec, device: str, shape: Shape, make: Make, floats: float
+) -> list[dict[str, Any]]:
+    """The row of one kind of model; bfloat16 has ``floats`` tokens a second."""
+    found = speed_of(model_of(shape, spec, device), make)
+    times = round(found / floats, 2)
+    row = {"kind": name, "tokens_per_second": round(found, 1), "times_bfloat16": times}
+    print(row, flush=True)
+    return [row]
 
 
 def speed_of(model: Any, make: Make) -> float:

@@ -2,7 +2,7 @@
 
     SECONDS_FOR_TESTS=160 python -m pytest -p time_for_tests
 
-Seconds are counted from the start of pytest.
+Seconds are counted from the start of pytest, which names what was left out at its end.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import pytest
 
 from allowance import Allowance
 
-ENOUGH = "no time was left"
+LEFT_OUT = "left out: "
+"""What lines begin with that name a test."""
 
 
 class TimeForTests:
@@ -24,7 +25,11 @@ class TimeForTests:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if not self.allowance.allows(item.nodeid):
-            pytest.skip(ENOUGH)
+            pytest.skip("no time was left")
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for name in self.allowance.left_out:
+            terminalreporter.write_line(f"{LEFT_OUT}{name}")
 
 
 def pytest_configure(config: pytest.Config) -> None:
