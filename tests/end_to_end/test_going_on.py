@@ -99,6 +99,7 @@ def test_finished_blocks_are_not_computed_again(
         again = quantine.quantize(model, tmp_path / "out", plan, short, resume=True, progress=heard)
     assert passed == [2, 3]
     assert not any("hidden states" in note for note in heard.notes)
+    assert [block["block"] for block in again.report["run"]["blocks"]] == [0, 1, 2, 3]
     assert_same_run(again.path, whole)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -234,6 +235,7 @@ def summary(result: Result) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
+    started = time.perf_counter()
     check_writable(arguments.json)
     from quantine.formats.imported import second_rounding
     from quantine.report.tables.plan import plan_as_json, print_plan
@@ -250,7 +252,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     rounded = second_rounding(job.source)
     if rounded is not None:
         print(f"note: {rounded}")
-    trial = try_block(job, arguments.max_ram, arguments.max_vram) if arguments.probe else None
+    bounds = arguments.max_ram, arguments.max_vram
+    trial = try_block(job, *bounds, started=started) if arguments.probe else None
     print_plan(job, size, arguments.layers, trial)
     write_json_output(arguments.json, plan_as_json(job, size, trial))
 

@@ -9,6 +9,7 @@ from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
 from quantine.families.layers import block_list
+from quantine.formats.directory import COPIED
 from quantine.formats.moving import MOVED_BYTES
 from quantine.run.job import Job
 from quantine.run.peak import device_bytes, process_bytes
@@ -100,33 +101,58 @@ def estimate(
         max(peak_memory(), process_bytes(job, residence)),
         device_bytes(job, residence),
         bounds.device,
-        disk_while_running(job, packed + kept),
+        _disk_while_running(job, packed + kept),
         0 if job.segments is None else job.segments.numel(),
         tuning_seconds(job),
     )
 
 
-def disk_while_running(job: Job, output: int) -> int:
+def _disk_while_running(job: Job, output: int) -> int:
     """Most bytes on disk during a run.
 
     Args:
         job: the checked request.
         output: bytes of the weight files that it makes.
     """
-    maps = MAP_CELLS**2 * 2 * len(job.scheme_layers())
     # Parts are tuned when all are there, and committed again.
     copies = 1 if job.plan.tune is None else 2
-    return copies * (output + maps) + MOVED_BYTES + _scratch_bytes(job)
+    # Hidden states are gone when parts are moved.
+    return (
+        copies * (output + _maps_bytes(job))
+        + max(_scratch_bytes(job), min(MOVED_BYTES, output))
+        + _converted_bytes(job)
+        + _copied_bytes(job)
+    )
+
+
+def _maps_bytes(job: Job) -> int:
+    """Bytes of the sensitivity maps, which methods have that use calibration inputs."""
+    layers = [decision.layer for decision in job.scheme_layers() if decision.needs_inputs]
+    return sum(
+        FLOAT16 // 8 * min(layer.out_features, MAP_CELLS) * min(layer.in_features, MAP_CELLS)
+        for layer in layers
+    )
+
+
+def _copied_bytes(job: Job) -> int:
+    """Bytes of the source's small files that the output has, too."""
+    files = [job.source.directory / name for name in COPIED]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _converted_bytes(job: Job) -> int:
+    """Bytes of the source's weights where they have to be converted, which stay until the end."""
+    if not job.converts:
+        return 0
+    converted = sum(p.numel() for p in job.model.parameters()) * FLOAT
+    joined = job.source.gguf_file is not None and len(job.source.gguf_parts) > 1
+    return converted + (job.source.weight_bytes() if joined else 0)
 
 
 def _scratch_bytes(job: Job) -> int:
-    """Bytes of files that are there only while the run lasts, at most."""
+    """Bytes of files that are there only while blocks are worked on, at most."""
     # Hidden states, and a batch that is written before it replaces another.
     scratch = hidden_bytes(job) + min(hidden_bytes(job), FLOAT * TOKENS_PER_BATCH * width(job))
-    if job.converts:
-        scratch += sum(p.numel() for p in job.model.parameters()) * FLOAT
-        if job.source.gguf_file is not None and len(job.source.gguf_parts) > 1:
-            scratch += job.source.weight_bytes()  # all parts joined
     if job.plan.bits_per_weight is not None:
         blocks = len(block_list(job.model, job.family))
         length = job.segment_length()

@@ -56,12 +56,17 @@ def process_bytes(job: Job, residence: Residence) -> int:
         hidden = hidden_bytes(job) if residence.hidden == "memory" else 0
         results = max(job.packed_bytes(decision) for decision in job.scheme_layers())
         steps = [2 * table, LOCKED_COPIES * ahead + hidden + results]
-    if job.source.gguf_file is not None:
-        parameters = sum(p.numel() for p in job.model.parameters())
-        steps.append(int(parameters * FLOAT * GGUF_COPIES))
     before = -(-(resident_memory() or peak_memory()) // PROGRAM_STEP) * PROGRAM_STEP
-    most = max(steps)
-    return before + _replaced_bytes(job) + most + min(GAPS, most // TENSORS_FOR_GAPS)
+    most = max(steps) + _replaced_bytes(job)
+    most += min(GAPS, most // TENSORS_FOR_GAPS)
+    return before + max(most, _read_at_once(job))
+
+
+def _read_at_once(job: Job) -> int:
+    """Bytes that reading the source takes where that is not done block by block."""
+    if job.source.gguf_file is None:
+        return 0
+    return int(sum(p.numel() for p in job.model.parameters()) * FLOAT * GGUF_COPIES)
 
 
 def _replaced_bytes(job: Job) -> int:

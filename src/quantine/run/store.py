@@ -135,6 +135,10 @@ class RunStore:
         files = [self._parts / f"{part}.safetensors" for part in parts]
         return [entry for file in files for entry in read_entries(file)]
 
+    def nbytes(self, parts: list[str]) -> int:
+        """Bytes of the files of committed ``parts``, which the run has not moved yet."""
+        return sum((self._parts / f"{part}.safetensors").stat().st_size for part in parts)
+
     def remember(self, name: str, value: object) -> None:
         """Store plain values under ``name`` until the run ends; they survive a crash."""
         write_json(self._run / f"{name}.json", value)

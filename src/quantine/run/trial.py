@@ -14,7 +14,7 @@ from quantine.core.device_memory import bounded
 from quantine.core.process_memory import peak_memory, reuse_freed_memory
 from quantine.errors import OutputError, PlanError
 from quantine.families.layers import block_list
-from quantine.run.estimate import disk_while_running, estimate
+from quantine.run.estimate import estimate
 from quantine.run.job import Job
 from quantine.run.progress import Silent
 from quantine.run.stages import Stages, opened
@@ -33,7 +33,7 @@ class Trial:
         seconds: time that the whole run will take, without moving the parts at its end.
         peak_memory: largest resident memory of the process so far, in bytes; later blocks of the
             same size take no more.
-        output: bytes of the weight files, without their headers.
+        output: bytes of the weight files.
         disk_while_running: most bytes on disk during the run, the output included.
     """
 
@@ -52,6 +52,7 @@ def try_block(
     max_ram: float | None = None,
     max_vram: float | None = None,
     scratch: Path | None = None,
+    started: float | None = None,
 ) -> Trial:
     """Quantize the second block of a model, and what is outside of blocks, in a scratch directory.
 
@@ -63,6 +64,8 @@ def try_block(
         max_vram: see there.
         scratch: directory in which the scratch directory is made and removed; ``None`` takes the
             system's.
+        started: the value of ``time.perf_counter()`` when the job began to be prepared, which the
+            run takes, too; now, if ``None``.
 
     Raises:
         PlanError: the plan has a budget, whose search one block says nothing of.
@@ -73,6 +76,7 @@ def try_block(
             "a budget is searched over all blocks before the first is quantized, which --probe "
             "cannot foresee: probe a plan without bits_per_weight"
         )
+    began = time.perf_counter() if started is None else started
     reuse_freed_memory()
     size = estimate(job, max_ram, max_vram)
     try:
@@ -83,7 +87,6 @@ def try_block(
         ):
             store = RunStore(Path(name))
             store.open({})
-            began = time.perf_counter()
             stages = Stages(job, store, opened(job, store, ReadRecord()), size, Silent())
             return _measured(stages, began)
     except OSError as error:
@@ -92,14 +95,14 @@ def try_block(
 
 def _measured(stages: Stages, began: float) -> Trial:
     """Run the stages that a run has once, and one block of those that it has often."""
-    job, store = stages.job, stages.store
+    job, store, size = stages.job, stages.store, stages.size
     outside, setup = stages.stage_outside(), stages.setup()
     sequential = None if setup is None else Sequential(setup)
     count = len(block_list(job.model, job.family))
     index = min(1, count - 1)
     with BlockLoader(job.model, job.family, stages.checkpoint, job.device) as loader:
         entered = time.perf_counter()
-        ahead = stages.size.residence.reads_ahead
+        ahead = size.residence.reads_ahead
         loader.load(index, min(index + 1, count - 1) if ahead else None)
         stages.stage_block("block", index, sequential)
         if sequential is not None:
@@ -107,17 +110,17 @@ def _measured(stages: Stages, began: float) -> Trial:
         loader.release(index)
     block_seconds = time.perf_counter() - entered
     times = _in_blocks(job) / _in_blocks(job, index)
-    nbytes = [sum(entry.nbytes for entry in store.entries(parts)) for parts in (outside, ["block"])]
-    output = round(nbytes[0] + nbytes[1] * times)
+    output = round(store.nbytes(outside) + store.nbytes(["block"]) * times)
+    copies = 1 if job.plan.tune is None else 2  # tuned parts are committed again
     store.close()
     return Trial(
         block=index,
         blocks=count,
         block_seconds=block_seconds,
-        seconds=entered - began + block_seconds * times + (stages.size.tuning_seconds or 0.0),
+        seconds=entered - began + block_seconds * times + (size.tuning_seconds or 0.0),
         peak_memory=peak_memory(),
         output=output,
-        disk_while_running=disk_while_running(job, output),
+        disk_while_running=size.disk_while_running + copies * (output - size.output),
     )
 
 
