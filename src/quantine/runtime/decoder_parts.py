@@ -39,9 +39,8 @@ CLOSE: Final = 1e-5
 
 SCALED: Final = "TextScaledWordEmbedding"
 """What the names of embeddings end with that multiply their rows by a factor."""
-LINEAR: Final = "Linear"
-"""What the names of classes of a model end with that are its own for matrices, with no more sums
-and products than torch's."""
+LINEAR: Final = "FalconLinear"
+"""A class of transformers that multiplies as ``nn.Linear`` does."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class Parts:
         """The native ``Linear`` of a module with a matrix.
 
         Args:
-            module: a ``nn.Linear``, ``Conv1D``, `GriddedLinear`, `QuantLinear` or the model's own.
+            module: a ``nn.Linear``, ``Conv1D``, ``FalconLinear``, `GriddedLinear` or
+                `QuantLinear`.
             part: the outputs that are wanted; ``None`` for all.
 
         Raises:
@@ -74,7 +74,7 @@ class Parts:
         """
         from transformers.pytorch_utils import Conv1D
 
-        own = self.classes.home.__dict__.get(f"{self.classes.prefix}{LINEAR}")
+        own = self.classes.home.__dict__.get(LINEAR)
         if type(module) not in (nn.Linear, Conv1D, own, GriddedLinear, QuantLinear):
             refuse(f"a matrix is in a {type(module).__name__}")
         inputs = getattr(module, INPUTS_NAME, None)
