@@ -12,6 +12,7 @@ from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
+from quantine.run.working_set import may_resume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from quantine.run.estimate import Estimate
     from quantine.run.job import Job
     from quantine.run.trial import Trial
+    from quantine.run.working_set import Residence
 
 
 def print_plan(job: Job, size: Estimate, every_layer: bool, trial: Trial | None = None) -> None:
@@ -88,11 +90,21 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"output: {megabytes(size.output)}; on disk while running: at most "
         f"{megabytes(size.disk_while_running)}",
         f"peak memory: about {megabytes(size.peak_memory)} "
-        f"(activations {megabytes(size.activations)} {place})",
+        f"(activations {megabytes(size.activations)} {place}{_spared(job, size.residence)})",
         *_device_lines(job, size),
         f"calibration: {tokens}{' in segments' * bool(begun)}{begun}",
         *_tuning_lines(job, size),
     ]
+
+
+def _spared(job: Job, residence: Residence) -> str:
+    """What is not kept in memory to stay within its bound, as the end of a phrase."""
+    spared = []
+    if may_resume(job) and not residence.resumes:
+        spared.append("blocks compute again where they stop")
+    if not residence.reads_ahead:
+        spared.append("blocks are not read ahead")
+    return "".join(f"; {one}" for one in spared)
 
 
 def _tuning_lines(job: Job, size: Estimate) -> list[str]:
@@ -181,6 +193,8 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             "batch_tokens": size.residence.batch_tokens,
             "activation_bytes": size.activations,
             "activations_on_disk": size.spills,
+            "blocks_resume": size.residence.resumes,
+            "blocks_read_ahead": size.residence.reads_ahead,
             "calibration_tokens": size.tokens,
             "tuning_seconds": size.tuning_seconds,
         },
