@@ -44,19 +44,12 @@ def _pairs_times(
 
 @triton.jit
 def _side_by_side(parts, COUNT: tl.constexpr, LENGTH: tl.constexpr):
-    """``COUNT`` (1, 2, 4 or 8) tensors ``[LENGTH]`` one after the other, ``[COUNT * LENGTH]``.
+    """``COUNT`` (1, 2 or 4) tensors ``[LENGTH]`` one after the other, ``[COUNT * LENGTH]``.
 
     Nothing moves between threads, so that results are brought into the order of memory at once:
     each time takes a barrier.
     """
-    if COUNT >= 8:
-        parts = (
-            tl.join(parts[0], parts[4]),
-            tl.join(parts[1], parts[5]),
-            tl.join(parts[2], parts[6]),
-            tl.join(parts[3], parts[7]),
-        )
-    if COUNT >= 4:
+    if COUNT == 4:
         parts = (tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))
     if COUNT >= 2:
         parts = (tl.join(parts[0], parts[1]),)
