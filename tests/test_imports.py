@@ -61,7 +61,7 @@ TRANSFORMERS_INSIDE: Final = (
     "runtime/",
     "source/",
     "survey/",
-    "tuning/student.py",
+    "tuning/",
 )
 
 

@@ -111,7 +111,7 @@ def test_what_was_there_stays_until_the_end(
 def test_what_is_finished_is_tuned_as_if_at_once(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SETTINGS, "quick", Tuning(steps=2, segments=2))
+    monkeypatch.setitem(SETTINGS, "quick", Tuning(steps=2, segments=2, block_steps=2))
     plan, text = Plan.from_dict({"rules": [HEAD, *RULES]}), Calibration(samples=8, seqlen=32)
     out = quantine.quantize(model, tmp_path / "out", plan, text).path
     assert resumed(out, "--tune", "quick") == 0

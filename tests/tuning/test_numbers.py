@@ -11,7 +11,8 @@ from torch import Tensor
 from quantine.core.qtensor import QTensor
 from quantine.plan.plan import Plan
 from quantine.plan.scheme import Scheme
-from quantine.tuning.numbers import Numbers, TunedMatrix
+from quantine.tuning.matrix import TunedMatrix
+from quantine.tuning.numbers import Numbers
 from samples import correlated_inputs, observed, random_weight
 
 SCHEMES = {
@@ -70,6 +71,41 @@ def test_gradients_lead_a_matrix_towards_its_float_weight(kind: str) -> None:
         error(tuned, weight).backward()
         adam.step()
     assert error(tuned, weight).item() < 0.99 * first
+
+
+@pytest.mark.parametrize("kind", SCHEMES)
+def test_codes_that_are_freed_follow_the_gradient_and_stay_where_they_went(kind: str) -> None:
+    q = solved(kind)
+    tuned = TunedMatrix(q)
+    weight = random_weight(64, 128)
+    wanted = weight.roll(1, 0)  # which no scale and no zero point can follow
+    tuned.free_codes(weight)
+    assert torch.equal(tuned.weight(), q.dequantize())
+    adam = torch.optim.Adam([tuned.numbers["codes"].moved], lr=2e-2)
+    for _ in range(20):
+        adam.zero_grad()
+        error(tuned, wanted).backward()
+        adam.step()
+    moved = tuned.weight().detach()
+    assert error(tuned, wanted) < 0.5 * (q.dequantize() - wanted).square().sum()
+    tuned.hold_codes()
+    assert "codes" not in tuned.numbers
+    assert torch.equal(tuned.weight(), moved)
+    assert torch.equal(tuned.qtensor().dequantize(), moved)
+    assert tuned.qtensor().codes.dtype == torch.uint8
+    assert int(tuned.codes.max()) < 2**q.grid.bits
+
+
+def test_codes_begin_nearer_to_what_they_were_rounded_from() -> None:
+    q = solved("rtn")
+    weight = random_weight(64, 128)
+    weight[3, 5] = 4.0
+    tuned = TunedMatrix(q)
+    tuned.free_codes(weight)
+    exact = tuned.numbers["codes"].start
+    rounded_from = (weight - q.dequantize()).sign()
+    assert bool((((exact - q.codes) * rounded_from) >= 0).all())
+    assert float((exact - q.codes).abs().max()) <= 0.3 + 1e-6
 
 
 def error(tuned: TunedMatrix, weight: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 from quantine.run.store import RunStore
 from quantine.survey.specimen import specimen_config, write_specimen
-from quantine.tuning.tune import pace
+from quantine.tuning.part import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CALIBRATION = Calibration(samples=16, seqlen=64)
 RULES = Plan.preset("gptq", bits=3, group_size=32).rules
-TUNING = Tuning(steps=12, segments=4, rate=2e-3)
+TUNING = Tuning(steps=12, segments=4, rate=2e-3, block_steps=6)
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +49,20 @@ def divergence_of(directory: Path, model: Path, tokens: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan.preset("spqr", bits=3), Plan.preset("gptq", bits=3, group_size=32)]
+    ("plan", "block_steps"),
+    [(Plan.preset("spqr", bits=3), 6), (Plan.preset("gptq", bits=3, group_size=32), 0)],
+    ids=["with codes", "without"],
 )
 def test_a_tuned_model_is_closer_to_the_float_model(
-    plan: Plan, model: Path, tmp_path: Path
+    plan: Plan, block_steps: int, model: Path, tmp_path: Path
 ) -> None:
     quantine.quantize(model, tmp_path / "plain", plan, CALIBRATION)
-    tuned = replace(plan, tune=TUNING)
+    tuned = replace(plan, tune=replace(TUNING, block_steps=block_steps))
     report = quantine.quantize(model, tmp_path / "tuned", tuned, CALIBRATION).report
-    assert report["tuning"]["divergence"] < report["tuning"]["divergence_before"]
+    outcome = report["tuning"]
+    assert outcome["divergence"] < outcome["divergence_before"]
+    assert (outcome.get("divergence_after_blocks") is None) == (block_steps == 0)
+    assert (outcome["codes_moved"] == 0) == (block_steps == 0)
     tokens = some_tokens(64, 4)
     plain_one, tuned_one = tmp_path / "plain", tmp_path / "tuned"
     assert divergence_of(tuned_one, model, tokens) < divergence_of(plain_one, model, tokens)
@@ -67,7 +72,8 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     }
     codes = [name for name in before if name.endswith(".codes")]
     assert codes
-    assert all(torch.equal(before[name], after[name]) for name in codes)
+    same = all(torch.equal(before[name], after[name]) for name in codes)
+    assert same == (block_steps == 0)
     maps = [load_file(tmp_path / out / MAPS) for out in ("plain", "tuned")]
     assert maps[0]
     assert maps[0].keys() == maps[1].keys()
@@ -140,7 +146,8 @@ def test_a_source_that_changed_meanwhile_is_refused(
 
 def test_numbers_that_became_worse_are_put_back(model: Path, tmp_path: Path) -> None:
     wild = replace(
-        Plan.preset("gptq", bits=4, group_size=32), tune=Tuning(steps=1, segments=1, rate=0.1)
+        Plan.preset("gptq", bits=4, group_size=32),
+        tune=Tuning(steps=1, segments=1, rate=0.1, block_steps=2),
     )
     report = quantine.quantize(model, tmp_path / "wild", wild, CALIBRATION).report
     quantine.quantize(model, tmp_path / "plain", replace(wild, tune=None), CALIBRATION)
@@ -158,7 +165,17 @@ def test_a_plan_says_how_it_is_tuned() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["fast", {"steps": 0}, {"steps": True}, {"rate": 0}, {"rate": "1"}, {"pace": 1}, 3]
+    "value",
+    [
+        "fast",
+        {"steps": 0},
+        {"block_steps": -1},
+        {"steps": True},
+        {"rate": 0},
+        {"rate": "1"},
+        {"pace": 1},
+        3,
+    ],
 )
 def test_other_values_are_refused(value: object) -> None:
     with pytest.raises(PlanError, match="tune"):

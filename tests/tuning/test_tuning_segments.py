@@ -11,6 +11,8 @@ import pytest
 from quantine.calibrate.segments import Calibration
 from quantine.core.tuning_spec import Tuning
 from quantine.errors import CalibrationError
+from quantine.tuning.blocks import HELD_OUT as BLOCK_JUDGES
+from quantine.tuning.blocks import block_segments
 from quantine.tuning.segments import HELD_OUT, JUDGES, tuning_text
 
 
@@ -29,15 +31,28 @@ def calibration(tmp_path: Path) -> Calibration:
 
 
 def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
-    text = tuning_text(calibration, Tuning(steps=6, segments=5), Words(), 800, None)
+    tuning = Tuning(steps=6, segments=5, block_steps=2)
+    text = tuning_text(calibration, tuning, Words(), 800, None)
     assert text.own.shape == (30, 20)
+    assert text.of_whole(tuning).shape == (30, 20)
     assert text.judges.shape == (JUDGES, 20)
     last = 800 - 800 // HELD_OUT
     assert text.own.max() < last <= text.judges.min()
-    again = tuning_text(calibration, Tuning(steps=6, segments=5), Words(), 800, None)
+    again = tuning_text(calibration, tuning, Words(), 800, None)
     assert again.as_bytes() == text.as_bytes()
     other = replace(calibration, seed=1)
     assert tuning_text(other, Tuning(), Words(), 800, None).as_bytes() != text.as_bytes()
+
+
+def test_blocks_may_need_more_than_the_whole(calibration: Calibration) -> None:
+    tuning = Tuning(steps=2, segments=5, block_steps=4)
+    text = tuning_text(calibration, tuning, Words(), 800, None)
+    assert text.own.shape == (20, 20)
+    assert text.of_whole(tuning).shape == (10, 20)
+    held, blocks = block_segments(text, tuning).split([BLOCK_JUDGES, 20])
+    assert held.equal(text.judges[:BLOCK_JUDGES])
+    assert blocks.equal(text.own)
+    assert not block_segments(text, replace(tuning, block_steps=0)).numel()
 
 
 def test_too_little_text_is_refused(calibration: Calibration) -> None:

@@ -8,8 +8,7 @@ stored inputs, so that memory holds the weights of one block only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -21,7 +20,7 @@ from quantine.calibrate.setup import CalibrationSetup
 from quantine.calibrate.skeleton import drop_weights, set_tensor
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
-from quantine.families.stand_in import StandIn
+from quantine.families.stand_in import standing_in
 from quantine.statistics.gradients import SquaredGradients
 
 if TYPE_CHECKING:
@@ -77,7 +76,8 @@ def _gradient(
     model: PreTrainedModel, family: Family, hidden: Tensor, generator: torch.Generator
 ) -> Tensor:
     leaf = hidden.clone().requires_grad_()
-    with _replayed(model, family, leaf), torch.enable_grad():
+    blocks = block_list(model, family)
+    with standing_in(blocks, family.outputs, leaf), torch.enable_grad():
         ids = hidden.new_zeros(hidden.shape[:2], dtype=torch.int64)  # only their shape matters
         logits = model(input_ids=ids, use_cache=False, output_attentions=False).logits[0]
     # The gradient of a drawn token's cross entropy in the logits: probabilities, less one there.
@@ -108,20 +108,6 @@ def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
         * sums[:, -1:]
     )
     return torch.searchsorted(sums, places, right=True).clamp_(max=sums.shape[1] - 1)
-
-
-@contextmanager
-def _replayed(model: PreTrainedModel, family: Family, hidden: Tensor) -> Iterator[None]:
-    """Inside of this context every block of ``model`` only returns ``hidden``."""
-    blocks = block_list(model, family)
-    originals = list(blocks)
-    try:
-        for index, block in enumerate(originals):
-            blocks[index] = StandIn(block, family.outputs, hidden)
-        yield
-    finally:
-        for index, block in enumerate(originals):
-            blocks[index] = block
 
 
 def backward(

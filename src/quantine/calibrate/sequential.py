@@ -30,7 +30,7 @@ from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.layers import Layer, block_list
-from quantine.families.stand_in import StandIn
+from quantine.families.stand_in import standing_in
 from quantine.kernels.gram import add_gram
 from quantine.statistics.channel_ranges import ChannelRanges
 from quantine.statistics.hessian import Hessian
@@ -344,17 +344,13 @@ class Sequential:
         fill(setup.model, setup.checkpoint.read(names), setup.device)
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
-        blocks = list(self._blocks)
-        recorders = [StandIn(block, self._family.outputs) for block in blocks]
-
-        def entered(tokens: Tensor) -> Tensor:
-            base(input_ids=tokens, use_cache=False, output_attentions=False)
-            return recorders[0].entered().clone()
-
         lost: str | None = None
-        try:
-            for index, recorder in enumerate(recorders):
-                self._blocks[index] = recorder
+        with standing_in(self._blocks, self._family.outputs) as recorders:
+
+            def entered(tokens: Tensor) -> Tensor:
+                base(input_ids=tokens, use_cache=False, output_attentions=False)
+                return recorders[0].entered().clone()
+
             first = entered(batches[0])
             if done:
                 lost = self._hidden.restore([len(tokens) for tokens in batches], first, done)
@@ -362,9 +358,6 @@ class Sequential:
             if not done or lost is not None:
                 for batch, tokens in enumerate(batches):
                     self._hidden.put(batch, entered(tokens) if batch else first, 0)
-        finally:
-            for index, block in enumerate(blocks):
-                self._blocks[index] = block
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         drop_weights(base)
         return lost

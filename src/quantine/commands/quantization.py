@@ -123,8 +123,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tune",
         choices=SETTINGS,
-        help="afterwards tune scales, zero points, outliers and norms by gradient, so that "
-        "predictions agree with the float model's; costs time, no bytes",
+        help="afterwards tune codes, scales, zero points, outliers and norms by gradient, so that "
+        "blocks and predictions agree with the float model's; costs time, no bytes",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,3 +56,28 @@ class StandIn(nn.Module):
         self._entered, self.args, self.kwargs = [hidden], args, kwargs
         hidden = hidden if self._replay[0] is None else self._replay[0]
         return (hidden, *[None] * (self._outputs - 1)) if self._outputs else hidden
+
+
+@contextmanager
+def standing_in(
+    blocks: nn.ModuleList, outputs: int, replay: Tensor | None = None
+) -> Iterator[list[StandIn]]:
+    """Inside of this context, stand-ins take the places of a model's ``blocks``.
+
+    Args:
+        blocks: the model's own list.
+        outputs: see `StandIn`.
+        replay: see `StandIn`.
+
+    Yields:
+        The stand-ins, in the order of the blocks.
+    """
+    originals = list(blocks)
+    stand_ins = [StandIn(block, outputs, replay) for block in originals]
+    try:
+        for index, stand_in in enumerate(stand_ins):
+            blocks[index] = stand_in
+        yield stand_ins
+    finally:
+        for index, block in enumerate(originals):
+            blocks[index] = block

@@ -55,8 +55,7 @@ class Plan:
         arithmetic: how products with the packed matrices are computed, see
             `quantine.core.arithmetic.Arithmetic`; stored in the output directory.
         activations: how activations are quantized; ``None`` leaves them as they are.
-        tune: how the numbers of the quantized model that are not codes are tuned by gradient;
-            ``None`` leaves them as they are.
+        tune: how the quantized model is tuned by gradient; ``None`` leaves it as it is.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing

@@ -65,7 +65,7 @@ def tuned_parts(
     student = _student(job, checkpoint, matrices, _floats(job, everything))
     assert job.tuning_text is not None
     assert job.plan.tune is not None
-    outcome = tune(student, job.tuning_text.to(job.device), job.plan.tune, note)
+    outcome = tune(student, job.family, job.tuning_text.to(job.device), job.plan.tune, note)
     store.remember(OUTCOME, outcome.as_dict())
     note(f"tuned: divergence {outcome.before:.4f} before, {outcome.after:.4f} after")
     for part, name in zip(parts, names, strict=True):
@@ -107,14 +107,14 @@ def _student(
 
 def _solved(job: Job, checkpoint: Checkpoint, decision: Decision, student: Student) -> Solved:
     weight = job.float_weight(checkpoint, decision.layer)
-    return held(decision, student.matrices[decision.layer].qtensor(), weight, None)
+    return held(decision, student.whole.matrices[decision.layer].qtensor(), weight, None)
 
 
 def _vectors(job: Job, part: Mapping[str, Tensor], student: Student) -> dict[str, Tensor]:
     """The tuned vectors of a part, as files hold them."""
     return {
         name: as_stored(name, numbers.stored(), job.float_dtype()).cpu()
-        for name, numbers in student.vectors.items()
+        for name, numbers in student.whole.vectors.items()
         if name in part
     }
 

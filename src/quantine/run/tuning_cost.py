@@ -12,7 +12,8 @@ from torch import Tensor
 from quantine.core.device import is_here
 from quantine.families.layers import block_list
 from quantine.run.job import Job
-from quantine.run.working_set import FLOAT, width
+from quantine.run.working_set import FLOAT, block_weights, width
+from quantine.tuning.blocks import block_segments
 from quantine.tuning.tune import JUDGED, TOKENS_AT_ONCE
 
 SAVED_TENSORS: Final = 8
@@ -26,6 +27,14 @@ DECODED_COPIES: Final = 6
 PRODUCTS: Final = 4
 """Products with every matrix for a token that is tuned on: the float model's, the quantized one's,
 and two for gradients. A token that judges takes two."""
+STREAM_TENSORS: Final = 4
+"""Number of tensors of hidden states while a block is tuned: both models', and next ones."""
+CODE_TENSORS: Final = 6
+"""Number of float32 tensors that are as large as a block whose codes are tuned."""
+BLOCK_PRODUCTS: Final = 3
+"""Products with every matrix for a token that a block is tuned on. To go on takes two."""
+CODE_PASSES: Final = 40
+"""How often each weight of a block is read and multiplied in a step, for codes and decoding."""
 PASSES: Final = 8
 """How often, as it were, each number that blocks keep, and each logit, is read and multiplied."""
 TIMED_TOKENS: Final = 512
@@ -37,8 +46,8 @@ TIMES: Final = 5
 def tuning_bytes(job: Job) -> int:
     """Most bytes of tensors that are held at once while the model of ``job`` is tuned.
 
-    Both models, gradients of the matrices, codes, and what a batch of tokens leaves behind; 0 if it
-    is not tuned.
+    Both models, gradients of the matrices, codes, and what a batch of tokens leaves behind, or what
+    the tuning of a block takes; 0 if the model is not tuned.
     """
     if job.tuning_text is None:
         return 0
@@ -52,7 +61,17 @@ def tuning_bytes(job: Job) -> int:
     tokens = max(1, TOKENS_AT_ONCE // length) * length
     logits = LOGIT_TENSORS * product * tokens * _vocabulary(job)
     batch = FLOAT * tokens * _kept(job) + logits
-    return models + max(batch, FLOAT * DECODED_COPIES * max(quantized))
+    decoded = FLOAT * DECODED_COPIES * max(quantized)
+    return models + max(batch, decoded, _block_bytes(job) + decoded)
+
+
+def _block_bytes(job: Job) -> int:
+    """Most bytes that are held while blocks are tuned, models and decoded copies apart."""
+    tokens = _block_tokens(job)
+    if not tokens:
+        return 0
+    hidden = STREAM_TENSORS * tokens * width(job)
+    return FLOAT * (hidden + CODE_TENSORS * block_weights(job))
 
 
 def tuning_seconds(job: Job) -> float | None:
@@ -62,14 +81,42 @@ def tuning_seconds(job: Job) -> float | None:
     now, so that other work of the machine counts. ``None`` if the model is not tuned, or its device
     is not here.
     """
-    if job.tuning_text is None or not is_here(job.device):
+    if job.tuning_text is None or job.plan.tune is None or not is_here(job.device):
         return None
     weights = sum(decision.layer.weights for decision in job.decisions)
-    tuned, judged = job.tuning_text.own.numel(), job.tuning_text.judges.numel() * (1 + JUDGED)
+    tuned = job.tuning_text.of_whole(job.plan.tune).numel()
+    judged = job.tuning_text.judges.numel() * _judgements(job)
     product, visit = _seconds_of_product(job), _seconds_of_pass(job)
     share = judged / 2  # no gradients are computed there
     numbers = _kept(job) + _vocabulary(job)
-    return (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
+    whole = (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
+    return whole + _block_seconds(job, product, visit)
+
+
+def _block_seconds(job: Job, product: float, visit: float) -> float:
+    """Seconds for all blocks, with those that one product and one pass take for a number."""
+    tuning, text = job.plan.tune, job.tuning_text
+    assert tuning is not None
+    assert text is not None
+    weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
+    stepped = tuning.block_steps * tuning.segments * text.own.shape[1]
+    products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
+    passes = PASSES * _kept(job) * (stepped + _block_tokens(job))
+    codes = CODE_PASSES * tuning.block_steps * weights
+    return products * weights * product + (passes + codes) * visit
+
+
+def _block_tokens(job: Job) -> int:
+    """Number of tokens that pass through the blocks while these are tuned; 0 if they are not."""
+    assert job.tuning_text is not None
+    assert job.plan.tune is not None
+    return block_segments(job.tuning_text, job.plan.tune).numel()
+
+
+def _judgements(job: Job) -> int:
+    """How many times the whole model is judged."""
+    assert job.plan.tune is not None
+    return 1 + JUDGED + bool(job.plan.tune.block_steps)
 
 
 def _kept(job: Job) -> int:

@@ -1,1 +1,1 @@
-"""Tuning: numbers of a quantized model that are not codes, adjusted by gradient."""
+"""Tuning: a quantized model, adjusted by gradient towards the float model."""

@@ -25,12 +25,17 @@ class TuningText:
     """Segments of the calibration text for tuning; none of `own` overlaps one of `judges`.
 
     Attributes:
-        own: ``[steps * segments, seqlen]`` int64, to tune on, in order.
+        own: ``[n, seqlen]`` int64, to tune on, in order: as many as the longer of the two kinds of
+            tuning takes.
         judges: ``[JUDGES, seqlen]`` int64, to judge by.
     """
 
     own: Tensor
     judges: Tensor
+
+    def of_whole(self, tuning: Tuning) -> Tensor:
+        """Those of `own` that the whole model is tuned on."""
+        return self.own[: tuning.steps * tuning.segments]
 
     def as_bytes(self) -> bytes:
         """All token ids, of which a run's identity has a hash."""
@@ -75,7 +80,7 @@ def tuning_text(
             f"and is shorter than a segment of {length}; use a longer text or a smaller seqlen"
         )
     own = TokenStream(whole.begin, whole.tokens[:cut])
-    count = tuning.steps * tuning.segments
+    count = max(tuning.steps, tuning.block_steps) * tuning.segments
     return TuningText(
         draw_segments(own, count, length, calibration.seed, source),
         draw_segments(judging, JUDGES, length, calibration.seed, source),

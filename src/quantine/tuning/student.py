@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantine.calibrate.skeleton import fill, make_buffers, set_tensor, skeleton, weight_names
 from quantine.core.qtensor import QTensor
+from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.tuning.divergence import divergence
-from quantine.tuning.numbers import Numbers, TunedMatrix
+from quantine.tuning.matrix import TunedMatrix
+from quantine.tuning.numbers import Numbers
+from quantine.tuning.part import Part
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,8 +57,10 @@ class Student:
         dtype: dtype in which matrices are multiplied, float32 or bfloat16.
 
     Attributes:
-        matrices: the numbers of the quantized matrices.
-        vectors: norms and biases, by name.
+        teacher: the float model.
+        model: the quantized model.
+        dtype: dtype in which matrices are multiplied.
+        whole: all that is tuned.
     """
 
     def __init__(
@@ -65,41 +70,35 @@ class Student:
         floats: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        self._dtype = dtype
+        self.dtype = dtype
         inside = {layer.stored_name for layer in matrices if layer.role == "block"}
         for name in inside:
             set_tensor(teacher, name, teacher.get_parameter(name).to(dtype))
-        self._teacher = teacher
-        self._model = _sharing(teacher)
-        self.matrices = {layer: TunedMatrix(q) for layer, q in matrices.items()}
-        self.vectors = {
+        self.teacher = teacher
+        self.model = _sharing(teacher)
+        vectors = {
             name: Numbers.vector(value)
             for name, value in floats.items()
             if value.ndim == 1 and value.is_floating_point()
         }
+        tuned = {layer: TunedMatrix(q) for layer, q in matrices.items()}
+        self.whole = Part(self.model, tuned, vectors)
         for name, value in floats.items():
-            set_tensor(self._model, name, value.float().clone())  # vectors are changed in place
-        for name in {layer.stored_name for layer in self.matrices}:
-            set_tensor(self._model, name, self._model.get_parameter(name).detach().clone())
+            set_tensor(self.model, name, value.float().clone())  # vectors are changed in place
+        for name in {layer.stored_name for layer in matrices}:
+            set_tensor(self.model, name, self.model.get_parameter(name).detach().clone())
         self._tie({layer.stored_name for layer in matrices} | set(floats))
-        for parameter in self._tuned():
+        for parameter in self.whole.parameters():
             parameter.requires_grad_()
-        self.install()
+        self.whole.install()
 
-    def leaves(self) -> Iterator[Numbers]:
-        """All numbers that are tuned, in an order that does not change."""
-        for matrix in self.matrices.values():
-            yield from matrix.numbers.values()
-        yield from self.vectors.values()
-
-    @torch.no_grad()
-    def install(self) -> None:
-        """Let the model compute with the numbers as they are now."""
-        for layer, matrix in self.matrices.items():
-            parameter = self._model.get_parameter(layer.stored_name)
-            layer.part_of(parameter).copy_(matrix.weight())
-        for name, numbers in self.vectors.items():
-            self._model.get_parameter(name).copy_(numbers.now())
+    def block(self, index: int, family: Family) -> Part:
+        """What is tuned of the block number ``index``."""
+        inside = f"{family.blocks}.{index}."
+        whole = self.whole
+        matrices = {layer: m for layer, m in whole.matrices.items() if layer.block == index}
+        vectors = {name: v for name, v in whole.vectors.items() if name.startswith(inside)}
+        return Part(self.model, matrices, vectors)
 
     @torch.no_grad()
     def divergence(self, segments: Tensor) -> float:
@@ -109,8 +108,8 @@ class Student:
         """
         total = 0.0
         for segment in segments.split(1):
-            reference = self._logits(self._teacher, segment)
-            total += divergence(reference, self._logits(self._model, segment))
+            reference = self._logits(self.teacher, segment)
+            total += divergence(reference, self._logits(self.model, segment))
         return total / segments.numel()
 
     def add_gradients(self, segments: Tensor, share: float) -> float:
@@ -124,28 +123,13 @@ class Student:
             The divergence.
         """
         with torch.no_grad():
-            reference = self._logits(self._teacher, segments)
+            reference = self._logits(self.teacher, segments)
         with torch.enable_grad():
-            logits = self._logits(self._model, segments)
+            logits = self._logits(self.model, segments)
         gradient = torch.empty_like(logits)
         found = divergence(reference, logits.detach(), gradient, share / segments.numel())
         logits.backward(gradient)
         return found / segments.numel()
-
-    def pass_gradients(self) -> None:
-        """Hand the gradients of the model's parameters on to `leaves`, and clear them."""
-        for layer, matrix in self.matrices.items():
-            gradient = self._model.get_parameter(layer.stored_name).grad
-            if gradient is not None:
-                with torch.enable_grad():
-                    matrix.weight().backward(layer.part_of(gradient).float())
-        for name, numbers in self.vectors.items():
-            gradient = self._model.get_parameter(name).grad
-            if gradient is not None:
-                with torch.enable_grad():
-                    numbers.now().backward(gradient)
-        for parameter in self._tuned():
-            parameter.grad = None
 
     def _tie(self, given: set[str]) -> None:
         """Let what the quantized model stores once be one parameter.
@@ -153,20 +137,16 @@ class Student:
         Args:
             given: names of all tensors that it stores.
         """
-        for name, source in self._model.all_tied_weights_keys.items():
+        for name, source in self.model.all_tied_weights_keys.items():
             if name not in given:
                 path, _, leaf = name.rpartition(".")
-                shared = self._model.get_parameter(source)
-                self._model.get_submodule(path)._parameters[leaf] = shared
-
-    def _tuned(self) -> list[nn.Parameter]:
-        names = {layer.stored_name for layer in self.matrices} | set(self.vectors)
-        return [self._model.get_parameter(name) for name in sorted(names)]
+                shared = self.model.get_parameter(source)
+                self.model.get_submodule(path)._parameters[leaf] = shared
 
     def _logits(self, model: PreTrainedModel, segments: Tensor) -> Tensor:
         """Logits ``[positions, vocabulary]`` of all positions of ``segments``."""
-        rounds = self._dtype != torch.float32
-        with torch.autocast(segments.device.type, self._dtype, enabled=rounds):
+        rounds = self.dtype != torch.float32
+        with torch.autocast(segments.device.type, self.dtype, enabled=rounds):
             logits: Tensor = model(input_ids=segments, use_cache=False).logits
         return logits.flatten(0, 1)
 

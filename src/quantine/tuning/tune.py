@@ -1,24 +1,22 @@
-"""`tune`: steps along the gradient of a quantized model's divergence from the float model."""
+"""`tune`: a quantized model follows the float model, block by block and then as a whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import torch
+from torch import Tensor
 
 from quantine.core.tuning_spec import Tuning
+from quantine.families.family import Family
+from quantine.tuning.blocks import tune_blocks
+from quantine.tuning.part import Descent
 from quantine.tuning.segments import TuningText
 from quantine.tuning.student import Student
 
 JUDGED: Final = 2
 """How many times a run is judged after its beginning."""
-WARM_UP: Final = 0.1
-"""Share of the steps in which the rate rises."""
-BETAS: Final = (0.9, 0.98)
-"""How slowly Adam forgets gradients and their squares."""
 TOKENS_AT_ONCE: Final = 2048
 """Number of tokens whose gradients are computed at once, unless a segment is longer: each block
 keeps what it computed of them."""
@@ -31,62 +29,76 @@ class Outcome:
     Attributes:
         steps: number of the step after which the numbers were kept; 0 if none was better.
         before, after: mean divergence from the float model, in nats per token.
+        blocks: the same after blocks were tuned one by one; ``None`` if they were not.
+        moved: share of the codes that changed.
     """
 
     steps: int
     before: float
     after: float
+    blocks: float | None
+    moved: float
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
-        return {"steps": self.steps, "divergence_before": self.before, "divergence": self.after}
+        return {
+            "steps": self.steps,
+            "divergence_before": self.before,
+            **({} if self.blocks is None else {"divergence_after_blocks": self.blocks}),
+            "divergence": self.after,
+            "codes_moved": self.moved,
+        }
 
 
 def tune(
-    student: Student, text: TuningText, tuning: Tuning, note: Callable[[str], None]
+    student: Student,
+    family: Family,
+    text: TuningText,
+    tuning: Tuning,
+    note: Callable[[str], None],
 ) -> Outcome:
     """Tune the numbers of ``student``, and leave it with those that were judged best.
 
-    Numbers move by Adam, whose rate rises and then falls along a cosine.
+    Blocks are tuned first, one by one and with their codes; then the whole model, whose codes stay.
 
     Args:
         student: the quantized model.
+        family: its architecture.
         text: what to tune on and to judge by, on the model's device.
         tuning: how long and how fast.
         note: receives lines about the progress.
     """
-    leaves = [numbers.moved for numbers in student.leaves()]
-    adam = torch.optim.Adam(leaves, lr=0.0, betas=BETAS)
+    whole = student.whole
     before = best = student.divergence(text.judges)
-    kept, kept_step = [leaf.detach().clone() for leaf in leaves], 0
-    at_once = max(1, TOKENS_AT_ONCE // text.own.shape[1])
-    for step, segments in enumerate(text.own.split(tuning.segments), start=1):
-        for group in adam.param_groups:
-            group["lr"] = tuning.rate * pace(step, tuning.steps)
+    start = kept = whole.snapshot()
+    kept_step, blocks = 0, None
+    if tuning.block_steps:
+        tune_blocks(student, family, text, tuning, note)
+        blocks = student.divergence(text.judges)
+        note(f"tuned blocks: divergence {before:.4f} before, {blocks:.4f} after")
+        if blocks < best:
+            best, kept = blocks, whole.snapshot()
+        else:
+            whole.restore(start)
+    descent = Descent(whole, tuning.rate, tuning.steps)
+    own = text.of_whole(tuning)
+    at_once = max(1, TOKENS_AT_ONCE // own.shape[1])
+    for step, segments in enumerate(own.split(tuning.segments), start=1):
         seen = 0.0
         for batch in segments.split(at_once):
             share = len(batch) / tuning.segments
             seen += share * student.add_gradients(batch, share)
-        student.pass_gradients()
-        adam.step()
-        adam.zero_grad()
-        student.install()
+        descent.step()
         note(f"tuning step {step}/{tuning.steps}: divergence {seen:.4f}")
         if step * JUDGED % tuning.steps < JUDGED:
             judged = student.divergence(text.judges)
             if judged < best:
-                best, kept_step = judged, step
-                kept = [leaf.detach().clone() for leaf in leaves]
-    with torch.no_grad():
-        for leaf, value in zip(leaves, kept, strict=True):
-            leaf.copy_(value)
-    student.install()
-    return Outcome(kept_step, before, best)
+                best, kept_step, kept = judged, step, whole.snapshot()
+    whole.restore(kept)
+    return Outcome(kept_step, before, best, blocks, _moved(start.codes, kept.codes))
 
 
-def pace(step: int, steps: int) -> float:
-    """The share of the rate that step number ``step`` of ``steps`` has."""
-    rising = max(1, round(steps * WARM_UP))
-    if step < rising:
-        return step / rising
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rising) / (steps - rising + 1))
+def _moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The share of codes that changed."""
+    changed = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+    return changed / sum(codes.numel() for codes in before)

@@ -117,8 +117,9 @@ def _tuning_lines(job: Job, size: Estimate) -> list[str]:
         if seconds is None
         else f", about {seconds / 60:.1f} minutes at this machine's present load"
     )
-    count = f"{job.plan.tune.steps} steps, {job.tuning_text.own.numel():,} tokens"
-    return [f"tuning: {count}{takes}"]
+    tune = job.plan.tune
+    steps = f"{tune.block_steps} steps of each block, {tune.steps} of the whole"
+    return [f"tuning: {steps}, {tune.segments} segments each{takes}"]
 
 
 def _device_lines(job: Job, size: Estimate) -> list[str]:
