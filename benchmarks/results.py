@@ -328,6 +328,7 @@ after llama.cpp has made floats of it itself.
 """
 ENGINE_TABLES = {
     "demo": "SmolLM2-135M",
+    "qwen": "Qwen2.5-Coder-0.5B",
     "families": "Tiny random models, every matrix of another width and grid",
 }
 """Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
