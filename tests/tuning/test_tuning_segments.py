@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quantine.calibrate.segments import Calibration
 from quantine.core.tuning_spec import Tuning
@@ -33,7 +34,7 @@ def calibration(tmp_path: Path) -> Calibration:
 def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
     tuning = Tuning(steps=6, segments=5, block_steps=2)
     text = tuning_text(calibration, tuning, Words(), 800, None)
-    assert text.own.shape == (30, 20)
+    assert text.own.shape == (40, 20)
     assert text.of_whole(tuning).shape == (30, 20)
     assert text.judges.shape == (JUDGES, 20)
     last = 800 - 800 // HELD_OUT
@@ -44,15 +45,16 @@ def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
     assert tuning_text(other, Tuning(), Words(), 800, None).as_bytes() != text.as_bytes()
 
 
-def test_blocks_may_need_more_than_the_whole(calibration: Calibration) -> None:
+def test_blocks_and_the_whole_have_segments_of_their_own(calibration: Calibration) -> None:
     tuning = Tuning(steps=2, segments=5, block_steps=4)
     text = tuning_text(calibration, tuning, Words(), 800, None)
-    assert text.own.shape == (20, 20)
-    assert text.of_whole(tuning).shape == (10, 20)
     held, blocks = block_segments(text, tuning).split([BLOCK_JUDGES, 20])
     assert held.equal(text.judges[:BLOCK_JUDGES])
-    assert blocks.equal(text.own)
-    assert not block_segments(text, replace(tuning, block_steps=0)).numel()
+    assert torch.cat([blocks, text.of_whole(tuning)]).equal(text.own)
+    alone = replace(tuning, block_steps=0)
+    text = tuning_text(calibration, alone, Words(), 800, None)
+    assert text.of_whole(alone).equal(text.own)
+    assert not block_segments(text, alone).numel()
 
 
 def test_too_little_text_is_refused(calibration: Calibration) -> None:

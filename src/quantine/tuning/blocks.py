@@ -24,9 +24,6 @@ from quantine.tuning.student import Student
 
 HELD_OUT: Final = 4
 """Number of the segments that judge by which each block is judged."""
-BLOCK_TOKENS: Final = 2**15
-"""Number of tokens that blocks are tuned on, again and again, unless a segment is longer: hidden
-states of all of them are in memory."""
 RATE: Final = 4.0
 """How much faster numbers move than where the whole model is tuned, whose gradients are noisier."""
 
@@ -36,11 +33,8 @@ def block_segments(text: TuningText, tuning: Tuning) -> Tensor:
 
     There are none if blocks are not tuned.
     """
-    if not tuning.block_steps:
-        return text.own[:0]
-    most = max(1, BLOCK_TOKENS // text.own.shape[1])
-    own = text.own[: min(most, tuning.block_steps * tuning.segments)]
-    return torch.cat([text.judges[:HELD_OUT], own])
+    blocks = text.of_blocks(tuning)
+    return torch.cat([text.judges[:HELD_OUT], blocks]) if len(blocks) else blocks
 
 
 def tune_blocks(

@@ -18,6 +18,9 @@ HELD_OUT: Final = 8
 """The last of so many parts of the calibration text is not tuned on, but judges."""
 JUDGES: Final = 16
 """Number of segments that judge."""
+BLOCK_TOKENS: Final = 2**17
+"""Number of tokens, at most, that blocks are tuned on, again and again, unless a segment is longer:
+hidden states of all of them are in memory."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class TuningText:
     """Segments of the calibration text for tuning; none of `own` overlaps one of `judges`.
 
     Attributes:
-        own: ``[n, seqlen]`` int64, to tune on, in order: as many as the longer of the two kinds of
-            tuning takes.
+        own: ``[n, seqlen]`` int64, to tune on: first what blocks are tuned on, then what the whole
+            model is. Predictions for text that blocks have learned would say little.
         judges: ``[JUDGES, seqlen]`` int64, to judge by.
     """
 
@@ -35,7 +38,11 @@ class TuningText:
 
     def of_whole(self, tuning: Tuning) -> Tensor:
         """Those of `own` that the whole model is tuned on."""
-        return self.own[: tuning.steps * tuning.segments]
+        return self.own[-tuning.steps * tuning.segments :]
+
+    def of_blocks(self, tuning: Tuning) -> Tensor:
+        """Those of `own` that blocks are tuned on."""
+        return self.own[: -tuning.steps * tuning.segments]
 
     def as_bytes(self) -> bytes:
         """All token ids, of which a run's identity has a hash."""
@@ -80,7 +87,8 @@ def tuning_text(
             f"and is shorter than a segment of {length}; use a longer text or a smaller seqlen"
         )
     own = TokenStream(whole.begin, whole.tokens[:cut])
-    count = max(tuning.steps, tuning.block_steps) * tuning.segments
+    most = max(1, BLOCK_TOKENS // length)
+    count = min(most, tuning.block_steps * tuning.segments) + tuning.steps * tuning.segments
     return TuningText(
         draw_segments(own, count, length, calibration.seed, source),
         draw_segments(judging, JUDGES, length, calibration.seed, source),
