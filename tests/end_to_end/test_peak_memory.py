@@ -182,4 +182,5 @@ def test_the_least_memory_that_a_refusal_names_is_enough(text_file: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["refused"], found["done"]) == (2, 0), found["said"]
-    assert found["peak"] <= float(found["least"]) * 1e9 < found["peak"] * 1.25
+    # Of what libraries take, a hundredth differs with the processor and its threads.
+    assert 0.99 * found["peak"] <= float(found["least"]) * 1e9 < 1.25 * found["peak"]

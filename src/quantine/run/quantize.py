@@ -168,7 +168,10 @@ def _at_once_before(job: Job, out: Path) -> int | None:
 
     The device's free memory has a say in that number and must not end a run that is continued.
     """
-    found = stored_identity(out)
+    try:
+        found = stored_identity(out)
+    except OSError:  # what is wrong with the path is said where it is checked
+        return None
     if found is None:
         return None
     kept = found.get(AT_ONCE, "")
