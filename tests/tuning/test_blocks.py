@@ -19,7 +19,7 @@ from quantine.tuning.segments import TuningText
 from quantine.tuning.student import Student
 from tiny_models import build, some_tokens, tiny_config
 
-TEXT = TuningText(some_tokens(64, 64), some_tokens(64, 16, seed=6))
+TEXT = TuningText(some_tokens(64, 64), some_tokens(64, 8), some_tokens(64, 16, seed=6))
 TUNING = Tuning(segments=8, block_steps=80)
 
 

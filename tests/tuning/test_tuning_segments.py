@@ -34,11 +34,10 @@ def calibration(tmp_path: Path) -> Calibration:
 def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
     tuning = Tuning(steps=6, segments=5, block_steps=2)
     text = tuning_text(calibration, tuning, Words(), 800, None)
-    assert text.own.shape == (40, 20)
-    assert text.of_whole(tuning).shape == (30, 20)
+    assert (len(text.blocks), len(text.whole)) == (10, 30)
     assert text.judges.shape == (JUDGES, 20)
     last = 800 - 800 // HELD_OUT
-    assert text.own.max() < last <= text.judges.min()
+    assert max(text.blocks.max(), text.whole.max()) < last <= text.judges.min()
     again = tuning_text(calibration, tuning, Words(), 800, None)
     assert again.as_bytes() == text.as_bytes()
     other = replace(calibration, seed=1)
@@ -48,13 +47,13 @@ def test_what_judges_is_not_tuned_on(calibration: Calibration) -> None:
 def test_blocks_and_the_whole_have_segments_of_their_own(calibration: Calibration) -> None:
     tuning = Tuning(steps=2, segments=5, block_steps=4)
     text = tuning_text(calibration, tuning, Words(), 800, None)
-    held, blocks = block_segments(text, tuning).split([BLOCK_JUDGES, 20])
+    held, blocks = block_segments(text).split([BLOCK_JUDGES, 20])
     assert held.equal(text.judges[:BLOCK_JUDGES])
-    assert torch.cat([blocks, text.of_whole(tuning)]).equal(text.own)
-    alone = replace(tuning, block_steps=0)
-    text = tuning_text(calibration, alone, Words(), 800, None)
-    assert text.of_whole(alone).equal(text.own)
-    assert not block_segments(text, alone).numel()
+    assert blocks.equal(text.blocks)
+    drawn = torch.cat([text.blocks, text.whole]).tolist()
+    assert len({tuple(segment) for segment in drawn}) == 30
+    text = tuning_text(calibration, replace(tuning, block_steps=0), Words(), 800, None)
+    assert not block_segments(text).numel()
 
 
 def test_too_little_text_is_refused(calibration: Calibration) -> None:

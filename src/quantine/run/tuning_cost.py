@@ -57,7 +57,7 @@ def tuning_bytes(job: Job) -> int:
     packed = sum(job.packed_bytes(decision) for decision in job.scheme_layers())
     # The float model, its quantized copy with gradients, a byte for each code, and what files hold.
     models = FLOAT * everything + (2 * product + 1) * sum(quantized) + packed
-    length = job.tuning_text.own.shape[1]
+    length = job.tuning_text.whole.shape[1]
     tokens = max(1, TOKENS_AT_ONCE // length) * length
     logits = LOGIT_TENSORS * product * tokens * _vocabulary(job)
     batch = FLOAT * tokens * _kept(job) + logits
@@ -84,7 +84,7 @@ def tuning_seconds(job: Job) -> float | None:
     if job.tuning_text is None or job.plan.tune is None or not is_here(job.device):
         return None
     weights = sum(decision.layer.weights for decision in job.decisions)
-    tuned = job.tuning_text.of_whole(job.plan.tune).numel()
+    tuned = job.tuning_text.whole.numel()
     judged = job.tuning_text.judges.numel() * _judgements(job)
     product, visit = _seconds_of_product(job), _seconds_of_pass(job)
     share = judged / 2  # no gradients are computed there
@@ -99,7 +99,7 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
     assert tuning is not None
     assert text is not None
     weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
-    stepped = tuning.block_steps * tuning.segments * text.own.shape[1]
+    stepped = tuning.block_steps * tuning.segments * text.whole.shape[1]
     products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
     passes = PASSES * _kept(job) * (stepped + _block_tokens(job))
     codes = CODE_PASSES * tuning.block_steps * weights
@@ -109,8 +109,7 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
 def _block_tokens(job: Job) -> int:
     """Number of tokens that pass through the blocks while these are tuned; 0 if they are not."""
     assert job.tuning_text is not None
-    assert job.plan.tune is not None
-    return block_segments(job.tuning_text, job.plan.tune).numel()
+    return block_segments(job.tuning_text).numel()
 
 
 def _judgements(job: Job) -> int:

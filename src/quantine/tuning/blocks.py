@@ -28,13 +28,12 @@ RATE: Final = 4.0
 """How much faster numbers move than where the whole model is tuned, whose gradients are noisier."""
 
 
-def block_segments(text: TuningText, tuning: Tuning) -> Tensor:
+def block_segments(text: TuningText) -> Tensor:
     """The segments that blocks are judged by, and then those that they are tuned on.
 
     There are none if blocks are not tuned.
     """
-    blocks = text.of_blocks(tuning)
-    return torch.cat([text.judges[:HELD_OUT], blocks]) if len(blocks) else blocks
+    return torch.cat([text.judges[:HELD_OUT], text.blocks]) if len(text.blocks) else text.blocks
 
 
 def tune_blocks(
@@ -55,7 +54,7 @@ def tune_blocks(
         tuning: how long and how fast.
         note: receives a line about each block.
     """
-    segments = block_segments(text, tuning)
+    segments = block_segments(text)
     floats = BlockStream(student.teacher, family, segments, student.dtype)
     stream = BlockStream(student.model, family, segments, student.dtype)
     for index in range(len(block_list(student.model, family))):

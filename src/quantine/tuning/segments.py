@@ -25,32 +25,29 @@ hidden states of all of them are in memory."""
 
 @dataclass(frozen=True)
 class TuningText:
-    """Segments of the calibration text for tuning; none of `own` overlaps one of `judges`.
+    """Segments at random places of the calibration text; none to tune on overlaps one that judges.
 
     Attributes:
-        own: ``[n, seqlen]`` int64, to tune on: first what blocks are tuned on, then what the whole
-            model is. Predictions for text that blocks have learned would say little.
+        blocks: ``[n, seqlen]`` int64, that blocks are tuned on; none if they are not tuned.
+        whole: ``[steps * segments, seqlen]`` int64, that the whole model is tuned on, in order.
+            Predictions for text that blocks have learned would say little.
         judges: ``[JUDGES, seqlen]`` int64, to judge by.
     """
 
-    own: Tensor
+    blocks: Tensor
+    whole: Tensor
     judges: Tensor
-
-    def of_whole(self, tuning: Tuning) -> Tensor:
-        """Those of `own` that the whole model is tuned on."""
-        return self.own[-tuning.steps * tuning.segments :]
-
-    def of_blocks(self, tuning: Tuning) -> Tensor:
-        """Those of `own` that blocks are tuned on."""
-        return self.own[: -tuning.steps * tuning.segments]
 
     def as_bytes(self) -> bytes:
         """All token ids, of which a run's identity has a hash."""
-        return self.own.numpy().tobytes() + self.judges.numpy().tobytes()
+        return b"".join(part.numpy().tobytes() for part in self._parts())
 
     def to(self, device: torch.device) -> TuningText:
         """The same on ``device``."""
-        return TuningText(self.own.to(device), self.judges.to(device))
+        return TuningText(*(part.to(device) for part in self._parts()))
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.blocks, self.whole, self.judges
 
 
 def tuning_text(
@@ -87,9 +84,8 @@ def tuning_text(
             f"and is shorter than a segment of {length}; use a longer text or a smaller seqlen"
         )
     own = TokenStream(whole.begin, whole.tokens[:cut])
-    most = max(1, BLOCK_TOKENS // length)
-    count = min(most, tuning.block_steps * tuning.segments) + tuning.steps * tuning.segments
-    return TuningText(
-        draw_segments(own, count, length, calibration.seed, source),
-        draw_segments(judging, JUDGES, length, calibration.seed, source),
-    )
+    for_blocks = min(max(1, BLOCK_TOKENS // length), tuning.block_steps * tuning.segments)
+    for_whole = tuning.steps * tuning.segments
+    drawn = draw_segments(own, for_blocks + for_whole, length, calibration.seed, source)
+    judges = draw_segments(judging, JUDGES, length, calibration.seed, source)
+    return TuningText(drawn[:for_blocks], drawn[for_blocks:], judges)

@@ -81,7 +81,7 @@ def tune(
         else:
             whole.restore(start)
     descent = Descent(whole, tuning.rate, tuning.steps)
-    own = text.of_whole(tuning)
+    own = text.whole
     at_once = max(1, TOKENS_AT_ONCE // own.shape[1])
     for step, segments in enumerate(own.split(tuning.segments), start=1):
         seen = 0.0
