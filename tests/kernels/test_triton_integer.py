@@ -66,7 +66,7 @@ def assert_close(found: Tensor, q: QTensor, grid: InputGrid, x: Tensor) -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(q=low_matrices, kind=kinds, bits=bits_of_inputs, batch=st.sampled_from([1, 1, 2, 3]))
+@given(q=low_matrices, kind=kinds, bits=bits_of_inputs, batch=st.sampled_from([1, 1, 2, 3, 4]))
 @example(q=qtensor_of(0, 5, [1] * 9, 4), kind="inside", bits=8, batch=1)
 @example(q=qtensor_of(1, 3, [33000, 40], 3, "whole", 0.02), kind="factors", bits=4, batch=2)
 def test_few_rows(q: QTensor, kind: str, bits: int, batch: int) -> None:

@@ -57,7 +57,8 @@ along_outputs = st.builds(
     axis=st.just("out"),
     **kinds,
 )
-matrices = st.one_of(along_inputs, one_group, along_outputs)
+whole_or_groups = st.one_of(along_inputs, one_group)
+matrices = st.one_of(whole_or_groups, along_outputs)
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
@@ -87,22 +88,46 @@ LONG_IN = qtensor_of(1, 3, 260, 128, 3, "coded", "coded", 0.02, True)
 LONG_OUT = qtensor_of(2, 33000, 1, 4, 4, "half", "half", 0.01, False, "out")
 
 
-@settings(max_examples=EXAMPLES)
-@given(q=matrices, batch=st.integers(1, 2), seed=st.integers(0, 99), dtype=dtypes)
-@example(q=LONG_IN, batch=1, seed=0, dtype=torch.float16)
-@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
-def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+few = {"batch": st.sampled_from([1, 1, 1, 2, 3, 4]), "seed": st.integers(0, 99), "dtype": dtypes}
+many = few | {"batch": st.integers(few_rows.FEW + 1, 70)}
+
+
+def check_few(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
     found = few_rows.multiply(matrix, arrange(x, matrix), torch.float32)
     assert_close(found, q, x.float(), FEW_TOLERANCE)
 
 
-@settings(max_examples=EXAMPLES)
-@given(q=matrices, batch=st.integers(1, 70), seed=st.integers(0, 99), dtype=dtypes)
-def test_many_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+def check_many(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     matrix, x = arranged(q), activations(seed, batch, q.codes.shape[1], 1.0).to(dtype)
     found = many_rows.multiply(matrix, arrange_rows(x, matrix), torch.float32)
     assert_close(found, q, x.float(), MANY_TOLERANCE)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=whole_or_groups, **few)
+@example(q=LONG_IN, batch=1, seed=0, dtype=torch.float16)
+def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_few(q, batch, seed, dtype)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=along_outputs, **few)
+@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
+def test_few_rows_along_outputs(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_few(q, batch, seed, dtype)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=whole_or_groups, **many)
+def test_many_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_many(q, batch, seed, dtype)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=along_outputs, **many)
+def test_many_rows_along_outputs(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_many(q, batch, seed, dtype)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 6e4, 1e30])

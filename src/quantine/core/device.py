@@ -50,7 +50,7 @@ def device_to_plan(name: str | torch.device) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BackendUnavailable(
-            f"PyTorch knows no device {str(name)!r}: use cpu, or cuda"
+            f"PyTorch knows no device {str(name)!r}: use cpu, cuda, mps or xpu"
         ) from error
     return device_named(device) if device.type in {CPU.type, "meta"} else device
 
