@@ -21,14 +21,14 @@ from quantine.kernels.matrix.units.unit_stack import UnitStack, stacked
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from test_triton_matrix import (  # noqa: E402
+from test_triton_matrix import (
     FEW_TOLERANCE,
     MANY_TOLERANCE,
     activations,
     assert_close,
 )
 
-from quantine.kernels.matrix.triton.experts import tiles_of  # noqa: E402
+from quantine.kernels.matrix.triton.experts import tiles_of
 
 Kind = tuple[GroupAxis, int, int, int, str, str, float, bool]
 """Axis, lines, groups, size of a group, statistics, outliers, whether inputs have an order."""

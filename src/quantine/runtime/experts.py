@@ -55,13 +55,13 @@ class PackedExperts(Experts):
         numbers = index.flatten()
         if len(numbers) <= len(self):  # hardly two of one expert
             found = self._run_stacked(stacked, x.repeat_interleave(chosen, 0), numbers, False)
-            outputs = found * weights.flatten()[:, None]
         else:
             order = numbers.argsort(stable=True)
-            found = self._run_stacked(stacked, x[order // chosen], numbers[order], True)
-            outputs = torch.empty_like(found)
-            outputs[order] = (found * weights.flatten()[order, None]).to(found.dtype)
-        return outputs.to(found.dtype).view(tokens, chosen, -1).sum(1)
+            rows, mine = x.index_select(0, order // chosen), numbers.index_select(0, order)
+            sorted_outputs = self._run_stacked(stacked, rows, mine, True)
+            found = torch.empty_like(sorted_outputs).index_copy_(0, order, sorted_outputs)
+        outputs = (found * weights.flatten()[:, None]).to(found.dtype)
+        return outputs.view(tokens, chosen, -1).sum(1)
 
     def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """See `quantine.families.experts.Experts.run`."""

@@ -1,4 +1,4 @@
-"""Products with packed matrices, rows of packed tables, and packed experts, as operators of PyTorch.
+"""Packed matrices, rows of packed tables and packed experts as operators of PyTorch.
 
 A compiled graph holds operators on tensors and numbers. So it holds ``quantine::multiply_packed``,
 ``quantine::look_up_packed`` and ``quantine::run_experts``, and in them the number of a module,

@@ -49,7 +49,7 @@ class StackedExperts:
         with without_autocast(x.device):
             found = experts_product(self.stacks[name], x, numbers, ordered)
         bias = self.biases.get(name)
-        return found if bias is None else found + bias[numbers].to(x.dtype)
+        return found if bias is None else found + bias.index_select(0, numbers).to(x.dtype)
 
 
 def stacked_experts(experts: Sequence[Any], device: torch.device) -> StackedExperts | None:

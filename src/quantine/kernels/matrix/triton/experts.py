@@ -47,8 +47,10 @@ def multiply_unsorted(stacks: Sequence[UnitStack], x: Tensor, experts: Tensor) -
     """
     result = x.new_empty(len(x), stacks[0].matrices[0].rows)
     for stack in stacks:
-        places, matrix = stack.places[experts], stack.matrices[0]
-        program, operands, settings = few_launch_of(stack, places, arrange(x, matrix, places), result)
+        places, matrix = stack.places.index_select(0, experts), stack.matrices[0]
+        program, operands, settings = few_launch_of(
+            stack, places, arrange(x, matrix, places), result
+        )
         with backend.launching(x):
             program[(triton.cdiv(matrix.rows, matrix.program), len(x))](*operands, **settings)
     return result
@@ -64,7 +66,7 @@ def multiply_sorted(stacks: Sequence[UnitStack], x: Tensor, experts: Tensor) -> 
     tiles = tiles_of(experts, len(stacks[0].places))
     result = x.new_empty(len(x), stacks[0].matrices[0].rows)
     for stack in stacks:
-        rows = arrange_rows(x, stack.matrices[0], stack.places[experts])
+        rows = arrange_rows(x, stack.matrices[0], stack.places.index_select(0, experts))
         program, operands, settings = many_launch_of(stack, tiles, rows, result)
         with backend.launching(x):
             grid = (triton.cdiv(stack.matrices[0].rows, many_rows.OUTPUTS), len(tiles.experts))
@@ -97,14 +99,20 @@ def tiles_of(experts: Tensor, count: int) -> Tiles:
     height = many_rows.LEAST
     while height < min(many_rows.MOST, len(experts) // count):
         height *= 2
-    numbers = torch.arange(count + 1, device=experts.device)
-    bounds = torch.searchsorted(experts, numbers)
+    most = len(experts) // height + min(count, len(experts))
+    bounds = torch.searchsorted(experts, _numbers(count + 1, experts))
     needed = (bounds.diff() + height - 1) // height
     ends = needed.cumsum(0)
-    tile = torch.arange(len(experts) // height + min(count, len(experts)), device=experts.device)
+    tile = _numbers(most, experts)
     owner = torch.searchsorted(ends, tile, right=True).clamp(max=count - 1)
-    firsts = bounds[owner] + (tile - (ends - needed)[owner]) * height
-    return Tiles(owner, firsts.int(), bounds[owner + 1].int(), height)
+    starts, stops = bounds[:-1], bounds[1:]
+    # Of the tiles of one expert, `tile - (ends - needed)` are before this one.
+    firsts = (starts - (ends - needed) * height).index_select(0, owner) + tile * height
+    return Tiles(owner, firsts.int(), stops.index_select(0, owner).int(), height)
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device=like.device)
 
 
 def few_launch_of(
@@ -121,6 +129,7 @@ def few_launch_of(
     kernel, operands, settings = few_rows.launch_of(stack.matrices[0], x, result)
     operands[-3] = stack.multipliers
     settings["BATCH"] = 1
+    settings.setdefault("maxnreg", few_rows.REGISTERS)  # some would be spilled otherwise
     steps = _steps(stack, operands[:4])
     return PROGRAMS[kernel], [places, stack.starts, *steps, *operands], settings
 
@@ -132,7 +141,7 @@ def many_launch_of(
     _, operands, settings = many_rows.launch_of(stack.matrices[0], x, result)
     operands[-4:-2] = [stack.multipliers]  # how many rows there are, tiles know
     settings["BATCH"] = tiles.height
-    of_tiles = [stack.places[tiles.experts], tiles.firsts, tiles.stops]
+    of_tiles = [stack.places.index_select(0, tiles.experts), tiles.firsts, tiles.stops]
     steps = _steps(stack, operands[:5])
     return (
         programs.multiply_tiles_of_experts,
@@ -142,7 +151,7 @@ def many_launch_of(
 
 
 def _steps(stack: UnitStack, parts: Sequence[Tensor | None]) -> list[int]:
-    """How far apart matrices of a stack are in what ``parts`` of the first lie in, and in bounds."""
+    """How far apart matrices are in memory, by part: ``parts`` of the first, and its bounds."""
     entries = stack.matrices[0].entries
     bounds = None if entries is None else entries.bounds
     return [0 if part is None else part.numel() for part in (*parts, bounds)]

@@ -51,7 +51,10 @@ def _kind(matrix: UnitMatrix) -> Any:
     """What matrices of one stack have in common."""
     tensors, numbers, _ = matrix.parts()
     shapes = [
-        (tensor is None, None if tensor is None or part in ENTRIES else (tensor.shape, tensor.dtype))
+        (
+            tensor is None,
+            None if tensor is None or part in ENTRIES else (tensor.shape, tensor.dtype),
+        )
         for part, tensor in enumerate(tensors)
     ]
     return tuple(numbers), tuple(shapes)
@@ -61,8 +64,8 @@ def _stack(matrices: Sequence[UnitMatrix], numbers: list[int]) -> UnitStack:
     chosen = [matrices[number] for number in numbers]
     device = chosen[0].words.device
     taken = [matrix.parts() for matrix in chosen]
-    columns = [_joined(part, same) for part, same in enumerate(zip(*(t for t, _, _ in taken)))]
-    views = zip(*columns, strict=True)
+    parts = zip(*(tensors for tensors, _, _ in taken), strict=True)
+    views = zip(*(_joined(part, same) for part, same in enumerate(parts)), strict=True)
     found = tuple(
         UnitMatrix.of_parts(view, counted, multiplier)
         for view, (_, counted, multiplier) in zip(views, taken, strict=True)
