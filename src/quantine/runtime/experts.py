@@ -99,7 +99,8 @@ class PackedExperts(Experts):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._stacked = None  # each expert may go elsewhere
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without the matrices of programs: copies make some of their own."""

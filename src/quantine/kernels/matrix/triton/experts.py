@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import torch
 import triton
@@ -23,13 +23,8 @@ from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.triton.arrange import arrange, arrange_rows
 from quantine.kernels.matrix.triton.programs import experts as programs
 from quantine.kernels.matrix.units.activations import Arranged, Rows
+from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_stack import UnitStack
-
-PROGRAMS: Final = {
-    few_rows.multiply_row_groups: programs.multiply_row_groups_of_experts,
-    few_rows.multiply_column_groups: programs.multiply_column_groups_of_experts,
-}
-"""Programs for experts by those for one matrix."""
 
 
 def multiply_unsorted(stacks: Sequence[UnitStack], x: Tensor, experts: Tensor) -> Tensor:
@@ -126,12 +121,15 @@ def few_launch_of(
         x: the rows, arranged for their matrices.
         result: what it fills.
     """
-    kernel, operands, settings = few_rows.launch_of(stack.matrices[0], x, result)
+    _, operands, settings = few_rows.launch_of(stack.matrices[0], x, result)
     operands[-3] = stack.multipliers
     settings["BATCH"] = 1
     settings.setdefault("maxnreg", few_rows.REGISTERS)  # some would be spilled otherwise
     steps = _steps(stack, operands[:4])
-    return PROGRAMS[kernel], [places, stack.starts, *steps, *operands], settings
+    kernel = programs.multiply_column_groups_of_experts
+    if isinstance(stack.matrices[0].groups, RowGroups):
+        kernel = programs.multiply_row_groups_of_experts
+    return kernel, [places, stack.starts, *steps, *operands], settings
 
 
 def many_launch_of(

@@ -93,5 +93,5 @@ def _joined(part: int, tensors: Sequence[Tensor | None]) -> Sequence[Tensor | No
     if not there:
         return tensors
     if part in ENTRIES:
-        return torch.cat(there).split([len(tensor) for tensor in there])
+        return torch.cat(there).split_with_sizes([len(tensor) for tensor in there])
     return torch.stack(there).unbind()
