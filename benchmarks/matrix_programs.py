@@ -133,7 +133,7 @@ class OrderOfExperts:
 
     @property
     def name(self) -> str:
-        return f"experts, ordering for {self.product.name}"
+        return f"experts, ordering for {self.product.weights}"
 
     def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
         """The program, its operands in order, and what is fixed when it is compiled."""
