@@ -21,6 +21,7 @@ from quantine.formats.directory import MAPS
 from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
+from quantine.run.progress import Silent
 from quantine.run.store import RunStore
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.part import pace
@@ -118,6 +119,35 @@ def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
     monkeypatch.undo()
     quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION, resume=True)
     whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "stopped")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_run_stopped_while_blocks_were_tuned_goes_on_after_the_last(
+    model: Path, tmp_path: Path
+) -> None:
+    plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
+    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+
+    class Stopping(Silent):
+        def note(self, text: str) -> None:
+            if text.startswith("tuned block 0"):
+                raise KeyboardInterrupt
+
+    heard: list[str] = []
+
+    class Hearing(Silent):
+        def note(self, text: str) -> None:
+            heard.append(text)
+
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantine.quantize(model, stopped, plan, CALIBRATION, progress=Stopping())
+    quantine.quantize(model, stopped, plan, CALIBRATION, progress=Hearing(), resume=True)
+    said = [line for line in heard if "tuned" in line and "block " in line]
+    assert said[0] == "block 0 is tuned already"
+    assert said[1].startswith("tuned block 1: ")
+    whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(stopped)
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

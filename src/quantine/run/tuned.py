@@ -1,7 +1,8 @@
 """The step of a run after its last block: tuning, where the plan asks for it.
 
-Every part of the output is written once more with tuned numbers, so a run that is killed meanwhile
-tunes again from the same beginning and gets the same bytes.
+Every part of the output is written once more with tuned numbers. A run that is killed meanwhile
+goes on after the last block that was tuned, or begins to tune the whole model again, and gets the
+same bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from quantine.run.job import Job
 from quantine.run.layer import Solved, held, packed_tensors, unpack
 from quantine.run.store import Reports, RunStore
 from quantine.source.checkpoint import Checkpoint
+from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.student import Student, float_model
 from quantine.tuning.tune import tune
 
@@ -65,7 +67,8 @@ def tuned_parts(
     student = _student(job, checkpoint, matrices, _floats(job, everything))
     assert job.tuning_text is not None
     assert job.plan.tune is not None
-    outcome = tune(student, job.family, job.tuning_text.to(job.device), job.plan.tune, note)
+    text, kept = job.tuning_text.to(job.device), KeptBlocks(store.tuned_blocks)
+    outcome = tune(student, job.family, text, job.plan.tune, kept, note)
     store.remember(OUTCOME, outcome.as_dict())
     note(f"tuned: divergence {outcome.before:.4f} before, {outcome.after:.4f} after")
     for part, name in zip(parts, names, strict=True):

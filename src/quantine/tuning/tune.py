@@ -11,6 +11,7 @@ from torch import Tensor
 from quantine.core.tuning_spec import Tuning
 from quantine.families.family import Family
 from quantine.tuning.blocks import tune_blocks
+from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.part import Descent
 from quantine.tuning.segments import TuningText
 from quantine.tuning.student import Student
@@ -55,6 +56,7 @@ def tune(
     family: Family,
     text: TuningText,
     tuning: Tuning,
+    kept_blocks: KeptBlocks,
     note: Callable[[str], None],
 ) -> Outcome:
     """Tune the numbers of ``student``, and leave it with those that were judged best.
@@ -66,6 +68,7 @@ def tune(
         family: its architecture.
         text: what to tune on and to judge by, on the model's device.
         tuning: how long and how fast.
+        kept_blocks: see `tune_blocks`.
         note: receives lines about the progress.
     """
     whole = student.whole
@@ -73,7 +76,7 @@ def tune(
     start = kept = whole.snapshot()
     kept_step, blocks = 0, None
     if tuning.block_steps:
-        tune_blocks(student, family, text, tuning, note)
+        tune_blocks(student, family, text, tuning, kept_blocks, note)
         blocks = student.divergence(text.judges)
         note(f"tuned blocks: divergence {before:.4f} before, {blocks:.4f} after")
         if blocks < best:
