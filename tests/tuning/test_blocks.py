@@ -17,7 +17,7 @@ from quantine.tuning.block_stream import BlockStream
 from quantine.tuning.blocks import tune_blocks
 from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.segments import TuningText
-from quantine.tuning.student import Student
+from quantine.tuning.student import Student, sharing
 from tiny_models import build, some_tokens, tiny_config
 
 TEXT = TuningText(some_tokens(64, 64), some_tokens(64, 8), some_tokens(64, 16, seed=6))
@@ -35,7 +35,7 @@ def student_of(model: Any, bits: int) -> Student:
     matrices = {one: scheme.solver(one.read(model), None, scheme.spec) for one in layers}
     packed = {one.stored_name for one in layers}
     floats = {n: v.detach() for n, v in model.state_dict().items() if n not in packed}
-    return Student(model, matrices, floats, torch.float32)
+    return Student(model, sharing(model), matrices, floats, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_alibi", "gemma2"])

@@ -212,9 +212,29 @@ def test_other_values_are_refused(value: object) -> None:
         tuning_from(value, "here")
 
 
-def test_rounded_activations_are_refused() -> None:
-    with pytest.raises(PlanError, match="activations"):
-        replace(Plan.scheme("W4A8"), tune=TUNING)
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", "W3A3KV"), ("opt", "W4A8"), ("llama", "W4A8-token")],
+)
+def test_models_that_round_activations_are_tuned_as_they_compute(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    model = build(tiny_config(family), tmp_path / "model")
+    plan = replace(Plan.scheme(scheme), tune=replace(TUNING, steps=4), arithmetic="exact")
+    report = quantine.quantize(model, tmp_path / "out", plan, CALIBRATION).report
+    outcome = report["tuning"]
+    assert outcome["divergence"] < outcome["divergence_before"]
+    text = prepare(model, plan, CALIBRATION).tuning_text
+    assert text is not None
+    found = divergence_of(tmp_path / "out", model, text.judges)
+    assert found == pytest.approx(outcome["divergence"], rel=1e-2)
+
+
+def test_a_plan_without_matrices_to_tune_is_refused(model: Path) -> None:
+    activations = {"norm": 8}
+    plan = Plan.from_dict({"rules": [], "activations": activations, "tune": {"steps": 2}})
+    with pytest.raises(PlanError, match="no matrix that could be tuned"):
+        prepare(model, plan, CALIBRATION)
 
 
 def test_grids_that_tuning_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:

@@ -100,8 +100,6 @@ class Plan:
         if self.activations is not None and (searched or self.float_inputs):
             others = "`bits_per_weight` nor with `float_inputs`"
             raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
-        if self.activations is not None and self.tune is not None:
-            raise PlanError(f"plan {self.name!r}: `tune` does not go with rounded activations yet")
         for scheme in self.choices:
             if scheme.layout.exclusive:
                 raise PlanError(

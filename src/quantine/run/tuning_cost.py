@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from quantine.core.device import is_here
+from quantine.families.heads import Heads
 from quantine.families.layers import block_list
 from quantine.run.job import Job
 from quantine.run.working_set import FLOAT, block_weights, width
 from quantine.tuning.blocks import block_segments
-from quantine.tuning.tune import JUDGED, TOKENS_AT_ONCE
+from quantine.tuning.tune import JUDGED, segments_at_once
 
 SAVED_TENSORS: Final = 8
 """Number of float32 tensors as wide as hidden states that a block keeps for its gradients."""
 SAVED_WIDEST: Final = 4
 """Number of those as wide as the block's widest matrix."""
+SAVED_SCORES: Final = 6
+"""Number of those as large as the scores of attention, where activations are rounded."""
 LOGIT_TENSORS: Final = 3
 """Number of tensors as large as the logits that exist at once: two models', and their gradient."""
 DECODED_COPIES: Final = 6
@@ -58,11 +61,31 @@ def tuning_bytes(job: Job) -> int:
     # The float model, its quantized copy with gradients, a byte for each code, and what files hold.
     models = FLOAT * everything + (2 * product + 1) * sum(quantized) + packed
     length = job.tuning_text.whole.shape[1]
-    tokens = max(1, TOKENS_AT_ONCE // length) * length
+    tokens = gradient_segments(job) * length
     logits = LOGIT_TENSORS * product * tokens * _vocabulary(job)
-    batch = FLOAT * tokens * _kept(job) + logits
+    batch = FLOAT * tokens * (_kept(job) + _scores(job)) + logits
     decoded = FLOAT * DECODED_COPIES * max(quantized)
     return models + max(batch, decoded, _block_bytes(job) + decoded)
+
+
+def gradient_segments(job: Job) -> int:
+    """Number of segments whose gradients of the whole model are computed at once."""
+    assert job.tuning_text is not None
+    length = job.tuning_text.whole.shape[1]
+    return segments_at_once(length, job.plan.activations is not None)
+
+
+def _scores(job: Job) -> int:
+    """Numbers of attention that the blocks keep of a token for gradients, where these are rounded.
+
+    Elsewhere attention keeps none of its scores.
+    """
+    if job.plan.activations is None:
+        return 0
+    assert job.tuning_text is not None
+    heads = Heads.of(job.config, job.family).queries
+    blocks = len(block_list(job.model, job.family))
+    return blocks * SAVED_SCORES * heads * job.tuning_text.whole.shape[1]
 
 
 def _block_bytes(job: Job) -> int:
@@ -88,7 +111,7 @@ def tuning_seconds(job: Job) -> float | None:
     judged = job.tuning_text.judges.numel() * _judgements(job)
     product, visit = _seconds_of_product(job), _seconds_of_pass(job)
     share = judged / 2  # no gradients are computed there
-    numbers = _kept(job) + _vocabulary(job)
+    numbers = _kept(job) + _scores(job) + _vocabulary(job)
     whole = (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
     return whole + _block_seconds(job, product, visit)
 
@@ -101,7 +124,7 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
     weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
     stepped = tuning.block_steps * tuning.segments * text.whole.shape[1]
     products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
-    passes = PASSES * _kept(job) * (stepped + _block_tokens(job))
+    passes = PASSES * (_kept(job) + _scores(job)) * (stepped + _block_tokens(job))
     codes = CODE_PASSES * tuning.block_steps * weights
     return products * weights * product + (passes + codes) * visit
 

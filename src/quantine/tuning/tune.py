@@ -23,6 +23,16 @@ TOKENS_AT_ONCE: Final = 2048
 keeps what it computed of them."""
 
 
+def segments_at_once(length: int, rounds: bool) -> int:
+    """Number of segments whose gradients of the whole model are computed at once.
+
+    Args:
+        length: tokens of a segment.
+        rounds: whether activations are rounded, so that each block keeps all scores of attention.
+    """
+    return 1 if rounds else max(1, TOKENS_AT_ONCE // length)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What tuning gained, on segments that it was not tuned on.
@@ -56,6 +66,7 @@ def tune(
     family: Family,
     text: TuningText,
     tuning: Tuning,
+    at_once: int,
     kept_blocks: KeptBlocks,
     note: Callable[[str], None],
 ) -> Outcome:
@@ -68,6 +79,7 @@ def tune(
         family: its architecture.
         text: what to tune on and to judge by, on the model's device.
         tuning: how long and how fast.
+        at_once: number of segments whose gradients of the whole model are computed at once.
         kept_blocks: see `tune_blocks`.
         note: receives lines about the progress.
     """
@@ -84,9 +96,7 @@ def tune(
         else:
             whole.restore(start)
     descent = Descent(whole, tuning.rate, tuning.steps)
-    own = text.whole
-    at_once = max(1, TOKENS_AT_ONCE // own.shape[1])
-    for step, segments in enumerate(own.split(tuning.segments), start=1):
+    for step, segments in enumerate(text.whole.split(tuning.segments), start=1):
         seen = 0.0
         for batch in segments.split(at_once):
             share = len(batch) / tuning.segments
