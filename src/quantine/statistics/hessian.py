@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from quantine.core.device import for_float64
 from quantine.statistics.inverse_factor import InverseFactor, factorize
+
+ENERGY_ROWS: Final = 512
+"""Number of outputs whose error is computed at once."""
 
 
 class Hessian:
@@ -124,9 +128,13 @@ class Hessian:
         Args:
             delta: the change, ``[out, in]`` float32.
         """
-        largest = float(delta.abs().max())
+        low, high = delta.aminmax()
+        largest = float(torch.maximum(-low, high))
         if not 0 < largest < math.inf:
             return 0.0 if largest == 0 else math.nan
-        unit = delta / largest  # squares of small changes would be zero in float32
-        energy = for_float64((unit @ self.matrix).mul_(unit)).sum(dtype=torch.float64)
-        return float(energy) * largest**2
+        energies = []
+        for rows in delta.split(ENERGY_ROWS):  # more would take memory, and are not faster
+            unit = rows / largest  # squares of small changes would be zero in float32
+            products = (unit @ self.matrix).mul_(unit)
+            energies.append(for_float64(products).sum(dtype=torch.float64))
+        return float(torch.stack(energies).sum()) * largest**2
