@@ -92,7 +92,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--preset",
         metavar="NAME",
         help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
-        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
+        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis; "
+        "best-3bit, best-4bit: budgets of 3.3 and 4.25 bits, tuned",
     )
     parser.add_argument(
         "--scheme",
