@@ -180,7 +180,7 @@ def outliers_times(
 
 @triton.jit
 def store_rows(result, total, first, rows, ROWS: tl.constexpr):
-    """Store ``total`` ``[ROWS]``, which each thread has, at places ``first`` on that are of ``rows``.
+    """Store ``total`` ``[ROWS]``, which each thread has, at places from ``first`` to ``rows``.
 
     One thread stores one number after the other. If each stored one, they would move through shared
     memory first, and a loop would wait at a barrier until the numbers of its last turn are out.
