@@ -44,8 +44,11 @@ def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
     program, operands, settings = launch_of(matrix, x, result)
+    programs = triton.cdiv(matrix.rows, matrix.program)
+    if isinstance(matrix.groups, ColumnGroups):
+        programs *= len(x.words)
     with backend.launching(result):
-        program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+        program[(programs,)](*operands, **settings)
     return result
 
 
@@ -58,7 +61,6 @@ def launch_of(
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
-        "BATCH": len(x.words),
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "CHUNK": outliers_at_once(warps, matrix.program),
@@ -70,8 +72,10 @@ def launch_of(
     of_x = [x.words, x.words.view(torch.float16), x.factors]
     if isinstance(groups, RowGroups):
         kernel: Any = multiply_row_groups
+        of_batch = []
         of_groups: list[Any] = [groups.words, groups.scale_grids, groups.zero_grids, x.sums]
         settings |= {
+            "BATCH": len(x.words),
             "TILE": groups.tile,
             "SPAN": groups.span,
             "PLANES": groups.planes,
@@ -81,6 +85,7 @@ def launch_of(
     else:
         assert isinstance(groups, ColumnGroups)
         kernel = multiply_column_groups
+        of_batch = [len(x.words)]
         of_groups = [groups.scales, groups.zeros, groups.factors]
         settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
         settings["maxnreg"] = REGISTERS
@@ -94,5 +99,6 @@ def launch_of(
         matrix.multiplier,
         result,
         matrix.rows,
+        *of_batch,
     ]
     return kernel, operands, settings
