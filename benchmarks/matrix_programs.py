@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ import torch
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
-from quantine.kernels.matrix.triton import arrange, few_rows, many_rows
+from quantine.kernels.matrix.triton import arrange, experts, few_rows, many_rows
 from quantine.kernels.matrix.units.activations import arrange_reference, rows_reference
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+from quantine.kernels.matrix.units.unit_stack import stacked
 
 ROWS = 128
 """Outputs of the matrices: programs do not depend on how many there are."""
@@ -101,6 +102,48 @@ class Decoding:
         return many_rows.decoding_of(matrix, result, 0)
 
 
+@dataclass(frozen=True)
+class OfExperts:
+    """A product whose rows have experts, each with a matrix of its kind, to compile."""
+
+    product: Product
+
+    @property
+    def name(self) -> str:
+        return f"experts, {self.product.name}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        product, matrix = self.product, self.product.matrix()
+        (stack,) = stacked([matrix])
+        x = torch.randn(product.batch, product.columns)
+        result = torch.empty(product.batch, ROWS, dtype=product.dtype)
+        numbers = torch.zeros(product.batch, dtype=torch.int64)
+        if product.batch > few_rows.FEW:
+            rows = rows_reference(x, matrix)
+            return experts.many_launch_of(stack, experts.tiles_of(numbers, 1), rows, result)
+        return experts.few_launch_of(stack, numbers.int(), arrange_reference(x, matrix), result)
+
+
+@dataclass(frozen=True)
+class OrderOfExperts:
+    """Activations brought into the order that the matrix of their expert has, to compile."""
+
+    product: Product
+
+    @property
+    def name(self) -> str:
+        return f"experts, ordering for {self.product.name}"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        product = self.product
+        matrix = replace(product.matrix(), source=torch.arange(product.columns).int())
+        x = torch.randn(product.batch, product.columns).to(product.dtype)
+        rows, places = rows_reference(x, matrix), torch.zeros(product.batch, dtype=torch.int32)
+        return arrange.launch_of(x, matrix, rows.halves, rows.factors, None, places)
+
+
 def qtensor_of(product: Product) -> QTensor:
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, product.columns)
@@ -138,7 +181,7 @@ def kinds(columns: int, batch: int) -> tuple[Product, ...]:
     )
 
 
-MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding, ...] = (
+MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding | OfExperts | OrderOfExperts, ...] = (
     *kinds(4096, 1),
     Product(4, 128, "in", 14336, False, False, 1),
     Product(3, 16, "in", 14336, True, True, 1),
@@ -166,4 +209,11 @@ MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding, ...] = (
     Decoding(Product(4, 128, "in", 4096, False, False, 0)),
     Decoding(Product(3, 16, "in", 4096, True, True, 0)),
     Decoding(Product(4, 64, "out", 4096, False, False, 0, torch.bfloat16)),
+    OfExperts(Product(4, 128, "in", 4096, False, False, 1)),
+    OfExperts(Product(3, 16, "in", 4096, True, True, 1)),
+    OfExperts(Product(4, 64, "out", 4096, False, True, 1)),
+    OfExperts(Product(4, 128, "in", 4096, False, False, 64)),
+    OfExperts(Product(3, 16, "in", 4096, True, True, 16)),
+    OfExperts(Product(4, 64, "out", 4096, False, False, 16)),
+    OrderOfExperts(Product(4, 128, "in", 4096, False, False, 64)),
 )

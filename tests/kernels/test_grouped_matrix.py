@@ -11,7 +11,7 @@ from test_matrix import arithmetics, axes, close, qtensor_of, reach
 from quantine.core.arithmetic import Arithmetic
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import GroupAxis
-from quantine.kernels.matrix import multiply_grouped, packed_matrix
+from quantine.kernels.matrix import FEW_ROWS, grouped_product, multiply_grouped, packed_matrix
 from quantine.kernels.matrix.reference import multiply_grouped_reference
 
 
@@ -51,6 +51,20 @@ def test_experts_multiply_rows_of_their_own(
     for place, (result, wanted) in enumerate(zip(found, expected, strict=True)):
         parts = zip(experts, *(t.split(counts) for t in (result, wanted, x)), strict=True)
         assert all(close(y, e, rows, reach(qs[place])) for qs, y, e, rows in parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_with_many_rows_are_multiplied_beside_the_others(dtype: torch.dtype) -> None:
+    counts = [2, FEW_ROWS + 1, FEW_ROWS, 1, FEW_ROWS + 9]
+    experts = [some_expert(number, "in") for number in range(len(counts))]
+    x = torch.randn(sum(counts), 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    matrices = [[packed_matrix(q) for q in qs] for qs in experts]
+    found = grouped_product(matrices, x, counts, "exact")
+    expected = multiply_grouped_reference(experts, x.float(), counts, "exact")
+    for result, wanted in zip(found, expected, strict=True):
+        assert result.dtype == dtype
+        near = 4 * torch.finfo(dtype).eps * float(wanted.abs().max())
+        assert float((result.float() - wanted).abs().max()) <= near + 1e-5
 
 
 def test_counts_of_rows_are_checked() -> None:

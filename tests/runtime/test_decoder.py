@@ -270,6 +270,23 @@ def test_tokens_are_checked() -> None:
     assert decoder.position == 0
 
 
+def test_angles_that_change_with_the_length_are_followed_until_they_do() -> None:
+    halves = tiny_model("phi3").model.rotary_emb.inv_freq.numel()
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0 + n / 8 for n in range(halves)],
+        "long_factor": [3.0 + n for n in range(halves)],
+    }
+    model = tiny_model("phi3", original_max_position_embeddings=40, rope_parameters=rope)
+    tokens = some_tokens(60, 1)
+    logits_of(model, tokens)  # with the other angles, which the model then keeps
+    short = tokens[:, :40]
+    assert_follows(decoder_for(model, 40), short[0], logits_of(model, short)[0], 30)
+    with pytest.raises(BackendUnavailable, match="'longrope' change after 40 tokens"):
+        decoder_for(model, 41)
+
+
 ROPE_DYNAMIC: Final = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 

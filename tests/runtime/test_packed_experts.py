@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,23 +13,41 @@ from torch import Tensor, nn
 import quantine
 from quantine import Calibration, Plan
 from quantine.families.experts import Experts
+from quantine.kernels import backend
 from quantine.runtime import experts as packed_experts
 from quantine.runtime.experts import PackedExperts
+from quantine.runtime.graph_decoder import NoHost
 from quantine.survey.specimen import specimen_config, write_specimen
+from tiny_models import logits_of, some_tokens
 
 pytest.importorskip("quantine._native", reason="the native extension is not installed")
 
 
+NARROW = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "layer_types": ["full_attention"],
+}
+"""Triton's interpreter calls a program for every few rows of a matrix."""
+
+
 @pytest.fixture(scope="module", params=["qwen3_moe", "gpt_oss"])
-def loaded(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> PackedExperts:
-    """Experts without biases; and with, whose gates and ups are interleaved."""
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with experts without biases; and with, whose gates and ups are interleaved."""
     scratch = tmp_path_factory.mktemp("experts")
-    write_specimen(specimen_config(request.param), scratch / "model")
+    config = specimen_config(request.param)
+    config.update(NARROW)
+    write_specimen(config, scratch / "model")
     plan = Plan.preset("rtn", bits=4, group_size=16)
-    quantine.quantize(scratch / "model", scratch / "out", plan, Calibration(samples=0))
-    model, _ = quantine.load(scratch / "out")
+    return quantine.quantize(scratch / "model", scratch / "out", plan, Calibration(samples=0)).path
+
+
+@pytest.fixture(scope="module")
+def loaded(directory: Path) -> PackedExperts:
+    """The experts of the first block."""
+    model, _ = quantine.load(directory)
     found = model.get_submodule("model.layers.0.mlp.experts")
     assert isinstance(found, PackedExperts)
     return found
@@ -110,3 +130,89 @@ def test_kept_matrices_and_unlike_arithmetic_are_multiplied_one_by_one(
         loaded[1].up_proj = packed
     assert not calls
     torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def on_gpu(loaded: PackedExperts, monkeypatch: pytest.MonkeyPatch) -> PackedExperts:
+    """A copy whose tensors are where a GPU's programs compute, which Triton interprets."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    return copy.deepcopy(loaded)
+
+
+def routed(tokens: int, chosen: int, experts: PackedExperts) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, the experts of each, of which one has none, and their weights."""
+    generator = torch.Generator().manual_seed(tokens)
+    width: int = experts.get_submodule("0.up_proj").in_features  # type: ignore[assignment]
+    x = torch.randn(tokens, width, generator=generator)
+    index = torch.rand(tokens, len(experts) - 1, generator=generator).argsort(1)[:, :chosen]
+    return x, index, torch.rand(tokens, chosen, generator=generator)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """As near as float16 is."""
+    assert float((found - expected).abs().max()) <= 5e-3 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 20])
+def test_a_gpu_runs_experts_without_the_host(
+    tokens: int, loaded: PackedExperts, on_gpu: PackedExperts
+) -> None:
+    routes = routed(tokens, 2, on_gpu)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "of", lambda *_: "reference")
+        expected = Experts.forward(loaded, *routes)
+    with torch.no_grad():
+        on_gpu(*routed(1, 1, on_gpu))  # arranges matrices
+        with NoHost():
+            found = on_gpu(*routes)
+    assert_near(found, expected)
+
+
+def test_matrices_are_in_a_gpu_s_memory_once(on_gpu: PackedExperts) -> None:
+    with torch.no_grad():
+        on_gpu(*routed(1, 2, on_gpu))
+    ups: list[Any] = [on_gpu.get_submodule(f"{n}.up_proj").matrix() for n in range(len(on_gpu))]
+    assert len({matrix.words.untyped_storage().data_ptr() for matrix in ups}) == 1
+    assert ups[0].words.untyped_storage().nbytes() == sum(m.words.nbytes for m in ups)
+
+
+def test_a_gpu_runs_what_experts_have_now(on_gpu: PackedExperts) -> None:
+    routes = routed(1, 2, on_gpu)
+    last: Any = on_gpu.get_submodule(f"{int(routes[1][0, 0])}.down_proj")
+    with torch.no_grad():
+        before = on_gpu(*routes)
+        last.get_buffer("codes").zero_()
+        after = on_gpu(*routes)
+        assert not torch.allclose(before, after)
+        assert_near(after, Experts.forward(on_gpu, *routes))
+        handle = last.register_forward_hook(lambda module, args, output: output + 1.0)
+        assert_near(on_gpu(*routes), after + routes[2][0, 0])
+        handle.remove()
+        assert torch.equal(on_gpu.to(torch.float32)(*routes), after)
+
+
+def test_a_whole_mixture_on_a_gpu(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    tokens = some_tokens(3)
+    expected = logits_of(quantine.load(directory, arithmetic="exact")[0], tokens)
+    monkeypatch.setattr(backend, "of", lambda *_: "triton")
+    model, _ = quantine.load(directory)
+    found = logits_of(model, tokens)
+    assert float((found - expected).abs().max()) <= 1e-2 * float(expected.abs().max())
+
+
+def test_compiled_experts_are_one_operator(loaded: PackedExperts) -> None:
+    routes, seen = routed(3, 2, loaded), []
+
+    def look(graph: Any, _: Any) -> Any:
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    whole = torch.compile(loaded, fullgraph=True, backend=look)
+    with torch.no_grad():
+        torch.testing.assert_close(whole(*routes), loaded(*routes))
+    assert [name for name in seen if "run_experts" in name] == seen
+    operands = (*routes, loaded._number)
+    outcomes = torch.library.opcheck(torch.ops.quantine.run_experts.default, operands)
+    assert set(outcomes.values()) == {"SUCCESS"}

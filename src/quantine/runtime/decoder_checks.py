@@ -37,6 +37,9 @@ OURS: Final = frozenset(
 )
 """Methods that quantine replaces in a model that it loads; they change nothing of what it computes.
 """
+CACHED: Final = frozenset({"long_inv_freq"})
+"""Tensors that transformers keeps beside a module's own; the native decoder goes without them: see
+`quantine.runtime.decoder_positions.LONG_ROPE`."""
 PLAIN_TENSORS: Final = frozenset({Tensor, nn.Parameter})
 """Types of tensors that compute as PyTorch defines it."""
 HEADS: Final = ("ForCausalLM", "LMHeadModel")
@@ -125,7 +128,7 @@ def _check_module(name: str, module: nn.Module, known: frozenset[str]) -> None:
     own = set(own_methods(module)) - known
     if own:
         refuse(f"{name} has a method of its own, {min(own)}")
-    if any(isinstance(value, Tensor) for value in vars(module).values()):
+    if {key for key, value in vars(module).items() if isinstance(value, Tensor)} - CACHED:
         refuse(f"{name} has a tensor that is no parameter")
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:

@@ -15,6 +15,9 @@ from quantine.runtime.decoder_checks import Classes, expect, refuse
 
 STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
 """Types of rotary embeddings whose angles do not depend on the length of the text."""
+LONG_ROPE: Final = "longrope"
+"""Their type where all angles change once the text is longer than what the model was first trained
+with; up to there they are static."""
 LEARNED: Final = "LearnedPositionalEmbedding"
 """What the names of tables of positions end with whose first rows are for no position."""
 
@@ -58,7 +61,12 @@ class Angles:
     def _table(self, layer_type: str, head_dim: int) -> Any:
         several = isinstance(self.rotary.rope_type, dict)
         kind = self.rotary.rope_type[layer_type] if several else self.rotary.rope_type
-        if kind not in STATIC_ROPE:
+        if kind == LONG_ROPE:
+            rules = self.rotary.config.rope_parameters
+            most = (rules[layer_type] if several else rules)["original_max_position_embeddings"]
+            if self.capacity > most:
+                refuse(f"rotary embeddings of type {kind!r} change after {most} tokens")
+        elif kind not in STATIC_ROPE:
             refuse(f"rotary embeddings are of type {kind!r}")
         probe = torch.empty(0, dtype=torch.float32, device="cpu")
         positions = torch.arange(self.capacity, device="cpu").unsqueeze(0)

@@ -124,6 +124,10 @@ class Packed(FixedDtypes):
             self._made_from = Snapshot(self.packed_tensors().values())
         return self._matrix
 
+    def share(self, matrix: Any) -> None:
+        """Let kernels read ``matrix`` from now on, a copy of what `matrix` returned last."""
+        self._matrix = matrix
+
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T``, with ``W`` the packed matrix.
 

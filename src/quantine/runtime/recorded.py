@@ -1,8 +1,9 @@
-"""Products with packed matrices, and rows of packed tables, as operators of PyTorch.
+"""Packed matrices, rows of packed tables and packed experts as operators of PyTorch.
 
-A compiled graph holds operators on tensors and numbers. So it holds ``quantine::multiply_packed``
-and ``quantine::look_up_packed``, and in them the number of a module, which computes when the graph
-runs: by whichever kernels its device has, with the packed tensors that it has then.
+A compiled graph holds operators on tensors and numbers. So it holds ``quantine::multiply_packed``,
+``quantine::look_up_packed`` and ``quantine::run_experts``, and in them the number of a module,
+which computes when the graph runs: by whichever kernels its device has, with the packed tensors
+that it has then.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantine.kernels import backend
 
 
 class Multiplies(Protocol):
-    """What has a number: a module that holds a packed matrix."""
+    """A module that holds a packed matrix."""
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T``."""
@@ -34,12 +35,12 @@ class Multiplies(Protocol):
 # inputs of a graph lose what Python has attached to them. An operator for each module would be in
 # PyTorch's own table, which forgets nothing. So the process has one table, as PyTorch has of its
 # operators. It decides nothing: no number is used twice, and an entry goes with its module.
-_LISTED: Final[WeakValueDictionary[int, Multiplies]] = WeakValueDictionary()
+_LISTED: Final[WeakValueDictionary[int, Any]] = WeakValueDictionary()
 """Modules of this process by number, as long as they live."""
 _NUMBERS: Final = itertools.count()
 
 
-def listed(module: Multiplies) -> int:
+def listed(module: nn.Module) -> int:
     """A number that no other module of this process has or had."""
     number = next(_NUMBERS)
     _LISTED[number] = module
@@ -59,7 +60,7 @@ def multiply_packed(x: Tensor, number: int, outputs: int, rounds: bool) -> Tenso
     Returns:
         ``[batch, outputs]`` in the dtype of ``x``.
     """
-    module = _LISTED[number]
+    module: Multiplies = _LISTED[number]
     return module.rounded_product(x) if rounds else module.product(x)
 
 
@@ -81,7 +82,7 @@ def look_up(tokens: Tensor, number: int, width: int, dtype: torch.dtype) -> Tens
     Returns:
         ``[n, width]``.
     """
-    module: Any = _LISTED[number]
+    module = _LISTED[number]
     rows: Tensor = module.rows(tokens, dtype)
     return rows
 
@@ -89,6 +90,29 @@ def look_up(tokens: Tensor, number: int, width: int, dtype: torch.dtype) -> Tens
 @look_up.register_fake
 def _rows(tokens: Tensor, number: int, width: int, dtype: torch.dtype) -> Tensor:
     return tokens.new_empty(tokens.shape[0], width, dtype=dtype)
+
+
+@torch.library.custom_op("quantine::run_experts", mutates_args=())
+def run_experts(x: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
+    """The sum of the outputs of each token's experts.
+
+    Args:
+        x: ``[tokens, width]`` of a float dtype.
+        index, weights: ``[tokens, k]``, the numbers of each token's experts and the factors of
+            their outputs.
+        number: what `listed` returned for a `quantine.runtime.experts.PackedExperts`.
+
+    Returns:
+        ``[tokens, width]`` in the dtype of ``x``.
+    """
+    module = _LISTED[number]
+    result: Tensor = module.mixed(x, index, weights)
+    return result
+
+
+@run_experts.register_fake
+def _mixed(x: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 def is_compiled(x: Tensor) -> bool:

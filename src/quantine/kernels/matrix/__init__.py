@@ -27,6 +27,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix import cpu
 from quantine.kernels.matrix.cpu import Matrix
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
+from quantine.kernels.matrix.units.unit_stack import UnitStack
 
 FEW_ROWS: Final = 64
 """Largest number of rows of activations that native kernels multiply straight with the codes."""
@@ -94,10 +95,33 @@ def rows_of(matrix: UnitMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return decode(matrix.of_rows(rows), dtype)
 
 
+def experts_product(
+    stacks: Sequence[UnitStack], x: Tensor, experts: Tensor, ordered: bool
+) -> Tensor:
+    """Each row of ``x`` times the matrix of its expert, on a GPU; the host waits for nothing.
+
+    Args:
+        stacks: the matrices ``[out, in]`` of all experts, from `stacked`.
+        x: ``[rows, in]`` float32, bfloat16 or float16, at least one row.
+        experts: ``[rows]`` int64, the number of each row's expert.
+        ordered: whether they rise, so that rows of an expert are multiplied together; else each
+            reads its matrix alone, which is faster where hardly two rows have one expert.
+
+    Returns:
+        ``[rows, out]`` in the dtype of ``x``.
+    """
+    from quantine.kernels.matrix.triton.experts import multiply_sorted, multiply_unsorted
+
+    multiply_rows = multiply_sorted if ordered else multiply_unsorted
+    return multiply_rows(stacks, x.contiguous(), experts)
+
+
 def grouped_product(
     experts: Sequence[Sequence[Matrix]], x: Tensor, counts: Sequence[int], arithmetic: Arithmetic
 ) -> list[Tensor]:
     """`multiply_grouped` by whichever way is fastest for the rows of each expert, as `product`.
+
+    Experts with few rows are multiplied together, each of the others alone.
 
     Args:
         experts, counts, arithmetic: as for `multiply_grouped`.
@@ -109,9 +133,19 @@ def grouped_product(
     if max(counts) <= FEW_ROWS:
         found = multiply_grouped(experts, x.float().contiguous(), counts, arithmetic)
         return [result.to(x.dtype) for result in found]
-    parts = zip(experts, x.split(list(counts)), strict=True)
-    rows = [[product(matrix, part, arithmetic) for matrix in some] for some, part in parts]
-    return [torch.cat(results) for results in zip(*rows, strict=True)]
+    parts = x.split(list(counts))
+    few = [number for number, count in enumerate(counts) if count <= FEW_ROWS]
+    results: dict[int, Sequence[Tensor]] = {}
+    if few:
+        rows, sizes = torch.cat([parts[n] for n in few]), [counts[n] for n in few]
+        together = grouped_product([experts[n] for n in few], rows, sizes, arithmetic)
+        each = zip(*(result.split(sizes) for result in together), strict=True)
+        results.update(zip(few, each, strict=True))
+    for number, (matrices, part) in enumerate(zip(experts, parts, strict=True)):
+        if number not in results:
+            results[number] = [product(matrix, part, arithmetic) for matrix in matrices]
+    in_order = [results[number] for number in range(len(counts))]
+    return [torch.cat(same) for same in zip(*in_order, strict=True)]
 
 
 def float_matrix(weight: Tensor) -> Matrix | None:
