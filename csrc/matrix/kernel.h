@@ -8,12 +8,27 @@
 namespace quantine {
 namespace {
 
+// What the row is before its codes are met.
+template <typename V>
+inline typename V::Float first_sum(const Activations& a, int row) {
+  return V::set(a.offsets == nullptr ? 0.0f : -a.offsets[row]);
+}
+
+// Sums of a block's codes times those of activations, less what the zero point makes of them.
+template <typename V>
+inline __attribute__((always_inline)) typename V::Float centred(const Activations& a,
+                                                                std::size_t place,
+                                                                typename V::Float zero,
+                                                                typename V::Float sum) {
+  return a.sums == nullptr ? sum : V::fnma(zero, V::set(a.sums[place]), sum);
+}
+
 template <typename V, int kBits, int kBatch>
 void fast_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
-  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
+  for (int b = 0; b < kBatch; ++b) total[b] = first_sum<V>(a, b);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero;
   typename V::Sum acc[kBatch];
@@ -32,8 +47,8 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
     if (--left != 0) return;
     for (int b = 0; b < kBatch; ++b) {
       const std::size_t place = static_cast<std::size_t>(b) * a.blocks + index;
-      const auto centred = V::fnma(zero, V::set(a.sums[place]), V::to_float(V::whole(acc[b])));
-      total[b] = V::fma(centred, V::mul(scale, V::set(a.scales[place])), total[b]);
+      const auto sum = centred<V>(a, place, zero, V::to_float(V::whole(acc[b])));
+      total[b] = V::fma(sum, V::mul(scale, V::set(a.scales[place])), total[b]);
       acc[b] = V::no_sum();
     }
     const std::uint32_t group = block->group;
@@ -56,7 +71,7 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
   using P = Planes<V, kBits>;
   constexpr int kUnit = std::max(P::kTogether, kChunks);
   const Activations a = activations;
-  typename V::Float total = V::set(0.0f), scale = total, zero = total;
+  typename V::Float total = first_sum<V>(a, 0), scale = total, zero = total;
   Cursor<V> cursor(w, tile);
   const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
   const std::uint8_t* x = a.codes;
@@ -76,9 +91,9 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
             cursor.advance(scale, zero);
             left = each - 1;
           }
-          const auto sum = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
-          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
-          total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
+          const auto whole = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
+          const auto sum = centred<V>(a, block, zero, whole);
+          total = V::fma(sum, V::mul(scale, V::set(a.scales[block])), total);
           acc[0] = acc[1] = V::no_sum();
         }
       });
@@ -109,7 +124,7 @@ void exact_tile(const Weights& w, const Activations& activations, std::size_t ti
   constexpr int kChains = kBatch == 1 ? 2 : 1;  // sums that do not wait for each other
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
-  for (int b = 0; b < kBatch; ++b) total[b] = V::set(a.offsets == nullptr ? 0.0f : -a.offsets[b]);
+  for (int b = 0; b < kBatch; ++b) total[b] = first_sum<V>(a, b);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero, acc[kBatch][kChains];
   for (int b = 0; b < kBatch; ++b)
@@ -241,6 +256,7 @@ void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std
       }
       float lanes[kTile];
       V::store(lanes, V::add(sums[0], sums[1]));
+      if (r < a.first_lane) continue;
       for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
         y[b * w.rows + first + r] += lanes[b - start];
     }
@@ -292,7 +308,8 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
     V::store(lane, total[b]);
     if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
       add_outliers<V>(w, tile, a.x, lane);
-    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
+    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first + a.first_lane,
+                lane + a.first_lane, (lanes - a.first_lane) * sizeof(float));
   }
 }
 
