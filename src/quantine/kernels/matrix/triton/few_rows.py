@@ -20,7 +20,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
-from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, REGISTERS, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.activations import Arranged
 from quantine.kernels.matrix.units.instructions import (
     PAIR_TIMES_PAIR,
@@ -35,9 +35,6 @@ FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 BLOCK: Final = 4
 """Rows that a program of groups along outputs multiplies at once."""
-REGISTERS: Final = 255
-"""Registers that a thread of these programs may take. Left alone, the compiler takes 168 and spills
-the rest, so that more programs fit on a multiprocessor."""
 
 
 def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
+from quantine.kernels.matrix.triton.warps import REGISTERS
 from quantine.kernels.matrix.units.activations import Rows
 from quantine.kernels.matrix.units.instructions import unit_codes
 from quantine.kernels.matrix.units.statistics import RowGroups
@@ -105,6 +106,8 @@ def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[An
         batch *= 2
     wide = batch == LEAST and isinstance(matrix.groups, RowGroups)
     operands, settings = _matrix_of(matrix, wide)
+    if wide:
+        settings["maxnreg"] = REGISTERS
     settings |= {"BATCH": batch, "PROGRAM": matrix.program, "CHUNK": OUTLIERS}
     settings |= instructions.settings(multiply_tiles, UNIT=unit_codes(matrix.bits))
     of_outliers: list[Tensor | None] = [None, None, None]
