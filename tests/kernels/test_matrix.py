@@ -157,6 +157,18 @@ class TestPacked:
         (found,) = multiply([packed_matrix(q)], x, arithmetic)
         assert close(found, multiply_reference(q, x, arithmetic), x, reach(q))
 
+    @given(cases, st.sampled_from([2, 3, 8, 15, 17]), arithmetics)
+    @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.3, True), 15, "fast")
+    @example(qtensor_of(3, 128, 3, 16, 3, "coded", "coded", 0.3, False, "out"), 17, "exact")
+    def test_a_row_has_the_bits_that_it_has_alone(
+        self, q: QTensor, batch: int, arithmetic: Arithmetic
+    ) -> None:
+        x = torch.randn(batch, q.codes.shape[1], generator=torch.Generator().manual_seed(batch))
+        matrix = packed_matrix(q)
+        (found,) = multiply([matrix], x, arithmetic)
+        alone = [multiply([matrix], row, arithmetic)[0] for row in x.split(1)]
+        assert torch.equal(found.view(torch.int32), torch.cat(alone).view(torch.int32))
+
     @given(cases)
     def test_decoded_rows_are_the_weights(self, q: QTensor) -> None:
         matrix, weight = packed_matrix(q), q.dequantize()
