@@ -2,11 +2,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -163,6 +165,15 @@ void append(Decoder& self, Vector<const std::int64_t> tokens, Logits logits) {
   self.append(tokens.data(), tokens.shape(0), logits.data());
 }
 
+// Name, seconds and bytes of each stage.
+std::vector<std::tuple<std::string, double, std::size_t>> stages(const Decoder& self) {
+  std::vector<std::tuple<std::string, double, std::size_t>> found;
+  const auto bytes = self.stage_bytes();
+  for (std::size_t stage = 0; stage < bytes.size(); ++stage)
+    found.emplace_back(quantine::kStageNames[stage], self.clock().seconds(stage), bytes[stage]);
+  return found;
+}
+
 void activate(const std::string& name, Vector<float> x) {
   quantine::activate(activation_named(name), x.data(), x.shape(0));
 }
@@ -222,6 +233,8 @@ void bind_decoder(nb::module_& m) {
            "capacity"_a, "exact"_a, "integer_rows"_a, "pool"_a)
       .def("append", &append, "tokens"_a, "logits"_a)
       .def("reset", &Decoder::reset)
+      .def("time_stages", &Decoder::time_stages, "on"_a)
+      .def("stages", &stages)
       .def_prop_ro("position", &Decoder::position)
       .def_prop_ro("capacity", &Decoder::capacity)
       .def_prop_ro("vocabulary", &Decoder::vocabulary);

@@ -59,6 +59,7 @@ Decoder::Decoder(Model model, std::size_t capacity, Arithmetic arithmetic,
 
 void Decoder::append(const std::int64_t* tokens, std::size_t count, float* logits) {
   check_tokens(tokens, count);
+  clock_.start();
   std::size_t chunk = 0;
   for (std::size_t done = 0; done < count; done += chunk) {
     chunk = std::min(kTokens, count - done);
@@ -66,8 +67,36 @@ void Decoder::append(const std::int64_t* tokens, std::size_t count, float* logit
   }
   std::copy_n(hidden_.data() + (chunk - 1) * width(), width(), hidden_.data());
   normalize(model_.norm, hidden_.data(), input_.data(), 1);
+  clock_.mark(Stage::kNorms);
   apply({{model_.head, logits}}, input_.data(), 1);
   if (model_.logit_cap > 0.0f) cap(logits, model_.logit_cap, vocabulary());
+  clock_.mark(Stage::kHead);
+}
+
+std::array<std::size_t, kStageNames.size()> Decoder::stage_bytes() const {
+  std::array<std::size_t, kStageNames.size()> bytes = {};
+  // Slices of one matrix follow each other.
+  const auto add = [&](Stage stage, std::initializer_list<const Linear*> linears) {
+    const Matrix* before = nullptr;
+    for (const Linear* linear : linears) {
+      if (linear->matrix != nullptr && linear->matrix.get() != before)
+        bytes[static_cast<std::size_t>(stage)] += linear->matrix->nbytes();
+      before = linear->matrix.get();
+    }
+  };
+  for (std::size_t index = 0; index < model_.blocks.size(); ++index) {
+    const DecoderBlock& block = model_.blocks[index];
+    add(Stage::kQkv, {&block.q, &block.k, &block.v});
+    add(Stage::kO, {&block.o});
+    add(Stage::kUp, {&block.gate, &block.up});
+    add(Stage::kDown, {&block.down});
+    const std::size_t seen = std::min(position_ + 1, block.scoring.window);
+    const auto of_token = [](const auto& cache) { return cache.token_bytes(); };
+    bytes[static_cast<std::size_t>(Stage::kAttention)] +=
+        seen * std::visit(of_token, caches_[index]);
+  }
+  add(Stage::kHead, {&model_.head});
+  return bytes;
 }
 
 void Decoder::check_tokens(const std::int64_t* tokens, std::size_t count) const {
@@ -110,6 +139,7 @@ void Decoder::embed(const std::int64_t* tokens, std::size_t count) {
   }
   if (model_.embedding_norm)
     normalize(*model_.embedding_norm, hidden_.data(), hidden_.data(), count);
+  clock_.mark(Stage::kEmbedding);
 }
 
 // Makes the residual stream, or its norm, what matrices read.
@@ -118,12 +148,15 @@ void Decoder::enter(const std::optional<Norm>& norm, std::size_t count) {
     normalize(*norm, hidden_.data(), input_.data(), count);
   else
     std::copy_n(hidden_.data(), count * width(), input_.data());
+  clock_.mark(Stage::kNorms);
 }
 
 void Decoder::attend(const DecoderBlock& block, AnyCache& cache, std::size_t count) {
   apply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, input_.data(), count);
+  clock_.mark(Stage::kQkv);
   rotate_heads(block, count);
   put(cache, count);
+  clock_.mark(Stage::kCache);
   const std::size_t width = model_.heads.heads * model_.heads.dim;
   for (std::size_t done = 0; done < count; done += kAttending) {
     const std::size_t some = std::min(kAttending, count - done), first = position_ + done;
@@ -134,7 +167,9 @@ void Decoder::attend(const DecoderBlock& block, AnyCache& cache, std::size_t cou
     else
       attention_.run(std::get<Cache>(cache), queries, some, first, block.scoring, out, *pool_);
   }
+  clock_.mark(Stage::kAttention);
   apply({{block.o, output_.data()}}, attended_.data(), count);
+  clock_.mark(Stage::kO);
 }
 
 // Turns queries and keys to their positions.
@@ -173,19 +208,24 @@ void Decoder::run_mlp(const DecoderBlock& block, std::size_t count) {
   const std::size_t inner = count * block.up.outputs();
   if (block.gate.matrix == nullptr) {
     apply({{block.up, up_.data()}}, input_.data(), count);
+    clock_.mark(Stage::kUp);
     activate(block.activation, up_.data(), inner);
   } else {
     apply({{block.gate, gate_.data()}, {block.up, up_.data()}}, input_.data(), count);
+    clock_.mark(Stage::kUp);
     activate(block.activation, gate_.data(), inner);
     gate(up_.data(), gate_.data(), inner);
   }
+  clock_.mark(Stage::kActivation);
   apply({{block.down, output_.data()}}, up_.data(), count);
+  clock_.mark(Stage::kDown);
 }
 
 // Adds output_ to the residual stream.
 void Decoder::join(const std::optional<Norm>& norm, std::size_t count) {
   if (norm) normalize(*norm, output_.data(), output_.data(), count);
   add(hidden_.data(), output_.data(), count * width());
+  clock_.mark(Stage::kNorms);
 }
 
 void Decoder::apply(std::initializer_list<Application> applications, const float* x,

@@ -1,6 +1,7 @@
 // A whole language model, one call per token: embedding, decoder blocks, head.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -14,6 +15,7 @@
 #include "decoder/attention.h"
 #include "decoder/model.h"
 #include "decoder/packed_cache.h"
+#include "decoder/stage_clock.h"
 #include "matrix/matrix.h"
 
 namespace quantine {
@@ -34,6 +36,12 @@ class Decoder {
   void append(const std::int64_t* tokens, std::size_t count, float* logits);
   // Forgets all tokens.
   void reset() { position_ = 0; }
+
+  // Begins to add up what each stage takes, or no longer does.
+  void time_stages(bool on) { clock_.turn(on); }
+  const StageClock& clock() const { return clock_; }
+  // What each stage reads for the next token: matrices, and the cache of keys and values.
+  std::array<std::size_t, kStageNames.size()> stage_bytes() const;
 
   std::size_t position() const { return position_; }
   std::size_t capacity() const { return capacity_; }
@@ -71,6 +79,7 @@ class Decoder {
   Attention attention_;
   PackedScratch scratch_;
   std::size_t position_ = 0;
+  StageClock clock_;
   // Of up to kTokens tokens: the residual stream, the input of a matrix, and what matrices put out.
   std::vector<float> hidden_, input_, output_, q_, k_, v_, attended_, gate_, up_, rounded_, fused_;
 };
