@@ -14,9 +14,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Of `step_`: workers in the step, whether they may join it, its number.
-constexpr std::uint64_t kOpen = 1ull << 32, kWorkers = kOpen - 1, kNumber = 1ull << 33;
-
 constexpr std::chrono::microseconds kMoment(50);  // longer than most pauses between steps
 constexpr int kLooks = 16;                        // between two looks at the clock
 
@@ -91,11 +88,15 @@ void Pool::take_indices(std::size_t thread) {
 
 void Pool::wait_for_workers() {
   const auto alone = [&] { return (step_ & kWorkers) == 0; };
-  if (soon(alone)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  ++sleeping_callers_;
-  done_.wait(lock, alone);
-  --sleeping_callers_;
+  if (alone()) return;
+  const auto begin = Clock::now();
+  if (!soon(alone)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleeping_callers_;
+    done_.wait(lock, alone);
+    --sleeping_callers_;
+  }
+  waited_ = waited_.load() + (Clock::now() - begin);  // callers take turns
 }
 
 void Pool::work(std::size_t thread) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -32,6 +33,11 @@ class Pool {
   // threads take turns.
   void run(std::size_t count, const std::function<void(std::size_t)>& task);
 
+  // Of all steps so far that threads shared: their number, and how long callers waited at the end
+  // for threads that had not finished.
+  std::size_t steps() const { return step_ / kNumber; }
+  double waited() const { return std::chrono::duration<double>(waited_.load()).count(); }
+
  private:
   // Indices that a thread begins with, apart from others in memory.
   struct alignas(64) Part {
@@ -49,8 +55,10 @@ class Pool {
   std::mutex callers_;
   const std::function<void(std::size_t)>* task_ = nullptr;
   std::vector<Part> parts_;  // of each thread, the calling one first
-  // The number of the step, whether workers may join it, and how many are in it: see pool.cpp.
+  // The number of the step, whether workers may join it, and how many are in it.
+  static constexpr std::uint64_t kOpen = 1ull << 32, kWorkers = kOpen - 1, kNumber = 1ull << 33;
   std::atomic<std::uint64_t> step_{0};
+  std::atomic<std::chrono::steady_clock::duration> waited_{};
   std::atomic<bool> stop_{false};
   // Who sleeps is woken under the mutex; both counters say whether anyone does.
   std::mutex mutex_;

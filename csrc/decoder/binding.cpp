@@ -2,11 +2,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -172,6 +174,15 @@ void step(Decoder& self, const std::vector<std::size_t>& texts, Vector<const std
   self.step(texts.data(), tokens.data(), texts.size(), logits.data());
 }
 
+// Name, seconds and bytes of each stage.
+std::vector<std::tuple<std::string, double, std::size_t>> stages(const Decoder& self) {
+  std::vector<std::tuple<std::string, double, std::size_t>> found;
+  const auto bytes = self.stage_bytes();
+  for (std::size_t stage = 0; stage < bytes.size(); ++stage)
+    found.emplace_back(quantine::kStageNames[stage], self.clock().seconds(stage), bytes[stage]);
+  return found;
+}
+
 void activate(const std::string& name, Vector<float> x) {
   quantine::activate(activation_named(name), x.data(), x.shape(0));
 }
@@ -233,6 +244,8 @@ void bind_decoder(nb::module_& m) {
       .def("step", &step, "texts"_a, "tokens"_a, "logits"_a)
       .def("truncate", &Decoder::truncate, "text"_a, "position"_a)
       .def("position", &Decoder::position, "text"_a)
+      .def("time_stages", &Decoder::time_stages, "on"_a)
+      .def("stages", &stages)
       .def_prop_ro("texts", &Decoder::texts)
       .def_prop_ro("capacity", &Decoder::capacity)
       .def_prop_ro("vocabulary", &Decoder::vocabulary);

@@ -57,6 +57,7 @@ Decoder::Decoder(Model model, std::size_t capacity, std::size_t texts, Arithmeti
 void Decoder::append(std::size_t text, const std::int64_t* tokens, std::size_t count,
                      float* logits) {
   check(std::vector<std::size_t>(count, text).data(), tokens, count);
+  clock_.start();
   std::size_t chunk = 0;
   for (std::size_t done = 0; done < count; done += chunk) {
     chunk = std::min(kTokens, count - done);
@@ -65,9 +66,36 @@ void Decoder::append(std::size_t text, const std::int64_t* tokens, std::size_t c
   score(hidden_.data() + (chunk - 1) * width(), {{{&texts_[text], 0, 0, 1}}}, logits);
 }
 
+std::array<std::size_t, kStageNames.size()> Decoder::stage_bytes() const {
+  std::array<std::size_t, kStageNames.size()> bytes = {};
+  // Slices of one matrix follow each other.
+  const auto add = [&](Stage stage, std::initializer_list<const Linear*> linears) {
+    const Matrix* before = nullptr;
+    for (const Linear* linear : linears) {
+      if (linear->matrix != nullptr && linear->matrix.get() != before)
+        bytes[static_cast<std::size_t>(stage)] += linear->matrix->nbytes();
+      before = linear->matrix.get();
+    }
+  };
+  for (std::size_t index = 0; index < model_.blocks.size(); ++index) {
+    const DecoderBlock& block = model_.blocks[index];
+    add(Stage::kQkv, {&block.q, &block.k, &block.v});
+    add(Stage::kO, {&block.o});
+    add(Stage::kUp, {&block.gate, &block.up});
+    add(Stage::kDown, {&block.down});
+    const std::size_t seen = std::min(texts_[0].position + 1, block.scoring.window);
+    const auto of_token = [](const auto& cache) { return cache.token_bytes(); };
+    bytes[static_cast<std::size_t>(Stage::kAttention)] +=
+        seen * std::visit(of_token, texts_[0].caches[index]);
+  }
+  add(Stage::kHead, {&model_.head});
+  return bytes;
+}
+
 void Decoder::step(const std::size_t* texts, const std::int64_t* tokens, std::size_t count,
                    float* logits) {
   check(texts, tokens, count);
+  clock_.start();
   for (std::size_t done = 0; done < count; done += kTokens) {
     const Pass pass = stepped(texts_, texts + done, std::min(kTokens, count - done));
     forward(tokens + done, pass);
@@ -131,6 +159,7 @@ void Decoder::embed(const std::int64_t* tokens, const Pass& pass) {
   }
   if (model_.embedding_norm)
     normalize(*model_.embedding_norm, hidden_.data(), hidden_.data(), count);
+  clock_.mark(Stage::kEmbedding);
 }
 
 // Makes the residual stream, or its norm, what matrices read.
@@ -139,20 +168,25 @@ void Decoder::enter(const std::optional<Norm>& norm, std::size_t count) {
     normalize(*norm, hidden_.data(), input_.data(), count);
   else
     std::copy_n(hidden_.data(), count * width(), input_.data());
+  clock_.mark(Stage::kNorms);
 }
 
 void Decoder::attend(std::size_t index, const Pass& pass) {
   const DecoderBlock& block = model_.blocks[index];
   const std::size_t width = model_.heads.kv_heads * model_.heads.dim;
   apply({{block.q, q_.data()}, {block.k, k_.data()}, {block.v, v_.data()}}, input_.data(), pass);
+  clock_.mark(Stage::kQkv);
   rotate_heads(block, pass);
   for (const Stretch& stretch : pass.stretches) {
     AnyCache& cache = stretch.text->caches[index];
     const std::size_t begin = stretch.row * width;
     put(cache, model_.heads, stretch, k_.data() + begin, v_.data() + begin, *pool_);
+    clock_.mark(Stage::kCache);
     attend_text(block, cache, stretch);
+    clock_.mark(Stage::kAttention);
   }
   apply({{block.o, output_.data()}}, attended_.data(), pass);
+  clock_.mark(Stage::kO);
 }
 
 void Decoder::attend_text(const DecoderBlock& block, const AnyCache& cache,
@@ -199,26 +233,33 @@ void Decoder::run_mlp(const DecoderBlock& block, const Pass& pass) {
   const std::size_t inner = pass.count() * block.up.outputs();
   if (block.gate.matrix == nullptr) {
     apply({{block.up, up_.data()}}, input_.data(), pass);
+    clock_.mark(Stage::kUp);
     activate(block.activation, up_.data(), inner);
   } else {
     apply({{block.gate, gate_.data()}, {block.up, up_.data()}}, input_.data(), pass);
+    clock_.mark(Stage::kUp);
     activate(block.activation, gate_.data(), inner);
     gate(up_.data(), gate_.data(), inner);
   }
+  clock_.mark(Stage::kActivation);
   apply({{block.down, output_.data()}}, up_.data(), pass);
+  clock_.mark(Stage::kDown);
 }
 
 // Logits [count, vocabulary] after the hidden states of a pass.
 void Decoder::score(const float* hidden, const Pass& pass, float* logits) {
   normalize(model_.norm, hidden, input_.data(), pass.count());
+  clock_.mark(Stage::kNorms);
   apply({{model_.head, logits}}, input_.data(), pass);
   if (model_.logit_cap > 0.0f) cap(logits, model_.logit_cap, pass.count() * vocabulary());
+  clock_.mark(Stage::kHead);
 }
 
 // Adds output_ to the residual stream.
 void Decoder::join(const std::optional<Norm>& norm, std::size_t count) {
   if (norm) normalize(*norm, output_.data(), output_.data(), count);
   add(hidden_.data(), output_.data(), count * width());
+  clock_.mark(Stage::kNorms);
 }
 
 void Decoder::apply(std::initializer_list<Application> applications, const float* x,

@@ -2,6 +2,7 @@
 // decoder blocks, head.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
@@ -14,6 +15,7 @@
 #include "decoder/attention.h"
 #include "decoder/model.h"
 #include "decoder/packed_cache.h"
+#include "decoder/stage_clock.h"
 #include "decoder/text.h"
 #include "matrix/matrix.h"
 
@@ -39,6 +41,13 @@ class Decoder {
   void step(const std::size_t* texts, const std::int64_t* tokens, std::size_t count, float* logits);
   // Forgets the tokens of a text from `position` on, if there are any.
   void truncate(std::size_t text, std::size_t position);
+
+  // Begins to add up what each stage takes, or no longer does.
+  void time_stages(bool on) { clock_.turn(on); }
+  const StageClock& clock() const { return clock_; }
+  // What each stage reads for the next token of the first text: matrices, and the cache of keys and
+  // values.
+  std::array<std::size_t, kStageNames.size()> stage_bytes() const;
 
   std::size_t texts() const { return texts_.size(); }
   std::size_t position(std::size_t text) const { return texts_.at(text).position; }
@@ -76,6 +85,7 @@ class Decoder {
   std::vector<Text> texts_;
   Attention attention_;
   PackedScratch scratch_;
+  StageClock clock_;
   // Of up to kTokens tokens: the residual stream, the input of a matrix, and what matrices put out.
   std::vector<float> hidden_, input_, output_, q_, k_, v_, attended_, gate_, up_, rounded_, fused_;
 };

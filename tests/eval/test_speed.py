@@ -60,6 +60,28 @@ def test_everything_is_measured_and_counted(
     assert "decode tokens/s" in capsys.readouterr().out
 
 
+def test_the_time_of_a_token_is_broken_down(
+    packed: Packed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, path = packed("llama", "spqr"), tmp_path / "stages.json"
+    arguments = ["bench", str(out), "--breakdown", "--context", "9", "--runs", "1"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert all(stage["microseconds"] > 0 for stage in stages.values())
+    named = sum(stage["microseconds"] for stage in stages.values())
+    assert named + found["outside"] == pytest.approx(found["token"]["median"])
+    model = load(out, dtype=torch.float32)[0]
+    matrices = {name: module.matrix().nbytes for name, module in packed_modules(model)}
+    assert stages["down"]["bytes"] == sum(n for name, n in matrices.items() if "down" in name)
+    assert stages["norms"]["bytes"] == 0 < stages["attention"]["bytes"] < stages["head"]["bytes"]
+    printed = capsys.readouterr().out
+    assert "gate and up" in printed
+    assert "parallel steps" in printed
+    assert main([*arguments, "--against", "bfloat16"]) != 0
+    assert "leave out --against" in capsys.readouterr().err
+
+
 def test_another_model_takes_turns(packed: Packed, tiny: Callable[[str], Path]) -> None:
     other = str(tiny("llama"))
     found = speed.measure(packed("llama", "rtn"), against=other, contexts=(4,), runs=1)

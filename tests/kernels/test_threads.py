@@ -1,4 +1,4 @@
-"""The pool of threads: every task is done once, whoever comes to do it, and nobody waits for ever."""
+"""The pool of threads: every task is done once, whoever does it, and nobody waits for ever."""
 
 from __future__ import annotations
 
