@@ -36,10 +36,14 @@ CODE_TENSORS: Final = 6
 """Number of float32 tensors that are as large as a block whose codes are tuned."""
 BLOCK_PRODUCTS: Final = 3
 """Products with every matrix for a token that a block is tuned on. To go on takes two."""
-CODE_PASSES: Final = 40
+CODE_PASSES: Final = 120
 """How often each weight of a block is read and multiplied in a step, for codes and decoding."""
-PASSES: Final = 8
-"""How often, as it were, each number that blocks keep, and each logit, is read and multiplied."""
+FORWARD_PASSES: Final = 8
+"""How often, as it were, each number that blocks keep is read and multiplied to go forward."""
+GRADIENT_PASSES: Final = 32
+"""The same to go forward and, for gradients, back."""
+LOGIT_PASSES: Final = 32
+"""The same for each token's logits of both models, which are compared."""
 TIMED_TOKENS: Final = 512
 """Number of rows of the products that are timed."""
 TIMES: Final = 5
@@ -106,13 +110,15 @@ def tuning_seconds(job: Job) -> float | None:
     """
     if job.tuning_text is None or job.plan.tune is None or not is_here(job.device):
         return None
-    weights = sum(decision.layer.weights for decision in job.decisions)
+    weights = sum(d.layer.weights for d in job.decisions if d.layer.role != "embedding")
     tuned = job.tuning_text.whole.numel()
     judged = job.tuning_text.judges.numel() * _judgements(job)
     product, visit = _seconds_of_product(job), _seconds_of_pass(job)
-    share = judged / 2  # no gradients are computed there
-    numbers = _kept(job) + _scores(job) + _vocabulary(job)
-    whole = (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
+    products = PRODUCTS * tuned + 2 * judged
+    passes = (_kept(job) + _scores(job)) * (
+        (FORWARD_PASSES + GRADIENT_PASSES) * tuned + 2 * FORWARD_PASSES * judged
+    ) + LOGIT_PASSES * _vocabulary(job) * (tuned + judged)
+    whole = products * weights * product + passes * visit
     return whole + _block_seconds(job, product, visit)
 
 
@@ -124,7 +130,7 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
     weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
     stepped = tuning.block_steps * tuning.segments * text.whole.shape[1]
     products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
-    passes = PASSES * (_kept(job) + _scores(job)) * (stepped + _block_tokens(job))
+    passes = (_kept(job) + _scores(job)) * (GRADIENT_PASSES * stepped + 2 * FORWARD_PASSES * _block_tokens(job))
     codes = CODE_PASSES * tuning.block_steps * weights
     return products * weights * product + (passes + codes) * visit
 
