@@ -130,7 +130,9 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
     weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
     stepped = tuning.block_steps * tuning.segments * text.whole.shape[1]
     products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
-    passes = (_kept(job) + _scores(job)) * (GRADIENT_PASSES * stepped + 2 * FORWARD_PASSES * _block_tokens(job))
+    passes = (_kept(job) + _scores(job)) * (
+        GRADIENT_PASSES * stepped + 2 * FORWARD_PASSES * _block_tokens(job)
+    )
     codes = CODE_PASSES * tuning.block_steps * weights
     return products * weights * product + (passes + codes) * visit
 

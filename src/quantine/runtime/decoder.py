@@ -91,6 +91,17 @@ class Decoder:
         """Forget all tokens seen, so that a new text can begin."""
         self.truncate(0)
 
+    def time_stages(self, on: bool) -> None:
+        """Begin to add up how long each stage of `append` takes, anew; or no longer do."""
+        self._native.time_stages(on)
+
+    def stages(self) -> dict[str, tuple[float, int]]:
+        """Of each stage, in order: seconds added up, and bytes that it reads for the next token.
+
+        Bytes are those of packed matrices in memory, and of the cache of keys and values.
+        """
+        return {name: (seconds, nbytes) for name, seconds, nbytes in self._native.stages()}
+
 
 class Batch:
     """Several texts that one model continues together, each a `Decoder` of its own.
@@ -135,17 +146,6 @@ def _step(native: Any, texts: list[int], tokens: Tensor) -> Tensor:
 
 def _ids(tokens: Tensor) -> Tensor:
     return tokens.to("cpu", torch.int64).contiguous()
-
-    def time_stages(self, on: bool) -> None:
-        """Begin to add up how long each stage of `append` takes, anew; or no longer do."""
-        self._native.time_stages(on)
-
-    def stages(self) -> dict[str, tuple[float, int]]:
-        """Of each stage, in order: seconds added up, and bytes that it reads for the next token.
-
-        Bytes are those of packed matrices in memory, and of the cache of keys and values.
-        """
-        return {name: (seconds, nbytes) for name, seconds, nbytes in self._native.stages()}
 
 
 @own_state()
