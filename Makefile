@@ -89,7 +89,7 @@ fuzz: install
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m fuzz --count 10000 --seed $(SEED)
 
 # Where PYTHON has a PyTorch that knows a GPU, that one is used, and only what is missing is installed
-# beside it. Elsewhere it says what it would do.
+# beside it. Elsewhere it says what it would do; only a PYTHON that does not run is an error.
 gpu:
 	@PYTHON=$(PYTHON) sh benchmarks/gpu.sh
 

@@ -2,10 +2,10 @@
 
     make gpu
 
-Without a GPU it says what it would do. With one it carries out `parts`, from the tests of the
-programs to tokens of whole models, and writes benchmarks/results/gpu-NAME.json after each. A part
-that fails is a sentence there. Each part has so many seconds, and what those before it left over;
-then it stops, and the JSON names what was left out.
+Without a GPU it says what it would do. With one it carries out the parts of gpu_parts.py, and
+writes benchmarks/results/gpu-NAME.json after each. A part that fails is a sentence there. Each part
+has so many seconds, and what those before it left over; then it stops, and the JSON names what was
+left out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ os.environ["TRITON_INTERPRET"] = "0"
 import torch
 
 import gpu_attention
+import gpu_parts
 import gpu_products
 import gpu_quantizing
 import gpu_tokens
 import time_for_tests
 from allowance import Allowance
 from gpu_graphs import Gpu
+from gpu_parts import PARTS
 
 ROOT = Path(__file__).parents[1]
 TESTS = (
@@ -50,63 +52,29 @@ LONGEST = 60
 
 
 class Part(NamedTuple):
-    """A part of the whole.
-
-    Attributes:
-        said: what is done, in words.
-        seconds: that it may take. All of them leave two of nine minutes to what is installed first
-            and to the last test.
-        do: does it, in the time that it is allowed.
-    """
+    """A part: what is done, seconds that it may take, and what does it in the time allowed."""
 
     said: str
     seconds: float
     do: Callable[[Allowance], Any]
 
 
-def parts(gpu: Callable[[], Gpu]) -> dict[str, Part]:
+def parts(gpu: Gpu) -> dict[str, Part]:
     """What is done on a GPU, in order."""
-    contexts = " and ".join(map(str, gpu_attention.CONTEXTS))
-    methods = ", ".join(gpu_quantizing.SOLVERS)
-    return {
-        "products": Part(
-            f"time {len(gpu_products.KINDS)} kinds of matrices in {len(gpu_products.SHAPES)} "
-            f"shapes for {gpu_products.BATCHES} rows",
-            140,
-            lambda allowance: gpu_products.timed_products(gpu(), allowance),
-        ),
-        "integers": Part(
-            f"time {len(gpu_products.INTEGERS)} kinds of integer products for "
-            f"{gpu_products.INTEGER_BATCHES} tokens",
-            30,
-            lambda allowance: gpu_products.timed_integers(gpu(), allowance),
-        ),
-        "attention": Part(
-            f"time attention over {contexts} tokens",
-            20,
-            lambda allowance: gpu_attention.timed_attentions(gpu(), allowance),
-        ),
-        "tokens": Part(
-            f"time tokens of models of 8B shape, {len(gpu_tokens.KINDS)} kinds and bfloat16",
-            60,
-            lambda allowance: gpu_tokens.timed_models("cuda", allowance),
-        ),
-        "quantizing": Part(
-            f"quantize matrices, a block and the demo model by {methods}, and compare with the CPU",
-            90,
-            lambda allowance: gpu_quantizing.quantized("cuda", allowance),
-        ),
-        "tests": Part(f"run {len(TESTS)} files of tests", 90, tested),
+    do: dict[str, Callable[[Allowance], Any]] = {
+        "products": lambda allowance: gpu_products.timed_products(gpu, allowance),
+        "integers": lambda allowance: gpu_products.timed_integers(gpu, allowance),
+        "attention": lambda allowance: gpu_attention.timed_attentions(gpu, allowance),
+        "tokens": lambda allowance: gpu_tokens.timed_models("cuda", allowance),
+        "quantizing": lambda allowance: gpu_quantizing.quantized("cuda", allowance),
+        "tests": tested,
     }
+    return {name: Part(*planned, do[name]) for name, planned in PARTS.items()}
 
 
 def main() -> int:
     if not torch.cuda.is_available():
-        print("There is no GPU here that PyTorch knows. With one, this would")
-        for part in parts(Gpu).values():
-            print(f"  {part.said},")
-        print("  and write benchmarks/results/gpu-NAME.json.")
-        return 0
+        return gpu_parts.main()
     import triton
 
     gpu = Gpu()
@@ -115,7 +83,7 @@ def main() -> int:
     about = {"device": device, "torch": torch.__version__, "triton": triton.__version__}
     about |= {"gigabytes_per_second_copied": round(gpu.bandwidth / 1e9, 1)}
     path = ROOT / "benchmarks" / "results" / f"gpu-{name}.json"
-    went_well = carried_out(parts(lambda: gpu), about, path)
+    went_well = carried_out(parts(gpu), about, path)
     print(f"{path} written")
     return int(not went_well)
 

@@ -5,11 +5,13 @@
 # nothing can be installed, the sources run as they are, without the native extension.
 set -eu
 cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+if [ "$("$PYTHON" -c 'print("runs")' 2>/dev/null)" != runs ]; then
+	echo "'$PYTHON' does not run as a Python: name one that does by make gpu PYTHON=..." >&2
+	exit 1
+fi
 if ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
-	echo "$PYTHON has no PyTorch that knows a GPU. With one, this would run the tests of the programs"
-	echo "on it, time products, attention and tokens, quantize, compare with the CPU, and write"
-	echo "benchmarks/results/gpu-NAME.json: benchmarks/gpu.py has the parts."
-	exit 0
+	exec "$PYTHON" benchmarks/gpu_parts.py
 fi
 plain() {
 	echo "nothing could be installed: the sources are used as they are"

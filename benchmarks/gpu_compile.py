@@ -3,7 +3,8 @@
     python benchmarks/gpu_compile.py [--capability 9.0] [--only NAME ...] [--json FILE]
 
 For each program: registers of a thread, bytes that registers were spilled to, shared memory, loads
-of 16 bytes, barriers, and instructions of tensor cores. docs/gpu.md has the table, of what
+of 16 bytes, barriers, and instructions of tensor cores; of those for few rows also instructions for
+32 codes. docs/gpu.md has the table, of what
 
     python benchmarks/gpu_compile.py --json benchmarks/results/compiled.json
 
@@ -17,8 +18,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,10 +32,17 @@ from triton.compiler import ASTSource
 from gpu_loops import FITS, LOOPS
 from integer_programs import INTEGERS
 from kv_programs import KV_PROGRAMS
+from machine_code import Counts, Place, counts, loads_at, resources
 from matrix_programs import MATRIX_PROGRAMS
+from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
+from quantine.kernels.matrix.triton.programs.parts import codes_times, take_words
+from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
+from quantine.kernels.matrix.triton.warps import LANES
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 """Settings that are Triton's, not a program's own."""
+FOR_FEW_ROWS = (multiply_row_groups, multiply_column_groups)
+"""Programs whose instructions for 32 codes are counted."""
 PROGRAMS = (*MATRIX_PROGRAMS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS)
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 TYPES = {
@@ -55,7 +61,11 @@ TYPES = {
 class Outcome:
     """What the compiler made of a program.
 
-    ``key`` is Triton's hash of all that is compiled: equal keys, equal results.
+    ``key`` is Triton's hash of all that is compiled: equal keys, equal results. ``wide_code_loads``
+    and ``code_loads`` are loads of words of codes: of 16 bytes, and all. In programs for few rows a
+    thread has ``units`` of 32 codes, whose decoding and products are ``half`` instructions on two
+    float16 and ``integer`` ones on integers; all of the program are ``instructions``. These are of
+    the machine code; loops count once. Elsewhere all four are 0.
     """
 
     name: str
@@ -67,18 +77,28 @@ class Outcome:
     shared: int
     wide_loads: int
     loads: int
+    wide_code_loads: int
+    code_loads: int
     barriers: int
     tensor_core: int
     byte_products: int
     logic: int
     local: int
+    units: int
+    half: int
+    integer: int
+    instructions: int
 
 
 class Asked(NamedTuple):
-    """What Triton is asked to compile, and with which of its own settings."""
+    """What Triton is asked to compile, and with which of its own settings.
+
+    ``units`` is how many units of codes a thread has, in programs for few rows; else 0.
+    """
 
     source: ASTSource
     options: dict[str, Any]
+    units: int
 
     @property
     def key(self) -> str:
@@ -90,6 +110,9 @@ def asked(product: Any) -> Asked:
     """What is compiled of a program, as the launcher would ask for it."""
     program, operands, settings = product.launch()
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
+    units = 0
+    if program in FOR_FEW_ROWS:
+        units = settings["ROWS"] * settings["WIDTH"] // (LANES * options["num_warps"])
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     known: dict[tuple[int], Any] = {}
@@ -107,7 +130,7 @@ def asked(product: Any) -> Asked:
             known[(place,)] = [["tt.divisibility", 16]]
     for name, value in settings.items():
         signature[name], constants[name] = "constexpr", value
-    return Asked(ASTSource(program, signature, constants, known), options)
+    return Asked(ASTSource(program, signature, constants, known), options, units)
 
 
 def compiled(name: str, program: Asked, capability: str) -> Outcome:
@@ -116,6 +139,9 @@ def compiled(name: str, program: Asked, capability: str) -> Outcome:
     made = triton.compile(program.source, target=target, options=program.options)
     text = made.asm["ptx"]
     used = resources(made.asm["cubin"])
+    counted = Counts(0, 0, 0)
+    if program.units:
+        counted = counts(Place.of(codes_times), made.asm["cubin"])
     return Outcome(
         name,
         program.key,
@@ -126,24 +152,17 @@ def compiled(name: str, program: Asked, capability: str) -> Outcome:
         made.metadata.shared,
         len(re.findall(r"ld\.global\S*\.v4|cp\.async\.cg", text)),
         len(re.findall(r"ld\.global|cp\.async\.c[ag]", text)),
+        *loads_at(Place.of(take_words), text),
         len(re.findall(r"bar\.sync", text)),
         len(re.findall(r"\b(?:w?g?mma\S*\.sync|tcgen05\.mma)", text)),
         len(re.findall(r"\bdp4a|\b(?:w?g?mma\S*\.s8\.s8)", text)),
         len(re.findall(r"\b(?:and|or|xor|not|lop3|shl|shr)\.[bsu]32", text)),
         used["LOCAL"],
+        program.units,
+        counted.half,
+        counted.integer,
+        counted.all,
     )
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """What a thread uses, as NVIDIA's tool says that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        said = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
 
 
 def kept(path: Path | None) -> dict[tuple[str, str, str], dict[str, Any]]:

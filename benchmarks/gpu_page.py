@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the predicted products."""
 SHOWN = "9.0"
 """Compute capability whose programs are shown one by one."""
@@ -33,6 +33,7 @@ CONTEXTS = (4096, 32768)
 KINDS = (
     Product(4, 128, "in", 0, False, False, 1),
     Product(3, 128, "in", 0, False, False, 1),
+    Product(5, 128, "in", 0, False, False, 1),
     Product(8, 128, "in", 0, False, False, 1),
     Product(3, 16, "in", 0, True, True, 1),
     Product(4, 64, "out", 0, False, False, 1),
@@ -110,7 +111,8 @@ def compiled() -> str:
     others = sorted({row["capability"] for row in found} - {SHOWN}, key=float)
     worst = {name: max(row[name] for row in found) for name in ("registers", "spilled", "local")}
     head = ["program", "warps", "registers", "spilled", "shared memory"]
-    head += ["16-byte loads", "barriers", "tensor core"]
+    head += ["16-byte loads", "of codes", "barriers", "tensor core"]
+    head += ["float16", "integer", "all"]
     return (
         f"Triton {outcome['triton']}, capability {SHOWN}. With {', '.join(others)}: at most "
         f"{worst['registers']} registers, {worst['spilled']} bytes spilled, {worst['local']} of "
@@ -121,7 +123,13 @@ def compiled() -> str:
 def compiled_row(row: dict[str, Any]) -> list[str]:
     numbers = [row[name] for name in ("warps", "registers", "spilled", "shared")]
     loads = f"{row['wide_loads']} of {row['loads']}"
-    return [row["name"], *map(str, numbers), loads, str(row["barriers"]), str(row["tensor_core"])]
+    of_codes = f"{row['wide_code_loads']} of {row['code_loads']}" if row["code_loads"] else ""
+    cells = [row["name"], *map(str, numbers), loads, of_codes]
+    cells += [str(row["barriers"]), str(row["tensor_core"])]
+    if not row["units"]:
+        return [*cells, "", "", ""]
+    counted = (row[name] / row["units"] for name in ("half", "integer", "instructions"))
+    return [*cells, *(f"{count:.1f}" for count in counted)]
 
 
 def measurements() -> str:

@@ -32,6 +32,7 @@ SKELETONS = {
 }
 """Where a block ``with torch.device(...)`` may stand: what is built there is not quantine's."""
 NATIVE = {
+    "eval/breakdown.py": "times the native decoder, which there is only on the CPU",
     "eval/speed.py": "times the native kernels, on models that are on the CPU",
     "formats/inventory.py": "says which kernels there are",
     "kernels/backend.py": "finds the extension, and asks for the device",

@@ -20,6 +20,8 @@ std::uint64_t read_words(Vector<const std::int64_t> words, Pool& pool) {
 void bind_base(nb::module_& m) {
   nb::class_<Pool>(m, "Pool")
       .def(nb::init<std::size_t>(), nb::arg("threads"))
-      .def_prop_ro("threads", &Pool::threads);
+      .def_prop_ro("threads", &Pool::threads)
+      .def_prop_ro("steps", &Pool::steps)
+      .def_prop_ro("waited", &Pool::waited);
   m.def("read_words", &read_words, nb::arg("words"), nb::arg("pool"));
 }

@@ -2,6 +2,7 @@
 #include "base/pool.h"
 
 #include <algorithm>
+#include <chrono>
 #include <system_error>
 
 #if defined(__x86_64__)
@@ -11,7 +12,10 @@
 namespace quantine {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 microseconds
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::microseconds kMoment(50);  // longer than most pauses between steps
+constexpr int kLooks = 16;                        // between two looks at the clock
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -19,6 +23,19 @@ inline void pause() {
 #else
   std::this_thread::yield();
 #endif
+}
+
+// Whether `happened()` within a moment.
+template <typename Happened>
+bool soon(Happened&& happened) {
+  const auto end = Clock::now() + kMoment;
+  do {
+    for (int look = 0; look < kLooks; ++look) {
+      if (happened()) return true;
+      pause();
+    }
+  } while (Clock::now() < end);
+  return false;
 }
 
 }  // namespace
@@ -36,7 +53,6 @@ Pool::~Pool() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
-    ++generation_;
   }
   wake_.notify_all();
   for (std::thread& worker : workers_) worker.join();
@@ -53,17 +69,14 @@ void Pool::run(std::size_t count, const std::function<void(std::size_t)>& task) 
     parts_[part].next = count * part / parts_.size();
     parts_[part].end = count * (part + 1) / parts_.size();
   }
-  busy_ = workers_.size();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ++generation_;
+  step_ += kNumber + kOpen;
+  if (sleeping_workers_ != 0) {
+    { const std::lock_guard<std::mutex> lock(mutex_); }  // those about to sleep do so first
+    wake_.notify_all();
   }
-  wake_.notify_all();
   take_indices(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
-    if (spins < kSpins) pause();
-    else std::this_thread::yield();  // the worker may wait for this very processor
-  }
+  step_ -= kOpen;
+  wait_for_workers();
 }
 
 void Pool::take_indices(std::size_t thread) {
@@ -73,20 +86,51 @@ void Pool::take_indices(std::size_t thread) {
   }
 }
 
-void Pool::work(std::size_t thread) {
-  std::size_t seen = 0;
-  while (true) {
-    int spins = 0;
-    while (generation_.load(std::memory_order_acquire) == seen && ++spins < kSpins) pause();
-    if (generation_.load(std::memory_order_acquire) == seen) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load() != seen; });
-    }
-    ++seen;
-    if (stop_) return;
-    take_indices(thread);
-    busy_.fetch_sub(1, std::memory_order_release);
+void Pool::wait_for_workers() {
+  const auto alone = [&] { return (step_ & kWorkers) == 0; };
+  if (alone()) return;
+  const auto begin = Clock::now();
+  if (!soon(alone)) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++sleeping_callers_;
+    done_.wait(lock, alone);
+    --sleeping_callers_;
   }
+  waited_ = waited_.load() + (Clock::now() - begin);  // callers take turns
+}
+
+void Pool::work(std::size_t thread) {
+  std::uint64_t seen = 0;  // the last step that it was in or came too late for
+  while (true) {
+    wait_for_step(seen);
+    if (stop_) return;
+    if (!join(seen)) continue;
+    take_indices(thread);
+    leave();
+  }
+}
+
+void Pool::wait_for_step(std::uint64_t seen) {
+  const auto called = [&] { return step_ / kNumber != seen || stop_; };
+  if (soon(called)) return;
+  std::unique_lock<std::mutex> lock(mutex_);
+  ++sleeping_workers_;
+  wake_.wait(lock, called);
+  --sleeping_workers_;
+}
+
+bool Pool::join(std::uint64_t& seen) {
+  std::uint64_t step = step_;
+  while ((step & kOpen) != 0 && !step_.compare_exchange_weak(step, step + 1)) continue;
+  seen = step / kNumber;
+  return (step & kOpen) != 0;
+}
+
+void Pool::leave() {
+  const std::uint64_t left = --step_;
+  if ((left & (kOpen | kWorkers)) != 0 || sleeping_callers_ == 0) return;
+  { const std::lock_guard<std::mutex> lock(mutex_); }  // the caller may be about to sleep
+  done_.notify_one();
 }
 
 }  // namespace quantine

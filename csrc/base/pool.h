@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
@@ -12,7 +14,9 @@
 namespace quantine {
 
 // Threads that wait for work. A token takes some hundred parallel steps of a few microseconds, so
-// idle threads look for the next step for a moment before they sleep.
+// idle threads look for the next step for a moment before they sleep. Processors may be taken by
+// other programs, or by threads of PyTorch that look for work themselves: so nobody waits for a
+// thread that has not begun, and who has to wait for longer than a moment gives its processor away.
 class Pool {
  public:
   // The calling thread is one of `threads`.
@@ -25,8 +29,14 @@ class Pool {
 
   // Calls `task(index)` once for each index below `count`, on any thread; returns when all are
   // done. Each thread begins with indices that follow each other, and helps the others when it has
-  // none left. Callers from several threads take turns.
+  // none left: the calling thread does alone what no other comes to do. Callers from several
+  // threads take turns.
   void run(std::size_t count, const std::function<void(std::size_t)>& task);
+
+  // Of all steps so far that threads shared: their number, and how long callers waited at the end
+  // for threads that had not finished.
+  std::size_t steps() const { return step_ / kNumber; }
+  double waited() const { return std::chrono::duration<double>(waited_.load()).count(); }
 
  private:
   // Indices that a thread begins with, apart from others in memory.
@@ -35,17 +45,25 @@ class Pool {
     std::size_t end = 0;
   };
   void work(std::size_t thread);
+  void wait_for_step(std::uint64_t seen);
+  bool join(std::uint64_t& seen);
+  void leave();
+  void wait_for_workers();
   void take_indices(std::size_t thread);
 
   std::vector<std::thread> workers_;
   std::mutex callers_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
   const std::function<void(std::size_t)>* task_ = nullptr;
   std::vector<Part> parts_;  // of each thread, the calling one first
-  std::atomic<std::size_t> busy_{0};        // workers that have not finished this step
-  std::atomic<std::size_t> generation_{0};  // of steps; workers wait for it to change
+  // The number of the step, whether workers may join it, and how many are in it.
+  static constexpr std::uint64_t kOpen = 1ull << 32, kWorkers = kOpen - 1, kNumber = 1ull << 33;
+  std::atomic<std::uint64_t> step_{0};
+  std::atomic<std::chrono::steady_clock::duration> waited_{};
   std::atomic<bool> stop_{false};
+  // Who sleeps is woken under the mutex; both counters say whether anyone does.
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  std::atomic<std::size_t> sleeping_workers_{0}, sleeping_callers_{0};
 };
 
 }  // namespace quantine

@@ -47,6 +47,12 @@ class Cache {
   // Puts the keys and values, [kv_heads, dim] each, of the token at `position`.
   void put(std::size_t position, const float* keys, const float* values);
   bool is_exact() const { return key_scales_ == nullptr; }
+  // What attention reads of a token.
+  std::size_t token_bytes() const {
+    const std::size_t item = is_exact() ? sizeof(float) : sizeof(std::int16_t);
+    const std::size_t scales = is_exact() ? 0 : 2 * sizeof(float);
+    return heads_.kv_heads * ((heads_.dim + width_) * item + scales);
+  }
 
   // Of one head, from a `position` on; that of keys is a multiple of kKeyLanes. T is float if the
   // cache is exact, else std::int16_t.

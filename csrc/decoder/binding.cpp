@@ -2,11 +2,13 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -139,7 +141,8 @@ void make_decoder(Decoder* self, std::size_t heads, std::size_t kv_heads, std::s
                   SharedMatrix embedding, float embedding_factor, SharedMatrix positions,
                   std::size_t position_offset, std::optional<Norm> embedding_norm,
                   std::vector<Block> blocks, Norm norm, Linear head, std::optional<float> logit_cap,
-                  std::size_t capacity, bool exact, std::size_t integer_rows, SharedPool pool) {
+                  std::size_t capacity, std::size_t texts, bool exact, std::size_t integer_rows,
+                  SharedPool pool) {
   if (logit_cap && !(*logit_cap > 0.0f))
     throw nb::value_error("logits are capped by what is not above 0");
   Model model{{heads, kv_heads, dim},
@@ -152,15 +155,32 @@ void make_decoder(Decoder* self, std::size_t heads, std::size_t kv_heads, std::s
               std::move(norm),
               std::move(head),
               logit_cap ? *logit_cap : 0.0f};
-  new (self) Decoder(std::move(model), capacity,
+  new (self) Decoder(std::move(model), capacity, texts,
                      exact ? quantine::Arithmetic::kExact : quantine::Arithmetic::kFast,
                      integer_rows, std::move(pool));
 }
 
-void append(Decoder& self, Vector<const std::int64_t> tokens, Logits logits) {
+void append(Decoder& self, std::size_t text, Vector<const std::int64_t> tokens, Logits logits) {
   if (logits.shape(0) != self.vocabulary()) throw nb::value_error("logits must be [vocabulary]");
   nb::gil_scoped_release release;
-  self.append(tokens.data(), tokens.shape(0), logits.data());
+  self.append(text, tokens.data(), tokens.shape(0), logits.data());
+}
+
+void step(Decoder& self, const std::vector<std::size_t>& texts, Vector<const std::int64_t> tokens,
+          Array<float> logits) {
+  if (tokens.shape(0) != texts.size() || !has_shape(logits, texts.size(), self.vocabulary()))
+    throw nb::value_error("tokens must be [texts], and logits [texts, vocabulary]");
+  nb::gil_scoped_release release;
+  self.step(texts.data(), tokens.data(), texts.size(), logits.data());
+}
+
+// Name, seconds and bytes of each stage.
+std::vector<std::tuple<std::string, double, std::size_t>> stages(const Decoder& self) {
+  std::vector<std::tuple<std::string, double, std::size_t>> found;
+  const auto bytes = self.stage_bytes();
+  for (std::size_t stage = 0; stage < bytes.size(); ++stage)
+    found.emplace_back(quantine::kStageNames[stage], self.clock().seconds(stage), bytes[stage]);
+  return found;
 }
 
 void activate(const std::string& name, Vector<float> x) {
@@ -219,10 +239,14 @@ void bind_decoder(nb::module_& m) {
       .def("__init__", &make_decoder, nb::kw_only(), "heads"_a, "kv_heads"_a, "dim"_a,
            "embedding"_a, "embedding_factor"_a, "positions"_a.none(), "position_offset"_a,
            "embedding_norm"_a.none(), "blocks"_a, "norm"_a, "head"_a, "logit_cap"_a.none(),
-           "capacity"_a, "exact"_a, "integer_rows"_a, "pool"_a)
-      .def("append", &append, "tokens"_a, "logits"_a)
-      .def("reset", &Decoder::reset)
-      .def_prop_ro("position", &Decoder::position)
+           "capacity"_a, "texts"_a, "exact"_a, "integer_rows"_a, "pool"_a)
+      .def("append", &append, "text"_a, "tokens"_a, "logits"_a)
+      .def("step", &step, "texts"_a, "tokens"_a, "logits"_a)
+      .def("truncate", &Decoder::truncate, "text"_a, "position"_a)
+      .def("position", &Decoder::position, "text"_a)
+      .def("time_stages", &Decoder::time_stages, "on"_a)
+      .def("stages", &stages)
+      .def_prop_ro("texts", &Decoder::texts)
       .def_prop_ro("capacity", &Decoder::capacity)
       .def_prop_ro("vocabulary", &Decoder::vocabulary);
 }

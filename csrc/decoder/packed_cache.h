@@ -47,6 +47,8 @@ class PackedCache {
   // Rounds and puts the keys and values, [tokens, kv_heads, dim] each, from `position` on.
   void put(std::size_t position, std::size_t tokens, const float* keys, const float* values,
            Pool& pool);
+  // What attention reads of a token.
+  std::size_t token_bytes() const { return heads_.kv_heads * (keys_.bytes + values_.bytes); }
   // As Attention::run, but queries are not scaled, and nothing is added to scores.
   void attend(const float* queries, std::size_t tokens, std::size_t first, const Scoring& scoring,
               float* out, PackedScratch& scratch, Pool& pool) const;

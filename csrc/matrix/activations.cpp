@@ -84,19 +84,23 @@ Scaled::Scaled(const Level& level, const Weights& w, std::size_t rows, bool exac
   view_.columns = w.columns;
   view_.padded = w.padded;
   view_.blocks = w.blocks.size();
+  offsets_.resize(rows);
+  view_.offsets = target_.offsets = offsets_.data();
   if (exact) {
-    spread_.assign(rows * w.padded, 0.0f);
-    offsets_.resize(rows);
-    view_.spread = target_.spread = spread_.data();
-    view_.offsets = target_.offsets = offsets_.data();
+    spread_.reset(new float[rows * w.padded]);
+    view_.spread = target_.spread = spread_.get();
+    for (std::size_t row = 0; row < rows; ++row)
+      std::fill(&spread_[row * w.padded + w.columns], &spread_[(row + 1) * w.padded], 0.0f);
     return;
   }
-  codes_.assign(rows * w.padded / kChunk * kChunkBytes, 0);
-  scales_.resize(rows * view_.blocks);
-  sums_.resize(rows * view_.blocks);
-  view_.codes = target_.codes = codes_.data();
-  view_.scales = target_.scales = scales_.data();
-  view_.sums = target_.sums = sums_.data();
+  const std::size_t bytes = w.padded / kChunk * kChunkBytes;  // of a row
+  codes_.reset(new std::uint8_t[rows * bytes]);
+  scales_.reset(new float[rows * view_.blocks]);
+  for (std::size_t row = 0; row < rows; ++row)
+    std::fill(&codes_[row * bytes + w.columns / kChunk * kChunkBytes], &codes_[row * bytes] + bytes,
+              std::uint8_t{0});
+  view_.codes = target_.codes = codes_.get();
+  view_.scales = target_.scales = scales_.get();
 }
 
 void Scaled::take(const Activations& all, std::size_t first, std::size_t rows, std::size_t group) {

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "matrix/level.h"
@@ -38,15 +39,21 @@ class Scaled {
   Scaled(const Level& level, const Weights& w, std::size_t rows, bool exact);
   // Rows `first`, a multiple of 16, and following.
   void take(const Activations& all, std::size_t first, std::size_t rows, std::size_t group);
-  const Activations& view() const { return view_; }
+  // For a tile whose rows before `first_lane` are in another group.
+  const Activations& view(std::size_t first_lane) {
+    view_.first_lane = first_lane;
+    return view_;
+  }
 
  private:
   const Level& level_;
   const Weights& weights_;
   Activations view_;
   ScaledRows target_;
-  std::vector<float> spread_, offsets_, scales_, sums_;
-  std::vector<std::uint8_t> codes_;
+  std::vector<float> offsets_;
+  // Not vectors: those would be filled with zeros for every task.
+  std::unique_ptr<float[]> spread_, scales_;
+  std::unique_ptr<std::uint8_t[]> codes_;
 };
 
 }  // namespace quantine

@@ -135,13 +135,16 @@ struct Avx2 {
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
-  // Whole numbers within 16 bit, to even on ties; returns them.
-  QUANTINE_INLINE Int round(std::uint8_t* out, Float a) {
-    const __m256i low = _mm256_cvtps_epi32(a.low), high = _mm256_cvtps_epi32(a.high);
+  // Whole numbers within 16 bit, to even on ties, of some times 16 inputs, which they become.
+  template <int kParts>
+  QUANTINE_INLINE void round(std::uint8_t* out, Float (&a)[kParts]) {
     auto* parts = reinterpret_cast<__m128i*>(out);
-    _mm_storeu_si128(parts, sixteen_bits(low));
-    _mm_storeu_si128(parts + 1, sixteen_bits(high));
-    return {low, high};
+    for (Float& one : a) {
+      const __m256i low = _mm256_cvtps_epi32(one.low), high = _mm256_cvtps_epi32(one.high);
+      _mm_storeu_si128(parts++, sixteen_bits(low));
+      _mm_storeu_si128(parts++, sixteen_bits(high));
+      one = {_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)};
+    }
   }
   QUANTINE_INLINE Float add(Float a, Float b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};

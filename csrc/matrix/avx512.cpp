@@ -84,20 +84,29 @@ struct Avx512 {
         _mm_cvtsi32_si128(_mm512_reduce_max_epi32(_mm512_castps_si512(a)))));
   }
   QUANTINE_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
-  // Whole numbers within 16 bit, to even on ties, chunk by chunk: four high parts, then four low
-  // ones. Returns them.
-  QUANTINE_INLINE Int round(std::uint8_t* out, Float a) {
-    const Int codes = _mm512_cvtps_epi32(a);
-    // The low part has a sign, which the high part makes up for: it is the second byte of this.
-    const Int up = _mm512_add_epi32(codes, _mm512_set1_epi32(128));
-    const Int both = _mm512_mask_mov_epi8(up, 0x1111111111111111u, codes);
-    const Int order = _mm512_broadcast_i32x4(
-        _mm_setr_epi8(1, 5, 9, 13, 0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1));
-    const Int chunks = _mm512_shuffle_epi8(both, order);
-    const Int even = _mm512_setr_epi64(0, 2, 4, 6, 0, 2, 4, 6);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                        _mm512_castsi512_si256(_mm512_permutexvar_epi64(even, chunks)));
-    return codes;
+  // Whole numbers within 16 bit, to even on ties, of some times 16 inputs, which they become. They
+  // are stored chunk by chunk: four high parts, then four low ones.
+  template <int kParts>
+  QUANTINE_INLINE void round(std::uint8_t* out, Float (&a)[kParts]) {
+    for (int part = 0; part < kParts; part += 2) {
+      const bool two = part + 1 < kParts;
+      const Int first = _mm512_cvtps_epi32(a[part]);
+      const Int second = two ? _mm512_cvtps_epi32(a[part + two]) : nothing();
+      const Int codes = _mm512_packs_epi32(first, second);
+      // The low part has a sign, which the high part makes up for: it is the second byte of this.
+      const Int up = _mm512_add_epi16(codes, _mm512_set1_epi16(128));
+      const Int both = _mm512_mask_mov_epi8(up, 0x5555555555555555u, codes);
+      const Int order = _mm512_broadcast_i32x4(
+          _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+      const Int turns = _mm512_shuffle_epi8(both, order);  // chunks of both by turns
+      const Int chunks =
+          _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), turns);
+      if (two) _mm512_storeu_si512(out, chunks);
+      else _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_castsi512_si256(chunks));
+      out += 64;
+      a[part] = _mm512_cvtepi32_ps(first);
+      if (two) a[part + two] = _mm512_cvtepi32_ps(second);
+    }
   }
   QUANTINE_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   QUANTINE_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }

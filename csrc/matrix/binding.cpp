@@ -126,8 +126,6 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
     throw nb::value_error("a matrix needs rows, columns and groups");
   const std::size_t lines = along_outputs ? source.columns : source.rows;
   const std::size_t length = along_outputs ? source.rows : source.columns;
-  if (along_outputs && group_size % quantine::kTile != 0 && group_size < length)
-    throw nb::value_error("groups along outputs must be a multiple of 16 rows, or all of them");
   if (sizes) add_sizes(source, *sizes);
   const std::size_t groups = sizes ? source.ends.size() : (length + group_size - 1) / group_size;
   source.scale = source_of(scale, lines, groups);

@@ -72,17 +72,17 @@ inline void decode_codes(const Weights& w, std::size_t tile, Store&& store) {
 
 // The same where groups run along outputs, and each column has a scale and a zero point.
 template <typename V, int kBits, typename Store>
-inline void decode_columns(const Weights& w, std::size_t tile, Store&& store) {
-  Lines<V> lines(w, tile * kTile / w.group_rows);
+inline void decode_columns(const Weights& w, std::size_t tile, std::size_t group, Store&& store) {
+  Lines<V> lines(w, group);
   float scales[kTile], zeros[kTile];
   std::size_t column = 0;
   each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
     if (column >= w.columns) return;  // what follows is padding
     if (column % kTile == 0) {
-      typename V::Float scale, zero;
-      lines.advance(scale, zero);
-      V::store(scales, scale);
-      V::store(zeros, zero);
+      typename V::Float scale[1], zero[1];
+      lines.template advance<1>(scale, zero);
+      V::store(scales, scale[0]);
+      V::store(zeros, zero[0]);
     }
     unroll<4>([&](auto k) {
       const std::size_t lane = column % kTile + k;
@@ -114,9 +114,10 @@ void decode_outliers(const Weights& w, std::size_t tile, T* out, std::size_t str
 }
 
 // The 16 rows of a tile in stored order, those beyond the last row included: row `lane` is at
-// `out + lane * stride`.
+// `out + lane * stride`. All have the scales of `group`, where groups run along outputs.
 template <typename V, typename T>
-void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride) {
+void decode_tile(const Weights& w, std::size_t tile, std::size_t group, T* out,
+                 std::size_t stride) {
   Strip strip;
   std::size_t waiting = 0;
   T* next = out;
@@ -130,7 +131,7 @@ void decode_tile(const Weights& w, std::size_t tile, T* out, std::size_t stride)
   if (w.bits <= 8) {
     with_bits(w.bits, [&](auto bits) {
       if (w.group_rows == 0) decode_codes<V, bits>(w, tile, store);
-      else decode_columns<V, bits>(w, tile, store);
+      else decode_columns<V, bits>(w, tile, group, store);
     });
   } else {
     const std::size_t item = static_cast<std::size_t>(w.bits) / 8;

@@ -8,12 +8,27 @@
 namespace quantine {
 namespace {
 
+// What the row is before its codes are met.
+template <typename V>
+inline typename V::Float first_sum(const Activations& a, int row) {
+  return V::set(a.offsets == nullptr ? 0.0f : -a.offsets[row]);
+}
+
+// Sums of a block's codes times those of activations, less what the zero point makes of them.
+template <typename V>
+inline __attribute__((always_inline)) typename V::Float centred(const Activations& a,
+                                                                std::size_t place,
+                                                                typename V::Float zero,
+                                                                typename V::Float sum) {
+  return a.sums == nullptr ? sum : V::fnma(zero, V::set(a.sums[place]), sum);
+}
+
 template <typename V, int kBits, int kBatch>
 void fast_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
-  for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
+  for (int b = 0; b < kBatch; ++b) total[b] = first_sum<V>(a, b);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero;
   typename V::Sum acc[kBatch];
@@ -32,8 +47,8 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
     if (--left != 0) return;
     for (int b = 0; b < kBatch; ++b) {
       const std::size_t place = static_cast<std::size_t>(b) * a.blocks + index;
-      const auto centred = V::fnma(zero, V::set(a.sums[place]), V::to_float(V::whole(acc[b])));
-      total[b] = V::fma(centred, V::mul(scale, V::set(a.scales[place])), total[b]);
+      const auto sum = centred<V>(a, place, zero, V::to_float(V::whole(acc[b])));
+      total[b] = V::fma(sum, V::mul(scale, V::set(a.scales[place])), total[b]);
       acc[b] = V::no_sum();
     }
     const std::uint32_t group = block->group;
@@ -56,7 +71,7 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
   using P = Planes<V, kBits>;
   constexpr int kUnit = std::max(P::kTogether, kChunks);
   const Activations a = activations;
-  typename V::Float total = V::set(0.0f), scale = total, zero = total;
+  typename V::Float total = first_sum<V>(a, 0), scale = total, zero = total;
   Cursor<V> cursor(w, tile);
   const std::uint8_t* bytes = w.codes.data() + tile * w.tile_bytes;
   const std::uint8_t* x = a.codes;
@@ -76,9 +91,9 @@ void even_tile(const Weights& w, const Activations& activations, std::size_t til
             cursor.advance(scale, zero);
             left = each - 1;
           }
-          const auto sum = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
-          const auto centred = V::fnma(zero, V::set(a.sums[block]), sum);
-          total = V::fma(centred, V::mul(scale, V::set(a.scales[block])), total);
+          const auto whole = V::to_float(V::plus(V::whole(acc[0]), V::whole(acc[1])));
+          const auto sum = centred<V>(a, block, zero, whole);
+          total = V::fma(sum, V::mul(scale, V::set(a.scales[block])), total);
           acc[0] = acc[1] = V::no_sum();
         }
       });
@@ -106,10 +121,10 @@ void fast_row(const Weights& w, const Activations& a, std::size_t tile, typename
 template <typename V, int kBits, int kBatch>
 void exact_tile(const Weights& w, const Activations& activations, std::size_t tile,
                typename V::Float* result) {
-  constexpr int kChains = kBatch == 1 ? 2 : 1;  // sums that do not wait for each other
+  constexpr int kChains = 2;  // sums that do not wait for each other
   const Activations a = activations;  // vectors may alias anything, but not a copy
   typename V::Float total[kBatch];
-  for (int b = 0; b < kBatch; ++b) total[b] = V::set(a.offsets == nullptr ? 0.0f : -a.offsets[b]);
+  for (int b = 0; b < kBatch; ++b) total[b] = first_sum<V>(a, b);
   Cursor<V> cursor(w, tile);
   typename V::Float scale, zero, acc[kBatch][kChains];
   for (int b = 0; b < kBatch; ++b)
@@ -130,9 +145,7 @@ void exact_tile(const Weights& w, const Activations& activations, std::size_t ti
     x += kChunk;
     if (--left != 0) return;
     for (int b = 0; b < kBatch; ++b) {
-      auto sum = acc[b][0];
-      if constexpr (kChains == 2) sum = V::add(sum, acc[b][1]);
-      total[b] = V::fma(sum, scale, total[b]);
+      total[b] = V::fma(V::add(acc[b][0], acc[b][1]), scale, total[b]);
       for (int c = 0; c < kChains; ++c) acc[b][c] = V::set(0.0f);
     }
     const std::uint32_t group = block->group;
@@ -180,12 +193,14 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
     out[e] = x[w.outlier_columns[first + e]] * (halves ? half_to_float(halves[e]) : floats[e]);
 }
 
+constexpr std::size_t kOutlierChains = 8;  // sums of a row of weights that take turns
+
 // Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two
 // of each: a loop for each row would cost more than the products. Where rows have many, sums that
 // wait for each other would.
 template <typename V>
 void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lane) {
-  constexpr std::size_t kPiece = 128, kChains = 8;
+  constexpr std::size_t kPiece = 128, kChains = kOutlierChains;
   alignas(64) float products[kPiece];
   alignas(64) float sums[kChains][kTile] = {};
   const std::size_t end = w.outlier_offsets[tile + 1];
@@ -215,34 +230,42 @@ void outlier_values(const Weights& w, std::size_t first, std::size_t count, floa
   }
 }
 
-// What outliers add for all rows of activations, added to `y` `[batch, rows]`.
+// What outliers add for all rows of activations, added to `y` `[batch, rows]`, in the same order of
+// sums.
 template <typename V>
 void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                   float* y) {
   const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
+  const std::size_t begin = w.outlier_offsets[tile], end = w.outlier_offsets[tile + 1];
   for (std::size_t start = 0; start < batch; start += kTile) {
     const float* x = a.turned + start * w.columns;
-    std::size_t e = w.outlier_offsets[tile];
-    const std::size_t end = w.outlier_offsets[tile + 1];
-    for (std::size_t r = 0; r < rows; ++r) {
-      typename V::Float sums[2] = {V::set(0.0f), V::set(0.0f)};  // they do not wait for each other
+    float* out = y + start * w.rows + first;
+    const std::size_t some = std::min(kTile, batch - start);
+    std::size_t e = begin;
+    for (std::size_t r = 0; r < rows; ++r, ++out) {
+      typename V::Float sums[kOutlierChains];
+      for (auto& sum : sums) sum = V::set(0.0f);
       for (std::size_t count = 0; e < end && w.outlier_lanes[e] == r; e += count) {
         const std::size_t most = std::min(kTile, end - e);
         for (count = 1; count < most && w.outlier_lanes[e + count] == r;) ++count;
         float values[kTile];
         outlier_values<V>(w, e, count, values);
         const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
-          sums[i % 2] = V::fma(V::floats(x + column * kTile), V::set(values[i]), sums[i % 2]);
+          auto& sum = sums[(e - begin + i) % kOutlierChains];
+          sum = V::add(sum, V::mul(V::floats(x + column * kTile), V::set(values[i])));
         };
         if (w.outlier_short_columns.empty())
           for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
         else
           for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
       }
-      float lanes[kTile];
-      V::store(lanes, V::add(sums[0], sums[1]));
-      for (std::size_t b = start; b < std::min(batch, start + kTile); ++b)
-        y[b * w.rows + first + r] += lanes[b - start];
+      if (r < a.first_lane) continue;
+      float lanes[kTile] = {};
+      for (std::size_t b = 0; b < some; ++b) lanes[b] = out[b * w.rows];
+      typename V::Float total = V::floats(lanes);
+      for (const auto& sum : sums) total = V::add(total, sum);
+      V::store(lanes, total);
+      for (std::size_t b = 0; b < some; ++b) out[b * w.rows] = lanes[b];
     }
   }
 }
@@ -292,7 +315,8 @@ void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y,
     V::store(lane, total[b]);
     if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
       add_outliers<V>(w, tile, a.x, lane);
-    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first, lane, lanes * sizeof(float));
+    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first + a.first_lane,
+                lane + a.first_lane, (lanes - a.first_lane) * sizeof(float));
   }
 }
 

@@ -78,18 +78,22 @@ void multiply_common(const Level& level, const OwnProduct& product, const Task& 
     level.multiply(product.matrix->weights(), a, product.batch, tile, product.y, exact);
 }
 
-// For groups along outputs: activations are scaled for one group after another.
+// For groups along outputs: activations are scaled for one group after another. A tile is met once
+// for each of its groups, and what a group has written behind its end the next one writes again.
 void multiply_scaled(const Level& level, const OwnProduct& product, const Task& task,
                      const Activations& a, bool exact) {
   const Weights& w = product.matrix->weights();
   Scaled scaled(level, w, std::min(product.batch, kTile), exact);
+  const std::size_t begin = task.first * kTile;
+  const std::size_t end = std::min(w.rows, (task.first + task.count) * kTile);
   for (std::size_t row = 0; row < product.batch; row += kTile) {
     const std::size_t rows = std::min(kTile, product.batch - row);
-    for (std::size_t tile = task.first; tile < task.first + task.count; ++tile) {
-      const std::size_t at = tile * kTile;
-      if (tile == task.first || at % w.group_rows == 0)
-        scaled.take(a, row, rows, at / w.group_rows);
-      level.multiply(w, scaled.view(), rows, tile, product.y + row * w.rows, exact);
+    for (std::size_t from = begin, to; from < end; from = to) {  // rows of one group
+      to = std::min(end, (from / w.group_rows + 1) * w.group_rows);
+      scaled.take(a, row, rows, from / w.group_rows);
+      for (std::size_t at = from; at < to; at = (at / kTile + 1) * kTile)
+        level.multiply(w, scaled.view(at % kTile), rows, at / kTile, product.y + row * w.rows,
+                       exact);
     }
   }
 }
@@ -142,20 +146,26 @@ void Matrix::decode_rows(std::size_t first, std::size_t count, T* out, Decode&& 
                          Pool& pool) const {
   const Weights& w = weights_;
   const std::size_t begin = first / kTile, end = (first + count + kTile - 1) / kTile;
+  const std::size_t group_rows = w.group_rows == 0 ? w.rows : w.group_rows;
   pool.run(end - begin, [&](std::size_t index) {
-    const std::size_t tile = begin + index, row = std::max(first, tile * kTile);
-    const std::size_t rows = std::min(first + count, (tile + 1) * kTile) - row;
-    T* target = out + (row - first) * w.columns;
-    if (rows == kTile && w.order.empty()) return decode(w, tile, target, w.columns);
-    std::vector<T> stored(kTile * w.columns);
-    decode(w, tile, stored.data(), w.columns);
-    const T* from = stored.data() + row % kTile * w.columns;
-    if (w.order.empty()) {
-      std::memcpy(target, from, rows * w.columns * sizeof(T));
-      return;
+    const std::size_t tile = begin + index;
+    const std::size_t last = std::min(first + count, (tile + 1) * kTile);
+    std::vector<T> stored;
+    for (std::size_t row = std::max(first, tile * kTile), to; row < last; row = to) {
+      const std::size_t group = row / group_rows;
+      to = std::min(last, (group + 1) * group_rows);
+      T* target = out + (row - first) * w.columns;
+      if (to - row == kTile && w.order.empty()) return decode(w, tile, group, target, w.columns);
+      stored.resize(kTile * w.columns);
+      decode(w, tile, group, stored.data(), w.columns);
+      const T* from = stored.data() + row % kTile * w.columns;
+      if (w.order.empty()) {
+        std::memcpy(target, from, (to - row) * w.columns * sizeof(T));
+        continue;
+      }
+      for (std::size_t r = row; r < to; ++r, target += w.columns, from += w.columns)
+        for (std::size_t j = 0; j < w.columns; ++j) target[w.order[j]] = from[j];
     }
-    for (std::size_t r = 0; r < rows; ++r, target += w.columns, from += w.columns)
-      for (std::size_t j = 0; j < w.columns; ++j) target[w.order[j]] = from[j];
   });
 }
 

@@ -72,7 +72,7 @@ class Bytes {
 struct Weights {
   std::size_t rows = 0, columns = 0;
   std::size_t groups = 0;        // of a line: a row, or a column where they run along outputs
-  std::size_t group_rows = 0;    // outputs of a group: whole tiles or all; 0: they run along inputs
+  std::size_t group_rows = 0;    // outputs of a group; 0: groups run along inputs
   int bits = 0;                  // 2 to 8; 16 and 32: plain floats, without groups
   std::size_t chunks = 0;        // of a row, padding included
   std::size_t padded = 0;        // inputs of a row of activations: whole vectors of chunks are read
@@ -101,11 +101,10 @@ struct Activations {
   const float* spread = nullptr;        // [batch, padded]; exact
   const std::uint8_t* codes = nullptr;  // [batch, padded / 4, 8], in the order of the level; fast
   const float* scales = nullptr;        // [batch, blocks]; fast
-  // [batch, blocks], of codes; fast. Scaled for groups along outputs, each code counts times its
-  // zero point, in units of the middle code.
-  const float* sums = nullptr;
-  // [batch], of scaled ones: what zero points take off, beyond the middle code; exact.
+  const float* sums = nullptr;          // [batch, blocks], of codes; fast, null for scaled ones
+  // [batch], of scaled ones: what zero points take off; exact, beyond the middle code.
   const float* offsets = nullptr;
+  std::size_t first_lane = 0;  // rows of a tile before it are those of another group: not written
 };
 
 class Matrix {

@@ -175,13 +175,17 @@ struct Neon {
     return vaddvq_f32(
         vaddq_f32(vaddq_f32(a.part[0], a.part[1]), vaddq_f32(a.part[2], a.part[3])));
   }
-  // Whole numbers within 16 bit, to even on ties; returns them.
-  QUANTINE_INLINE Int round(std::uint8_t* out, const Float& a) {
-    int32x4_t codes[4];
-    for (int v = 0; v < 4; ++v) codes[v] = vcvtnq_s32_f32(a.part[v]);
-    Dot::write(out, vmovn_high_s32(vmovn_s32(codes[0]), codes[1]));
-    Dot::write(out + 16, vmovn_high_s32(vmovn_s32(codes[2]), codes[3]));
-    return each_int([&](int v) { return vreinterpretq_u32_s32(codes[v]); });
+  // Whole numbers within 16 bit, to even on ties, of some times 16 inputs, which they become.
+  template <int kParts>
+  QUANTINE_INLINE void round(std::uint8_t* out, Float (&a)[kParts]) {
+    for (Float& one : a) {
+      int32x4_t codes[4];
+      for (int v = 0; v < 4; ++v) codes[v] = vcvtnq_s32_f32(one.part[v]);
+      Dot::write(out, vmovn_high_s32(vmovn_s32(codes[0]), codes[1]));
+      Dot::write(out + 16, vmovn_high_s32(vmovn_s32(codes[2]), codes[3]));
+      out += 32;
+      one = each([&](int v) { return vcvtq_f32_s32(codes[v]); });
+    }
   }
   QUANTINE_INLINE Float add(const Float& a, const Float& b) {
     return each([&](int v) { return vaddq_f32(a.part[v], b.part[v]); });

@@ -134,7 +134,7 @@ class Cursor {
   float middle_;
 };
 
-// The statistics of a group of outputs, those of 16 columns after another.
+// The statistics of a group of outputs, those of some runs of 16 columns after others.
 template <typename V>
 class Lines {
  public:
@@ -148,29 +148,44 @@ class Lines {
         zero_(w.zero, w.columns, group),
         middle_(static_cast<float>(1 << (w.bits - 1))) {}
 
-  inline __attribute__((always_inline)) void advance(Float& scale, Float& zero) {
-    __builtin_prefetch(next_ + kAhead, 0, 2);
-    scale = scale_.take(next_);
-    zero = zero_.reader.kept == Kept::kMiddle ? V::set(middle_) : zero_.take(next_ + zero_at_);
-    next_ += step_;
+  // Of the next `kRuns` runs. What they are kept as is looked up once for all of them.
+  template <int kRuns>
+  inline __attribute__((always_inline)) void advance(Float (&scale)[kRuns], Float (&zero)[kRuns]) {
+    unroll<kRuns>([&](auto run) { __builtin_prefetch(next_ + run * step_ + kAhead, 0, 2); });
+    scale_.template take<kRuns>(next_, step_, scale);
+    if (zero_.reader.kept == Kept::kMiddle)
+      for (Float& one : zero) one = V::set(middle_);
+    else zero_.template take<kRuns>(next_ + zero_at_, step_, zero);
+    next_ += kRuns * step_;
   }
 
  private:
   static inline std::size_t runs(const Weights& w) { return (w.columns + kTile - 1) / kTile; }
 
-  // Some runs of 16 columns share a second grid.
+  // Some runs share a second grid.
   struct Spans {
     inline Spans(const StatisticLayout& s, std::size_t columns, std::size_t group)
         : reader(s, s.kept == Kept::kCoded ? group * ((columns + s.span - 1) / s.span) : 0),
           runs(s.kept == Kept::kCoded ? (s.span + kTile - 1) / kTile : ~std::size_t{0}),
           left(runs) {}
-    inline __attribute__((always_inline)) Float take(const std::uint8_t* bytes) {
-      const Float found = reader.read(bytes);
-      if (--left == 0) {
+    template <int kRuns>
+    inline __attribute__((always_inline)) void take(const std::uint8_t* bytes, std::size_t step,
+                                                    Float (&found)[kRuns]) {
+      if (reader.kept == Kept::kHalf)
+        unroll<kRuns>([&](auto run) { found[run] = V::halves(bytes + run * step); });
+      else if (reader.kept == Kept::kFloat)
+        unroll<kRuns>([&](auto run) { found[run] = V::floats(bytes + run * step); });
+      else
+        unroll<kRuns>([&](auto run) {
+          found[run] = V::spread(bytes + run * step, reader.spreader);
+        });
+      if (reader.kept != Kept::kCoded) return;
+      unroll<kRuns>([&](auto run) {
+        found[run] = V::mul(V::sub(found[run], V::set(reader.second[1])), V::set(reader.second[0]));
+        if (--left != 0) return;
         left = runs;
         reader.next();
-      }
-      return found;
+      });
     }
     Reader<V> reader;
     std::size_t runs, left;

@@ -26,7 +26,7 @@ struct StatisticSource {
 struct Source {
   std::size_t rows = 0, columns = 0, group_size = 0;
   std::vector<std::size_t> ends;  // of groups of columns that differ in size; else empty
-  bool along_outputs = false;  // groups; they are whole tiles then, or whole columns
+  bool along_outputs = false;  // groups
   int bits = 0;
   const std::uint8_t* codes = nullptr;  // [rows, columns]
   StatisticSource scale, zero;

@@ -117,15 +117,16 @@ struct Scalar {
     for (const float lane : a.lane) found += lane;
     return found;
   }
-  // Whole numbers within 16 bit, to even on ties; returns them.
-  static Int round(std::uint8_t* out, const Float& a) {
-    std::int16_t codes[kTile];
-    for (std::size_t r = 0; r < kTile; ++r)
-      codes[r] = static_cast<std::int16_t>(std::nearbyint(a.lane[r]));
-    std::memcpy(out, codes, sizeof codes);
-    return each_int([&](std::size_t r) {
-      return static_cast<std::uint32_t>(static_cast<std::int32_t>(codes[r]));
-    });
+  // Whole numbers within 16 bit, to even on ties, of some times 16 inputs, which they become.
+  template <int kParts>
+  static void round(std::uint8_t* out, Float (&a)[kParts]) {
+    for (Float& one : a)
+      for (float& lane : one.lane) {
+        lane = std::nearbyint(lane);
+        const auto code = static_cast<std::int16_t>(lane);
+        std::memcpy(out, &code, sizeof code);
+        out += sizeof code;
+      }
   }
   static Float add(const Float& a, const Float& b) {
     return each([&](std::size_t r) { return a.lane[r] + b.lane[r]; });

@@ -31,3 +31,18 @@ def test_what_is_put_onto_an_unrounded_site_counts() -> None:
     hook.remove()
     module.sites.value.forward = lambda x: x * 3
     assert torch.allclose(attention(module, query, key, value, None)[0], before * 3)
+
+
+def test_gradients_pass_rounded_probabilities_as_if_they_were_not() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    gradients = []
+    for bits in (16, 3):
+        module, asked = nn.Module(), query.clone().requires_grad_()
+        module.sites = AttentionSites()
+        module.sites.softmax = bits
+        found, _ = attention(module, asked, key, value, None)
+        found.sum().backward()
+        gradients.append(asked.grad)
+    assert gradients[0].any()
+    assert torch.equal(*gradients)

@@ -21,6 +21,7 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
         "3.3,tune=quick": replace(Plan.budget(3.3), tune=SETTINGS["quick"]),
         "rtn,tune=long": replace(Plan.preset("rtn"), tune=SETTINGS["long"]),
         "spqr-3bit": Plan.preset("spqr-3bit"),
+        "best-3bit": Plan.preset("best-3bit"),
         "gptq,bits=3,sym=true": Plan.preset("gptq", bits=3, sym=True),
         "spqr,threshold=inf": Plan.preset("spqr", threshold="inf"),
         "W4A4KV-faithful,method=spqr": Plan.scheme("W4A4KV-faithful", method="spqr"),
@@ -32,6 +33,7 @@ def test_every_form_means_its_plan(tmp_path: Path) -> None:
         "3.3:tune=quick",
         "preset:rtn:tune=long",
         "preset:spqr-3bit",
+        "preset:best-3bit",
         "preset:gptq:bits=3:sym=true",
     ]
     points += ["preset:spqr:threshold=inf", "scheme:W4A4KV-faithful:method=spqr", str(path)]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from device_memory import Meter, metered
 from other_device import NAME, OtherDevice
-from quantine import Calibration, Plan, quantize
-from quantine.run.estimate import estimate
-from quantine.run.peak import WORKSPACE
+from quantine import Calibration, DeviceMemoryError, Plan, quantize
+from quantine.run import residence
+from quantine.run.estimate import Estimate, estimate
+from quantine.run.peak import WORKSPACE, device_bytes
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
-from quantine.run.residence import residences
+from quantine.run.residence import DEVICE_SHARE, residences
 from quantine.run.store import AT_ONCE
 from quantine.run.working_set import working_set
+from samples import quick
 from tiny_models import build, tiny_config
 
 Tiny = Callable[[str], Path]
@@ -100,6 +105,49 @@ def test_plans_predict_the_memory_of_a_block_of_the_demo_model(
     assert resumed.device_memory is not None
     bound = 0.95 * resumed.device_memory / 1e9
     check(model, plan, calibration, tmp_path / "bounded", max_vram=bound)
+
+
+@settings(quick, max_examples=12)
+@given(
+    name=st.sampled_from(["rtn", "gptq", "spqr", "adadim"]),
+    segments=st.sampled_from([(1, 16), (4, 32), (9, 24)]),
+    share=st.floats(0.0, 0.999),
+    free=st.booleans(),
+)
+def test_a_refusal_names_a_bound_that_is_then_enough(
+    name: str, segments: tuple[int, int], share: float, free: bool, tiny: Tiny, text_file: Path
+) -> None:
+    """Whether ``--max-vram`` is too little, or what is free on the device."""
+    samples, seqlen = segments
+    calibration = Calibration(str(text_file), samples=samples, seqlen=seqlen)
+    job = prepare(tiny("llama"), PLANS[name](), calibration, NAME)
+    smallest = min(device_bytes(job, one) or 0 for one in residences(job))
+    bound = share * smallest / 1e9
+
+    def with_free(gigabytes: float) -> Estimate:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(residence, "free_memory", lambda _: 1e9 * gigabytes / DEVICE_SHARE)
+            return estimate(job)
+
+    def with_bound(gigabytes: float) -> Estimate:
+        return estimate(job, max_vram=gigabytes)
+
+    bounded = with_free if free else with_bound
+    with pytest.raises(DeviceMemoryError, match=r"at least \d+\.\d\d GB") as refused:
+        bounded(bound)
+    named = float(re.findall(r"at least (\S+) GB", str(refused.value))[0])
+    size = bounded(named + (1e-8 if free else 0.0))  # whole bytes of a share
+    assert size.device_memory is not None
+    assert smallest <= size.device_memory <= 1e9 * named <= smallest + 1e7
+
+
+def test_a_run_keeps_within_the_least_bound(tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
+    plan = PLANS["gptq"]()
+    with pytest.raises(DeviceMemoryError) as refused:
+        estimate(prepare(tiny("llama"), plan, short, NAME), max_vram=0.0)
+    named = float(re.findall(r"give (\S+) or more", str(refused.value))[0])
+    taken = measured(tiny("llama"), plan, short, tmp_path / "out", max_vram=named)
+    assert taken + WORKSPACE <= 1e9 * named
 
 
 class Notes(Silent):

@@ -102,9 +102,11 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
     ordered.quantize("hung", "failed", model, [*planned, "--resume"], 2, stop=0)
     ordered.quantize("mended", "failed", model, [*planned, "--resume"], 2)
     ordered.quantize("too many", "none", model, ["--shards", "1"], 2)
-    ordered.quantize("tuned", "none", model, ["--tune", "quick"], 2)
+    tuned = {**PLAN, "tune": {"steps": 2, "segments": 2, "block_steps": 3, "rate": 0.002}}
+    (root / "tuned.yaml").write_text(yaml.safe_dump(tuned))
     several: dict[str, tuple[Path, list[str]]] = {
         "activations": (tiny("opt"), ["--scheme", "W4A4KV", "--group-size", "32"]),
+        "tuning": (model, ["--plan", str(root / "tuned.yaml")]),
         "budget": (tiny("llama"), ["--bits-per-weight", "3.5"]),
         "experts": (
             source_of("qwen3_moe", root / "moe"),
@@ -148,7 +150,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(runs: Runs, root: Path) -> Non
     assert report["calibration"]["shards"] == int(report["identity"]["shards"]) == SHARDS
 
 
-@pytest.mark.parametrize("name", ["activations", "budget", "experts"])
+@pytest.mark.parametrize("name", ["activations", "tuning", "budget", "experts"])
 def test_what_one_rank_decides_does_not_depend_on_the_others(
     name: str, runs: Runs, root: Path
 ) -> None:
@@ -186,14 +188,10 @@ def test_a_rank_that_hangs_is_noticed(runs: Runs) -> None:
     assert "rank 0 of 2 ended or hung: continue with --resume" in said
 
 
-def test_what_cannot_be_shared_is_refused_by_one_sentence(runs: Runs, root: Path) -> None:
-    for name, reason in {
-        "too many": "--shards 1 is too few for 2 ranks: give a new run --shards 2 or more",
-        "tuned": "tuning is not shared by ranks: leave out `tune`, or run one process",
-    }.items():
-        assert runs[name]["statuses"] == [2, 2]
-        (said,) = sentences(runs[name]["said"])
-        assert reason in said
+def test_too_few_shards_are_refused_by_one_sentence(runs: Runs, root: Path) -> None:
+    assert runs["too many"]["statuses"] == [2, 2]
+    (said,) = sentences(runs["too many"]["said"])
+    assert "--shards 1 is too few for 2 ranks: give a new run --shards 2 or more" in said
     assert not (root / "none").exists()
 
 

@@ -112,7 +112,7 @@ def test_orders_of_inputs_and_outputs() -> None:
 
 
 def test_what_no_kernel_reads_is_decoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    odd = QuantSpec(bits=3, group_size=4, group_axis="out")  # tiles of 16 rows cross its groups
+    odd = QuantSpec(bits=4, group_size=32, zero_bits=16, minimum=True)  # llama.cpp's Q4_1
     part = PackedPart(solved(odd), "exact")
     assert part.matrix is None
     assert not part.is_plain

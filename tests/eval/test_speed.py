@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from other_device import NAME, OtherDevice
-from quantine import Calibration, Plan, load, quantize
+from quantine import Calibration, load, quantize
 from quantine.cli import main
 from quantine.core.device import CPU
 from quantine.errors import BackendUnavailable, PlanError
@@ -60,6 +60,28 @@ def test_everything_is_measured_and_counted(
     assert "decode tokens/s" in capsys.readouterr().out
 
 
+def test_the_time_of_a_token_is_broken_down(
+    packed: Packed, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, path = packed("llama", "spqr"), tmp_path / "stages.json"
+    arguments = ["bench", str(out), "--breakdown", "--context", "9", "--runs", "1"]
+    assert main([*arguments, "--json", str(path)]) == 0
+    found = json.loads(path.read_text())
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert all(stage["microseconds"] > 0 for stage in stages.values())
+    named = sum(stage["microseconds"] for stage in stages.values())
+    assert named + found["outside"] == pytest.approx(found["token"]["median"])
+    model = load(out, dtype=torch.float32)[0]
+    matrices = {name: module.matrix().nbytes for name, module in packed_modules(model)}
+    assert stages["down"]["bytes"] == sum(n for name, n in matrices.items() if "down" in name)
+    assert stages["norms"]["bytes"] == 0 < stages["attention"]["bytes"] < stages["head"]["bytes"]
+    printed = capsys.readouterr().out
+    assert "gate and up" in printed
+    assert "parallel steps" in printed
+    assert main([*arguments, "--against", "bfloat16"]) != 0
+    assert "leave out --against" in capsys.readouterr().err
+
+
 def test_another_model_takes_turns(packed: Packed, tiny: Callable[[str], Path]) -> None:
     other = str(tiny("llama"))
     found = speed.measure(packed("llama", "rtn"), against=other, contexts=(4,), runs=1)
@@ -72,28 +94,21 @@ def test_models_without_a_native_decoder_run_as_modules(packed: Packed) -> None:
 
 
 def test_matrices_without_native_products_are_no_kernels(
-    tiny: Callable[[str], Path], tmp_path: Path
-) -> None:
-    rules = [
-        {"match": "*.o_proj", "method": "rtn", "group_size": 16, "group_axis": "out"},
-        {"match": "@blocks", "method": "rtn", "group_size": 8, "group_axis": "out"},
-    ]
-    nothing = Calibration(samples=0)
-    out = quantize(tiny("llama"), tmp_path / "out", Plan.from_dict({"rules": rules}), nothing)
-    found = speed.measure(out.path, contexts=(4,), runs=1)
-    assert [kind["name"] for kind in found["kernels"]] == ["model.layers.0.self_attn.o_proj"]
-    assert sum(kind["matrices"] for kind in found["decoded"]) == 12
-    assert all(kind["speed"]["median"] > 0 for kind in found["decoded"])
-    assert {row["name"] for row in found["text"]} == {"modules"}
-
-
-def test_types_of_llama_cpp_are_timed_as_what_they_are(
     tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = target_plan(tiny("llama"), "llama.cpp:Q4_1", method="rtn")
+    plan, path = target_plan(tiny("llama"), "llama.cpp:Q4_1", method="rtn"), tmp_path / "speed.json"
     out = quantize(tiny("llama"), tmp_path / "out", plan, Calibration(samples=0)).path
-    assert main(["bench", str(out), "--context", "4", "--runs", "1"]) == 0
+    measured = ["bench", str(out), "--context", "4", "--runs", "1", "--json", str(path)]
+    assert main(measured) == 0
     assert "decoded at each use" in capsys.readouterr().out
+    found = json.loads(path.read_text())
+    report = json.loads((out / "quantine_report.json").read_text())
+    plain = sum(kind["matrices"] for kind in found["kernels"])
+    decoded = sum(kind["matrices"] for kind in found["decoded"])
+    assert decoded >= 14  # of blocks; others may have types that kernels read
+    assert plain + decoded == len(report["layers"])
+    assert all(kind["speed"]["median"] > 0 for kind in found["decoded"])
+    assert {row["name"] for row in found["text"]} == {"modules"}
 
 
 def test_refusals(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:

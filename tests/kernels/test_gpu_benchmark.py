@@ -21,31 +21,47 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
+gpu_parts: Any = importlib.import_module("gpu_parts")
 gpu_tokens: Any = importlib.import_module("gpu_tokens")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_make_gpu_says_so_without_a_gpu_and_installs_nothing() -> None:
-    found = subprocess.run(
+def make_gpu(python: str) -> subprocess.CompletedProcess[str]:
+    """What `make gpu PYTHON=...` does."""
+    return subprocess.run(
         ["sh", str(BENCHMARKS / "gpu.sh")],
-        env=os.environ | {"PYTHON": sys.executable},
+        env=os.environ | {"PYTHON": python},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
-    assert "no PyTorch that knows a GPU" in found.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
+def test_without_a_gpu_all_parts_are_said_and_nothing_is_installed(tmp_path: Path) -> None:
+    # A Python without PyTorch, and one whose PyTorch knows no GPU.
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    itself = [sys.executable, str(BENCHMARKS / "gpu.py")]
+    whole = subprocess.run(itself, capture_output=True, text=True, check=True).stdout
+    for python in (str(bare / "bin" / "python"), sys.executable):
+        found = make_gpu(python)
+        assert found.returncode == 0
+        first, *rest = found.stdout.splitlines()
+        assert first.startswith(f"{python} has no PyTorch that knows a GPU")
+        assert rest == whole.splitlines()[1:]
+        assert [line.strip(" ,") for line in rest[:-1]] == [
+            p.said for p in gpu_parts.PARTS.values()
+        ]
+        assert "gpu-NAME.json" in rest[-1]
     assert not (BENCHMARKS.parent / ".venv-gpu").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would run")
-def test_without_a_gpu_it_says_what_it_would_do() -> None:
-    found = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu.py")], capture_output=True, text=True, check=True
-    )
-    assert "There is no GPU here" in found.stdout
-    assert "gpu-NAME.json" in found.stdout
-    for part in ("tests", "matrices", "integer products", "attention", "8B", "rtn, gptq, spqr"):
-        assert part in found.stdout
+@pytest.mark.parametrize("python", ["/no/such/python", "true"])
+def test_what_is_no_python_is_refused(python: str) -> None:
+    found = make_gpu(python)
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"'{python}' does not run as a Python")
+    assert found.stdout == ""
 
 
 def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
@@ -171,7 +187,10 @@ def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
         "assert found == {'device': 'a card', 'one': [True, True],\n"
         "    'two': 'failed: no such program', 'three': [True, False], 'four': [False, False],\n"
         "    'left_out': {'three': ['second'], 'four': ['first', 'second']}, 'failed': {}}\n"
-        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n",
+        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n"
+        "parts = gpu.parts(None)\n"  # those of make gpu: each that is said can be done
+        "assert list(parts) == list(gpu.PARTS)\n"
+        "assert all(callable(part.do) for part in parts.values())\n",
         tmp_path,
     )
 

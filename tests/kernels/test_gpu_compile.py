@@ -31,6 +31,11 @@ COMPILED = (
     "column loop, 4 bits, known grids",
 )
 """Programs that are compiled here."""
+FEW_ROWS = (" 1 row", " 2 rows", " 4 rows")
+MOST_INSTRUCTIONS = 55
+"""For 32 codes of 3 or 4 bits: what docs/gpu.md says of them."""
+SHARED_MEMORY = 99 * 1024
+"""Bytes that a program may take of GPUs of capability 8.6 and 8.9."""
 FEW_TOKENS = (" 1 token", " 2 tokens", " 3 tokens", " 4 tokens")
 """How names of programs for few rows of integers end."""
 
@@ -112,11 +117,42 @@ def test_codes_and_activations_are_read_16_bytes_at_a_time(outcomes: list[dict[s
 
 
 def test_one_warp_never_waits(everywhere: list[dict[str, Any]]) -> None:
-    rows = [o for o in everywhere if o["name"].endswith("; 4096 inputs, 1 row")]
-    alone = [o for o in rows if not o["name"].startswith("arranging")]
-    # All kinds, and groups of 64 outputs.
-    assert len(alone) >= 33 * len(CAPABILITIES)
-    assert all(o["warps"] == 1 and o["barriers"] == 0 for o in alone)
+    few = [o for o in everywhere if o["units"]]
+    few += [o for o in everywhere if o["name"].startswith("integers")]
+    few = [o for o in few if o["name"].endswith(FEW_TOKENS + FEW_ROWS)]
+    alone = [o for o in few if o["warps"] == 1]
+    assert all(o["warps"] == 1 for o in few if o["units"] and "; 4096 inputs" in o["name"])
+    # All kinds with one row, some with two to four, and the integers'.
+    assert len(alone) >= (33 + 4 + 6) * len(CAPABILITIES)
+    assert [o for o in alone if o["barriers"]] == []
+
+
+def test_codes_are_read_16_bytes_at_a_time(everywhere: list[dict[str, Any]]) -> None:
+    few = [o for o in everywhere if o["units"]]
+    decoding = [o for o in everywhere if o["name"].startswith("decoding")]
+    tiles = [o for o in everywhere if o["name"].endswith(" 16 rows") and "outputs" not in o["name"]]
+    integers = [o for o in everywhere if o["name"].startswith("integers")]
+    integers = [o for o in integers if o["name"].endswith(FEW_TOKENS)]
+    for kind in (few, decoding, tiles, integers):
+        assert kind
+        assert all(o["wide_code_loads"] == o["code_loads"] > 0 for o in kind)
+
+
+def test_32_codes_take_55_instructions(everywhere: list[dict[str, Any]]) -> None:
+    rows = [o for o in everywhere if o["units"] and o["name"].startswith(("3 bits", "4 bits"))]
+    assert {"inputs", "outputs"} == {o["name"].split(" ")[5].strip(";,") for o in rows}
+    assert len(rows) >= 20 * len(CAPABILITIES)
+    for o in rows:
+        # What loads constants is there once, for fewer than the units of a thread.
+        assert o["half"] // o["units"] == 32, o["name"]
+        assert (o["half"] + o["integer"]) // o["units"] <= MOST_INSTRUCTIONS, o["name"]
+
+
+def test_every_program_fits_the_shared_memory_of_its_gpu(everywhere: list[dict[str, Any]]) -> None:
+    # 8.0 of an A100 has more, but the same code runs on 8.6, which has as much as 8.9.
+    small = [o for o in everywhere if o["capability"] in {"8.0", "8.9"}]
+    assert small
+    assert all(o["shared"] <= SHARED_MEMORY for o in small)
 
 
 def test_many_rows_take_tensor_cores(outcomes: list[dict[str, Any]]) -> None:

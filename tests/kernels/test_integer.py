@@ -68,7 +68,8 @@ def qtensor_of(
     kept = None
     if outliers:
         mask = torch.rand(rows, columns, generator=g) < outliers
-        mask[rows // 2] = False  # an empty row
+        mask[-1, 0] = True
+        mask[rows // 2] = False  # an empty row among others
         mask[0] = True  # and a full one
         kept = Csr.where(mask, torch.randn(rows, columns, generator=g))
     order = torch.randperm(columns, generator=g) if ordered else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,7 @@ from quantine.methods.rtn import RTN
 from quantine.methods.spqr import SpQR
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
-from quantine.plan.presets import PRESETS
+from quantine.plan.presets import BEST, PRESETS
 from quantine.plan.rules import Rule
 from quantine.plan.scheme import Scheme
 from quantine.plan.scheme_parsing import scheme_from
@@ -252,6 +253,14 @@ class TestRefusals:
             for one in scheme.choices if isinstance(scheme, AdaDim) else (scheme,):
                 assert fields.items() <= one.as_dict().items()
                 assert one.format == ("sparse" if one.method == "spqr" else "dense")
+        for name, bits in BEST.items():
+            best = Plan.preset(name)
+            assert best.tune is not None
+            assert replace(best, tune=None, name="") == replace(
+                Plan.budget(bits, ("in", "out")), name=""
+            )
+            with pytest.raises(PlanError, match=r"leave out bits, or give --bits-per-weight"):
+                Plan.preset(name, bits=3)
         faithful = Plan.preset("spqr-faithful").rules[0].scheme
         assert faithful is not None
         assert (faithful.solver, faithful.spec) == (FAITHFUL, FAITHFUL_SPEC)

@@ -90,6 +90,9 @@ def test_the_report_says_everything(
     assert 0 < sum(layer["seconds"] for layer in report["layers"]) < run["seconds"]
     assert [block["block"] for block in run["blocks"]] == [0, 1]
     assert sum(block["seconds"] for block in run["blocks"]) < run["seconds"]
+    assert run["stages"].keys() >= {"reading", "forwards", "Hessians", "factorization", "solving"}
+    assert all(spent["seconds"] >= 0 for spent in run["stages"].values())
+    assert 0 < sum(spent["seconds"] for spent in run["stages"].values()) < run["seconds"]
     for block in run["blocks"]:
         assert block["processor_seconds"] > 0
         assert 50_000_000 < block["memory_after_bytes"] <= block["peak_memory_bytes"]

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from quantine import CalibrationError, PlanError
 from quantine.runtime import generate
-from quantine.runtime.generate import continue_tokens, stream
+from quantine.runtime.generate import SEPARATOR, continue_tokens, stream
 from quantine.runtime.prompt import conversation_ids, text_ids
 from quantine.runtime.sampling import Sampler, Sampling
 from tiny_models import BOS, EOS, byte_tokenizer, logits_of, some_tokens, with_weights
@@ -99,7 +99,7 @@ def test_a_character_of_several_tokens_is_written_whole(
     log = io.StringIO()
     stream(
         tiny("llama"),
-        "x",
+        ["x"],
         tokens=8,
         chat=False,
         temperature=0.0,
@@ -110,6 +110,34 @@ def test_a_character_of_several_tokens_is_written_whole(
     )
     assert [text for text in written if text] == ["a", "\u00e9", "\U0001f600", "b", "\n"]
     assert log.getvalue().startswith("2 prompt tokens")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_several_prompts_get_the_texts_that_they_get_alone(
+    temperature: float, packed: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "TOGETHER", 3)  # two wait until texts end
+    directory = packed("llama", "rtn")
+
+    def written(*prompts: str) -> tuple[str, str]:
+        out, log = io.StringIO(), io.StringIO()
+        stream(
+            directory,
+            prompts,
+            tokens=7,
+            chat=False,
+            temperature=temperature,
+            seed=5,
+            dtype=torch.float32,
+            out=out,
+            log=log,
+        )
+        return out.getvalue(), log.getvalue()
+
+    prompts = ("One", "and two", "three or so", "four", "a fifth one")
+    together, log = written(*prompts)
+    assert together.split(f"{SEPARATOR}\n") == [written(prompt)[0] for prompt in prompts]
+    assert log.startswith(f"{sum(map(len, prompts)) + 5} prompt tokens")
 
 
 def test_the_chat_template_wraps_the_prompt_once() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantine import load
 from quantine.runtime import hf_generate
-from quantine.runtime.decoder import decoder_for
+from quantine.runtime.decoder import batch_for
 from tiny_models import some_tokens
 
 Packed = Callable[[str, str], Path]
@@ -25,11 +25,11 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made = 0
-        monkeypatch.setattr(hf_generate, "decoder_for", self._make)
+        monkeypatch.setattr(hf_generate, "batch_for", self._make)
 
     def _make(self, *arguments: Any) -> Any:
         self.made += 1
-        return decoder_for(*arguments)
+        return batch_for(*arguments)
 
 
 @pytest.fixture
@@ -87,8 +87,7 @@ def test_end_tokens_end(model: Any, calls: Calls) -> None:
     "options",
     [
         {"num_beams": 2},
-        {"num_return_sequences": 2, "do_sample": True},
-        {"attention_mask": torch.tensor([[0] + [1] * 8])},
+        {"attention_mask": torch.tensor([[1, 0] + [1] * 7])},
         {"use_cache": False},
     ],
     ids=lambda options: ",".join(options),
@@ -99,14 +98,32 @@ def test_other_calls_go_to_transformers(options: dict[str, Any], model: Any, cal
     assert calls.made == 0
 
 
-def test_batches_and_structured_outputs_go_to_transformers(model: Any, calls: Calls) -> None:
-    native, wanted = both(model, some_tokens(9, 2), max_new_tokens=5)
-    assert torch.equal(native, wanted)
+def test_structured_outputs_go_to_transformers(model: Any, calls: Calls) -> None:
     options: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True}
     native, wanted = both(model, some_tokens(9, 1), max_new_tokens=5, **options)
     assert torch.equal(native.sequences, wanted.sequences)
     assert len(native.scores) == 5
     assert calls.made == 0
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_batches_with_padding_get_the_same_tokens(sample: bool, model: Any, calls: Calls) -> None:
+    tokens = some_tokens(9, 3)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    model.generation_config.pad_token_id = 0
+    options = {"max_new_tokens": 8, "do_sample": sample, "attention_mask": mask}
+    native, wanted = both(model, tokens, **options)
+    assert torch.equal(native, wanted)
+    model.generation_config.eos_token_id = int(wanted[2, 11])  # this text ends before the others
+    native, wanted = both(model, tokens, **options)
+    assert torch.equal(native, wanted)
+    assert 0 in native[2, 9:]
+    native, wanted = both(
+        model, tokens[:1], max_new_tokens=5, num_return_sequences=2, do_sample=True
+    )
+    assert torch.equal(native, wanted)
+    assert calls.made == 1
 
 
 class Heard:
@@ -126,13 +143,12 @@ class Heard:
 @pytest.mark.parametrize("count", [1, 2])
 def test_streamers_hear_everything_once(count: int, model: Any, calls: Calls) -> None:
     heard = [Heard(), Heard()]
-    batch = some_tokens(9, 1)
-    mask = {"attention_mask": torch.tensor([[0] + [1] * 8])} if count == 2 else {}
-    model.generate(batch, max_new_tokens=4, streamer=heard[0], **mask)
-    type(model).generate(model, batch, max_new_tokens=4, streamer=heard[1], **mask)
+    batch = some_tokens(9, count)
+    model.generate(batch, max_new_tokens=4, streamer=heard[0])
+    type(model).generate(model, batch, max_new_tokens=4, streamer=heard[1])
     assert heard[0].parts == heard[1].parts
     assert heard[0].ended == heard[1].ended == 1
-    assert calls.made == (1 if count == 1 else 0)
+    assert calls.made == 1
 
 
 def test_a_decoder_is_kept_until_the_model_changes(model: Any, calls: Calls) -> None:

@@ -131,6 +131,17 @@ def test_the_factor_is_shared_until_something_changes() -> None:
     assert hessian.damp_used is None
 
 
+@pytest.mark.parametrize("size", [5, 300, 641])
+def test_the_diagonal_alone_is_that_of_the_factor_to_the_bit(size: int) -> None:
+    hessian = observed(correlated_inputs(size, 2 * size))
+    order = input_order(hessian.matrix.diagonal(), True, None)
+    spread = hessian.spread(0.01, order)
+    assert torch.equal(spread, factorize(hessian.matrix, 0.01, order).upper.diagonal())
+    assert hessian.spread(0.01, order) is spread
+    hessian.update(correlated_inputs(size, 60, seed=1))
+    assert not torch.equal(hessian.spread(0.01, order), spread)
+
+
 def test_factorizing_leaves_the_hessian_alone() -> None:
     hessian = observed(correlated_inputs(8, 60))
     before = hessian.matrix.clone()

@@ -15,8 +15,9 @@ from quantine.families.layers import find_layers
 from quantine.plan.plan import Plan
 from quantine.tuning.block_stream import BlockStream
 from quantine.tuning.blocks import tune_blocks
+from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.segments import TuningText
-from quantine.tuning.student import Student
+from quantine.tuning.student import Student, sharing
 from tiny_models import build, some_tokens, tiny_config
 
 TEXT = TuningText(some_tokens(64, 64), some_tokens(64, 8), some_tokens(64, 16, seed=6))
@@ -34,7 +35,7 @@ def student_of(model: Any, bits: int) -> Student:
     matrices = {one: scheme.solver(one.read(model), None, scheme.spec) for one in layers}
     packed = {one.stored_name for one in layers}
     floats = {n: v.detach() for n, v in model.state_dict().items() if n not in packed}
-    return Student(model, matrices, floats, torch.float32)
+    return Student(model, sharing(model), matrices, floats, torch.float32)
 
 
 @pytest.mark.parametrize("name", ["llama", "falcon_alibi", "gemma2"])
@@ -55,7 +56,7 @@ def test_tuned_blocks_put_out_what_the_float_ones_do(tmp_path: Path) -> None:
     student, family = student_of(model, 3), family_of(model.config)
     before, start = student.divergence(TEXT.judges), student.whole.snapshot()
     notes: list[str] = []
-    tune_blocks(student, family, TEXT, TUNING, notes.append)
+    tune_blocks(student, family, TEXT, TUNING, KeptBlocks(tmp_path / "kept"), notes.append)
     assert len(notes) == 2
     assert student.divergence(TEXT.judges) < 0.9 * before
     for layer, matrix in student.whole.matrices.items():
@@ -72,7 +73,7 @@ def test_blocks_that_became_worse_are_put_back(tmp_path: Path) -> None:
     start = student.whole.snapshot()
     weights = [p.detach().clone() for p in student.whole.parameters()]
     wild = Tuning(segments=1, block_steps=2, rate=0.1)
-    tune_blocks(student, family, TEXT, wild, lambda _: None)
+    tune_blocks(student, family, TEXT, wild, KeptBlocks(tmp_path / "kept"), lambda _: None)
     after = student.whole.snapshot()
     for kind in ("leaves", "codes"):
         pairs = zip(getattr(start, kind), getattr(after, kind), strict=True)

@@ -21,6 +21,7 @@ from quantine.formats.directory import MAPS
 from quantine.plan.rules import rule_from
 from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
+from quantine.run.progress import Silent
 from quantine.run.store import RunStore
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.part import pace
@@ -122,6 +123,35 @@ def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_a_run_stopped_while_blocks_were_tuned_goes_on_after_the_last(
+    model: Path, tmp_path: Path
+) -> None:
+    plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
+    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+
+    class Stopping(Silent):
+        def note(self, text: str) -> None:
+            if text.startswith("tuned block 0"):
+                raise KeyboardInterrupt
+
+    heard: list[str] = []
+
+    class Hearing(Silent):
+        def note(self, text: str) -> None:
+            heard.append(text)
+
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        quantine.quantize(model, stopped, plan, CALIBRATION, progress=Stopping())
+    quantine.quantize(model, stopped, plan, CALIBRATION, progress=Hearing(), resume=True)
+    said = [line for line in heard if "tuned" in line and "block " in line]
+    assert said[0] == "block 0 is tuned already"
+    assert said[1].startswith("tuned block 1: ")
+    whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(stopped)
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_a_source_that_changed_meanwhile_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,9 +212,29 @@ def test_other_values_are_refused(value: object) -> None:
         tuning_from(value, "here")
 
 
-def test_rounded_activations_are_refused() -> None:
-    with pytest.raises(PlanError, match="activations"):
-        replace(Plan.scheme("W4A8"), tune=TUNING)
+@pytest.mark.parametrize(
+    ("family", "scheme"),
+    [("llama", "W3A3KV"), ("opt", "W4A8"), ("llama", "W4A8-token")],
+)
+def test_models_that_round_activations_are_tuned_as_they_compute(
+    family: str, scheme: str, tmp_path: Path
+) -> None:
+    model = build(tiny_config(family), tmp_path / "model")
+    plan = replace(Plan.scheme(scheme), tune=replace(TUNING, steps=4), arithmetic="exact")
+    report = quantine.quantize(model, tmp_path / "out", plan, CALIBRATION).report
+    outcome = report["tuning"]
+    assert outcome["divergence"] < outcome["divergence_before"]
+    text = prepare(model, plan, CALIBRATION).tuning_text
+    assert text is not None
+    found = divergence_of(tmp_path / "out", model, text.judges)
+    assert found == pytest.approx(outcome["divergence"], rel=1e-2)
+
+
+def test_a_plan_without_matrices_to_tune_is_refused(model: Path) -> None:
+    activations = {"norm": 8}
+    plan = Plan.from_dict({"rules": [], "activations": activations, "tune": {"steps": 2}})
+    with pytest.raises(PlanError, match="no matrix that could be tuned"):
+        prepare(model, plan, CALIBRATION)
 
 
 def test_grids_that_tuning_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:

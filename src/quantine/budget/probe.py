@@ -137,25 +137,31 @@ def probe(
     last = len(blocks) - 1
     for index in blocks:
         note(f"probing block {index + 1}/{len(blocks)}")
-        loader.load(index, then=min(index + 1, last))
-        inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
+        with own.times.stage("reading"):
+            loader.load(index, then=min(index + 1, last))
+        with own.times.stage("hidden states"):
+            inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
         groups = sorted({one.layer.group or 0 for one in inside[index]})
         layers = [observed(index, group) for group in groups]
         for _, stage in groupby(layers, lambda layer: layer.stage):
             alike = list(stage)
             for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
                 members = [one for one in inside[index] if one.layer.group == layer.group]
-                predicted.update(_predict_group(members, read, hessian))
+                with own.times.stage("fits"):
+                    predicted.update(_predict_group(members, read, hessian))
         sequential.advance(index)
         loader.release(index)
         return_freed_memory()
     gradients = sequential.hidden
-    replace_by_gradients(own, read, gradients, seed)
+    with own.times.stage("gradients"):
+        replace_by_gradients(own, read, gradients, seed)
     table: dict[str, Options] = {}
     for index in reversed(blocks):
-        loader.load(index, then=index - 1 if index else None)
+        with own.times.stage("reading"):
+            loader.load(index, then=index - 1 if index else None)
         layers = [one.layer for one in inside[index]]
-        squares = backward(sequential, index, layers, inputs[index], gradients)
+        with own.times.stage("gradients"):
+            squares = backward(sequential, index, layers, inputs[index], gradients)
         for layer in layers:
             mean = _mean_gradient(layer, layers, squares, own.segments.numel())
             table[layer.name] = [one.option(mean) for one in predicted[layer.name]]

@@ -47,7 +47,7 @@ class InputObserver:
 
     def __init__(self, layer: Layer, setup: CalibrationSetup) -> None:
         self._layer, self._setup = layer, setup
-        self.hessian = Hessian(layer.in_features, add_gram, setup.device)
+        self.hessian = Hessian(layer.in_features, add_gram, setup.device, setup.times)
         self.seen = 0
 
     def register(self, after: Callable[[], None]) -> RemovableHandle:

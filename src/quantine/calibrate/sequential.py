@@ -154,7 +154,7 @@ class Sequential:
 
         *sums, counts = self._setup.ranks.total(parts())
         return [
-            Hessian.of(total, int(tokens), add_gram)
+            Hessian.of(total, int(tokens), add_gram, self._setup.times)
             for total, tokens in zip(sums, counts.tolist(), strict=True)
         ]
 
@@ -183,7 +183,7 @@ class Sequential:
     def _continued(self, index: int, layer: Layer, batches: Sequence[int]) -> Hessian:
         """The result of `observe_next` for some batches, where forward passes continue."""
         assert self._replays is not None
-        hessian = Hessian(layer.in_features, add_gram, self._setup.device)
+        hessian = Hessian(layer.in_features, add_gram, self._setup.device, self._setup.times)
         for batch in batches:
             replay = self._replays[batch]
 
@@ -272,7 +272,8 @@ class Sequential:
                     f"{self._family.blocks}.{index} puts out non-finite values on the calibration "
                     "text: more bits or another calibration text are needed"
                 )
-            self._hidden.put(batch, output, index + 1)
+            with self._setup.times.stage("hidden states"):
+                self._hidden.put(batch, output, index + 1)
 
     def _run_on(self, index: int, batch: int) -> Tensor:
         """The output of block ``index`` for batch number ``batch``.
@@ -306,7 +307,7 @@ class Sequential:
             hidden: ``[batch, tokens, width]`` float32, the shape of the result.
         """
         args, kwargs = self._calls[index]
-        with self._setup.autocast():
+        with self._setup.times.stage("forwards"), self._setup.autocast():
             output = self._blocks[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
@@ -345,7 +346,10 @@ class Sequential:
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         lost: str | None = None
-        with standing_in(self._blocks, self._family.outputs) as recorders:
+        with (
+            setup.times.stage("forwards"),
+            standing_in(self._blocks, self._family.outputs) as recorders,
+        ):
 
             def entered(tokens: Tensor) -> Tensor:
                 base(input_ids=tokens, use_cache=False, output_attentions=False)

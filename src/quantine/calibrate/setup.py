@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantine.core.device import CPU
+from quantine.core.stage_times import StageTimes
 from quantine.families.family import Family
 from quantine.ranks.ranks import ALONE, Ranks
 
@@ -51,6 +52,7 @@ class CalibrationSetup:
             is longer.
         shards: number of parts of the segments whose statistics are summed one after another.
         ranks: the processes that share the segments, each some of the shards.
+        times: is told what forward passes, Hessians and their factors take.
     """
 
     model: PreTrainedModel
@@ -67,6 +69,7 @@ class CalibrationSetup:
     batch_tokens: int = TOKENS_PER_BATCH
     shards: int = 1
     ranks: Ranks = ALONE
+    times: StageTimes = field(default_factory=StageTimes)
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.

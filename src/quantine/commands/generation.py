@@ -15,12 +15,15 @@ def add(verbs: Any) -> None:
         verbs,
         "generate",
         _run,
-        "Continue a prompt, token by token.",
+        "Continue a prompt, token by token, or several together.",
         '  quantine generate out "The capital of France is"\n'
-        '  quantine generate out "Explain rainbows." --chat --tokens 200',
+        '  quantine generate out "Explain rainbows." --chat --tokens 200\n'
+        '  quantine generate out "Once" "Twice" "Thrice" --tokens 20',
     )
     parser.add_argument("model", metavar="MODEL|OUT", help=MODEL_HELP)
-    parser.add_argument("prompt", metavar="PROMPT", help="text to continue")
+    parser.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="text to continue; several are made together"
+    )
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="at most; default 64")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the chat template")
     parser.add_argument(
@@ -38,7 +41,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
     stream(
         arguments.model,
-        arguments.prompt,
+        arguments.prompts,
         tokens=arguments.tokens,
         chat=arguments.chat,
         temperature=arguments.temperature,

@@ -92,7 +92,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--preset",
         metavar="NAME",
         help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
-        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis",
+        "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis; "
+        "best-3bit, best-4bit: budgets of 3.3 and 4.25 bits, tuned",
     )
     parser.add_argument(
         "--scheme",
@@ -225,13 +226,16 @@ def _shards(arguments: argparse.Namespace, ranks: int) -> int:
 
 
 def summary(result: Result) -> str:
-    """A line on what a run made, and what it took."""
+    """A line on what a run made and what it took, and one on the stages, if it was timed."""
+    from quantine.report.stage_rows import stage_line, stage_rows
+
     totals, run = result.report["totals"], result.report["run"]
-    return (
+    made = (
         f"{result.path}: {totals['quantized_weights']:,} weights at "
         f"{totals['bits_per_weight']:.3f} bits in {run['seconds']:.0f} s, "
         f"{run['peak_memory_bytes'] / 1e9:.2f} GB peak"
     )
+    return f"{made}\n{stage_line(result.report)}" if stage_rows(result.report) else made
 
 
 def _plan(arguments: argparse.Namespace) -> None:

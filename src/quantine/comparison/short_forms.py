@@ -61,7 +61,8 @@ def plan_of(short: str) -> Plan:
     except (ValueError, yaml.YAMLError) as error:
         raise PlanError(f"{short!r}: parameters look like bits=3, one after each `:`") from error
     tuning = tuning_from(parameters.pop("tune", None), repr(short))
-    return replace(_untuned(short, name, parameters), tune=tuning)
+    plan = _untuned(short, name, parameters)
+    return plan if tuning is None else replace(plan, tune=tuning)
 
 
 def _untuned(short: str, name: str, parameters: dict[str, Any]) -> Plan:

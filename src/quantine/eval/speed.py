@@ -96,7 +96,7 @@ def measure(
     speeds: dict[tuple[str, str], list[float]] = {}
     for run in range(runs):
         on_step(f"matrices, {run + 1} of {runs}")
-        read.append(_memory_speed(where))
+        read.append(memory_speed(where))
         for name, modules in kinds.items():
             for arithmetic in arithmetics:
                 speed = _product_speed(modules, where, arithmetic)
@@ -148,7 +148,7 @@ def _kinds(
     return with_kernels, others
 
 
-def _memory_speed(device: torch.device) -> float:
+def memory_speed(device: torch.device) -> float:
     """Speed of memory in GB/s, see `measure`."""
     if device != CPU:
         return copy_speed(device, timer_of(device))

@@ -56,12 +56,12 @@ def decode_speed(model: PreTrainedModel, context: int, runs: int) -> Timed:
         context = min(context, max(1, longest - DECODED - 1))
     rivals = _fast_rivals(model) if any(packed_modules(model)) else {}
     make = next(iter(rivals.values()), lambda _: ModuleDecoder(model))
-    decoder, prompt = make(context + DECODED), _prompt(context)
+    decoder, prompt = make(context + DECODED), prompt_of(context)
     speeds = []
     for _ in range(runs):
         decoder.reset()
         decoder.append(prompt)
-        speeds.append(DECODED / seconds(functools.partial(_decode, decoder)))
+        speeds.append(DECODED / seconds(functools.partial(decode_tokens, decoder)))
     return timed(speeds)
 
 
@@ -141,20 +141,22 @@ def text_speeds(
                 on_step(f"{name} after {context} tokens, {run + 1} of {runs}")
                 decoder.reset()
                 prefill, decode = found.setdefault((name, context), ([], []))
-                read = functools.partial(decoder.append, _prompt(context))
+                read = functools.partial(decoder.append, prompt_of(context))
                 prefill.append(context / seconds(read))
-                decode.append(DECODED / seconds(functools.partial(_decode, decoder)))
+                decode.append(DECODED / seconds(functools.partial(decode_tokens, decoder)))
     return [
         {"name": name, "context": context, "prefill": timed(prefill), "decode": timed(decode)}
         for (name, context), (prefill, decode) in found.items()
     ]
 
 
-def _prompt(tokens: int) -> torch.Tensor:
+def prompt_of(tokens: int) -> torch.Tensor:
+    """So many ``tokens``, whatever the model."""
     return torch.arange(tokens, device="cpu") % 97 + 3
 
 
-def _decode(decoder: AnyDecoder) -> None:
+def decode_tokens(decoder: AnyDecoder) -> None:
+    """Write `DECODED` tokens, each the most likely one."""
     token = torch.tensor([3], dtype=torch.int64, device="cpu")
     for _ in range(DECODED):
         chosen = most_likely(decoder.append(token))

@@ -167,19 +167,21 @@ class SpQR:
             SolverError: there is no Hessian, or it cannot be factored; or a scale does not fit into
                 float16.
         """
-        factor = self.loop.factor(hessian, spec)
+        spread, order = self.loop.spread(hessian, spec)
         assert hessian is not None
         exponent = exponent_of(weight, spec)
         weight = weight * 2.0**-exponent
-        price = self._price(weight, factor, spec)
+        if self.outliers:
+            price = self._searched_price(weight, self.loop.factor(hessian, spec), spec)
+        else:
+            price = self.threshold * _loss_scale(weight, spread, order)
         length = spec.group_length(spec.lines(*weight.shape)[1])
-        spread = factor.upper.diagonal()
         if spec.group_axis == "in":
-            columns = weight.T[factor.order].unflatten(0, (-1, length))
+            columns = weight.T[order].unflatten(0, (-1, length))
             spread = spread.unflatten(0, (-1, length))
         else:
             columns = weight.unflatten(0, (-1, length))
-            spread = spread[inverse(factor.order)]
+            spread = spread[inverse(order)]
         grid = fit_groups(columns, spread, spec, self._cost(price))
         losses = squared_errors(columns, grid.scales().T, grid.zeros().T, spec.bits)
         losses.mul_(importance_of(spread))
@@ -203,14 +205,14 @@ class SpQR:
         """The loss, ``error**2 / d**2``, above which a weight is kept as an outlier."""
         if self.outliers:
             return self._searched_price(weight, factor, spec)
-        return self.threshold * _loss_scale(weight, factor)
+        return self.threshold * _loss_scale(weight, factor.upper.diagonal(), factor.order)
 
     def _searched_price(self, weight: Tensor, factor: InverseFactor, spec: QuantSpec) -> float:
         """The price that keeps the wanted share of outliers in some rows, found by bisection."""
         chosen = sampled_rows(len(weight), row_run(spec, len(weight)))
         rows = weight[chosen.to(weight.device)]
         low, high = 0.0, math.inf
-        price = _loss_scale(weight, factor)
+        price = _loss_scale(weight, factor.upper.diagonal(), factor.order)
         for _ in range(SEARCH_STEPS):
             solved = self._solve(rows, factor, spec, price)
             assert solved.outliers is not None
@@ -249,14 +251,16 @@ def sampled_rows(out_features: int, run: int) -> Tensor:
     return (starts.unsqueeze(1) + torch.arange(run, device="cpu")).flatten()
 
 
-def _loss_scale(weight: Tensor, factor: InverseFactor) -> float:
+def _loss_scale(weight: Tensor, spread: Tensor, order: Tensor) -> float:
     """Mean over inputs of the variance of a column over ``d**2``; positive.
+
+    ``d`` is ``spread``, whose position ``j`` is input ``order[j]``.
 
     A column of equal weights, such as that of a matrix with one row, counts with its mean square
     instead: a price of zero would keep every weight.
     """
     square, centred = weight.square().mean(0), weight - weight.mean(0)
     variance = centred.square_().sum(0).div_(max(1, len(weight) - 1))
-    variance = torch.where(variance > EQUAL * square, variance, square)[factor.order]
-    scale = float((variance / factor.upper.diagonal().square()).mean())
+    variance = torch.where(variance > EQUAL * square, variance, square)[order]
+    scale = float((variance / spread.square()).mean())
     return max(scale, sys.float_info.min)

@@ -13,8 +13,8 @@ import yaml
 
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
-from quantine.core.spec import FLOAT16
-from quantine.core.tuning_spec import Tuning, tuning_from
+from quantine.core.spec import FLOAT16, GROUP_AXES
+from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
 from quantine.errors import PlanError, cut, shown
 from quantine.families.layers import Layer
 from quantine.methods import METHODS
@@ -23,7 +23,7 @@ from quantine.methods.spqr import SpQR
 from quantine.plan.checks import check_exclusive, check_groups, check_scheme
 from quantine.plan.decision import Decision, decide_later
 from quantine.plan.parsing import activations_field, budget_field, choices_field, weight_fields
-from quantine.plan.presets import CHOICES, PRESETS, TABLE
+from quantine.plan.presets import BEST, BEST_TUNING, CHOICES, PRESETS, TABLE
 from quantine.plan.rules import BY_BUDGET, Rule, rule_from
 from quantine.plan.scheme import Scheme
 from quantine.plan.scheme_parsing import scheme_from
@@ -100,8 +100,6 @@ class Plan:
         if self.activations is not None and (searched or self.float_inputs):
             others = "`bits_per_weight` nor with `float_inputs`"
             raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
-        if self.activations is not None and self.tune is not None:
-            raise PlanError(f"plan {self.name!r}: `tune` does not go with rounded activations yet")
         for scheme in self.choices:
             if scheme.layout.exclusive:
                 raise PlanError(
@@ -115,21 +113,23 @@ class Plan:
 
     @classmethod
     def preset(cls, name: str, **parameters: Any) -> Plan:
-        """A plan that quantizes every matrix in the decoder blocks by one method.
+        """A plan that quantizes every matrix in the decoder blocks: by one method, or the best way.
 
         Args:
             name: a method in `quantine.methods.METHODS`, ``adadim``, or a preset in
-                `quantine.plan.presets.PRESETS`.
+                `quantine.plan.presets.PRESETS` or `quantine.plan.presets.BEST`.
             parameters: fields of `quantine.core.spec.QuantSpec`, of the method, or of the plan (see
                 `OPTIONS`), such as ``bits``, ``group_size``, ``sym`` or ``damp``. They override
-                those of the preset.
+                those of the preset. The best presets take none.
 
         Raises:
             PlanError: unknown name or parameter, or a value out of range.
         """
+        if name in BEST:
+            return cls._best(name, parameters)
         methods = (*METHODS, ADADIM)
         if name not in methods and name not in PRESETS:
-            known = ", ".join([*methods, *PRESETS])
+            known = ", ".join([*methods, *PRESETS, *BEST])
             raise PlanError(f"preset must be one of {known}, not {name!r}")
         fields = {**PRESETS.get(name, {"method": name}), **parameters}
         options = {key: fields.pop(key) for key in OPTIONS if key in fields}
@@ -179,6 +179,16 @@ class Plan:
             bits_per_weight,
             tuple(choice for choice in choices if choice is not None),
         )
+
+    @classmethod
+    def _best(cls, name: str, parameters: Mapping[str, Any]) -> Plan:
+        if parameters:
+            raise PlanError(
+                f"preset {name!r} is a budget of {BEST[name]} bits per weight: leave out "
+                f"{', '.join(parameters)}, or give --bits-per-weight"
+            )
+        found = cls.budget(BEST[name], GROUP_AXES)
+        return dataclasses.replace(found, name=name, tune=SETTINGS[BEST_TUNING])
 
     def with_head(self, bits: int) -> Plan:
         """The same plan, but with the token table and the output head rounded to ``bits`` bits.

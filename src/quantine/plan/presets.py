@@ -33,6 +33,12 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 """Presets by name: fields of the one scheme for all matrices in the decoder blocks, and those
 fields of the plan that differ from their defaults."""
 
+BEST: Final = {"best-3bit": 3.3, "best-4bit": 4.25}
+"""Presets that spend a budget of so many bits per weight, groups along either axis, and are tuned
+by `BEST_TUNING`."""
+BEST_TUNING: Final = "quick"
+"""Name in `quantine.core.tuning_spec.SETTINGS`."""
+
 _BOTH: Final = ("in", "out")
 _STEPS: Final = (
     # bits, group_size, scale_bits, threshold, group axes; from the smallest to the most exact

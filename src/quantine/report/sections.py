@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from html import escape
 from typing import Final
 
@@ -20,11 +20,13 @@ from quantine.eval.score_text import (
 )
 from quantine.report.byte_text import megabytes
 from quantine.report.facts import Facts
+from quantine.report.html_table import table
 from quantine.report.plots.clusters import clusters_figure
 from quantine.report.plots.group_axes import axis_figure
 from quantine.report.plots.page_pictures import WIDTH as LAYERS_WIDTH
 from quantine.report.plots.page_pictures import layers_figure, thumbnails_figure
 from quantine.report.plots.pareto import pareto_figure
+from quantine.report.stage_rows import stage_rows
 from quantine.report.svg import embedded
 
 PANELS: Final = 2
@@ -55,7 +57,7 @@ def verdict(facts: Facts) -> str:
         else ""
     )
     kind = "good" if passed else "bad"
-    return f'<p class="verdict {kind}">{word}</p>{_table(["", "measured", "floor"], rows)}{doubt}'
+    return f'<p class="verdict {kind}">{word}</p>{table(["", "measured", "floor"], rows)}{doubt}'
 
 
 def headline(facts: Facts) -> str:
@@ -98,7 +100,7 @@ def quality(facts: Facts) -> str:
         asked = task_cells(task)
         label = f"{name} ({asked.metric}): {asked.questions}"
         rows.append([label, asked.score, asked.reference, asked.recovery, ""])
-    return _table(heads, rows) + (
+    return table(heads, rows) + (
         "<p>± is one standard error. Recovery is the float model's perplexity over this model's, "
         "or this model's score over the float model's; windows and questions are paired"
         f"{'; ' if begins else ''}{begins}.</p>"
@@ -140,11 +142,11 @@ def layers(facts: Facts) -> str:
     rows = [
         [layer.name, f"{layer.bits_per_weight:.3f}", f"{layer.output_error:.3%}"] for layer in worst
     ]
-    table = _table(["largest errors", "bits per weight", "output error"], rows) if rows else ""
+    worst_rows = table(["largest errors", "bits per weight", "output error"], rows) if rows else ""
     picture = embedded(figure, "Error and bits of every matrix") if figure else ""
     return (
         "<p>The output error is the squared error of a matrix's output on calibration text, "
-        f"relative to the float output.</p>{picture}{table}"
+        f"relative to the float output.</p>{picture}{worst_rows}"
     )
 
 
@@ -214,7 +216,13 @@ def memory(facts: Facts) -> str:
             if bits < UNQUANTIZED
         ),
     ]
-    return _table(["", "size"], rows)
+    return table(["", "size"], rows)
+
+
+def stages(facts: Facts) -> str:
+    """A table of the seconds that each stage of the run took."""
+    rows = [[name, f"{seconds:.1f}"] for name, seconds in stage_rows(facts.report)]
+    return table(["stage", "seconds"], rows) if rows else ""
 
 
 def samples(facts: Facts) -> str:
@@ -260,7 +268,7 @@ def reproduce(facts: Facts) -> str:
         rows += [[f"{n} (measuring)", v] for n, v in facts.scores["versions"].items()]
     plan = escape(json.dumps(report["plan"], indent=2))
     return (
-        _table(["", "hash or value"], rows, "wide hashes")
+        table(["", "hash or value"], rows, "wide hashes")
         + "<details><summary>the plan, every default spelled out</summary>"
         f"<pre>{plan}</pre></details>"
     )
@@ -276,19 +284,8 @@ SECTIONS: Final[tuple[tuple[str, Section], ...]] = (
     ("Axes of groups", group_axes),
     ("Clusters of channels", clusters),
     ("Memory", memory),
+    ("What quantizing took", stages),
     ("What it writes", samples),
     ("Reproduce", reproduce),
 )
 """Title and content of every section; one that is empty is left out."""
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "wide") -> str:
-    """An HTML table of plain texts, inside of an element of the class ``kind``."""
-    head = "".join(f"<th>{escape(text)}</th>" for text in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(text)}</td>" for text in row) + "</tr>" for row in rows
-    )
-    return (
-        f'<div class="{kind}" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )

@@ -7,13 +7,16 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 
 from quantine.activations.install import add_grids, add_sites, rebuild_block, rounding_points
+from quantine.activations.reorder import reorder
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
+from quantine.errors import FormatError
 from quantine.families.family import Family
 from quantine.families.heads import Heads
 from quantine.formats.floats import as_stored
 from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
+from quantine.rptq.clusters import Clusters
 from quantine.rptq.reordering import Reordering
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import tensor_digest
@@ -85,6 +88,29 @@ def restore_block(
     for name, present in block.state_dict(prefix=f"{path}.").items():
         if name in tensors:
             set_tensor(model, name, tensors[name].to(present.dtype))
+
+
+def reorder_as_before(
+    block: nn.Module, path: str, family: Family, heads: Heads, maps: Mapping[str, Tensor]
+) -> None:
+    """Reorder the channels of a float block as `reorder_block` did; it computes the same.
+
+    Args:
+        block: a block with the model's own modules and its float weights, changed in place.
+        path: path of ``block`` in its model.
+        family: the model's architecture.
+        heads: the model's numbers of heads.
+        maps: what `Reordering.maps` gave, by full name.
+
+    Raises:
+        FormatError: a map is missing; the message names it.
+    """
+    for link in family.links:
+        name = f"{path}.{link.kind}"
+        if name not in maps:
+            raise FormatError(f"there is no map of the clusters {name}: quantize again")
+        labels = maps[name][:, -1].to(next(block.parameters()).device).long()
+        reorder(block, link, Clusters(labels).order, heads.keys if link.per_head else 1)
 
 
 def float_tensors(

@@ -158,7 +158,8 @@ class BlockRun:
         path = f"{job.family.blocks}.{self.index}"
         block = job.model.get_submodule(path)
         heads = Heads.of(job.config, job.family)
-        reordering = reorder_block(sequential, self.index, block, job.family, heads, spec)
+        with job.times.stage("reordering"):
+            reordering = reorder_block(sequential, self.index, block, job.family, heads, spec)
         decisions = [
             with_clusters(d, reordering.input_clusters(d.layer.name.removeprefix(f"{path}.")).sizes)
             for d in job.block_schemes(self.index)
@@ -172,7 +173,8 @@ class BlockRun:
 
         Of the matrices whose inputs are observed at once, each rank solves every so many-th.
         """
-        losses = self.job.ranks.of_first(self._choice_losses)
+        with self.job.times.stage("choices"):
+            losses = self.job.ranks.of_first(self._choice_losses)
         count = self.job.ranks.count
         for observed in self._observed():
             work = [
@@ -221,7 +223,8 @@ class BlockRun:
         if self.adjust is not None and hessian is not None:
             self._weights[decision.layer.name] = weight
             self._hessians[decision.layer.name] = hessian
-        return solved, sensitivity(solved, weight, hessian)
+        with self.job.times.stage("pictures"):
+            return solved, sensitivity(solved, weight, hessian)
 
     def _solve_one(
         self,
@@ -233,8 +236,8 @@ class BlockRun:
         if self.allocation is not None and decision.by_budget:
             return self._solve_in_budget(self.allocation, decision, weight, hessian)
         if decision.choices:
-            return solve_choice(decision, weight, hessian, losses)
-        return solve(decision, weight, hessian)
+            return solve_choice(decision, weight, hessian, losses, self.job.times)
+        return solve(decision, weight, hessian, self.job.times)
 
     def _solve_in_budget(
         self, allocation: Allocation, decision: Decision, weight: Tensor, hessian: Hessian | None
@@ -244,7 +247,7 @@ class BlockRun:
         def solved_with(number: int, without_outliers: bool) -> Solved:
             scheme = decision.choices[number]
             scheme = scheme.without_outliers() if without_outliers else scheme
-            return solve(replace(decision, scheme=scheme), weight, hessian)
+            return solve(replace(decision, scheme=scheme), weight, hessian, self.job.times)
 
         solved, in_vain = allocation.solve(name, solved_with)
         if in_vain:

@@ -119,10 +119,23 @@ def _disk_while_running(job: Job, output: int) -> int:
     # Hidden states are gone when parts are moved.
     return (
         copies * (output + _maps_bytes(job))
+        + _tuned_blocks_bytes(job)
         + max(_scratch_bytes(job), min(MOVED_BYTES, output))
         + _converted_bytes(job)
         + _copied_bytes(job)
     )
+
+
+def _tuned_blocks_bytes(job: Job) -> int:
+    """Bytes of what blocks are tuned to, at most: a byte for each code, 4 for each other number.
+
+    Files hold the other numbers in 2 bytes at least, or codes of them.
+    """
+    tuning = job.plan.tune
+    if tuning is None or not tuning.block_steps:
+        return 0
+    blocks = [decision for decision in job.scheme_layers() if decision.layer.role == "block"]
+    return sum(d.layer.weights + 2 * job.packed_bytes(d) for d in blocks)
 
 
 def _maps_bytes(job: Job) -> int:

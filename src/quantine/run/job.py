@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ from quantine.calibrate.setup import TOKENS_PER_BATCH, CalibrationSetup
 from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.token_stream import begun
 from quantine.core.device import CPU, device_facts
+from quantine.core.stage_times import StageTimes
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -65,6 +66,7 @@ class Job:
         device: where matrices are solved and blocks run.
         ranks: the processes that share the work.
         tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
+        times: is told what the stages of a run take.
     """
 
     source: ModelSource
@@ -81,6 +83,7 @@ class Job:
     device: torch.device = CPU
     ranks: Ranks = ALONE
     tuning_text: TuningText | None = None
+    times: StageTimes = field(default_factory=StageTimes)
 
     @property
     def converts(self) -> bool:
@@ -156,6 +159,7 @@ class Job:
             batch_tokens,
             self.calibration.shards,
             self.ranks,
+            self.times,
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
+from quantine.core.stage_times import StageTimes
 from quantine.errors import FormatError, SolverError
 from quantine.families.layers import Layer
 from quantine.methods.adadim import cheapest, describe_choice
@@ -105,13 +106,14 @@ class Solved:
         return entry if self.choice is None else {**entry, "choice": self.choice}
 
 
-def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved:
+def solve(decision: Decision, weight: Tensor, hessian: Hessian | None, times: StageTimes) -> Solved:
     """Quantize one matrix with the scheme of its decision.
 
     Args:
         decision: the decision about the layer, with a scheme.
         weight: the float weight, ``[out, in]`` float32.
         hessian: statistics of its input; ``None`` without calibration.
+        times: is told what the stages ``solving`` and ``packing`` take.
 
     Raises:
         SolverError: the matrix cannot be solved; the message names the layer.
@@ -121,10 +123,12 @@ def solve(decision: Decision, weight: Tensor, hessian: Hessian | None) -> Solved
     assert scheme is not None
     started = time.perf_counter()
     try:
-        qtensor = scheme.solver(weight, hessian, scheme.spec)
+        with times.stage("solving"):
+            qtensor = scheme.solver(weight, hessian, scheme.spec)
     except SolverError as error:
         raise SolverError(f"{decision.layer.name}: {error}") from error
-    solved = held(decision, qtensor, weight, hessian)
+    with times.stage("packing"):
+        solved = held(decision, qtensor, weight, hessian)
     damp = hessian.damp_used if hessian and scheme.solver.needs_inputs else None
     return replace(solved, damp=damp, seconds=time.perf_counter() - started)
 
@@ -134,6 +138,7 @@ def solve_choice(
     weight: Tensor,
     hessian: Hessian | None,
     losses: Mapping[str, list[RelativeLoss]],
+    times: StageTimes,
 ) -> Solved:
     """Quantize one matrix with the choice that loses least.
 
@@ -143,6 +148,7 @@ def solve_choice(
         hessian: statistics of its input.
         losses: losses of the choices by layer name, from `quantine.methods.adadim.output_losses`. A
             layer that is missing there is solved with every choice, and output errors are compared.
+        times: as for `solve`.
 
     Raises:
         SolverError: the matrix cannot be solved; the message names the layer.
@@ -150,7 +156,7 @@ def solve_choice(
     """
 
     def solved_with(number: int) -> Solved:
-        return solve(replace(decision, scheme=decision.choices[number]), weight, hessian)
+        return solve(replace(decision, scheme=decision.choices[number]), weight, hessian, times)
 
     if decision.layer.name in losses:
         found = [loss.value for loss in losses[decision.layer.name]]

@@ -297,8 +297,10 @@ def _check_tuned(decisions: list[Decision]) -> None:
     """Refuse to tune matrices whose numbers tuning does not know.
 
     Raises:
-        PlanError: names one, and why.
+        PlanError: names one, and why; or there are none.
     """
+    if all(decision.scheme is None and not decision.choices for decision in decisions):
+        raise PlanError("the plan quantizes no matrix that could be tuned: leave out `tune`")
     for decision in decisions:
         used = decision.choices or (() if decision.scheme is None else (decision.scheme,))
         why = None

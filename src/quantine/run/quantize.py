@@ -252,7 +252,8 @@ class _Run:
         """Make the final files of the committed parts; returns the report."""
         job, store = self.job, self.store
         if job.plan.tune is not None:
-            parts = tuned_parts(job, checkpoint, store, parts, self.progress.note)
+            with job.times.stage("tuning"):
+                parts = tuned_parts(job, checkpoint, store, parts, self.progress.note)
         identity.setdefault("weights", checkpoint.digest())
         report = report_of(job, identity, store.layer_reports(parts))
         if (outcome := store.recall(OUTCOME)) is not None:
@@ -263,6 +264,7 @@ class _Run:
             "peak_memory_bytes": peak_memory(),
             **({} if on_device is None else {"peak_device_memory_bytes": on_device}),
             **({} if job.ranks.count == 1 else {"ranks": job.ranks.count}),
+            "stages": job.times.as_plain(),
             "blocks": stored_costs(store),
         }
         files = output_files(job, checkpoint.directory, report, store.entries(parts))

@@ -25,8 +25,6 @@ def check_ranks(job: Job) -> None:
             f"--shards {shards} is too few for {count} ranks: give a new run --shards {count} or "
             "more, or start fewer ranks"
         )
-    if job.plan.tune is not None:
-        raise PlanError("tuning is not shared by ranks: leave out `tune`, or run one process")
 
 
 def check_sight(ranks: Ranks, out: Path, identity: dict[str, str]) -> None:

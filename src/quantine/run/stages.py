@@ -53,7 +53,8 @@ def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
     if not job.converts:
         return job.checkpoint(record=record)
     if job.ranks.first and not store.converted.exists():
-        _convert(job, store.scratch).replace(store.converted)
+        with job.times.stage("converting"):
+            _convert(job, store.scratch).replace(store.converted)
     job.ranks.meet()
     checkpoint = job.checkpoint(store.converted, record)
     check_headers(job, checkpoint)
@@ -134,7 +135,8 @@ class Stages:
             indices = missing if sequential is None else range(sequential.block, len(parts))
             for index, then in zip_longest(indices, indices[1:]):
                 costs.begin()
-                loader.load(index, then if self.size.residence.reads_ahead else None)
+                with job.times.stage("reading"):
+                    loader.load(index, then if self.size.residence.reads_ahead else None)
                 if index in missing:
                     self.stage_block(parts[index], index, sequential, allocation)
                 else:
@@ -177,8 +179,9 @@ class Stages:
         )
         result = run.quantize()
         if self.job.ranks.first:
-            self._remember_source()
-            self.store.commit(part, result.tensors, result.reports, result.maps)
+            with self.job.times.stage("writing"):
+                self._remember_source()
+                self.store.commit(part, result.tensors, result.reports, result.maps)
         # Before hidden states pass a block, it is committed.
         self.job.ranks.meet()
 
@@ -203,9 +206,10 @@ class Stages:
         parts = self.job.loose_names()
         for name in parts:
             if not self.store.is_committed(name):
-                tensors = kept_tensors(self.job, self.checkpoint, [name])
-                self._remember_source()
-                self.store.commit(name, tensors, [])
+                with self.job.times.stage("writing"):
+                    tensors = kept_tensors(self.job, self.checkpoint, [name])
+                    self._remember_source()
+                    self.store.commit(name, tensors, [])
         return parts
 
     def _stage_tables(self) -> list[str]:
@@ -214,9 +218,11 @@ class Stages:
         for decision in outside:
             layer = decision.layer
             if not self.store.is_committed(layer.name):
-                solved = solve(decision, self.job.float_weight(self.checkpoint, layer), None)
-                self._remember_source()
-                self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
+                weight, times = self.job.float_weight(self.checkpoint, layer), self.job.times
+                solved = solve(decision, weight, None, times)
+                with times.stage("writing"):
+                    self._remember_source()
+                    self.store.commit(layer.name, packed_tensors(solved), [solved.report()])
         return [decision.layer.name for decision in outside]
 
     def setup(self) -> CalibrationSetup | None:
@@ -269,7 +275,7 @@ class Stages:
             budgeted = [Budgeted(d.layer, d.choices) for d in decisions]
             scratch, seed = self.store.scratch / "probe", job.calibration.seed
             note = self.progress.note
-            alone = replace(setup, shards=1, ranks=ALONE)
+            alone = replace(setup, shards=1, ranks=ALONE, times=job.times.part("budget"))
             table = probe(alone, loader, budgeted, job.observed, read, scratch, seed, note)
             self._remember_source()
             self.store.remember(PROBE, table)

@@ -80,6 +80,11 @@ class RunStore:
         """The directory of the hidden states that enter the block after those committed."""
         return self._run / "states"
 
+    @property
+    def tuned_blocks(self) -> Path:
+        """The directory of what blocks are tuned to, while the model is tuned."""
+        return self._run / "tuned"
+
     def drop_states(self) -> None:
         """Delete the hidden states, once the last block is committed."""
         shutil.rmtree(self.states, ignore_errors=True)

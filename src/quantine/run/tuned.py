@@ -1,7 +1,8 @@
 """The step of a run after its last block: tuning, where the plan asks for it.
 
-Every part of the output is written once more with tuned numbers, so a run that is killed meanwhile
-tunes again from the same beginning and gets the same bytes.
+Every part of the output is written once more with tuned numbers. A run that is killed meanwhile
+goes on after the last block that was tuned, or begins to tune the whole model again, and gets the
+same bytes.
 """
 
 from __future__ import annotations
@@ -13,16 +14,22 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.activations import attention
 from quantine.core.qtensor import QTensor
-from quantine.families.layers import Layer
+from quantine.families.heads import Heads
+from quantine.families.layers import Layer, block_list
 from quantine.formats.floats import as_stored
 from quantine.plan.decision import Decision
 from quantine.plan.scheme_parsing import scheme_from
+from quantine.rptq.blocks import reorder_as_before
 from quantine.run.job import Job
 from quantine.run.layer import Solved, held, packed_tensors, unpack
 from quantine.run.store import Reports, RunStore
+from quantine.run.tuning_cost import gradient_segments
 from quantine.source.checkpoint import Checkpoint
-from quantine.tuning.student import Student, float_model
+from quantine.tuning.kept_blocks import KeptBlocks
+from quantine.tuning.rounding import round_activations
+from quantine.tuning.student import Student, float_model, sharing
 from quantine.tuning.tune import tune
 
 OUTCOME: Final = "tuning"
@@ -62,10 +69,13 @@ def tuned_parts(
     }
     decisions = _decisions(job, [report for part in parts for report in reports[part]])
     matrices = {d.layer: unpack(d, everything) for d in decisions.values()}
-    student = _student(job, checkpoint, matrices, _floats(job, everything))
+    maps = {name: value for part in parts for name, value in store.maps(part).items()}
+    student = _student(job, checkpoint, matrices, everything, maps)
     assert job.tuning_text is not None
     assert job.plan.tune is not None
-    outcome = tune(student, job.family, job.tuning_text.to(job.device), job.plan.tune, note)
+    text, kept = job.tuning_text.to(job.device), KeptBlocks(store.tuned_blocks)
+    at_once = gradient_segments(job)
+    outcome = tune(student, job.family, text, job.plan.tune, at_once, kept, note)
     store.remember(OUTCOME, outcome.as_dict())
     note(f"tuned: divergence {outcome.before:.4f} before, {outcome.after:.4f} after")
     for part, name in zip(parts, names, strict=True):
@@ -89,25 +99,43 @@ def _decisions(job: Job, reports: Reports) -> dict[str, Decision]:
     }
 
 
-def _floats(job: Job, everything: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the model that are not packed, by name."""
-    return {name: everything[name] for name in job.model.state_dict() if name in everything}
-
-
 def _student(
     job: Job,
     checkpoint: Checkpoint,
     matrices: Mapping[Layer, QTensor],
-    floats: Mapping[str, Tensor],
+    everything: Mapping[str, Tensor],
+    maps: Mapping[str, Tensor],
 ) -> Student:
-    teacher = float_model(job.config, checkpoint, job.device)
+    """The float model and the quantized one.
+
+    Args:
+        matrices: the quantized matrices.
+        everything: all tensors of the parts, by name.
+        maps: their tensors for pictures, by name.
+    """
+    spec = job.plan.activations
+    name = None if spec is None else attention.NAME
+    teacher = float_model(job.config, checkpoint, job.device, name)
+    model = sharing(teacher)
+    if spec is not None:
+        round_activations(model, job.family, spec, everything.get)
+    if spec is not None and spec.reorders:
+        heads = Heads.of(job.config, job.family)
+        for index, block in enumerate(block_list(teacher, job.family)):
+            reorder_as_before(block, f"{job.family.blocks}.{index}", job.family, heads, maps)
+    floats = {n: everything[n] for n, _ in model.named_parameters() if n in everything}
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
-    return Student(teacher, matrices, floats, dtype)
+    return Student(teacher, model, matrices, floats, dtype)
 
 
 def _solved(job: Job, checkpoint: Checkpoint, decision: Decision, student: Student) -> Solved:
-    weight = job.float_weight(checkpoint, decision.layer)
-    return held(decision, student.whole.matrices[decision.layer].qtensor(), weight, None)
+    """What files hold of a tuned matrix."""
+    layer = decision.layer
+    if job.plan.activations is None:
+        weight = job.float_weight(checkpoint, layer)
+    else:  # reordered, and rounded to 16 bit where products are
+        weight = layer.part_of(student.teacher.get_parameter(layer.stored_name)).float()
+    return held(decision, student.whole.matrices[layer].qtensor(), weight, None)
 
 
 def _vectors(job: Job, part: Mapping[str, Tensor], student: Student) -> dict[str, Tensor]:

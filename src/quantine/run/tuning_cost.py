@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from quantine.core.device import is_here
+from quantine.families.heads import Heads
 from quantine.families.layers import block_list
 from quantine.run.job import Job
 from quantine.run.working_set import FLOAT, block_weights, width
 from quantine.tuning.blocks import block_segments
-from quantine.tuning.tune import JUDGED, TOKENS_AT_ONCE
+from quantine.tuning.tune import JUDGED, segments_at_once
 
 SAVED_TENSORS: Final = 8
 """Number of float32 tensors as wide as hidden states that a block keeps for its gradients."""
 SAVED_WIDEST: Final = 4
 """Number of those as wide as the block's widest matrix."""
+SAVED_SCORES: Final = 6
+"""Number of those as large as the scores of attention, where activations are rounded."""
 LOGIT_TENSORS: Final = 3
 """Number of tensors as large as the logits that exist at once: two models', and their gradient."""
 DECODED_COPIES: Final = 6
@@ -33,10 +36,14 @@ CODE_TENSORS: Final = 6
 """Number of float32 tensors that are as large as a block whose codes are tuned."""
 BLOCK_PRODUCTS: Final = 3
 """Products with every matrix for a token that a block is tuned on. To go on takes two."""
-CODE_PASSES: Final = 40
+CODE_PASSES: Final = 120
 """How often each weight of a block is read and multiplied in a step, for codes and decoding."""
-PASSES: Final = 8
-"""How often, as it were, each number that blocks keep, and each logit, is read and multiplied."""
+FORWARD_PASSES: Final = 8
+"""How often, as it were, each number that blocks keep is read and multiplied to go forward."""
+GRADIENT_PASSES: Final = 32
+"""The same to go forward and, for gradients, back."""
+LOGIT_PASSES: Final = 32
+"""The same for each token's logits of both models, which are compared."""
 TIMED_TOKENS: Final = 512
 """Number of rows of the products that are timed."""
 TIMES: Final = 5
@@ -58,11 +65,31 @@ def tuning_bytes(job: Job) -> int:
     # The float model, its quantized copy with gradients, a byte for each code, and what files hold.
     models = FLOAT * everything + (2 * product + 1) * sum(quantized) + packed
     length = job.tuning_text.whole.shape[1]
-    tokens = max(1, TOKENS_AT_ONCE // length) * length
+    tokens = gradient_segments(job) * length
     logits = LOGIT_TENSORS * product * tokens * _vocabulary(job)
-    batch = FLOAT * tokens * _kept(job) + logits
+    batch = FLOAT * tokens * (_kept(job) + _scores(job)) + logits
     decoded = FLOAT * DECODED_COPIES * max(quantized)
     return models + max(batch, decoded, _block_bytes(job) + decoded)
+
+
+def gradient_segments(job: Job) -> int:
+    """Number of segments whose gradients of the whole model are computed at once."""
+    assert job.tuning_text is not None
+    length = job.tuning_text.whole.shape[1]
+    return segments_at_once(length, job.plan.activations is not None)
+
+
+def _scores(job: Job) -> int:
+    """Numbers of attention that the blocks keep of a token for gradients, where these are rounded.
+
+    Elsewhere attention keeps none of its scores.
+    """
+    if job.plan.activations is None:
+        return 0
+    assert job.tuning_text is not None
+    heads = Heads.of(job.config, job.family).queries
+    blocks = len(block_list(job.model, job.family))
+    return blocks * SAVED_SCORES * heads * job.tuning_text.whole.shape[1]
 
 
 def _block_bytes(job: Job) -> int:
@@ -83,13 +110,15 @@ def tuning_seconds(job: Job) -> float | None:
     """
     if job.tuning_text is None or job.plan.tune is None or not is_here(job.device):
         return None
-    weights = sum(decision.layer.weights for decision in job.decisions)
+    weights = sum(d.layer.weights for d in job.decisions if d.layer.role != "embedding")
     tuned = job.tuning_text.whole.numel()
     judged = job.tuning_text.judges.numel() * _judgements(job)
     product, visit = _seconds_of_product(job), _seconds_of_pass(job)
-    share = judged / 2  # no gradients are computed there
-    numbers = _kept(job) + _vocabulary(job)
-    whole = (tuned + share) * (PRODUCTS * weights * product + PASSES * numbers * visit)
+    products = PRODUCTS * tuned + 2 * judged
+    passes = (_kept(job) + _scores(job)) * (
+        (FORWARD_PASSES + GRADIENT_PASSES) * tuned + 2 * FORWARD_PASSES * judged
+    ) + LOGIT_PASSES * _vocabulary(job) * (tuned + judged)
+    whole = products * weights * product + passes * visit
     return whole + _block_seconds(job, product, visit)
 
 
@@ -101,7 +130,9 @@ def _block_seconds(job: Job, product: float, visit: float) -> float:
     weights = sum(d.layer.weights for d in job.decisions if d.layer.role == "block")
     stepped = tuning.block_steps * tuning.segments * text.whole.shape[1]
     products = BLOCK_PRODUCTS * stepped + 2 * _block_tokens(job)
-    passes = PASSES * _kept(job) * (stepped + _block_tokens(job))
+    passes = (_kept(job) + _scores(job)) * (
+        GRADIENT_PASSES * stepped + 2 * FORWARD_PASSES * _block_tokens(job)
+    )
     codes = CODE_PASSES * tuning.block_steps * weights
     return products * weights * product + (passes + codes) * visit
 

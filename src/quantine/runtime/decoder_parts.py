@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from quantine.activations.modules import GriddedLinear, PermutedNorm
 from quantine.families.layers import INPUTS_NAME, is_transposed
 from quantine.kernels.matrix import float_matrix
-from quantine.kernels.matrix.cpu import TILE
 from quantine.runtime.decoder_checks import Classes, expect, refuse
 from quantine.runtime.decoder_heads import Slice
 from quantine.runtime.decoder_rounding import Roundings
@@ -151,10 +150,7 @@ class Parts:
             return self.matrices[id(weight)]
         matrix = module.matrix()
         if matrix is None:
-            if module.spec.blocked:
-                refuse("grids of llama.cpp's types with a K or a minimum have no native kernel")
-            size = module.spec.group_size
-            refuse(f"groups of {size} outputs of a matrix are no multiple of {TILE}")
+            refuse("grids of llama.cpp's types with a K or a minimum have no native kernel")
         return matrix
 
     def norm(

@@ -1,10 +1,11 @@
-"""Generating text with a model, token by token."""
+"""Generating text with a model, token by token, and several texts together."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final, overload
 
 import torch
 from torch import Tensor
@@ -12,23 +13,28 @@ from torch import Tensor
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
 from quantine.errors import BackendUnavailable, PlanError
-from quantine.runtime.decoder import Decoder, decoder_for
+from quantine.runtime.decoder import Batch, Decoder, batch_for, decoder_for
+from quantine.runtime.generate_texts import TOGETHER, continue_together
 from quantine.runtime.graph_decoder import StaticDecoder, graph_decoder_for
 from quantine.runtime.load import load_model
 from quantine.runtime.packed import packed_modules
 from quantine.runtime.prompt import Transcript, conversation_ids, text_ids
+from quantine.runtime.prompt_lookup import most_likely_tokens
 from quantine.runtime.sampling import Sampler, Sampling
 from quantine.source.locate import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
+
+SEPARATOR: Final = "---"
+"""The line between texts after several prompts."""
 
 
 def stream(
     model: str | Path,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     tokens: int,
     chat: bool,
@@ -39,13 +45,16 @@ def stream(
     log: IO[str],
     device: str | torch.device = "cpu",
 ) -> None:
-    """Generate a continuation of ``prompt`` and write it to ``out`` as it is made.
+    """Generate a continuation of each prompt and write it to ``out``.
+
+    That of a single prompt is written as it is made. Those of several are made together and written
+    in order, with a line `SEPARATOR` between them.
 
     Args:
         model: a float or quantized model, as for `quantine.source.locate.locate`.
-        prompt: the text to continue.
-        tokens: largest number of tokens to generate.
-        chat: whether to wrap the prompt in the tokenizer's chat template.
+        prompts: the texts to continue.
+        tokens: largest number of tokens to generate for each.
+        chat: whether to wrap prompts in the tokenizer's chat template.
         temperature: divisor of logits before sampling; 0 always takes the most likely token.
         seed: seed of a local random generator.
         dtype: dtype of activations and of weights that are not quantized.
@@ -55,8 +64,8 @@ def stream(
 
     Raises:
         BackendUnavailable: there is no such device.
-        CalibrationError: the tokenizer cannot read the prompt, or belongs to another model.
-        PlanError: the prompt is empty, too long for the model, or an option is out of range.
+        CalibrationError: the tokenizer cannot read a prompt, or belongs to another model.
+        PlanError: a prompt is empty, too long for the model, or an option is out of range.
         CheckpointError, FormatError: the model cannot be read.
     """
     if tokens < 1:
@@ -66,31 +75,55 @@ def stream(
     source = locate(model)
     tokenizer = source.tokenizer()
     config = source.config().get_text_config()
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        ids = conversation_ids(tokenizer, messages, config.vocab_size)
-    else:
-        ids = text_ids(tokenizer, prompt, config.vocab_size)
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] + tokens > longest:
+    ids = [_prompt_ids(tokenizer, prompt, chat, config.vocab_size) for prompt in prompts]
+    longest = max(one.shape[1] for one in ids)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and longest + tokens > room:
         raise PlanError(
-            f"{ids.shape[1]} prompt tokens and {tokens} new ones exceed the model's context of "
-            f"{longest}: ask for fewer"
+            f"{longest} prompt tokens and {tokens} new ones exceed the model's context of "
+            f"{room}: ask for fewer"
         )
     loaded = load_model(source, dtype, where)
-    decoder = decoder_on(loaded, ids.shape[1] + tokens, log)
-    started = time.perf_counter()
-    first = started
-    transcript = Transcript(tokenizer)
-    for token in continue_tokens(loaded, ids, tokens, sampling, decoder):
-        if not len(transcript):
+    started = first = time.perf_counter()
+    transcripts = [Transcript(tokenizer) for _ in ids]
+    texts = [""] * len(ids)
+    count = 0
+    for place, token in _continue_all(loaded, ids, tokens, sampling, log):
+        if not count:
             first = time.perf_counter()
-        out.write(transcript.add(token))
-        out.flush()
-    out.write("\n")
-    decoding, count = time.perf_counter() - first, len(transcript)
+        count += 1
+        texts[place] += (added := transcripts[place].add(token))
+        if len(ids) == 1:
+            out.write(added)
+            out.flush()
+    out.write("\n" if len(ids) == 1 else f"\n{SEPARATOR}\n".join(texts) + "\n")
+    decoding = time.perf_counter() - first
     speed = f", {(count - 1) / decoding:.1f} tokens/s" if count > 1 else ""
-    log.write(f"{ids.shape[1]} prompt tokens in {first - started:.2f} s{speed}\n")
+    read = sum(one.shape[1] for one in ids)
+    log.write(f"{read} prompt tokens in {first - started:.2f} s{speed}\n")
+
+
+def _prompt_ids(tokenizer: Any, prompt: str, chat: bool, vocabulary: int) -> Tensor:
+    if chat:
+        return conversation_ids(tokenizer, [{"role": "user", "content": prompt}], vocabulary)
+    return text_ids(tokenizer, prompt, vocabulary)
+
+
+def _continue_all(
+    model: PreTrainedModel, prompts: list[Tensor], tokens: int, sampling: Sampling, log: IO[str]
+) -> Iterator[tuple[int, int]]:
+    """The place of a prompt, and the next token after it, as they are made."""
+    capacity = max(ids.shape[1] for ids in prompts) + tokens
+    decoder = decoder_on(model, capacity, log, min(len(prompts), TOGETHER))
+    if isinstance(decoder, Batch):
+        rows = [ids[0] for ids in prompts]
+        yield from continue_together(decoder, rows, tokens, sampling, end_tokens(model))
+        return
+    for place, ids in enumerate(prompts):
+        if decoder is not None:
+            decoder.reset()
+        for token in continue_tokens(model, ids, tokens, sampling, decoder):
+            yield place, token
 
 
 def continue_tokens(
@@ -110,17 +143,30 @@ def continue_tokens(
         decoder: a decoder of ``model`` that has seen no tokens; ``None`` runs the modules of
             ``model``.
     """
+    if isinstance(decoder, Decoder) and sampling.temperature == 0:
+        made = most_likely_tokens(decoder, ids[0], tokens)
+    else:
+        made = _one_by_one(decoder or ModuleDecoder(model), ids[0], tokens, Sampler(sampling))
+    ends = end_tokens(model)
+    yield from itertools.takewhile(lambda token: token not in ends, made)
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Token ids that end a text of ``model``."""
     ends = model.generation_config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
-    append = ModuleDecoder(model).append if decoder is None else decoder.append
-    sampler = Sampler(sampling)
-    step = ids[0]
-    for _ in range(tokens):
-        token = sampler.choose(append(step))
-        if token in ends:
-            return
+    if ends is None:
+        return frozenset()
+    return frozenset(ends if isinstance(ends, list) else [ends])
+
+
+def _one_by_one(
+    decoder: Decoder | StaticDecoder | ModuleDecoder, prompt: Tensor, count: int, sampler: Sampler
+) -> Iterator[int]:
+    step = prompt
+    for _ in range(count):
+        token = sampler.choose(decoder.append(step))
         yield token
-        step = torch.tensor([token], dtype=torch.int64, device=ids.device)
+        step = torch.tensor([token], dtype=torch.int64, device=prompt.device)
 
 
 class ModuleDecoder:
@@ -155,14 +201,24 @@ class ModuleDecoder:
         return logits
 
 
+@overload
 def decoder_on(
     model: PreTrainedModel, capacity: int, log: IO[str]
-) -> Decoder | StaticDecoder | None:
+) -> Decoder | StaticDecoder | None: ...
+@overload
+def decoder_on(
+    model: PreTrainedModel, capacity: int, log: IO[str], texts: int
+) -> Decoder | Batch | StaticDecoder | None: ...
+def decoder_on(
+    model: PreTrainedModel, capacity: int, log: IO[str], texts: int = 1
+) -> Decoder | Batch | StaticDecoder | None:
     """The fastest decoder for ``model`` on its device; ``None`` where that is its modules.
 
     Args:
-        capacity: largest number of tokens it will see, prompt included.
+        capacity: largest number of tokens of a text, prompt included.
         log: where the reason goes, if it is ``None`` though there are others for the device.
+        texts: number of texts that are decoded together, where the decoder can do that: a `Batch`
+            if there are several.
     """
     on_cpu = model.device.type == "cpu"
     if on_cpu and not any(packed_modules(model)):
@@ -172,6 +228,8 @@ def decoder_on(
             return graph_decoder_for(model, capacity)
         if on_cpu and model.dtype != torch.float32:
             raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
+        if texts > 1:
+            return batch_for(model, capacity, texts)
         return decoder_for(model, capacity)
     except BackendUnavailable as error:
         log.write(f"decoding with the modules of transformers: {error}\n")

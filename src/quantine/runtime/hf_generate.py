@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from quantine.errors import BackendUnavailable
-from quantine.runtime.decoder import Decoder, decoder_for, most_likely
+from quantine.runtime.decoder import Batch, batch_for, most_likely
 from quantine.runtime.decoder_model import check_decodes
 from quantine.runtime.generate_cache import with_cache
 from quantine.runtime.model_state import ModelState
+from quantine.runtime.prompt_lookup import most_likely_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +38,9 @@ ELSEWHERE: Final = frozenset(
 )
 """Arguments of ``generate`` that the native loop does not cover."""
 
-UNDERSTOOD: Final = frozenset({"logits_to_keep", "past_key_values", "position_ids", "use_cache"})
+UNDERSTOOD: Final = frozenset(
+    {"attention_mask", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+)
 """Arguments that transformers passes to the loop and that the native decoder can do without."""
 
 OUTPUTS: Final = (
@@ -106,9 +109,9 @@ class Generate:
 
 
 class _Kept(NamedTuple):
-    """A decoder, and the state of the model that it was made from."""
+    """Decoders, and the state of the model that they were made from."""
 
-    decoder: Decoder
+    batch: Batch
     made_from: ModelState
 
 
@@ -159,65 +162,109 @@ class _Loop:
                 decoder computes what the model does.
         """
         _check(input_ids, generation_config, inputs)
-        decoder = self._decoder(generation_config.max_length)
-        if self._streamer is not None:
-            self._streamer.put(input_ids.cpu())
-        step = input_ids
+        prompts = _prompts(input_ids, inputs)
+        batch = self._batch(generation_config.max_length, len(prompts))
+        streamer = self._streamer or _Nobody()
+        streamer.put(input_ids.cpu())
+        if len(prompts) == 1 and not generation_config.do_sample and not logits_processor:
+            new = generation_config.max_length - input_ids.shape[1]
+            for token in most_likely_tokens(batch.texts[0], prompts[0], new):
+                step = torch.tensor([token], dtype=torch.int64, device=input_ids.device)
+                input_ids = torch.cat([input_ids, step.unsqueeze(1)], dim=1)
+                streamer.put(step.cpu())
+                if bool(stopping_criteria(input_ids, None).all()):
+                    break
+            streamer.end()
+            return input_ids
+        logits = torch.stack(
+            [text.append(prompt) for text, prompt in zip(batch.texts, prompts, strict=False)]
+        )
+        # Without an end token, transformers goes on with all texts until all are over.
+        dropping = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        going = torch.ones(len(prompts), dtype=torch.bool, device=input_ids.device)
         while True:
-            logits = decoder.append(step[0]).clone().unsqueeze(0)
             step = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
-            input_ids = torch.cat([input_ids, step], dim=1)
-            if self._streamer is not None:
-                self._streamer.put(step[0].cpu())
-            if bool(stopping_criteria(input_ids, None).all()):
+            if dropping:
+                step = torch.where(going, step, generation_config._pad_token_tensor)
+            input_ids = torch.cat([input_ids, step.unsqueeze(1)], dim=1)
+            streamer.put(step.cpu())
+            going = going & ~stopping_criteria(input_ids, None)
+            if not bool(going.any()):
                 break
-        if self._streamer is not None:
-            self._streamer.end()
+            some = (
+                going.nonzero().flatten() if dropping else torch.arange(len(prompts), device="cpu")
+            )
+            logits[some] = batch.step(some.tolist(), step[some])
+        streamer.end()
         return input_ids
 
-    def _decoder(self, capacity: int) -> Decoder:
-        """A decoder that has seen no tokens, with room for ``capacity``, prompt included.
+    def _batch(self, capacity: int, texts: int) -> Batch:
+        """Decoders that have seen no tokens, each with room for ``capacity``, prompt included.
 
         Errors are those of the call.
         """
         longest = getattr(self._model.config, "max_position_embeddings", None)
         if longest is not None and capacity > longest:
             raise _Elsewhere  # transformers may end long before, without room for all of it
-        if self.kept is None or self.kept.decoder.capacity < capacity:
+        if self.kept is None or not self.kept.batch.has_room(capacity, texts):
             self.kept = None  # frees its memory
             try:
-                decoder = decoder_for(self._model, capacity)
+                batch = batch_for(self._model, capacity, texts)
             except BackendUnavailable as error:
                 raise _Elsewhere(str(error)) from error
-            self.kept = _Kept(decoder, ModelState(self._model))
-        self.kept.decoder.reset()
-        return self.kept.decoder
+            self.kept = _Kept(batch, ModelState(self._model))
+        for text in self.kept.batch.texts:
+            text.reset()
+        return self.kept.batch
 
 
 def _check(input_ids: Tensor, config: Any, inputs: dict[str, Any]) -> None:
     from transformers.generation.configuration_utils import GenerationMode
 
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-    positions = inputs.get("position_ids")
-    count = input_ids.shape[1]
     odd = (
         config.get_generation_mode() not in modes
-        or input_ids.shape[0] != 1
-        or count == 0
+        or input_ids.numel() == 0
         or config.cache_implementation is not None
         or any(getattr(config, name) for name in OUTPUTS)
         or any(value is not None for name, value in inputs.items() if name not in UNDERSTOOD)
         or not inputs.get("use_cache", True)
-        or (
-            positions is not None
-            and not torch.equal(positions[0].cpu(), torch.arange(count, device="cpu"))
-        )
     )
     if odd:
         raise _Elsewhere
 
 
+def _prompts(input_ids: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
+    """Each prompt without the padding before it.
+
+    Raises:
+        _Elsewhere: tokens are hidden elsewhere, or have other positions than in a text.
+    """
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    if mask is None:
+        mask = torch.ones_like(input_ids)
+    count, padding = input_ids.shape[1], (mask == 0).sum(1, keepdim=True)
+    places = torch.arange(count, device=input_ids.device) - padding
+    usual = mask.shape == input_ids.shape and torch.equal(mask == 1, places >= 0)
+    if not usual or not bool(mask[:, -1].all()):
+        raise _Elsewhere
+    if positions is not None and not bool((positions == places)[mask == 1].all()):
+        raise _Elsewhere
+    return [row[int(before) :] for row, before in zip(input_ids, padding, strict=True)]
+
+
 def _choose(scores: Tensor, sample: bool) -> Tensor:
     if sample:
-        return torch.multinomial(scores.softmax(-1), num_samples=1)
-    return torch.tensor([[most_likely(scores[0])]], dtype=torch.int64, device=scores.device)
+        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
+    chosen = [most_likely(row) for row in scores]
+    return torch.tensor(chosen, dtype=torch.int64, device=scores.device)
+
+
+class _Nobody:
+    """A streamer of which nobody hears."""
+
+    def put(self, value: Tensor) -> None:
+        """Leave it."""
+
+    def end(self) -> None:
+        """Leave it."""

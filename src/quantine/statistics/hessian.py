@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from quantine.core.device import for_float64
-from quantine.statistics.inverse_factor import InverseFactor, factorize
+from quantine.core.stage_times import StageTimes
+from quantine.statistics.inverse_factor import InverseFactor, factor_diagonal, factorize
+
+ENERGY_ROWS: Final = 512
+"""Number of outputs whose error is computed at once."""
 
 
 class Hessian:
@@ -23,6 +28,7 @@ class Hessian:
         add_gram: adds ``rows.T @ rows`` to a matrix in place, as `quantine.kernels.gram.add_gram`
             does.
         device: where the sum is kept; must be that of the inputs.
+        times: is told what sums and factors take, as stages ``Hessians`` and ``factorization``.
 
     Attributes:
         matrix: ``[in, in]`` float32, the sum; not divided by the number of tokens.
@@ -35,34 +41,44 @@ class Hessian:
         in_features: int,
         add_gram: Callable[[Tensor, Tensor], None],
         device: torch.device | str = "cpu",
+        times: StageTimes | None = None,
     ) -> None:
         self._add_gram = add_gram
+        self._times = times or StageTimes()
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
         self.borrowed = 0
         self._factor: InverseFactor | None = None
         self._damp: float | None = None
+        self._spread: tuple[float, Tensor, Tensor] | None = None  # damping, order, what is found
 
     @classmethod
-    def of(cls, matrix: Tensor, tokens: int, add_gram: Callable[[Tensor, Tensor], None]) -> Hessian:
+    def of(
+        cls,
+        matrix: Tensor,
+        tokens: int,
+        add_gram: Callable[[Tensor, Tensor], None],
+        times: StageTimes | None = None,
+    ) -> Hessian:
         """The Hessian of ``tokens`` tokens whose sum is ``matrix``, which it takes over."""
-        hessian = cls(0, add_gram, matrix.device)
+        hessian = cls(0, add_gram, matrix.device, times)
         hessian.matrix, hessian.tokens = matrix, tokens
         return hessian
 
     def update(self, x: Tensor) -> None:
         """Add the inputs ``x`` ``[..., in]`` of some tokens."""
         rows = x.reshape(-1, x.shape[-1])
-        self._add_gram(self.matrix, rows)
+        with self._times.stage("Hessians"):
+            self._add_gram(self.matrix, rows)
         self.tokens += rows.shape[0]
-        self._factor = None
+        self._factor = self._spread = None
 
     def merge(self, other: Hessian) -> None:
         """Add all that ``other`` has seen, of other tokens of the same input."""
         self.matrix += other.matrix
         self.tokens += other.tokens
         self.borrowed += other.borrowed
-        self._factor = None
+        self._factor = self._spread = None
 
     def borrow(self, mean: Tensor, tokens: int) -> None:
         """Add ``tokens`` tokens that are like the mean of others.
@@ -76,7 +92,7 @@ class Hessian:
         self.matrix += mean * tokens
         self.tokens += tokens
         self.borrowed += tokens
-        self._factor = None
+        self._factor = self._spread = None
 
     @property
     def damp_used(self) -> float | None:
@@ -97,9 +113,21 @@ class Hessian:
         """
         kept = self._factor
         if kept is None or self._damp != damp or not torch.equal(kept.order, order):
-            self._factor = kept = factorize(self.matrix, damp, order)
+            with self._times.stage("factorization"):
+                self._factor = kept = factorize(self.matrix, damp, order)
             self._damp = damp
         return kept
+
+    def spread(self, damp: float, order: Tensor) -> Tensor:
+        """The diagonal ``[in]`` of the result of `factor`, without the factor, for predictions.
+
+        The last one is kept, as the factor is. Arguments and errors are those of `factor`.
+        """
+        kept = self._spread
+        if kept is None or kept[0] != damp or not torch.equal(kept[1], order):
+            with self._times.stage("factorization"):
+                self._spread = kept = damp, order, factor_diagonal(self.matrix, damp, order)
+        return kept[2]
 
     def inverse_diagonal(self) -> Tensor | None:
         """Diagonal of the inverse of the damped mean of ``x x.T``, from the last factorization.
@@ -124,9 +152,13 @@ class Hessian:
         Args:
             delta: the change, ``[out, in]`` float32.
         """
-        largest = float(delta.abs().max())
+        low, high = delta.aminmax()
+        largest = float(torch.maximum(-low, high))
         if not 0 < largest < math.inf:
             return 0.0 if largest == 0 else math.nan
-        unit = delta / largest  # squares of small changes would be zero in float32
-        energy = for_float64((unit @ self.matrix).mul_(unit)).sum(dtype=torch.float64)
-        return float(energy) * largest**2
+        energies = []
+        for rows in delta.split(ENERGY_ROWS):  # more would take memory, and are not faster
+            unit = rows / largest  # squares of small changes would be zero in float32
+            products = (unit @ self.matrix).mul_(unit)
+            energies.append(for_float64(products).sum(dtype=torch.float64))
+        return float(torch.stack(energies).sum()) * largest**2

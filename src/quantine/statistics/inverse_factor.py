@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,13 +50,38 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
     Raises:
         SolverError: the Hessian is not finite, or no damping up to 1.0 makes it positive definite.
     """
+    upper, used = _first_definite(hessian, damp, order, _invert_upper)
+    return InverseFactor(upper, order, used)
+
+
+def factor_diagonal(hessian: Tensor, damp: float, order: Tensor) -> Tensor:
+    """The diagonal ``[in]`` of what `factorize` finds, to the bit, in about half of its time.
+
+    Arguments and errors are those of `factorize`.
+    """
+    return _first_definite(hessian, damp, order, _invert_diagonal)[0].diagonal().clone()
+
+
+def _first_definite(
+    hessian: Tensor,
+    damp: float,
+    order: Tensor,
+    invert: Callable[[Tensor, list[Tensor]], None],
+) -> tuple[Tensor, float]:
+    """What ``invert`` makes of the Hessian with the least damping that suffices, and that damping.
+
+    Args:
+        hessian, damp, order: see `factorize`.
+        invert: changes the damped matrix in place, as `_invert_upper` does.
+    """
     if not is_finite(hessian):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
     used = damp
     while True:
-        upper = _inverse_factor(_normalized(hessian, order, used))
-        if upper is not None:
-            return InverseFactor(upper, order, used)
+        matrix, failures = _normalized(hessian, order, used), list[Tensor]()
+        invert(matrix, failures)
+        if is_finite(matrix) and not bool(torch.stack(failures).any()):
+            return matrix, used
         if used >= 1.0:
             raise SolverError(
                 f"the Hessian is not positive definite with damping {used:g}: use more samples"
@@ -76,25 +102,12 @@ def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
     return matrix
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Replace ``matrix`` by the upper triangular ``U`` with ``inverse(matrix) = U.T @ U``.
-
-    With ``matrix = R @ R.T`` and ``R`` upper triangular, ``U`` is ``inverse(R)``: one factorization
-    from the last row to the first, without the inverse of ``matrix`` and its rounding errors.
-
-    Returns:
-        ``matrix``, which then holds ``U``; ``None`` if it is not positive definite.
-    """
-    failures: list[Tensor] = []
-    _invert_upper(matrix, failures)
-    found = is_finite(matrix) and not bool(torch.stack(failures).any())
-    return matrix if found else None
-
-
 def _invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
-    """Replace ``matrix = R @ R.T`` by ``inverse(R)``.
+    """Replace ``matrix = R @ R.T``, ``R`` upper triangular, by ``U = inverse(R)``.
 
-    The matrix is halved again and again, so that most work is matrix products.
+    So ``inverse(matrix) = U.T @ U``: one factorization from the last row to the first, without the
+    inverse of ``matrix`` and its rounding errors. The matrix is halved again and again, so that
+    most work is matrix products.
 
     Args:
         matrix: positive definite; else what replaces it means nothing.
@@ -119,3 +132,16 @@ def _invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
     _invert_upper(first, failures)
     torch.mm(first, (beside @ last).neg_(), out=corner)
     matrix[half:, :half] = 0.0
+
+
+def _invert_diagonal(matrix: Tensor, failures: list[Tensor]) -> None:
+    """Do of `_invert_upper` what the diagonal needs; what is elsewhere then means nothing."""
+    if len(matrix) <= LEAF:
+        _invert_upper(matrix, failures)
+        return
+    half = len(matrix) // 2
+    first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
+    _invert_upper(last, failures)
+    beside = corner @ last.T
+    first.addmm_(beside, beside.T, alpha=-1)
+    _invert_diagonal(first, failures)

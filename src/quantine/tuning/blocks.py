@@ -18,6 +18,7 @@ from quantine.core.tuning_spec import Tuning
 from quantine.families.family import Family
 from quantine.families.layers import block_list
 from quantine.tuning.block_stream import BlockStream
+from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.part import Descent, Part
 from quantine.tuning.segments import TuningText
 from quantine.tuning.student import Student
@@ -41,6 +42,7 @@ def tune_blocks(
     family: Family,
     text: TuningText,
     tuning: Tuning,
+    kept: KeptBlocks,
     note: Callable[[str], None],
 ) -> None:
     """Tune numbers and codes of every block of ``student``.
@@ -52,6 +54,7 @@ def tune_blocks(
         family: its architecture.
         text: what to tune on and to judge by, on the model's device.
         tuning: how long and how fast.
+        kept: has the blocks that were tuned before this run was stopped, and gets the others.
         note: receives a line about each block.
     """
     segments = block_segments(text)
@@ -60,8 +63,12 @@ def tune_blocks(
     for index in range(len(block_list(student.model, family))):
         floats.hidden = floats.outputs(index)
         part = student.block(index, family)
-        if part.matrices:
+        if part.matrices and (found := kept.read(index)) is not None:
+            part.restore(found)
+            note(f"block {index} is tuned already")
+        elif part.matrices:
             before, after = _tune_block(stream, index, part, student, floats.hidden, tuning)
+            kept.write(index, part.snapshot())
             note(f"tuned block {index}: error {before:.4g} before, {after:.4g} after")
         stream.hidden = stream.outputs(index)
 

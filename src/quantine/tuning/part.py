@@ -91,11 +91,11 @@ class Part:
 
     @torch.no_grad()
     def restore(self, snapshot: Snapshot) -> None:
-        """Return to a snapshot of this part, and let the model compute with it."""
+        """Return to a snapshot of this part, on any device, and let the model compute with it."""
         for leaf, value in zip(self.leaves(), snapshot.leaves, strict=True):
             leaf.copy_(value)
         for matrix, codes in zip(self.matrices.values(), snapshot.codes, strict=True):
-            matrix.replace_codes(codes)
+            matrix.replace_codes(codes.to(matrix.codes.device))
         self.install()
 
 

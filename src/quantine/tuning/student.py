@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def float_model(
-    config: PretrainedConfig, checkpoint: Checkpoint, device: torch.device
+    config: PretrainedConfig,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """The float model as a whole, in float32.
 
@@ -32,11 +36,12 @@ def float_model(
         config: of the model.
         checkpoint: its float weights, which records what is read.
         device: where it computes.
+        attention: see `quantine.calibrate.skeleton.skeleton`.
 
     Raises:
         CheckpointError: a tensor is not what was read before.
     """
-    model = skeleton(config)
+    model = skeleton(config, attention)
     make_buffers(model, model, device)
     for path, child in model.named_children():
         fill(model, checkpoint.read(weight_names(child, path)), device)
@@ -51,9 +56,12 @@ class Student:
     be rounded for every batch; all else is float32.
 
     Args:
-        teacher: the float model in float32, whose matrices become ``dtype``.
+        teacher: the float model in float32, whose matrices become ``dtype``. Their channels are in
+            the order that those of the quantized ones have.
+        model: becomes the quantized model: made by `sharing`, it rounds activations where the
+            quantized model does.
         matrices: the quantized matrices.
-        floats: every other float tensor of the quantized model by name, as files hold it.
+        floats: every other float parameter of the quantized model by name, as files hold it.
         dtype: dtype in which matrices are multiplied, float32 or bfloat16.
 
     Attributes:
@@ -66,16 +74,17 @@ class Student:
     def __init__(
         self,
         teacher: PreTrainedModel,
+        model: PreTrainedModel,
         matrices: Mapping[Layer, QTensor],
         floats: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
         self.dtype = dtype
-        inside = {layer.stored_name for layer in matrices if layer.role == "block"}
-        for name in inside:
+        stored = {layer.stored_name for layer in matrices}
+        for name in {layer.stored_name for layer in matrices if layer.role == "block"}:
             set_tensor(teacher, name, teacher.get_parameter(name).to(dtype))
         self.teacher = teacher
-        self.model = _sharing(teacher)
+        self.model = model
         vectors = {
             name: Numbers.vector(value)
             for name, value in floats.items()
@@ -84,10 +93,10 @@ class Student:
         tuned = {layer: TunedMatrix(q) for layer, q in matrices.items()}
         self.whole = Part(self.model, tuned, vectors)
         for name, value in floats.items():
-            set_tensor(self.model, name, value.float().clone())  # vectors are changed in place
-        for name in {layer.stored_name for layer in matrices}:
-            set_tensor(self.model, name, self.model.get_parameter(name).detach().clone())
-        self._tie({layer.stored_name for layer in matrices} | set(floats))
+            set_tensor(model, name, value.float().clone())  # vectors are changed in place
+        for name in stored:
+            set_tensor(model, name, torch.empty_like(teacher.get_parameter(name)))
+        self._tie(stored | set(floats))
         for parameter in self.whole.parameters():
             parameter.requires_grad_()
         self.whole.install()
@@ -151,10 +160,7 @@ class Student:
         return logits.flatten(0, 1)
 
 
-def _sharing(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same kind that has the tensors of ``model``."""
-    other = skeleton(model.config)
-    for own, given in zip(other.modules(), model.modules(), strict=True):
-        own._parameters.update(given._parameters)
-        own._buffers.update(given._buffers)
-    return other
+def sharing(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of ``model`` that has the same tensors, not copies of them."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, tensors)

@@ -11,6 +11,7 @@ from torch import Tensor
 from quantine.core.tuning_spec import Tuning
 from quantine.families.family import Family
 from quantine.tuning.blocks import tune_blocks
+from quantine.tuning.kept_blocks import KeptBlocks
 from quantine.tuning.part import Descent
 from quantine.tuning.segments import TuningText
 from quantine.tuning.student import Student
@@ -20,6 +21,16 @@ JUDGED: Final = 2
 TOKENS_AT_ONCE: Final = 2048
 """Number of tokens whose gradients are computed at once, unless a segment is longer: each block
 keeps what it computed of them."""
+
+
+def segments_at_once(length: int, rounds: bool) -> int:
+    """Number of segments whose gradients of the whole model are computed at once.
+
+    Args:
+        length: tokens of a segment.
+        rounds: whether activations are rounded, so that each block keeps all scores of attention.
+    """
+    return 1 if rounds else max(1, TOKENS_AT_ONCE // length)
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ def tune(
     family: Family,
     text: TuningText,
     tuning: Tuning,
+    at_once: int,
+    kept_blocks: KeptBlocks,
     note: Callable[[str], None],
 ) -> Outcome:
     """Tune the numbers of ``student``, and leave it with those that were judged best.
@@ -66,6 +79,8 @@ def tune(
         family: its architecture.
         text: what to tune on and to judge by, on the model's device.
         tuning: how long and how fast.
+        at_once: number of segments whose gradients of the whole model are computed at once.
+        kept_blocks: see `tune_blocks`.
         note: receives lines about the progress.
     """
     whole = student.whole
@@ -73,7 +88,7 @@ def tune(
     start = kept = whole.snapshot()
     kept_step, blocks = 0, None
     if tuning.block_steps:
-        tune_blocks(student, family, text, tuning, note)
+        tune_blocks(student, family, text, tuning, kept_blocks, note)
         blocks = student.divergence(text.judges)
         note(f"tuned blocks: divergence {before:.4f} before, {blocks:.4f} after")
         if blocks < best:
@@ -81,9 +96,7 @@ def tune(
         else:
             whole.restore(start)
     descent = Descent(whole, tuning.rate, tuning.steps)
-    own = text.whole
-    at_once = max(1, TOKENS_AT_ONCE // own.shape[1])
-    for step, segments in enumerate(own.split(tuning.segments), start=1):
+    for step, segments in enumerate(text.whole.split(tuning.segments), start=1):
         seen = 0.0
         for batch in segments.split(at_once):
             share = len(batch) / tuning.segments

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 
 from quantine.core.activation_spec import UNQUANTIZED
+from quantine.core.straight_through import straight_through
 from quantine.kernels.kv_attention.scoring import Scoring
 
 
@@ -19,6 +20,8 @@ def attend_reference(
     dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention with grouped heads and probabilities that may be rounded.
+
+    Gradients pass the rounding as if it were not there.
 
     Args:
         query: ``[batch, heads, tokens, dim]`` of any float dtype.
@@ -42,7 +45,10 @@ def attend_reference(
         scores = scores + mask[..., :context]
     probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if scoring.softmax_bits != UNQUANTIZED:
-        probabilities = round_probabilities(probabilities, scoring.softmax_bits, scoring.relative)
+        exact = probabilities
+        probabilities = round_probabilities(exact.detach(), scoring.softmax_bits, scoring.relative)
+        if torch.is_grad_enabled() and exact.requires_grad:
+            probabilities = straight_through(exact, probabilities)
     probabilities = drop(probabilities.to(query.dtype), dropout)
     mixed = probabilities.view(batch, kv_heads, -1, context) @ value
     return mixed.view(batch, heads, tokens, dim).transpose(1, 2).contiguous(), probabilities

@@ -38,11 +38,9 @@ TILED_ROWS: Final = 255
 def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
     """``qtensor`` as the kernels of its device read it, or ``None`` where there can be none.
 
-    There is none on the CPU without the native extension, nor where groups run along outputs but
-    are neither multiples of `quantine.kernels.matrix.cpu.TILE` rows nor all rows, so that tiles of
-    the native layout would cross groups, nor for grids with minima or statistics along a line. On
-    GPUs there is none where scales are negative, and else `unit_matrix` says what there can be.
-    Elsewhere there is nothing.
+    There is none on the CPU without the native extension, nor for grids with minima or statistics
+    along a line. On GPUs there is none where scales are negative, and else `unit_matrix` says what
+    there can be. Elsewhere there is nothing.
     """
     scale = qtensor.grid.scale
     along_line = isinstance(scale, Statistic) and scale.grid.axis == "out"
@@ -52,7 +50,7 @@ def packed_matrix(qtensor: QTensor) -> Matrix | UnitMatrix | None:
     if kind == "triton":
         signed = isinstance(scale, Tensor) and bool((scale < 0).any())
         return None if signed else unit_matrix(qtensor)
-    return cpu.packed_matrix(qtensor) if kind == "native" and cpu.tiles_fit(qtensor) else None
+    return cpu.packed_matrix(qtensor) if kind == "native" else None
 
 
 def product(matrix: Matrix | UnitMatrix, x: Tensor, arithmetic: Arithmetic) -> Tensor:

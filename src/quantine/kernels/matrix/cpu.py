@@ -24,17 +24,8 @@ Matrix = Any
 """The type ``quantine._native.Matrix``; the extension has no type stubs."""
 
 
-def tiles_fit(qtensor: QTensor) -> bool:
-    """Whether the native layout can hold ``qtensor``: no tile of `TILE` rows spans several groups.
-
-    That is so where groups run along inputs, are multiples of `TILE` outputs, or hold all outputs.
-    """
-    grid, rows = qtensor.grid, len(qtensor.codes)
-    return grid.axis == "in" or grid.group_size % TILE == 0 or grid.group_size >= rows
-
-
 def packed_matrix(qtensor: QTensor) -> Matrix:
-    """The native matrix of ``qtensor``, for which `tiles_fit` must hold."""
+    """The native matrix of ``qtensor``; see `quantine.kernels.matrix.packed_matrix`."""
     native, grid = backend.extension(), qtensor.grid
     outliers = None
     if qtensor.outliers is not None:

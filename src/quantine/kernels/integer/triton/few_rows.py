@@ -19,7 +19,7 @@ from quantine.kernels import backend
 from quantine.kernels.integer.triton.programs.few_rows import multiply_few
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix
 from quantine.kernels.integer.units.inputs import Rounded
-from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, REGISTERS, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.layout import TOGETHER
 
 FEW: Final = 4
@@ -58,6 +58,8 @@ def launch_of(
         "TEXT": FOUR_PRODUCTS if isinstance(multiply_few, triton.JITFunction) else "",
         "num_warps": warps,
     }
+    if len(x.codes) > 1:
+        settings["maxnreg"] = REGISTERS
     of_x = [x.codes, x.codes.view(torch.int8), x.sums, x.scale, x.shift]
     operands = [matrix.words, matrix.scale, matrix.zero, matrix.groups, matrix.base]
     operands += [*matrix.outliers(), matrix.inputs.scale, *of_x]

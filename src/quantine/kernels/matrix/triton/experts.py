@@ -22,6 +22,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix.triton import few_rows, many_rows
 from quantine.kernels.matrix.triton.arrange import arrange, arrange_rows
 from quantine.kernels.matrix.triton.programs import experts as programs
+from quantine.kernels.matrix.triton.warps import REGISTERS
 from quantine.kernels.matrix.units.activations import Arranged, Rows
 from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_stack import UnitStack
@@ -122,13 +123,15 @@ def few_launch_of(
         result: what it fills.
     """
     _, operands, settings = few_rows.launch_of(stack.matrices[0], x, result)
-    operands[-3] = stack.multipliers
-    settings["BATCH"] = 1
-    settings.setdefault("maxnreg", few_rows.REGISTERS)  # some would be spilled otherwise
-    steps = _steps(stack, operands[:4])
-    kernel = programs.multiply_column_groups_of_experts
     if isinstance(stack.matrices[0].groups, RowGroups):
         kernel = programs.multiply_row_groups_of_experts
+        settings["BATCH"] = 1
+        settings["maxnreg"] = REGISTERS  # some would be spilled otherwise
+    else:
+        kernel = programs.multiply_column_groups_of_experts
+        operands.pop()  # the number of rows: programs of experts have one
+    operands[-3] = stack.multipliers
+    steps = _steps(stack, operands[:4])
     return kernel, [places, stack.starts, *steps, *operands], settings
 
 

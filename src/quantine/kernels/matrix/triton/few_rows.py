@@ -20,7 +20,7 @@ from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
-from quantine.kernels.matrix.triton.warps import LANES, outliers_at_once, warps_of
+from quantine.kernels.matrix.triton.warps import LANES, REGISTERS, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.activations import Arranged
 from quantine.kernels.matrix.units.instructions import (
     PAIR_TIMES_PAIR,
@@ -35,17 +35,17 @@ FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 BLOCK: Final = 4
 """Rows that a program of groups along outputs multiplies at once."""
-REGISTERS: Final = 255
-"""Registers that a thread of these programs may take. Left alone, the compiler takes 168 and spills
-the rest, so that more programs fit on a multiprocessor."""
 
 
 def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
     program, operands, settings = launch_of(matrix, x, result)
+    programs = triton.cdiv(matrix.rows, matrix.program)
+    if isinstance(matrix.groups, ColumnGroups):
+        programs *= len(x.words)
     with backend.launching(result):
-        program[(triton.cdiv(matrix.rows, matrix.program),)](*operands, **settings)
+        program[(programs,)](*operands, **settings)
     return result
 
 
@@ -58,7 +58,6 @@ def launch_of(
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
-        "BATCH": len(x.words),
         "ROWS": matrix.program,
         "WIDTH": warps * LANES * TOGETHER,
         "CHUNK": outliers_at_once(warps, matrix.program),
@@ -70,8 +69,10 @@ def launch_of(
     of_x = [x.words, x.words.view(torch.float16), x.factors]
     if isinstance(groups, RowGroups):
         kernel: Any = multiply_row_groups
+        of_batch = []
         of_groups: list[Any] = [groups.words, groups.scale_grids, groups.zero_grids, x.sums]
         settings |= {
+            "BATCH": len(x.words),
             "TILE": groups.tile,
             "SPAN": groups.span,
             "PLANES": groups.planes,
@@ -81,6 +82,7 @@ def launch_of(
     else:
         assert isinstance(groups, ColumnGroups)
         kernel = multiply_column_groups
+        of_batch = [len(x.words)]
         of_groups = [groups.scales, groups.zeros, groups.factors]
         settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
         settings["maxnreg"] = REGISTERS
@@ -94,5 +96,6 @@ def launch_of(
         matrix.multiplier,
         result,
         matrix.rows,
+        *of_batch,
     ]
     return kernel, operands, settings

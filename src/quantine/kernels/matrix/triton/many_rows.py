@@ -20,6 +20,7 @@ from torch import Tensor
 from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.tiles import decode_tiles, multiply_tiles
+from quantine.kernels.matrix.triton.warps import REGISTERS
 from quantine.kernels.matrix.units.activations import Rows
 from quantine.kernels.matrix.units.instructions import unit_codes
 from quantine.kernels.matrix.units.statistics import RowGroups
@@ -32,7 +33,9 @@ MOST: Final = 64
 LEAST: Final = 16
 """Smallest number, those included that are not there: tensor cores take no fewer."""
 DECODED: Final = 4
-"""Units that a program decodes at once: 128 inputs."""
+"""Units that a program decodes at once: 128 inputs. A thread reads 8 bytes of each word."""
+WIDE: Final = 8
+"""The same where registers hold them, so that a thread reads 16 bytes of each word."""
 PANEL: Final = 2**26
 """Weights that are decoded into memory at once where PyTorch multiplies: 128 MiB of 16 bits."""
 OUTLIERS: Final = 32
@@ -74,7 +77,7 @@ def decode(
     lines = torch.empty(stop - first + 1, matrix.columns, dtype=dtype, device=matrix.words.device)
     result = lines[:-1]
     program, operands, settings = decoding_of(matrix, result, first)
-    grid = (triton.cdiv(len(result), OUTPUTS), triton.cdiv(matrix.units, DECODED))
+    grid = (triton.cdiv(len(result), OUTPUTS), triton.cdiv(matrix.units, settings["WIDTH"]))
     with backend.launching(result):
         program[grid](*operands, **settings)
     if matrix.entries is not None:
@@ -89,7 +92,7 @@ def decoding_of(
     matrix: UnitMatrix, result: Tensor, first: int
 ) -> tuple[Any, list[Any], dict[str, Any]]:
     """As `launch_of`, the program that decodes rows from ``first`` on, without their outliers."""
-    operands, settings = _matrix_of(matrix)
+    operands, settings = _matrix_of(matrix, wide=True)
     settings |= instructions.settings(decode_tiles, UNIT=unit_codes(matrix.bits))
     more = [matrix.multiplier, matrix.source, result]
     more += [matrix.rows, first, first + len(result), matrix.columns]
@@ -101,7 +104,10 @@ def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[An
     entries, batch = matrix.entries, LEAST
     while batch < min(MOST, len(x.halves)):
         batch *= 2
-    operands, settings = _matrix_of(matrix)
+    wide = batch == LEAST and isinstance(matrix.groups, RowGroups)
+    operands, settings = _matrix_of(matrix, wide)
+    if wide:
+        settings["maxnreg"] = REGISTERS
     settings |= {"BATCH": batch, "PROGRAM": matrix.program, "CHUNK": OUTLIERS}
     settings |= instructions.settings(multiply_tiles, UNIT=unit_codes(matrix.bits))
     of_outliers: list[Tensor | None] = [None, None, None]
@@ -115,16 +121,20 @@ def launch_of(matrix: UnitMatrix, x: Rows, result: Tensor) -> tuple[Any, list[An
     )
 
 
-def _matrix_of(matrix: UnitMatrix) -> tuple[list[Any], dict[str, Any]]:
-    """What programs need to decode ``matrix``: first operands, and settings."""
+def _matrix_of(matrix: UnitMatrix, wide: bool) -> tuple[list[Any], dict[str, Any]]:
+    """What programs need to decode ``matrix``: first operands, and settings.
+
+    ``wide`` asks for `WIDE` units at once, where rows are of so many.
+    """
     groups = matrix.groups
+    wide = wide and matrix.units % WIDE == 0
     settings: dict[str, Any] = {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
         "ROWS": OUTPUTS,
-        "WIDTH": DECODED,
+        "WIDTH": WIDE if wide else DECODED,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": 2 if wide else 3,  # eight units on their way from memory, either way
     }
     if isinstance(groups, RowGroups):
         settings |= {

@@ -10,6 +10,9 @@ LANES: Final = 32
 """Threads of a warp."""
 MOST_WARPS: Final = 8
 """Warps of a program where rows are long."""
+REGISTERS: Final = 255
+"""Registers that a thread may take of programs that say so. Left alone, the compiler stops before,
+and spills the rest, so that more programs fit on a multiprocessor."""
 SUMS: Final = 32
 """Sums of outliers that a thread holds at most, one for each row and each outlier that it reads."""
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from quantine.kernels.integer.triton.programs.parts import unit_times
-from quantine.kernels.matrix.triton.programs.parts import take_words
+from quantine.kernels.matrix.triton.programs.parts import store_rows, take_words
 
 
 @triton.jit
@@ -158,5 +158,4 @@ def multiply_few(
                 )
             total -= tl.load(shifts + line) * tl.load(base + row)
             total *= tl.load(scales + line)
-            at = result + line * rows + number
-            tl.store(at, total.to(result.dtype.element_ty), mask=number < rows)
+            store_rows(result + line * rows, total, program * ROWS, rows, ROWS)

@@ -72,9 +72,9 @@ def multiply_column_groups(
     multiplier,
     result,
     rows,
+    batch,
     BITS: tl.constexpr,
     UNITS: tl.constexpr,
-    BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -88,59 +88,60 @@ def multiply_column_groups(
     UNIT_CONSTRAINTS: tl.constexpr,
 ):
     """Multiply ``ROWS`` rows: see `quantine.kernels.matrix.triton.few_rows`."""
-    program = tl.program_id(0)
+    # A program for each row of activations: in a loop over them, registers would not hold the
+    # addresses of all words too. Those of the same words run side by side, and share the cache.
+    program, m = tl.program_id(0) // batch, tl.program_id(0) % batch
     first, last = 0, 0
     if bounds is not None:
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
     group = program * ROWS // SIZE
     factor = tl.load(group_factors + group)
     line = group * 16 * UNITS
-    # Loops, not unrolled: else the compiler would hold what all of their turns read at once.
-    for m in range(BATCH):
-        # All rows of the program are of one group: activations are multiplied by its scales once.
-        totals = ()
+    # All rows of the program are of one group: activations are multiplied by its scales once.
+    totals = ()
+    for block in tl.static_range(ROWS // BLOCK):
+        totals = totals + (tl.zeros([BLOCK], tl.float32),)
+    taken_off = tl.zeros([BLOCK], tl.float32)
+    # A loop, not unrolled: else the compiler would hold what all of its turns read at once.
+    for start in range(0, UNITS, WIDTH):
+        unit = start + tl.arange(0, WIDTH)
+        met = take_pairs(x + m * 16 * UNITS, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
+        scale = take_pairs(scales + line, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
+        scaled = ()
+        for pair in tl.static_range(16):
+            if PAIR_TEXT != "":
+                product = tl.inline_asm_elementwise(
+                    PAIR_TEXT,
+                    PAIR_CONSTRAINTS,
+                    (met[pair], scale[pair]),
+                    dtype=tl.int32,
+                    is_pure=True,
+                    pack=1,
+                )
+            else:
+                product = two_halves(
+                    low_half(met[pair]) * low_half(scale[pair]),
+                    high_half(met[pair]) * high_half(scale[pair]),
+                )
+            scaled = scaled + (product,)
+        if zeros is not None:
+            zero = take_pairs(zeros + line, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
+            taken_off += tl.sum(_pairs_times(zero, scaled, SUM_TEXT, SUM_CONSTRAINTS), 1)
+        more = ()
         for block in tl.static_range(ROWS // BLOCK):
-            totals = totals + (tl.zeros([BLOCK], tl.float32),)
-        taken_off = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, UNITS, WIDTH):
-            unit = start + tl.arange(0, WIDTH)
-            met = take_pairs(x + m * 16 * UNITS, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
-            scale = take_pairs(scales + line, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
-            scaled = ()
-            for pair in tl.static_range(16):
-                if PAIR_TEXT != "":
-                    product = tl.inline_asm_elementwise(
-                        PAIR_TEXT,
-                        PAIR_CONSTRAINTS,
-                        (met[pair], scale[pair]),
-                        dtype=tl.int32,
-                        is_pure=True,
-                        pack=1,
-                    )
-                else:
-                    product = two_halves(
-                        low_half(met[pair]) * low_half(scale[pair]),
-                        high_half(met[pair]) * high_half(scale[pair]),
-                    )
-                scaled = scaled + (product,)
-            if zeros is not None:
-                zero = take_pairs(zeros + line, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
-                taken_off += tl.sum(_pairs_times(zero, scaled, SUM_TEXT, SUM_CONSTRAINTS), 1)
-            more = ()
-            for block in tl.static_range(ROWS // BLOCK):
-                number = program * ROWS + block * BLOCK + tl.arange(0, BLOCK)
-                row = tl.minimum(number, rows - 1)
-                taken = take_words(words, row, unit, UNITS, BITS, UNITS % WIDTH == 0)
-                low, high = codes_times(taken, scaled, BITS, UNIT_TEXT, UNIT_CONSTRAINTS)
-                more = more + (totals[block] + tl.sum(low + high, 1),)
-            totals = more
-        finished = ()
-        for block in tl.static_range(ROWS // BLOCK):
-            finished = finished + (totals[block] - taken_off,)
-        total = _side_by_side(finished, ROWS // BLOCK, BLOCK) * factor
-        if bounds is not None:
-            met = halves + m * 32 * UNITS
-            total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
-        total *= tl.load(factors + m) * multiplier
-        number = program * ROWS + tl.arange(0, ROWS)
-        tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)
+            number = program * ROWS + block * BLOCK + tl.arange(0, BLOCK)
+            row = tl.minimum(number, rows - 1)
+            taken = take_words(words, row, unit, UNITS, BITS, UNITS % WIDTH == 0)
+            low, high = codes_times(taken, scaled, BITS, UNIT_TEXT, UNIT_CONSTRAINTS)
+            more = more + (totals[block] + tl.sum(low + high, 1),)
+        totals = more
+    finished = ()
+    for block in tl.static_range(ROWS // BLOCK):
+        finished = finished + (totals[block] - taken_off,)
+    total = _side_by_side(finished, ROWS // BLOCK, BLOCK) * factor
+    if bounds is not None:
+        met = halves + m * 32 * UNITS
+        total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
+    total *= tl.load(factors + m) * multiplier
+    number = program * ROWS + tl.arange(0, ROWS)
+    tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)

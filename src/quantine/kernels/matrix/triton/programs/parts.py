@@ -176,3 +176,16 @@ def outliers_times(
         mine = of_row[None, :] == tl.arange(0, ROWS)[:, None]
         total += tl.where(mine, added[None, :], 0.0)
     return tl.sum(total, 1)
+
+
+@triton.jit
+def store_rows(result, total, first, rows, ROWS: tl.constexpr):
+    """Store ``total`` ``[ROWS]``, which each thread has, at places from ``first`` to ``rows``.
+
+    One thread stores one number after the other. If each stored one, they would move through shared
+    memory first, and a loop would wait at a barrier until the numbers of its last turn are out.
+    """
+    for number in tl.static_range(ROWS):
+        one = tl.sum(tl.where(tl.arange(0, ROWS) == number, total, 0.0), 0)
+        at = first + number
+        tl.store(result + at, one.to(result.dtype.element_ty), mask=at < rows)

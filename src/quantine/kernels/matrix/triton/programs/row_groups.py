@@ -8,6 +8,7 @@ import triton.language as tl
 from quantine.kernels.matrix.triton.programs.parts import (
     codes_times,
     outliers_times,
+    store_rows,
     take_pairs,
     take_statistics,
     take_words,
@@ -50,8 +51,7 @@ def multiply_row_groups(
     if bounds is not None:
         # Asked for first, so that they are there when the entries are read at the end.
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
-    number = program * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(number, rows - 1)
+    row = tl.minimum(program * ROWS + tl.arange(0, ROWS), rows - 1)
     tile = program * ROWS // TILE + tl.zeros([1], tl.int32)
     units_of_group: tl.constexpr = SPAN // 32 if SPAN >= 32 else 1
     groups: tl.constexpr = UNITS // units_of_group
@@ -98,4 +98,4 @@ def multiply_row_groups(
             met = halves + m * 32 * UNITS
             total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
         total *= tl.load(factors + m) * multiplier
-        tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)
+        store_rows(result + m * rows, total, program * ROWS, rows, ROWS)

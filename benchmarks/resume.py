@@ -1,0 +1,96 @@
+"""What it costs to go on with a run that was killed, in seconds and in blocks.
+
+    python benchmarks/resume.py ./Qwen2.5-Coder-0.5B --after 20
+    python benchmarks/resume.py demo --after 20 --moved
+
+A run of the installed quantine is killed once so many blocks are committed, and goes on, with
+``--moved`` from another directory. What is left of the time until the next block is committed, a
+block's own time taken away, is what going on costs. The exit status is 1 if that is more than the
+time of a block, or if the bytes are not those of a run that nothing stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+PLAN: Final = ["--method", "spqr", "--bits", "3", "--quiet"]
+
+
+def main() -> int:
+    """Print the seconds of a block, and those of going on."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--after", type=int, default=20, help="blocks that are done by then")
+    parser.add_argument("--moved", action="store_true", help="go on from another directory")
+    parser.add_argument("--samples", type=int, default=16)
+    arguments = parser.parse_args()
+    more = [*PLAN, "--samples", str(arguments.samples)]
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, out = Path(scratch) / "whole", Path(scratch) / "out"
+        subprocess.run(command(arguments.model, whole, more), check=True)
+        began = started(command(arguments.model, out, more))
+        until(began, out, arguments.after)
+        began.send_signal(signal.SIGKILL)
+        began.wait()
+        if arguments.moved:
+            out = out.rename(Path(scratch) / "moved")
+        again, start = started(command(arguments.model, out, [*more, "--resume"])), clock()
+        until(again, out, arguments.after + 1)
+        seconds = clock() - start
+        if again.wait() != 0:
+            return 1
+        block, same = seconds_of_a_block(whole), digest(whole) == digest(out)
+    print(f"a block takes {block:.1f} s; the next is committed {seconds:.1f} s after the start")
+    print(f"going on costs {seconds - block:.1f} s; {'the same' if same else 'OTHER'} bytes")
+    return int(seconds - block > block or not same)
+
+
+def command(model: str, out: Path, more: list[str]) -> list[str]:
+    """The command that quantizes ``model``."""
+    return [sys.executable, "-m", "quantine", "quantize", model, str(out), *more]
+
+
+def started(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """A process that runs a command."""
+    return subprocess.Popen(arguments, env=dict(os.environ))
+
+
+def until(run: subprocess.Popen[bytes], out: Path, blocks: int) -> None:
+    """Wait until so many blocks are committed, or the run ends."""
+    parts = out / ".quantine" / "parts"
+    while run.poll() is None and len(list(parts.glob("block-*.json"))) < blocks:
+        time.sleep(0.01)
+
+
+def seconds_of_a_block(out: Path) -> float:
+    """The median time of a block of a finished run."""
+    report = json.loads((out / "quantine_report.json").read_text())
+    return statistics.median(block["seconds"] for block in report["run"]["blocks"])
+
+
+def digest(out: Path) -> str:
+    """A hash of the weight files of a directory."""
+    found = hashlib.sha256()
+    for file in sorted(out.glob("*.safetensors")):
+        found.update(file.name.encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def clock() -> float:
+    """Seconds, of which only differences mean anything."""
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
