@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, overload
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from quantine.runtime.sampling import Sampler, Sampling
 from quantine.source.locate import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
+
+D = TypeVar("D")
 
 SEPARATOR: Final = "---"
 """The line between texts after several prompts."""
@@ -114,7 +116,12 @@ def _continue_all(
 ) -> Iterator[tuple[int, int]]:
     """The place of a prompt, and the next token after it, as they are made."""
     capacity = max(ids.shape[1] for ids in prompts) + tokens
-    decoder = decoder_on(model, capacity, log, min(len(prompts), TOGETHER))
+    decoder: Decoder | Batch | StaticDecoder | None
+    if len(prompts) == 1:
+        decoder = decoder_on(model, capacity, log)
+    else:
+        texts = min(len(prompts), TOGETHER)
+        decoder = _fastest(model, capacity, log, lambda: batch_for(model, capacity, texts))
     if isinstance(decoder, Batch):
         rows = [ids[0] for ids in prompts]
         yield from continue_together(decoder, rows, tokens, sampling, end_tokens(model))
@@ -201,25 +208,22 @@ class ModuleDecoder:
         return logits
 
 
-@overload
 def decoder_on(
     model: PreTrainedModel, capacity: int, log: IO[str]
-) -> Decoder | StaticDecoder | None: ...
-@overload
-def decoder_on(
-    model: PreTrainedModel, capacity: int, log: IO[str], texts: int
-) -> Decoder | Batch | StaticDecoder | None: ...
-def decoder_on(
-    model: PreTrainedModel, capacity: int, log: IO[str], texts: int = 1
-) -> Decoder | Batch | StaticDecoder | None:
+) -> Decoder | StaticDecoder | None:
     """The fastest decoder for ``model`` on its device; ``None`` where that is its modules.
 
     Args:
         capacity: largest number of tokens of a text, prompt included.
         log: where the reason goes, if it is ``None`` though there are others for the device.
-        texts: number of texts that are decoded together, where the decoder can do that: a `Batch`
-            if there are several.
     """
+    return _fastest(model, capacity, log, lambda: decoder_for(model, capacity))
+
+
+def _fastest(
+    model: PreTrainedModel, capacity: int, log: IO[str], native: Callable[[], D]
+) -> D | StaticDecoder | None:
+    """As `decoder_on`, with what ``native`` makes where that is a native decoder."""
     on_cpu = model.device.type == "cpu"
     if on_cpu and not any(packed_modules(model)):
         return None  # a float model would be in memory twice
@@ -228,9 +232,7 @@ def decoder_on(
             return graph_decoder_for(model, capacity)
         if on_cpu and model.dtype != torch.float32:
             raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
-        if texts > 1:
-            return batch_for(model, capacity, texts)
-        return decoder_for(model, capacity)
+        return native()
     except BackendUnavailable as error:
         log.write(f"decoding with the modules of transformers: {error}\n")
         return None
