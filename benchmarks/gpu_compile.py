@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # interpreted programs leave nothing to compile
+os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # what is cached may name the lines of another checkout
 
 import torch
 import triton
