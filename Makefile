@@ -7,7 +7,7 @@ TORCH =
 BIN = .venv/bin
 STAMP = .venv/installed
 DECODER_TESTS = tests/runtime/test_decoder.py tests/runtime/test_decoder_families.py \
-	tests/runtime/test_decoder_rounding.py
+	tests/runtime/test_decoder_rounding.py tests/runtime/test_decoder_rows.py
 NATIVE_TESTS = tests/kernels $(DECODER_TESTS)
 ARM_TESTS = tests/kernels/test_bits.py tests/kernels/test_columns.py tests/kernels/test_fit.py \
 	tests/kernels/test_grouped_matrix.py tests/kernels/test_integer.py \

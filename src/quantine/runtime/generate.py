@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -116,16 +117,13 @@ def _continue_all(
 ) -> Iterator[tuple[int, int]]:
     """The place of a prompt, and the next token after it, as they are made."""
     capacity = max(ids.shape[1] for ids in prompts) + tokens
-    decoder: Decoder | Batch | StaticDecoder | None
-    if len(prompts) == 1:
-        decoder = decoder_on(model, capacity, log)
-    else:
-        texts = min(len(prompts), TOGETHER)
-        decoder = _fastest(model, capacity, log, lambda: batch_for(model, capacity, texts))
-    if isinstance(decoder, Batch):
+    several = len(prompts) > 1 and model.device.type != "cuda"
+    batch = batch_on(model, capacity, min(len(prompts), TOGETHER), log) if several else None
+    if batch is not None:
         rows = [ids[0] for ids in prompts]
-        yield from continue_together(decoder, rows, tokens, sampling, end_tokens(model))
+        yield from continue_together(batch, rows, tokens, sampling, end_tokens(model))
         return
+    decoder = None if several else decoder_on(model, capacity, log)
     for place, ids in enumerate(prompts):
         if decoder is not None:
             decoder.reset()
@@ -214,25 +212,45 @@ def decoder_on(
     """The fastest decoder for ``model`` on its device; ``None`` where that is its modules.
 
     Args:
-        capacity: largest number of tokens of a text, prompt included.
+        capacity: largest number of tokens it will see, prompt included.
         log: where the reason goes, if it is ``None`` though there are others for the device.
     """
-    return _fastest(model, capacity, log, lambda: decoder_for(model, capacity))
-
-
-def _fastest(
-    model: PreTrainedModel, capacity: int, log: IO[str], native: Callable[[], D]
-) -> D | StaticDecoder | None:
-    """As `decoder_on`, with what ``native`` makes where that is a native decoder."""
-    on_cpu = model.device.type == "cpu"
-    if on_cpu and not any(packed_modules(model)):
-        return None  # a float model would be in memory twice
-    try:
+    with _saying_why(log):
         if model.device.type == "cuda":
             return graph_decoder_for(model, capacity)
-        if on_cpu and model.dtype != torch.float32:
-            raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
-        return native()
+        if _decodes_natively(model):
+            return decoder_for(model, capacity)
+    return None
+
+
+def batch_on(model: PreTrainedModel, capacity: int, texts: int, log: IO[str]) -> Batch | None:
+    """A native decoder of several texts; ``None`` where ``model`` has none on its device.
+
+    Args:
+        capacity: largest number of tokens of each text, prompt included.
+        texts: how many there are.
+        log: where the reason goes, if it is ``None`` though there are some for the device.
+    """
+    with _saying_why(log):
+        if _decodes_natively(model):
+            return batch_for(model, capacity, texts)
+    return None
+
+
+def _decodes_natively(model: PreTrainedModel) -> bool:
+    # A float model would be in memory twice.
+    if model.device.type == "cuda" or (
+        model.device.type == "cpu" and not any(packed_modules(model))
+    ):
+        return False
+    if model.device.type == "cpu" and model.dtype != torch.float32:
+        raise BackendUnavailable(f"the native decoder computes in float32, not {model.dtype}")
+    return True
+
+
+@contextlib.contextmanager
+def _saying_why(log: IO[str]) -> Iterator[None]:
+    try:
+        yield
     except BackendUnavailable as error:
         log.write(f"decoding with the modules of transformers: {error}\n")
-        return None
