@@ -25,11 +25,9 @@ from quantine.runtime.sampling import Sampler, Sampling
 from quantine.source.locate import locate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from transformers import PreTrainedModel
-
-D = TypeVar("D")
 
 SEPARATOR: Final = "---"
 """The line between texts after several prompts."""
