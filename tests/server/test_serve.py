@@ -81,7 +81,7 @@ def own_text(directory: Path, prompt: str, chat: bool, **options: Any) -> str:
     out = io.StringIO()
     stream(
         directory,
-        prompt,
+        [prompt],
         chat=chat,
         dtype=torch.float32,
         out=out,
