@@ -132,7 +132,7 @@ def continued(model: Path, device: str | None) -> tuple[str, str]:
     options: dict[str, Any] = {} if device is None else {"device": device}
     stream(
         model,
-        "Line 3",
+        ["Line 3"],
         tokens=6,
         chat=False,
         temperature=0.7,

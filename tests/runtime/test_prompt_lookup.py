@@ -22,12 +22,9 @@ from tiny_models import some_tokens
 Packed = Callable[[str, str], Path]
 
 MODELS: Final = (
-    ("llama", "rtn"),
     ("llama", "mixed"),
-    ("qwen2", "rtn"),
     ("gemma3", "rtn"),
     ("llama", "W4A8"),
-    ("llama", "W4A4KV"),
     ("mistral", "W4A4KV"),
     ("opt", "W4A8"),
 )
