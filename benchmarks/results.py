@@ -95,6 +95,20 @@ while others used the machine, and before groups along outputs had native produc
 tokens/s are of decoding by PyTorch. All matrices inside of blocks are packed; table and head are
 not.""",
     ),
+    Table(
+        "qwen",
+        "Qwen2.5-Coder-0.5B: budgets and activations beside GPTQ and RTN",
+        """The float model is a GGUF file in Q8_0 of 494 million weights, 358 million of them in
+blocks. GPTQ and RTN have groups of 64; budgets have groups along inputs. Table and head stay in 16
+bit.""",
+        "quantine compare qwen2.5-coder-0.5b.gguf --plans preset:rtn:bits=4:group_size=64,"
+        "preset:gptq:bits=4:group_size=64,4.25,3.65,preset:gptq:bits=3:group_size=64,3.3,"
+        "scheme:W4A8,scheme:W4A4KV,preset:rtn:bits=3:group_size=64 "
+        "--calibration wikitext2_valid.txt --samples 16 --bfloat16 --text wikitext2_test.txt "
+        "--window 1024 --limit 8 --out qwen",
+        """Seconds and tokens/s were taken on one thread while others used the machine, and say
+little.""",
+    ),
 )
 
 TUNING = """
