@@ -111,8 +111,7 @@ little.
 
 Of the first 40 prompts of HumanEval, 28% are continued with the very 32 tokens of the float model,
 each the likeliest, at 4.25 bits, and 20% at 3.65; 14.7 and 11.1 tokens are the same before the
-first that differs (`python benchmarks/continuations.py`, benchmarks/results/continuations-qwen.json;
-all 164 were not run, nor peers).""",
+first that differs (`python benchmarks/continuations.py`; all 164 were not run, nor peers).""",
     ),
 )
 
