@@ -116,8 +116,8 @@ first that differs (`python benchmarks/continuations.py`; all 164 were not run, 
     Table(
         "qwen-1.5b",
         "Qwen2.5-Coder-1.5B: SpQR at 4 bits",
-        """A GGUF file of Q4_K_M is the float model here, of 1.5 billion weights: what is compared is
-what a second rounding loses, and what a run takes.""",
+        """A GGUF file of Q4_K_M is the float model here, of 1.5 billion weights: compared is what a
+second rounding loses, and what a run takes.""",
         "quantine compare qwen2.5-coder-1.5b.gguf --plans preset:spqr-4bit "
         "--calibration wikitext2_valid.txt --samples 8 --bfloat16 --text wikitext2_test.txt "
         "--window 512 --limit 6 --out qwen-1.5b",
