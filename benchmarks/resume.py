@@ -12,7 +12,6 @@ time of a block, or if the bytes are not those of a run that nothing stopped.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -23,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Final
+
+from ranks import digest
 
 PLAN: Final = ["--method", "spqr", "--bits", "3", "--quiet"]
 
@@ -45,9 +46,12 @@ def main() -> int:
         began.wait()
         if arguments.moved:
             out = out.rename(Path(scratch) / "moved")
-        again, start = started(command(arguments.model, out, [*more, "--resume"])), clock()
+        again, start = (
+            started(command(arguments.model, out, [*more, "--resume"])),
+            time.perf_counter(),
+        )
         until(again, out, arguments.after + 1)
-        seconds = clock() - start
+        seconds = time.perf_counter() - start
         if again.wait() != 0:
             return 1
         block, same = seconds_of_a_block(whole), digest(whole) == digest(out)
@@ -77,19 +81,6 @@ def seconds_of_a_block(out: Path) -> float:
     """The median time of a block of a finished run."""
     report = json.loads((out / "quantine_report.json").read_text())
     return statistics.median(block["seconds"] for block in report["run"]["blocks"])
-
-
-def digest(out: Path) -> str:
-    """A hash of the weight files of a directory."""
-    found = hashlib.sha256()
-    for file in sorted(out.glob("*.safetensors")):
-        found.update(file.name.encode() + file.read_bytes())
-    return found.hexdigest()
-
-
-def clock() -> float:
-    """Seconds, of which only differences mean anything."""
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

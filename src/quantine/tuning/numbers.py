@@ -16,6 +16,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.straight_through import straight_through
+
 ZERO_POINT_RATE: Final = 4.0
 """Codes that a zero point moves while a scale moves by the whole of itself."""
 OUTLIER_RATE: Final = 2.0
@@ -57,7 +59,7 @@ class Numbers:
     def now(self) -> Tensor:
         """The numbers as files would hold them, float32; gradients reach `moved`."""
         exact = self.start.float() + self.moved * self.unit
-        return exact + (self._rounded(exact.detach()).float() - exact.detach())
+        return straight_through(exact, self._rounded(exact.detach()).float())
 
     def stored(self) -> Tensor:
         """The numbers in the dtype of files."""
