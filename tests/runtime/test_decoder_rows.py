@@ -32,13 +32,15 @@ ROWS: Final = 21
 """Tokens at once: two whole blocks of rows of every level, and rests of all sizes."""
 
 
-@pytest.fixture(params=backend.native().levels() if backend.native() else ())  # type: ignore[union-attr]
+NATIVE: Any = backend.native()
+
+
+@pytest.fixture(params=NATIVE.levels() if NATIVE else ())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    native: Any = backend.native()
-    before = native.level()
-    native.use_level(request.param)
+    before = NATIVE.level()
+    NATIVE.use_level(request.param)
     yield request.param
-    native.use_level(before)
+    NATIVE.use_level(before)
 
 
 def one_by_one(decoder: Decoder, prompt: Tensor, tokens: Tensor) -> Tensor:
