@@ -1,163 +1,206 @@
-"""Files solved in llama.cpp's own types against those that its quantizer makes, at equal bytes.
+"""Quantine's own files against those of llama.cpp: bytes, quality, and speed side by side.
 
     QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/against_llama_cpp.py demo OUT.json --work DIR
+    ... --only speed
 
-Both start from the same float weights and the same calibration text: of it, llama.cpp's quantizer
-gets the mean square of each input (its importance matrix), quantine the same and how inputs move
-together. Both files are opened here, as floats, and scored by one evaluation: perplexity on
-held-out text, and the mean divergence of predictions from those of the float model. llama.cpp
-scores them, too, as it serves them. Files that are already in DIR are not made again.
+Without the environment variable, llama.cpp is built first (`make .venv-llama-cpp/bin/python`). All
+files come from the same float weights; llama.cpp's quantizer gets an importance matrix of the text
+that quantine calibrates on. Files that are in DIR are not made again, and rows that OUT.json has
+keep what is not measured anew. Speeds are medians of rounds, in which everything is measured in
+turn: reading a prompt of 512 tokens at once, and writing tokens, each the most likely one, after
+128 and after 4096. Quantine decodes natively with the arithmetic that its directory asks for.
+benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import statistics
 import subprocess
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from llama_cpp_inputs import TEXT, Inputs, arguments_of, held_out
-from quantine import Calibration, quantize
-from quantine.eval.evaluate import evaluate
-from quantine.families.layers import Layer
-from quantine.formats.export import export
-from quantine.formats.foreign.gguf.target import FILE, GGUFFileTarget
-from quantine.formats.foreign.target import Exportable
-from quantine.run.target_plan import target_plan
-from quantine.source.gguf.parts import read_parts
+from llama_cpp_files import (
+    float_and_importance,
+    own_scores,
+    python_of_llama_cpp,
+    quantized_by_engine,
+    sizes,
+)
+from llama_cpp_inputs import TEXT
+from quantine import Calibration, Plan, quantize
+from quantine.kernels import backend
+from quantine.runtime.decoder import decoder_for, most_likely
+from quantine.runtime.load import load_packed
 from quantine.source.locate import locate
-from quantine.source.weight_files import float_files, read_config
+from quantine.source.weight_files import float_files
 
-PROGRAM: Final = str(Path(__file__).with_name("llama_cpp_quantizer.py"))
-KEPT: Final = ("perplexity", "stderr", "kl", "kl_stderr", "top1", "recovery")
-"""What is written of an evaluation."""
+ROOT: Final = Path(__file__).resolve().parent.parent
+TARGETS: Final = ("Q3_K_M", "Q4_0", "Q4_K_M", "IQ4_XS")
+"""Files of llama.cpp, by its names."""
+PROMPT: Final = 512
+WRITTEN: Final = 24
+"""Tokens written in one measurement."""
+CONTEXTS: Final = (128, 4096)
+THREADS: Final = (1, 2)
+Stopwatch = Callable[[str, int, int, int], float]
+"""Seconds for ``"read"`` or ``"write"``, threads, tokens before, and tokens."""
 
 
 def main() -> None:
-    """Make all files, score them, print and write a row for each."""
-    arguments = arguments_of(__doc__.splitlines()[0], windows=16).parse_args()
-    work, length, count = arguments.work, arguments.window, arguments.windows
+    """Make all files, measure what is asked, write a row for each."""
+    arguments = _arguments()
+    work = arguments.work
     work.mkdir(exist_ok=True)
-    files = made(arguments.model, arguments.targets, arguments.samples, work)
-    served = served_scores([path for _, _, path in files], length, count, work)
-    rows = []
-    for (target, by, path), there in zip(files, served, strict=True):
-        here = own_scores(path, files[0][2], length, count, work / "predictions")
-        rows.append({"target": target, "by": by, **sizes(path), "here": here, "there": there})
-        print(json.dumps(rows[-1]), flush=True)
-    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
+    if "QUANTINE_LLAMA_CPP_PYTHON" not in os.environ:
+        os.environ["QUANTINE_LLAMA_CPP_PYTHON"] = built()
+    base, importance = float_and_importance(arguments.model, arguments.samples, work)
+    theirs = {t: quantized_by_engine(base, importance, t, work) for t in arguments.targets}
+    ours = {bits: own_directory(arguments, bits) for bits in arguments.bits}
+    old = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+    known = {row["name"]: row for row in old}
+    rows = [{"name": "float", "by": "float", "path": base, **sizes(base)}]
+    rows += [{"name": t, "by": "llama.cpp", "path": p, **sizes(p)} for t, p in theirs.items()]
+    rows += [
+        {"name": f"{bits} bits", "by": "quantine", "path": p, "file_bytes": nbytes(p)}
+        for bits, p in ours.items()
+    ]
+    rows = [known.get(row["name"], {}) | row for row in rows]
+    if arguments.only != "speed":
+        for row in rows:
+            asked = (row["path"], base, arguments.window, arguments.windows, work / "predictions")
+            row["here"] = own_scores(*asked)
+            print(row["name"], row["here"], flush=True)
+    if arguments.only != "quality":
+        speeds = interleaved(rows[1:], arguments.rounds)
+        for row in rows[1:]:
+            row["tokens_per_second"] = speeds[row["name"]]
+    for row in rows:
+        del row["path"]
+    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window", "rounds")}
+    native = backend.native()
+    said["level"] = native.level() if native is not None else None
     arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
 
 
-def made(
-    model: str, targets: Sequence[str], samples: int, work: Path
-) -> list[tuple[str, str, Path]]:
-    """The float file, and of every target llama.cpp's and quantine's: target, by whom, path."""
-    base, importance = work / "float.gguf", work / "importance.npz"
-    if not base.exists():
-        float_file(model, base)
-    if not importance.exists():
-        np.savez(importance, **mean_squares(model, samples))
-    files = [("float", "float", base)]
-    for target in targets:
-        theirs, exported = work / f"{target}.engine.gguf", work / f"{target}.gguf.d"
-        if not theirs.exists():
-            engine("quantize", str(base), target, str(theirs), str(importance))
-        if not exported.exists():
-            solve(model, target, samples, work / f"{target}.quantine", exported)
-        files += [(target, "llama.cpp", theirs), (target, "quantine", exported / FILE)]
-    return files
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--targets", nargs="*", default=TARGETS)
+    parser.add_argument("--bits", nargs="*", type=float, default=(3.65, 4.25), help="in blocks")
+    parser.add_argument("--head-bits", type=int, default=8, help="of token table and head")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("quality", "speed"))
+    return parser.parse_args()
 
 
-def served_scores(
-    files: Sequence[Path], length: int, count: int, work: Path
-) -> list[dict[str, float]]:
-    """What llama.cpp finds of each file as it serves it, compared with the first."""
-    windows = held_out(locate(files[0]), length, count)
-    assert windows.context == 1, "llama.cpp is asked for all tokens but the first"
-    asked = work / "windows.json"
-    asked.write_text(json.dumps(windows.tokens.tolist()))
-    found = json.loads(engine("score", str(asked), *map(str, files)).splitlines()[-1])
-    return [{key: one[key] for key in ("perplexity", "divergence")} for one in found]
+def built() -> str:
+    """The Python with llama.cpp that `make engines` uses, built where it is missing."""
+    name = ".venv-llama-cpp/bin/python"
+    subprocess.run(["make", name], cwd=ROOT, check=True)
+    return str(ROOT / name)
 
 
-def own_scores(file: Path, base: Path, length: int, count: int, cache: Path) -> dict[str, float]:
-    """What quantine finds of a file, opened as floats, compared with ``base``."""
-    found = evaluate(file, TEXT, window=length, limit=count, reference=base, cache=cache)
-    (scores,) = found["texts"].values()
-    return {key: scores[key] for key in KEPT}
+def own_directory(arguments: argparse.Namespace, bits: float) -> Path:
+    """The directory with a budget of ``bits``, made where it is missing."""
+    out: Path = arguments.work / f"{bits}-bits"
+    if not (out / "config.json").exists():
+        plan = Plan.budget(bits).with_head(arguments.head_bits)
+        quantize(arguments.model, out, plan, Calibration(TEXT, arguments.samples))
+    return out
 
 
-def engine(*arguments: str) -> str:
-    """What llama.cpp's program prints."""
-    python = os.environ["QUANTINE_LLAMA_CPP_PYTHON"]
-    clean = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run(
-        [python, PROGRAM, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=clean
+def nbytes(directory: Path) -> int:
+    """Bytes of the weights of a directory."""
+    return sum(file.stat().st_size for file in float_files(directory))
+
+
+def interleaved(rows: Sequence[dict[str, Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Tokens per second of each row, by kind of work and threads."""
+    watches = stopwatches(rows)
+    kinds = [("read", 0, PROMPT), *(("write", context, WRITTEN) for context in CONTEXTS)]
+    found: dict[str, dict[str, float]] = {name: {} for name in watches}
+    for work, before, tokens in kinds:
+        for threads in THREADS:
+            taken: dict[str, list[float]] = {name: [] for name in watches}
+            for number in range(-1, rounds):  # the first round warms up
+                for name, watch in watches.items():
+                    taken[name].append(watch(work, threads, before, tokens))
+                    print(number, work, before, threads, name, taken[name][-1], flush=True)
+            what = "prompt" if work == "read" else f"after {before}"
+            for name, values in taken.items():
+                speed = tokens / statistics.median(values[1:])
+                found[name][f"{what}, {threads} threads"] = speed
+    return found
+
+
+def stopwatches(rows: Sequence[dict[str, Any]]) -> dict[str, Stopwatch]:
+    """What measures each row."""
+    room = max(CONTEXTS) + PROMPT
+    files = [str(row["path"]) for row in rows if row["by"] == "llama.cpp"]
+    program = str(Path(__file__).with_name("llama_cpp_decoder.py"))
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    served = subprocess.Popen(
+        [python_of_llama_cpp(), program, str(room), *files],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean,
     )
-    return done.stdout
+    found: dict[str, Stopwatch] = {}
+    for row in rows:
+        if row["by"] == "llama.cpp":
+            found[row["name"]] = theirs_timed(served, files.index(str(row["path"])))
+        else:
+            found[row["name"]] = own_timed(row["path"], room)
+    return found
 
 
-def float_file(model: str, out: Path) -> None:
-    """The float weights as a GGUF file: decoded by llama.cpp, or written by quantine."""
-    source = locate(model)
-    if source.gguf_file is not None:
-        engine("decode", str(source.gguf_parts[0].path), str(out))
-        return
-    tensors: dict[str, Tensor] = {}
-    for file in float_files(source.directory):
-        tensors |= load_file(file)
-    config = source.config()
-    written = Exportable(
-        directory=source.directory,
-        config=config,
-        settings=read_config(source.directory),
-        model=source.bare_model(config),
-        matrices={},
-        floats=list(tensors),
-        kept_linears=[],
-        read=lambda name: tensors[name],
-        read_float=lambda name: tensors[name].float(),
-    )
-    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-        GGUFFileTarget().write(written, Path(scratch))
-        (Path(scratch) / FILE).rename(out)
+def theirs_timed(served: subprocess.Popen[str], number: int) -> Stopwatch:
+    """Measures a file in the program that has llama.cpp."""
+    assert served.stdin is not None
+    assert served.stdout is not None
+    asked, answers = served.stdin, served.stdout
+
+    def seconds(work: str, threads: int, before: int, tokens: int) -> float:
+        asked.write(json.dumps([number, work, threads, before, tokens]) + "\n")
+        asked.flush()
+        return float(json.loads(answers.readline()))
+
+    return seconds
 
 
-def solve(model: str, target: str, samples: int, out: Path, exported: Path) -> None:
-    """Quantize for ``target``, and export."""
-    if not out.exists():
-        plan = target_plan(model, f"llama.cpp:{target}")
-        quantize(model, out, plan, Calibration(TEXT, samples))
-    export(out, exported, "gguf")
+def own_timed(directory: Path, room: int) -> Stopwatch:
+    """Measures a directory, decoded natively."""
+    model = load_packed(locate(directory), torch.float32)
+    decoders = {threads: decoder_for(model, room, threads=threads) for threads in THREADS}
 
+    def seconds(work: str, threads: int, before: int, tokens: int) -> float:
+        decoder = decoders[threads]
+        if decoder.position < before:
+            decoder.append(torch.arange(decoder.position, before) % 97 + 3)
+        decoder.truncate(before)
+        started = time.perf_counter()
+        if work == "read":
+            decoder.append(torch.arange(tokens) % 97 + 3)
+        else:
+            token = 3
+            for _ in range(tokens):
+                token = most_likely(decoder.append(torch.tensor([token])))
+        return time.perf_counter() - started
 
-def mean_squares(model: str, samples: int) -> dict[str, Any]:
-    """The mean square of each input of every matrix in the blocks, by llama.cpp's names."""
-    inputs = Inputs.of(model, torch.float32)
-    segments = inputs.calibration(samples)
-    sums: dict[str, Tensor] = {}
-
-    def watch(layer: Layer, x: Tensor) -> None:
-        name = inputs.stored[layer.stored_name]
-        sums[name] = sums.get(name, 0) + x.double().square().sum(0)
-
-    inputs.observe(segments, watch)
-    return {name: (total / segments.numel()).float().numpy() for name, total in sums.items()}
-
-
-def sizes(file: Path) -> dict[str, int]:
-    """Bytes of a file, and of the tensors in it."""
-    tensors = sum(tensor.nbytes for part in read_parts(file) for tensor in part.tensors)
-    return {"file_bytes": file.stat().st_size, "tensor_bytes": tensors}
+    return seconds
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 
 import gpu_plans
 import gpu_predictions
+from marked_parts import write_part
 from matrix_programs import Product
 from quantine.core.activation_spec import UNQUANTIZED
 from roofline import GPUS, attention, float16, packed, seconds, token_bytes
@@ -23,7 +24,6 @@ from roofline import GPUS, attention, float16, packed, seconds, token_bytes
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
 RESULTS = ROOT / "benchmarks" / "results"
-MARK = "<!-- {} of the part that benchmarks/gpu_page.py writes: {} -->"
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 4096), (128256, 4096))
 """Outputs and inputs of the predicted products."""
 SHOWN = "9.0"
@@ -41,20 +41,8 @@ KINDS = (
 
 
 def main() -> None:
-    page = PAGE.read_text()
     for write in (predictions, attentions, plans, arithmetic, compiled, measurements):
-        page = rewritten(page, write.__name__, write())
-    PAGE.write_text(page)
-
-
-def rewritten(page: str, name: str, text: str) -> str:
-    """``page`` with ``text`` between the two marks of ``name``."""
-    begin, end = (MARK.format(side, name) for side in ("Begin", "End"))
-    before, _, rest = page.partition(begin)
-    _, found, after = rest.partition(end)
-    if not found:
-        raise SystemExit(f"{PAGE} has no part {name!r} between its two marks")
-    return f"{before}{begin}\n{text}\n{end}{after}"
+        write_part(PAGE, "gpu_page.py", write.__name__, write())
 
 
 def predictions() -> str:

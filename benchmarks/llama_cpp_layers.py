@@ -2,7 +2,7 @@
 
     python benchmarks/llama_cpp_layers.py demo OUT.json --work DIR
 
-DIR has the files ``TYPE.engine.gguf`` that `benchmarks/against_llama_cpp.py` lets llama.cpp make.
+DIR has the files ``TYPE.engine.gguf`` that `benchmarks/llama_cpp_types.py` lets llama.cpp make.
 Printed is the squared error of a matrix's output on held-out text, as a share of the squared
 output: by the engine, and by methods here that saw the same calibration text.
 """

@@ -21,6 +21,7 @@ import numpy as np
 FILE_TYPES = {
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11,
     "Q3_K_M": 12, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18,
+    "IQ3_XS": 22, "IQ4_XS": 30,
 }  # fmt: skip
 """What llama.cpp calls a file of each type and mixture."""
 

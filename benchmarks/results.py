@@ -353,8 +353,8 @@ ENGINES = """
 
 Perplexity of exported directories in the real engines and in quantine, on the same tokens of the
 held-out text, by `benchmarks/engines.py`. Plans round to the nearest: what is compared is engines.
-Weights are the same numbers; "here" is float32 with exact products. The plug-in rounds activations
-to 16 bits (arithmetic `fast`, but for the tiny models), vLLM's own kernels compute in 16 bits, and
+Weights are the same numbers; "here" is float32 with exact products, and so is the plug-in with
+directories that ask for `exact`, as these do. vLLM's own kernels compute in 16 bits, and
 llama.cpp rounds activations to 8 bits when it multiplies with blocks; "decoded" is the same file
 after llama.cpp has made floats of it itself.
 """
@@ -388,7 +388,7 @@ Perplexity and KL divergence from the float model are quantine's, on held-out te
 opened as floats; "served" are those of llama.cpp, which rounds activations to 8 bits.
 
 ```sh
-QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/against_llama_cpp.py demo OUT.json \\
+QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/llama_cpp_types.py demo OUT.json \\
     --work DIR --windows 8
 ```
 """
@@ -396,7 +396,7 @@ LLAMA_CPP_TABLES: dict[str, str] = {
     "demo": """SmolLM2-135M. Rows of 576 inputs, six of seven matrices, are no whole blocks of the
 types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
 }
-"""Files of `benchmarks/against_llama_cpp.py` (``llama-cpp-NAME.json``), and what the models are."""
+"""Files of `benchmarks/llama_cpp_types.py` (``llama-cpp-NAME.json``), and what the models are."""
 
 INTRODUCTION = """# Results
 

@@ -23,6 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gpu_plans import FLOAT32, Matrix, Shape, job_of, least_memory, operations, seconds
+from marked_parts import write_part
 from quantine import Plan
 from quantine.run.job import Job
 from quantine.run.peak import process_bytes
@@ -32,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "scale.md"
 PICTURE = ROOT / "docs" / "scale.svg"
-MARK = "<!-- {} of the part that benchmarks/scale.py writes: {} -->"
 SHAPES = (
     Shape("1B", 16, 2048, 8192, 32, 8),
     Shape("8B", 32, 4096, 14336, 32, 8),
@@ -228,15 +228,8 @@ def draw() -> None:
 
 def page() -> None:
     """Write the parts of the page, and its picture."""
-    text = PAGE.read_text()
     for write in (measured, sizes):
-        begin, end = (MARK.format(side, write.__name__) for side in ("Begin", "End"))
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"{PAGE} has no part {write.__name__!r} between its two marks")
-        text = f"{before}{begin}\n{write()}\n{end}{after}"
-    PAGE.write_text(text)
+        write_part(PAGE, "scale.py", write.__name__, write())
     draw()
 
 
