@@ -28,6 +28,7 @@ import torch
 
 from llama_cpp_files import (
     float_and_importance,
+    nbytes,
     own_scores,
     python_of_llama_cpp,
     quantized_by_engine,
@@ -39,7 +40,6 @@ from quantine.kernels import backend
 from quantine.runtime.decoder import decoder_for, most_likely
 from quantine.runtime.load import load_packed
 from quantine.source.locate import locate
-from quantine.source.weight_files import float_files
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 TARGETS: Final = ("Q3_K_M", "Q4_0", "Q4_K_M", "IQ4_XS")
@@ -119,11 +119,6 @@ def own_directory(arguments: argparse.Namespace, bits: float) -> Path:
         plan = Plan.budget(bits).with_head(arguments.head_bits)
         quantize(arguments.model, out, plan, Calibration(TEXT, arguments.samples))
     return out
-
-
-def nbytes(directory: Path) -> int:
-    """Bytes of the weights of a directory."""
-    return sum(file.stat().st_size for file in float_files(directory))
 
 
 def interleaved(rows: Sequence[dict[str, Any]], rounds: int) -> dict[str, dict[str, float]]:

@@ -109,3 +109,8 @@ def sizes(file: Path) -> dict[str, int]:
     """Bytes of a file, and of the tensors in it."""
     tensors = sum(tensor.nbytes for part in read_parts(file) for tensor in part.tensors)
     return {"file_bytes": file.stat().st_size, "tensor_bytes": tensors}
+
+
+def nbytes(directory: Path) -> int:
+    """Bytes of the weights of a directory."""
+    return sum(file.stat().st_size for file in float_files(directory))

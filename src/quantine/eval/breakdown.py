@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from quantine.eval.speed import memory_speed
 from quantine.eval.text_speed import DECODED, decode_tokens, fitting, prompt_of, seconds, timed
 from quantine.kernels import backend
 from quantine.kernels.threads import pool
-from quantine.runtime.decoder import decoder_for
+from quantine.runtime.decoder import Decoder, decoder_for
 from quantine.runtime.load import load_packed
 from quantine.source.locate import locate
 
@@ -65,41 +66,63 @@ def breakdown(
         raise BackendUnavailable("the native extension is turned off or missing: nothing to time")
     (context,) = fitting(source, (context,))
     decoder = decoder_for(load_packed(source, torch.float32), context + DECODED)
-    threads, read, tokens, waits = pool(), [], [], []
-    spent: dict[str, list[float]] = {}
+    read: list[float] = []
+    found: list[_Token] = []
     for run in range(runs):
         on_step(f"stages, {run + 1} of {runs}")
         read.append(memory_speed(CPU))
-        decoder.reset()
-        decoder.append(prompt_of(context))
-        decoder.time_stages(True)
-        steps, waited = threads.steps, threads.waited
-        tokens.append(_microseconds(seconds(lambda: decode_tokens(decoder))))
-        waits.append(_microseconds(threads.waited - waited))
-        for name, (taken, _) in decoder.stages().items():
-            spent.setdefault(name, []).append(_microseconds(taken))
-    taken_of = {name: statistics.median(taken) for name, taken in spent.items()}
+        found.append(_token(decoder, context))
     speed = statistics.median(read)
+    stages = [
+        _stage(name, statistics.median(token.stages[name] for token in found), nbytes, speed)
+        for name, (_, nbytes) in decoder.stages().items()
+    ]
+    tokens = [token.microseconds for token in found]
+    inside = sum(stage["microseconds"] for stage in stages)
     return {
         "model": source.name,
-        "threads": threads.threads,
+        "threads": pool().threads,
         "level": native.level(),
         "context": context,
         "read": timed(read),
         "token": timed(tokens),
-        "stages": [
-            {
-                "name": name,
-                "microseconds": taken_of[name],
-                "bytes": nbytes,
-                "share": nbytes / (speed * 1e3 * taken_of[name]) if taken_of[name] else 0.0,
-            }
-            for name, (_, nbytes) in decoder.stages().items()
-        ],
-        "steps": round((threads.steps - steps) / DECODED),
-        "waiting": statistics.median(waits),
-        "outside": max(0.0, statistics.median(tokens) - sum(taken_of.values())),
+        "stages": stages,
+        "steps": found[-1].steps,
+        "waiting": statistics.median(token.waiting for token in found),
+        "outside": max(0.0, statistics.median(tokens) - inside),
     }
+
+
+@dataclass(frozen=True)
+class _Token:
+    """One measurement: microseconds of a token, those of each stage, and of waiting; steps."""
+
+    microseconds: float
+    stages: dict[str, float]
+    waiting: float
+    steps: int
+
+
+def _token(decoder: Decoder, context: int) -> _Token:
+    """Write some tokens after ``context`` others; what one of them takes."""
+    threads = pool()
+    decoder.reset()
+    decoder.append(prompt_of(context))
+    decoder.time_stages(True)
+    steps, waited = threads.steps, threads.waited
+    taken = seconds(lambda: decode_tokens(decoder))
+    return _Token(
+        microseconds=_microseconds(taken),
+        stages={name: _microseconds(spent) for name, (spent, _) in decoder.stages().items()},
+        waiting=_microseconds(threads.waited - waited),
+        steps=round((threads.steps - steps) / DECODED),
+    )
+
+
+def _stage(name: str, microseconds: float, nbytes: int, speed: float) -> dict[str, Any]:
+    """A row of ``stages``, where memory gives ``speed`` GB/s."""
+    share = nbytes / (speed * 1e3 * microseconds) if microseconds else 0.0
+    return {"name": name, "microseconds": microseconds, "bytes": nbytes, "share": share}
 
 
 def _microseconds(taken: float) -> float:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from quantine.errors import BackendUnavailable
-from quantine.runtime.decoder import Batch, batch_for, most_likely
+from quantine.runtime.decoder import Batch, batch_for
 from quantine.runtime.decoder_model import check_decodes
 from quantine.runtime.generate_cache import with_cache
+from quantine.runtime.generate_steps import append_chosen, append_each
 from quantine.runtime.model_state import ModelState
 from quantine.runtime.prompt_lookup import most_likely_tokens
 
@@ -168,35 +169,23 @@ class _Loop:
         streamer.put(input_ids.cpu())
         if len(prompts) == 1 and not generation_config.do_sample and not logits_processor:
             new = generation_config.max_length - input_ids.shape[1]
-            for token in most_likely_tokens(batch.texts[0], prompts[0], new):
-                step = torch.tensor([token], dtype=torch.int64, device=input_ids.device)
-                input_ids = torch.cat([input_ids, step.unsqueeze(1)], dim=1)
-                streamer.put(step.cpu())
-                if bool(stopping_criteria(input_ids, None).all()):
-                    break
-            streamer.end()
-            return input_ids
-        logits = torch.stack(
-            [text.append(prompt) for text, prompt in zip(batch.texts, prompts, strict=False)]
-        )
-        # Without an end token, transformers goes on with all texts until all are over.
-        dropping = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        going = torch.ones(len(prompts), dtype=torch.bool, device=input_ids.device)
-        while True:
-            step = _choose(logits_processor(input_ids, logits), generation_config.do_sample)
-            if dropping:
-                step = torch.where(going, step, generation_config._pad_token_tensor)
-            input_ids = torch.cat([input_ids, step.unsqueeze(1)], dim=1)
-            streamer.put(step.cpu())
-            going = going & ~stopping_criteria(input_ids, None)
-            if not bool(going.any()):
-                break
-            some = (
-                going.nonzero().flatten() if dropping else torch.arange(len(prompts), device="cpu")
+            chosen = most_likely_tokens(batch.texts[0], prompts[0], new)
+            output = append_each(chosen, input_ids, stopping_criteria, streamer)
+        else:
+            logits = torch.stack(
+                [text.append(prompt) for text, prompt in zip(batch.texts, prompts, strict=False)]
             )
-            logits[some] = batch.step(some.tolist(), step[some])
+            output = append_chosen(
+                batch,
+                logits,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+            )
         streamer.end()
-        return input_ids
+        return output
 
     def _batch(self, capacity: int, texts: int) -> Batch:
         """Decoders that have seen no tokens, each with room for ``capacity``, prompt included.
@@ -251,13 +240,6 @@ def _prompts(input_ids: Tensor, inputs: dict[str, Any]) -> list[Tensor]:
     if positions is not None and not bool((positions == places)[mask == 1].all()):
         raise _Elsewhere
     return [row[int(before) :] for row, before in zip(input_ids, padding, strict=True)]
-
-
-def _choose(scores: Tensor, sample: bool) -> Tensor:
-    if sample:
-        return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-    chosen = [most_likely(row) for row in scores]
-    return torch.tensor(chosen, dtype=torch.int64, device=scores.device)
 
 
 class _Nobody:
