@@ -4,9 +4,9 @@
         --work DIR
 
 The variable names a Python with llm-compressor 0.14. Both start from the same float weights and the
-same calibration text, both write `compressed-tensors` files, as vLLM serves them, and both are
-opened here as floats and scored by one evaluation. Directories that are in DIR are not made again.
-benchmarks/results.py makes the table.
+same calibration text, both write `compressed-tensors` files with scales in float16, as vLLM serves
+them, and both are imported, which keeps their numbers, and scored by one evaluation. Directories
+that are in DIR are not made again. benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from llama_cpp_files import nbytes, own_scores
 from llama_cpp_inputs import TEXT, Inputs
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
+from quantine.formats.imported import import_model
 from quantine.source.locate import locate
 
 GRIDS: Final = (
@@ -54,7 +55,8 @@ def main() -> None:
         name = f"{grid['bits']} bits in {grid['group_size']}" + ", symmetric" * grid["sym"]
         for by, make in {"llm-compressor": theirs, "quantine": ours}.items():
             made = make(base, grid, arguments.samples, work)
-            asked = (made, base, arguments.window, arguments.windows, work / "predictions")
+            packed = imported(made, work / f"{made.name}-imported")
+            asked = (packed, base, arguments.window, arguments.windows, work / "predictions")
             rows.append({"grid": name, "by": by, "bytes": nbytes(made), "here": own_scores(*asked)})
             print(json.dumps(rows[-1]), flush=True)
     said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
@@ -93,6 +95,13 @@ def ours(base: Path, grid: dict[str, Any], samples: int, work: Path) -> Path:
         quantize(base, solved, Plan.preset("gptq", **grid), Calibration(TEXT, samples))
     if not out.exists():
         export(solved, out, "compressed-tensors")
+    return out
+
+
+def imported(directory: Path, out: Path) -> Path:
+    """The same weights as a directory of quantine's."""
+    if not out.exists():
+        import_model(directory, out)
     return out
 
 

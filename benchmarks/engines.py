@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "engines", "engines/
 from serving import ENVIRONMENT, own_perplexity, run_engine, windows_of  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
+from quantine.errors import FormatError  # noqa: E402
 from quantine.formats.export import export  # noqa: E402
 
 RTN: Final[dict[str, dict[str, Any]]] = {
@@ -97,13 +98,17 @@ class Measured:
         self._here: dict[Path, float] = {}
 
     def row(self, row: Export) -> dict[str, Any]:
-        """Perplexities of one export, there and here."""
+        """Perplexities of one export, there and here, or why it is refused."""
         out = self._scratch / row.plan.replace(" ", "-").replace(",", "")
         if not out.exists():
             # The plug-in multiplies as the directory says, and its peer here multiplies exactly.
             plan = Plan.preset("rtn", clip="mse", arithmetic="exact", **RTN[row.plan])
             quantize(self._model, out, plan, Calibration(samples=0))
-        served = self._exported(out, row.to)
+        said = {"plan": row.plan, "to": row.to, "engine": row.engine}
+        try:
+            served = self._exported(out, row.to)
+        except FormatError as error:
+            return said | {"refused": str(error)}
         length, count = self._windows
         windows = windows_of(out, length, count)
         asked = self._scratch / "asked.json"
@@ -113,10 +118,7 @@ class Measured:
             self._here[out] = own_perplexity(out, windows)
         name, *arguments = row.program
         there = run_engine(os.environ[row.variable], name, str(served), str(asked), *arguments)
-        return {
-            "plan": row.plan,
-            "to": row.to,
-            "engine": row.engine,
+        return said | {
             "there": there["perplexity"],
             "here": self._here[out],
             "windows": f"{count} of {length}",

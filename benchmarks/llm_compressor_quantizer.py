@@ -39,6 +39,7 @@ def main() -> None:
         num_calibration_samples=len(tokens),
         shuffle_calibration_samples=False,
     )
+    model.half()  # scales are float16 in files
     model.save_pretrained(out, save_compressed=True)
 
 

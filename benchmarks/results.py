@@ -544,12 +544,16 @@ def memory() -> str:
 def engines(name: str) -> str:
     """Perplexities of exports in other engines and in quantine."""
     lines = _head(["plan", "export", "engine", "windows", "there", "here", "difference"])
+    refused = []
     for row in _read(f"engines-{name}"):
-        there, here = row["there"], row["here"]
         to = row["to"] or "(own)"
+        if "refused" in row:
+            refused.append(f"Refused, {row['plan']} to {to}: {row['refused']}.\n")
+            continue
+        there, here = row["there"], row["here"]
         cells = [row["plan"], to, row["engine"], row["windows"], f"{there:.4f}", f"{here:.4f}"]
         lines.append(_line([*cells, f"{there / here - 1:+.4%}"]))
-    return "\n".join(lines) + "\n"
+    return "\n".join(["\n".join(lines) + "\n", *refused])
 
 
 def llama_cpp(name: str) -> str:
