@@ -24,7 +24,7 @@ FLOORS: Final[tuple[tuple[str, ...], ...]] = (
     ("core", "families", "ranks", "source"),
     ("kernels", "statistics"),
     ("activations", "calibrate", "formats", "methods"),
-    ("budget", "plan", "rptq", "runtime", "tuning"),
+    ("budget", "plan", "rotation", "rptq", "runtime", "tuning"),
     ("engines", "eval", "run", "server"),
     ("comparison", "report", "survey"),
     ("commands",),
