@@ -56,6 +56,7 @@ TRANSFORMERS_INSIDE: Final = (
     "eval/",
     "families/__init__.py",
     "families/derivation/",
+    "rotation/",
     "run/job.py",
     "run/prepare.py",
     "runtime/",
