@@ -304,6 +304,26 @@ grid, a grid for each token: A8 37.107 (KL 0.0090), 93.337 (0.9795), 37.371 (0.0
 )
 """File of `benchmarks/schemes.py`, heading, and what is to be said of it."""
 
+ROTATION = """
+## Rotation
+
+`--rotate` [rotates](plans.md#rotation) hidden states and values before anything else. KL divergence
+from the float model without it and with it, at the same bits per weight of the matrices in blocks;
+`one cluster` means norm outputs and values on one grid each, where others have a grid for each
+cluster of channels, and weights in groups of 64. A rotated file has the table twice.
+
+```sh
+python benchmarks/rotation.py MODEL wikitext2_valid.txt --texts TEXT ... --cache DIR --json FILE
+```
+"""
+ROTATIONS: dict[str, tuple[str, str]] = {
+    "rotation-demo": ("#### The demo model, two texts", "TODO"),
+    "rotation-opt-mini-outlier-all": ("#### An OPT", "TODO"),
+}
+"""Files of `benchmarks/rotation.py`, headings, and what is to be said of each."""
+ROTATED = "rotated "
+"""How names of rows with a rotation begin."""
+
 MEMORY = """
 ### Memory
 
@@ -427,7 +447,10 @@ def page() -> str:
     parts += [ACTIVATIONS, rounded(ROUNDED), COUNTED, contributions(), SCHEMES]
     for name, heading, remark in SCHEME_TABLES:
         parts.append(f"\n{heading}\n\n{schemes(name)}\n{remark}\n")
-    parts += [MEMORY, memory(), ENGINES]
+    parts += [MEMORY, memory(), ROTATION]
+    for name, (heading, remark) in ROTATIONS.items():
+        parts.append(f"\n{heading}\n\n{rotations(name)}\n{remark}\n")
+    parts.append(ENGINES)
     parts += [f"\n### {shown}\n\n{engines(name)}" for name, shown in ENGINE_TABLES.items()]
     parts.append(LLAMA_CPP)
     parts += [f"\n{shown}\n\n{llama_cpp(name)}" for name, shown in LLAMA_CPP_TABLES.items()]
@@ -522,6 +545,20 @@ def _cell(score: dict[str, Any] | None) -> str:
         return ""
     kl = "" if score["kl"] is None else f" ({score['kl']:.4f})"
     return f"{score['perplexity']:.3f}{kl}"
+
+
+def rotations(name: str) -> str:
+    """Divergences by plan, without a rotation and with one."""
+    rows = {row["name"]: row for row in _read(name)}
+    texts = list(next(iter(rows.values()))["texts"])
+    columns = [f"{text}: {how}" for text in texts for how in ("as it is", "rotated")]
+    lines = _head(["", "bits per weight", *columns])
+    for plan in dict.fromkeys(row.removeprefix(ROTATED) for row in rows):
+        pair = [rows.get(plan), rows.get(f"{ROTATED}{plan}")]
+        bits = next(f"{row['bits_per_weight']:.3f}" for row in pair if row)
+        cells = [row and f"{row['texts'][text]['kl']:.4f}" for text in texts for row in pair]
+        lines.append(_line([plan, bits, *(cell or "" for cell in cells)]))
+    return "\n".join(lines) + "\n"
 
 
 def memory() -> str:

@@ -18,6 +18,7 @@ from quantine.commands.arguments import (
     shards_of,
 )
 from quantine.commands.json_output import check_writable, write_json_output
+from quantine.core.transform_spec import Rotate
 from quantine.core.tuning_spec import SETTINGS
 from quantine.errors import PlanError
 
@@ -126,6 +127,12 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         choices=SETTINGS,
         help="afterwards tune codes, scales, zero points, outliers and norms by gradient, so that "
         "blocks and predictions agree with the float model's; costs time, no bytes",
+    )
+    parser.add_argument(
+        "--rotate",
+        action="store_true",
+        help="before, rotate hidden states and values by folding the rotation into the weights: "
+        "the same model with fewer outliers; a shared token table and head become two",
     )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
@@ -299,7 +306,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         from quantine.run.target_plan import target_plan
 
         plan = target_plan(arguments.model, arguments.target, **flags)
-        return _tuned(plan, arguments), calibration
+        return _completed(plan, arguments), calibration
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration
     if arguments.bits_per_weight is not None:
@@ -311,11 +318,13 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
         plan = Plan.preset(arguments.preset or flags.pop("method", "spqr"), **flags)
     if arguments.head_bits is not None:
         plan = plan.with_head(arguments.head_bits)
-    return _tuned(plan, arguments), calibration
+    return _completed(plan, arguments), calibration
 
 
-def _tuned(plan: Plan, arguments: argparse.Namespace) -> Plan:
-    """``plan``, with tuning if that is asked for."""
+def _completed(plan: Plan, arguments: argparse.Namespace) -> Plan:
+    """``plan``, with a rotation and with tuning if these are asked for."""
+    if arguments.rotate:
+        plan = dataclasses.replace(plan, transforms=(Rotate(),))
     if arguments.tune is None:
         return plan
     return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
@@ -348,7 +357,7 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
-        refused += given("head_bits", "tune")
+        refused += [*given("head_bits", "tune"), *(["rotate"] if arguments.rotate else [])]
     if whole and refused:
         listed = " and ".join(_flag(key) for key in refused)
         raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")

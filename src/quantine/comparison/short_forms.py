@@ -11,6 +11,7 @@ from typing import Any, Final
 import yaml
 
 from quantine.core.spec import GROUP_AXES
+from quantine.core.transform_spec import Rotate
 from quantine.core.tuning_spec import tuning_from
 from quantine.errors import PlanError
 from quantine.plan.plan import Plan
@@ -48,7 +49,8 @@ def plan_of(short: str) -> Plan:
             as in ``preset:gptq:bits=3``; a scheme of weights and activations in the same way, as in
             ``scheme:W4A8`` or ``scheme:W4A4KV:method=spqr``; or a budget in bits per weight, as in
             ``3.65``, with the parameters ``both_axes`` and ``head_bits``, as in
-            ``3.65:both_axes=true``. All but plan files take ``tune``, as in ``3.65:tune=quick``.
+            ``3.65:both_axes=true``. All but plan files take ``tune``, as in ``3.65:tune=quick``,
+            and ``rotate=true``.
 
     Raises:
         PlanError: none of these, or the plan is malformed.
@@ -61,11 +63,14 @@ def plan_of(short: str) -> Plan:
     except (ValueError, yaml.YAMLError) as error:
         raise PlanError(f"{short!r}: parameters look like bits=3, one after each `:`") from error
     tuning = tuning_from(parameters.pop("tune", None), repr(short))
-    plan = _untuned(short, name, parameters)
-    return plan if tuning is None else replace(plan, tune=tuning)
+    rotates = parameters.pop("rotate", False)
+    if not isinstance(rotates, bool):
+        raise PlanError(f"{short!r}: rotate must be true or false")
+    plan = _bare_plan(short, name, parameters)
+    return replace(plan, tune=tuning, transforms=(Rotate(),) if rotates else ())
 
 
-def _untuned(short: str, name: str, parameters: dict[str, Any]) -> Plan:
+def _bare_plan(short: str, name: str, parameters: dict[str, Any]) -> Plan:
     """The plan that ``name``, which may be a budget, and ``parameters`` of ``short`` mean."""
     if short.startswith(PRESET):
         return Plan.preset(name, **parameters)

@@ -29,6 +29,7 @@ BLOOM = Family(
     ),
     links_need=(("apply_residual_connection_post_layernorm", False),),
     attention="",
+    final_norm="transformer.ln_f",
     outputs=2,
 )
 """The family of BLOOM models; their activations cannot be quantized."""

@@ -65,6 +65,12 @@ class Family:
             of the path inside the block and why.
         fixed: the embedding or the head, where it cannot be quantized, as pairs of its path and why
             not.
+        final_norm: path of the norm between the last block and the head; empty where it is not
+            known how hidden states can be rotated.
+        positions: path of the table of positions that is added to the embedding; empty if there is
+            none.
+        untouched: paths, inside a block, of norms or parameters that see single heads of queries
+            and keys only, so that rotating hidden states and values leaves them as they are.
         experts: paths, inside blocks, of the modules that hold experts, see
             `quantine.families.experts.Experts`.
     """
@@ -83,6 +89,9 @@ class Family:
     kept: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, str], ...] = ()
     experts: tuple[str, ...] = ()
+    final_norm: str = ""
+    positions: str = ""
+    untouched: tuple[str, ...] = ()
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
         """The groups of block number ``block``, in the form of the attribute ``groups``."""

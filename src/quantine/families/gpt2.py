@@ -16,5 +16,7 @@ GPT2 = Family(
         Link("R5", "weights", ("mlp.c_fc",), ("mlp.c_proj",)),
     ),
     attention="",
+    final_norm="transformer.ln_f",
+    positions="transformer.wpe",
 )
 """The family of GPT-2 models; their activations cannot be quantized."""

@@ -25,5 +25,7 @@ LLAMA = Family(
         Link("R4", "gather", ("post_attention_layernorm",), ("mlp.gate_proj", "mlp.up_proj")),
         Link("R5", "weights", ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     ),
+    final_norm="model.norm",
+    untouched=("self_attn.q_norm", "self_attn.k_norm"),
 )
 """The family of Llama, Mistral, Qwen 2 and 3, and SmolLM3 models."""

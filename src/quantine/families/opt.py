@@ -25,6 +25,8 @@ OPT = Family(
         Link("R4", "gather", ("final_layer_norm",), ("fc1",)),
         Link("R5", "weights", ("fc1",), ("fc2",)),
     ),
+    final_norm="model.decoder.final_layer_norm",
+    positions="model.decoder.embed_positions",
     links_need=(("do_layer_norm_before", True),),
 )
 """The family of OPT models; activations can be quantized only where norms come before layers."""

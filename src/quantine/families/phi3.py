@@ -27,5 +27,6 @@ PHI3 = Family(
         Link("R4", "gather", ("post_attention_layernorm",), ("mlp.gate_up_proj",)),
         Link("R5", "weights", ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     ),
+    final_norm="model.norm",
 )
 """The family of Phi-3 models."""

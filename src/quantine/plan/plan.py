@@ -14,6 +14,7 @@ import yaml
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.arithmetic import ARITHMETICS, DEFAULT, Arithmetic, is_arithmetic
 from quantine.core.spec import FLOAT16, GROUP_AXES
+from quantine.core.transform_spec import Rotate, transforms_from
 from quantine.core.tuning_spec import SETTINGS, Tuning, tuning_from
 from quantine.errors import PlanError, cut, shown
 from quantine.families.layers import Layer
@@ -56,6 +57,8 @@ class Plan:
             `quantine.core.arithmetic.Arithmetic`; stored in the output directory.
         activations: how activations are quantized; ``None`` leaves them as they are.
         tune: how the quantized model is tuned by gradient; ``None`` leaves it as it is.
+        transforms: what is done to the float model before, without changing what it computes; at
+            most one rotation.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing
@@ -71,6 +74,7 @@ class Plan:
     arithmetic: Arithmetic = DEFAULT
     activations: ActivationSpec | None = None
     tune: Tuning | None = None
+    transforms: tuple[Rotate, ...] = ()
 
     def __post_init__(self) -> None:
         for key in FLAGS:
@@ -242,6 +246,7 @@ class Plan:
             **{key: value[key] for key in OPTIONS if key in value},
             activations=activations_field(value, name),
             tune=tuning_from(value.get("tune"), f"plan {name!r}"),
+            transforms=transforms_from(value.get("transforms"), f"plan {name!r}"),
         )
 
     @classmethod
@@ -274,6 +279,8 @@ class Plan:
             plain["activations"] = self.activations.as_dict()
         if self.tune is not None:
             plain["tune"] = self.tune.as_dict()
+        if self.transforms:
+            plain["transforms"] = [transform.as_plain() for transform in self.transforms]
         if self.bits_per_weight is not None:
             plain["bits_per_weight"] = self.bits_per_weight
             plain["choices"] = [scheme.as_dict() for scheme in self.choices]

@@ -32,6 +32,8 @@ from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.ranks.ranks import ALONE, Ranks
+from quantine.rotation.checkpoint import RotatedCheckpoint
+from quantine.rotation.rotated import Rotated
 from quantine.run.store import AT_ONCE, SHARDS
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
@@ -66,6 +68,10 @@ class Job:
         device: where matrices are solved and blocks run.
         ranks: the processes that share the work.
         tuning_text: what the quantized model is tuned on; ``None`` if it is not tuned.
+        rotated: how the tensors of the model are made of the source's, which are rotated; ``None``
+            takes them as they are.
+        table_copied: whether head and table, which are one in the source, become two because hidden
+            states are rotated.
         times: is told what the stages of a run take.
     """
 
@@ -83,6 +89,8 @@ class Job:
     device: torch.device = CPU
     ranks: Ranks = ALONE
     tuning_text: TuningText | None = None
+    rotated: Rotated | None = None
+    table_copied: bool = False
     times: StageTimes = field(default_factory=StageTimes)
 
     @property
@@ -119,14 +127,17 @@ class Job:
     def checkpoint(
         self, directory: Path | None = None, record: ReadRecord | None = None
     ) -> Checkpoint:
-        """The float weights of the source model.
+        """The float weights of the source model, rotated where the plan says so.
 
         Args:
             directory: where they are if they were converted, as those of a GGUF file; otherwise
                 they are in the source's directory.
             record: see `quantine.source.checkpoint.Checkpoint`.
         """
-        return Checkpoint(directory or self.source.directory, self.model, record)
+        directory = directory or self.source.directory
+        if self.rotated is not None:
+            return RotatedCheckpoint(directory, self.model, self.rotated, record)
+        return Checkpoint(directory, self.model, record)
 
     def calibration_setup(
         self,
@@ -163,7 +174,7 @@ class Job:
         )
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Read a float tensor of the source, in the dtype in which it is stored.
+        """Read a float tensor of the source, see `checkpoint`.
 
         Args:
             checkpoint: the float weights of the source.

@@ -77,6 +77,8 @@ def _replaced_bytes(job: Job) -> int:
 
 
 def _stored_bytes(job: Job) -> int:
-    """Bytes of a number in the source's files, by its configuration."""
+    """Bytes of a number as it is read: that of the source's files, by its configuration."""
+    if job.rotated is not None:
+        return FLOAT
     dtype = None if job.source.gguf_file is not None else getattr(job.config, "dtype", None)
     return dtype.itemsize if isinstance(dtype, torch.dtype) else FLOAT

@@ -31,6 +31,7 @@ from quantine.formats.imported import is_foreign, open_foreign
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
+from quantine.rotation.rotated import rotated
 from quantine.rptq.clusters import check_installed
 from quantine.run.job import Job
 from quantine.run.store import check_output
@@ -102,6 +103,13 @@ def prepare(
         bare = _skeleton(source, config, plan.activations is not None)
     if not are_tied(bare, family.embedding, family.head):
         config.tie_word_embeddings = False  # some architectures never tie, whatever it says
+    turned, copied = None, False
+    if plan.transforms:
+        # The norm before the head changes it, but not the table.
+        copied = bool(config.tie_word_embeddings)
+        config.tie_word_embeddings = False
+        bare = _skeleton(source, config, plan.activations is not None)
+        turned = rotated(bare, family, config, plan.transforms[0].seed)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
@@ -129,6 +137,8 @@ def prepare(
         {name: tuple(tensor.shape) for name, tensor in bare.state_dict().items()},
         where,
         tuning_text=tuning,
+        rotated=turned,
+        table_copied=copied,
     )
     if not job.converts:
         check_headers(job, job.checkpoint())

@@ -91,6 +91,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"{megabytes(size.disk_while_running)}",
         f"peak memory: about {megabytes(size.peak_memory)} "
         f"(activations {megabytes(size.activations)} {place}{_spared(job, size.residence)})",
+        *_rotation_lines(job),
         *_device_lines(job, size),
         f"calibration: {tokens}{' in segments' * bool(begun)}{begun}",
         *_tuning_lines(job, size),
@@ -120,6 +121,18 @@ def _tuning_lines(job: Job, size: Estimate) -> list[str]:
     tune = job.plan.tune
     steps = f"{tune.block_steps} steps of each block, {tune.steps} of the whole"
     return [f"tuning: {steps}, {tune.segments} segments each{takes}"]
+
+
+def _rotation_lines(job: Job) -> list[str]:
+    """A line where a rotation makes two tables of one."""
+    if not job.table_copied:
+        return []
+    head = next(decision for decision in job.decisions if decision.layer.role == "head")
+    nbytes = 2 * head.layer.weights if head.scheme is None else job.packed_bytes(head)
+    return [
+        f"rotated: head and token table, which are one in the source, become two; the head's own "
+        f"takes {megabytes(nbytes)}"
+    ]
 
 
 def _device_lines(job: Job, size: Estimate) -> list[str]:
@@ -188,6 +201,7 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             "output_bytes": size.output,
             "disk_while_running_bytes": size.disk_while_running,
             "peak_memory_bytes": size.peak_memory,
+            "copied_table": job.table_copied,
             "device": str(job.device),
             "device_memory_bytes": size.device_memory,
             "device_limit_bytes": size.device_limit,

@@ -1,0 +1,1 @@
+"""Rotated models: the same function with other weights, which have fewer outliers."""
