@@ -29,6 +29,7 @@ BLOOM = Family(
     ),
     links_need=(("apply_residual_connection_post_layernorm", False),),
     attention="",
+    key_heads="",
     outputs=2,
 )
-"""The family of BLOOM models; their activations cannot be quantized."""
+"""The family of BLOOM models, which compute attention in a way of their own."""

@@ -15,6 +15,7 @@ GPT2 = Family(
         Link("R4", "gather", ("ln_2",), ("mlp.c_fc",)),
         Link("R5", "weights", ("mlp.c_fc",), ("mlp.c_proj",)),
     ),
-    attention="",
+    links_need=(("reorder_and_upcast_attn", False),),
+    attention="attn",
 )
-"""The family of GPT-2 models; their activations cannot be quantized."""
+"""The family of GPT-2 models; activations can be quantized where attention is a common function."""

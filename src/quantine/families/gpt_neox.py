@@ -31,5 +31,6 @@ GPT_NEOX = Family(
         Link("R5", "weights", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
     ),
     attention="attention",
+    key_heads="",
 )
 """The family of GPT-NeoX and Pythia models."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING, Any
 
 from quantine.calibrate.bos import SEGMENTS_BEGUN
@@ -12,6 +13,7 @@ from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
+from quantine.run.left_alone import left_alone
 from quantine.run.working_set import may_resume
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
         f"= {megabytes(size.packed)}",
         *_outlier_lines(job),
+        *_left_lines(job),
         f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
         f"output: {megabytes(size.output)}; on disk while running: at most "
         f"{megabytes(size.disk_while_running)}",
@@ -144,6 +147,15 @@ def _outlier_lines(job: Job) -> list[str]:
     return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
 
 
+def _left_lines(job: Job) -> list[str]:
+    """Lines on activations that are not rounded, one for each reason."""
+    inside = re.compile(rf"^({re.escape(job.family.blocks)})\.\d+")
+    found: dict[str, dict[str, None]] = {}
+    for name, why in left_alone(job).items():
+        found.setdefault(why, {})[inside.sub(r"\1.*", name)] = None
+    return [f"not rounded: {', '.join(names)}: {why}" for why, names in found.items()]
+
+
 def trial_lines(trial: Trial) -> list[str]:
     """Lines on what the whole run will take, by what one block took."""
     return [
@@ -180,6 +192,7 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             {"name": name, "shape": list(shape), "reason": job.kept_reason(name)}
             for name, shape in job.other_matrices().items()
         ],
+        "left": [{"name": name, "reason": why} for name, why in left_alone(job).items()],
         "predicted": {
             "quantized_weights": size.weights,
             "quantized_bytes": size.packed,
