@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 from transformers import AutoConfig
 
 from quantine.activations.linked import (
-    ATTENTION,
     EXPERTS,
     MORE_READERS,
     NO_NORM,
@@ -19,10 +15,7 @@ from quantine.activations.linked import (
     derive_links,
     linked_family,
 )
-from quantine.activations.proof import Proof
 from quantine.families import described_family
-from quantine.families.derivation.links import Reading, hidden_links, value_links
-from quantine.families.derivation.one_by_one import BlockCall
 from quantine.families.derivation.small import small_config
 from quantine.families.family import Family, Link
 from quantine.families.heads import Heads

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-import torch
 from torch import Tensor
 
 from quantine.activations.attention import NAME, register
 from quantine.activations.proof import SAME, Proof
+from quantine.core.ambient import own_state
 from quantine.errors import FamilyError
 from quantine.families import described_family, is_described
 from quantine.families.derivation.derive import Study, study
@@ -62,6 +62,7 @@ def linked_family(config: PretrainedConfig) -> Family:
     return derive_links(config)
 
 
+@own_state()
 def derive_links(config: PretrainedConfig) -> Family:
     """Find the family of a model, and the reorders that its blocks allow.
 
@@ -72,9 +73,7 @@ def derive_links(config: PretrainedConfig) -> Family:
     Raises:
         FamilyError: the model is not understood; the message says what of it.
     """
-    studied = study(config)
-    with torch.no_grad(), torch.device("cpu"):
-        return _Linking(studied).family()
+    return _Linking(study(config)).family()
 
 
 @dataclass

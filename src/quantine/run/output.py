@@ -60,7 +60,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             ),
             *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
-        **({} if not left else {"left": [{"name": n, "reason": why} for n, why in left.items()]}),
+        **({"left": left} if left else {}),
         "totals": {
             "quantized_weights": quantized,
             "quantized_bytes": nbytes,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from typing import TYPE_CHECKING, Any
 
 from quantine.calibrate.bos import SEGMENTS_BEGUN
@@ -13,7 +12,7 @@ from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
-from quantine.run.left_alone import left_alone
+from quantine.run.left_alone import left_alone, left_lines
 from quantine.run.working_set import may_resume
 
 if TYPE_CHECKING:
@@ -149,11 +148,7 @@ def _outlier_lines(job: Job) -> list[str]:
 
 def _left_lines(job: Job) -> list[str]:
     """Lines on activations that are not rounded, one for each reason."""
-    inside = re.compile(rf"^({re.escape(job.family.blocks)})\.\d+")
-    found: dict[str, dict[str, None]] = {}
-    for name, why in left_alone(job).items():
-        found.setdefault(why, {})[inside.sub(r"\1.*", name)] = None
-    return [f"not rounded: {', '.join(names)}: {why}" for why, names in found.items()]
+    return [f"not rounded: {line}" for line in left_lines(left_alone(job))]
 
 
 def trial_lines(trial: Trial) -> list[str]:
@@ -192,7 +187,7 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             {"name": name, "shape": list(shape), "reason": job.kept_reason(name)}
             for name, shape in job.other_matrices().items()
         ],
-        "left": [{"name": name, "reason": why} for name, why in left_alone(job).items()],
+        "left": left_alone(job),
         "predicted": {
             "quantized_weights": size.weights,
             "quantized_bytes": size.packed,
