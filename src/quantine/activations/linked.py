@@ -123,12 +123,12 @@ class _Linking:
         return family
 
     def _proofs(self) -> list[Proof]:
-        calls = block_calls(self._model, self._bare, self._tokens)
+        calls, config = block_calls(self._model, self._bare, self._tokens), self._model.config
         try:
-            heads, width = Heads.of(self._model.config, self._bare), Heads.width(self._model.config)
-        except (AttributeError, TypeError, ZeroDivisionError):  # it says so in words of its own
-            heads, width = Heads(1, 1), 0
-        return [Proof(call, heads, width) for call in calls]
+            width = Heads.width(config)
+        except (AttributeError, TypeError, ZeroDivisionError):  # it has words of its own for that
+            width = 0
+        return [Proof(call, Heads.of(config, self._bare), width) for call in calls]
 
     def _of_block(self, index: int, proof: Proof) -> _Found:
         block = proof.call.block

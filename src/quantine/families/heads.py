@@ -24,10 +24,15 @@ class Heads:
     def of(cls, config: Any, family: Family) -> Heads:
         """Read them from a model's configuration in transformers.
 
-        Where it does not say how many heads of keys there are, there are as many as of queries.
+        Where it does not say how many heads of keys there are, there are as many as of queries. A
+        model of which it does not say how many heads it has, or not the same of all blocks, counts
+        as having one of all channels.
         """
         config = _of_text(config)
-        queries = int(config.num_attention_heads)
+        try:
+            queries = int(config.num_attention_heads)
+        except (AttributeError, TypeError):
+            return cls(1, 1)
         keys = getattr(config, family.key_heads, None) if family.key_heads else None
         return cls(queries, int(keys or queries))
 
