@@ -31,10 +31,10 @@ class Heads:
         config = _of_text(config)
         try:
             queries = int(config.num_attention_heads)
+            keys = getattr(config, family.key_heads, None) if family.key_heads else None
+            return cls(queries, int(keys or queries))
         except (AttributeError, TypeError):
             return cls(1, 1)
-        keys = getattr(config, family.key_heads, None) if family.key_heads else None
-        return cls(queries, int(keys or queries))
 
     @property
     def copies(self) -> int:
