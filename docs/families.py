@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from quantine.survey.verdict import UNBUILT
+from quantine.survey.verdict import NOT_ROUNDED, UNBUILT
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "families.json"
@@ -16,13 +16,14 @@ INTRO = """\
 Made by `make families`, which tries every causal language model of the installed transformers on a
 small random model of its default configuration: `quantine families`. *Weights*: quantized with RTN,
 GPTQ and SpQR at 4 bits, saved and loaded, it gives the logits of the float model with the
-dequantized weights. *Activations*: they can be rounded (`--scheme W4A8`). *Native*: the native
-decoder generates with it.
+dequantized weights. *Activations*: they can be rounded (`--scheme W4A8`), keys and values among
+them, and the loaded model computes as its files say; *in part*: some are left in 16 bit. *Native*:
+the native decoder generates with it.
 
 Architectures are not listed by hand. What shares an input and what runs after what is found by
-running a small model, whose blocks then have to run one by one with the same outputs. A literal in
-`src/quantine/families` overrides that, and knows reorders of activations: see [Adding a
-family](adding.md#a-family). Real models differ from default configurations, so each is looked at
+running a small model, whose blocks then have to run one by one with the same outputs. [Reorders of
+activations](activations.md#which-models) are found and proved on it, too. A literal in
+`src/quantine/families` overrides that: see [Adding a family](adding.md#a-family). Real models differ from default configurations, so each is looked at
 when it is quantized, whatever this page says.
 """
 
@@ -34,10 +35,12 @@ def page() -> str:
     refused = [row for row in built if not row["weights"]]
     done = len(built) - len(refused)
     rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
+    partly = sum(NOT_ROUNDED in row["reason"] for row in rows)
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
         f"{done} of these are quantized: {done / len(built):.0%}; the other {len(refused)} are "
-        f"refused. Activations of {rounded} can be rounded; {native} are decoded natively."
+        f"refused. Activations of {rounded} can be rounded, of {partly} of them in part; {native} are "
+        f"decoded natively."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]
@@ -49,8 +52,10 @@ def page() -> str:
 
 
 def _row(row: dict[str, object]) -> str:
-    parts = ("yes" if row[part] else "no" for part in ("weights", "activations", "native"))
-    return f"| {row['class']} | {' | '.join(parts)} |"
+    parts = {part: "yes" if row[part] else "no" for part in ("weights", "activations", "native")}
+    if NOT_ROUNDED in str(row["reason"]):
+        parts["activations"] = "in part"
+    return f"| {row['class']} | {' | '.join(parts.values())} |"
 
 
 def _text(reason: str) -> str:

@@ -49,6 +49,7 @@ ONLY_INSIDE_FUNCTIONS: Final = (
 TRANSFORMERS_ON_TOP: Final = ("runtime/hf.py", "runtime/kv_cache.py")
 TRANSFORMERS_INSIDE: Final = (
     "activations/attention.py",
+    "activations/linked.py",
     "calibrate/backward.py",
     "calibrate/block_loader.py",
     "calibrate/setup.py",

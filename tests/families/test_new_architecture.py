@@ -15,11 +15,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import quantine
+from quantine.activations.linked import UNPROVED, linked_family
 from quantine.errors import FamilyError
 from quantine.families import family_of
 from quantine.families.derivation.small import small_config
+from quantine.families.family import Link
 from quantine.formats.finished import FinishedDirectory
 from quantine.runtime.packed import packed_modules
+from quantine.survey.verdict import ROUNDED, _compare_rounded
 from tiny_models import build, logits_of, with_weights
 
 
@@ -131,6 +134,31 @@ def test_what_is_where_is_found() -> None:
     )
     assert dict(family.kept) == {"mischung": "no matrix of a product"}
     assert (family.outputs, family.fixed) == (2, ())
+
+
+def test_its_reorders_are_found_and_proved() -> None:
+    family = linked_family(StromConfig())
+    readers = ("blick.frage_und_tor", "blick.antwort", "auf")
+    hidden = Link("R5", "weights", ("auf",), ("ab",))
+    assert family.in_block(0).links == (Link("R1", "gather", ("eben",), readers), hidden)
+    assert family.in_block(1).links == (Link("R4", "gather", ("eben",), ("auf",)), hidden)
+    assert family.left == tuple((index, "blick.heraus", UNPROVED) for index in (0, 2))
+    assert not family.attends
+
+
+def test_its_activations_are_rounded(tmp_path: Path, short: quantine.Calibration) -> None:
+    source = build(StromConfig(), tmp_path / "model", bos=False)
+    result = quantine.quantize(source, tmp_path / "out", ROUNDED, short)
+    model, _ = quantine.load(result.path)
+    rounded = {name for name, m in packed_modules(model) if getattr(m, "inputs", None) is not None}
+    assert {name.rpartition(".")[2] for name in rounded} == {
+        *("frage_und_tor", "antwort", "auf", "ab")
+    }
+    _compare_rounded(source, result.path)
+    assert {one["name"] for one in result.report["left"]} == {
+        *(f"fluss.kette.{index}.blick.heraus" for index in (0, 2)),
+        *(f"fluss.kette.{index}" for index in range(3)),
+    }
 
 
 @pytest.mark.parametrize("tied", [True, False])

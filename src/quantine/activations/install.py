@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
-from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedLinear
+from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
 from quantine.activations.stored import check_tensor
-from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
+from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
 from quantine.errors import FormatError
 from quantine.families.family import Family, Link
-from quantine.families.layers import INPUTS_NAME
+from quantine.families.layers import INPUTS_NAME, is_transposed
 
 CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
 """For each reorder of RPTQ the site, a field of `ActivationSpec`, that its consumers read."""
@@ -45,16 +45,37 @@ class RoundingPoint:
 
 
 def rounding_points(family: Family) -> list[RoundingPoint]:
-    """Every point in a block of ``family`` where activations can be rounded."""
+    """Every point where activations can be rounded in a block of ``family``.
+
+    What is said of ``family`` here and below is what `Family.in_block` says of the block.
+    """
     found = [
         RoundingPoint(CONSUMED[link.kind], link.kind, path)
         for link in family.links
         for path in link.consumers
     ]
-    inside = f"{family.attention}.{SITES_NAME}"
+    if not family.attention:
+        return found
+    inside, kinds = f"{family.attention}.{SITES_NAME}", {link.kind for link in family.links}
     return found + [
-        RoundingPoint(site, kind, f"{inside}.{site}") for site, kind in ATTENDED.items()
+        RoundingPoint(site, kind, f"{inside}.{site}")
+        for site, kind in ATTENDED.items()
+        if kind in kinds
     ]
+
+
+def rounded_sites(family: Family, spec: ActivationSpec) -> list[str]:
+    """The fields of ``spec`` that say how something is rounded in at least one block."""
+    blocks = [family.in_block(index) for index in range(max(1, len(family.block_links)))]
+    found = {point.site for one in blocks for point in rounding_points(one)}
+    found |= {"softmax"} if any(one.attention for one in blocks) else set()
+    return [site for site in SITES if site in found and getattr(spec, site) != UNQUANTIZED]
+
+
+def read_links(family: Family) -> list[Link]:
+    """The links of a block of ``family`` along whose channels something can be rounded."""
+    kinds = {point.kind for point in rounding_points(family)}
+    return [link for link in family.links if link.kind in kinds]
 
 
 def link_of(family: Family, kind: str) -> Link:
@@ -63,11 +84,13 @@ def link_of(family: Family, kind: str) -> Link:
 
 
 def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
-    """Give the attention module of ``block`` its `AttentionSites`.
+    """Give the attention module of ``block``, if one can round, its `AttentionSites`.
 
     Probabilities are rounded from here on, as ``spec`` says; queries, keys and values only after
     `add_grids`.
     """
+    if not family.attention:
+        return
     sites = AttentionSites()
     sites.softmax, sites.relative = spec.softmax, spec.relative
     setattr(block.get_submodule(family.attention), SITES_NAME, sites)
@@ -162,7 +185,9 @@ def _put(block: nn.Module, point: RoundingPoint, grid: nn.Module) -> None:
     parent, module = block.get_submodule(path), block.get_submodule(point.path)
     if point.site in ATTENDED:
         setattr(parent, leaf, grid)
-    elif type(module) is nn.Linear:
+    elif isinstance(module, nn.Linear):
         setattr(parent, leaf, GriddedLinear(module, grid))
+    elif is_transposed(module):
+        setattr(parent, leaf, GriddedConv1D(module, grid))
     else:
         setattr(module, INPUTS_NAME, grid)

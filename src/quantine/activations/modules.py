@@ -70,6 +70,25 @@ class GriddedLinear(nn.Linear):
         return linear(self.inputs(input), self.weight, self.bias)
 
 
+class GriddedConv1D(nn.Module):
+    """GPT-2's ``Conv1D`` with float weights, whose inputs are rounded first.
+
+    Args:
+        of: the layer it replaces, whose weight ``[in, out]`` and bias it shares.
+        inputs: the module that rounds inputs ``[..., in]``.
+    """
+
+    def __init__(self, of: nn.Module, inputs: nn.Module) -> None:
+        super().__init__()
+        self.weight, self.bias = of.get_parameter("weight"), of.get_parameter("bias")
+        self.in_features, self.out_features = self.weight.shape
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x`` ``[..., in]``, multiply it with the weight and add the bias."""
+        return linear(self.inputs(x), self.weight.T, self.bias)
+
+
 class AttentionSites(nn.Module):
     """How an attention module rounds its queries, keys, values and probabilities.
 

@@ -15,5 +15,4 @@ FALCON = Family(
     embedding="transformer.word_embeddings",
     outputs=2,
 )
-"""The family of Falcon models; no reorders are known for them, so their activations cannot be
-quantized."""
+"""The family of Falcon models; reorders differ with their configurations, and are found."""

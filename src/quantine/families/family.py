@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Fold = Literal["weights", "gather", "attention"]
@@ -60,6 +60,8 @@ class Family:
         attention: path, inside a block, of the module that transformers hands to attention
             functions. Empty where activations cannot be quantized, because it hands none or support
             is missing.
+        key_heads: field of the configuration with the number of heads of keys and values; empty
+            where there are as many as heads of queries.
         block_groups: the groups of every block where blocks differ; else empty.
         kept: parameters of two or more dimensions inside of blocks that stay in 16 bit, as pairs
             of the path inside the block and why.
@@ -73,6 +75,11 @@ class Family:
             and keys only, so that rotating hidden states and values leaves them as they are.
         experts: paths, inside blocks, of the modules that hold experts, see
             `quantine.families.experts.Experts`.
+        block_links: the links of every block where blocks differ; else empty.
+        block_attention: the path ``attention`` of every block where blocks differ; else empty.
+        left: what is not rounded where activations are, as triples of the number of the block, the
+            path inside it, and why. Only families that `quantine.activations.linked` found have
+            such.
     """
 
     name: str
@@ -85,14 +92,45 @@ class Family:
     links: tuple[Link, ...] = ()
     links_need: tuple[tuple[str, object], ...] = ()
     attention: str = "self_attn"
+    key_heads: str = "num_key_value_heads"
     block_groups: tuple[tuple[tuple[str, ...], ...], ...] = ()
     kept: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, str], ...] = ()
     experts: tuple[str, ...] = ()
+<<<<<<< HEAD
     final_norm: str = ""
     positions: str = ""
     untouched: tuple[str, ...] = ()
+=======
+    block_links: tuple[tuple[Link, ...], ...] = ()
+    block_attention: tuple[str, ...] = ()
+    left: tuple[tuple[int, str, str], ...] = ()
+>>>>>>> wt-links
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
         """The groups of block number ``block``, in the form of the attribute ``groups``."""
         return self.block_groups[block] if self.block_groups else self.groups
+
+    def in_block(self, block: int) -> Family:
+        """The family as block number ``block`` has it: its groups, links and attention."""
+        if not (self.block_groups or self.block_links):
+            return self
+        return replace(
+            self,
+            groups=self.groups_in(block),
+            links=self.block_links[block] if self.block_links else self.links,
+            attention=self.block_attention[block] if self.block_attention else self.attention,
+            block_groups=(),
+            block_links=(),
+            block_attention=(),
+        )
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention of at least one block can round what it reads."""
+        return any((self.attention, *self.block_attention))
+
+    @property
+    def is_linked(self) -> bool:
+        """Whether something in at least one block can be reordered or rounded."""
+        return any((self.links, *self.block_links))

@@ -24,13 +24,17 @@ class Heads:
     def of(cls, config: Any, family: Family) -> Heads:
         """Read them from a model's configuration in transformers.
 
-        Architectures of one matrix for query, key and value of each head count as having as many
-        heads of keys as of queries.
+        Where it does not say how many heads of keys there are, there are as many as of queries. A
+        model of which it does not say how many heads it has, or not the same of all blocks, counts
+        as having one of all channels.
         """
-        queries = int(config.num_attention_heads)
-        if any(link.rows == "interleaved" for link in family.links):
-            return cls(queries, queries)  # one matrix has query, key and value of each head
-        return cls(queries, int(getattr(config, "num_key_value_heads", None) or queries))
+        config = _of_text(config)
+        try:
+            queries = int(config.num_attention_heads)
+            keys = getattr(config, family.key_heads, None) if family.key_heads else None
+            return cls(queries, int(keys or queries))
+        except (AttributeError, TypeError):
+            return cls(1, 1)
 
     @property
     def copies(self) -> int:
@@ -40,5 +44,12 @@ class Heads:
     @staticmethod
     def width(config: Any) -> int:
         """Number of channels of a head, from a model's configuration in transformers."""
+        config = _of_text(config)
         own = getattr(config, "head_dim", None)
         return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def _of_text(config: Any) -> Any:
+    """What a configuration says of its text model, where there are others beside."""
+    of_text = getattr(config, "get_text_config", None)
+    return config if of_text is None else of_text()

@@ -231,7 +231,7 @@ def are_tied(model: nn.Module, embedding: str, head: str) -> bool:
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether ``module`` stores its weight as ``[in, out]``, as GPT-2's Conv1D does."""
-    return type(module).__name__ == "Conv1D"
+    return type(module).__name__.endswith("Conv1D")
 
 
 def matrix_shape(module: nn.Module, name: str) -> tuple[int, int]:

@@ -6,7 +6,13 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
-from quantine.activations.install import add_grids, add_sites, rebuild_block, rounding_points
+from quantine.activations.install import (
+    add_grids,
+    add_sites,
+    read_links,
+    rebuild_block,
+    rounding_points,
+)
 from quantine.activations.reorder import reorder
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
@@ -36,7 +42,7 @@ def reorder_block(
         sequential: the calibration text, as it enters the block.
         index: number of the block.
         block: the block with its float weights, changed in place.
-        family: the model's architecture.
+        family: the model's architecture, as the block has it.
         heads: the model's numbers of heads.
         spec: bits, clusters and ranges of activations.
 
@@ -77,7 +83,7 @@ def restore_block(
         model: the model, to which ``block`` belongs.
         block: a block with the model's own modules, changed in place.
         path: path of ``block`` in ``model``.
-        family: the model's architecture.
+        family: the model's architecture, as the block has it.
         spec: bits, clusters and ranges of activations.
         tensors: what `float_tensors` had returned, by full name.
 
@@ -98,14 +104,14 @@ def reorder_as_before(
     Args:
         block: a block with the model's own modules and its float weights, changed in place.
         path: path of ``block`` in its model.
-        family: the model's architecture.
+        family: the model's architecture, as the block has it.
         heads: the model's numbers of heads.
         maps: what `Reordering.maps` gave, by full name.
 
     Raises:
         FormatError: a map is missing; the message names it.
     """
-    for link in family.links:
+    for link in read_links(family):
         name = f"{path}.{link.kind}"
         if name not in maps:
             raise FormatError(f"there is no map of the clusters {name}: quantize again")

@@ -36,6 +36,8 @@ REACHES: Final = (1.0, 0.85, 0.7)
 `quantine.kernels.integer.token_factors.steepness`."""
 WITH_FACTORS: Final[tuple[Over, ...]] = ("all", "mean")
 """Candidate ranges of clusters where tokens have factors: only their proportions matter there."""
+BETWEEN: Final = ("query", "key")
+"""The sites that are multiplied with each other."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ class Candidates:
                 for over in WITH_FACTORS
                 for reach in REACHES
             ]
-        if point.site not in ATTENDED:
+        if point.site not in ATTENDED or not (point.site in BETWEEN or self._readers(point)):
             return found
         feedback = feedback_of(self._moments(point, final))
         scale, zero = fit_activations(*seen.of_clusters(labels, "mean"), bits)
@@ -204,8 +206,7 @@ class Candidates:
         """
         keys, copies = self._heads.keys, self._heads.copies
         if point.site == "value":
-            (path,) = link_of(self._family, point.kind).consumers
-            rows = matrix_of(self._block.get_submodule(path))
+            rows = torch.cat(self._readers(point))
         else:
             rows = self._shown(self._met(point), final).rows
         of_queries = point.site != "query"  # or of columns that stand for a query's head
@@ -225,21 +226,25 @@ class Candidates:
 
         For inputs of matrices and for values, the sum of squares of the weight's column that a
         channel is multiplied with; for queries and keys, the mean square of the channel they are
-        multiplied with. These are the expected errors where channels err independently.
+        multiplied with. Values count alike where it is not known what reads them. These are the
+        expected errors where channels err independently.
 
         Returns:
             ``[channels]`` float32.
         """
-        if point.site in {"query", "key"}:
+        rows, readers = self._reordering.ranges_at(point).rows, self._readers(point)
+        if point.site in BETWEEN:
             strength = self._shown(self._met(point), final).rows.square().mean(0)
+        elif readers:
+            strength = torch.stack([matrix.square().sum(0) for matrix in readers]).sum(0)
         else:
-            strength = torch.stack(
-                [
-                    matrix_of(self._block.get_submodule(path)).square().sum(0)
-                    for path in link_of(self._family, point.kind).consumers
-                ]
-            ).sum(0)
-        return self._for_heads(strength, len(self._reordering.ranges_at(point).rows[0]))
+            strength = torch.ones_like(rows[0])
+        return self._for_heads(strength, len(rows[0]))
+
+    def _readers(self, point: RoundingPoint) -> list[Tensor]:
+        """The matrices ``[out, in]`` that read the channels of ``point`` in their order."""
+        paths = link_of(self._family, point.kind).consumers
+        return [matrix_of(self._block.get_submodule(path)) for path in paths]
 
     def _for_heads(self, strength: Tensor, channels: int) -> Tensor:
         """``strength`` of channels for another number of heads, ``[channels]``.

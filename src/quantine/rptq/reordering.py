@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from quantine.activations.grids import LABELS, StaticGrid
-from quantine.activations.install import ATTENDED, RoundingPoint, link_of, rounding_points
+from quantine.activations.install import (
+    ATTENDED,
+    RoundingPoint,
+    link_of,
+    read_links,
+    rounding_points,
+)
 from quantine.activations.reorder import reorder
 from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
 from quantine.core.fit_range import (
@@ -31,7 +37,7 @@ class Reordering:
     """The clusters of the channels of one block.
 
     Args:
-        family: the model's architecture.
+        family: the model's architecture, as the block has it.
         heads: the model's numbers of heads.
         spec: bits, clusters and ranges of activations.
         ranges: calibration ranges of all points in the block.
@@ -45,13 +51,13 @@ class Reordering:
     ) -> None:
         self.family, self.heads, self.held_out = family, heads, held_out
         self._spec, self._ranges = spec, ranges
-        self._clusters = {link.kind: self._clustered(link) for link in family.links}
+        self._clusters = {link.kind: self._clustered(link) for link in read_links(family)}
         self._values = self._clustered_values()
 
     def apply(self, block: nn.Module) -> None:
         """Reorder the channels of ``block`` in place; it computes the same afterwards."""
         if self._spec.reorders:
-            for link in self.family.links:
+            for link in read_links(self.family):
                 heads = self.heads.keys if link.per_head else 1
                 reorder(block, link, self._clusters[link.kind].order, heads)
 
@@ -69,9 +75,10 @@ class Reordering:
             return Clusters(own.labels.repeat(copies))
         return ordered.shared(self.heads.keys, copies) if copies > 1 else ordered
 
-    def input_clusters(self, path: str) -> Clusters:
-        """The clusters of the inputs of the matrix at ``path`` inside the block."""
-        return self.clusters_at(next(p for p in rounding_points(self.family) if p.path == path))
+    def input_clusters(self, path: str) -> Clusters | None:
+        """The clusters of the inputs of the matrix at ``path`` inside the block, if it has some."""
+        points = [point for point in rounding_points(self.family) if point.path == path]
+        return self.clusters_at(points[0]) if points else None
 
     def maps(self) -> dict[str, Tensor]:
         """The ranges and clusters of all channels, for pictures.
@@ -81,7 +88,7 @@ class Reordering:
             largest and the smallest value of each channel in the samples that are not held out (for
             R2 first of queries, then of keys), and its cluster. Empty without reordering.
         """
-        links = self.family.links if self._spec.reorders else ()
+        links = read_links(self.family) if self._spec.reorders else ()
         return {
             link.kind: torch.column_stack([self._points(link), self._clusters[link.kind].labels])
             for link in links
@@ -133,7 +140,10 @@ class Reordering:
         count = self._spec.value_clusters
         if count is None or not self._spec.reorders:
             return None
-        point = next(point for point in rounding_points(self.family) if point.site == "value")
+        points = [point for point in rounding_points(self.family) if point.site == "value"]
+        if not points:
+            return None
+        (point,) = points
         low, high = self.ranges_at(point).after(self.held_out).of_channels()
         return cluster_channels(torch.stack([high, low], 1), count, self.heads.keys)
 

@@ -156,14 +156,16 @@ class BlockRun:
             names = job.block_names(self.index)
             return job.block_schemes(self.index), kept_tensors(job, self.checkpoint, names)
         path = f"{job.family.blocks}.{self.index}"
-        block = job.model.get_submodule(path)
+        block, family = job.model.get_submodule(path), job.family.in_block(self.index)
         heads = Heads.of(job.config, job.family)
         with job.times.stage("reordering"):
-            reordering = reorder_block(sequential, self.index, block, job.family, heads, spec)
-        decisions = [
-            with_clusters(d, reordering.input_clusters(d.layer.name.removeprefix(f"{path}.")).sizes)
-            for d in job.block_schemes(self.index)
-        ]
+            reordering = reorder_block(sequential, self.index, block, family, heads, spec)
+        decisions = []
+        for decision in job.block_schemes(self.index):
+            layer = decision.layer
+            clusters = reordering.input_clusters(layer.name.removeprefix(f"{path}."))
+            sizes = (layer.in_features,) if clusters is None else clusters.sizes
+            decisions.append(with_clusters(decision, sizes))
         self._maps.update({f"{path}.{kind}": m.cpu() for kind, m in reordering.maps().items()})
         packed = [decision.layer.name for decision in decisions]
         return decisions, float_tensors(block, path, self.checkpoint, packed)
@@ -357,7 +359,8 @@ def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports:
     if job.plan.activations is not None:
         path = f"{job.family.blocks}.{index}"
         block = job.model.get_submodule(path)
-        restore_block(job.model, block, path, job.family, job.plan.activations, tensors)
+        family = job.family.in_block(index)
+        restore_block(job.model, block, path, family, job.plan.activations, tensors)
     schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
     for decision in job.block_schemes(index):
         decision = replace(decision, scheme=schemes[decision.layer.name])

@@ -19,6 +19,7 @@ from quantine.formats.directory import COPIED, encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
 from quantine.run.job import Job
+from quantine.run.left_alone import left_alone
 
 
 def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
     """
     quantized = sum(layer["weights"] for layer in layers)
     nbytes = sum(layer["bytes"] for layer in layers)
-    calibration = job.calibration
+    calibration, left = job.calibration, left_alone(job)
     return {
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
@@ -59,6 +60,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             ),
             *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
+        **({"left": left} if left else {}),
         "totals": {
             "quantized_weights": quantized,
             "quantized_bytes": nbytes,

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from quantine.activations import attention
+from quantine.activations.install import rounded_sites
+from quantine.activations.linked import linked_family
 from quantine.calibrate.segments import Calibration, calibration_segments
 from quantine.calibrate.skeleton import skeleton
-from quantine.core.activation_spec import ActivationSpec
+from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named, device_to_plan
 from quantine.core.spec import CLUSTERS
@@ -87,12 +89,13 @@ def prepare(
             f"{source.name} is already quantized (its config.json has a quantization_config): "
             "give the float model"
         )
-    family = family_of(config)
+    family = family_of(config) if plan.activations is None else linked_family(config)
+    rounds = plan.activations is not None and family.attends
     if plan.activations is not None:
-        _check_links(family, config)
+        _check_links(family, config, plan.activations)
         if plan.activations.reorders:
             check_installed()
-    bare = _skeleton(source, config, plan.activations is not None)
+    bare = _skeleton(source, config, rounds)
     if source.gguf_file is not None:
         check_gguf_weights(source.gguf_parts, bare)
     elif foreign:
@@ -100,7 +103,7 @@ def prepare(
     elif _has_own_head(source, bare):
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
-        bare = _skeleton(source, config, plan.activations is not None)
+        bare = _skeleton(source, config, rounds)
     if not are_tied(bare, family.embedding, family.head):
         config.tie_word_embeddings = False  # some architectures never tie, whatever it says
     turned, copied = None, False
@@ -205,15 +208,17 @@ def check_output_path(out: Path, resume: bool, needed: int) -> None:
         )
 
 
-def _check_links(family: Family, config: PretrainedConfig) -> None:
+def _check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec) -> None:
     """Refuse to quantize activations of a model whose block a reorder would change.
 
     Raises:
-        FamilyError: the family has no reorders, or not with this configuration.
+        FamilyError: the family has no reorders, or not with this configuration, or none at any of
+            the sites that are to be rounded.
     """
-    if not family.links or not family.attention:
+    if not rounded_sites(family, spec):
+        sites = ", ".join(site for site in SITES if getattr(spec, site) != UNQUANTIZED)
         raise FamilyError(
-            f"activations of {config.model_type} models cannot be quantized yet: leave out "
+            f"activations of {config.model_type} models cannot be quantized at {sites}: leave out "
             "`activations` and `scheme`"
         )
     for field, value in family.links_need:
@@ -236,13 +241,14 @@ def _with_expected_clusters(
     if scheme is None or not scheme.spec.clustered:
         return decision
     path = layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
-    kinds = [link.kind for link in family.links if path in link.consumers]
-    if spec is None or not kinds:
+    if spec is None or layer.block is None:
         raise PlanError(
             f"{layer.name} has no clusters of inputs (group_size {CLUSTERS}, {decision.reason}): "
             "give a group_size, or a scheme such as W4A4 that makes clusters"
         )
-    count = min(spec.clusters_of(kinds[0]), layer.in_features)
+    links = family.in_block(layer.block).links
+    kinds = [link.kind for link in links if path in link.consumers]
+    count = min(spec.clusters_of(kinds[0]), layer.in_features) if kinds else 1
     sizes = (layer.in_features - count + 1, *[1] * (count - 1))
     return with_clusters(decision, sizes)
 

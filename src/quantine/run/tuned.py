@@ -114,7 +114,7 @@ def _student(
         maps: their tensors for pictures, by name.
     """
     spec = job.plan.activations
-    name = None if spec is None else attention.NAME
+    name = attention.NAME if spec is not None and job.family.attends else None
     teacher = float_model(job.config, checkpoint, job.device, name)
     model = sharing(teacher)
     if spec is not None:
@@ -122,7 +122,8 @@ def _student(
     if spec is not None and spec.reorders:
         heads = Heads.of(job.config, job.family)
         for index, block in enumerate(block_list(teacher, job.family)):
-            reorder_as_before(block, f"{job.family.blocks}.{index}", job.family, heads, maps)
+            path, family = f"{job.family.blocks}.{index}", job.family.in_block(index)
+            reorder_as_before(block, path, family, heads, maps)
     floats = {n: everything[n] for n, _ in model.named_parameters() if n in everything}
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
     return Student(teacher, model, matrices, floats, dtype)

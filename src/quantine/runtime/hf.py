@@ -18,6 +18,7 @@ from quantine.activations.attention import NAME as ATTENTION
 from quantine.core.arithmetic import UNSTATED, Arithmetic
 from quantine.errors import FamilyError, FormatError, cut
 from quantine.families.experts import experts_in, separate
+from quantine.families.family import Family
 from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
@@ -95,6 +96,7 @@ class QuantineQuantizer(HfQuantizer):
     requires_calibration = True
     _spread = False  # over several devices
     _chooses = False  # experts, token by token
+    _family: Family | None = None  # where activations are rounded
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """Remove `LOCK` from ``config``, and choose the attention that the model needs.
@@ -143,15 +145,15 @@ class QuantineQuantizer(HfQuantizer):
                 _replace(model, place, module)
         _tie_head(model)
         if hasattr(config, "activations"):
-            rebuild(model, config.activations, entries)
+            self._family = rebuild(model, config.activations, entries)
         _check_kept(model, entries)
         _check_names(model, entries)
         self._dtypes = float_dtypes(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         convert_floats(model, self._dtypes)
-        check_loaded(model)
-        if hasattr(self.quantization_config, "activations"):
+        check_loaded(model, self._family)
+        if self._family is not None and self._family.attends:
             model.set_attn_implementation(ATTENTION)
         _part_empty_tensors(model)
         replace_methods(model)

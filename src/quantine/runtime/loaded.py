@@ -14,17 +14,17 @@ from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.core.finite import is_finite
 from quantine.errors import FormatError
-from quantine.families import described_family
+from quantine.families.family import Family
 from quantine.families.heads import Heads
 from quantine.families.layers import INPUTS_NAME
 from quantine.runtime.packed import Packed
 from quantine.source.settings import check_generation
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
-def check_loaded(model: PreTrainedModel) -> None:
+def check_loaded(model: PreTrainedModel, family: Family | None) -> None:
     """Refuse a model whose tensors or settings for generation are not what docs/format.md says.
 
     Codes of weights are not read, as any are valid, and neither are float matrices. What
@@ -32,6 +32,7 @@ def check_loaded(model: PreTrainedModel) -> None:
 
     Args:
         model: with packed modules, grids and reordered norms in place, its tensors read.
+        family: its architecture, where activations are rounded.
 
     Raises:
         FormatError: names the tensor.
@@ -45,16 +46,15 @@ def check_loaded(model: PreTrainedModel) -> None:
             continue
         if isinstance(module, Packed | PermutedNorm):
             module.check(name)
-        if isinstance(module, AttentionSites):
-            _check_sites(name, module, model.config)
+        if isinstance(module, AttentionSites) and family is not None:
+            _check_sites(name, module, Heads.of(model.config, family), Heads.width(model.config))
         inputs = getattr(module, INPUTS_NAME, None)
         if isinstance(inputs, StaticGrid):
             inputs.check(f"{name}.{INPUTS_NAME}", int(module.in_features))
         _check_vectors(name, module)
 
 
-def _check_sites(name: str, sites: AttentionSites, config: PretrainedConfig) -> None:
-    heads, width = Heads.of(config, described_family(config.model_type)), Heads.width(config)
+def _check_sites(name: str, sites: AttentionSites, heads: Heads, width: int) -> None:
     counts = {"query": heads.queries, "key": heads.keys, "value": heads.keys}
     for site, count in counts.items():
         grid = getattr(sites, site)

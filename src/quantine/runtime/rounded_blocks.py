@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from quantine.activations import install
+from quantine.activations.linked import linked_family
 from quantine.core.activation_spec import activations_from
 from quantine.errors import FormatError
-from quantine.families import described_family
 from quantine.families.family import Family
 from quantine.formats.headers import Entry
 from quantine.runtime.placeholder import placeholder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def rebuild(
     model: PreTrainedModel, activations: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> None:
+) -> Family:
     """Install grids and reordered norms in the blocks of ``model``, without values.
 
     transformers then loads the values from the files. Matrices that read one rounded input
@@ -33,13 +33,16 @@ def rebuild(
         activations: how activations are rounded, as config.json has it.
         entries: headers of all tensors in the files, by full name.
 
+    Returns:
+        The model's architecture, with the links that its blocks were reordered along.
+
     Raises:
         FormatError: the files lack a tensor, or the model has no decoder blocks.
     """
     # Directories that do not say it were made when nothing else existed.
     before = {"relative": False, "value_clusters": None, "token_factors": False}
     spec = activations_from({**before, **activations}, "quantization_config")
-    family = described_family(model.config.model_type)
+    family = linked_family(model.config)
 
     def stored(name: str) -> Tensor | None:
         return _stored(family, name, entries)
@@ -48,9 +51,10 @@ def rebuild(
         blocks = dict(model.named_modules()).get(path)
         if isinstance(blocks, nn.ModuleList):
             for index, block in enumerate(blocks):
-                install.rebuild_block(block, f"{path}.{index}", family, spec, stored)
-                share_inputs(block, family)
-            return
+                own = family.in_block(index)
+                install.rebuild_block(block, f"{path}.{index}", own, spec, stored)
+                share_inputs(block, own)
+            return family
     raise FormatError(f"a model without {family.blocks} has no activations to round")
 
 

@@ -44,14 +44,16 @@ def round_activations(
     Their norms write reordered channels, so their matrices have to be those of the run.
 
     Args:
-        model: computes attention with `quantine.activations.attention`; changed in place.
+        model: computes attention with `quantine.activations.attention`, where its family
+            attends; changed in place.
         family: its architecture.
         spec: bits, clusters and ranges of activations.
         tensor_of: see `rebuild_block`.
     """
     for index, block in enumerate(block_list(model, family)):
-        rebuild_block(block, f"{family.blocks}.{index}", family, spec, tensor_of)
-        for point in rounding_points(family):
+        own = family.in_block(index)
+        rebuild_block(block, f"{family.blocks}.{index}", own, spec, tensor_of)
+        for point in rounding_points(own):
             if getattr(spec, point.site) != UNQUANTIZED:
                 path, _, leaf = point.grid.rpartition(".")
                 parent = block.get_submodule(path)

@@ -31,6 +31,8 @@ FLOAT_WEIGHT: Final = "weight"
 """Name of the weight of a matrix that is not packed."""
 SERVED_SITES: Final = ("norm", "attention", "hidden")
 """Fields of `ActivationSpec` whose roundings are served: those of the inputs of matrices."""
+ROUNDED_UNSERVED: Final = frozenset({"bloom", "gpt2"})
+"""Model types that vLLM serves only where activations are not rounded."""
 UNSERVED_LAYOUT: Final = "ggml"
 """The layout whose grids no part of the plugin cuts or joins."""
 SCRAMBLED: Final = {"bloom": "query_key_value"}
@@ -124,6 +126,11 @@ class Stored:
         if model_type in VLLM_UNSERVED:
             reason = VLLM_UNSERVED[model_type]
             raise PlanError(f"{model_type} is not served: vLLM's own model {reason}")
+        if self.activations is not None and model_type in ROUNDED_UNSERVED:
+            raise PlanError(
+                f"rounded activations of {model_type} models are not served by vLLM yet: quantize "
+                "with W4A16"
+            )
         found = {}
         for name, matrix in self.matrices.items():
             assert matrix.spec is not None

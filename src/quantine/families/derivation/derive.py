@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -30,7 +31,29 @@ TOKENS: Final = (5, 200)
 """The first of these tokens, and the one after the last; none of them is special."""
 
 
+@dataclass(frozen=True)
+class Study:
+    """A small random model, and what was found out about it.
+
+    Attributes:
+        model: the model, each of whose experts is a module.
+        family: its architecture, without links.
+        trace: of one forward pass of it.
+        tokens: two texts for it, ``[batch, tokens]`` each; the first is that of the trace.
+    """
+
+    model: PreTrainedModel
+    family: Family
+    trace: Trace
+    tokens: tuple[Tensor, Tensor]
+
+
 def derive(config: PretrainedConfig) -> Family:
+    """The family of a model, see `study`."""
+    return study(config).family
+
+
+def study(config: PretrainedConfig) -> Study:
     """Find the family of a model by running a small random model of its class.
 
     What that does with its parameters is recorded: which matrices read the same tensor, and in
@@ -44,21 +67,22 @@ def derive(config: PretrainedConfig) -> Family:
     """
     try:
         with torch.no_grad(), torch.device("cpu"):
-            return _derived(small_model(config), bare_model(config))
+            return _studied(small_model(config), bare_model(config))
     except FamilyError as error:
         raise FamilyError(f"{config.model_type} models are not understood: {error}") from error
 
 
-def _derived(model: PreTrainedModel, whole: PreTrainedModel) -> Family:
+def _studied(model: PreTrainedModel, whole: PreTrainedModel) -> Study:
     randomize(model)
-    tokens = [_tokens(seed) for seed in range(2)]
+    tokens = (_tokens(0), _tokens(1))
     check_experts(model, tokens[0])
     with traced(model) as trace:
         run(model, tokens[0])
     family = _family(model, trace, whole)
     check_blocks(model, family, *tokens)
     check_buffers(model, trace.calls)
-    return family
+    randomize(model)  # the initializer may have changed weights
+    return Study(model, family, trace, tokens)
 
 
 def _tokens(seed: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,26 @@ if TYPE_CHECKING:
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a block beside its hidden states, by place and by name."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of one block.
+
+    Attributes:
+        block: the block.
+        hidden: hidden states ``[batch, tokens, width]`` that enter it.
+        arguments: its other arguments.
+    """
+
+    block: nn.Module
+    hidden: Tensor
+    arguments: Call
+
+    def output(self) -> Tensor:
+        """The hidden states that the block puts out now, of the shape of `hidden`."""
+        args, kwargs = self.arguments
+        return _hidden(self.block(self.hidden.clone(), *args, **kwargs))
 
 
 def run(model: nn.Module, tokens: Tensor) -> Any:
@@ -71,6 +92,19 @@ def check_blocks(model: PreTrainedModel, family: Family, one: Tensor, other: Ten
             raise FamilyError(
                 f"{family.blocks}.{index} reads more of a text than the outputs of the block before"
             )
+
+
+def block_calls(model: PreTrainedModel, family: Family, tokens: Tensor) -> list[BlockCall]:
+    """How the model calls each block for ``tokens`` ``[batch, tokens]``.
+
+    Its blocks can run one by one, see `check_blocks`.
+    """
+    hidden, arguments = _calls(model, family, tokens)
+    calls = []
+    for block, one in zip(block_list(model, family), arguments, strict=True):
+        calls.append(BlockCall(block, hidden, one))
+        hidden = calls[-1].output()
+    return calls
 
 
 def _hidden(output: Any) -> Tensor:

@@ -24,10 +24,12 @@ class Product:
     Attributes:
         name: full name of the module that has the matrix.
         input: equal for two products if and only if they read the same tensor.
+        shape: ``[out, in]`` of the matrix.
     """
 
     name: str
     input: Input
+    shape: tuple[int, int]
 
 
 @dataclass
@@ -44,6 +46,8 @@ class Trace:
         uses: names of the functions that read a parameter of two or more dimensions, or an
             attribute of it with a dot before its name, by the parameter's full name. What a matrix
             or a table reads of itself does not count.
+        writers: name of the first module that returned a tensor, by what `Product.input` is for
+            products that read it; matrices and tables do not count.
     """
 
     products: list[Product] = field(default_factory=list)
@@ -51,6 +55,7 @@ class Trace:
     outputs: dict[str, int] = field(default_factory=dict)
     unlike: set[str] = field(default_factory=set)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    writers: dict[Input, str] = field(default_factory=dict)
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -97,7 +102,9 @@ class _Recorder(TorchFunctionMode):
                 self._inside.append(module)
             if is_matrix(module) and args:
                 self._alive.append(args[0])
-                self.trace.products.append(Product(name, _input(args[0])))
+                rows, columns = module.get_parameter("weight").shape
+                shape = (columns, rows) if is_transposed(module) else (rows, columns)
+                self.trace.products.append(Product(name, _input(args[0]), shape))
 
         return hook
 
@@ -110,6 +117,9 @@ class _Recorder(TorchFunctionMode):
                 if not (args and _does_as_its_class(module, args[0], output)):
                     self.trace.unlike.add(name)
                 self._inside.pop()
+            elif isinstance(output, Tensor) and output.ndim:
+                self._alive.append(output)
+                self.trace.writers.setdefault(_input(output), name)
 
         return hook
 

@@ -12,6 +12,7 @@ from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
 from quantine.report.tables.scheme_text import scheme_text
+from quantine.run.left_alone import left_alone, left_lines
 from quantine.run.working_set import may_resume
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
         f"= {megabytes(size.packed)}",
         *_outlier_lines(job),
+        *_left_lines(job),
         f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
         f"output: {megabytes(size.output)}; on disk while running: at most "
         f"{megabytes(size.disk_while_running)}",
@@ -157,6 +159,11 @@ def _outlier_lines(job: Job) -> list[str]:
     return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
 
 
+def _left_lines(job: Job) -> list[str]:
+    """Lines on activations that are not rounded, one for each reason."""
+    return [f"not rounded: {line}" for line in left_lines(left_alone(job))]
+
+
 def trial_lines(trial: Trial) -> list[str]:
     """Lines on what the whole run will take, by what one block took."""
     return [
@@ -193,6 +200,7 @@ def plan_as_json(job: Job, size: Estimate, trial: Trial | None = None) -> dict[s
             {"name": name, "shape": list(shape), "reason": job.kept_reason(name)}
             for name, shape in job.other_matrices().items()
         ],
+        "left": left_alone(job),
         "predicted": {
             "quantized_weights": size.weights,
             "quantized_bytes": size.packed,
