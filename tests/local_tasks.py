@@ -12,7 +12,7 @@ QUESTIONS = 12
 
 
 def write_tasks(directory: Path) -> Path:
-    """Two tasks with choices, a group of both, and one whose answers are programs.
+    """Two tasks with choices, a group of both, one of texts, and one whose answers are programs.
 
     Returns:
         The directory, for ``--task-path``.
@@ -34,6 +34,8 @@ def write_tasks(directory: Path) -> Path:
         "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
     }
     (directory / "tiny_group.yaml").write_text(yaml.safe_dump(group))
+    texts = [{"text": " ".join(WORDS[n % 5 :] * (n % 3 + 1))} for n in range(QUESTIONS)]
+    _write(directory, "tiny_text", texts, _perplexity())
     programs = [
         {"prompt": f"x = {n}\n", "test": "assert x == 1", "entry_point": "x"} for n in range(4)
     ]
@@ -58,6 +60,15 @@ def _choices() -> dict[str, object]:
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
             for metric in metrics
         ],
+    }
+
+
+def _perplexity() -> dict[str, object]:
+    return {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}],
     }
 
 

@@ -14,6 +14,7 @@ import yaml
 from test_mixtures import source_of
 from test_resume import assert_same_run
 
+from local_tasks import write_tasks
 from quantine.formats.directory import RUN_DIRECTORY
 from tiny_models import build, tiny_config
 
@@ -119,6 +120,9 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
                 f"{name} {ranks}", f"{name}-{ranks}", source, [*options, *shards], ranks
             )
     measured = ["--text", str(text_file), "--window", "64", "--limit", "5", "--quiet"]
+    tasks = ["tiny_odd", "tiny_even", "tiny_text", "tiny_code"]
+    measured += ["--tasks", ",".join(tasks), "--task-path", str(write_tasks(root / "tasks"))]
+    measured += ["--run-code"]
     for ranks in (1, 3):
         out = root / f"scores-{ranks}.json"
         asked = ["--reference", str(model), *measured, "--json", str(out)]
@@ -202,6 +206,9 @@ def test_scores_are_those_of_one_process(runs: Runs, root: Path) -> None:
         for text in scores["texts"].values():
             del text["seconds"]
     assert three == one
+    assert len(one["tasks"]) == 4
+    for task in one["tasks"].values():
+        assert task["reference_score"] is not None
 
 
 def test_rows_are_those_of_one_process(runs: Runs, root: Path) -> None:

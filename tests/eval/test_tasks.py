@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
+from torch import Tensor
 
 import quantine
 from local_tasks import QUESTIONS, write_tasks
@@ -19,6 +20,7 @@ from quantine import PlanError, QuantineError, cli
 from quantine.calibrate.bos import BOS_CHOICES, Bos
 from quantine.eval.predictions import Predictions
 from quantine.eval.tasks import BATCH, FEWSHOT, TaskRequest, Tasks
+from quantine.ranks.ranks import ALONE
 from quantine.source.locate import locate
 from tiny_models import BOS, EOS, byte_tokenizer, oracle_weights, with_weights
 
@@ -62,6 +64,51 @@ def test_scores_are_those_of_lm_eval(tiny: Tiny, task_path: Path) -> None:
             assert found[name]["questions"] == QUESTIONS
     assert found["tiny_group"]["questions"] == 2 * QUESTIONS
     assert 0 < found["tiny_group"]["score"] < 1
+
+
+@pytest.mark.parametrize("name", [*NAMES[:2], "tiny_code"])
+def test_batches_are_those_of_lm_eval(name: str, tiny: Tiny, task_path: Path) -> None:
+    """Two ranks that are dealt them in turn compute what one would: the same bits."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from quantine.eval.task_model import TaskModel
+
+    source = locate(tiny("llama"))
+    model, tokenizer = source.float_model(torch.float32), source.tokenizer()
+    seen: list[Tensor] = []
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    manager = TaskManager(include_path=str(task_path), include_defaults=False)
+    answers, inputs = [], []
+    for wrapped in (
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=True),
+        TaskModel(model, tokenizer, BATCH, True, ALONE),
+    ):
+        seen.clear()
+        tasks: Any = manager.load([name])
+        evaluate(wrapped, tasks, bootstrap_iters=0, confirm_run_unsafe_code=True)
+        answers.append(
+            [request.resps for task in tasks["tasks"].values() for request in task.instances]
+        )
+        inputs.append([tokens.tolist() for tokens in seen])
+    assert inputs[0]
+    assert inputs[1] == inputs[0]
+    assert answers[1] == answers[0]
+
+
+def test_a_task_without_a_metric_to_raise_has_a_score(tiny: Tiny, task_path: Path) -> None:
+    source, request = locate(tiny("llama")), TaskRequest(("tiny_text",), path=task_path)
+    found = quantine.evaluate(source.directory, [], tasks=request)["tasks"]["tiny_text"]
+    assert (found["metric"], found["stderr"], found["recovery"]) == ("word_perplexity", None, None)
+    expected = direct(
+        source.float_model(torch.float32), source.tokenizer(), task_path, "tiny_text"
+    )["tiny_text"]
+    # Texts of several windows are batched otherwise, and sums round otherwise.
+    for name, value in found["metrics"].items():
+        assert value == pytest.approx(expected[f"{name},none"], rel=1e-4)
+    assert found["score"] == found["metrics"]["word_perplexity"]
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "opt"])

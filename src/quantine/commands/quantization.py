@@ -246,7 +246,6 @@ def summary(result: Result) -> str:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    started = time.perf_counter()
     check_writable(arguments.json)
     from quantine.formats.imported import second_rounding
     from quantine.report.tables.plan import plan_as_json, print_plan
@@ -255,7 +254,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from quantine.run.trial import try_block
 
     plan, calibration = _request(arguments)
-    planned = not arguments.probe
+    planned, started = not arguments.probe, time.perf_counter()  # as a run's own clock starts
     job = prepare(arguments.model, plan, calibration, arguments.device, planned=planned)
     if arguments.target is not None:
         _check_job(arguments.target, job)

@@ -29,7 +29,6 @@ from quantine.errors import OutputError, ResumeMismatch
 from quantine.eval.evaluate import (
     OnWindow,
     bits_per_weight,
-    check_alone,
     cut_texts,
     evaluate,
     reference_answers,
@@ -120,7 +119,6 @@ def compare(
         QuantineError: of the kind that says what is wrong, before work starts where that can be.
     """
     out, source, where = Path(out), locate(model), device_named(device)
-    check_alone(measured.tasks, ranks)
     tasks = None if measured.tasks is None else Tasks(measured.tasks)
     cut = cut_texts(source, measured.texts, measured.window, measured.limit, measured.bos)
     for each in plans.values():
@@ -242,7 +240,7 @@ def _float_row(
     texts = {
         name: summary(name, scores(windows), windows, on_window) for name, windows in cut.items()
     }
-    answers = None if tasks is None else reference_answers(reference, tasks, bos)
+    answers = None if tasks is None else reference_answers(reference, tasks, bos, ranks)
     return {
         "name": FLOAT,
         "plan": None,

@@ -17,7 +17,7 @@ from quantine.calibrate.text import BUILTIN, text_name
 from quantine.calibrate.token_stream import begun
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named
-from quantine.errors import CalibrationError, PlanError
+from quantine.errors import CalibrationError
 from quantine.eval.interval import mean_with_error, perplexity_recovery
 from quantine.eval.perplexity import (
     Score,
@@ -100,16 +100,20 @@ def evaluate(
         CalibrationError: a text is too short, given twice, or belongs to another tokenizer.
         CheckpointError, FormatError: a model cannot be read.
         OutputError: predictions cannot be kept.
-        PlanError: a task does not exist, cannot be run, or runs code without leave to do so; or
-            there are tasks and several ranks.
+        PlanError: a task does not exist, cannot be run, or runs code without leave to do so.
     """
-    check_alone(tasks, ranks)
     where = device_named(device)
     asked = None if tasks is None else Tasks(tasks)
     source = locate(model)
     begins = begun(source.tokenizer(), bos)
     cut = cut_texts(source, texts, window, limit, bos)
-    ranks.agree(lambda: {"model": source.file_digests(), "texts": text_digests(cut)})
+    ranks.agree(
+        lambda: {
+            "model": source.file_digests(),
+            "texts": text_digests(cut),
+            "tasks": None if asked is None else asked.request.identity(),
+        }
+    )
     compared = None
     if reference is not None:
         compared = reference_of(source, reference, dtype, cache, where)
@@ -126,7 +130,9 @@ def evaluate(
             name: summary(name, score_windows(tested, compared, windows, ranks), windows, on_window)
             for name, windows in cut.items()
         },
-        "tasks": {} if asked is None else measure_tasks(tested, source, compared, asked, bos),
+        "tasks": {}
+        if asked is None
+        else measure_tasks(tested, source, compared, asked, bos, ranks),
     }
 
 
@@ -215,16 +221,6 @@ def text_digests(cut: Mapping[str, Windows]) -> dict[str, str]:
     return {name: digest_of(windows.tokens) for name, windows in cut.items()}
 
 
-def check_alone(tasks: TaskRequest | None, ranks: Ranks) -> None:
-    """Refuse to ask the questions of tasks with several processes.
-
-    Raises:
-        PlanError: there are both.
-    """
-    if tasks is not None and ranks.count > 1:
-        raise PlanError("questions of tasks are not shared by ranks: ask them in one process")
-
-
 def digest_of(windows: Tensor) -> str:
     """A hash of the token ids ``windows`` in hexadecimal, which tells whether two texts agree."""
     return hashlib.blake2b(windows.numpy().tobytes(), digest_size=16).hexdigest()
@@ -236,6 +232,7 @@ def measure_tasks(
     reference: Predictions | None,
     tasks: Tasks,
     bos: Bos,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run tasks and return their results as `evaluate` has them.
 
@@ -245,26 +242,32 @@ def measure_tasks(
         reference: the model to compare with; ``None`` for none.
         tasks: the tasks.
         bos: whether questions begin as the tokenizer begins a text, see `Tasks.run`.
+        ranks: the processes that share the questions; each gets the results.
 
     Raises:
         PlanError: a task fails.
     """
-    other = None if reference is None else reference_answers(reference, tasks, bos)
-    return compare_tasks(tasks.run(model, source.tokenizer(), bos), other)
+    other = None if reference is None else reference_answers(reference, tasks, bos, ranks)
+    return compare_tasks(tasks.run(model, source.tokenizer(), bos, ranks), other)
 
 
-def reference_answers(reference: Predictions, tasks: Tasks, bos: Bos) -> dict[str, TaskScore]:
+def reference_answers(
+    reference: Predictions, tasks: Tasks, bos: Bos, ranks: Ranks = ALONE
+) -> dict[str, TaskScore]:
     """The task scores of a reference model by task, which its cache keeps.
+
+    Arguments are those of `measure_tasks`.
 
     Raises:
         PlanError: a task fails.
     """
     kept = f"tasks-{tasks.request.identity()}-{bos}"
-    plain = reference.recall(kept)
+    plain = ranks.of_first(lambda: reference.recall(kept))
     if plain is None:
-        answered = tasks.run(reference.model, reference.source.tokenizer(), bos)
+        answered = tasks.run(reference.model, reference.source.tokenizer(), bos, ranks)
         plain = {name: asdict(score) for name, score in answered.items()}
-        reference.remember(kept, plain)
+        if ranks.first:
+            reference.remember(kept, plain)
     return {name: TaskScore(**values) for name, values in plain.items()}
 
 

@@ -19,9 +19,10 @@ import torch
 
 from quantine.calibrate.bos import BOS_DEFAULT, Bos
 from quantine.calibrate.token_stream import frame_of
-from quantine.errors import PlanError, QuantineError, cut
+from quantine.errors import PlanError, QuantineError, cut, is_out_of_memory
 from quantine.eval.code import passes
 from quantine.eval.interval import mean_with_error, score_recovery
+from quantine.ranks.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +98,7 @@ class TaskScore:
 
     Attributes:
         metric: name of the metric that counts: the first in the task's definition that is not
-            better when lower.
+            better when lower, or the first where all are.
         score: its value, for most metrics the mean over questions.
         stderr: standard error of the mean over questions, those of a group taken together; ``None``
             with fewer than two ``answers``.
@@ -142,7 +143,11 @@ class Tasks:
             )
 
     def run(
-        self, model: PreTrainedModel, tokenizer: Any, bos: Bos = BOS_DEFAULT
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        bos: Bos = BOS_DEFAULT,
+        ranks: Ranks = ALONE,
     ) -> dict[str, TaskScore]:
         """Score a model on every task.
 
@@ -153,6 +158,8 @@ class Tasks:
             tokenizer: its tokenizer.
             bos: ``"each"``: every question begins as the tokenizer begins a text; ``"first"``: none
                 does, as in the lm-eval of the papers.
+            ranks: the processes that share the batches of questions; each has the model, and gets
+                the scores of one process.
 
         Returns:
             The scores by name of the task.
@@ -161,7 +168,7 @@ class Tasks:
             PlanError: a task fails, or the tokenizer ends every text, so that answers would follow
                 the end.
         """
-        from lm_eval.models.huggingface import HFLM
+        from quantine.eval.task_model import TaskModel
 
         frame = frame_of(tokenizer)
         begins = bos == "each" and bool(frame.before)
@@ -170,16 +177,14 @@ class Tasks:
                 "the tokenizer ends every text, and lm-eval would let answers follow the end: use "
                 "bos first for tasks, which leaves out what it puts before and after"
             )
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=BATCH, add_bos_token=begins
-        )
+        wrapped = TaskModel(model, tokenizer, BATCH, begins, ranks)
         scores = {}
         for name in self.request.names:
             with _seeded():
-                scores[name] = self._run_one(name, wrapped)
+                scores[name] = self._run_one(name, wrapped, ranks)
         return scores
 
-    def _run_one(self, name: str, wrapped: Any) -> TaskScore:
+    def _run_one(self, name: str, wrapped: Any, ranks: Ranks) -> TaskScore:
         from lm_eval.evaluator import evaluate
 
         unsafe = name in self._unsafe
@@ -198,13 +203,15 @@ class Tasks:
                 bootstrap_iters=0,  # errors of means need none
                 confirm_run_unsafe_code=unsafe,
             )
-        except MemoryError:
-            raise
         except Exception as error:  # definitions fail in many ways, none of them typed
+            if isinstance(error, QuantineError) or is_out_of_memory(error):
+                raise
             raise PlanError(
                 f"task {name} cannot be run ({cut(error)}): check its definition and data"
             ) from error
-        return _score_of_code(name, results) if unsafe else _score_of(name, results)
+        if not unsafe:
+            return _score_of(name, results)
+        return ranks.of_first(lambda: _score_of_code(name, results))  # programs run once
 
 
 def compare_tasks(
@@ -291,7 +298,8 @@ def _score_of(name: str, results: Any) -> TaskScore:
     values = {**results["results"], **results.get("groups", {})}[name]
     named = {key: value for key, value in values.items() if "," in key and "_stderr" not in key}
     better = results["higher_is_better"]
-    key = next(k for k in named if better.get(name, {}).get(k.split(",")[0]) is not False)
+    higher = (key for key in named if better.get(name, {}).get(key.split(",")[0]) is not False)
+    key = next(higher, next(iter(named)))
     metric, kind = key.split(",", 1)
     answers = _answers([results["samples"][leaf] for leaf in leaves], metric, kind)
     return TaskScore(

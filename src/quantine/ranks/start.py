@@ -94,19 +94,36 @@ def _connected(store: Any, index: int, count: int, device: str) -> tuple[str, An
     import torch
     import torch.distributed as dist
 
+    own = gpu_of_rank(device, index)
     dist.init_process_group("gloo", store=store, rank=index, world_size=count, timeout=PATIENCE)
+    if own is None:
+        return device, None
+    torch.cuda.set_device(own)
+    return own, dist.new_group(backend="nccl", timeout=PATIENCE)
+
+
+def gpu_of_rank(device: str, index: int) -> str | None:
+    """The GPU that a rank has for itself; ``None`` where ranks share a device, or the CPU.
+
+    Args:
+        device: name of a device, as for `started`.
+        index: number of the rank, which is its number on its machine unless ``LOCAL_RANK`` is set.
+
+    Raises:
+        BackendUnavailable: the machine has fewer GPUs than ranks.
+    """
+    import torch
+
     nvidia = torch.cuda.is_available() and torch.version.hip is None
     if device != "cuda" and not (device == "auto" and nvidia):
-        return device, None
+        return None
     number, found = _number("LOCAL_RANK", index), torch.cuda.device_count()
     if number >= found:
         raise BackendUnavailable(
             f"rank {index} has no GPU of its own among {found}: start fewer ranks here, or name "
             "one device for all, such as cuda:0"
         )
-    own = f"cuda:{number}"
-    torch.cuda.set_device(own)
-    return own, dist.new_group(backend="nccl", timeout=PATIENCE)
+    return f"cuda:{number}"
 
 
 def _number(name: str, default: int) -> int:

@@ -58,6 +58,8 @@ class TorchRanks(Ranks):
         device = own[0][0].device
         sendable = [[self._sendable(tensor) for tensor in part] for part in own]
         with self._talking():
+            if self._tensors is not None:
+                dist.barrier()  # who waits for NCCL is not told of a rank that was lost
             if self.first:
                 (sums,) = sendable
             else:
