@@ -31,7 +31,6 @@ from quantine.formats.imported import is_foreign, open_foreign
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
-from quantine.rptq.clusters import check_installed
 from quantine.run.job import Job
 from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
@@ -89,8 +88,6 @@ def prepare(
     family = family_of(config)
     if plan.activations is not None:
         _check_links(family, config)
-        if plan.activations.reorders:
-            check_installed()
     bare = _skeleton(source, config, plan.activations is not None)
     if source.gguf_file is not None:
         check_gguf_weights(source.gguf_parts, bare)
