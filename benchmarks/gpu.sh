@@ -29,7 +29,7 @@ for path in sys.path:
     if path.endswith(('site-packages', 'dist-packages')):
         print(f'import site; site.addsitedir({path!r})')
 " >"$(.venv-gpu/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outside.pth"
-if ! "$PYTHON" -m pip --python .venv-gpu/bin/python install -q . pytest hypothesis scikit-learn; then
+if ! "$PYTHON" -m pip --python .venv-gpu/bin/python install -q . pytest hypothesis; then
 	plain .venv-gpu/bin/python
 fi
 exec .venv-gpu/bin/python benchmarks/gpu.py

@@ -23,8 +23,9 @@ the native decoder generates with it.
 Architectures are not listed by hand. What shares an input and what runs after what is found by
 running a small model, whose blocks then have to run one by one with the same outputs. [Reorders of
 activations](activations.md#which-models) are found and proved on it, too. A literal in
-`src/quantine/families` overrides that: see [Adding a family](adding.md#a-family). Real models differ from default configurations, so each is looked at
-when it is quantized, whatever this page says.
+`src/quantine/families` overrides that: see [Adding a family](adding.md#a-family). Real models
+differ from default configurations, so each is looked at when it is quantized, whatever this page
+says.
 """
 
 
@@ -39,8 +40,8 @@ def page() -> str:
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
         f"{done} of these are quantized: {done / len(built):.0%}; the other {len(refused)} are "
-        f"refused. Activations of {rounded} can be rounded, of {partly} of them in part; {native} are "
-        f"decoded natively."
+        f"refused. Activations of {rounded} can be rounded, of {partly} of them in part; {native} "
+        "are decoded natively."
     )
     lines = [INTRO, counts, "", "| class | weights | activations | native |", "|---|---|---|---|"]
     lines += [_row(row) for row in built if row["weights"]]

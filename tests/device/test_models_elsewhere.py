@@ -201,7 +201,6 @@ def test_a_model_and_its_reference_are_compared_there(
 def test_rounded_activations_and_packed_caches_work_there(
     scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
-    pytest.importorskip("sklearn")
     quantize(tiny("llama"), tmp_path / "out", Plan.scheme(scheme), short)
     tokens = some_tokens(30, 1)
 

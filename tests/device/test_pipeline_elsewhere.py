@@ -96,8 +96,6 @@ def test_a_run_there_writes_what_references_write_here(
 ) -> None:
     source = tiny(model) if model in FAMILIES else narrow(1)
     plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
-    if plan.activations is not None:
-        pytest.importorskip("sklearn")
     # The CPU has attention of its own, which rounds otherwise.
     with no_extension(), sdpa_kernel(SDPBackend.MATH):
         quantize(source, tmp_path / "here", plan, short)
@@ -127,8 +125,6 @@ def test_a_run_there_can_be_resumed(
         raise Stopped
 
     plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
-    if plan.activations is not None:
-        pytest.importorskip("sklearn")
     with OtherDevice(), untouched_extension():
         quantize(narrow(2), tmp_path / "whole", plan, short, device=NAME)
         with pytest.MonkeyPatch.context() as patch:
@@ -189,8 +185,6 @@ def test_a_device_without_float64_gives_what_others_give(
 ) -> None:
     """As Apple's GPUs: whatever needs float64 is computed on the CPU."""
     plan, short = PLANS[name](), Calibration(str(text_file), samples=2, seqlen=16)
-    if plan.activations is not None:
-        pytest.importorskip("sklearn")
     with OtherDevice():
         quantize(narrow(1), tmp_path / "with", plan, short, device=NAME)
         plain = OtherTensor.__new__

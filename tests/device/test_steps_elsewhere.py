@@ -170,8 +170,6 @@ def test_ranges_of_channels_and_the_cheapest_of_clusters() -> None:
 
 
 def test_clusters_of_channels() -> None:
-    pytest.importorskip("sklearn")
-
     def used(points: Tensor) -> list[Any]:
         found = cluster_channels(points, 3, heads=2)
         return [found.labels, found.order, found.ordered().labels, found.shared(2, 3).labels]

@@ -234,15 +234,6 @@ def test_what_cannot_be_done_is_refused_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_scikit_learn_is_said_first(
-    tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(PlanError, match="clusters of channels need scikit-learn"):
-        quantize(tiny("llama"), tmp_path / "out", plan_of("W4A8"), short)
-    assert not (tmp_path / "out").exists()
-
-
 def fed_grids(model: Any) -> list[StaticGrid]:
     """The grids whose channels are rounded in turn."""
     grids = [m for m in model.modules() if isinstance(m, StaticGrid)]

@@ -80,7 +80,6 @@ def test_a_table_that_is_the_head_is_looked_up_in_what_the_head_reads(
 def test_rounded_activations_meet_codes(
     plan: str, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("sklearn")
     source = build(tiny_config("llama", **NARROW), tmp_path / "float")
     out = quantize(source, tmp_path / "out", Plan.scheme(plan, arithmetic="exact"), short).path
     model, _ = load(out, arithmetic="exact")

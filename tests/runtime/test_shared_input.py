@@ -459,7 +459,6 @@ def test_stored_tensors_are_those_of_blocks_that_share_nothing(block: Block) -> 
 
 
 def test_a_loaded_model_shares(packed: Callable[[str, str], Path]) -> None:
-    pytest.importorskip("sklearn")
     model, _ = load(packed("llama", "W4A8"))
     layer = model.model.layers[0]
     norms, attention = (layer.input_layernorm, layer.post_attention_layernorm), layer.self_attn

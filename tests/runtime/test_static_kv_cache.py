@@ -38,7 +38,6 @@ SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV")
 def rounding(
     tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
 ) -> Rounding:
-    pytest.importorskip("sklearn")
     root = tmp_path_factory.mktemp("static")
 
     def loaded(scheme: str) -> Any:

@@ -29,11 +29,8 @@ BLOOM = Family(
     ),
     links_need=(("apply_residual_connection_post_layernorm", False),),
     attention="",
-<<<<<<< HEAD
-    final_norm="transformer.ln_f",
-=======
     key_heads="",
->>>>>>> wt-links
+    final_norm="transformer.ln_f",
     outputs=2,
 )
 """The family of BLOOM models, which compute attention in a way of their own."""

@@ -97,15 +97,12 @@ class Family:
     kept: tuple[tuple[str, str], ...] = ()
     fixed: tuple[tuple[str, str], ...] = ()
     experts: tuple[str, ...] = ()
-<<<<<<< HEAD
-    final_norm: str = ""
-    positions: str = ""
-    untouched: tuple[str, ...] = ()
-=======
     block_links: tuple[tuple[Link, ...], ...] = ()
     block_attention: tuple[str, ...] = ()
     left: tuple[tuple[int, str, str], ...] = ()
->>>>>>> wt-links
+    final_norm: str = ""
+    positions: str = ""
+    untouched: tuple[str, ...] = ()
 
     def groups_in(self, block: int) -> tuple[tuple[str, ...], ...]:
         """The groups of block number ``block``, in the form of the attribute ``groups``."""

@@ -15,13 +15,9 @@ GPT2 = Family(
         Link("R4", "gather", ("ln_2",), ("mlp.c_fc",)),
         Link("R5", "weights", ("mlp.c_fc",), ("mlp.c_proj",)),
     ),
-<<<<<<< HEAD
-    attention="",
-    final_norm="transformer.ln_f",
-    positions="transformer.wpe",
-=======
     links_need=(("reorder_and_upcast_attn", False),),
     attention="attn",
->>>>>>> wt-links
+    final_norm="transformer.ln_f",
+    positions="transformer.wpe",
 )
 """The family of GPT-2 models; activations can be quantized where attention is a common function."""

@@ -31,10 +31,7 @@ GPT_NEOX = Family(
         Link("R5", "weights", ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
     ),
     attention="attention",
-<<<<<<< HEAD
-    final_norm="gpt_neox.final_layer_norm",
-=======
     key_heads="",
->>>>>>> wt-links
+    final_norm="gpt_neox.final_layer_norm",
 )
 """The family of GPT-NeoX and Pythia models."""

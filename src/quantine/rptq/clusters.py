@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Final
 
 import torch
 from torch import Tensor
 
-from quantine.errors import PlanError
-
-RESTARTS: Final = 10
-"""Number of runs of KMeans from different starting points, of which the best is kept."""
-SEED: Final = 0
-"""Seed of KMeans, so that clusters are the same in every run."""
+from quantine.rptq.kmeans import kmeans
 
 
 @dataclass(frozen=True)
@@ -61,50 +54,17 @@ class Clusters:
         return Clusters((copied - starts + counts.cumsum(0) - counts).flatten())
 
 
-def check_installed() -> None:
-    """Check that clusters can be computed.
-
-    Raises:
-        PlanError: scikit-learn is not installed.
-    """
-    if find_spec("sklearn") is None:
-        raise PlanError(
-            "clusters of channels need scikit-learn: pip install 'quantine[activations]'"
-        )
-
-
 def cluster_channels(points: Tensor, count: int, heads: int = 1) -> Clusters:
     """Partition channels into clusters of similar points, by KMeans.
 
     Args:
-        points: ``[channels, features]`` of any float dtype, such as the largest and the smallest
-            value of each channel.
+        points: ``[channels, features]`` of any float dtype, finite, such as the largest and the
+            smallest value of each channel.
         count: number of clusters; fewer result where fewer points differ.
         heads: number of equal runs of channels that are partitioned separately, each into ``count``
             clusters.
-
-    Raises:
-        PlanError: scikit-learn is not installed.
     """
-    found: list[Tensor] = []
-    used = 0
-    for own in points.detach().cpu().double().chunk(heads):  # scikit-learn knows no device
-        labels = _kmeans(own, count) + used
-        used = int(labels.max()) + 1
-        found.append(labels)
-    return Clusters(torch.cat(found).to(points.device))
-
-
-def _kmeans(points: Tensor, count: int) -> Tensor:
-    """The cluster of each of ``points`` ``[n, features]``, on the CPU, as ``[n]`` int64 from 0."""
-    distinct, same = torch.unique(points, dim=0, return_inverse=True)
-    if len(distinct) <= count:
-        known: Tensor = same
-        return known
-    check_installed()
-    from sklearn.cluster import KMeans
-
-    solved = KMeans(count, n_init=RESTARTS, random_state=SEED).fit(points.numpy())
-    labels = torch.from_numpy(solved.labels_).long()
-    used: Tensor = torch.unique(labels, return_inverse=True)[1]
-    return used
+    own = points.detach().view(heads, -1, points.shape[1])
+    labels = kmeans(own, count) + count * torch.arange(heads, device=points.device).unsqueeze(1)
+    used: Tensor = torch.unique(labels.flatten(), return_inverse=True)[1]
+    return Clusters(used)

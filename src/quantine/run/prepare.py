@@ -34,7 +34,6 @@ from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
 from quantine.rotation.rotated import rotated
-from quantine.rptq.clusters import check_installed
 from quantine.run.job import Job
 from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
@@ -93,8 +92,6 @@ def prepare(
     rounds = plan.activations is not None and family.attends
     if plan.activations is not None:
         _check_links(family, config, plan.activations)
-        if plan.activations.reorders:
-            check_installed()
     bare = _skeleton(source, config, rounds)
     if source.gguf_file is not None:
         check_gguf_weights(source.gguf_parts, bare)
@@ -111,7 +108,7 @@ def prepare(
         # The norm before the head changes it, but not the table.
         copied = bool(config.tie_word_embeddings)
         config.tie_word_embeddings = False
-        bare = _skeleton(source, config, plan.activations is not None)
+        bare = _skeleton(source, config, rounds)
         turned = rotated(bare, family, config, plan.transforms[0].seed)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
