@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +65,22 @@ def test_help_has_examples_of_real_commands(
         arguments = build_parser().parse_args(shlex.split(command)[1:])
         assert callable(arguments.run)
         assert verb is None or command.split()[1] == verb
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP there")
+@pytest.mark.parametrize("set_to", [None, "active"])
+def test_threads_of_openmp_sleep_unless_told_otherwise(set_to: str | None, tmp_path: Path) -> None:
+    told = {} if set_to is None else {"OMP_WAIT_POLICY": set_to}
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "quantine", "plan", str(tmp_path / "nothing")],
+        env={**kept, **told, "OMP_DISPLAY_ENV": "true"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == cli.EXIT_REFUSED
+    assert f"OMP_WAIT_POLICY = '{(set_to or 'passive').upper()}'" in ran.stderr
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ def _run(argv: Sequence[str] | None) -> int:
         _flush()
         raise
     _quiet_libraries()
+    _let_threads_sleep()
     status: int | None = arguments.run(arguments)
     _flush()
     return status or 0
@@ -127,6 +128,15 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _let_threads_sleep() -> None:
+    """Let OpenMP's threads, with which PyTorch computes, sleep while they wait for work.
+
+    Else they look for work without sleeping, and so take processors from the threads of the native
+    kernels and from other programs. OpenMP reads this when PyTorch is loaded, which is later.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 if __name__ == "__main__":
