@@ -40,6 +40,14 @@ def add(verbs: Any) -> None:
         help="tokens of prompt and answer at most, which take memory; default 4096, or what the "
         "model has room for",
     )
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=4,
+        metavar="N",
+        help="answers that are made at the same time, each with room for the context; other "
+        "requests wait; default 4",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default float32")
     add_device(parser)
 
@@ -57,7 +65,14 @@ def _run(arguments: argparse.Namespace) -> None:
 
     with listen(arguments.host, arguments.port) as listener:
         dtype = getattr(torch, arguments.dtype)
-        engine = Engine(arguments.model, arguments.context, dtype, arguments.device, log=sys.stderr)
+        engine = Engine(
+            arguments.model,
+            arguments.context,
+            dtype,
+            arguments.device,
+            log=sys.stderr,
+            places=arguments.together,
+        )
         print(f"{engine.name} at {url_of(listener)}, Ctrl-C ends it", flush=True)
         serve(engine, listener)
     print("ended")

@@ -1,15 +1,13 @@
-"""The routes of the server, behind which clients wait for their turn."""
+"""The routes of the server, behind which the texts of clients take turns."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, Final
 
 from starlette.applications import Starlette
-from starlette.concurrency import iterate_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -24,6 +22,7 @@ from quantine.server.engine import Engine
 from quantine.server.refusal import Refusal, error_body
 from quantine.server.requests import Request, check_served, read_request
 from quantine.server.stops import StopFilter
+from quantine.server.turns import Turns
 
 MOST_BYTES: Final = 2**24
 """Bytes of a request at most."""
@@ -56,12 +55,12 @@ def make_app(engine: Engine, is_ending: Callable[[], bool]) -> Starlette:
 
 
 class _Api:
-    """What the routes do. One request after another has its turn with the model."""
+    """What the routes do."""
 
     def __init__(self, engine: Engine, is_ending: Callable[[], bool]) -> None:
         self._engine = engine
         self._is_ending = is_ending
-        self._turn = asyncio.Lock()  # which is fair: who came first is first
+        self._turns = Turns(engine)
 
     async def models(self, _: HttpRequest) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
@@ -102,23 +101,24 @@ class _Api:
     async def _pieces(
         self, http: HttpRequest, request: Request, ids: Tensor
     ) -> AsyncGenerator[Piece]:
-        """The answer, once it is this request's turn; without an end if the client goes away.
+        """The answer, once there is a place for it; without an end if the client goes away.
 
         Raises:
             Refusal: the server is told to end.
         """
         most = self._engine.most(request, ids)
         transcript, stops = Transcript(self._engine.tokenizer), StopFilter(request.stops)
-        async with self._turn:
+        async with self._turns.place() as place:
             if await self._is_over(http):
                 return
-            async for token in iterate_in_threadpool(self._engine.tokens(request, ids)):
-                text = stops.add(transcript.add(token))
-                if stops.stopped:
-                    break
-                yield Piece(text, len(transcript), None)
-                if await self._is_over(http):
-                    return
+            async with aclosing(self._turns.tokens(place, request, ids)) as tokens:
+                async for token in tokens:
+                    text = stops.add(transcript.add(token))
+                    if stops.stopped:
+                        break
+                    yield Piece(text, len(transcript), None)
+                    if await self._is_over(http):
+                        return
         if stops.stopped:
             yield Piece(text, len(transcript), "stop")
         else:

@@ -1,9 +1,9 @@
-"""A model that continues one prompt after another."""
+"""A model that continues the prompts of several clients."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Final
 
@@ -12,7 +12,11 @@ from torch import Tensor
 
 from quantine.core.device import device_named
 from quantine.errors import PlanError, QuantineError
-from quantine.runtime.generate import ModuleDecoder, continue_tokens, decoder_on
+from quantine.runtime.continuation import Continuation, advance
+from quantine.runtime.decoder import Batch, Decoder
+from quantine.runtime.generate import ModuleDecoder, batch_on, decoder_on, end_tokens
+from quantine.runtime.generate_texts import TOGETHER
+from quantine.runtime.graph_decoder import StaticDecoder
 from quantine.runtime.load import load_model
 from quantine.runtime.prompt import conversation_ids, text_ids
 from quantine.server.refusal import Refusal
@@ -21,12 +25,14 @@ from quantine.source.locate import locate
 
 CONTEXT: Final = 4096
 """Tokens of prompt and answer at most, where nobody says and the model has room for them."""
+PLACES: Final = 4
+"""Texts that are continued together at most, where nobody says."""
 
 
 class Engine:
-    """A model, its tokenizer, and a decoder with room for one text.
+    """A model, its tokenizer, and decoders with room for one text each.
 
-    Not for several threads at once; but `tokens` may run in one, and all else in another.
+    Not for several threads at once; but `advance` may run in one, and all else in another.
 
     Args:
         model: as for `quantine.source.locate.locate`.
@@ -35,16 +41,19 @@ class Engine:
         dtype: of activations and of weights that are not quantized.
         device: of the model, by PyTorch's name.
         log: where it is said that no decoder of quantine's is used, if none is.
+        places: texts that are continued together at most. Where the model decodes by a CUDA graph,
+            it is one text at a time, whatever is asked.
 
     Attributes:
         name: of the model: its directory's, or its hub id.
         context: tokens of prompt and answer at most.
         tokenizer: of transformers.
+        places: number of texts that are continued together at most.
 
     Raises:
         BackendUnavailable: there is no such device.
         CheckpointError, FormatError: the model cannot be read.
-        PlanError: the model has no room for ``context`` tokens.
+        PlanError: the model has no room for ``context`` tokens, or ``places`` is out of range.
     """
 
     def __init__(
@@ -54,7 +63,10 @@ class Engine:
         dtype: torch.dtype,
         device: str | torch.device,
         log: IO[str],
+        places: int = PLACES,
     ) -> None:
+        if not 1 <= places <= TOGETHER:
+            raise PlanError(f"texts at once must be from 1 to {TOGETHER}, not {places}")
         where = device_named(device)
         source = locate(model)
         config = source.config().get_text_config()
@@ -63,8 +75,20 @@ class Engine:
         self.name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else str(model)
         self._vocabulary: int = config.vocab_size
         self._model = load_model(source, dtype, where)
-        found = decoder_on(self._model, self.context, log)
-        self._decoder = ModuleDecoder(self._model) if found is None else found
+        self._ends = end_tokens(self._model)
+        self._batch: Batch | None = None
+        self._decoders: Sequence[Decoder | StaticDecoder | ModuleDecoder]
+        if where.type == "cuda":
+            graph = decoder_on(self._model, self.context, log)
+        else:
+            graph, self._batch = None, batch_on(self._model, self.context, places, log)
+        if self._batch is not None:
+            self._decoders = self._batch.texts
+        elif graph is not None:
+            self._decoders = [graph]
+        else:
+            self._decoders = [ModuleDecoder(self._model) for _ in range(places)]
+        self.places = len(self._decoders)
 
     def prompt_ids(self, request: Request) -> Tensor:
         """Token ids ``[1, n]`` int64 of the prompt of ``request``.
@@ -104,11 +128,19 @@ class Engine:
         """Tokens of the answer to ``request`` at most, whose prompt is ``ids``."""
         return request.most or self.context - ids.shape[1]
 
-    def tokens(self, request: Request, ids: Tensor) -> Iterator[int]:
-        """The tokens of the answer, without the one that ends it, as they are made."""
-        self._decoder.reset()
+    def text(self, place: int, request: Request, ids: Tensor) -> Continuation:
+        """The answer to ``request``, whose prompt is ``ids``, for `advance` to make.
+
+        Args:
+            place: below `places`; a text that was there before must not be advanced any more.
+        """
         most = self.most(request, ids)
-        yield from continue_tokens(self._model, ids, most, request.sampling, self._decoder)
+        decoder = self._decoders[place]
+        return Continuation(decoder, place, ids[0], most, request.sampling, self._ends)
+
+    def advance(self, texts: Sequence[Continuation]) -> list[list[int]]:
+        """Make further tokens of each of ``texts``, which have not ended, without end tokens."""
+        return advance(texts, self._batch)
 
 
 def _context(wanted: int | None, longest: int | None) -> int:
