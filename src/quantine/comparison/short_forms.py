@@ -67,7 +67,8 @@ def plan_of(short: str) -> Plan:
     if not isinstance(rotates, bool):
         raise PlanError(f"{short!r}: rotate must be true or false")
     plan = _bare_plan(short, name, parameters)
-    return replace(plan, tune=tuning, transforms=(Rotate(),) if rotates else ())
+    plan = replace(plan, transforms=(Rotate(),)) if rotates else plan
+    return plan if tuning is None else replace(plan, tune=tuning)
 
 
 def _bare_plan(short: str, name: str, parameters: dict[str, Any]) -> Plan:
