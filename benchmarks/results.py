@@ -317,8 +317,24 @@ python benchmarks/rotation.py MODEL wikitext2_valid.txt --texts TEXT ... --cache
 ```
 """
 ROTATIONS: dict[str, tuple[str, str]] = {
-    "rotation-demo": ("#### The demo model, two texts", "TODO"),
-    "rotation-opt-mini-outlier-all": ("#### An OPT", "TODO"),
+    "rotation-demo": (
+        "### The demo model",
+        """8 windows of 1024 tokens of each text (float 23.477 and 32.720), 16 segments of 512
+tokens to learn from. GPTQ loses 7% of its divergence on WikiText-2 and 15% on C4, although the
+model's own weights lie on a 4 bit grid of 32 inputs, which a rotation leaves. The file grows from
+107.5 to 164.1 MB, as the table is there twice. SpQR, budgets and rounded activations are still to
+be measured on this model.""",
+    ),
+    "rotation-opt-mini-outlier-all": (
+        "### An OPT with the channel ranges of large ones",
+        """`--samples 16 --seqlen 256 --window 256 --limit 48`; float 146.599. Where single channels
+are loud, a rotation more than halves the divergence of 3 bit weights: GPTQ with it is better than
+SpQR without, and outliers take another quarter off. Where activations are rounded in clusters it
+does harm: clusters separate the loud channels, and behind a rotation there is nothing to separate.
+With one grid for all channels a rotation takes nearly all of the harm away, but not as much as
+clusters do. So rotate weights, and leave a scheme of clusters as it is. What is not in the table
+was not measured.""",
+    ),
 }
 """Files of `benchmarks/rotation.py`, headings, and what is to be said of each."""
 ROTATED = "rotated "
