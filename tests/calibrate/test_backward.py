@@ -20,6 +20,7 @@ from quantine.calibrate.sequential import Sequential
 from quantine.families.layers import block_list
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
+from quantine.statistics.gradients import SquaredGradients
 from tiny_models import FAMILIES, with_weights
 
 SEED = 3
@@ -48,7 +49,9 @@ def streamed(job: Job, scratch: Path) -> dict[str, Tensor]:
     for index in reversed(blocks):
         loader.load(index)
         layers = [decision.layer for decision in job.block_schemes(index)]
-        seen = backward(sequential, index, layers, inputs[index], sequential.hidden)
+        seen = backward(
+            sequential, index, layers, inputs[index], sequential.hidden, SquaredGradients
+        )
         assert {squares.tokens for squares in seen.values()} == {job.segments.numel()}
         found.update({name: squares.mean() for name, squares in seen.items()})
         loader.release(index)

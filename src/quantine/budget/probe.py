@@ -140,13 +140,19 @@ def probe(
         with own.times.stage("reading"):
             loader.load(index, then=min(index + 1, last))
         with own.times.stage("hidden states"):
-            inputs.append(_copied(sequential.hidden, scratch / f"inputs-{index}", own))
+            inputs.append(sequential.hidden.copied(scratch / f"inputs-{index}"))
         groups = sorted({one.layer.group or 0 for one in inside[index]})
+        alone = bool(own.token_weights)  # matrices then do not share the Hessian of their input
         layers = [observed(index, group) for group in groups]
+        layers = [one.layer for one in inside[index]] if alone else layers
         for _, stage in groupby(layers, lambda layer: layer.stage):
             alike = list(stage)
             for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
-                members = [one for one in inside[index] if one.layer.group == layer.group]
+                members = [
+                    one
+                    for one in inside[index]
+                    if one.layer == layer or (not alone and one.layer.group == layer.group)
+                ]
                 with own.times.stage("fits"):
                     predicted.update(_predict_group(members, read, hessian))
         sequential.advance(index)
@@ -161,7 +167,9 @@ def probe(
             loader.load(index, then=index - 1 if index else None)
         layers = [one.layer for one in inside[index]]
         with own.times.stage("gradients"):
-            squares = backward(sequential, index, layers, inputs[index], gradients)
+            squares = backward(
+                sequential, index, layers, inputs[index], gradients, SquaredGradients
+            )
         for layer in layers:
             mean = _mean_gradient(layer, layers, squares, own.segments.numel())
             table[layer.name] = [one.option(mean) for one in predicted[layer.name]]
@@ -186,13 +194,6 @@ def _mean_gradient(
         if other.stage == layer.stage:
             others.merge(squares[other.name])
     return others.mean() / tokens
-
-
-def _copied(hidden: HiddenStates, directory: Path, setup: CalibrationSetup) -> HiddenStates:
-    copy = HiddenStates(len(hidden), directory, setup.device)
-    for batch in range(len(hidden)):
-        copy[batch] = hidden[batch]
-    return copy
 
 
 def _predict_group(

@@ -9,7 +9,7 @@ stored inputs, so that memory holds the weights of one block only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,11 +21,21 @@ from quantine.calibrate.skeleton import drop_weights, set_tensor
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
 from quantine.families.stand_in import standing_in
-from quantine.statistics.gradients import SquaredGradients
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
+class Statistic(Protocol):
+    """What is made of the gradients with respect to a matrix's outputs."""
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradients ``[..., out]`` of some tokens."""
+        ...
+
+
+SomeStatistic = TypeVar("SomeStatistic", bound=Statistic)
+"""The type of the statistics that `backward` makes."""
 LOGITS: Final = 2**23
 """Number of logits (tokens times vocabulary) that are computed at once, to bound memory."""
 
@@ -116,8 +126,9 @@ def backward(
     layers: Sequence[Layer],
     inputs: HiddenStates,
     gradients: HiddenStates,
-) -> dict[str, SquaredGradients]:
-    """Backpropagate through a block, and sum the squared gradients of its matrices' outputs.
+    statistic: Callable[[], SomeStatistic],
+) -> dict[str, SomeStatistic]:
+    """Backpropagate through a block, and make a statistic of its matrices' outputs' gradients.
 
     Args:
         sequential: runs the block.
@@ -126,11 +137,12 @@ def backward(
         inputs: inputs of the block, ``[batch, tokens, width]`` float32 for each batch.
         gradients: gradients with respect to the block's outputs, in the same shape; replaced in
             place by those with respect to its inputs.
+        statistic: makes an empty statistic; each is given the gradients batch after batch.
 
     Returns:
-        The squared gradients by name of the layer.
+        The statistics by name of the layer.
     """
-    found = {layer.name: SquaredGradients() for layer in layers}
+    found = {layer.name: statistic() for layer in layers}
     model = sequential.setup.model
 
     def watch(name: str) -> Callable[[Tensor], None]:

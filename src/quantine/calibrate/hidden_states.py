@@ -70,6 +70,13 @@ class HiddenStates:
         self._enters[index] = enters
         self._keep(index, hidden)
 
+    def copied(self, directory: Path) -> HiddenStates:
+        """A copy of all batches in the files of another directory."""
+        copy = HiddenStates(len(self), directory, self._device)
+        for batch in range(len(self)):
+            copy[batch] = self[batch]
+        return copy
+
     def enters(self, index: int) -> int:
         """Number of the block that batch ``index`` enters next."""
         return self._enters[index]

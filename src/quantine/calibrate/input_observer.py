@@ -43,19 +43,22 @@ class InputObserver:
     Attributes:
         hessian: over all inputs so far.
         seen: number of times the matrix was called.
+        weights: how much each token of the batch that runs counts, ``[tokens]`` float32; ``None``
+            counts all alike.
     """
 
     def __init__(self, layer: Layer, setup: CalibrationSetup) -> None:
         self._layer, self._setup = layer, setup
         self.hessian = Hessian(layer.in_features, add_gram, setup.device, setup.times)
         self.seen = 0
+        self.weights: Tensor | None = None
 
     def register(self, after: Callable[[], None]) -> RemovableHandle:
         """Observe until the handle is removed; ``after`` is called after each input."""
 
         def look(x: Tensor) -> None:
             with torch.autocast(self._setup.device.type, enabled=False):
-                self.hessian.update(as_multiplied(x, self._setup))
+                self.hessian.update(as_multiplied(x, self._setup), self.weights)
             self.seen += 1
             after()
 

@@ -73,6 +73,9 @@ class Sequential:
         ends = [0, *accumulate(len(shards[shard]) for shard in own)]
         # The numbers of the batches of each shard.
         self._shards = [range(*pair) for pair in pairwise(ends)]
+        starts = [0, *accumulate(batch.numel() for batch in batches)]
+        # The numbers of the tokens of each batch.
+        self._tokens = [slice(*pair) for pair in pairwise(starts)]
         in_memory, directory = setup.spill is None, setup.spill or setup.saved
         self.batches, self.judged = sum(map(len, shards)), len(shards[0])
         before = sum(map(len, shards[: own.start]))
@@ -129,6 +132,8 @@ class Sequential:
         handles = [observer.register(enough) for observer in observers]
         try:
             for batch in batches:
+                for layer, observer in zip(layers, observers, strict=True):
+                    observer.weights = self._weights(layer, batch)
                 try:
                     self.run(index, self._hidden[batch])
                 except Enough:
@@ -197,10 +202,18 @@ class Sequential:
                     self.run(index, self._hidden[batch])
                 raise self._never_ran(layer.name)
             except Reached as reached:
-                hessian.update(as_multiplied(reached.x, self._setup))
+                x = as_multiplied(reached.x, self._setup)
+                hessian.update(x, self._weights(layer, batch))
             finally:
                 handle.remove()
         return hessian
+
+    def _weights(self, layer: Layer, batch: int) -> Tensor | None:
+        """How much the tokens of a batch count in the Hessian of the input of ``layer``."""
+        weights = self._setup.token_weights
+        if not weights:
+            return None
+        return weights[layer.name][self._tokens[batch]].to(self._setup.device)
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:

@@ -53,6 +53,9 @@ class CalibrationSetup:
         shards: number of parts of the segments whose statistics are summed one after another.
         ranks: the processes that share the segments, each some of the shards.
         times: is told what forward passes, Hessians and their factors take.
+        token_weights: how much each token of ``segments`` counts in the Hessian of a matrix's
+            input, ``[tokens]`` float32 by name of the layer; then each matrix has to be observed
+            by itself, and there must be one shard. Empty where all count alike.
     """
 
     model: PreTrainedModel
@@ -70,6 +73,7 @@ class CalibrationSetup:
     shards: int = 1
     ranks: Ranks = ALONE
     times: StageTimes = field(default_factory=StageTimes)
+    token_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def autocast(self) -> torch.autocast:
         """A context that sets the precision of matrix products as ``bfloat16`` asks.

@@ -123,6 +123,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "default 16",
     )
     parser.add_argument(
+        "--loss-weights",
+        action="store_true",
+        default=None,
+        help="calibration tokens count by how much the float model's predictions depend on them, "
+        "which a pass of gradients finds; costs minutes, no bytes",
+    )
+    parser.add_argument(
         "--tune",
         choices=SETTINGS,
         help="afterwards tune codes, scales, zero points, outliers and norms by gradient, so that "
@@ -324,6 +331,8 @@ def _completed(plan: Plan, arguments: argparse.Namespace) -> Plan:
     """``plan``, with a rotation and with tuning if these are asked for."""
     if arguments.rotate:
         plan = dataclasses.replace(plan, transforms=(Rotate(),))
+    if arguments.loss_weights:
+        plan = dataclasses.replace(plan, loss_weights=True)
     if arguments.tune is None:
         return plan
     return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
@@ -356,7 +365,8 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
-        refused += [*given("head_bits", "tune"), *(["rotate"] if arguments.rotate else [])]
+        asked = ["rotate"] if arguments.rotate else []
+        refused += [*given("head_bits", "tune", "loss_weights"), *asked]
     if whole and refused:
         listed = " and ".join(_flag(key) for key in refused)
         raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")

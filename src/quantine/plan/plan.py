@@ -32,9 +32,14 @@ from quantine.plan.shorthand import parse_shorthand
 
 FLAGS: Final = ("true_sequential", "float_inputs")
 """Boolean fields of a plan that say on which model calibration inputs are observed."""
+LOSS_WEIGHTS: Final = "loss_weights"
+"""Field of a plan that says whether tokens count by the loss; plain values have it where it is
+true."""
 LONGEST_NAME: Final = 80
 """Most characters of the name of a plan."""
-OPTIONS: Final = (*FLAGS, "arithmetic")
+SPELLED_OUT: Final = (*FLAGS, "arithmetic")
+"""Fields of a plan that presets and plan files may leave out, and plain values always have."""
+OPTIONS: Final = (*SPELLED_OUT, LOSS_WEIGHTS)
 """Fields of a plan that presets and plan files may set and may leave out."""
 
 
@@ -59,6 +64,8 @@ class Plan:
         tune: how the quantized model is tuned by gradient; ``None`` leaves it as it is.
         transforms: what is done to the float model before, without changing what it computes; at
             most one rotation.
+        loss_weights: whether calibration tokens count by how much the model's loss depends on what
+            the matrices make of them, see `quantine.calibrate.loss_weights`.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing
@@ -75,9 +82,10 @@ class Plan:
     activations: ActivationSpec | None = None
     tune: Tuning | None = None
     transforms: tuple[Rotate, ...] = ()
+    loss_weights: bool = False
 
     def __post_init__(self) -> None:
-        for key in FLAGS:
+        for key in (*FLAGS, LOSS_WEIGHTS):
             value = getattr(self, key)
             if not isinstance(value, bool):
                 raise PlanError(
@@ -104,6 +112,10 @@ class Plan:
         if self.activations is not None and (searched or self.float_inputs):
             others = "`bits_per_weight` nor with `float_inputs`"
             raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
+        if self.activations is not None and self.loss_weights:
+            raise PlanError(
+                f"plan {self.name!r}: activations do not go with `loss_weights`: leave one out"
+            )
         for scheme in self.choices:
             if scheme.layout.exclusive:
                 raise PlanError(
@@ -273,8 +285,10 @@ class Plan:
         plain: dict[str, Any] = {
             "name": self.name,
             "rules": [rule.as_dict() for rule in self.rules],
-            **{key: getattr(self, key) for key in OPTIONS},
+            **{key: getattr(self, key) for key in SPELLED_OUT},
         }
+        if self.loss_weights:
+            plain[LOSS_WEIGHTS] = True
         if self.activations is not None:
             plain["activations"] = self.activations.as_dict()
         if self.tune is not None:

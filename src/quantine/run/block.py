@@ -181,9 +181,9 @@ class BlockRun:
         for observed in self._observed():
             work = [
                 (decision, hessian)
-                for group, hessian in observed
+                for layer, hessian in observed
                 for decision in decisions
-                if decision.layer.group == group
+                if self._reads(decision.layer, layer)
             ]
             return_freed_memory(KEPT_FREE)  # of forward passes: solving takes most memory
             for start in range(0, len(work), count):
@@ -313,24 +313,29 @@ class BlockRun:
             layers[candidate.name].write(job.model, candidate.weight)
         return losses
 
-    def _observed(self) -> Iterator[list[tuple[int, Hessian | None]]]:
-        """The groups with the Hessians of their inputs, in running order; ``None`` for no text.
+    def _reads(self, layer: Layer, observed: Layer) -> bool:
+        """Whether the Hessian that was ``observed`` for one layer is that of ``layer``, too."""
+        return layer == observed or (
+            layer.group == observed.group and not self.job.plan.loss_weights
+        )
+
+    def _observed(self) -> Iterator[list[tuple[Layer, Hessian | None]]]:
+        """Observed layers with the Hessians of inputs, in running order; ``None`` for no text.
 
         If the plan is true-sequential, each list has what is observed at once, only when it is
         asked for, so that the groups before it are already quantized.
         """
         job, sequential, stages = self.job, self.sequential, self.job.block_stages(self.index)
         layers = [layer for stage in stages for layer in stage]
-        groups = iter(job.block_groups(self.index))
         if sequential is None:
-            yield [(group, None) for group in groups]
+            yield [(layer, None) for layer in layers]
         elif job.plan.float_inputs or not job.plan.true_sequential:
             hessians = sequential.observe(self.index, layers)
-            yield list(zip(groups, hessians, strict=True))
+            yield list(zip(layers, hessians, strict=True))
         else:
             for stage in stages:
                 hessians = sequential.observe_next(self.index, stage)
-                yield [(next(groups), hessian) for hessian in hessians]
+                yield list(zip(stage, hessians, strict=True))
 
     def _install(self, layer: Layer, qtensor: QTensor) -> None:
         """Let the block compute with a result, unless the plan wants inputs of the float model."""

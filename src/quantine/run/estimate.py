@@ -166,10 +166,11 @@ def _scratch_bytes(job: Job) -> int:
     """Bytes of files that are there only while blocks are worked on, at most."""
     # Hidden states, and a batch that is written before it replaces another.
     scratch = hidden_bytes(job) + min(hidden_bytes(job), FLOAT * TOKENS_PER_BATCH * width(job))
+    length, blocks = job.segment_length(), len(block_list(job.model, job.family))
+    samples = 0 if job.segments is None else len(job.segments)
+    if job.plan.loss_weights:  # gone when a budget's begin
+        return scratch + (blocks + 1) * hidden_bytes(job)
     if job.plan.bits_per_weight is not None:
-        blocks = len(block_list(job.model, job.family))
-        length = job.segment_length()
-        samples = 0 if job.segments is None else len(job.segments)
         scratch += blocks * probe_segments(samples, length) * length * width(job) * FLOAT
     return scratch
 

@@ -119,8 +119,11 @@ class Job:
     def block_stages(self, index: int) -> list[list[Layer]]:
         """What is observed at once: of each of `block_groups` a layer, those of experts together.
 
-        In running order, as `observed`.
+        In running order, as `observed`. Where tokens have weights, each layer is observed by
+        itself.
         """
+        if self.plan.loss_weights:
+            return [[decision.layer] for decision in self.block_schemes(index)]
         layers = [self.observed(index, group) for group in self.block_groups(index)]
         return [list(stage) for _, stage in groupby(layers, lambda layer: layer.stage)]
 

@@ -118,6 +118,8 @@ def prepare(
     _check_biases(decisions, bare)
     if plan.tune is not None:
         _check_tuned(decisions)
+    if plan.loss_weights:
+        _check_weighted(decisions, calibration, plan)
     tokenizer = source.tokenizer()
     text = config.get_text_config()
     known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
@@ -203,6 +205,26 @@ def check_output_path(out: Path, resume: bool, needed: int) -> None:
             f"{out} needs about {needed / 1e9:.2f} GB while it is made, but the disk has "
             f"{free / 1e9:.2f} GB free"
         )
+
+
+def _check_weighted(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
+    """Refuse weights of tokens where they cannot be had.
+
+    Raises:
+        CalibrationError: there are no tokens, or parts of the text are summed on their own.
+        PlanError: a layer is quantized that only some tokens reach.
+    """
+    if not calibration.samples or calibration.shards > 1:
+        raise CalibrationError(
+            f"loss_weights of plan {plan.name!r} need calibration samples in one shard: give "
+            "--samples of at least 1 and --shards 1, or leave them out"
+        )
+    for decision in decisions:
+        if decision.scheme is not None and decision.layer.experts:
+            raise PlanError(
+                f"{decision.layer.name}: loss_weights are not known for experts, which only some "
+                "tokens reach: leave them out"
+            )
 
 
 def _check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec) -> None:

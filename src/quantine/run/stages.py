@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -13,6 +14,7 @@ import torch
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, Options, probe
 from quantine.calibrate.block_loader import BlockLoader
+from quantine.calibrate.loss_weights import loss_weights
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
 from quantine.core.device import CPU
@@ -128,6 +130,7 @@ class Stages:
         """Quantize and commit the ``missing`` blocks."""
         job, setup, costs = self.job, self.setup(), BlockCosts(self.store)
         with BlockLoader(job.model, job.family, self.checkpoint, job.device) as loader:
+            setup = None if setup is None else self.weighted(setup, loader)
             allocation = None if setup is None else self._allocation(setup, loader)
             self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
             sequential = None if setup is None else self._entered(setup, missing[0])
@@ -253,6 +256,23 @@ class Stages:
             kept_on,
             residence.batch_tokens,
         )
+
+    def weighted(self, setup: CalibrationSetup, loader: BlockLoader) -> CalibrationSetup:
+        """``setup`` with the weights of tokens if the plan asks for them; found once per run."""
+        if not self.job.plan.loss_weights:
+            return setup
+        job, store = self.job, self.store
+        found = store.token_weights()
+        if found is None:
+            layers = [d.layer for d in job.scheme_layers() if d.layer.role == "block"]
+            read, scratch = partial(job.read, self.checkpoint), store.scratch / "gradients"
+            timed = replace(setup, times=job.times.part("loss weights"))
+            seed, note = job.calibration.seed, self.progress.note
+            found = loss_weights(timed, loader, layers, read, scratch, seed, note)
+            shutil.rmtree(scratch)
+            self._remember_source()
+            store.keep_token_weights(found)
+        return replace(setup, token_weights=found)
 
     def _allocation(self, setup: CalibrationSetup, loader: BlockLoader) -> Allocation | None:
         """The budget of bits, for plans that have one; it is probed once per run, see `PROBE`."""

@@ -8,6 +8,7 @@ last act.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,8 @@ AT_ONCE: Final = "segments at once"
 than usual."""
 MOVES: Final = "moves"
 """Name under which a run stores where the tensors of its parts go, before it moves them."""
+TOKEN_WEIGHTS: Final = "token-weights.safetensors"
+"""Name of the file in which a run keeps how much each calibration token counts."""
 SHARD_BYTES: Final = 4_000_000_000
 """Largest size of one weight file of the output, in bytes."""
 
@@ -143,6 +146,22 @@ class RunStore:
     def nbytes(self, parts: list[str]) -> int:
         """Bytes of the files of committed ``parts``, which the run has not moved yet."""
         return sum((self._parts / f"{part}.safetensors").stat().st_size for part in parts)
+
+    def keep_token_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Store the result of `quantine.calibrate.loss_weights.loss_weights` until the run ends."""
+        write_tensors(self._run / TOKEN_WEIGHTS, weights)
+        self.remember(Path(TOKEN_WEIGHTS).stem, {"digest": self._weights_digest()})
+
+    def token_weights(self) -> dict[str, Tensor] | None:
+        """What `keep_token_weights` stored; ``None`` if nothing was, or its bytes have changed."""
+        said = self.recall(Path(TOKEN_WEIGHTS).stem)
+        path = self._run / TOKEN_WEIGHTS
+        if said is None or not path.is_file() or said["digest"] != self._weights_digest():
+            return None
+        return {name: weights.clone() for name, weights in load_file(path).items()}
+
+    def _weights_digest(self) -> str:
+        return hashlib.blake2b((self._run / TOKEN_WEIGHTS).read_bytes(), digest_size=16).hexdigest()
 
     def remember(self, name: str, value: object) -> None:
         """Store plain values under ``name`` until the run ends; they survive a crash."""

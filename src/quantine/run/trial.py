@@ -71,6 +71,11 @@ def try_block(
         PlanError: the plan has a budget, whose search one block says nothing of.
         QuantineError: as for `quantine.run.quantize.quantize`.
     """
+    if job.plan.loss_weights:
+        raise PlanError(
+            "loss_weights take gradients through all blocks before the first is quantized, which "
+            "--probe cannot foresee: probe a plan without them"
+        )
     if job.plan.bits_per_weight is not None:
         raise PlanError(
             "a budget is searched over all blocks before the first is quantized, which --probe "

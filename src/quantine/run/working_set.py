@@ -98,7 +98,7 @@ def working_set(job: Job, residence: Residence) -> int:
     steps.append(hidden + _in_block(job, residence))
     outside = [d for d in job.scheme_layers() if d.layer.role != "block"]
     steps.extend(_solving(decision, 0) for decision in outside)
-    if job.plan.bits_per_weight is not None:
+    if job.plan.bits_per_weight is not None or job.plan.loss_weights:
         steps.extend(_probing(job, table, residence))
     return max(steps)
 
@@ -167,8 +167,12 @@ def _hessians(job: Job, inside: list[Layer]) -> tuple[int, int]:
     """
     if job.segments is None:
         return 0, 0
-    squares = {layer.group: FLOAT * layer.in_features**2 for layer in inside}
-    stages = {layer.group: layer.stage for layer in inside}  # of the last layer of each group
+    alone = job.plan.loss_weights  # each layer is observed by itself
+    squares = {
+        layer.name if alone else layer.group: FLOAT * layer.in_features**2 for layer in inside
+    }
+    # Of the last layer of each group.
+    stages = {layer.name if alone else layer.group: layer.stage for layer in inside}
     held: dict[tuple[str, str], int] = {}
     for group, square in squares.items():
         held[stages[group]] = held.get(stages[group], 0) + square
@@ -248,7 +252,7 @@ def _rounded_scores_kept(job: Job) -> int:
 
 
 def _probing(job: Job, table: int, residence: Residence) -> list[int]:
-    """Bytes held by the steps of a budget's probe, whose hidden states are on disk."""
+    """Bytes held while gradients are taken, for which hidden states are on disk."""
     inside = _largest_block(job)
     rows, widest = _batch_tokens(job, residence), max(layer.out_features for layer in inside)
     logits = LOGIT_COPIES * FLOAT * max(min(LOGITS, rows * job.config.vocab_size), 1)

@@ -9,6 +9,7 @@ mean of ``g[r]**2``.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -47,3 +48,18 @@ class SquaredGradients:
     def _add(self, sums: Tensor, tokens: int) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
         self.tokens += tokens
+
+
+class TokenGradients:
+    """The mean over a matrix's outputs of their squared gradients, of each token on its own."""
+
+    def __init__(self) -> None:
+        self._of_tokens: list[Tensor] = []
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradients ``[..., out]`` of some tokens."""
+        self._of_tokens.append(gradient.float().flatten(0, -2).square().mean(-1))
+
+    def means(self) -> Tensor:
+        """The means, ``[tokens]`` float32, in the order in which tokens were added."""
+        return torch.cat(self._of_tokens)

@@ -21,7 +21,7 @@ class Hessian:
     """Sum of ``x x.T`` over the tokens of one input, which several matrices may share.
 
     Every token counts: calibration segments are cut from a stream of text at full length, so there
-    is no padding to mask out.
+    is no padding to mask out. Tokens may have weights, see `quantine.calibrate.loss_weights`.
 
     Args:
         in_features: length of ``x``.
@@ -65,9 +65,17 @@ class Hessian:
         hessian.matrix, hessian.tokens = matrix, tokens
         return hessian
 
-    def update(self, x: Tensor) -> None:
-        """Add the inputs ``x`` ``[..., in]`` of some tokens."""
+    def update(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add the inputs of some tokens.
+
+        Args:
+            x: the inputs, ``[..., in]``, ``tokens`` rows in all.
+            weights: how much each token counts, ``[tokens]`` float32, on average 1 over all tokens
+                of the calibration; ``None`` counts all alike.
+        """
         rows = x.reshape(-1, x.shape[-1])
+        if weights is not None:
+            rows = (rows.float() * weights.sqrt().unsqueeze(1)).to(x.dtype)
         with self._times.stage("Hessians"):
             self._add_gram(self.matrix, rows)
         self.tokens += rows.shape[0]

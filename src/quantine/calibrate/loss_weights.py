@@ -1,0 +1,111 @@
+"""How much each calibration token counts in the Hessian of an input, by what the loss depends on.
+
+A Hessian whose tokens all count alike measures the error of a matrix's outputs. What matters is
+what the model's predictions make of it: a change ``dy`` of an output changes them by about
+``(g @ dy)**2 / 2``, see `quantine.statistics.gradients`, and ``g`` differs widely between tokens.
+So a token is weighted by the squared gradients of the outputs of the matrix that reads it, as
+GuidedQuant does for groups of rows (arXiv 2505.07004). Here all rows of a matrix share the weights.
+Matrices with one input do not, so that each has a Hessian and a factor of its own.
+
+Single gradients are noisy, and few tokens with large ones would stand for all. Weights are
+therefore the mean squares to the power of `POWER`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.backward import backward, replace_by_gradients
+from quantine.calibrate.block_loader import BlockLoader
+from quantine.calibrate.hidden_states import HiddenStates
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.setup import CalibrationSetup
+from quantine.core.process_memory import return_freed_memory
+from quantine.errors import CalibrationError
+from quantine.families.layers import Layer, block_list
+from quantine.statistics.gradients import TokenGradients
+
+POWER: Final = 0.5
+"""Power to which the mean squared gradients of a token are raised."""
+
+
+def loss_weights(
+    setup: CalibrationSetup,
+    loader: BlockLoader,
+    layers: Sequence[Layer],
+    read: Callable[[str], Tensor],
+    scratch: Path,
+    seed: int,
+    note: Callable[[str], None],
+) -> dict[str, Tensor]:
+    """How much each token counts, from one pass forward and backward through the float model.
+
+    Args:
+        setup: the calibration segments and the model.
+        loader: gives the blocks their weights.
+        layers: matrices of blocks.
+        read: reads the float tensor that the model calls by a name.
+        scratch: directory for the inputs of all blocks.
+        seed: seed of the generator that draws tokens from the predictions.
+        note: receives lines about the progress.
+
+    Returns:
+        By name of the layer, ``[tokens]`` float32 on the CPU, on average 1.
+
+    Raises:
+        CalibrationError: a gradient is infinite or NaN.
+    """
+    own = replace(setup, spill=scratch / "states", saved=None, replaced={}, resumes=False)
+    sequential = Sequential(own)
+    blocks = range(len(block_list(setup.model, setup.family)))
+    inputs: list[HiddenStates] = []
+    for index in blocks:
+        note(f"gradients: block {index + 1}/{len(blocks)} forward")
+        with own.times.stage("reading"):
+            loader.load(index, then=min(index + 1, blocks[-1]))
+        inputs.append(sequential.hidden.copied(scratch / f"inputs-{index}"))
+        sequential.advance(index)
+        loader.release(index)
+        return_freed_memory()
+    gradients = sequential.hidden
+    with own.times.stage("gradients"):
+        replace_by_gradients(own, read, gradients, seed)
+    found: dict[str, Tensor] = {}
+    for index in reversed(blocks):
+        note(f"gradients: block {index + 1}/{len(blocks)} backward")
+        with own.times.stage("reading"):
+            loader.load(index, then=index - 1 if index else None)
+        inside = [layer for layer in layers if layer.block == index]
+        with own.times.stage("gradients"):
+            means = backward(sequential, index, inside, inputs[index], gradients, TokenGradients)
+        found.update({name: _weights(name, mean.means().cpu()) for name, mean in means.items()})
+        loader.release(index)
+        return_freed_memory()
+    return found
+
+
+def _weights(name: str, mean: Tensor) -> Tensor:
+    """The weights of the tokens that a matrix reads.
+
+    All count alike if the loss does not depend on the matrix.
+
+    Args:
+        name: name of the layer, for errors.
+        mean: the mean squared gradient of each token, ``[tokens]`` float32.
+    """
+    level = mean.mean()
+    if not bool(torch.isfinite(level)):
+        raise CalibrationError(
+            f"{name}: gradients of the float model are not finite: use another calibration text, "
+            "or a plan without loss_weights"
+        )
+    if not level > 0:
+        return torch.ones_like(mean)
+    tempered = (mean / level).pow_(POWER)
+    return tempered / tempered.mean()

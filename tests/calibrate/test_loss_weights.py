@@ -1,0 +1,132 @@
+"""Tokens that count by the loss: against one backward pass, in Hessians, and in runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import quantine
+from quantine import Calibration, CalibrationError, Plan, PlanError
+from quantine.calibrate.backward import draw
+from quantine.calibrate.block_loader import BlockLoader
+from quantine.calibrate.loss_weights import POWER, loss_weights
+from quantine.kernels.gram import add_gram
+from quantine.run.prepare import prepare
+from quantine.run.store import RunStore
+from quantine.statistics.hessian import Hessian
+from quantine.survey.specimen import specimen_config, write_specimen
+from tiny_models import with_weights
+
+Tiny = Callable[[str], Path]
+SEED = 3
+RULES = [{"match": "@blocks", "method": "spqr", "bits": 3, "group_size": 16}]
+
+
+def weighted(**fields: Any) -> Plan:
+    return Plan.from_dict({"rules": RULES, "loss_weights": True, **fields})
+
+
+def at_once(model: Any, segments: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Mean squared gradients of each token, from a backward pass through the whole model."""
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[..., None]:
+        def keep(gradient: Tensor) -> None:
+            found[name].append(gradient.square().mean(-1).flatten())
+
+        return lambda _module, _inputs, output: output.register_hook(keep) and None
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(watch(name))
+    generator = torch.Generator().manual_seed(SEED)
+    for segment in segments:
+        logits = model(input_ids=segment.unsqueeze(0), use_cache=False).logits[0]
+        drawn = draw(logits.detach().softmax(-1), generator)[:, 0]
+        cross_entropy(logits, drawn, reduction="sum").backward()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_weights_are_those_of_the_whole_model(
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    job = prepare(tiny(name), weighted(), short)
+    checkpoint = job.checkpoint()
+    loader = BlockLoader(job.model, job.family, checkpoint, job.device)
+    layers = [decision.layer for decision in job.scheme_layers()]
+    read, setup = partial(job.read, checkpoint), job.calibration_setup(checkpoint)
+    found = loss_weights(setup, loader, layers, read, tmp_path, SEED, lambda _: None)
+    assert job.segments is not None
+    squares = at_once(with_weights(tiny(name), {}), job.segments, [one.name for one in layers])
+    assert set(found) == set(squares)
+    for layer, weights in found.items():
+        wanted = squares[layer] ** POWER
+        torch.testing.assert_close(weights, wanted / wanted.mean(), rtol=5e-3, atol=1e-4)
+
+
+def test_a_hessian_sums_weighted_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(5, 8, 6, generator=generator), torch.rand(40, generator=generator)
+    hessian = Hessian(6, add_gram)
+    hessian.update(x, weights)
+    rows = x.reshape(-1, 6).double()
+    wanted = (rows.T * weights.double()) @ rows
+    torch.testing.assert_close(hessian.matrix.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert hessian.tokens == 40
+
+
+@pytest.mark.parametrize("budget", [False, True])
+def test_a_run_that_is_continued_has_the_same_bytes(
+    budget: bool, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan.budget(3.6).as_dict() | {"loss_weights": True} if budget else weighted().as_dict()
+    commit = RunStore.commit
+
+    def stopping(self: RunStore, part: str, *rest: Any) -> None:
+        if part == "block-00001":
+            raise KeyboardInterrupt
+        commit(self, part, *rest)
+
+    def run(out: str, plan: dict[str, Any]) -> Path:
+        options = {"resume": True}
+        return quantine.quantize(
+            tiny("llama"), tmp_path / out, Plan.from_dict(plan), short, **options
+        ).path
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunStore, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", plan)
+    made = [(run(out, plan) / "model.safetensors").read_bytes() for out in ("stopped", "whole")]
+    assert made[0] == made[1]
+    plain = run("plain", {**plan, "loss_weights": False}) / "model.safetensors"
+    assert plain.read_bytes() != made[0]
+
+
+def test_plans_keep_them_and_others_do_not_name_them() -> None:
+    assert Plan.from_dict(weighted().as_dict()) == weighted()
+    assert "loss_weights" not in Plan.preset("gptq").as_dict()
+
+
+def test_what_cannot_be_weighted_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="activations do not go with `loss_weights`"):
+        Plan.from_dict({**Plan.scheme("W4A8").as_dict(), "loss_weights": True})
+    rounded = weighted(rules=[{**RULES[0], "method": "rtn"}])
+    few = {0: rounded, 2: weighted()}
+    for shards, plan in few.items():
+        calibration = Calibration(samples=2 * shards, shards=max(1, shards))
+        with pytest.raises(CalibrationError, match="in one shard"):
+            quantine.quantize(tiny("llama"), tmp_path / "out", plan, calibration)
+    write_specimen(specimen_config("mixtral"), tmp_path / "mixture")
+    with pytest.raises(PlanError, match="not known for experts"):
+        quantine.quantize(
+            tmp_path / "mixture", tmp_path / "out", weighted(), Calibration(samples=4)
+        )
+    assert not (tmp_path / "out").exists()
