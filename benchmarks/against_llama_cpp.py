@@ -5,11 +5,13 @@
 
 Without the environment variable, llama.cpp is built first (`make .venv-llama-cpp/bin/python`). All
 files come from the same float weights; llama.cpp's quantizer gets an importance matrix of the text
-that quantine calibrates on. Files that are in DIR are not made again, and rows that OUT.json has
-keep what is not measured anew. Speeds are medians of rounds, in which everything is measured in
-turn: reading a prompt of 512 tokens at once, and writing tokens, each the most likely one, after
-128 and after 4096. Quantine decodes natively with the arithmetic that its directory asks for.
-benchmarks/results.py makes the table.
+that quantine calibrates on. Files that are in DIR are not made again, and neither are scores that
+OUT.json has for the same text; speeds are measured anew, unless only quality is asked for.
+
+Speeds are medians of rounds, in which everything is measured in turn: reading a prompt of 512
+tokens at once, and writing tokens, each the most likely one, after 128 and after 4096. Quantine
+decodes natively with the arithmetic that its directory asks for. benchmarks/llama_cpp_tables.py
+makes the tables.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ def main() -> None:
     base, importance = float_and_importance(arguments.model, arguments.samples, work)
     theirs = {t: quantized_by_engine(base, importance, t, work) for t in arguments.targets}
     ours = {bits: own_directory(arguments, bits) for bits in arguments.bits}
-    old = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
-    known = {row["name"]: row for row in old}
+    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
+    known = scored(arguments.json, said)
     rows = [{"name": "float", "by": "float", "path": base, **sizes(base)}]
     rows += [{"name": t, "by": "llama.cpp", "path": p, **sizes(p)} for t, p in theirs.items()]
     rows += [
@@ -73,7 +75,7 @@ def main() -> None:
     ]
     rows = [known.get(row["name"], {}) | row for row in rows]
     if arguments.only != "speed":
-        for row in rows:
+        for row in (row for row in rows if "here" not in row):
             asked = (row["path"], base, arguments.window, arguments.windows, work / "predictions")
             row["here"] = own_scores(*asked)
             print(row["name"], row["here"], flush=True)
@@ -83,10 +85,15 @@ def main() -> None:
             row["tokens_per_second"] = speeds[row["name"]]
     for row in rows:
         del row["path"]
-    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window", "rounds")}
     native = backend.native()
-    said["level"] = native.level() if native is not None else None
+    said |= {"rounds": arguments.rounds, "level": None if native is None else native.level()}
     arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+
+
+def scored(path: Path, said: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run by name, if it said the same of its text."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {row["name"]: row for row in old.get("rows", []) if said.items() <= old.items()}
 
 
 def _arguments() -> argparse.Namespace:
