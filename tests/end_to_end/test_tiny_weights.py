@@ -62,8 +62,9 @@ def test_logits_do_not_depend_on_the_size_of_weights(
     quantize(tiny("llama"), usual, PLANS[name](), short)
     quantize(uneven, small, PLANS[name](), short)
     expected, found = logits_of(usual), logits_of(small)
-    # Sums of squares round differently where ranges are searched, or bits are shared.
-    close = 0.02 if name in {"spqr", "budget"} else 2e-3
+    # Sums of squares round differently where ranges are searched, or bits are shared; and a last
+    # digit decides which of two equally good clusters a channel joins.
+    close = {"spqr": 0.02, "budget": 0.02, "W4A8": 0.05}.get(name, 2e-3)
     assert float((found - expected).norm() / expected.norm()) < close
     stored = FinishedDirectory(small)
     exponents = {n for n in stored.description.layers if "exponent" in stored.tensors(n)}

@@ -234,11 +234,11 @@ def _check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec)
         FamilyError: the family has no reorders, or not with this configuration, or none at any of
             the sites that are to be rounded.
     """
-    if not rounded_sites(family, spec):
-        sites = ", ".join(site for site in SITES if getattr(spec, site) != UNQUANTIZED)
+    asked = [site for site in SITES if getattr(spec, site) != UNQUANTIZED]
+    if asked and not rounded_sites(family, spec):
         raise FamilyError(
-            f"activations of {config.model_type} models cannot be quantized at {sites}: leave out "
-            "`activations` and `scheme`"
+            f"activations of {config.model_type} models cannot be quantized at {', '.join(asked)}: "
+            "leave out `activations` and `scheme`"
         )
     for field, value in family.links_need:
         if getattr(config, field) != value:
