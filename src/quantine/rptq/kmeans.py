@@ -55,8 +55,7 @@ def kmeans(points: Tensor, count: int) -> Tensor:
     """
     problems, n, features = points.shape
     count = min(count, n)
-    least, most = STARTS
-    starts = min(max(MOST_DISTANCES // (n * count), least), most)
+    starts = starts_of(n, count)
     points = points.to(torch.float32)
     points = points / points.abs().amax((1, 2), keepdim=True).clamp_(min=1e-30)
     repeated = _Points(points.repeat_interleave(starts, 0))
@@ -70,6 +69,12 @@ def kmeans(points: Tensor, count: int) -> Tensor:
     centres = centres.gather(1, best.expand(-1, -1, count, features)).squeeze(1)
     once = _Points(points)
     return once.distances(once.settled(centres)).argmin(1)
+
+
+def starts_of(n: int, count: int) -> int:
+    """Number of starts of a problem of ``n`` points and ``count`` clusters."""
+    least, most = STARTS
+    return min(max(MOST_DISTANCES // (n * count), least), most)
 
 
 def _draw(rounds: int, rows: int) -> Tensor:

@@ -19,6 +19,7 @@ from quantine.families.layers import Layer
 from quantine.kernels.fit.grid_cost import CHUNK
 from quantine.kernels.fit.reference import SHRINKS
 from quantine.plan.decision import Decision
+from quantine.rptq.kmeans import starts_of
 from quantine.run.job import Job
 
 FLOAT: Final = 4
@@ -61,6 +62,9 @@ FITTED_COPIES: Final = 3
 SEARCH_COPIES: Final = 5
 """Number of tensors that the search for clipped ranges makes of the weights it compares at once."""
 
+CLUSTERED_TENSORS: Final = 8
+"""Tensors with the distances of all channels from all centres that exist at once."""
+
 Place = Literal["device", "memory", "disk"]
 """Where hidden states between two blocks are: where it is computed, in the memory of the CPU, or in
 files. On the CPU the first two are one, called ``"device"``."""
@@ -96,6 +100,7 @@ def working_set(job: Job, residence: Residence) -> int:
     # Reading a tensor holds the file's and the copy; then the table feeds the first block.
     steps = [2 * table, table + hidden + _batch_bytes(job, residence)]
     steps.append(hidden + _in_block(job, residence))
+    steps.append(hidden + FLOAT * block_weights(job) + _clustering(job))
     outside = [d for d in job.scheme_layers() if d.layer.role != "block"]
     steps.extend(_solving(decision, 0) for decision in outside)
     if job.plan.bits_per_weight is not None or job.plan.loss_weights:
@@ -215,6 +220,19 @@ def _comparing(job: Job, inside: list[Layer], residence: Residence) -> int:
     tokens, widest = min(_tokens(job), OUTPUT_TOKENS), max(one.out_features for one in inside)
     numbers = tokens * (sum(widths.values()) + 4 * widest) + block_weights(job)
     return FLOAT * numbers + _forward(job, inside, replace(residence, resumes=False))
+
+
+def _clustering(job: Job) -> int:
+    """Bytes held while channels of a block's inputs are partitioned into clusters, at most.
+
+    Those of heads take less than a Hessian.
+    """
+    spec = job.plan.activations
+    if spec is None or not spec.reorders:
+        return 0
+    channels = max(layer.in_features for layer in _largest_block(job))
+    count = min(max(map(spec.clusters_of, ("R1", "R4", "R5"))), channels)
+    return FLOAT * CLUSTERED_TENSORS * starts_of(channels, count) * count * channels
 
 
 def _forward(job: Job, inside: list[Layer], residence: Residence) -> int:
