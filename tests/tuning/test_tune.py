@@ -23,6 +23,7 @@ from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
 from quantine.run.store import RunStore
+from quantine.run.tuning_cost import tuning_bytes
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.part import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
@@ -262,9 +263,12 @@ def test_the_rate_rises_and_falls() -> None:
 def test_a_plan_predicts_what_tuning_takes(model: Path) -> None:
     plain = Plan.preset("spqr", bits=3)
     few, many = (replace(plain, tune=replace(TUNING, steps=steps)) for steps in (20, 1000))
-    costs = [estimate(prepare(model, plan, CALIBRATION)) for plan in (plain, few, many)]
+    jobs = [prepare(model, plan, CALIBRATION) for plan in (plain, few, many)]
+    costs = [estimate(job) for job in jobs]
     assert costs[0].tuning_seconds is None
     assert costs[1].tuning_seconds is not None
     assert costs[2].tuning_seconds is not None
     assert 0 < costs[1].tuning_seconds < costs[2].tuning_seconds
-    assert costs[0].peak_memory < costs[1].peak_memory
+    # The peak of a process may lie in what it did before.
+    assert costs[0].peak_memory <= costs[1].peak_memory
+    assert tuning_bytes(jobs[0]) == 0 < tuning_bytes(jobs[1])
