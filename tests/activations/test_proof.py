@@ -38,7 +38,10 @@ class Block(nn.Module):
         return x + out + (y if self.way == "read" else 0), "done"
 
 
-def proof_of(way: str = "", heads: Heads = Heads(1, 1)) -> Proof:  # noqa: B008
+ONE = Heads(1, 1)
+
+
+def proof_of(way: str = "", heads: Heads = ONE) -> Proof:
     torch.manual_seed(0)
     block: Any = Block(way).requires_grad_(False)
     return Proof(BlockCall(block, torch.randn(2, 5, 8), ((), {})), heads, 8)
@@ -64,7 +67,7 @@ def test_a_reorder_is_proved_and_the_block_stays_as_it_is() -> None:
     ],
 )
 def test_what_changes_the_block_is_not_proved(way: str, link: Link) -> None:
-    heads = Heads(2, 1) if link.per_head else Heads(1, 1)
+    heads = Heads(2, 1) if link.per_head else ONE
     assert not proof_of(way, heads).holds(link)
 
 

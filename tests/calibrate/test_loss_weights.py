@@ -19,9 +19,9 @@ from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.loss_weights import POWER, loss_weights
 from quantine.kernels.gram import add_gram
 from quantine.run.prepare import prepare
-from quantine.run.store import RunStore
 from quantine.statistics.hessian import Hessian
 from quantine.survey.specimen import specimen_config, write_specimen
+from stopped_runs import stopped_at
 from tiny_models import with_weights
 
 Tiny = Callable[[str], Path]
@@ -84,15 +84,9 @@ def test_a_hessian_sums_weighted_tokens() -> None:
 
 @pytest.mark.parametrize("budget", [False, True])
 def test_a_run_that_is_continued_has_the_same_bytes(
-    budget: bool, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    budget: bool, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
     plan = Plan.budget(3.6).as_dict() | {"loss_weights": True} if budget else weighted().as_dict()
-    commit = RunStore.commit
-
-    def stopping(self: RunStore, part: str, *rest: Any) -> None:
-        if part == "block-00001":
-            raise KeyboardInterrupt
-        commit(self, part, *rest)
 
     def run(out: str, plan: dict[str, Any]) -> Path:
         options = {"resume": True}
@@ -100,10 +94,8 @@ def test_a_run_that_is_continued_has_the_same_bytes(
             tiny("llama"), tmp_path / out, Plan.from_dict(plan), short, **options
         ).path
 
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "commit", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped", plan)
+    with stopped_at("block-00001"):
+        run("stopped", plan)
     made = [(run(out, plan) / "model.safetensors").read_bytes() for out in ("stopped", "whole")]
     assert made[0] == made[1]
     plain = run("plain", {**plan, "loss_weights": False}) / "model.safetensors"

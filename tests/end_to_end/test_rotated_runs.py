@@ -15,7 +15,7 @@ from quantine import Calibration, Plan, PlanError
 from quantine.comparison.short_forms import plan_of
 from quantine.core.transform_spec import Rotate
 from quantine.formats.directory import RUN_DIRECTORY
-from quantine.run.store import RunStore
+from stopped_runs import stopped_at
 from tiny_models import logits_of, some_tokens, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]
@@ -76,19 +76,10 @@ def test_rounded_activations_and_tuning_know_nothing_of_it(
 
 
 def test_a_run_that_is_continued_has_the_same_bytes(
-    tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
-    commit = RunStore.commit
-
-    def stopping(self: RunStore, part: str, *rest: Any) -> None:
-        if part == "block-00001":
-            raise KeyboardInterrupt
-        commit(self, part, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "commit", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            quantine.quantize(tiny("qwen2"), tmp_path / "stopped", rotated(), short)
+    with stopped_at("block-00001"):
+        quantine.quantize(tiny("qwen2"), tmp_path / "stopped", rotated(), short)
     assert list((tmp_path / "stopped").glob(f"{RUN_DIRECTORY}*"))
     other = rotated(transforms=[{"rotate": {"seed": 1}}])
     with pytest.raises(quantine.ResumeMismatch, match="plan"):

@@ -13,8 +13,8 @@ import torch
 import quantine
 from quantine import Calibration, Plan
 from quantine.formats.inventory import inventory
-from quantine.run.store import RunStore
 from quantine.runtime.packed import packed_modules
+from stopped_runs import stopped_at
 from tiny_models import FAMILIES, bits_equal, logits_of, matrices_of, stored_tensors, with_weights
 
 Tiny = Callable[[str], Path]
@@ -142,17 +142,8 @@ def test_an_interrupted_budget_ends_with_the_same_bytes(
     tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = quantine.quantize(tiny("llama"), tmp_path / "whole", budget(3.6), short)
-    commit = RunStore.commit
-
-    def stopping(self: RunStore, part: str, *rest: Any) -> None:
-        if part == "block-00001":
-            raise KeyboardInterrupt
-        commit(self, part, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "commit", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            quantine.quantize(tiny("llama"), tmp_path / "out", budget(3.6), short)
+    with stopped_at("block-00001"):
+        quantine.quantize(tiny("llama"), tmp_path / "out", budget(3.6), short)
 
     def no_second_probe(*_: object) -> None:
         raise AssertionError("probed again")

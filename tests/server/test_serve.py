@@ -172,11 +172,9 @@ def slowly(engine: Engine) -> Iterator[list[int]]:
         made.extend(token for tokens in found for token in tokens)
         return found
 
-    engine.advance = slow  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "advance", slow)
         yield made
-    finally:
-        engine.advance = advance  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("sampled", [True, False])
