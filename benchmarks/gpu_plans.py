@@ -8,7 +8,7 @@ weights are needed: models are shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from quantine.run.job import Job
 from quantine.run.peak import device_bytes
 from quantine.run.residence import residences
 from quantine.source.model_source import ModelSource
+from quantine.source.tensor_files import Header, Part
 
 SHARE = 0.6
 """Share of a GPU's rate that products are taken to reach."""
@@ -95,6 +96,17 @@ def rows() -> Iterator[list[str]]:
             yield cells + [f"{seconds(job, rate):.0f}" for rate in FLOAT32.values()]
 
 
+class NoFiles:
+    """What stands for the files of a model that is only a shape."""
+
+    directory = Path()
+    headers: Mapping[str, Header] = {}
+
+    def read(self, wanted: Sequence[tuple[str, Part]]) -> list[torch.Tensor]:
+        """Nothing can be read."""
+        raise NotImplementedError
+
+
 def job_of(
     shape: Shape,
     plan: Plan,
@@ -113,6 +125,7 @@ def job_of(
     bare, family = skeleton(config), described_family("llama")
     return Job(
         ModelSource(shape.name, Path()),
+        NoFiles(),
         config,
         bare,
         family,

@@ -61,7 +61,8 @@ class Text:
             self._append([place % 97 + 3 for place in range(at, at + min(512, count - start))])
 
     def _append(self, tokens: list[int]) -> None:
-        batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(tokens))(*tokens), len(tokens))
+        array = (ctypes.c_int32 * len(tokens))(*tokens)  # the batch only points to it
+        batch = llama_cpp.llama_batch_get_one(array, len(tokens))
         if llama_cpp.llama_decode(self._model.ctx, batch):
             raise SystemExit(f"llama.cpp does not take {len(tokens)} tokens at {self._position}")
         self._position += len(tokens)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from quantine.calibrate.skeleton import skeleton
 from quantine.errors import CheckpointError
 from quantine.source.checkpoint import Checkpoint
+from quantine.source.tensor_files import SafetensorsFiles
 from quantine.source.weight_files import INDEX, SINGLE
 from tiny_models import tiny_config
 
@@ -24,6 +25,10 @@ TENSORS = {
     "model.b.weight": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
     "lm_head.weight": torch.tensor([[0.25]], dtype=torch.float16),
 }
+
+
+def opened(directory: Path, model: Any = None) -> Checkpoint:
+    return Checkpoint(SafetensorsFiles(directory), model)
 
 
 @pytest.fixture
@@ -51,7 +56,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
 def test_tensors_come_back_in_their_dtypes(kind: str, request: pytest.FixtureRequest) -> None:
-    checkpoint = Checkpoint(request.getfixturevalue(kind))
+    checkpoint = opened(request.getfixturevalue(kind))
     assert same(checkpoint.read(TENSORS), TENSORS)
     assert same(checkpoint.read(["lm_head.weight"]), {"lm_head.weight": TENSORS["lm_head.weight"]})
     assert checkpoint.read([]) == {}
@@ -66,7 +71,7 @@ def test_tensors_come_back_in_their_dtypes(kind: str, request: pytest.FixtureReq
 
 
 def test_read_tensors_own_their_memory(single: Path) -> None:
-    read = Checkpoint(single).read(["model.a.weight"])["model.a.weight"]
+    read = opened(single).read(["model.a.weight"])["model.a.weight"]
     (single / SINGLE).write_bytes(b"gone")
     assert torch.equal(read, TENSORS["model.a.weight"])
     assert read.untyped_storage().nbytes() == read.nbytes
@@ -74,9 +79,9 @@ def test_read_tensors_own_their_memory(single: Path) -> None:
 
 def test_missing_tensor_is_named(single: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no tensor model\.c\.weight"):
-        Checkpoint(single).read(["model.a.weight", "model.c.weight"])
+        opened(single).read(["model.a.weight", "model.c.weight"])
     with pytest.raises(CheckpointError, match=r"holds no tensor model\.c\.weight"):
-        Checkpoint(single).dtype("model.c.weight")
+        opened(single).dtype("model.c.weight")
 
 
 @pytest.fixture(scope="module")
@@ -86,16 +91,16 @@ def llama() -> Any:
 
 def test_the_base_prefix_may_be_left_out(tmp_path: Path, llama: Any) -> None:
     save_file({"norm.weight": torch.ones(2), "lm_head.weight": torch.ones(3)}, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path, llama)
+    checkpoint = opened(tmp_path, llama)
     assert checkpoint.read(["model.norm.weight"])["model.norm.weight"].tolist() == [1, 1]
     assert "lm_head.weight" in checkpoint
     assert checkpoint.unused == ()
-    assert "model.norm.weight" not in Checkpoint(tmp_path)
+    assert "model.norm.weight" not in opened(tmp_path)
 
 
 def test_older_names_are_found(tmp_path: Path) -> None:
     save_file({"embed_out.weight": torch.ones(2)}, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path, skeleton(tiny_config("neox_parallel")))
+    checkpoint = opened(tmp_path, skeleton(tiny_config("neox_parallel")))
     assert checkpoint.read(["lm_head.weight"])["lm_head.weight"].tolist() == [1, 1]
 
 
@@ -104,7 +109,7 @@ def test_a_tensor_that_is_there_twice_is_refused(tmp_path: Path, llama: Any) -> 
         {"norm.weight": torch.zeros(1), "model.norm.weight": torch.ones(1)}, tmp_path / SINGLE
     )
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight is there twice"):
-        Checkpoint(tmp_path, llama)
+        opened(tmp_path, llama)
 
 
 def test_rows_are_compared_as_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +118,7 @@ def test_rows_are_compared_as_float32(tmp_path: Path, monkeypatch: pytest.Monkey
     tensors = {"a": table, "b": table.float(), "c": table.clone(), "d": table[:8].clone()}
     tensors["c"][8, 3] += 1
     save_file(tensors, tmp_path / SINGLE)
-    checkpoint = Checkpoint(tmp_path)
+    checkpoint = opened(tmp_path)
     assert checkpoint.are_equal("a", "a")
     assert checkpoint.are_equal("a", "b")
     assert not checkpoint.are_equal("a", "c")
@@ -127,11 +132,12 @@ import resource
 from pathlib import Path
 from quantine.errors import CheckpointError
 from quantine.source.checkpoint import Checkpoint
+from quantine.source.tensor_files import SafetensorsFiles
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for room in (20_000_000, 150_000_000):
     resource.setrlimit(resource.RLIMIT_AS, (used + room, -1))
     try:
-        Checkpoint(Path({str(tmp_path)!r})).read(["w"])
+        Checkpoint(SafetensorsFiles(Path({str(tmp_path)!r}))).read(["w"])
     except CheckpointError as error:
         print(error)
 """
@@ -143,7 +149,7 @@ for room in (20_000_000, 150_000_000):
 def test_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names 3 files, but model-00002-of-00003\.safet"):
-        Checkpoint(sharded)
+        opened(sharded)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
@@ -152,11 +158,11 @@ def test_truncated_file_is_half_downloaded(tmp_path: Path, share: float) -> None
     data = (tmp_path / SINGLE).read_bytes()
     (tmp_path / SINGLE).write_bytes(data[: int(len(data) * share)])
     with pytest.raises(CheckpointError, match="damaged or half downloaded"):
-        Checkpoint(tmp_path)
+        opened(tmp_path)
 
 
 def test_a_file_that_vanishes_later_is_reported(single: Path) -> None:
-    checkpoint = Checkpoint(single)
+    checkpoint = opened(single)
     (single / SINGLE).unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         checkpoint.read(["model.a.weight"])
@@ -165,7 +171,7 @@ def test_a_file_that_vanishes_later_is_reported(single: Path) -> None:
 def test_integer_weights_are_refused(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(2, dtype=torch.int8)}, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match="w is stored as I8: only checkpoints in floating"):
-        Checkpoint(tmp_path).dtype("w")
+        opened(tmp_path).dtype("w")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -175,12 +181,12 @@ def test_non_finite_weights_are_named(tmp_path: Path, dtype: torch.dtype, value:
     weights["bad"][2, 1] = value
     save_file(weights, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=f"bad in {SINGLE} holds non-finite weights"):
-        Checkpoint(tmp_path).digest()
+        opened(tmp_path).digest()
 
 
 def test_integers_and_scalars_have_a_digest(tmp_path: Path) -> None:
     save_file({"steps": torch.tensor(3), "none": torch.zeros(0, 2)}, tmp_path / SINGLE)
-    assert len(Checkpoint(tmp_path).digest()) == 32
+    assert len(opened(tmp_path).digest()) == 32
 
 
 def test_digest_is_that_of_the_tensors_however_they_are_sharded(
@@ -192,7 +198,7 @@ def test_digest_is_that_of_the_tensors_however_they_are_sharded(
         save_file({name: TENSORS[name]}, other / f"{number}.safetensors")
     weight_map = {name: f"{number}.safetensors" for number, name in enumerate(TENSORS)}
     (other / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    assert Checkpoint(single).digest() == Checkpoint(other).digest()
+    assert opened(single).digest() == opened(other).digest()
 
 
 @pytest.mark.parametrize(
@@ -205,6 +211,6 @@ def test_digest_is_that_of_the_tensors_however_they_are_sharded(
     ],
 )
 def test_digest_sees_every_change(single: Path, changed: dict[str, torch.Tensor]) -> None:
-    before = Checkpoint(single).digest()
+    before = opened(single).digest()
     save_file({**TENSORS, **changed}, single / SINGLE)
-    assert Checkpoint(single).digest() != before
+    assert opened(single).digest() != before

@@ -17,6 +17,7 @@ from quantine.calibrate.skeleton import skeleton
 from quantine.errors import CheckpointError
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import ReadRecord
+from quantine.source.tensor_files import SafetensorsFiles
 from quantine.source.weight_files import INDEX, SINGLE
 from quantine.survey.specimen import specimen_config, write_specimen
 from tiny_models import stored_tensors
@@ -34,7 +35,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of(directory: Path, record: ReadRecord | None = None) -> Checkpoint:
-    return Checkpoint(directory, skeleton(specimen_config("olmo_hybrid")), record)
+    return Checkpoint(SafetensorsFiles(directory), skeleton(specimen_config("olmo_hybrid")), record)
 
 
 def in_shards(source: Path, out: Path, tensors: dict[str, Tensor]) -> Path:

@@ -27,6 +27,7 @@ from quantine.formats.repack import check_repackable, repack
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
+from quantine.source.tensor_files import SafetensorsFiles
 from quantine.source.weight_files import weight_files
 
 
@@ -70,7 +71,7 @@ class FinishedDirectory:
         check_description(found)
         self.files = weight_files(path)
         entries = entries_of(self.files)
-        self._checkpoint = Checkpoint(path)
+        self._checkpoint = Checkpoint(SafetensorsFiles(path))
         self._family = _family(path, config)
         self._packed = {
             name: packed_entries(name, found["schemes"][layer["scheme"]], layer["shape"], entries)

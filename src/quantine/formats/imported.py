@@ -15,20 +15,21 @@ import torch
 from quantine.core.ambient import own_state
 from quantine.core.arithmetic import DEFAULT
 from quantine.core.spec import QuantSpec
-from quantine.errors import CheckpointError, shown
+from quantine.errors import CheckpointError, FormatError, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.directory import COPIED, REPORT, whole_directory, write_json
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.foreign.checkpoint import SHARD_BYTES
 from quantine.formats.foreign.compressed_tensors.read import LAYOUT as COMPRESSED_TENSORS
-from quantine.formats.foreign.gguf.read import FLOATS, GGUFModel
+from quantine.formats.foreign.gguf.read import BITS, FLOATS, OWN, GGUFModel
 from quantine.formats.foreign.gptq.read import LAYOUT as GPTQ
 from quantine.formats.foreign.opened import DirectoryLayout, ForeignDirectory
 from quantine.formats.foreign.target import Readable
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
+from quantine.source.tensor_files import SafetensorsFiles, TensorFiles
 
 READABLE: Final[dict[str, DirectoryLayout]] = {
     "gptq": GPTQ,
@@ -100,6 +101,17 @@ def open_foreign(source: ModelSource) -> Readable:
     return ForeignDirectory(source.directory, READABLE[method])
 
 
+def source_files(source: ModelSource) -> TensorFiles:
+    """The float weights of a model, which are decoded when they are read where they are packed.
+
+    Raises:
+        QuantineError: as for `open_foreign`; or weight files are missing or damaged.
+    """
+    if source.gguf_file is not None or is_foreign(source):
+        return open_foreign(source)
+    return SafetensorsFiles(source.directory)
+
+
 @own_state()
 def import_model(model: str | Path, out: str | Path) -> Imported:
     """Write a checkpoint of another engine as a directory of quantine's.
@@ -111,11 +123,18 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
         out: the directory to write, new or empty; it exists whole or not at all.
 
     Raises:
-        QuantineError: as for `open_foreign`; or a tensor is damaged.
+        QuantineError: as for `open_foreign`; no matrix is on a grid of quantine's; or a tensor is
+            damaged.
         OutputError: ``out`` is taken or cannot be written.
     """
     source, out = locate(model), Path(out)
     opened = open_foreign(source)
+    if not opened.specs:
+        types = ", ".join([*BITS, *(kind.name for kind in OWN.values())])
+        raise FormatError(
+            f"{source.name} holds no matrix in {types}, the types that are grids of quantine's: "
+            "quantize it, as a source of floats"
+        )
     with whole_directory(out) as temporary:
         packed = _write_weights(opened, temporary)
         described = _described(opened, packed)
@@ -126,34 +145,6 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
         _write_tokenizer(source, temporary)
         write_json(temporary / REPORT, _report(source, opened, described, packed))
     return Imported(out, len(opened.specs), list(opened.decoded))
-
-
-def write_floats(source: ModelSource, out: Path) -> None:
-    """Write a directory of another engine as one of float32, for whoever quantizes it again.
-
-    Args:
-        source: of `is_foreign`.
-        out: the directory to make.
-
-    Raises:
-        QuantineError: as for `open_foreign`; or a tensor is damaged.
-    """
-    opened = open_foreign(source)
-    out.mkdir()
-    with tempfile.TemporaryDirectory(dir=out, prefix=".parts-") as scratch:
-        parts: list[Path] = []
-        for name in [*opened.floats, *opened.specs]:
-            parts.append(Path(scratch) / f"{len(parts):06}.safetensors")
-            if name not in opened.specs:
-                write_tensors(parts[-1], {name: opened.float_tensor(name).contiguous()})
-                continue
-            weight = opened.qtensor(name).dequantize()
-            stored = weight.T if opened.is_transposed(name) else weight
-            write_tensors(parts[-1], {f"{name}.weight": stored.contiguous()})
-        merge_parts(parts, out, SHARD_BYTES)
-    text = json.dumps(dict(opened.settings), indent=2, sort_keys=True) + "\n"
-    write_atomically(out / "config.json", text.encode())
-    _write_tokenizer(source, out)
 
 
 def _write_weights(opened: Readable, out: Path) -> dict[str, dict[str, torch.Tensor]]:

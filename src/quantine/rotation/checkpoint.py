@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,18 +11,19 @@ from torch import Tensor
 from quantine.rotation.rotated import Rotated
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import ReadRecord
+from quantine.source.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class RotatedCheckpoint(Checkpoint):
-    """The tensors of a rotated model, made of those of a directory.
+    """The tensors of a rotated model, made of those that files hold.
 
     Records and digests are of what the files hold.
 
     Args:
-        directory: see `quantine.source.checkpoint.Checkpoint`.
+        files: see `quantine.source.checkpoint.Checkpoint`.
         model: see there; table and head are not tied.
         rotated: how its tensors are made.
         record: see there.
@@ -34,12 +34,12 @@ class RotatedCheckpoint(Checkpoint):
 
     def __init__(
         self,
-        directory: Path,
+        files: TensorFiles,
         model: PreTrainedModel,
         rotated: Rotated,
         record: ReadRecord | None = None,
     ) -> None:
-        super().__init__(directory, model, record)
+        super().__init__(files, model, record)
         self._recipes = rotated.recipes
         for name, other in rotated.copies.items():
             if name not in self._stored and other in self._stored:

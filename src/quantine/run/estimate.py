@@ -121,7 +121,6 @@ def _disk_while_running(job: Job, output: int) -> int:
         copies * (output + _maps_bytes(job))
         + _tuned_blocks_bytes(job)
         + max(_scratch_bytes(job), min(MOVED_BYTES, output))
-        + _converted_bytes(job)
         + _copied_bytes(job)
     )
 
@@ -151,15 +150,6 @@ def _copied_bytes(job: Job) -> int:
     """Bytes of the source's small files that the output has, too."""
     files = [job.source.directory / name for name in COPIED]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _converted_bytes(job: Job) -> int:
-    """Bytes of the source's weights where they have to be converted, which stay until the end."""
-    if not job.converts:
-        return 0
-    converted = sum(p.numel() for p in job.model.parameters()) * FLOAT
-    joined = job.source.gguf_file is not None and len(job.source.gguf_parts) > 1
-    return converted + (job.source.weight_bytes() if joined else 0)
 
 
 def _scratch_bytes(job: Job) -> int:

@@ -27,7 +27,6 @@ from quantine.core.stage_times import StageTimes
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
-from quantine.formats.imported import is_foreign
 from quantine.kernels import backend
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
@@ -38,6 +37,7 @@ from quantine.run.store import AT_ONCE, SHARDS
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.read_record import ReadRecord
+from quantine.source.tensor_files import TensorFiles
 from quantine.tuning.segments import TuningText
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Job:
 
     Attributes:
         source: where the model's files are.
+        files: its stored tensors, with float weights whatever kind its files are.
         config: configuration of the source model.
         model: the model without weights, which blocks get while they are worked on.
         family: the model's architecture.
@@ -76,6 +77,7 @@ class Job:
     """
 
     source: ModelSource
+    files: TensorFiles
     config: PretrainedConfig
     model: PreTrainedModel
     family: Family
@@ -92,11 +94,6 @@ class Job:
     rotated: Rotated | None = None
     table_copied: bool = False
     times: StageTimes = field(default_factory=StageTimes)
-
-    @property
-    def converts(self) -> bool:
-        """Whether the source is converted to float weights of its own before they are read."""
-        return self.source.gguf_file is not None or is_foreign(self.source)
 
     def scheme_layers(self) -> list[Decision]:
         """The decisions that quantize their layer, in running order."""
@@ -127,20 +124,15 @@ class Job:
         layers = [self.observed(index, group) for group in self.block_groups(index)]
         return [list(stage) for _, stage in groupby(layers, lambda layer: layer.stage)]
 
-    def checkpoint(
-        self, directory: Path | None = None, record: ReadRecord | None = None
-    ) -> Checkpoint:
+    def checkpoint(self, record: ReadRecord | None = None) -> Checkpoint:
         """The float weights of the source model, rotated where the plan says so.
 
         Args:
-            directory: where they are if they were converted, as those of a GGUF file; otherwise
-                they are in the source's directory.
             record: see `quantine.source.checkpoint.Checkpoint`.
         """
-        directory = directory or self.source.directory
         if self.rotated is not None:
-            return RotatedCheckpoint(directory, self.model, self.rotated, record)
-        return Checkpoint(directory, self.model, record)
+            return RotatedCheckpoint(self.files, self.model, self.rotated, record)
+        return Checkpoint(self.files, self.model, record)
 
     def calibration_setup(
         self,
@@ -278,8 +270,7 @@ class Job:
         A run may be resumed only with an equal identity.
 
         Args:
-            weights: the digest of the source's weights; ``None`` where they are digested while they
-                are read.
+            weights: the digest of the source's weights; ``None`` while they are still to be read.
             batch_tokens: see `quantine.calibrate.sequential.CalibrationSetup`.
         """
         tokens = b"" if self.segments is None else self.segments.numpy().tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -71,22 +72,31 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
 
 
 def output_files(
-    job: Job, directory: Path, report: dict[str, Any], entries: Iterable[Entry]
+    job: Job, scratch: Path, report: dict[str, Any], entries: Iterable[Entry]
 ) -> dict[str, bytes]:
     """The content of every small file of the output but the report, by file name.
 
     Args:
         job: the checked request.
-        directory: the directory of the source model.
+        scratch: a directory for temporary files.
         report: the result of `report_of`.
         entries: all tensors of the output.
     """
-    files = {
-        name: (directory / name).read_bytes() for name in COPIED if (directory / name).is_file()
-    }
+    files = _copied(job.source.directory)
+    if job.source.gguf_file is not None:
+        with tempfile.TemporaryDirectory(dir=scratch) as name:
+            job.tokenizer.save_pretrained(name)
+            job.model.generation_config.save_pretrained(name)
+            files = _copied(Path(name))
     files["config.json"] = _config(job, describe(job, report, entries))
     files["README.md"] = encoded(model_card(report))
     return files
+
+
+def _copied(directory: Path) -> dict[str, bytes]:
+    """The content of the small files of a directory that an output has, too, by file name."""
+    files = {name: directory / name for name in COPIED}
+    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
 
 
 def describe(job: Job, report: dict[str, Any], entries: Iterable[Entry]) -> Description:

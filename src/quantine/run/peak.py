@@ -16,9 +16,6 @@ PROGRAM_STEP: Final = 2**26
 """Bytes that the program's own memory is rounded up to, so that processes agree about it."""
 WORKSPACE: Final = 64_000_000
 """Bytes that a device's libraries for products of matrices take beside the tensors."""
-GGUF_COPIES: Final = 1.5
-"""Number of float32 copies of the model in memory while transformers dequantizes a GGUF file (1.3
-measured)."""
 GAPS: Final = 3 * KEPT_FREE // 2
 """Bytes of freed memory between tensors that the allocator still holds, at most (measured)."""
 TENSORS_FOR_GAPS: Final = 3
@@ -59,14 +56,7 @@ def process_bytes(job: Job, residence: Residence) -> int:
     before = -(-(resident_memory() or peak_memory()) // PROGRAM_STEP) * PROGRAM_STEP
     most = max(steps) + _replaced_bytes(job)
     most += min(GAPS, most // TENSORS_FOR_GAPS)
-    return before + max(most, _read_at_once(job))
-
-
-def _read_at_once(job: Job) -> int:
-    """Bytes that reading the source takes where that is not done block by block."""
-    if job.source.gguf_file is None:
-        return 0
-    return int(sum(p.numel() for p in job.model.parameters()) * FLOAT * GGUF_COPIES)
+    return before + most
 
 
 def _replaced_bytes(job: Job) -> int:

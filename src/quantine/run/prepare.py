@@ -29,7 +29,7 @@ from quantine.families import family_of
 from quantine.families.family import Family
 from quantine.families.layers import are_tied, find_layers
 from quantine.formats.directory import is_finished
-from quantine.formats.imported import is_foreign, open_foreign
+from quantine.formats.imported import is_foreign, source_files
 from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
@@ -37,10 +37,10 @@ from quantine.rotation.rotated import rotated
 from quantine.run.job import Job
 from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
-from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource, described_by
 from quantine.source.names import listed
+from quantine.source.tensor_files import TensorFiles
 from quantine.source.weight_files import float_files
 from quantine.tuning.segments import tuning_text
 
@@ -88,16 +88,13 @@ def prepare(
             f"{source.name} is already quantized (its config.json has a quantization_config): "
             "give the float model"
         )
+    files = source_files(source)
     family = family_of(config) if plan.activations is None else linked_family(config)
     rounds = plan.activations is not None and family.attends
     if plan.activations is not None:
         _check_links(family, config, plan.activations)
     bare = _skeleton(source, config, rounds)
-    if source.gguf_file is not None:
-        check_gguf_weights(source.gguf_parts, bare)
-    elif foreign:
-        open_foreign(source)
-    elif _has_own_head(source, bare):
+    if source.gguf_file is None and not foreign and _has_own_head(source, files, bare):
         # The contents count: transformers, too, ties only what is equal.
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, rounds)
@@ -127,6 +124,7 @@ def prepare(
     tuning = None if plan.tune is None else tuning_text(calibration, plan.tune, *known)
     job = Job(
         source,
+        files,
         config,
         bare,
         family,
@@ -142,12 +140,11 @@ def prepare(
         rotated=turned,
         table_copied=copied,
     )
-    if not job.converts:
-        check_headers(job, job.checkpoint())
+    _check_headers(job, job.checkpoint())
     return job
 
 
-def check_headers(job: Job, checkpoint: Checkpoint) -> None:
+def _check_headers(job: Job, checkpoint: Checkpoint) -> None:
     """Compare the shapes in the weight files with those that the architecture needs.
 
     Args:
@@ -284,14 +281,14 @@ def _skeleton(source: ModelSource, config: PretrainedConfig, rounds: bool) -> Pr
         return skeleton(config, attention.NAME if rounds else None)
 
 
-def _has_own_head(source: ModelSource, model: PreTrainedModel) -> bool:
+def _has_own_head(source: ModelSource, files: TensorFiles, model: PreTrainedModel) -> bool:
     """Whether the files of a model that ``config.json`` calls tied hold a head unlike its table.
 
     Raises:
         CheckpointError: the files cannot be read.
     """
     float_files(source.directory)
-    checkpoint = Checkpoint(source.directory, model)
+    checkpoint = Checkpoint(files, model)
     pairs = model.all_tied_weights_keys.items()
     there = [pair for pair in pairs if pair[0] in checkpoint and pair[1] in checkpoint]
     return not all(checkpoint.are_equal(*pair) for pair in there)

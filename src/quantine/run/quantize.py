@@ -29,7 +29,7 @@ from quantine.run.prepare import check_output_path, prepare
 from quantine.run.progress import Progress, Silent
 from quantine.run.rank_checks import check_ranks, check_sight
 from quantine.run.request import REQUEST, request_of
-from quantine.run.stages import Stages, opened
+from quantine.run.stages import Stages
 from quantine.run.store import (
     AT_ONCE,
     RunStore,
@@ -209,7 +209,7 @@ class _Run:
         identity, record = begun
         check_sight(job.ranks, out, identity)
         forget_peak_device_memory(job.device)
-        checkpoint = opened(job, store, record)
+        checkpoint = job.checkpoint(record)
         stages = Stages(job, store, checkpoint, self.size, self.progress, self.adjust)
         parts = stages.all_committed()
         report = job.ranks.of_first(lambda: self._ended(checkpoint, identity, parts, started))
@@ -227,15 +227,13 @@ class _Run:
         for said in (second_rounding(job.source), _fewer_at_once(job, self.size)):
             if said is not None:
                 self.progress.note(said)
-        converted = self._converted_digest()
-        identity = self._checked_identity(converted)
+        identity = self._checked_identity()
         record = recorded_source(out)
-        if not job.converts:
-            check_source(out, job.checkpoint(record=record))
+        check_source(out, job.checkpoint(record))
         if not is_finished(out):
             store.lock()
             check_output(out, self.resume)  # again: another process may have come first
-            identity = self._checked_identity(converted)
+            identity = self._checked_identity()
             check_record(out, record)
         if is_finished(out):
             clear_remains(out)
@@ -267,17 +265,11 @@ class _Run:
             "stages": job.times.as_plain(),
             "blocks": stored_costs(store),
         }
-        files = output_files(job, checkpoint.directory, report, store.entries(parts))
+        files = output_files(job, store.scratch, report, store.entries(parts))
         store.finish(parts, files, report)
         return report
 
-    def _converted_digest(self) -> str | None:
-        """The digest of weights that are read at once, as they are converted; else ``None``."""
-        if self.job.source.gguf_file is not None:
-            return self.job.source.gguf_digest()
-        return self.job.checkpoint().digest() if self.job.converts else None
-
-    def _checked_identity(self, converted: str | None) -> dict[str, str]:
+    def _checked_identity(self) -> dict[str, str]:
         """The identity of the run, which is also that of the run in the directory, if any.
 
         Weights are not part of it while they are still to be read.
@@ -285,9 +277,8 @@ class _Run:
         Raises:
             ResumeMismatch: the run in the directory has another.
         """
-        out, weights = self.store.out, converted
-        if weights is None and is_finished(out):
-            weights = self.job.checkpoint().digest()
+        out = self.store.out
+        weights = self.job.checkpoint().digest() if is_finished(out) else None
         identity = self.job.identity(weights, self.size.residence.batch_tokens)
         check_identity(out, identity)
         return identity

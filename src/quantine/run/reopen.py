@@ -112,7 +112,7 @@ def _reopen(
     try:
         store.lock()
         kept = _kept_parts(job, names)
-        identity = {**job.identity(weights if job.converts else None), **_batches(out)}
+        identity = {**job.identity(None), **_batches(out)}
         store.open(identity)
         store.remember(SOURCE, record.as_plain())
         store.remember(REQUEST, again.as_plain())
@@ -123,12 +123,8 @@ def _reopen(
 
 
 def _digest(job: Job, record: ReadRecord) -> str:
-    """The digest of the weights; those of a source that is not converted are recorded."""
-    if job.source.gguf_file is not None:
-        return job.source.gguf_digest()
-    if job.converts:
-        return job.checkpoint().digest()
-    checkpoint = job.checkpoint(record=record)
+    """The digest of the weights, which are recorded."""
+    checkpoint = job.checkpoint(record)
     checkpoint.changed()  # which looks at the files before they are read
     return checkpoint.digest()
 

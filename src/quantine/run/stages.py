@@ -6,10 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from pathlib import Path
 from typing import Final
-
-import torch
 
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, Options, probe
@@ -20,8 +17,6 @@ from quantine.calibrate.setup import CalibrationSetup
 from quantine.core.device import CPU
 from quantine.core.process_memory import return_freed_memory
 from quantine.families.layers import block_list
-from quantine.formats.imported import write_floats
-from quantine.formats.shards import flush_to_disk
 from quantine.plan.decision import Decision
 from quantine.ranks.ranks import ALONE
 from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
@@ -29,57 +24,14 @@ from quantine.run.block_costs import BlockCosts
 from quantine.run.estimate import Estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
-from quantine.run.prepare import check_headers
 from quantine.run.progress import Progress
 from quantine.run.rank_checks import check_same_weights
 from quantine.run.store import RunStore
 from quantine.run.used_source import SOURCE
 from quantine.source.checkpoint import Checkpoint
-from quantine.source.read_record import ReadRecord
 
 PROBE: Final = "probe"
 """Name under which a run stores the table of `quantine.budget.probe.probe`."""
-
-
-def opened(job: Job, store: RunStore, record: ReadRecord) -> Checkpoint:
-    """The float weights of the source, which are converted first where it has none.
-
-    Args:
-        job: the checked request.
-        store: is open; keeps converted weights for later processes.
-        record: what has been read of them.
-
-    Raises:
-        CheckpointError: weights cannot be converted, or are not those of the model.
-    """
-    if not job.converts:
-        return job.checkpoint(record=record)
-    if job.ranks.first and not store.converted.exists():
-        with job.times.stage("converting"):
-            _convert(job, store.scratch).replace(store.converted)
-    job.ranks.meet()
-    checkpoint = job.checkpoint(store.converted, record)
-    check_headers(job, checkpoint)
-    return checkpoint
-
-
-def _convert(job: Job, scratch: Path) -> Path:
-    """Convert the model to float32 safetensors, which can be read one block at a time."""
-    directory = scratch / "source"
-    _write_floats(job, directory, scratch)
-    for path in directory.iterdir():
-        with path.open("rb+") as file:
-            flush_to_disk(file)  # another process may go on with what a failure of power left
-    return directory
-
-
-def _write_floats(job: Job, directory: Path, scratch: Path) -> None:
-    if job.source.gguf_file is None:
-        write_floats(job.source, directory)
-        return
-    model = job.source.float_model(torch.float32, scratch)
-    model.save_pretrained(directory, max_shard_size="2GB")
-    job.tokenizer.save_pretrained(directory)
 
 
 @dataclass(frozen=True)

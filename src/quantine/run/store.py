@@ -74,11 +74,6 @@ class RunStore:
         return self._run / "scratch"
 
     @property
-    def converted(self) -> Path:
-        """The directory of the source's weights, where these had to be converted."""
-        return self._run / "converted"
-
-    @property
     def states(self) -> Path:
         """The directory of the hidden states that enter the block after those committed."""
         return self._run / "states"

@@ -17,7 +17,7 @@ from quantine.families.layers import block_list
 from quantine.run.estimate import estimate
 from quantine.run.job import Job
 from quantine.run.progress import Silent
-from quantine.run.stages import Stages, opened
+from quantine.run.stages import Stages
 from quantine.run.store import RunStore
 from quantine.source.read_record import ReadRecord
 
@@ -92,7 +92,7 @@ def try_block(
         ):
             store = RunStore(Path(name))
             store.open({})
-            stages = Stages(job, store, opened(job, store, ReadRecord()), size, Silent())
+            stages = Stages(job, store, job.checkpoint(ReadRecord()), size, Silent())
             return _measured(stages, began)
     except OSError as error:
         raise OutputError(f"a block cannot be tried: {error}") from error

@@ -1,23 +1,21 @@
-"""Reading the float weights of a Hugging Face directory, a few tensors at a time."""
+"""Reading the float weights of a model, a few tensors at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantine.errors import CheckpointError, cut, is_out_of_memory
+from quantine.errors import CheckpointError, cut
 from quantine.source.names import match_names
 from quantine.source.pieces import Piece
 from quantine.source.read_record import ReadRecord, tensor_digest
-from quantine.source.weight_files import weight_files
+from quantine.source.tensor_files import Part, TensorFiles
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,47 +32,34 @@ COMPARED: Final = 2**22
 
 
 class Checkpoint:
-    """Tensors of a directory of safetensors files, addressed by the model's parameter names.
-
-    Files are opened for each read and closed after it, so nothing stays mapped.
+    """Stored tensors of a model, addressed by the model's parameter names.
 
     Args:
-        directory: holds the files, see `quantine.source.weight_files.weight_files`.
+        files: hold the tensors.
         model: the model that they belong to, for its names; ``None`` takes names as they are.
         record: gets the digest of each tensor that `read` returns; ``None`` digests nothing.
 
     Attributes:
-        directory: that holds the files.
         record: what has been read, if that is recorded.
         unused: names of stored tensors for which the model has no use.
 
     Raises:
-        CheckpointError: no safetensors weights, a file is missing, a header is unreadable, or a
-            tensor is there twice.
+        CheckpointError: a tensor is there twice, or in another layout than the model's.
     """
 
     def __init__(
         self,
-        directory: Path,
+        files: TensorFiles,
         model: PreTrainedModel | None = None,
         record: ReadRecord | None = None,
     ) -> None:
-        self.directory, self.record = directory, record
-        self._file_of: dict[str, Path] = {}
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and dtype
-        for file in weight_files(directory):
-            with _opened(file) as shard:
-                within = shard.keys()  # a handle is not iterable itself
-                for name in within:
-                    part = shard.get_slice(name)
-                    self._file_of[name] = file
-                    self._headers[name] = tuple(part.get_shape()), str(part.get_dtype())
-        self._stored = {name: name for name in self._file_of}
+        self._files, self.record = files, record
+        self._stored = {name: name for name in files.headers}
         self._pieces: dict[str, Piece] = {}
         self._joined: dict[str, tuple[str, ...]] = {}
         self.unused: tuple[str, ...] = ()
         if model is not None:
-            names = match_names(model, self._file_of)
+            names = match_names(model, files.headers)
             self._stored, self._pieces, self.unused = names.stored, names.pieces, names.unused
             self._joined = names.joined
 
@@ -96,22 +81,17 @@ class Checkpoint:
 
     def _read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """What `read` returns, unrecorded."""
-        by_file: dict[Path, list[tuple[str, str]]] = {}
-        for name in names:
-            for stored in self._stored_names(name):
-                by_file.setdefault(self._file_of[stored], []).append((name, stored))
+        wanted = [(name, stored) for name in names for stored in self._stored_names(name)]
+        asked: list[tuple[str, Part]] = []
+        for name, stored in wanted:
+            piece = self._pieces.get(name)
+            asked.append((stored, None if piece is None else piece.expert))
         found: dict[str, dict[str, Tensor]] = {}
-        for file, pairs in by_file.items():
-            with _opened(file) as shard:
-                for name, stored in pairs:
-                    piece = self._pieces.get(name)
-                    if piece is None:
-                        tensor = shard.get_tensor(stored).clone()
-                    else:
-                        tensor = piece.of(shard.get_slice(stored)[piece.expert]).clone(
-                            memory_format=torch.contiguous_format
-                        )
-                    found.setdefault(name, {})[stored] = tensor
+        for (name, stored), tensor in zip(wanted, self._files.read(asked), strict=True):
+            piece = self._pieces.get(name)
+            if piece is not None:
+                tensor = piece.of(tensor).clone(memory_format=torch.contiguous_format)
+            found.setdefault(name, {})[stored] = tensor
         return {name: self._whole(name, parts) for name, parts in found.items()}
 
     def _whole(self, name: str, parts: dict[str, Tensor]) -> Tensor:
@@ -134,7 +114,9 @@ class Checkpoint:
         shapes = {}
         for name in names:
             if name in self._stored:
-                shape, *others = (self._headers[stored][0] for stored in self._stored_names(name))
+                shape, *others = (
+                    self._files.headers[stored].shape for stored in self._stored_names(name)
+                )
                 piece = self._pieces.get(name)
                 shapes[name] = shape if piece is None else _shape_of(piece, shape)
                 if others:
@@ -147,7 +129,7 @@ class Checkpoint:
         Raises:
             CheckpointError: there is no such tensor, or it is not floating-point.
         """
-        _, code = self._headers[self._stored_name(name)]
+        code = self._files.headers[self._stored_name(name)].dtype
         if code not in FLOATS:
             raise CheckpointError(
                 f"{name} is stored as {code}: only checkpoints in floating-point numbers of 16, 32 "
@@ -169,12 +151,9 @@ class Checkpoint:
             return False
         rows, *columns = shapes[name] or (1,)
         step = max(1, COMPARED // max(1, math.prod(columns)))
-        with _opened(self._file_of[stored[0]]) as one, _opened(self._file_of[stored[1]]) as two:
-            pair = one.get_slice(stored[0]), two.get_slice(stored[1])
-            return all(
-                torch.equal(*(part[start : start + step].float() for part in pair))
-                for start in range(0, rows, step)
-            )
+        parts = (slice(start, start + step) for start in range(0, rows, step))
+        pairs = (self._files.read([(name, part) for name in stored]) for part in parts)
+        return all(torch.equal(one.float(), two.float()) for one, two in pairs)
 
     def digest(self) -> str:
         """Hash of every tensor's name, dtype, shape and bytes; what is recorded is not read again.
@@ -201,12 +180,12 @@ class Checkpoint:
         record = self.record
         if record is None:
             return None
-        files = set(self._file_of.values())
+        files = {header.file for header in self._files.headers.values()}
         touched = {file for file in files if not record.is_unchanged(file)}
         for name in record.names():
             if name not in self:
                 return name
-            parts = {self._file_of[stored] for stored in self._stored_names(name)}
+            parts = {self._files.headers[stored].file for stored in self._stored_names(name)}
             if parts & touched and tensor_digest(self._read([name])[name]) != record[name]:
                 return name
         for file in touched:
@@ -215,7 +194,7 @@ class Checkpoint:
 
     def _file(self, name: str) -> Path:
         """The file that holds the tensor ``name``."""
-        return self._file_of[self._stored_name(name)]
+        return self._files.headers[self._stored_name(name)].file
 
     def _stored_names(self, name: str) -> tuple[str, ...]:
         """The names in the files of all parts of the tensor ``name``, in their order."""
@@ -225,7 +204,7 @@ class Checkpoint:
         """The name in the files of the tensor ``name``."""
         if name not in self._stored:
             raise CheckpointError(
-                f"{self.directory} holds no tensor {name}: the download may be incomplete, "
+                f"{self._files.directory} holds no tensor {name}: the download may be incomplete, "
                 "or the weights belong to another architecture"
             )
         return self._stored[name]
@@ -236,21 +215,3 @@ def _shape_of(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
     if not 1 < len(shape) < 4 or piece.expert >= shape[0]:
         return shape
     return tuple(piece.of(torch.empty(shape[1:], dtype=torch.float32, device="meta")).shape)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} cannot be read ({cut(error)}): it is damaged or half downloaded"
-        ) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{file} of {file.stat().st_size / 1e9:.1f} GB does not fit into the memory that this "
-            "process may take: save the model in smaller files (max_shard_size)"
-        ) from error

@@ -222,16 +222,8 @@ class ModelSource:
         """Bytes of the files that hold weights, headers and metadata included."""
         return sum(file.stat().st_size for file in self._files())
 
-    def gguf_digest(self) -> str:
-        """Hash of the GGUF file, BLAKE2b of 128 bits in hex; the source must be one.
-
-        That of a model in several files is the hash of their hashes.
-        """
-        digests = [_file_digest(part.path) for part in self.gguf_parts]
-        return digests[0] if len(digests) == 1 else _digest("".join(digests))
-
     def file_digests(self) -> dict[str, str]:
-        """Hashes, like that of `gguf_digest`, of the files that decide what the model computes.
+        """Hashes (BLAKE2b, 128 bits, hex) of the files that decide what the model computes.
 
         Returns:
             Hashes by file name.
@@ -256,7 +248,7 @@ class ModelSource:
         return method if isinstance(method, str) else None
 
     def tokenizer_digest(self, tokenizer: Any) -> str:
-        """Hash of everything that decides how ``tokenizer`` splits text; see `gguf_digest`."""
+        """Hash of everything that decides how ``tokenizer`` splits text; see `file_digests`."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             return _digest(backend.to_str())

@@ -22,15 +22,17 @@ from quantine import (
     OutputError,
     Plan,
     QuantineError,
+    ResumeMismatch,
     quantize,
 )
+from quantine.formats.directory import RUN_DIRECTORY
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.imported import import_model, second_rounding
-from quantine.run.store import RunStore
 from quantine.source.locate import locate
 from quantine.source.weight_files import SINGLE
+from stopped_runs import stopped_at
 from tiny_models import logits_of, random_model, tiny_config
 
 Packed = Callable[[str, str], Path]
@@ -85,28 +87,39 @@ def test_a_second_rounding_is_announced(
     assert second_rounding(locate(packed("llama", "rtn"))) is None
 
 
-def test_what_was_converted_is_not_converted_again(
-    exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def bytes_under(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "gguf"])
+def test_sources_are_decoded_while_they_are_read(
+    to: str, exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source, plan = exported("gptq"), Plan.preset("rtn", bits=4, group_size=32)
-    whole = quantize(source, tmp_path / "whole", plan, NONE).path
-    commit = RunStore.commit
-
-    def stopping(self: RunStore, part: str, *rest: Any) -> None:
-        if part == "block-00001":
-            raise KeyboardInterrupt
-        commit(self, part, *rest)
-
-    def again(*_: Any) -> None:
-        raise AssertionError("converted again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunStore, "commit", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(source, tmp_path / "out", plan, NONE)
-    monkeypatch.setattr("quantine.run.stages.write_floats", again)
-    out = quantize(source, tmp_path / "out", plan, NONE, resume=True).path
+    """Nothing of a source is on disk while it is quantized; and a run goes on after a stop."""
+    source, plan = exported(to), Plan.preset("gptq", bits=4, group_size=32)
+    model = next(source.glob("*.gguf"), source)
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and looked at the dog, " * 40)
+    calibration = Calibration(str(text), samples=4, seqlen=32)
+    whole = quantize(model, tmp_path / "whole", plan, calibration).path
+    with stopped_at("block-00001"):
+        quantize(model, tmp_path / "out", plan, calibration)
+    states = bytes_under(tmp_path / "out" / RUN_DIRECTORY / "states")
+    assert bytes_under(tmp_path / "out") - states < 1.1 * bytes_under(whole)
+    out = quantize(model, tmp_path / "out", plan, calibration, resume=True).path
     assert (out / SINGLE).read_bytes() == (whole / SINGLE).read_bytes()
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_a_changed_source_is_noticed(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    source, plan = exported("gptq"), Plan.preset("rtn", bits=4, group_size=32)
+    with stopped_at("block-00001"):
+        quantize(source, tmp_path / "out", plan, NONE)
+    layer = LAYER.replace("1", "0")
+    tensors_changed(source, lambda tensors: tensors[f"{layer}.scales"].mul_(2))
+    with pytest.raises(ResumeMismatch, match=rf"{layer}\.weight is not what it read"):
+        quantize(source, tmp_path / "out", plan, NONE, resume=True)
 
 
 @TO

@@ -17,10 +17,10 @@ from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.foreign.plain import Plain, qtensor_of
 from quantine.formats.headers import FLOATS, Entry, entries_of
-from quantine.source.checkpoint import Checkpoint
 from quantine.source.model_source import ModelSource
 from quantine.source.names import listed, match_names
 from quantine.source.pieces import in_another_layout
+from quantine.source.tensor_files import Header, Part, SafetensorsFiles
 from quantine.source.weight_files import weight_files
 
 Spec = Callable[[str], QuantSpec | None]
@@ -60,6 +60,8 @@ class ForeignDirectory:
         floats: names of the other tensors.
         decoded: empty, as all packed matrices are on grids of quantine's.
         model: of its configuration, without weights.
+        directory: the directory.
+        headers: of all tensors in floats, see `read`.
 
     Raises:
         FormatError: it is damaged, or says what is not understood.
@@ -77,7 +79,8 @@ class ForeignDirectory:
             "architectures": [type(self.model).__name__],
         }
         self._layers = {layer.name: layer for layer in find_layers(self.model, family_of(config))}
-        self._checkpoint, self._unpack = Checkpoint(path), layout.unpack(said)
+        self.directory, self._files = path, SafetensorsFiles(path)
+        self._unpack = layout.unpack(said)
         entries = entries_of(weight_files(path))
         self._packed = _packed(entries, layout.names)
         self.specs = _specs(self._packed, self._layers, layout.read_settings(said))
@@ -99,6 +102,29 @@ class ForeignDirectory:
             if not (name in tied and self._stored.get(tied[name]) == stored)
         ]
         _check_complete(self.model, self._stored, self.specs, entries)
+        self.headers = {name: self._files.headers[self._stored[name]] for name in self.floats}
+        for name, shape in self.shapes.items():
+            file = next(iter(self._packed[name].values())).file
+            stored = shape[::-1] if self.is_transposed(name) else shape
+            self.headers[f"{name}.weight"] = Header(stored, "F32", file)
+
+    def read(self, wanted: Sequence[tuple[str, Part]]) -> list[Tensor]:
+        """Any tensors as floats: quantized matrices decoded, the others as they are stored.
+
+        Raises:
+            FormatError: a matrix is damaged, see `qtensor`.
+            CheckpointError: a file is unreadable.
+        """
+        found = []
+        for name, part in wanted:
+            whole = self.float_tensor(name) if name in self._stored else self._decoded(name)
+            found.append(whole if part is None else whole[part])
+        return found
+
+    def _decoded(self, name: str) -> Tensor:
+        layer = name.removesuffix(".weight")
+        weight = self.qtensor(layer).dequantize()
+        return (weight.T if self.is_transposed(layer) else weight).contiguous()
 
     def is_transposed(self, name: str) -> bool:
         """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
@@ -112,8 +138,8 @@ class ForeignDirectory:
         """
         spec = self.specs[name]
         names = {key: entry.name for key, entry in self._packed[name].items()}
-        read = self._checkpoint.read(names.values())
-        tensors = {key: read[full] for key, full in names.items()}
+        read = self._files.read([(stored, None) for stored in names.values()])
+        tensors = dict(zip(names, read, strict=True))
         matrix = self._unpack(name, tensors, spec, self.shapes[name])
         if spec.sym and bool((matrix.zero != 2 ** (spec.bits - 1)).any()):
             raise FormatError(
@@ -124,8 +150,7 @@ class ForeignDirectory:
 
     def float_tensor(self, name: str) -> Tensor:
         """The tensor ``name``, which is not quantized."""
-        stored = self._stored[name]
-        return self._checkpoint.read([stored])[stored]
+        return self._files.read([(self._stored[name], None)])[0]
 
 
 def _packed(entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, dict[str, Entry]]:

@@ -13,6 +13,7 @@ from quantine.core.activation_spec import ActivationSpec
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.families.layers import Role
+from quantine.source.tensor_files import TensorFiles
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +92,11 @@ class Exportable:
     read_grid: Callable[[str], Mapping[str, Tensor]] = lambda _: {}
 
 
-class Readable(Protocol):
-    """A checkpoint of another engine, opened to be read tensor by tensor."""
+class Readable(TensorFiles, Protocol):
+    """A checkpoint of another engine, opened to be read tensor by tensor.
+
+    As `TensorFiles` it is a model in floats, with the names of the model.
+    """
 
     @property
     def settings(self) -> Mapping[str, Any]:

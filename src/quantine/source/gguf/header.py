@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from quantine.errors import CheckpointError, shown
+from quantine.errors import CheckpointError, cut, shown
 
 MAGIC: Final = b"GGUF"
 """The first four bytes of every file."""
@@ -63,10 +63,20 @@ class GGUFTensor:
     nbytes: int
 
     def read(self) -> bytes:
-        """Its bytes, as they are stored."""
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.nbytes)
+        """Its bytes, as they are stored.
+
+        Raises:
+            CheckpointError: the file cannot be read, or ends early.
+        """
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read(self.nbytes)
+        except OSError as error:
+            raise CheckpointError(f"{self.file} cannot be read: {cut(error)}") from error
+        if len(data) != self.nbytes:
+            raise CheckpointError(f"{self.file} ends within {self.name[:60]}: it was cut off")
+        return data
 
 
 @dataclass(frozen=True)

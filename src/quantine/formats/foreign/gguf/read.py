@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from quantine.source.gguf.header import GGUFTensor
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import check_gguf_weights, model_names
 from quantine.source.model_source import ModelSource
+from quantine.source.tensor_files import Header, Part
 
 PACKED: Final = {kind.code: kind for kind in TYPES}
 """Types of one scale, by code: their matrices are stored as codes and zero points."""
@@ -33,6 +35,8 @@ OWN: Final = {kind.code: kind for kind in GRID_TYPES.values() if kind.code not i
 """The other types that are grids, by code: their matrices stay the blocks that they are."""
 FLOATS: Final = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types of floats by code."""
+AT_ONCE: Final = 2**22
+"""Weights that are decoded at once, and so are in memory in several forms."""
 BITS: Final = {"Q2_0": 2, "Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 """Bits of a code of each."""
 
@@ -50,11 +54,12 @@ class GGUFModel:
         floats: names of the other tensors.
         decoded: names of the layers among these that are packed, but on no grid of quantine's.
         model: of its configuration, without weights.
+        directory: that holds the file.
+        headers: of all tensors in float32, see `read`.
 
     Raises:
         CheckpointError: the file is damaged, or says what is not understood.
         FamilyError: the architecture is not read.
-        FormatError: no matrix is on a grid of quantine's.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,12 +83,6 @@ class GGUFModel:
                 self.specs[layer.name] = QuantSpec(BITS[kind.name], kind.weights, kind.high == 127)
             elif tensor is not None and tensor.type in OWN:
                 self.specs[layer.name] = OWN[tensor.type].spec
-        if not self.specs:
-            names = ", ".join([*BITS, *(kind.name for kind in OWN.values())])
-            raise FormatError(
-                f"{path} holds no matrix in {names}, the types that are grids of quantine's: "
-                "quantize it, as a source of floats"
-            )
         packed = {f"{name}.weight" for name in self.specs}
         self.shapes = {
             layer.name: (layer.out_features, layer.in_features)
@@ -98,6 +97,23 @@ class GGUFModel:
             and f"{layer.name}.weight" in self._tensors
             and self._tensors[f"{layer.name}.weight"].type not in FLOATS
         ]
+        self.directory = path.parent
+        self.headers = {
+            name: Header(self._shape(name), "F32", tensor.file)
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, wanted: Sequence[tuple[str, Part]]) -> list[Tensor]:
+        """Any tensors in float32: the weights of the model, whatever their types.
+
+        Raises:
+            CheckpointError: a file cannot be read, or ends early.
+        """
+        found = []
+        for name, part in wanted:
+            whole = self._in_model(name, _float32(self._tensors[name]))
+            found.append(whole if part is None else whole[part])
+        return found
 
     def is_transposed(self, name: str) -> bool:
         """Whether the model stores the weight of layer ``name`` as ``[in, out]``."""
@@ -127,15 +143,24 @@ class GGUFModel:
 
     def float_tensor(self, name: str) -> Tensor:
         """The tensor ``name``, decoded where it is packed: float32, float16 or bfloat16."""
-        tensor = self._tensors[name]
-        found = _decoded(tensor)
-        order = row_order(tensor.name, len(found), self._config)
-        found = found if order is None else found[inverse(order)]
+        return self._in_model(name, _decoded(self._tensors[name]))
+
+    def _in_model(self, name: str, stored: Tensor) -> Tensor:
+        """The tensor ``name`` of the model, of the numbers that are stored in llama.cpp's order."""
+        order = row_order(self._tensors[name].name, len(stored), self._config)
+        found = stored if order is None else stored[inverse(order)]
         if self._config.model_type in {"gemma2", "gemma3_text"} and name.endswith("norm.weight"):
             found = found - 1
+        return (found.T if self._is_turned(name) else found).contiguous()
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = self._tensors[name].shape
+        return shape[::-1] if self._is_turned(name) else shape
+
+    def _is_turned(self, name: str) -> bool:
+        """Whether the tensor ``name`` is a matrix that the model stores as ``[in, out]``."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
-        turned = type(owner).__name__ == "Conv1D" and found.ndim == 2
-        return (found.T if turned else found).contiguous()
+        return type(owner).__name__ == "Conv1D" and len(self._tensors[name].shape) == 2
 
 
 def _qtensor(name: str, values: Tensor, scale: Tensor, kind: BlockType) -> QTensor:
@@ -162,19 +187,37 @@ def _data(tensor: GGUFTensor) -> Tensor:
     return torch.frombuffer(bytearray(tensor.read()), dtype=torch.uint8)
 
 
+def _float32(tensor: GGUFTensor) -> Tensor:
+    """A tensor in float32, of which a few rows are decoded at a time."""
+    found = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+    rows = found.view(-1, tensor.shape[-1])
+    step = max(1, AT_ONCE // tensor.shape[-1])
+    nbytes = tensor.nbytes // len(rows)
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        within = replace(
+            tensor,
+            shape=tuple(part.shape),
+            offset=tensor.offset + start * nbytes,
+            nbytes=len(part) * nbytes,
+        )
+        part.copy_(_decoded(within))
+    return found
+
+
 def _decoded(tensor: GGUFTensor) -> Tensor:
-    """A tensor that is not on a grid of quantine's, in floats."""
+    """A tensor in floats, whatever its type."""
     data = _data(tensor)
     if tensor.type in FLOATS:
         return data.view(FLOATS[tensor.type]).reshape(tensor.shape).clone()
+    rows = data.reshape(math.prod(tensor.shape[:-1]), -1)
     if tensor.type in PACKED:
         kind = PACKED[tensor.type]
-        values, scale = kind.decode(data.reshape(math.prod(tensor.shape[:-1]), -1))
+        values, scale = kind.decode(rows)
         blocks: Tensor = values.unflatten(1, (-1, kind.weights)).float()
         decoded = blocks * scale.float().unsqueeze(2)
         return decoded.reshape(tensor.shape)
     from gguf import GGMLQuantizationType, dequantize
 
-    rows = data.reshape(math.prod(tensor.shape[:-1]), -1).numpy()
-    found = dequantize(rows, GGMLQuantizationType(tensor.type))
+    found = dequantize(rows.numpy(), GGMLQuantizationType(tensor.type))
     return torch.from_numpy(found).reshape(tensor.shape)
