@@ -15,6 +15,8 @@ from quantine.statistics.inverse_factor import InverseFactor, factor_diagonal, f
 
 ENERGY_ROWS: Final = 512
 """Number of outputs whose error is computed at once."""
+ENERGY_COLUMNS: Final = 192
+"""Number of inputs that are multiplied at once with those after them."""
 
 
 class Hessian:
@@ -167,6 +169,25 @@ class Hessian:
         energies = []
         for rows in delta.split(ENERGY_ROWS):  # more would take memory, and are not faster
             unit = rows / largest  # squares of small changes would be zero in float32
-            products = (unit @ self.matrix).mul_(unit)
-            energies.append(for_float64(products).sum(dtype=torch.float64))
+            for start in range(0, unit.shape[1], ENERGY_COLUMNS):
+                products = self._with_later_inputs(unit, start)
+                energies.append(for_float64(products).sum(dtype=torch.float64))
         return float(torch.stack(energies).sum()) * largest**2
+
+    def _with_later_inputs(self, unit: Tensor, start: int) -> Tensor:
+        """What some columns of ``unit`` add to the energy, with those after them counted twice.
+
+        As the matrix is symmetric, that saves almost half of the products.
+
+        Args:
+            unit: ``[rows, in]``.
+            start: the first of `ENERGY_COLUMNS` columns.
+
+        Returns:
+            ``[rows, columns]``, the summands.
+        """
+        end = min(start + ENERGY_COLUMNS, unit.shape[1])
+        columns = unit[:, start:end]
+        products = columns @ self.matrix[start:end, start:end]
+        products.addmm_(unit[:, end:], self.matrix[end:, start:end], alpha=2)
+        return products.mul_(columns)
