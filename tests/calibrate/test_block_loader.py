@@ -27,7 +27,7 @@ class Watched(Checkpoint):
     """A checkpoint that says which blocks were read, and in which thread."""
 
     def __init__(self, job: Job) -> None:
-        super().__init__(job.source.directory, job.model)
+        super().__init__(job.files, job.model)
         self.reads: list[tuple[int, bool]] = []
         self.begun = threading.Event()
 

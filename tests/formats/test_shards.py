@@ -17,6 +17,7 @@ from quantine.formats import shards
 from quantine.formats.headers import read_entries
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 from quantine.source.checkpoint import Checkpoint
+from quantine.source.tensor_files import SafetensorsFiles
 from quantine.source.weight_files import INDEX, SINGLE
 
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "U8": 1}
@@ -83,7 +84,7 @@ def test_shards_hold_the_union_and_the_index_says_where(tmp_path: Path, shard_by
         assert {n for n, where in index["weight_map"].items() if where == file.name} == set(held)
         # A shard is within the limit, or it is a single part that no shard could hold.
         assert nbytes(held) <= shard_bytes or any(part.keys() == held.keys() for part in PARTS)
-    assert_same(Checkpoint(out).read(UNION), UNION)
+    assert_same(Checkpoint(SafetensorsFiles(out)).read(UNION), UNION)
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:

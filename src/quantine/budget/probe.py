@@ -16,15 +16,13 @@ from typing import Any, Final, Protocol
 
 from torch import Tensor
 
-from quantine.calibrate.backward import backward, replace_by_gradients
+from quantine.calibrate.backward import there_and_back
 from quantine.calibrate.block_loader import BlockLoader
-from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
-from quantine.core.process_memory import return_freed_memory
 from quantine.core.spec import QuantSpec
 from quantine.errors import SolverError
-from quantine.families.layers import Layer, block_list
+from quantine.families.layers import Layer
 from quantine.methods.solver import Solver
 from quantine.methods.spqr import SpQR, row_run, sampled_rows
 from quantine.statistics.gradients import SquaredGradients
@@ -129,53 +127,64 @@ def probe(
     """
     count = probe_segments(*setup.segments.shape)
     own = replace(setup, segments=setup.segments[:count], spill=scratch / "states", replaced={})
-    sequential = Sequential(own)
-    blocks = range(len(block_list(setup.model, setup.family)))
-    inside = [[one for one in budgeted if one.layer.block == index] for index in blocks]
-    inputs: list[HiddenStates] = []
     predicted: dict[str, list[_Prediction]] = {}
-    last = len(blocks) - 1
-    for index in blocks:
-        note(f"probing block {index + 1}/{len(blocks)}")
-        with own.times.stage("reading"):
-            loader.load(index, then=min(index + 1, last))
-        with own.times.stage("hidden states"):
-            inputs.append(sequential.hidden.copied(scratch / f"inputs-{index}"))
-        groups = sorted({one.layer.group or 0 for one in inside[index]})
-        alone = bool(own.token_weights)  # matrices then do not share the Hessian of their input
-        layers = [observed(index, group) for group in groups]
-        layers = [one.layer for one in inside[index]] if alone else layers
-        for _, stage in groupby(layers, lambda layer: layer.stage):
-            alike = list(stage)
-            for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
-                members = [
-                    one
-                    for one in inside[index]
-                    if one.layer == layer or (not alone and one.layer.group == layer.group)
-                ]
-                with own.times.stage("fits"):
-                    predicted.update(_predict_group(members, read, hessian))
-        sequential.advance(index)
-        loader.release(index)
-        return_freed_memory()
-    gradients = sequential.hidden
-    with own.times.stage("gradients"):
-        replace_by_gradients(own, read, gradients, seed)
+
+    def predict(index: int, sequential: Sequential) -> None:
+        inside = [one for one in budgeted if one.layer.block == index]
+        predicted.update(_predict_block(index, inside, observed, read, sequential))
+
+    layers = [one.layer for one in budgeted if one.layer.block is not None]
+    steps = there_and_back(
+        own,
+        loader,
+        layers,
+        SquaredGradients,
+        read,
+        scratch,
+        seed,
+        lambda said: note(f"probing {said}"),
+        predict,
+    )
     table: dict[str, Options] = {}
-    for index in reversed(blocks):
-        with own.times.stage("reading"):
-            loader.load(index, then=index - 1 if index else None)
-        layers = [one.layer for one in inside[index]]
-        with own.times.stage("gradients"):
-            squares = backward(
-                sequential, index, layers, inputs[index], gradients, SquaredGradients
-            )
-        for layer in layers:
-            mean = _mean_gradient(layer, layers, squares, own.segments.numel())
+    for index, squares in steps:
+        inside = [layer for layer in layers if layer.block == index]
+        for layer in inside:
+            mean = _mean_gradient(layer, inside, squares, own.segments.numel())
             table[layer.name] = [one.option(mean) for one in predicted[layer.name]]
-        loader.release(index)
-        return_freed_memory()
     return table
+
+
+def _predict_block(
+    index: int,
+    inside: Sequence[Budgeted],
+    observed: Callable[[int, int], Layer],
+    read: Callable[[str], Tensor],
+    sequential: Sequential,
+) -> dict[str, list[_Prediction]]:
+    """Predictions for the layers of a block, by name, in the order of their choices.
+
+    Args:
+        index: number of the block, which is the next of ``sequential`` and loaded.
+        inside: its layers with their choices.
+        observed: as for `probe`.
+        read: as for `probe`.
+        sequential: runs the block.
+    """
+    found: dict[str, list[_Prediction]] = {}
+    alone = bool(sequential.setup.token_weights)  # matrices then share no Hessian of their input
+    groups = sorted({one.layer.group or 0 for one in inside})
+    layers = [one.layer for one in inside] if alone else [observed(index, one) for one in groups]
+    for _, stage in groupby(layers, lambda layer: layer.stage):
+        alike = list(stage)
+        for layer, hessian in zip(alike, sequential.observe_next(index, alike), strict=True):
+            members = [
+                one
+                for one in inside
+                if one.layer == layer or (not alone and one.layer.group == layer.group)
+            ]
+            with sequential.setup.times.stage("fits"):
+                found.update(_predict_group(members, read, hessian))
+    return found
 
 
 def _mean_gradient(

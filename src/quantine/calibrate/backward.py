@@ -8,16 +8,19 @@ stored inputs, so that memory holds the weights of one block only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.hidden_states import HiddenStates
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
 from quantine.calibrate.skeleton import drop_weights, set_tensor
+from quantine.core.process_memory import return_freed_memory
 from quantine.families.family import Family
 from quantine.families.layers import Layer, block_list
 from quantine.families.stand_in import standing_in
@@ -38,6 +41,61 @@ SomeStatistic = TypeVar("SomeStatistic", bound=Statistic)
 """The type of the statistics that `backward` makes."""
 LOGITS: Final = 2**23
 """Number of logits (tokens times vocabulary) that are computed at once, to bound memory."""
+
+
+def there_and_back(
+    setup: CalibrationSetup,
+    loader: BlockLoader,
+    layers: Sequence[Layer],
+    statistic: Callable[[], SomeStatistic],
+    read: Callable[[str], Tensor],
+    scratch: Path,
+    seed: int,
+    note: Callable[[str], None],
+    forward: Callable[[int, Sequential], None] = lambda *_: None,
+) -> Iterator[tuple[int, dict[str, SomeStatistic]]]:
+    """Run segments through all blocks of the float model, and gradients of the loss back.
+
+    Args:
+        setup: the segments and the model.
+        loader: gives the blocks their weights.
+        layers: the matrices of blocks whose outputs' gradients are wanted.
+        statistic: makes an empty statistic of the gradients of a matrix.
+        read: reads the float tensor that the model calls by a name.
+        scratch: directory for the inputs of all blocks.
+        seed: seed of the generator that draws tokens from the predictions.
+        note: receives lines about the progress.
+        forward: called on the way forward at each block, which is loaded, before it is passed.
+
+    Yields:
+        From the last block to the first, its number and the statistics by name of the layer.
+    """
+    sequential = Sequential(setup)
+    blocks = range(len(block_list(setup.model, setup.family)))
+    inputs: list[HiddenStates] = []
+    for index in blocks:
+        note(f"block {index + 1}/{len(blocks)} forward")
+        with setup.times.stage("reading"):
+            loader.load(index, then=min(index + 1, blocks[-1]))
+        with setup.times.stage("hidden states"):
+            inputs.append(sequential.hidden.copied(scratch / f"inputs-{index}"))
+        forward(index, sequential)
+        sequential.advance(index)
+        loader.release(index)
+        return_freed_memory()
+    gradients = sequential.hidden
+    with setup.times.stage("gradients"):
+        replace_by_gradients(setup, read, gradients, seed)
+    for index in reversed(blocks):
+        note(f"block {index + 1}/{len(blocks)} backward")
+        with setup.times.stage("reading"):
+            loader.load(index, then=index - 1 if index else None)
+        inside = [layer for layer in layers if layer.block == index]
+        with setup.times.stage("gradients"):
+            found = backward(sequential, index, inside, inputs[index], gradients, statistic)
+        yield index, found
+        loader.release(index)
+        return_freed_memory()
 
 
 def replace_by_gradients(

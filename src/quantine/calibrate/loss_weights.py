@@ -21,14 +21,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.backward import backward, replace_by_gradients
+from quantine.calibrate.backward import there_and_back
 from quantine.calibrate.block_loader import BlockLoader
-from quantine.calibrate.hidden_states import HiddenStates
-from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
-from quantine.core.process_memory import return_freed_memory
 from quantine.errors import CalibrationError
-from quantine.families.layers import Layer, block_list
+from quantine.families.layers import Layer
 from quantine.statistics.gradients import TokenGradients
 
 POWER: Final = 0.5
@@ -62,31 +59,19 @@ def loss_weights(
         CalibrationError: a gradient is infinite or NaN.
     """
     own = replace(setup, spill=scratch / "states", saved=None, replaced={}, resumes=False)
-    sequential = Sequential(own)
-    blocks = range(len(block_list(setup.model, setup.family)))
-    inputs: list[HiddenStates] = []
-    for index in blocks:
-        note(f"gradients: block {index + 1}/{len(blocks)} forward")
-        with own.times.stage("reading"):
-            loader.load(index, then=min(index + 1, blocks[-1]))
-        inputs.append(sequential.hidden.copied(scratch / f"inputs-{index}"))
-        sequential.advance(index)
-        loader.release(index)
-        return_freed_memory()
-    gradients = sequential.hidden
-    with own.times.stage("gradients"):
-        replace_by_gradients(own, read, gradients, seed)
+    steps = there_and_back(
+        own,
+        loader,
+        layers,
+        TokenGradients,
+        read,
+        scratch,
+        seed,
+        lambda said: note(f"gradients: {said}"),
+    )
     found: dict[str, Tensor] = {}
-    for index in reversed(blocks):
-        note(f"gradients: block {index + 1}/{len(blocks)} backward")
-        with own.times.stage("reading"):
-            loader.load(index, then=index - 1 if index else None)
-        inside = [layer for layer in layers if layer.block == index]
-        with own.times.stage("gradients"):
-            means = backward(sequential, index, inside, inputs[index], gradients, TokenGradients)
+    for _, means in steps:
         found.update({name: _weights(name, mean.means().cpu()) for name, mean in means.items()})
-        loader.release(index)
-        return_freed_memory()
     return found
 
 
