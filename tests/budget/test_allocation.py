@@ -80,7 +80,8 @@ def test_a_probe_ranks_more_bits_above_fewer(
             0,
             notes.append,
         )
-    assert notes == ["probing block 1/2", "probing block 2/2"]
+    ways = [(1, "forward"), (2, "forward"), (2, "backward"), (1, "backward")]
+    assert notes == [f"probing block {number}/2 {way}" for number, way in ways]
     assert set(table) == {d.layer.name for d in job.scheme_layers()}
     for found in table.values():
         sizes, losses = zip(*found, strict=True)
