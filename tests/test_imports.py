@@ -62,6 +62,7 @@ TRANSFORMERS_INSIDE: Final = (
     "rotation/",
     "run/job.py",
     "run/prepare.py",
+    "run/request_checks.py",
     "runtime/",
     "source/",
     "survey/",

@@ -10,36 +10,36 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from quantine.activations import attention
-from quantine.activations.install import rounded_sites
 from quantine.activations.linked import linked_family
 from quantine.calibrate.segments import Calibration, calibration_segments
 from quantine.calibrate.skeleton import skeleton
-from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
+from quantine.core.activation_spec import ActivationSpec
 from quantine.core.ambient import own_state
 from quantine.core.device import device_named, device_to_plan
 from quantine.core.spec import CLUSTERS
-from quantine.errors import (
-    CalibrationError,
-    CheckpointError,
-    FamilyError,
-    OutputError,
-    PlanError,
-)
+from quantine.errors import CheckpointError, OutputError, PlanError
 from quantine.families import family_of
 from quantine.families.family import Family
 from quantine.families.layers import are_tied, find_layers
 from quantine.formats.directory import is_finished
 from quantine.formats.imported import is_foreign, source_files
-from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
 from quantine.rotation.rotated import rotated
 from quantine.run.job import Job
+from quantine.run.request_checks import (
+    check_biases,
+    check_fixed,
+    check_headers,
+    check_inputs,
+    check_links,
+    check_tuned,
+    check_weighted,
+)
 from quantine.run.store import check_output
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource, described_by
-from quantine.source.names import listed
 from quantine.source.tensor_files import TensorFiles
 from quantine.source.weight_files import float_files
 from quantine.tuning.segments import tuning_text
@@ -92,7 +92,7 @@ def prepare(
     family = family_of(config) if plan.activations is None else linked_family(config)
     rounds = plan.activations is not None and family.attends
     if plan.activations is not None:
-        _check_links(family, config, plan.activations)
+        check_links(family, config, plan.activations)
     bare = _skeleton(source, config, rounds)
     if source.gguf_file is None and not foreign and _has_own_head(source, files, bare):
         # The contents count: transformers, too, ties only what is equal.
@@ -110,13 +110,13 @@ def prepare(
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
-    _check_fixed(decisions, family)
-    _check_inputs(decisions, calibration, plan)
-    _check_biases(decisions, bare)
+    check_fixed(decisions, family)
+    check_inputs(decisions, calibration, plan)
+    check_biases(decisions, bare)
     if plan.tune is not None:
-        _check_tuned(decisions)
+        check_tuned(decisions)
     if plan.loss_weights:
-        _check_weighted(decisions, calibration, plan)
+        check_weighted(decisions, calibration, plan)
     tokenizer = source.tokenizer()
     text = config.get_text_config()
     known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
@@ -140,39 +140,8 @@ def prepare(
         rotated=turned,
         table_copied=copied,
     )
-    _check_headers(job, job.checkpoint())
+    check_headers(job, job.checkpoint())
     return job
-
-
-def _check_headers(job: Job, checkpoint: Checkpoint) -> None:
-    """Compare the shapes in the weight files with those that the architecture needs.
-
-    Args:
-        job: the checked request, with the model's shapes.
-        checkpoint: the float weights of the source, of which only headers are read.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, is not floating point, or has no
-            place in the model.
-    """
-    for name, tensor in job.model.state_dict().items():
-        shape = checkpoint.shapes([name]).get(name)
-        if shape is None:
-            raise CheckpointError(
-                f"{job.source.name} holds no tensor {name}: the download may be incomplete, or "
-                "the weights belong to another architecture"
-            )
-        if tensor.is_floating_point():
-            checkpoint.dtype(name)
-        if shape != tuple(tensor.shape):
-            raise CheckpointError(
-                f"{name} has shape {shape}, but config.json implies {tuple(tensor.shape)}"
-            )
-    if checkpoint.unused:
-        raise CheckpointError(
-            f"{job.source.name} holds {listed(checkpoint.unused)} for which the model that "
-            "config.json describes has no place: give the weights' own config.json, or remove them"
-        )
 
 
 def check_output_path(out: Path, resume: bool, needed: int) -> None:
@@ -202,47 +171,6 @@ def check_output_path(out: Path, resume: bool, needed: int) -> None:
             f"{out} needs about {needed / 1e9:.2f} GB while it is made, but the disk has "
             f"{free / 1e9:.2f} GB free"
         )
-
-
-def _check_weighted(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
-    """Refuse weights of tokens where they cannot be had.
-
-    Raises:
-        CalibrationError: there are no tokens, or parts of the text are summed on their own.
-        PlanError: a layer is quantized that only some tokens reach.
-    """
-    if not calibration.samples or calibration.shards > 1:
-        raise CalibrationError(
-            f"loss_weights of plan {plan.name!r} need calibration samples in one shard: give "
-            "--samples of at least 1 and --shards 1, or leave them out"
-        )
-    for decision in decisions:
-        if decision.scheme is not None and decision.layer.experts:
-            raise PlanError(
-                f"{decision.layer.name}: loss_weights are not known for experts, which only some "
-                "tokens reach: leave them out"
-            )
-
-
-def _check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec) -> None:
-    """Refuse to quantize activations of a model whose block a reorder would change.
-
-    Raises:
-        FamilyError: the family has no reorders, or not with this configuration, or none at any of
-            the sites that are to be rounded.
-    """
-    asked = [site for site in SITES if getattr(spec, site) != UNQUANTIZED]
-    if asked and not rounded_sites(family, spec):
-        raise FamilyError(
-            f"activations of {config.model_type} models cannot be quantized at {', '.join(asked)}: "
-            "leave out `activations` and `scheme`"
-        )
-    for field, value in family.links_need:
-        if getattr(config, field) != value:
-            raise FamilyError(
-                f"activations can be quantized only where {field} is {value}, not "
-                f"{getattr(config, field)}: leave out `activations` and `scheme`"
-            )
 
 
 def _with_expected_clusters(
@@ -308,75 +236,3 @@ def _settle_tie(decisions: list[Decision], tied: bool) -> tuple[list[Decision], 
         return decisions, True
     shared = replace(head, scheme=None, reason=f"shares the table of {table.layer.name}")
     return [shared if d is head else d for d in decisions], False
-
-
-def _check_fixed(decisions: list[Decision], family: Family) -> None:
-    """Refuse to quantize an embedding or a head that has to stay as it is.
-
-    Raises:
-        FamilyError: names it, and why.
-    """
-    reasons = dict(family.fixed)
-    for decision in decisions:
-        name = decision.layer.name
-        if decision.scheme is not None and name in reasons:
-            raise FamilyError(
-                f"{name} cannot be quantized: {reasons[name]}; keep it ({decision.reason})"
-            )
-
-
-def _check_tuned(decisions: list[Decision]) -> None:
-    """Refuse to tune matrices whose numbers tuning does not know.
-
-    Raises:
-        PlanError: names one, and why; or there are none.
-    """
-    if all(decision.scheme is None and not decision.choices for decision in decisions):
-        raise PlanError("the plan quantizes no matrix that could be tuned: leave out `tune`")
-    for decision in decisions:
-        used = decision.choices or (() if decision.scheme is None else (decision.scheme,))
-        why = None
-        if used and decision.layer.experts:
-            why = "mixtures of experts are not tuned yet"
-        elif any(scheme.spec.blocked for scheme in used):
-            why = "grids of llama.cpp's types are not tuned yet"
-        if why is not None:
-            raise PlanError(f"{decision.layer.name}: {why}: leave out `tune`")
-
-
-def _check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan) -> None:
-    """Refuse methods and activations that need calibration, without calibration samples.
-
-    Raises:
-        CalibrationError: something needs samples, but there are none.
-    """
-    if plan.activations is not None and not calibration.samples:
-        raise CalibrationError(
-            "grids of activations need calibration samples: samples must be at least 1"
-        )
-    needing = [decision for decision in decisions if decision.needs_inputs]
-    if needing and not calibration.samples:
-        first = needing[0]
-        assert first.scheme is not None
-        method = ADADIM if first.choices else first.scheme.method
-        raise CalibrationError(
-            f"{first.layer.name} is to be solved by {method}, which needs calibration "
-            "samples: samples must be at least 1"
-        )
-
-
-def _check_biases(decisions: list[Decision], model: PreTrainedModel) -> None:
-    """Refuse layers with a bias in a format whose other readers drop biases.
-
-    Raises:
-        PlanError: there is one; the message names the layer.
-    """
-    for decision in decisions:
-        scheme, layer = decision.scheme, decision.layer
-        if scheme is None or scheme.layout.holds_bias:
-            continue
-        if getattr(model.get_submodule(layer.module or layer.name), "bias", None) is not None:
-            raise PlanError(
-                f"{layer.name} has a bias, which the other readers of format {scheme.format} drop: "
-                f"use format sparse in the rule that matches it ({decision.reason})"
-            )
