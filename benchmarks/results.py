@@ -455,8 +455,8 @@ QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/llama_cpp_types.py demo OUT.json
 LLAMA_CPP_TABLES: dict[str, str] = {
     "demo": """SmolLM2-135M. Rows of 576 inputs, six of seven matrices, are no whole blocks of the
 types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
-    "qwen": """Qwen2.5-Coder-0.5B. Only the 4864 inputs of `down_proj` are whole blocks of the types with a
-K; of 896 inputs they are not. The float weights are those of a Q4_K_M file of llama.cpp, so they
+    "qwen": """Qwen2.5-Coder-0.5B. Only the 4864 inputs of `down_proj` are whole blocks of the types
+with a K; 896 inputs are not. The float weights are those of a Q4_K_M file of llama.cpp, so they
 lie on the grids that Q4_K_M gives them once more.""",
 }
 """Files of `benchmarks/llama_cpp_types.py` (``llama-cpp-NAME.json``), and what the models are."""
