@@ -430,12 +430,13 @@ THROUGHPUT = """
 New tokens of all requests per second of processor time, after prompts of 4 tokens, in vLLM on the
 CPU: the float model in bfloat16, and the same engine with packed matrices, by turns, by
 `benchmarks/vllm_throughput.py`. Medians of the rounds; the ratio is taken within a round, with the
-smallest and largest in brackets. One thread of an Intel Xeon with AMX, on which others worked at
-the same time, which costs caches. Weights are rounded to nearest: the method changes no kernel.
+smallest and largest in brackets. One thread, while others worked on the machine, which costs
+caches: of an Intel Xeon with AMX for SmolLM2, of an AMD EPYC with AVX-512 for Qwen2.5.
 
 """
 THROUGHPUT_TABLES = {
-    "demo": "SmolLM2-135M, 4.25 bits, table and head of 8 bits",
+    "demo": "SmolLM2-135M, 4.25 bits by rounding to nearest, table and head of 8 bits",
+    "qwen": "Qwen2.5-Coder-0.5B, a budget of 4.25 bits (SpQR), table and head of 6 bits",
 }
 """Files of `benchmarks/vllm_throughput.py` (``vllm-throughput-NAME.json``), and the models."""
 
