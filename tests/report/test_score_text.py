@@ -62,6 +62,23 @@ def test_numbers_have_their_errors_and_intervals() -> None:
     assert (full.divergence, full.agreement) == ("0.01235 ± 0.00023", "91.23% ± 0.35%")
 
 
+@pytest.mark.parametrize(
+    ("metric", "score", "shown"),
+    [
+        ("word_perplexity", 21.00834, "21.008"),
+        ("bits_per_byte", 0.81234, "0.812"),
+        ("bleu", 31.25, "31.250"),
+        ("exact_match", 1.0, "100.0%"),
+    ],
+)
+def test_scores_of_tasks_that_are_no_shares_are_no_percentages(
+    metric: str, score: float, shown: str
+) -> None:
+    task = {**TASK, "metric": metric, "score": score, "stderr": None, "reference_score": score}
+    cells = task_cells(task)
+    assert (cells.score, cells.reference) == (shown, shown)
+
+
 @pytest.mark.parametrize("missing", [{}, {"perplexity": None, "stderr": None}])
 def test_what_was_not_measured_is_empty(missing: dict[str, Any]) -> None:
     cells = text_cells({**TEXT, **dict.fromkeys(CLOSE), **missing})

@@ -12,9 +12,11 @@ class Precision:
     """Format specifications of the numbers of a score.
 
     Attributes:
-        perplexity: format of a perplexity and its standard error.
+        perplexity: format of a perplexity, or of a task's score that is no share, and its standard
+            error.
         divergence: format of a mean KL divergence in nats per token, and its standard error.
-        share: format of a task's score, of an agreement, and of their standard errors.
+        share: format of a task's score that is a share, of an agreement, and of their standard
+            errors.
     """
 
     perplexity: str
@@ -33,6 +35,8 @@ RECOVERY: Final = ".1%"
 """Format specification of a recovery and its interval, everywhere."""
 JUDGED: Final = ".2%"
 """Format specification of a number that is compared with a required minimum, and of that."""
+NO_SHARES: Final = ("perplexity", "bits_per_byte")
+"""Parts of the names of lm-eval's metrics that are no shares, even where they are below 1."""
 WINDOWS_BEGIN: Final = {
     "each": "every window begins with BOS",
     "first": "only the first window of a text begins with BOS",
@@ -114,13 +118,21 @@ def text_cells(text: Mapping[str, Any], precision: Precision = IN_TABLES) -> Tex
 
 def task_cells(task: Mapping[str, Any], precision: Precision = IN_TABLES) -> TaskCells:
     """The cells of one of the ``tasks`` of `quantine.eval.evaluate.evaluate`."""
+    form = precision.share if _is_share(task) else precision.perplexity
     return TaskCells(
         questions=f"{task['questions']:,} questions, {task['fewshot']} examples each",
         metric=task["metric"],
-        score=with_error(task["score"], task["stderr"], precision.share),
-        reference=number(task["reference_score"], precision.share),
+        score=with_error(task["score"], task["stderr"], form),
+        reference=number(task["reference_score"], form),
         recovery=_recovery(task),
     )
+
+
+def _is_share(task: Mapping[str, Any]) -> bool:
+    """Whether a task's score is a share of something, and not such as a perplexity."""
+    scores = [score for score in (task["score"], task["reference_score"]) if score is not None]
+    named_otherwise = any(word in task["metric"] for word in NO_SHARES)
+    return not named_otherwise and all(0 <= score <= 1 for score in scores)
 
 
 def measured_on(measured: Mapping[str, Any]) -> str:
