@@ -120,9 +120,15 @@ def _disk_while_running(job: Job, output: int) -> int:
     return (
         copies * (output + _maps_bytes(job))
         + _tuned_blocks_bytes(job)
-        + max(_scratch_bytes(job), min(MOVED_BYTES, output))
+        + max(_scratch_bytes(job), _moved_bytes(job))
         + _copied_bytes(job)
     )
+
+
+def _moved_bytes(job: Job) -> int:
+    """Bytes of the largest piece that is on disk twice while parts are moved, at most."""
+    packed = max((job.packed_bytes(decision) for decision in job.scheme_layers()), default=0)
+    return min(MOVED_BYTES, max(packed, *_kept_sizes(job)))
 
 
 def _tuned_blocks_bytes(job: Job) -> int:
@@ -166,8 +172,13 @@ def _scratch_bytes(job: Job) -> int:
 
 
 def _kept_bytes(job: Job) -> int:
-    """Bytes of the tensors that are not quantized: matrices in 16 bit, other tensors in float32."""
+    """Bytes of the tensors that are not quantized."""
+    return sum(_kept_sizes(job))
+
+
+def _kept_sizes(job: Job) -> list[int]:
+    """Bytes of each tensor that is not quantized: matrices in 16 bit, others in float32."""
     state = job.model.state_dict()
     blocks = range(len(block_list(job.model, job.family)))
     names = [*job.loose_names(), *(n for index in blocks for n in job.block_names(index))]
-    return sum(state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names)
+    return [state[name].numel() * (2 if state[name].ndim >= 2 else FLOAT) for name in names]
