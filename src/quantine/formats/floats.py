@@ -16,8 +16,8 @@ off a number that is not too small for it."""
 NEGLIGIBLE: Final = 2.0**-21
 """Norm of a row or column, as a share of the largest in its matrix, below which it may change by
 more, as it does not matter beside the others."""
-ROWS_AT_ONCE: Final = 4096
-"""Number of rows that are compared at once, which bounds temporary memory."""
+AT_ONCE: Final = 2**20
+"""Numbers that are compared at once, in whole rows, which bounds temporary memory."""
 
 
 def as_stored(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -90,11 +90,14 @@ def _squares(stored: Tensor | None, tensor: Tensor) -> tuple[Tensor, Tensor]:
     other = None if stored is None else stored.reshape(matrix.shape)
     matrix = for_float64(matrix)
     other = None if other is None else for_float64(other)
-    rows, columns = [], torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
-    for start in range(0, len(matrix), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
+    # One tensor for all rows: small ones made in between would keep freed memory in pieces.
+    rows = torch.empty(len(matrix), dtype=torch.float64, device=matrix.device)
+    columns = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
+    step = max(1, AT_ONCE // max(1, matrix.shape[1]))
+    for start in range(0, len(matrix), step):
+        part = slice(start, start + step)
         values = matrix[part].double()
         square = (values if other is None else values - other[part]).square()
-        rows.append(square.sum(1))
+        rows[part] = square.sum(1)
         columns += square.sum(0)
-    return torch.cat(rows), columns
+    return rows, columns

@@ -35,7 +35,7 @@ OWN: Final = {kind.code: kind for kind in GRID_TYPES.values() if kind.code not i
 """The other types that are grids, by code: their matrices stay the blocks that they are."""
 FLOATS: Final = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
 """Types of floats by code."""
-AT_ONCE: Final = 2**22
+AT_ONCE: Final = 2**19
 """Weights that are decoded at once, and so are in memory in several forms."""
 BITS: Final = {"Q2_0": 2, "Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 """Bits of a code of each."""
