@@ -83,10 +83,10 @@ def main() -> None:
         speeds = interleaved(rows[1:], arguments.rounds)
         for row in rows[1:]:
             row["tokens_per_second"] = speeds[row["name"]]
+        native = backend.native()
+        said |= {"rounds": arguments.rounds, "level": None if native is None else native.level()}
     for row in rows:
         del row["path"]
-    native = backend.native()
-    said |= {"rounds": arguments.rounds, "level": None if native is None else native.level()}
     arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
 
 

@@ -36,7 +36,11 @@ def main() -> None:
 
 
 def table(found: dict[str, Any], kinds: tuple[str, ...]) -> str:
-    """A line for each file: its size, what it loses, and its speed on one and two threads."""
+    """A line for each file: its size, what it loses, and its speed on one and two threads.
+
+    Speeds are left out where they were not measured (``--only quality``).
+    """
+    kinds = kinds if "rounds" in found else ()
     head = ["", "MB", "perplexity", "KL", *(f"{kind}: 1 / 2 threads" for kind in kinds)]
     lines = [_line(head), "|---" * len(head) + "|"]
     for row in found["rows"]:
@@ -49,10 +53,15 @@ def table(found: dict[str, Any], kinds: tuple[str, ...]) -> str:
 
 def conditions(found: dict[str, Any]) -> str:
     """What the numbers were measured on."""
+    text = (
+        f"{found['windows']} windows of {found['window']} held-out tokens; {found['samples']} "
+        "segments of calibration text."
+    )
+    if "rounds" not in found:
+        return f"*{text} Speeds were not measured.*"
     return (
-        f"*{found['windows']} windows of {found['window']} held-out tokens; {found['samples']} "
-        f"segments of calibration text. Tokens/s: medians of {found['rounds']} rounds by turns; "
-        f"kernels for {found['level']}.*"
+        f"*{text} Tokens/s: medians of {found['rounds']} rounds by turns; kernels for "
+        f"{found['level']}.*"
     )
 
 
