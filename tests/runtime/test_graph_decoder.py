@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from quantine.runtime.graph_decoder import (
     NoHost,
     StaticDecoder,
     Step,
+    cuda_graph,
     graph_decoder_for,
 )
 from quantine.runtime.load import load_model
@@ -158,3 +161,39 @@ def test_what_cannot_be_recorded_is_said(packed: Packed, monkeypatch: pytest.Mon
     log = io.StringIO()
     assert decoder_on(model, 8, log) is None
     assert "no CUDA graph: accelerate has spread the modules" in log.getvalue()
+
+
+def test_a_step_is_recorded_on_the_gpu_that_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own stream for recordings belongs to the GPU that was first asked for it."""
+    cuda, devices, streams = torch.cuda, [0], []
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = devices[-1]
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def entered(device: int) -> Iterator[None]:
+        devices.append(device)
+        yield
+        devices.pop()
+
+    @contextlib.contextmanager
+    def recording(graph: Any, stream: Any = None) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(cuda, "device", lambda device: entered(device.index))
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda, "stream", lambda stream: entered(stream.device))
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(cuda, "graph", recording)
+    seen: list[int] = []
+    for index in (0, 1):
+        cuda_graph(torch.device("cuda", index), lambda: seen.append(devices[-1]))()
+        assert seen == [index] * (WARM_UPS + 1)
+        seen.clear()
+        assert streams[-1].device == index

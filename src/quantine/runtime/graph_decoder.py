@@ -215,7 +215,9 @@ def cuda_graph(device: torch.device, step: Callable[[], Made]) -> Callable[[], M
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # PyTorch's own stream for recordings is one of the GPU that it was first asked for, and
+        # would make that the current one.
+        with torch.cuda.graph(graph, stream=side):
             made = step()
 
     def replay() -> Made:
