@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from other_device import NAME, OtherDevice, no_extension
 from quantine import load
 from quantine.errors import BackendUnavailable
+from quantine.runtime import graph_decoder
 from quantine.runtime.decoder import most_likely
 from quantine.runtime.generate import ModuleDecoder, decoder_on
 from quantine.runtime.graph_decoder import (
@@ -30,6 +31,7 @@ from quantine.runtime.graph_decoder import (
 )
 from quantine.runtime.load import load_model
 from quantine.source.locate import locate
+from quantine.survey.specimen import specimen_config, write_specimen
 from tiny_models import FAMILIES, build, some_tokens, tiny_config
 
 Tiny = Callable[[str], Path]
@@ -197,3 +199,31 @@ def test_a_step_is_recorded_on_the_gpu_that_computes_it(monkeypatch: pytest.Monk
         assert seen == [index] * (WARM_UPS + 1)
         seen.clear()
         assert streams[-1].device == index
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba2", "it keeps what it has seen in no cache"),  # each step would begin anew
+        ("qwen3_next", "linear attention"),  # refuses such a cache by an error of its own
+    ],
+)
+def test_models_with_other_caches_are_refused(
+    model_type: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_specimen(specimen_config(model_type), tmp_path / "model")
+    model = load_model(locate(tmp_path / "model"), torch.float32)
+    monkeypatch.setattr(graph_decoder, "_refusal", lambda _: None)
+    monkeypatch.setattr(graph_decoder, "cuda_graph", lambda _, step: step)
+    with pytest.raises(BackendUnavailable, match=f"no CUDA graph: .*{reason}"):
+        graph_decoder_for(model, 8)
+
+
+def test_blocks_are_counted_in_the_part_of_a_model_that_reads_text(tmp_path: Path) -> None:
+    config = specimen_config("gemma3")
+    assert not hasattr(config, "num_hidden_layers")
+    write_specimen(config, tmp_path / "model")
+    model = load_model(locate(tmp_path / "model"), torch.float32)
+    tokens = torch.tensor([3, 7, 5])
+    found = StaticDecoder(model, 8, replayed).append(tokens)
+    torch.testing.assert_close(found, ModuleDecoder(model).append(tokens), rtol=1e-4, atol=1e-4)

@@ -47,7 +47,8 @@ class StaticDecoder:
 
     Raises:
         BackendUnavailable: the step needs the host while it runs, or computes something else when
-            it is repeated.
+            it is repeated; or the model does not use the cache. Models raise errors of their own
+            for one that is not of their kind.
     """
 
     @own_state()
@@ -62,6 +63,8 @@ class StaticDecoder:
         self._position = 0
         self.capacity = capacity
         self._forward(self._token)  # allocates the cache, arranges matrices
+        if not any(layer.is_initialized for layer in self._cache.layers):
+            raise BackendUnavailable("it keeps what it has seen in no cache of keys and values")
         with NoHost():
             self._one()
         self._step = record(self._one)
@@ -179,7 +182,8 @@ def graph_decoder_for(model: PreTrainedModel, capacity: int) -> StaticDecoder:
             reason = str(error)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # CUDA's own, for what it cannot record
+        # CUDA's own, for what it cannot record; and models', for a cache that is not of their kind.
+        except Exception as error:
             reason = cut(error)
     raise BackendUnavailable(f"no CUDA graph: {reason}")
 
