@@ -63,7 +63,8 @@ class StaticDecoder:
         self._position = 0
         self.capacity = capacity
         self._forward(self._token)  # allocates the cache, arranges matrices
-        if not any(layer.is_initialized for layer in self._cache.layers):
+        layers: Any = self._cache.layers
+        if not any(layer.is_initialized for layer in layers):
             raise BackendUnavailable("it keeps what it has seen in no cache of keys and values")
         with NoHost():
             self._one()
