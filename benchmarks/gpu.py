@@ -37,6 +37,7 @@ from gpu_parts import PARTS
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "tests/kernels/test_triton_matrix.py",
+    "tests/kernels/test_triton_experts.py",
     "tests/kernels/test_triton_columns.py",
     "tests/kernels/test_gram.py",
     "tests/kernels/test_triton_integer.py",

@@ -195,6 +195,15 @@ def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
     )
 
 
+def test_the_tests_of_all_programs_run_on_the_gpu() -> None:
+    run(
+        "import gpu\n"
+        "files = (gpu.ROOT / 'tests' / 'kernels').glob('test_triton_*.py')\n"
+        "assert {f'tests/kernels/{file.name}' for file in files} <= set(gpu.TESTS)\n"
+        "assert all((gpu.ROOT / name).exists() for name in gpu.TESTS)\n"
+    )
+
+
 def test_tests_that_begin_when_no_time_is_left_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "test_slow.py").write_text(
         "import time\ndef test_first(): time.sleep(0.6)\ndef test_second(): assert False\n"

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from quantine.kernels.matrix.units.activations import LARGEST
 from quantine.kernels.matrix.units.instructions import pairs_product, unit_codes, unit_product
 from quantine.kernels.matrix.units.layout import PAIRS, pack_units
+from quantine.kernels.matrix.units.statistics import FARTHEST_ZERO
 
 TABLES = {0xEA: lambda a, b, c: (a & b) | c, 0xF8: lambda a, b, c: a | (b & c)}
 """What ``lop3`` computes, by its table."""
@@ -85,3 +87,12 @@ def test_pairs_are_multiplied() -> None:
     for half, name in enumerate(("$0", "$1")):
         parts = one[half].astype(np.float64) * other[half].astype(np.float64)
         assert abs(found[name] - parts.sum()) <= 2**-10 * np.abs(parts).sum()
+
+
+def test_sums_with_the_farthest_zero_points_stay_finite() -> None:
+    below = np.nextafter(np.float16(2**LARGEST), np.float16(0))
+    for size in (FARTHEST_ZERO, 2 * FARTHEST_ZERO):
+        words = [word_of(np.full(2, value)) for value in (size, below) for _ in range(PAIRS)]
+        with np.errstate(over="ignore"):
+            found = carried_out(pairs_product()[0], 2, words)
+        assert (found["$0"] < np.inf) == (size == FARTHEST_ZERO)

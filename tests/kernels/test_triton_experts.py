@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import GroupAxis
-from quantine.kernels.matrix import experts_product
+from quantine.kernels.matrix import TILED_ROWS, experts_product
 from quantine.kernels.matrix.reference import multiply_grouped_reference
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
 from quantine.kernels.matrix.units.unit_stack import UnitStack, stacked
@@ -28,7 +29,8 @@ from test_triton_matrix import (
     assert_close,
 )
 
-from quantine.kernels.matrix.triton.experts import tiles_of
+from quantine.kernels.matrix.triton import arrange as arranging
+from quantine.kernels.matrix.triton.experts import multiply_sorted, tiles_of
 
 Kind = tuple[GroupAxis, int, int, int, str, str, float, bool]
 """Axis, lines, groups, size of a group, statistics, outliers, whether inputs have an order."""
@@ -136,6 +138,33 @@ def test_alike_matrices_share_memory_and_one_stack() -> None:
                 assert part is wanted
             else:
                 assert torch.equal(part, wanted)
+
+
+class Launches:
+    """Stands for programs, and notes how many of them a launch would run, by axis."""
+
+    def __init__(self) -> None:
+        self.grids: list[tuple[int, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return lambda *_, **__: None
+
+
+def test_the_longest_text_of_many_experts_can_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    # CUDA refuses more than 65535 programs along the second and the third axis.
+    launches = Launches()
+    monkeypatch.setattr(arranging.arrangement, "arrange", launches)
+    monkeypatch.setattr(arranging.experts, "arrange_for_experts", launches)
+    monkeypatch.setattr(arranging.experts, "multiply_tiles_of_experts", launches)
+    for ordered in (False, True):
+        kind: Kind = ("in", 2, 1, 16, "half", "whole", 0.0, ordered)
+        stacks = stacks_of(some_experts(kind, [4], 0) * 512)
+        numbers = torch.arange(512, device=DEVICE).repeat_interleave(TILED_ROWS)
+        multiply_sorted(stacks, torch.ones(len(numbers), 16, device=DEVICE), numbers)
+    assert len(launches.grids) == 4
+    assert max(grid[0] for grid in launches.grids) > 2**16
+    assert all(max(grid[1:]) < 2**16 for grid in launches.grids)
 
 
 @given(st.lists(st.sampled_from([0, 0, 1, 15, 16, 17, 100]), min_size=1, max_size=6))

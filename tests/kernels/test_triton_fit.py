@@ -20,11 +20,12 @@ from samples import generator, quick
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from quantine.kernels.fit.triton.groups import fit_groups, share_of
+from quantine.kernels.fit.triton.groups import fit_groups, launch_of, share_of
 
 
 @settings(quick, max_examples=EXAMPLES)
 @given(
+    groups=st.sampled_from([1, 2, 3]),
     n=st.sampled_from([1, 2, 3, 16, 33]),
     lines=st.sampled_from([1, 2, 17, 33]),
     spec=st.one_of(specs, fractional),
@@ -37,6 +38,7 @@ from quantine.kernels.fit.triton.groups import fit_groups, share_of
     seed=st.integers(0, 10**6),
 )
 def test_grids_are_fitted_alike(
+    groups: int,
     n: int,
     lines: int,
     spec: QuantSpec,
@@ -48,10 +50,10 @@ def test_grids_are_fitted_alike(
     kind: str,
     seed: int,
 ) -> None:
-    columns = groups_of((1, n, lines), kind, seed)
+    columns = groups_of((groups, n, lines), kind, seed)
     if transposed:  # as those of a matrix whose groups run along inputs are
         columns = columns.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    shape = (lines,) if of_lines else (1, n)
+    shape = (lines,) if of_lines else (groups, n)
     spread = torch.rand(shape, generator=generator(seed)) + 0.05
     cost = GridCost(clip, price, look_ahead)
     expected = fit_groups_reference(columns, spread, spec, cost)
@@ -99,3 +101,15 @@ def test_long_groups_have_fewer_lines_in_a_program(
     expected = fit_groups_reference(columns, spread, spec, cost)
     torch.testing.assert_close(found.scales(), expected.scales())
     torch.testing.assert_close(found.zeros(), expected.zeros())
+
+
+@pytest.mark.parametrize(("length", "lines"), [(8192, 128256), (3584, 256000), (16, 256000)])
+def test_a_launch_for_many_lines_has_one_axis(length: int, lines: int) -> None:
+    # CUDA refuses more than 65535 programs along the second and the third.
+    columns = torch.empty(2, length, lines, device="meta")
+    spec, cost = QuantSpec(4, length), GridCost("mse")
+    fitted = FittedGroups.empty(2, lines, length, spec, columns.device)
+    share = share_of(fitted, cost)
+    assert share is not None
+    grid, _, _ = launch_of(columns, torch.ones(2, length), fitted, cost, share)
+    assert grid == (2 * share.programs(lines),)

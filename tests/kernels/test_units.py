@@ -85,3 +85,12 @@ def test_what_the_layout_cannot_hold() -> None:
     assert unit_matrix(QTensor(codes, odd)) is None
     assert unit_matrix(QTensor(codes, clusters)) is None
     assert unit_matrix(wide) is None
+
+
+@pytest.mark.parametrize(("zero", "held"), [(-500.0, True), (519.0, True), (-600.0, False)])
+def test_zero_points_along_outputs_are_held_where_their_sums_are(zero: float, held: bool) -> None:
+    codes, scale = torch.zeros(4, 48, dtype=torch.uint8), torch.ones(48, 1).half()
+    points = torch.zeros(48, 1).half()
+    points[7] = zero
+    matrix = unit_matrix(QTensor(codes, Grid(scale, points, 4, 4, "out")))
+    assert (matrix is not None) == held

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from other_device import NAME, OtherDevice, no_extension
 from quantine import load
 from quantine.errors import BackendUnavailable
+from quantine.runtime import graph_decoder
 from quantine.runtime.decoder import most_likely
 from quantine.runtime.generate import ModuleDecoder, decoder_on
 from quantine.runtime.graph_decoder import (
@@ -23,10 +26,12 @@ from quantine.runtime.graph_decoder import (
     NoHost,
     StaticDecoder,
     Step,
+    cuda_graph,
     graph_decoder_for,
 )
 from quantine.runtime.load import load_model
 from quantine.source.locate import locate
+from quantine.survey.specimen import specimen_config, write_specimen
 from tiny_models import FAMILIES, build, some_tokens, tiny_config
 
 Tiny = Callable[[str], Path]
@@ -158,3 +163,67 @@ def test_what_cannot_be_recorded_is_said(packed: Packed, monkeypatch: pytest.Mon
     log = io.StringIO()
     assert decoder_on(model, 8, log) is None
     assert "no CUDA graph: accelerate has spread the modules" in log.getvalue()
+
+
+def test_a_step_is_recorded_on_the_gpu_that_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own stream for recordings belongs to the GPU that was first asked for it."""
+    cuda, devices, streams = torch.cuda, [0], []
+
+    class Stream:
+        def __init__(self) -> None:
+            self.device = devices[-1]
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def entered(device: int) -> Iterator[None]:
+        devices.append(device)
+        yield
+        devices.pop()
+
+    @contextlib.contextmanager
+    def recording(graph: Any, stream: Any = None) -> Iterator[None]:
+        streams.append(stream)
+        yield
+
+    monkeypatch.setattr(cuda, "device", lambda device: entered(device.index))
+    monkeypatch.setattr(cuda, "Stream", Stream)
+    monkeypatch.setattr(cuda, "current_stream", Stream)
+    monkeypatch.setattr(cuda, "stream", lambda stream: entered(stream.device))
+    monkeypatch.setattr(cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(cuda, "graph", recording)
+    seen: list[int] = []
+    for index in (0, 1):
+        cuda_graph(torch.device("cuda", index), lambda: seen.append(devices[-1]))()
+        assert seen == [index] * (WARM_UPS + 1)
+        seen.clear()
+        assert streams[-1].device == index
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mamba2", "it keeps what it has seen in no cache"),  # each step would begin anew
+        ("qwen3_next", "linear attention"),  # refuses such a cache by an error of its own
+    ],
+)
+def test_models_with_other_caches_are_refused(
+    model_type: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_specimen(specimen_config(model_type), tmp_path / "model")
+    model = load_model(locate(tmp_path / "model"), torch.float32)
+    monkeypatch.setattr(graph_decoder, "_refusal", lambda _: None)
+    monkeypatch.setattr(graph_decoder, "cuda_graph", lambda _, step: step)
+    with pytest.raises(BackendUnavailable, match=f"no CUDA graph: .*{reason}"):
+        graph_decoder_for(model, 8)
+
+
+def test_blocks_are_counted_in_the_part_of_a_model_that_reads_text(tmp_path: Path) -> None:
+    config = specimen_config("gemma3")
+    assert not hasattr(config, "num_hidden_layers")
+    write_specimen(config, tmp_path / "model")
+    model = load_model(locate(tmp_path / "model"), torch.float32)
+    tokens = torch.tensor([3, 7, 5])
+    found = StaticDecoder(model, 8, replayed).append(tokens)
+    torch.testing.assert_close(found, ModuleDecoder(model).append(tokens), rtol=1e-4, atol=1e-4)

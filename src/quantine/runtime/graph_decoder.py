@@ -47,7 +47,8 @@ class StaticDecoder:
 
     Raises:
         BackendUnavailable: the step needs the host while it runs, or computes something else when
-            it is repeated.
+            it is repeated; or the model does not use the cache. Models raise errors of their own
+            for one that is not of their kind.
     """
 
     @own_state()
@@ -62,6 +63,9 @@ class StaticDecoder:
         self._position = 0
         self.capacity = capacity
         self._forward(self._token)  # allocates the cache, arranges matrices
+        layers: Any = self._cache.layers
+        if not any(layer.is_initialized for layer in layers):
+            raise BackendUnavailable("it keeps what it has seen in no cache of keys and values")
         with NoHost():
             self._one()
         self._step = record(self._one)
@@ -179,7 +183,8 @@ def graph_decoder_for(model: PreTrainedModel, capacity: int) -> StaticDecoder:
             reason = str(error)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # CUDA's own, for what it cannot record
+        # CUDA's own, for what it cannot record; and models', for a cache that is not of their kind.
+        except Exception as error:
             reason = cut(error)
     raise BackendUnavailable(f"no CUDA graph: {reason}")
 
@@ -215,7 +220,9 @@ def cuda_graph(device: torch.device, step: Callable[[], Made]) -> Callable[[], M
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # PyTorch's own stream for recordings is one of the GPU that it was first asked for, and
+        # would make that the current one.
+        with torch.cuda.graph(graph, stream=side):
             made = step()
 
     def replay() -> Made:

@@ -248,7 +248,7 @@ def static_cache(model: PreTrainedModel, room: int) -> Cache:
 
     Layers of sliding windows have as much room as others: what lies outside of them is masked.
     """
-    grids, count = _grids_of(model), model.config.num_hidden_layers
+    grids, count = _grids_of(model), model.config.get_text_config().num_hidden_layers
     if grids is None:
         return Cache(layers=[StaticLayer(max_cache_len=room) for _ in range(count)])
     return Cache(

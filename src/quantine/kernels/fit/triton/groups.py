@@ -47,7 +47,7 @@ def share_of(fitted: FittedGroups, cost: GridCost) -> Share | None:
 
 def launch_of(
     columns: Tensor, spread: Tensor, fitted: FittedGroups, cost: GridCost, share: Share
-) -> tuple[tuple[int, int], list[Any], dict[str, Any]]:
+) -> tuple[tuple[int], list[Any], dict[str, Any]]:
     """Number of programs, their operands in order, and what is fixed when they are compiled.
 
     Args:
@@ -75,4 +75,4 @@ def launch_of(
         "RUN": share.run,
         "num_warps": share.warps,
     }
-    return (groups, share.programs(lines)), values, settings
+    return (groups * share.programs(lines),), values, settings

@@ -54,8 +54,10 @@ def _launch(
     places: Tensor | None,
 ) -> None:
     program, operands, settings = launch_of(x, matrix, halves, factors, sums, places)
+    # Rows first: CUDA takes no more than 65535 programs along the second axis, and a long text has
+    # more rows of experts.
     with backend.launching(x):
-        program[(triton.cdiv(matrix.units * UNIT, WIDTH), len(x))](*operands, **settings)
+        program[(len(x), triton.cdiv(matrix.units * UNIT, WIDTH))](*operands, **settings)
 
 
 def launch_of(

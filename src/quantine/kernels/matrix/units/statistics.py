@@ -14,6 +14,9 @@ from quantine.kernels.matrix.units.layout import HALF_BITS, PAIRS, UNIT, units_o
 
 SPANS: Final = (128, 64, 32, 16)
 """Numbers of inputs that share statistics in this layout; those of longer groups are repeated."""
+FARTHEST_ZERO: Final = 511.0
+"""Largest distance of a zero point of groups along outputs from the middle code: 16 products with
+activations, which are below 8, are summed in float16."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,20 @@ def row_groups(qtensor: QTensor) -> RowGroups | None:
     )
 
 
-def column_groups(qtensor: QTensor) -> ColumnGroups:
-    """The statistics of ``qtensor``, whose groups run along outputs."""
+def column_groups(qtensor: QTensor) -> ColumnGroups | None:
+    """The statistics of ``qtensor``, whose groups run along outputs.
+
+    ``None`` where a zero point is farther than `FARTHEST_ZERO` from the middle code.
+    """
     grid, (rows, columns) = qtensor.grid, qtensor.codes.shape
     scales = grid.scales().T
     factors = _factors(scales)
     zeros = None
     if grid.zero_point is not None:
-        zeros = as_pairs(grid.zeros().T - 2 ** (grid.bits - 1), columns)
+        centred = grid.zeros().T - 2 ** (grid.bits - 1)
+        if not bool((centred.abs() <= FARTHEST_ZERO).all()):
+            return None
+        zeros = as_pairs(centred, columns)
     size = min(grid.group_size, rows)
     pairs = as_pairs(scales / factors.unsqueeze(1), columns)
     return ColumnGroups(pairs, zeros, size, factors)

@@ -149,9 +149,10 @@ class UnitMatrix:
 def unit_matrix(qtensor: QTensor) -> UnitMatrix | None:
     """Arrange ``qtensor``, on whatever device it is, or return ``None`` where this layout cannot.
 
-    It holds groups of one size: along inputs multiples of 16 or all inputs, along outputs any; and
-    at most `MOST_COLUMNS` columns. Outliers whose grid has no exact zero are stored as float16
-    differences from what their codes mean, all others exactly.
+    It holds groups of one size: along inputs multiples of 16 or all inputs, along outputs any, with
+    zero points of at most `quantine.kernels.matrix.units.statistics.FARTHEST_ZERO`; and at most
+    `MOST_COLUMNS` columns. Outliers whose grid has no exact zero are stored as float16 differences
+    from what their codes mean, all others exactly.
     """
     multiplier = 2.0**qtensor.grid.exponent
     qtensor = _without_exponent(qtensor)

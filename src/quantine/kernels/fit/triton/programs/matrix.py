@@ -36,7 +36,9 @@ def fit_matrix(
     RUN: tl.constexpr,
 ):
     """Fit one group of some lines: see `quantine.kernels.fit.triton.groups`."""
-    group, program = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    # One number for both: a GPU takes no more than 65535 programs along a second axis.
+    groups = tl.num_programs(0) // tl.cdiv(lines, RUNS * RUN)
+    group, program = (tl.program_id(0) % groups).to(tl.int64), tl.program_id(0) // groups
     line, there = lines_of(program, lines, RUNS, SPAN, RUN)
     number = tl.arange(0, WIDTH)
     held = (number < LENGTH)[:, None]

@@ -22,7 +22,7 @@ def arrange(
     IN_PAIRS: tl.constexpr,
 ):
     """Arrange a chunk of a row: see `quantine.kernels.matrix.triton.arrange`."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     x += row * columns
     # Every program finds the row's largest value for itself: that needs no second launch.
     largest = tl.zeros([WIDTH], tl.float32)

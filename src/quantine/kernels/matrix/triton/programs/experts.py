@@ -52,7 +52,7 @@ def arrange_for_experts(
     IN_PAIRS: tl.constexpr,
 ):
     """Arrange a chunk of a row in its expert's order: see `arrange`."""
-    place = tl.load(places + tl.program_id(1)).to(tl.int64)
+    place = tl.load(places + tl.program_id(0)).to(tl.int64)
     if place >= 0:
         arrange(
             x,
