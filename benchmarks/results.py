@@ -459,8 +459,8 @@ types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
     "qwen": """Qwen2.5-Coder-0.5B. Only the 4864 inputs of `down_proj` are whole blocks of the types
 with a K; 896 inputs are not. The float weights are those of a Q4_K_M file of llama.cpp, so they
 lie on the grids that Q4_K_M gives them once more.""",
-    "wide": """SmolLM2-135M made 768 wide, with 1536 inputs of `down_proj`: all rows are whole blocks
-of the types with a K. What is added is zeros, and predictions stay what they are
+    "wide": """SmolLM2-135M made 768 wide, with 1536 inputs of `down_proj`: all rows are whole
+blocks of the types with a K. What is added is zeros, and predictions stay what they are
 (`python benchmarks/widened.py demo DIR`).""",
 }
 """Files of `benchmarks/llama_cpp_types.py` (``llama-cpp-NAME.json``), and what the models are."""

@@ -219,6 +219,20 @@ def test_models_with_other_caches_are_refused(
         graph_decoder_for(model, 8)
 
 
+@pytest.mark.parametrize("model_type", ["mamba", "mamba2", "openai-gpt"])
+def test_models_without_a_cache_read_their_text_anew(model_type: str, tmp_path: Path) -> None:
+    write_specimen(specimen_config(model_type), tmp_path / "model")
+    model = load_model(locate(tmp_path / "model"), torch.float32)
+    text, decoder = torch.tensor([3, 7, 5, 2, 9]), ModuleDecoder(model)
+    with torch.no_grad():
+        expected = model(input_ids=text.unsqueeze(0)).logits[0]
+    for _ in range(2):
+        decoder.append(text[:3])
+        found = [decoder.append(text[place : place + 1]) for place in (3, 4)]
+        torch.testing.assert_close(torch.stack(found), expected[3:], rtol=1e-4, atol=1e-4)
+        decoder.reset()
+
+
 def test_blocks_are_counted_in_the_part_of_a_model_that_reads_text(tmp_path: Path) -> None:
     config = specimen_config("gemma3")
     assert not hasattr(config, "num_hidden_layers")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantine.core.ambient import own_state
-from quantine.core.device import device_named
+from quantine.core.device import CPU, device_named
 from quantine.errors import BackendUnavailable, PlanError
 from quantine.runtime.decoder import Batch, Decoder, batch_for, decoder_for
 from quantine.runtime.generate_texts import TOGETHER, continue_together
@@ -173,15 +173,19 @@ def _one_by_one(
 
 
 class ModuleDecoder:
-    """The interface of `Decoder` for any model, computed by its modules in transformers."""
+    """The interface of `Decoder` for any model, computed by its modules in transformers.
+
+    A model that has no cache of keys and values, such as Mamba, reads its text anew each time.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._cache: Any = None
+        self.reset()
 
     def reset(self) -> None:
         """Forget all tokens seen, so that a new text can begin."""
-        self._cache = None
+        self._cache: Any = None
+        self._unkept = torch.empty(0, dtype=torch.int64, device=CPU)
 
     @own_state()
     def append(self, tokens: Tensor) -> Tensor:
@@ -193,13 +197,15 @@ class ModuleDecoder:
         Returns:
             Logits ``[vocabulary]`` float32 for the token after the last one.
         """
+        text = torch.cat([self._unkept, tokens])
         output = self._model(
-            input_ids=tokens.unsqueeze(0).to(self._model.device),
+            input_ids=text.unsqueeze(0).to(self._model.device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        self._cache = output.past_key_values
+        self._cache = getattr(output, "past_key_values", None)
+        self._unkept = text[:0] if self._cache is not None else text
         logits: Tensor = output.logits[0, -1].float().cpu()
         return logits
 
