@@ -13,19 +13,21 @@ from quantine.core.ambient import own_state
 from quantine.core.transform_spec import ROTATE
 from quantine.errors import FamilyError
 from quantine.families.derivation.derive import Study, study
-from quantine.families.derivation.links import Reading, readings_of, value_links
+from quantine.families.derivation.links import Reading, hidden_links, readings_of, value_links
 from quantine.families.derivation.one_by_one import block_calls
+from quantine.families.derivation.small import bare_model
 from quantine.families.derivation.trace import is_matrix
 from quantine.families.experts import experts_in
 from quantine.families.family import Family, Link
 from quantine.families.heads import Heads
+from quantine.families.layers import is_transposed
 from quantine.rotation.norms import norm_kind
 from quantine.rotation.proved import prove
 from quantine.rotation.rotated import rotated
-from quantine.rotation.wiring import BlockWiring, Wiring
+from quantine.rotation.wiring import VALUES, BlockWiring, Wiring
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @own_state()
@@ -48,7 +50,7 @@ def derived_wiring(config: PretrainedConfig) -> Wiring:
         studied = study(config)
     except FamilyError as error:
         raise FamilyError(f"{error}: leave out `{ROTATE}`") from error
-    finder = _Finder(studied)
+    finder = _Finder(studied, bare_model(config))
     family, values = finder.values()
     wiring = Wiring(
         family,
@@ -64,12 +66,18 @@ def derived_wiring(config: PretrainedConfig) -> Wiring:
 
 
 class _Finder:
-    """Finds the parts of the wiring of a studied model, none of which is proved."""
+    """Finds the parts of the wiring of a studied model, none of which is proved.
 
-    def __init__(self, studied: Study) -> None:
+    Args:
+        studied: the small model.
+        whole: that which it stands for, whose sizes tell apart what is equally wide by chance.
+    """
+
+    def __init__(self, studied: Study, whole: PreTrainedModel) -> None:
         self._model, self._family, self._trace = studied.model, studied.family, studied.trace
         self._calls = block_calls(studied.model, studied.family, studied.tokens[0])
         self._width = self._calls[0].hidden.shape[-1]
+        self._shapes = {name: parameter.shape for name, parameter in whole.named_parameters()}
 
     def values(self) -> tuple[Family, list[Link | None]]:
         """The family with its number of heads of keys, and the reorder of values of each block."""
@@ -83,18 +91,19 @@ class _Finder:
         return family, found
 
     def _values_of(self, index: int, heads: Heads) -> Link | None:
+        """The reorder of the values of block number ``index``, if one is proved.
+
+        Channels that can be reordered across heads, as those of an MLP, are none.
+        """
         readings = self._readings(index)
         proof = Proof(self._calls[index], heads, 0)
-        return next(
-            (
-                link
-                for number, reading in enumerate(readings)
-                if reading.width % heads.queries == 0
-                for link in value_links(readings, number, heads)
-                if proof.holds(link)
-            ),
-            None,
-        )
+        for number, reading in enumerate(readings):
+            if reading.width % heads.queries == 0:
+                links = [*hidden_links(readings, number), *value_links(readings, number, heads)]
+                link = next(filter(proof.holds, links), None)
+                if link is not None and link.kind == VALUES:
+                    return link
+        return None
 
     def block(self, index: int, values: Link | None) -> BlockWiring:
         """The wiring of block number ``index``.
@@ -116,10 +125,20 @@ class _Finder:
                 f"{self._prefix(index)}.{first} reads hidden states that no norm before it has "
                 f"made alike: leave out `{ROTATE}`"
             )
-        writers = tuple(path for path, outputs in others if outputs == self._width)
+        writers = tuple(
+            path
+            for path, outputs in others
+            if outputs == self._width and self._writes(f"{self._prefix(index)}.{path}")
+        )
         return BlockWiring(
             tuple((norm, tuple(paths)) for norm, paths in readers.items()), writers, values
         )
+
+    def _writes(self, path: str) -> bool:
+        """Whether the matrix at ``path`` of the whole model has outputs for all channels."""
+        axis = 1 if is_transposed(self._model.get_submodule(path)) else 0
+        _, width = self._shapes[f"{self._family.embedding}.weight"]
+        return self._shapes[f"{path}.weight"][axis] == width
 
     def tables(self) -> tuple[str, ...]:
         """Paths of the tables outside of blocks whose rows are as wide as hidden states."""
