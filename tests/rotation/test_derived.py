@@ -17,10 +17,12 @@ from quantine.core.ambient import own_state
 from quantine.core.transform_spec import Rotate
 from quantine.families import described_family
 from quantine.families.derivation.derive import Study, study
-from quantine.rotation.derived import derived_wiring
+from quantine.report.tables.plan import print_plan
+from quantine.rotation.derived import derived_wiring, shake_buffers
 from quantine.rotation.proved import prove
-from quantine.rotation.rotated import rotated
+from quantine.rotation.rotated import check_known, rotated
 from quantine.rotation.wiring import BlockWiring, Wiring, described_wiring
+from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.student import float_model
@@ -36,8 +38,8 @@ ROTATED = (
     "hunyuan_v1_dense", "gemma", "mpt", "gpt_neo", "mixtral", "qwen3_moe", "gpt_oss",
     "deepseek_v3", "lfm2", "qwen3_next",
 )  # fmt: skip
-"""Norms without weights, or with (1 + weight); biases in heads; parallel blocks; multipliers; latent
-attention; experts, routers, convolutions and linear attention are among them."""
+"""Norms without weights, or with (1 + weight); biases in heads; parallel blocks; multipliers;
+latent attention; experts, routers, convolutions and linear attention are among them."""
 REFUSED = {
     "glm4": r"layers\.0 computes something else .* as model\.layers\.0\.post_mlp_layernorm\.weight",
     "olmo2": r"layers\.0\.self_attn\.q_proj reads hidden states that no norm before it",
@@ -112,17 +114,37 @@ def test_experts_read_and_write_with_those_that_choose_them() -> None:
     assert set(block.writers) == {"self_attn.o_proj", "mlp.shared_expert.down_proj"}
 
 
-def test_a_model_with_other_parameters_than_the_small_one_is_refused(tmp_path: Path) -> None:
-    write_specimen(specimen_config("olmo"), tmp_path)
+def test_a_model_with_other_parameters_than_the_small_one_is_refused() -> None:
     config = untied(specimen_config("olmo"))
     model: Any = skeleton(config)
     wiring = derived_wiring(config)
-    from quantine.rotation.rotated import check_known
-
     check_known(model, wiring, rotated(model, wiring, 0).recipes)
     model.model.layers[1].extra = torch.nn.Linear(2, 2, bias=False)
     with pytest.raises(FamilyError, match=r"layers\.1\.extra\.weight is neither"):
         check_known(model, wiring, rotated(model, wiring, 0).recipes)
+
+
+def test_values_that_stay_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_specimen(specimen_config("codegen"), tmp_path)
+    job = prepare(tmp_path, PLAN, Calibration(samples=0))
+    assert job.rotated is not None
+    assert job.rotated.values_stay == tuple(f"transformer.h.{index}" for index in range(3))
+    print_plan(job, estimate(job), every_layer=False)
+    printed = " ".join(capsys.readouterr().out.split())
+    named = ", ".join(job.rotated.values_stay)
+    assert f"not rotated: values of {named}, of which no reorder is proved" in printed
+
+
+def test_stored_buffers_hide_nothing() -> None:
+    model: Any = torch.nn.Module()
+    model.register_buffer("scale", torch.ones(8))
+    model.register_buffer("count", torch.ones(8, dtype=torch.int64))
+    model.register_buffer("angles", torch.ones(8), persistent=False)
+    shake_buffers(model)
+    assert len(set(model.scale.tolist())) == 8
+    assert bool((model.scale != 1).all())
+    assert bool((model.count == 1).all())
+    assert bool((model.angles == 1).all())
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
 from quantine.activations.linked import KEY_HEADS
 from quantine.activations.proof import Proof
 from quantine.core.ambient import own_state
+from quantine.core.device import CPU
 from quantine.core.transform_spec import ROTATE
 from quantine.errors import FamilyError
 from quantine.families.derivation.derive import Study, study
@@ -50,6 +52,7 @@ def derived_wiring(config: PretrainedConfig) -> Wiring:
         studied = study(config)
     except FamilyError as error:
         raise FamilyError(f"{error}: leave out `{ROTATE}`") from error
+    shake_buffers(studied.model)
     finder = _Finder(studied, bare_model(config))
     family, values = finder.values()
     wiring = Wiring(
@@ -63,6 +66,19 @@ def derived_wiring(config: PretrainedConfig) -> Wiring:
     wiring = replace(wiring, untouched=frozenset(names - set(made.recipes)))
     prove(studied, wiring, made)
     return wiring
+
+
+def shake_buffers(model: PreTrainedModel) -> None:
+    """Change every number of the buffers that files hold, so that none is equal to another.
+
+    Such a buffer may scale or shift hidden states like a parameter, which an initial 1 or 0 hides.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    stored = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            noise = torch.rand(buffer.shape, generator=generator, dtype=torch.float32, device=CPU)
+            buffer.add_(0.1 + noise.to(buffer.dtype))
 
 
 class _Finder:

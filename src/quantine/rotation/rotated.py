@@ -30,11 +30,13 @@ class Rotated:
         copies: names of tensors that the files may lack, because they are another in the original,
             and that other's name: a head of its own where the original has that of the table.
         hidden: how hidden states are turned.
+        values_stay: paths of the blocks whose values are not turned.
     """
 
     recipes: Mapping[str, Recipe]
     copies: Mapping[str, str]
     hidden: Turn
+    values_stay: tuple[str, ...]
 
 
 def rotated(model: PreTrainedModel, wiring: Wiring, seed: int) -> Rotated:
@@ -106,7 +108,13 @@ class _Maker:
             self._matrix(table, inputs=self._hidden)
         self._behind_norm(self._wiring.final_norm, [family.head], {})
         head, table = f"{family.head}.weight", f"{family.embedding}.weight"
-        return Rotated(self._recipes, {head: table}, self._hidden)
+        stay = [n for n, block in enumerate(self._wiring.blocks) if block.values is None]
+        return Rotated(
+            self._recipes,
+            {head: table},
+            self._hidden,
+            tuple(f"{family.blocks}.{index}" for index in stay),
+        )
 
     def _block(self, prefix: str, block: BlockWiring) -> None:
         """The recipes of one block, whose names begin with ``prefix``."""
