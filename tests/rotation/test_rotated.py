@@ -23,13 +23,12 @@ from tiny_models import build, logits_of, tiny_config, with_weights
 Tiny = Callable[[str], Path]
 ROTATABLE = (
     "llama", "llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "opt", "neox_parallel",
-    "neox_sequential", "gpt2",
+    "neox_sequential", "gpt2", "falcon_old", "falcon_new",
 )  # fmt: skip
 REFUSED = {
-    "gemma2": "Gemma2RMSNorm, is no norm whose weight",
-    "gemma3": "Gemma3RMSNorm, is no norm whose weight",
+    "gemma2": "post_attention_layernorm",
+    "gemma3": "post_attention_layernorm",
     "opt_projected": "do_layer_norm_before is True, not False",
-    "falcon_new": "not known where falcon models",
     "bloom": "word_embeddings_layernorm",
 }
 PLAN = replace(Plan.preset("rtn", group_size=-1), transforms=(Rotate(),))

@@ -67,8 +67,8 @@ class Family:
             of the path inside the block and why.
         fixed: the embedding or the head, where it cannot be quantized, as pairs of its path and why
             not.
-        final_norm: path of the norm between the last block and the head; empty where it is not
-            known how hidden states can be rotated.
+        final_norm: path of the norm between the last block and the head; empty where
+            `quantine.rotation.derived` finds out how hidden states can be rotated.
         positions: path of the table of positions that is added to the embedding; empty if there is
             none.
         untouched: paths, inside a block, of norms or parameters that see single heads of queries

@@ -55,34 +55,51 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """The factors of a norm on its channels.
+
+    Attributes:
+        name: name of the weight of the norm.
+        offset: what is added to the weight.
+    """
+
+    name: str
+    offset: int
+
+    def of(self, read: Read) -> Tensor:
+        """The factors ``[channels]``, in float64."""
+        return read(self.name).double() + self.offset
+
+
+@dataclass(frozen=True)
 class Matrix:
     """A matrix, whose inputs and outputs may be turned.
 
     Attributes:
         name: its name.
         transposed: whether it is stored as ``[in, out]``.
-        gain: name of the weight of a norm that scales its inputs; empty if there is none.
+        gain: factors of a norm on its inputs; ``None`` if there are none.
         inputs: turns its inputs.
         outputs: turns its outputs.
     """
 
     name: str
     transposed: bool = False
-    gain: str = ""
+    gain: Gain | None = None
     inputs: Turn | None = None
     outputs: Turn | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        return (self.name, *([self.gain] if self.gain else []))
+        return (self.name, *([self.gain.name] if self.gain else []))
 
     def made(self, read: Read) -> Tensor:
         """See `Recipe`."""
         matrix = read(self.name)
         matrix = (matrix.T if self.transposed else matrix).float()
         if self.gain:
-            matrix = matrix * read(self.gain).float()
+            matrix = matrix * self.gain.of(read).float()
         if self.inputs is not None:
             matrix = self.inputs.of(matrix)
         if self.outputs is not None:
@@ -148,28 +165,29 @@ class Shift:
 
     Attributes:
         name: its name.
-        gain: name of the weight of the norm; empty if it has none.
+        gain: factors of the norm; ``None`` if it has none.
         turn: turns hidden states.
     """
 
     name: str
-    gain: str
+    gain: Gain | None
     turn: Turn
 
     @property
     def needs(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        return (self.name, *([self.gain] if self.gain else []))
+        return (self.name, *([self.gain.name] if self.gain else []))
 
     def made(self, read: Read) -> Tensor:
         """See `Recipe`."""
         bias = read(self.name).double()
         if self.gain:
-            gain = read(self.gain).double()
+            gain = self.gain.of(read)
             if bool(((gain == 0) & (bias != 0)).any()):
                 raise CheckpointError(
-                    f"{self.gain} is 0 where {self.name} is not, and the matrices behind have no "
-                    "bias, so that hidden states cannot be rotated: leave out `rotate`"
+                    f"{self.gain.name} is {-self.gain.offset} where {self.name} is not, and the "
+                    "matrices behind have no bias, so that hidden states cannot be rotated: leave "
+                    "out `rotate`"
                 )
             bias = torch.where(bias == 0, bias, bias / gain)
         return self.turn.of(bias)

@@ -25,7 +25,7 @@ from quantine.formats.directory import is_finished
 from quantine.formats.imported import is_foreign, source_files
 from quantine.plan.decision import Decision, with_clusters
 from quantine.plan.plan import Plan
-from quantine.rotation.rotated import rotated
+from quantine.rotation.rotate import rotate
 from quantine.run.job import Job
 from quantine.run.request_checks import (
     check_biases,
@@ -106,7 +106,7 @@ def prepare(
         copied = bool(config.tie_word_embeddings)
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, rounds)
-        turned = rotated(bare, family, config, plan.transforms[0].seed)
+        turned = rotate(bare, family, config, plan.transforms[0].seed)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantine.calibrate.bos import SEGMENTS_BEGUN
 from quantine.core.device import is_here
+from quantine.errors import cut
 from quantine.report.byte_text import megabytes
 from quantine.report.tables.console import make_console, new_table
 from quantine.report.tables.layer_rows import LayerRow, layer_rows
@@ -126,14 +127,19 @@ def _tuning_lines(job: Job, size: Estimate) -> list[str]:
 
 
 def _rotation_lines(job: Job) -> list[str]:
-    """A line where a rotation makes two tables of one."""
+    """Lines where a rotation makes two tables of one, and where it leaves values alone."""
+    lines = []
+    if job.rotated is not None and job.rotated.values_stay:
+        blocks = cut(", ".join(job.rotated.values_stay), 60)
+        lines = [f"not rotated: values of {blocks}, of which no reorder is proved"]
     if not job.table_copied:
-        return []
+        return lines
     head = next(decision for decision in job.decisions if decision.layer.role == "head")
     nbytes = 2 * head.layer.weights if head.scheme is None else job.packed_bytes(head)
     return [
         f"rotated: head and token table, which are one in the source, become two; the head's own "
-        f"takes {megabytes(nbytes)}"
+        f"takes {megabytes(nbytes)}",
+        *lines,
     ]
 
 
