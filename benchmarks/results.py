@@ -98,9 +98,9 @@ not.""",
     Table(
         "qwen",
         "Qwen2.5-Coder-0.5B: budgets and activations beside GPTQ and RTN",
-        """The float model is a GGUF file in Q8_0 of 494 million weights, 358 million of them in
-blocks. GPTQ and RTN have groups of 64; budgets have groups along inputs. Table and head stay in 16
-bit.""",
+        """The float model is a GGUF file in Q4_K_M (Q5_0 mostly) of 630 million weights, 358
+million of them in blocks, so its weights lie on grids already. GPTQ and RTN have groups of 64;
+budgets have groups along inputs. Table and head stay in 16 bit.""",
         "quantine compare qwen2.5-coder-0.5b.gguf --plans preset:rtn:bits=4:group_size=64,"
         "preset:gptq:bits=4:group_size=64,4.25,3.65,preset:gptq:bits=3:group_size=64,3.3,"
         "scheme:W4A8,scheme:W4A4KV,preset:rtn:bits=3:group_size=64 "

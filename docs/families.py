@@ -32,14 +32,14 @@ says.
 def page() -> str:
     """The whole page."""
     rows = json.loads(SOURCE.read_text(encoding="utf-8"))
-    built = [row for row in rows if UNBUILT not in row["reason"]]
+    built = [row for row in rows if not row["reason"].startswith(UNBUILT)]
     refused = [row for row in built if not row["weights"]]
     done = len(built) - len(refused)
     rounded, native = (sum(row[part] for row in rows) for part in ("activations", "native"))
     partly = sum(NOT_ROUNDED in row["reason"] for row in rows)
     counts = (
         f"Of {len(rows)} classes, {len(built)} can be built small from their defaults. Weights of "
-        f"{done} of these are quantized: {done / len(built):.0%}; the other {len(refused)} are "
+        f"{done} of these are quantized: {done / len(built):.1%}; the other {len(refused)} are "
         f"refused. Activations of {rounded} can be rounded, of {partly} of them in part; {native} "
         "are decoded natively."
     )

@@ -19,6 +19,7 @@ from quantine.families import described_family
 from quantine.families.derivation.small import small_config
 from quantine.families.family import Family, Link
 from quantine.families.heads import Heads
+from quantine.survey.specimen import specimen_config
 from tiny_models import FAMILIES, tiny_config
 
 DESCRIBED = [
@@ -83,3 +84,10 @@ def test_attention_that_computes_more_is_left_alone() -> None:
     assert family.block_attention == ("",)
     assert not family.attends
     assert kinds_in(family) == ["R1 R2 R3"]
+
+
+def test_heads_that_differ_between_blocks_have_no_values_to_reorder() -> None:
+    found = derive_links(specimen_config("gemma4_unified_text"))
+    kinds = {link.kind for links in found.block_links for link in links}
+    assert kinds
+    assert "R3" not in kinds

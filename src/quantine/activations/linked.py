@@ -126,7 +126,8 @@ class _Linking:
         calls, config = block_calls(self._model, self._bare, self._tokens), self._model.config
         try:
             width = Heads.width(config)
-        except (AttributeError, TypeError, ZeroDivisionError):  # it has words of its own for that
+        # It has words of its own for that, or (RuntimeError) blocks whose heads differ.
+        except (AttributeError, TypeError, ZeroDivisionError, RuntimeError):
             width = 0
         return [Proof(call, Heads.of(config, self._bare), width) for call in calls]
 

@@ -33,7 +33,7 @@ class Heads:
             queries = int(config.num_attention_heads)
             keys = getattr(config, family.key_heads, None) if family.key_heads else None
             return cls(queries, int(keys or queries))
-        except (AttributeError, TypeError):
+        except (AttributeError, TypeError, RuntimeError):  # the last where blocks differ
             return cls(1, 1)
 
     @property
