@@ -50,7 +50,8 @@ def norm_kind(norm: nn.Module, path: str, width: int) -> NormKind:
     tried = copy.deepcopy(norm).to_empty(device=CPU)
     try:
         kind = _kind(tried, width)
-    except Exception as error:  # whatever is raised by a module that is no norm of a tensor
+    # What modules raise that are no norm of one tensor.
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise _unlike(path, norm) from error
     if kind is None:
         raise _unlike(path, norm)

@@ -184,7 +184,7 @@ def graph_decoder_for(model: PreTrainedModel, capacity: int) -> StaticDecoder:
         except torch.OutOfMemoryError:
             raise
         # CUDA's own, for what it cannot record; and models', for a cache that is not of their kind.
-        except Exception as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = cut(error)
     raise BackendUnavailable(f"no CUDA graph: {reason}")
 
