@@ -20,7 +20,15 @@ from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
 from quantine.core.spec import CLUSTERS
 from quantine.kernels import backend
-from quantine.kernels.integer import input_codes, levels, multiplies_integers, multiply, native_grid
+from quantine.kernels.integer import (
+    cpu,
+    input_codes,
+    levels,
+    multiplies_integers,
+    multiply,
+    native_grid,
+)
+from quantine.kernels.integer.cpu import SCALAR
 from quantine.kernels.integer.input_grid import InputGrid
 from quantine.kernels.integer.reference import multiply_reference
 from quantine.kernels.integer.token_factors import factors, steepness
@@ -228,8 +236,9 @@ def test_the_largest_sums_are_exact(level: str, bits: int) -> None:
             assert torch.equal(found, torch.full((33, 3), (code - zero) * 255.0 * columns))
 
 
-def test_groups_whose_sums_could_overflow_are_not_taken() -> None:
+def test_groups_whose_sums_could_overflow_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     longest = int(native().LONGEST_GROUP)
+    monkeypatch.setattr(cpu, "levels", lambda: ["faster", SCALAR])  # on every processor
     assert 128 * 255 * longest < 2**31
     for length, taken in ((longest, True), (longest + 1, False)):
         codes = torch.zeros(1, length, dtype=torch.uint8)
@@ -238,6 +247,15 @@ def test_groups_whose_sums_could_overflow_are_not_taken() -> None:
     out = qtensor_of(0, 16, [16], 4)
     turned = QTensor(out.codes, Grid(torch.ones(16, 1).half(), None, 4, 16, "out"))
     assert not multiplies_integers(turned)
+
+
+def test_floats_are_faster_than_integers_without_instructions_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q = qtensor_of(0, 16, [16], 4)
+    for found, taken in ((["faster", SCALAR], True), ([SCALAR], False)):
+        monkeypatch.setattr(cpu, "levels", lambda found=found: found)
+        assert multiplies_integers(q) == taken
 
 
 def test_what_is_not_finite(level: str) -> None:
