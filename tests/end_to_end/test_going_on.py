@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,25 @@ def test_finished_blocks_are_not_computed_again(
     assert not any("hidden states" in note for note in heard.notes)
     assert [block["block"] for block in again.report["run"]["blocks"]] == [0, 1, 2, 3]
     assert_same_run(again.path, whole)
+
+
+def test_the_token_table_is_not_read_again_where_hidden_states_are_there(
+    model: Path, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            quantine.quantize(model, tmp_path / "out", GPTQ, short)
+    read, names = Checkpoint.read, []
+
+    def watched(self: Checkpoint, wanted: Iterable[str]) -> dict[str, torch.Tensor]:
+        tensors = read(self, wanted)
+        names.extend(tensors)
+        return tensors
+
+    monkeypatch.setattr(Checkpoint, "read", watched)
+    quantine.quantize(model, tmp_path / "out", GPTQ, short, resume=True)
+    assert {name for name in names if ".layers." not in name} == {"model.norm.weight"}
 
 
 @pytest.mark.parametrize("spills", [False, True], ids=["in memory", "spilled"])

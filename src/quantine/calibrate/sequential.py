@@ -355,7 +355,8 @@ class Sequential:
         inside = f"{self._family.blocks}."
         make_buffers(setup.model, base, setup.device)
         names = weight_names(base, prefix, skip=inside)
-        fill(setup.model, setup.checkpoint.read(names), setup.device)
+        later = self._read_later(names) if done else []
+        fill(setup.model, setup.checkpoint.read([n for n in names if n not in later]), setup.device)
         for name, tensor in setup.replaced.items():
             set_tensor(setup.model, name, tensor.to(setup.device))
         lost: str | None = None
@@ -373,8 +374,24 @@ class Sequential:
                 lost = self._hidden.restore([len(tokens) for tokens in batches], first, done)
                 lost = next(filter(None, setup.ranks.gather(lost)), None)
             if not done or lost is not None:
+                fill(setup.model, setup.checkpoint.read(later), setup.device)
                 for batch, tokens in enumerate(batches):
-                    self._hidden.put(batch, entered(tokens) if batch else first, 0)
+                    known = batch == 0 and not later
+                    self._hidden.put(batch, first if known else entered(tokens), 0)
         self._calls = [(recorder.args, recorder.kwargs) for recorder in recorders]
         drop_weights(base)
         return lost
+
+    def _read_later(self, names: Sequence[str]) -> list[str]:
+        """The token table among the tensors ``names``, which zeros then stand for.
+
+        What blocks are called with is the same for every text, so the table, often the largest
+        tensor of all, is needed only where hidden states turn out to be lost.
+        """
+        setup, table = self._setup, f"{self._family.embedding}.weight"
+        if table not in names or table in setup.replaced:
+            return []
+        shape = setup.model.get_parameter(table).shape
+        zeros = torch.zeros(shape, dtype=torch.float32, device=setup.device)
+        set_tensor(setup.model, table, zeros)
+        return [table]
