@@ -174,6 +174,17 @@ def test_narrow_ones_of_the_model_itself_are_kept() -> None:
     assert kept["factors"] == "in no Linear module, and only 32 wide or less"
 
 
+def test_few_of_the_model_itself_are_kept_and_the_reason_says_how_few() -> None:
+    block = Odd("product")
+    shapes = {f"block.{name}": (100, 100) for name, one in block.named_parameters() if one.ndim > 1}
+    kept = kept_in(block, "block", trace_of(block), {**shapes, "block.factors": (50, 100)})
+    share = 50 / (100 * (len(shapes) - 1) + 50)
+    assert kept["factors"] == f"in no Linear module; with its like {share:.1%} of its block"
+    assert share < 0.1
+    with pytest.raises(FamilyError, match=r"more than 10% of a block, and here they are 25%"):
+        kept_in(block, "block", trace_of(block), {**shapes, "block.factors": (200, 100)})
+
+
 def test_a_matrix_that_is_read_elsewhere_is_kept() -> None:
     block = Odd("weight")
     reason = kept_in(block, "block", trace_of(block), {})["one.weight"]
