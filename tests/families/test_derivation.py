@@ -76,7 +76,7 @@ def test_matrices_that_text_does_not_need_are_kept() -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("llama4_text", r"experts\.gate_up_proj \(4, 64, 256\) .* is used by bmm"),
+        ("jetmoe", r"mlp\.input_linear\.weight \(4, 256, 64\) .* is used by linear"),
         ("gemma4_text", "reads more of a text than the outputs of the block before"),
         ("xlm", "do not stand in one ModuleList but in transformer.attentions, transformer.ffns"),
         ("xlnet", r"layer\.0\.rel_attn\.q \(64, 4, 16\) .* is used by einsum"),
