@@ -199,7 +199,7 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     except (MemoryError, FamilyError):
         raise
     except Exception as error:  # whatever an architecture raises where sizes do not fit together
-        raise FamilyError(f"no small model can be built: {cut(repr(error), 120)}") from error
+        raise FamilyError(f"no small model can be built: {cut(repr(error), 240)}") from error
 
 
 def _parameters(config: PretrainedConfig) -> int:
