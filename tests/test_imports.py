@@ -58,6 +58,7 @@ TRANSFORMERS_INSIDE: Final = (
     "calibrate/skeleton.py",
     "eval/",
     "families/__init__.py",
+    "families/base.py",
     "families/derivation/",
     "rotation/",
     "run/job.py",

@@ -29,11 +29,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 def cut(value: object, most: int = 120) -> str:
     """``value`` in one line of at most ``most`` characters, as it may stand in a message.
 
+    It ends with a whole word where that leaves more than half.
+
     What users give, files hold and libraries say may be of any length; an error that says nothing
     is named by its class.
     """
     text = " ".join(str(value).split()) or type(value).__name__
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    if len(text) <= most:
+        return text
+    words = text[: most - 3].rpartition(" ")[0]
+    return f"{words if 2 * len(words) > most else text[: most - 3]}..."
 
 
 def ending(name: object, most: int = 100) -> str:

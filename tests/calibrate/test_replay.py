@@ -96,6 +96,24 @@ def test_only_what_is_still_used_is_kept() -> None:
     assert kept == {"mul", "add", "sin", "cat", "add_"}
 
 
+class Root(torch.autograd.Function):
+    """A function of autograd's, which PyTorch would have return a view of an own input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return torch.sqrt(x)
+
+
+def test_results_that_are_gone_stay_apart() -> None:
+    recording, x = Replay(), torch.rand(4)
+    for stops in (True, False):
+        with recording:
+            found = 1 + Root.apply(x + 1)
+            if stops:
+                recording.stop()
+    assert torch.equal(found, 1 + (x + 1).sqrt())
+
+
 def test_a_computation_that_does_not_repeat_itself_is_refused() -> None:
     recording = Replay()
     with recording:

@@ -20,9 +20,13 @@ from quantine.runtime.packed import packed_modules
 from quantine.survey.specimen import specimen_config, write_specimen
 from tiny_models import bits_equal, logits_of, stored_tensors
 
-KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe")
-"""Stored as w1, w2 and w3; by our names; fused, transposed and interleaved, with biases; beside
-blocks without; fused and renamed."""
+KINDS = (
+    *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v3", "granitemoe"),
+    *("llama4", "longcat_flash"),
+)
+"""Stored as w1, w2 and w3; by our names, once beside a shared expert; fused,
+transposed and interleaved, with biases; beside blocks without; fused and renamed; fused, transposed
+and called in turn; some of which hand tokens back."""
 
 
 def source_of(kind: str, directory: Path) -> Path:

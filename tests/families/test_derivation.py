@@ -76,7 +76,7 @@ def test_matrices_that_text_does_not_need_are_kept() -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("llama4_text", r"experts\.gate_up_proj \(4, 64, 256\) .* is used by bmm"),
+        ("jetmoe", r"mlp\.input_linear\.weight \(4, 256, 64\) .* is used by linear"),
         ("gemma4_text", "reads more of a text than the outputs of the block before"),
         ("xlm", "do not stand in one ModuleList but in transformer.attentions, transformer.ffns"),
         ("xlnet", r"layer\.0\.rel_attn\.q \(64, 4, 16\) .* is used by einsum"),
@@ -172,6 +172,17 @@ def test_narrow_ones_of_the_model_itself_are_kept() -> None:
     block, shapes = Odd("product"), {"block.factors": (32, 800)}
     kept = kept_in(block, "block", trace_of(block), shapes)
     assert kept["factors"] == "in no Linear module, and only 32 wide or less"
+
+
+def test_few_of_the_model_itself_are_kept_and_the_reason_says_how_few() -> None:
+    block = Odd("product")
+    shapes = {f"block.{name}": (100, 100) for name, one in block.named_parameters() if one.ndim > 1}
+    kept = kept_in(block, "block", trace_of(block), {**shapes, "block.factors": (50, 100)})
+    share = 50 / (100 * (len(shapes) - 1) + 50)
+    assert kept["factors"] == f"in no Linear module; with its like {share:.1%} of its block"
+    assert share < 0.1
+    with pytest.raises(FamilyError, match=r"more than 10% of a block, and here they are 25%"):
+        kept_in(block, "block", trace_of(block), {**shapes, "block.factors": (200, 100)})
 
 
 def test_a_matrix_that_is_read_elsewhere_is_kept() -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from quantine.errors import FamilyError
 from quantine.families.derivation.derive import derive
+from quantine.families.derivation.expert_groups import check_experts
 from quantine.families.derivation.small import randomize, small_config, small_model
+from quantine.families.expert_layout import layout_of
 from quantine.families.experts import Experts, experts_in, fused_experts, separate
 from quantine.families.layers import find_layers
 from quantine.survey.specimen import specimen_config
@@ -26,6 +28,8 @@ KINDS = (
     "granitemoe",
     "nemotron_h",
     "aria_text",
+    "llama4",
+    "longcat_flash",
 )
 
 
@@ -61,16 +65,22 @@ def test_separate_experts_compute_the_same_from_the_pieces_of_fused_ones(kind: s
             assert torch.equal(experts.get_parameter(name), piece.of(whole[piece.expert]))
 
 
+def counted(experts: nn.Module) -> list[tuple[int, int]]:
+    """A list that gets the number of each expert that runs, and how many rows it gets."""
+    ran: list[tuple[int, int]] = []
+    for number, expert in enumerate(experts.children()):
+        expert.register_forward_hook(
+            lambda _, x, __, number=number: ran.append((number, len(x[0])))
+        )
+    return ran
+
+
 def test_only_chosen_experts_run() -> None:
     model = small("qwen3_moe")
     separate(model)
     experts = model.get_submodule("model.layers.0.mlp.experts")
     assert isinstance(experts, Experts)
-    ran: list[int] = []
-    for number, expert in enumerate(experts):
-        expert.register_forward_hook(
-            lambda _, x, __, number=number: ran.append((number, len(x[0])))
-        )
+    ran = counted(experts)
     chosen, factors = torch.tensor([[3, 1], [3, 1], [1, 0]]), torch.ones(3, 2)
     with torch.no_grad():
         experts(torch.randn(3, 64), chosen, factors)
@@ -121,8 +131,76 @@ def test_layers_know_the_experts_beside_them() -> None:
     assert layers["model.layers.0.self_attn.q_proj"].experts == ""
 
 
-def test_experts_with_more_to_them_are_refused_by_name() -> None:
-    with pytest.raises(
-        FamilyError, match=r"longcat_flash .*experts\.gate_up_proj \(.*\) in a Long"
-    ):
-        derive(specimen_config("longcat_flash"))
+@torch.no_grad()
+def test_numbers_behind_all_experts_hand_tokens_back() -> None:
+    model = small("longcat_flash")
+    separate(model)
+    experts = model.get_submodule("model.layers.0.mlp.experts")
+    assert (len(experts), experts.choices) == (4, 8)
+    ran, x = counted(experts), torch.randn(3, 64)
+    found = experts(x, torch.tensor([[7, 4], [5, 2], [6, 4]]), torch.tensor([[0.5, 2]] * 3))
+    assert ran == [(2, 1)]
+    torch.testing.assert_close(found[[0, 2]], 2.5 * x[[0, 2]])
+    torch.testing.assert_close(found[1], 0.5 * x[1] + 2 * experts[2](x[1:2])[0])
+    assert dict(derive(model.config).kept)["mlp.router.classifier.weight"] == "it chooses experts"
+
+
+@torch.no_grad()
+def test_experts_called_in_turn_run_for_the_tokens_that_chose_them() -> None:
+    model = small("llama4")
+    separate(model)
+    experts = model.get_submodule("model.layers.0.feed_forward.experts")
+    ran, x = counted(experts), torch.zeros(4, 3, 64)
+    x[0, 1], x[3, :2] = torch.randn(64), torch.randn(2, 64)
+    found = experts(x.view(12, 64)).view(4, 3, 64)
+    assert ran == [(0, 1), (3, 2)]
+    torch.testing.assert_close(found[0, 1], experts[0](x[0, 1:2])[0])
+    torch.testing.assert_close(found[3, :2], experts[3](x[3, :2]))
+    assert not found[1:3].any()
+
+
+class Plain(nn.Module):
+    """Fused experts that say nothing of themselves.
+
+    Args:
+        shapes: those of gates and ups in one parameter, and of the last matrices.
+    """
+
+    def __init__(self, *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.act_fn = nn.SiLU()
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.ones(shape)) for shape in shapes)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> None:
+        """Only the names of the arguments matter."""
+
+
+@pytest.mark.parametrize(
+    ("shapes", "transposed"),
+    [
+        (((4, 6, 8), (4, 8, 3)), False),
+        (((4, 8, 6), (4, 3, 8)), True),
+        (((4, 6, 8), (4, 3, 8)), None),
+        (((4, 6, 8), (4, 8, 4)), None),
+        (((4, 6, 8), (5, 8, 3)), None),
+        (((6, 8), (8, 3)), None),
+    ],
+)
+def test_shapes_tell_how_experts_lie(
+    shapes: tuple[tuple[int, ...], ...], transposed: bool | None
+) -> None:
+    layout = layout_of(Plain(*shapes))
+    assert (None if layout is None else layout.is_transposed) is transposed
+
+
+def test_experts_that_compute_otherwise_than_they_look_are_refused_by_name() -> None:
+    model = small("longcat_flash")
+    fused = model.get_submodule("model.layers.0.mlp.experts")
+    fused.register_forward_hook(lambda _, __, output: 2 * output)
+    with pytest.raises(FamilyError, match=r"layers\.0\.mlp\.experts computes something else than"):
+        check_experts(model, torch.arange(48).view(2, 24))
+
+
+def test_experts_of_one_matrix_each_are_refused_by_name() -> None:
+    with pytest.raises(FamilyError, match=r"jetmoe .*input_linear\.weight \(.*\) in a JetMoePara"):
+        derive(specimen_config("jetmoe"))

@@ -23,6 +23,7 @@ from quantine.rotation.proved import prove
 from quantine.rotation.rotated import check_known, rotated
 from quantine.rotation.wiring import BlockWiring, Wiring, described_wiring
 from quantine.run.estimate import estimate
+from quantine.run.output import report_of
 from quantine.run.prepare import prepare
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.student import float_model
@@ -133,6 +134,8 @@ def test_values_that_stay_are_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     printed = " ".join(capsys.readouterr().out.split())
     named = ", ".join(job.rotated.values_stay)
     assert f"not rotated: values of {named}, of which no reorder is proved" in printed
+    report = report_of(job, {}, [])
+    assert report["values_not_rotated"] == list(job.rotated.values_stay)
 
 
 def test_stored_buffers_hide_nothing() -> None:

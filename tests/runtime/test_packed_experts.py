@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,12 +162,33 @@ def test_a_gpu_runs_experts_without_the_host(
     routes = routed(tokens, 2, on_gpu)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "of", lambda *_: "reference")
-        expected = Experts.forward(loaded, *routes)
+        expected = Experts.mixed(loaded, *routes)
     with torch.no_grad():
         on_gpu(*routed(1, 1, on_gpu))  # arranges matrices
         with NoHost():
             found = on_gpu(*routes)
     assert_near(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_gpu_hands_tokens_back_without_the_host(
+    tokens: int,
+    loaded: PackedExperts,
+    on_gpu: PackedExperts,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count = len(on_gpu)
+    monkeypatch.setattr(on_gpu, "_layout", replace(on_gpu._layout, choices=2 * count))
+    x, index, weights = routed(tokens, 2, on_gpu)
+    index[:, 0] += count  # which is behind all experts
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "of", lambda *_: "reference")
+        one = Experts.mixed(loaded, x, index[:, 1:], weights[:, 1:])
+    with torch.no_grad():
+        on_gpu(*routed(1, 1, on_gpu))  # arranges matrices
+        with NoHost():
+            found = on_gpu(x, index, weights)
+    assert_near(found, x * weights[:, :1] + one)
 
 
 def test_a_gpu_runs_what_experts_have_now(on_gpu: PackedExperts) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.activations.reorder import permute_inputs, reorder
 from quantine.core.permute import order_within_heads
+from quantine.errors import FamilyError
 from quantine.families.derivation.one_by_one import BlockCall
 from quantine.families.family import Link
 from quantine.families.heads import Heads
@@ -59,7 +60,8 @@ class Proof:
                 return self._changed(lambda block: self._reorder(block, of, order))
 
             return change(link) <= SAME and all(change(half) >= OTHER for half in halves)
-        except Exception:  # whatever is raised by a block whose modules take no such order
+        # What blocks raise whose modules take no such order.
+        except (AttributeError, FamilyError, LookupError, RuntimeError, TypeError, ValueError):
             return False
 
     def attention(self) -> str:

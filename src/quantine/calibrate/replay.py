@@ -5,19 +5,23 @@ So a forward pass is stopped at the matrix, and resumed once the matrix is quant
 
 To resume, the block's forward pass is called again from its start, but the PyTorch functions that
 ran before the stop are not computed again: each call returns the result it returned the first time.
-Only results that were still in use at the stop are kept. The others return an empty tensor, which
-the forward pass cannot need, as it had dropped the result.
+Only results that were still in use at the stop are kept. Of each of the others, an empty tensor is
+returned, which the forward pass cannot need, as it had dropped the result. It is another one each
+time: a function of autograd's that returns its own input makes one more call.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+DROPPED: Final = object()
+"""Stands for a result that was not in use any more."""
 
 
 class Replay(TorchFunctionMode):
@@ -29,7 +33,6 @@ class Replay(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._nobodys = torch.empty(0, dtype=torch.float32, device="cpu")
         self._calls: list[tuple[Any, Any]] = []  # function, and result as `_loosened`
         self._stopped = 0  # calls that are repeated
         self._place = 0
@@ -62,23 +65,18 @@ class Replay(TorchFunctionMode):
         recorded, kept = self._calls[place]
         if recorded != func:
             raise RuntimeError(f"a forward pass called {func}, but {recorded} when it ran before")
+        result = _mapped(_present, kept)
         # From here on the computation alone keeps the tensor in use.
-        self._calls[place] = func, _mapped(_loosened, kept)
-        return kept
+        self._calls[place] = func, _mapped(_loosened, result)
+        return result
 
     def stop(self) -> None:
         """Mark this place as the one to resume from, and keep all results that are in use now.
 
         Called inside of the forward pass, such as in a hook, before an exception leaves it.
         """
-        self._calls = [(func, _mapped(self._tightened, result)) for func, result in self._calls]
+        self._calls = [(func, _mapped(_tightened, result)) for func, result in self._calls]
         self._stopped = len(self._calls)
-
-    def _tightened(self, value: Any) -> Any:
-        if not isinstance(value, weakref.ref):
-            return value
-        tensor = value()
-        return self._nobodys if tensor is None else tensor
 
 
 def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
@@ -90,3 +88,14 @@ def _mapped(change: Callable[[Any], Any], result: Any) -> Any:
 
 def _loosened(value: Any) -> Any:
     return weakref.ref(value) if isinstance(value, Tensor) else value
+
+
+def _tightened(value: Any) -> Any:
+    if not isinstance(value, weakref.ref):
+        return value
+    tensor = value()
+    return DROPPED if tensor is None else tensor
+
+
+def _present(value: Any) -> Any:
+    return torch.empty(0, dtype=torch.float32, device="cpu") if value is DROPPED else value

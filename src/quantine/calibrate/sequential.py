@@ -29,6 +29,7 @@ from quantine.calibrate.skeleton import (
 from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
+from quantine.families.base import base_of
 from quantine.families.layers import Layer, block_list
 from quantine.families.stand_in import standing_in
 from quantine.kernels.gram import add_gram
@@ -351,10 +352,10 @@ class Sequential:
             What is wrong with what an earlier process left.
         """
         setup = self._setup
-        base, prefix = setup.model.base_model, setup.model.base_model_prefix
+        path, base = base_of(setup.model, self._family)
         inside = f"{self._family.blocks}."
         make_buffers(setup.model, base, setup.device)
-        names = weight_names(base, prefix, skip=inside)
+        names = weight_names(base, path, skip=inside)
         later = self._read_later(names) if done else []
         fill(setup.model, setup.checkpoint.read([n for n in names if n not in later]), setup.device)
         for name, tensor in setup.replaced.items():

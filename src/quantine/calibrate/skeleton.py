@@ -56,10 +56,14 @@ def weight_names(module: nn.Module, path: str, skip: str = "-") -> list[str]:
 
     Args:
         module: the part of the model.
-        path: path of ``module`` in the model.
+        path: path of ``module`` in the model; empty for the model itself.
         skip: prefix of the names that are left out; no name has the default.
     """
-    return [name for name in module.state_dict(prefix=f"{path}.") if not name.startswith(skip)]
+    return [
+        name
+        for name in module.state_dict(prefix=f"{path}." if path else "")
+        if not name.startswith(skip)
+    ]
 
 
 def fill(model: PreTrainedModel, tensors: dict[str, Tensor], device: torch.device) -> None:

@@ -10,21 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-GATE: Final = "gate_proj"
-"""Name of an expert's matrix whose outputs are activated, where there are gates."""
-UP: Final = "up_proj"
-"""Name of an expert's matrix whose outputs are multiplied by those of the gate, or activated."""
-DOWN: Final = "down_proj"
-"""Name of an expert's last matrix."""
-FUSED: Final = "gate_up_proj"
-"""Name of the parameter that holds gates and ups of all experts."""
-SETTINGS: Final = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "num_experts")
-"""Attributes that transformers gives to modules of fused experts; they say how these lie."""
+from quantine.families.expert_layout import DOWN, GATE, UP, Layout, layout_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +51,7 @@ class Expert(nn.Module):
     Args:
         fused: the module of transformers, which says how outputs of gate and up become inputs of
             the last matrix.
+        layout: how experts lie in it.
         number: which of its experts this is; weights are views into the fused parameters.
 
     Attributes:
@@ -71,16 +63,17 @@ class Expert(nn.Module):
     up_proj: nn.Module
     down_proj: nn.Module
 
-    def __init__(self, fused: Any, number: int) -> None:
+    def __init__(self, fused: Any, layout: Layout, number: int) -> None:
         super().__init__()
         self._fused = [fused]  # in a list, so that its parameters are not this module's
-        for leaf, parameter, outputs in _parts(fused):
-            piece = Piece(parameter, number, outputs, fused.is_transposed)
+        self._has_gate = layout.has_gate
+        for leaf, parameter, outputs in layout.parts:
+            piece = Piece(parameter, number, outputs, layout.is_transposed)
             weight = piece.of(fused.get_parameter(parameter)[number].detach())
             rows, columns = weight.shape
-            linear = nn.Linear(columns, rows, fused.has_bias, "meta", weight.dtype)
+            linear = nn.Linear(columns, rows, layout.has_bias, "meta", weight.dtype)
             linear.weight = nn.Parameter(weight, requires_grad=False)
-            if fused.has_bias:
+            if layout.has_bias:
                 bias = piece.of(fused.get_parameter(f"{parameter}_bias")[number].detach())
                 linear.bias = nn.Parameter(bias, requires_grad=False)
             setattr(self, leaf, linear)
@@ -88,13 +81,16 @@ class Expert(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the matrices that read the tokens: the gate, where there is one, and ``UP``."""
-        return (GATE, UP) if self._fused[0].has_gate else (UP,)
+        return (GATE, UP) if self._has_gate else (UP,)
 
     def activated(self, *products: Tensor) -> Tensor:
         """What the last matrix reads, from the outputs of `inputs`; all experts do the same."""
         rule = self._fused[0]
-        if not rule.has_gate:
+        if not self._has_gate:
             inner: Tensor = rule.act_fn(*products)
+        elif not hasattr(rule, "_apply_gate"):
+            gate, up = products
+            inner = rule.act_fn(gate) * up
         elif rule.is_concatenated:
             inner = rule._apply_gate(torch.cat(products, -1))
         else:
@@ -116,29 +112,58 @@ class Experts(nn.ModuleList):
     """
 
     def __init__(self, fused: Any) -> None:
-        super().__init__(Expert(fused, number) for number in range(fused.num_experts))
-        self._parts = tuple(_parts(fused))
-        self._has_bias, self._is_transposed = bool(fused.has_bias), bool(fused.is_transposed)
+        layout = layout_of(fused)
+        assert layout is not None
+        super().__init__(Expert(fused, layout, number) for number in range(layout.experts))
+        self._layout = layout
         for name in list(fused._parameters):
             del fused._parameters[name]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    @property
+    def choices(self) -> int:
+        """How many numbers a token may choose among, see `Layout.choices`."""
+        return self._layout.choices
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """The sum of the outputs of each token's experts.
 
         Only experts that some token chose are run.
 
         Args:
-            hidden_states: ``[tokens, width]``.
-            top_k_index: ``[tokens, k]``, the numbers of each token's experts.
-            top_k_weights: ``[tokens, k]``, the factors of their outputs.
+            hidden_states: ``[tokens, width]``; where experts are called in turn, ``[experts *
+                tokens, width]``, see `Layout.in_turn`, and each row has one output.
+            top_k_index: ``[tokens, k]``, the numbers of each token's experts; ``None`` in turn.
+            top_k_weights: ``[tokens, k]``, the factors of their outputs; ``None`` in turn.
         """
-        tokens, chosen = top_k_index.shape
-        numbers = top_k_index.flatten()
+        return self.mixed(hidden_states, *self.chosen(hidden_states, top_k_index, top_k_weights))
+
+    def chosen(
+        self, x: Tensor, index: Tensor | None, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The numbers and factors that `forward` gets, or in turn those that its rows stand for."""
+        if index is not None and weights is not None:
+            return index, weights
+        rows = torch.arange(len(x), dtype=torch.int64, device=x.device)
+        numbers = (rows // max(1, len(x) // len(self))).where(x.ne(0).any(-1), len(self))
+        return numbers[:, None], torch.ones_like(x[:, :1])
+
+    def mixed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """`forward`, where each token has numbers of experts, and factors."""
+        tokens, chosen = index.shape
+        numbers = index.flatten()
         order = numbers.argsort(stable=True)
-        counts = numbers.bincount(minlength=len(self)).tolist()
-        found = self.run(hidden_states[order // chosen], counts)
+        counts = numbers.bincount(minlength=len(self)).tolist()[: len(self)]
+        rows, own = x[order // chosen], sum(counts)
+        found = self.run(rows[:own], counts)
+        if own < len(rows):
+            found = torch.cat([found, rows[own:]])
         outputs = torch.empty_like(found)
-        outputs[order] = (found * top_k_weights.flatten()[order, None]).to(found.dtype)
+        outputs[order] = (found * weights.flatten()[order, None]).to(found.dtype)
         return outputs.view(tokens, chosen, -1).sum(1)
 
     def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -162,7 +187,7 @@ class Experts(nn.ModuleList):
         Args:
             count: number of experts; those of a small model stand for more.
         """
-        inputs = tuple(leaf for leaf, _, _ in self._parts if leaf != DOWN)
+        inputs = tuple(leaf for leaf, _, _ in self._layout.parts if leaf != DOWN)
         for number in range(count):
             yield tuple(f"{number}.{leaf}" for leaf in inputs)
         for number in range(count):
@@ -171,12 +196,23 @@ class Experts(nn.ModuleList):
     def pieces(self) -> Iterator[tuple[str, Piece]]:
         """Where each tensor is in the fused parameters, by names inside of this module."""
         for number in range(len(self)):
-            for leaf, parameter, outputs in self._parts:
-                piece = Piece(parameter, number, outputs, self._is_transposed)
-                yield f"{number}.{leaf}.weight", piece
-                if self._has_bias:
-                    bias = Piece(f"{parameter}_bias", number, outputs, False)
-                    yield f"{number}.{leaf}.bias", bias
+            for leaf, parameter, outputs in self._layout.parts:
+                yield from self._tensors(number, leaf, parameter, outputs)
+
+    def room(self) -> Iterator[tuple[str, Piece]]:
+        """What else is in the fused parameters: gates and ups with which nothing is computed."""
+        for number in range(len(self), self.choices):
+            for leaf, parameter, outputs in self._layout.parts:
+                if leaf != DOWN:
+                    yield from self._tensors(number, leaf, parameter, outputs)
+
+    def _tensors(
+        self, number: int, leaf: str, parameter: str, outputs: slice
+    ) -> Iterator[tuple[str, Piece]]:
+        piece = Piece(parameter, number, outputs, self._layout.is_transposed)
+        yield f"{number}.{leaf}.weight", piece
+        if self._layout.has_bias:
+            yield f"{number}.{leaf}.bias", Piece(f"{parameter}_bias", number, outputs, False)
 
 
 def rows_of(counts: Sequence[int]) -> list[slice]:
@@ -193,43 +229,17 @@ def separate(model: nn.Module, kind: type[Experts] = Experts) -> None:
         model: the model that is changed.
         kind: what is put there.
     """
-    for name, module in fused_experts(model).items():
+    for name in fused_experts(model):
         path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, kind(module))
+        setattr(model.get_submodule(path), leaf, kind(model.get_submodule(name)))
 
 
-def fused_experts(model: nn.Module) -> dict[str, Any]:
-    """All modules of fused experts in ``model`` that `separate` understands, by their paths."""
-    return {name: module for name, module in model.named_modules() if _is_fused(module)}
+def fused_experts(model: nn.Module) -> dict[str, Layout]:
+    """How experts lie in each module of fused ones that `separate` understands, by its path."""
+    found = {name: layout_of(module) for name, module in model.named_modules()}
+    return {name: layout for name, layout in found.items() if layout is not None}
 
 
 def experts_in(module: nn.Module) -> Mapping[str, Experts]:
     """All `Experts` inside of ``module``, by their paths there."""
     return {path: part for path, part in module.named_modules() if isinstance(part, Experts)}
-
-
-def _is_fused(module: Any) -> bool:
-    """Whether ``module`` has experts as `Expert` runs them, and no tensors beside."""
-    if not all(hasattr(module, name) for name in SETTINGS):
-        return False
-    if getattr(module, "has_post_expert_norm", False):
-        return False
-    names = {parameter for _, parameter, _ in _parts(module)}
-    names |= {f"{name}_bias" for name in names} if module.has_bias else set()
-    found = {name for name, _ in module.named_parameters()}
-    return found == names and not list(module.buffers())
-
-
-def _parts(fused: Any) -> Iterator[tuple[str, str, slice]]:
-    """Name of each matrix of an expert, the fused parameter it is in, and which outputs it has."""
-    if not fused.has_gate:
-        yield UP, UP, slice(None)
-    elif fused.is_concatenated:
-        parameter = fused.get_parameter(FUSED)
-        middle = parameter.shape[2 if fused.is_transposed else 1] // 2
-        yield GATE, FUSED, slice(0, middle)
-        yield UP, FUSED, slice(middle, None)
-    else:
-        yield GATE, FUSED, slice(0, None, 2)
-        yield UP, FUSED, slice(1, None, 2)
-    yield DOWN, DOWN, slice(None)

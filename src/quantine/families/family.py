@@ -122,6 +122,13 @@ class Family:
             block_attention=(),
         )
 
+    def unmet_need(self, config: object) -> str | None:
+        """Which field of ``links_need`` is another in ``config``, and how; ``None`` if none is."""
+        for field, value in self.links_need:
+            if getattr(config, field) != value:
+                return f"only where {field} is {value}, not {getattr(config, field)}"
+        return None
+
     @property
     def attends(self) -> bool:
         """Whether attention of at least one block can round what it reads."""

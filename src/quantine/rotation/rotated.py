@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from quantine.core.transform_spec import ROTATE
 from quantine.errors import FamilyError
-from quantine.families.experts import DOWN, Experts
+from quantine.families.expert_layout import DOWN
+from quantine.families.experts import Experts
 from quantine.families.family import Link
 from quantine.families.heads import Heads
 from quantine.families.layers import is_transposed, matrix_shape

@@ -77,12 +77,9 @@ def described_wiring(model: PreTrainedModel, family: Family, config: PretrainedC
         FamilyError: the configuration asks for others than these links, or a matrix of a block is
             none that reads or writes hidden states.
     """
-    for field, value in family.links_need:
-        if getattr(config, field) != value:
-            raise FamilyError(
-                f"hidden states can be rotated only where {field} is {value}, not "
-                f"{getattr(config, field)}: leave out `{ROTATE}`"
-            )
+    unmet = family.unmet_need(config)
+    if unmet is not None:
+        raise FamilyError(f"hidden states can be rotated {unmet}: leave out `{ROTATE}`")
     count = len(block_list(model, family))
     block = _described_block(family)
     for index in range(count):

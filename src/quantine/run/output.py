@@ -34,6 +34,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
     quantized = sum(layer["weights"] for layer in layers)
     nbytes = sum(layer["bytes"] for layer in layers)
     calibration, left = job.calibration, left_alone(job)
+    stay = () if job.rotated is None else job.rotated.values_stay
     return {
         "format_version": FORMAT_VERSION,
         "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
@@ -62,6 +63,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
             *({"name": name, "reason": job.kept_reason(name)} for name in job.other_matrices()),
         ],
         **({"left": left} if left else {}),
+        **({"values_not_rotated": list(stay)} if stay else {}),
         "totals": {
             "quantized_weights": quantized,
             "quantized_bytes": nbytes,

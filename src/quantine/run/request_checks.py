@@ -84,12 +84,11 @@ def check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec) 
             f"activations of {config.model_type} models cannot be quantized at {', '.join(asked)}: "
             "leave out `activations` and `scheme`"
         )
-    for field, value in family.links_need:
-        if getattr(config, field) != value:
-            raise FamilyError(
-                f"activations can be quantized only where {field} is {value}, not "
-                f"{getattr(config, field)}: leave out `activations` and `scheme`"
-            )
+    unmet = family.unmet_need(config)
+    if unmet is not None:
+        raise FamilyError(
+            f"activations can be quantized {unmet}: leave out `activations` and `scheme`"
+        )
 
 
 def check_fixed(decisions: list[Decision], family: Family) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from quantine.core.ambient import without_autocast
 from quantine.core.overrides import is_overridden
-from quantine.families.experts import DOWN, Experts, rows_of
+from quantine.families.expert_layout import DOWN
+from quantine.families.experts import Experts, rows_of
 from quantine.kernels import backend
 from quantine.kernels.matrix import TILED_ROWS, grouped_product
 from quantine.runtime.modules import QuantLinear
@@ -39,19 +40,25 @@ class PackedExperts(Experts):
         self._number = listed(self)
         self._stacked: StackedExperts | None = None
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """See `quantine.families.experts.Experts.forward`."""
+        index, weights = self.chosen(hidden_states, top_k_index, top_k_weights)
         if is_compiled(hidden_states):
-            result: Tensor = run_experts(hidden_states, top_k_index, top_k_weights, self._number)
+            result: Tensor = run_experts(hidden_states, index, weights, self._number)
             return result
-        return self.mixed(hidden_states, top_k_index, top_k_weights)
+        return self.mixed(hidden_states, index, weights)
 
     def mixed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """`forward`, computed now."""
+        """See `quantine.families.experts.Experts.mixed`."""
         tokens, chosen = index.shape
         stacked = self._stacked_for(x, index.numel())
         if stacked is None:
-            return super().forward(x, index, weights)
+            return super().mixed(x, index, weights)
         numbers = index.flatten()
         if len(numbers) <= len(self):  # hardly two of one expert
             found = self._run_stacked(stacked, x.repeat_interleave(chosen, 0), numbers, False)
@@ -92,10 +99,17 @@ class PackedExperts(Experts):
     def _run_stacked(
         self, stacked: StackedExperts, x: Tensor, numbers: Tensor, ordered: bool
     ) -> Tensor:
-        """Outputs ``[rows, width]`` of the expert of each row of ``x``."""
+        """Outputs ``[rows, width]`` of the expert of each row of ``x``.
+
+        A row with a number behind all experts is its own output: it runs through one of them, too,
+        so that the host need not wait for how many there are.
+        """
         first: Any = self[0]
-        found = [stacked.product(name, x, numbers, ordered) for name in first.inputs]
-        return stacked.product(DOWN, first.activated(*found), numbers, ordered)
+        back = self._layout.hands_back
+        own = numbers.clamp(max=len(self) - 1) if back else numbers
+        found = [stacked.product(name, x, own, ordered) for name in first.inputs]
+        outputs = stacked.product(DOWN, first.activated(*found), own, ordered)
+        return outputs.where((numbers < len(self))[:, None], x) if back else outputs
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._stacked = None  # each expert may go elsewhere

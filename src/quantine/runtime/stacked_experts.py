@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantine.core.ambient import without_autocast
-from quantine.families.experts import DOWN
+from quantine.families.expert_layout import DOWN
 from quantine.kernels.matrix import experts_product
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 from quantine.kernels.matrix.units.unit_stack import UnitStack, stacked

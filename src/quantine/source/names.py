@@ -69,6 +69,8 @@ def match_names(model: PreTrainedModel, found: Iterable[str]) -> Names:
         if converted is not None and name in larger:
             converter = next(one for one in conversions if converted in one.source_patterns)
             name, converted = piece_stored_as(old, converted, converter, larger[name]), None
+            if name not in tensors:  # it is in the larger tensor, but no part of the model
+                continue
         elif name not in known and old in known:
             name, converted = old, None
         if name not in known:

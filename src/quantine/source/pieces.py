@@ -51,7 +51,8 @@ def pieces_of(model: nn.Module) -> dict[str, dict[str, Piece]]:
     """The parts of each larger tensor that a model's files may hold, by names, in their order.
 
     Args:
-        model: whose modules say what they store so by a method ``pieces``.
+        model: whose modules say what they store so by a method ``pieces``, and by a method ``room``
+            what else is in the larger tensors, of which the model has nothing.
     """
     found: dict[str, dict[str, Piece]] = {}
     for path, module in model.named_modules():
@@ -63,6 +64,7 @@ def pieces_of(model: nn.Module) -> dict[str, dict[str, Piece]]:
 def _said(module: Any) -> Iterator[tuple[str, Piece]]:
     if hasattr(module, "pieces"):
         yield from module.pieces()
+        yield from module.room()
 
 
 def piece_stored_as(

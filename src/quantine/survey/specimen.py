@@ -41,9 +41,12 @@ UNSTATED: Final[dict[str, dict[str, Any]]] = {
     "nemotron": {"num_key_value_heads": 8},
     "qwen2_moe": {"sliding_window": None},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", *["hybrid"] * 2]},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", *["hybrid"] * 2]},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
 }
-"""Fields, by model type, without which the default configuration describes no causal model."""
+"""Fields, by model type, without which the default configuration describes no causal model, or not
+what makes the type's own: blocks that share their attention."""
 TEXT: Final = "To be, or not to be, that is the question. "
 """What small models are calibrated on, many times over."""
 

@@ -90,7 +90,7 @@ def examine(class_name: str, model_type: str) -> Verdict:
     try:
         config = specimen_config(model_type)
     except Exception as error:  # whatever a configuration raises without its required fields
-        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
+        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 240)}")
     with tempfile.TemporaryDirectory() as scratch:
         found = _examined(verdict, config, Path(scratch))
     return replace(found, reason=found.reason.replace(f"{scratch}/", ""))
@@ -101,7 +101,7 @@ def _examined(verdict: Verdict, config: PretrainedConfig, scratch: Path) -> Verd
     try:
         write_specimen(config, source)
     except Exception as error:  # the same, where the model is built
-        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 120)}")
+        return replace(verdict, reason=f"{UNBUILT}: {cut(repr(error), 240)}")
     text = scratch / "text.txt"
     text.write_text(TEXT * 50, encoding="utf-8")
     calibration = Calibration(str(text), samples=2, seqlen=32)

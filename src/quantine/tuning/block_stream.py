@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantine.families.base import base_of
 from quantine.families.family import Family
 from quantine.families.layers import block_list
 from quantine.families.stand_in import standing_in
@@ -34,12 +35,13 @@ class BlockStream:
         self, model: PreTrainedModel, family: Family, segments: Tensor, dtype: torch.dtype
     ) -> None:
         self._blocks = block_list(model, family)
+        _, base = base_of(model, family)
         self._dtype = dtype
         entered = []
         with standing_in(self._blocks, family.outputs) as stand_ins:
             for segment in segments.split(1):
                 with self._autocast(segments.device):
-                    model.base_model(input_ids=segment, use_cache=False, output_attentions=False)
+                    base(input_ids=segment, use_cache=False, output_attentions=False)
                 entered.append(stand_ins[0].entered().float())
         self.hidden = torch.cat(entered)
         # The same for every segment, as all have one length.

@@ -148,7 +148,7 @@ def _blocks(model: PreTrainedModel, trace: Trace) -> str:
     ]
     outer = [name for name in lists if not any(name.startswith(f"{one}.") for one in lists)]
     if len(outer) != 1:
-        found = f" but in {cut(', '.join(outer), 120)}" if outer else ""
+        found = f" but in {cut(', '.join(outer), 240)}" if outer else ""
         raise FamilyError(f"blocks do not stand in one ModuleList{found}")
     path: str = outer[0]
     blocks = model.get_submodule(path)

@@ -21,7 +21,7 @@ Groups = tuple[tuple[str, ...], ...]
 
 def counts_of_experts(model: PreTrainedModel) -> dict[str, int]:
     """Numbers of experts of a model, by the full path of the module that has them."""
-    return {path: fused.num_experts for path, fused in fused_experts(model).items()}
+    return {path: layout.experts for path, layout in fused_experts(model).items()}
 
 
 def check_experts(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -40,7 +40,7 @@ def check_experts(model: PreTrainedModel, tokens: Tensor) -> None:
     expected = run(model, tokens).logits
     separate(model)
     if not torch.allclose(run(model, tokens).logits, expected, rtol=1e-4, atol=1e-5):
-        raise FamilyError(f"{fused[0]} computes something else than its settings say")
+        raise FamilyError(f"{fused[0]} computes something else than its settings or shapes say")
 
 
 def with_all_experts(
@@ -70,7 +70,7 @@ def why_router(path: str, block: nn.Module, experts: Mapping[str, Experts]) -> s
     """Why a parameter beside experts stays in 16 bit; ``None`` if it is no router and no gate.
 
     Routers and gates stand in a module beside the experts whose matrices all have as many outputs
-    as there are experts, or one. Those of shared experts have others, too.
+    as a token may choose among, or one. Those of shared experts have others, too.
 
     Args:
         path: of the parameter, inside its block; it has two or more dimensions.
@@ -86,6 +86,6 @@ def why_router(path: str, block: nn.Module, experts: Mapping[str, Experts]) -> s
         if module == path:
             continue
         others = [len(p) for p in block.get_submodule(module).parameters() if p.ndim > 1]
-        if {*others} <= {1, len(found)}:
+        if {*others} <= {1, found.choices}:
             return "it weighs experts" if outputs == 1 else "it chooses experts"
     return None

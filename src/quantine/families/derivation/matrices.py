@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from math import prod
 from typing import Final
 
 from torch import nn
@@ -24,8 +25,12 @@ HARMLESS: Final = frozenset(
 """Names of functions of PyTorch that may read parameters which stay in 16 bit: they look rows up,
 convolve, or compute number by number. What any other function reads may be a matrix."""
 NARROW: Final = 32
-"""Most outputs, or inputs, of a matrix outside of Linear modules that stays in 16 bit. Wider ones
-would be much of a block, of which a user hears before anything is quantized."""
+"""Most outputs, or inputs, of a matrix outside of Linear modules that stays in 16 bit however large
+the rest of its block is."""
+FEW: Final = 0.1
+"""Most of a block's weights that all its matrices outside of Linear modules, other than narrow
+ones, may be to stay in 16 bit; the reason says how much they are. More would be much of a block, of
+which a user hears before anything is quantized."""
 
 
 def groups_of(prefix: str, kept: dict[str, str], trace: Trace) -> tuple[tuple[str, ...], ...]:
@@ -66,6 +71,7 @@ def kept_in(
         FamilyError: a parameter may be a matrix, but not one that can be quantized.
     """
     modules, experts, found = dict(block.named_modules()), experts_in(block), {}
+    outside: list[str] = []
     for path, parameter in block.named_parameters():
         owner = path.rpartition(".")[0]
         if parameter.ndim < 2 or any(path.startswith(f"{one}.") for one in experts):
@@ -80,21 +86,58 @@ def kept_in(
             if reason:
                 found[path] = reason
             continue
-        unknown = {use for use in uses if not use.startswith(".")} - HARMLESS
+        unknown = _unknown(uses)
         narrow = (
             parameter.ndim == 2 and min(shapes.get(f"{prefix}.{path}", parameter.shape)) <= NARROW
         )
         if unknown and narrow:
             found[path] = f"in no Linear module, and only {NARROW} wide or less"
-            continue
-        if unknown:
-            functions = cut(", ".join(sorted(unknown)), 60)
-            raise FamilyError(
-                f"{prefix}.{path} {tuple(parameter.shape)} in a {type(modules[owner]).__name__} "
-                f"is used by {functions}: matrices outside of Linear modules are not supported yet"
-            )
-        found[path] = "no matrix of a product" if uses else "not used for text alone"
+        elif unknown:
+            outside.append(path)
+        else:
+            found[path] = "no matrix of a product" if uses else "not used for text alone"
+    if outside:
+        found.update(_few(block, prefix, outside, trace, shapes))
     return found
+
+
+def _unknown(uses: set[str]) -> set[str]:
+    """Those of the functions that read a parameter which may multiply by it."""
+    return {use for use in uses if not use.startswith(".")} - HARMLESS
+
+
+def _few(
+    block: nn.Module,
+    prefix: str,
+    paths: Sequence[str],
+    trace: Trace,
+    shapes: Mapping[str, Sequence[int]],
+) -> dict[str, str]:
+    """Why parameters that may be matrices outside of Linear modules stay in 16 bit.
+
+    Args:
+        block, prefix, trace, shapes: see `kept_in`.
+        paths: of the parameters, inside the block; at least one.
+
+    Raises:
+        FamilyError: together they are more than `FEW` of the weights of the block.
+    """
+    sizes = {
+        path: prod(shapes.get(f"{prefix}.{path}", parameter.shape))
+        for path, parameter in block.named_parameters()
+        if parameter.ndim >= 2
+    }
+    share = sum(sizes[path] for path in paths) / sum(sizes.values())
+    if share <= FEW:
+        return dict.fromkeys(paths, f"in no Linear module; with its like {share:.1%} of its block")
+    path = paths[0]
+    functions = cut(", ".join(sorted(_unknown(trace.uses[f"{prefix}.{path}"]))), 60)
+    raise FamilyError(
+        f"{prefix}.{path} {tuple(block.get_parameter(path).shape)} in a "
+        f"{type(block.get_submodule(path.rpartition('.')[0])).__name__} is used by {functions}: "
+        f"matrices outside of Linear modules are not supported yet where they are more than "
+        f"{FEW:.0%} of a block, and here they are {share:.0%}"
+    )
 
 
 def _why_kept(

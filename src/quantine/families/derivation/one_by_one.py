@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.errors import FamilyError, cut
+from quantine.families.base import base_of
 from quantine.families.buffers import compute_buffers
 from quantine.families.derivation.small import own_generators
 from quantine.families.family import Family
@@ -75,7 +76,7 @@ def check_blocks(model: PreTrainedModel, family: Family, one: Tensor, other: Ten
         for block in blocks
     ]
     try:
-        run(model.base_model, one)
+        run(base_of(model, family)[1], one)
     finally:
         for handle in handles:
             handle.remove()
@@ -120,7 +121,7 @@ def _calls(model: PreTrainedModel, family: Family, tokens: Tensor) -> tuple[Tens
     try:
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
-        run(model.base_model, tokens)
+        run(base_of(model, family)[1], tokens)
     finally:
         for index, block in enumerate(originals):
             blocks[index] = block

@@ -134,6 +134,7 @@ def _keep_relations(before: dict[str, Any], fields: dict[str, Any]) -> None:
         if type(before.get(keys)) is int and before.get(keys) == before.get(queries):
             fields[keys] = fields[queries]
     width = fields.get("hidden_size")
+    _keep_wide_attention(before, fields)
     for expand, heads, size in (
         ("expand", "num_heads", "head_dim"),
         ("mamba_expand", "mamba_n_heads", "mamba_d_head"),
@@ -143,6 +144,19 @@ def _keep_relations(before: dict[str, Any], fields: dict[str, Any]) -> None:
         if inner and type(fields.get(heads)) is int and type(fields.get(size)) is int:
             fields[size] = 16
             fields[heads] = int(inner) // 16
+
+
+def _keep_wide_attention(before: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Leave attention as many times as wide as hidden states as it was, in as many heads."""
+    wide, width, heads = (
+        before.get(name) for name in ("attention_hidden_size", "hidden_size", "num_attention_heads")
+    )
+    if type(wide) is int and width and heads and wide % width == 0:
+        fields["attention_hidden_size"] = wide // width * fields["hidden_size"]
+        if before.get("attention_head_dim") == wide // heads:
+            fields["attention_head_dim"] = (
+                fields["attention_hidden_size"] // fields["num_attention_heads"]
+            )
 
 
 def _cut_blocks(fields: dict[str, Any], blocks: int) -> None:
@@ -185,7 +199,7 @@ def small_model(config: PretrainedConfig) -> PreTrainedModel:
     except (MemoryError, FamilyError):
         raise
     except Exception as error:  # whatever an architecture raises where sizes do not fit together
-        raise FamilyError(f"no small model can be built: {cut(repr(error), 120)}") from error
+        raise FamilyError(f"no small model can be built: {cut(repr(error), 240)}") from error
 
 
 def _parameters(config: PretrainedConfig) -> int:
