@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class Meter:
     def __init__(self) -> None:
         self.live = self.peak = 0
         self._holders: Counter[int] = Counter()
+        self._watches: dict[int, weakref.ref[OtherTensor]] = {}
 
     def hold(self, tensor: OtherTensor) -> None:
         """Count the storage of ``tensor`` until no tensor holds it."""
@@ -36,9 +38,11 @@ class Meter:
         if self._holders[place] == 1:
             self.live += size
             self.peak = max(self.peak, self.live)
-        weakref.finalize(tensor, self._drop, place, size)
+        watch = weakref.ref(tensor, functools.partial(self._drop, place, size))
+        self._watches[id(watch)] = watch
 
-    def _drop(self, place: int, size: int) -> None:
+    def _drop(self, place: int, size: int, watch: weakref.ref[OtherTensor]) -> None:
+        del self._watches[id(watch)]
         self._holders[place] -= 1
         if not self._holders[place]:
             del self._holders[place]

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quantine.core import device as device_module
 from quantine.kernels import backend, bits
@@ -39,6 +38,8 @@ _FILLING: Final = (
 """Of these, PyTorch itself would make an empty tensor first, and let another function resize it."""
 CROSSING: Final = frozenset({torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default})
 """What moves values between devices."""
+_FROM_NUMBERS: Final = frozenset({torch.tensor, torch.as_tensor})
+"""What builds a tensor out of numbers."""
 _REFUSED: Final[set[torch.dtype]] = set()
 """Dtypes that the device does not have."""
 
@@ -110,31 +111,55 @@ class OtherTensor(Tensor):
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func in _OWN:
         return _OWN[func](*args, **kwargs)
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    inner_args = tuple(_inner(value, tensors) for value in args)
+    inner_kwargs = {name: _inner(value, tensors) for name, value in kwargs.items()}
     stray = [t for t in tensors if not isinstance(t, OtherTensor) and t.ndim > 0]
     others = {id(t.inner): t for t in tensors if isinstance(t, OtherTensor)}
     device = kwargs.get("device")
     if stray and func not in CROSSING and (others or device is None or _is_other(device)):
         found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in stray)
         raise StrayTensor(f"{func} on the other device got a tensor of the CPU: {found}")
-    args, kwargs = tree_map_only(OtherTensor, lambda t: t.inner, (args, kwargs))
     if device is not None and _is_other(device):
-        kwargs["device"] = torch.device("cpu")
-    result = func(*args, **kwargs)
+        inner_kwargs["device"] = torch.device("cpu")
+    result = func(*inner_args, **inner_kwargs)
     if device is not None and not _is_other(device):
         return result
     if func is torch.ops.aten.copy_.default and not isinstance(tensors[0], OtherTensor):
         return tensors[0]
 
-    def wrapped(inner: Tensor) -> Tensor:
-        if inner.dtype in _REFUSED:
-            raise StrayTensor(f"{func} made a tensor of {inner.dtype} on the other device")
-        # What was written to in place is returned as the tensor that it was.
-        known = others.get(id(inner))
-        assert known is None or known.shape == inner.shape, f"{func} resized a tensor"
-        return OtherTensor(inner) if known is None else known
+    return _wrapped(func, result, others)
 
-    return tree_map_only(Tensor, wrapped, result)
+
+def _wrapped(func: Any, value: Any, others: Mapping[int, OtherTensor]) -> Any:
+    """``value``, which ``func`` gave, with its tensors on the device.
+
+    Args:
+        others: tensors of the device that ``func`` was given, by the id of what they hold. What was
+            written to in place is returned as the tensor that it was.
+    """
+    if isinstance(value, tuple | list):
+        return type(value)([_wrapped(func, one, others) for one in value])
+    if not isinstance(value, Tensor):
+        return value
+    if value.dtype in _REFUSED:
+        raise StrayTensor(f"{func} made a tensor of {value.dtype} on the other device")
+    known = others.get(id(value))
+    assert known is None or known.shape == value.shape, f"{func} resized a tensor"
+    return OtherTensor(value) if known is None else known
+
+
+def _inner(value: Any, tensors: list[Tensor]) -> Any:
+    """``value`` with what the device's tensors hold; appends all its tensors to ``tensors``.
+
+    PyTorch's own functions for nested values would take most of the time of a call.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return value.inner if isinstance(value, OtherTensor) else value
+    if isinstance(value, tuple | list):
+        return type(value)([_inner(one, tensors) for one in value])
+    return value
 
 
 @contextmanager
@@ -166,7 +191,7 @@ class OtherDevice(TorchFunctionMode):
         """``func``, by way of the CPU where PyTorch would build a tensor out of numbers."""
         named = dict(kwargs or {})
         device = named.get("device")
-        if func in {torch.tensor, torch.as_tensor} and device is not None and _is_other(device):
+        if device is not None and func in _FROM_NUMBERS and _is_other(device):
             return func(*args, **named | {"device": "cpu"}).to(device)
         if func is Tensor.new_tensor and isinstance(args[0], OtherTensor):
             like, numbers = args
