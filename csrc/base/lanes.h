@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__)
+#define QUANTINE_HAS_CLONES
 #define QUANTINE_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #define QUANTINE_INLINE inline __attribute__((always_inline))
 #else

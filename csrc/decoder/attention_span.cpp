@@ -11,46 +11,69 @@ namespace quantine {
 namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
-constexpr int kParts = static_cast<int>(kKeyLanes / kWide);  // vectors that are summed at once
 
-// Compilers split vectors that are wider than the processor's.
-typedef float Wide __attribute__((vector_size(kWide * sizeof(float))));
-typedef std::int32_t Whole __attribute__((vector_size(kWide * sizeof(std::int32_t))));
-typedef std::int16_t Short __attribute__((vector_size(kWide * sizeof(std::int16_t))));
+// Vectors of so many floats: as many as a register holds, as compilers keep wider ones in memory.
+template <std::size_t kFloats>
+struct Vector;
+#define QUANTINE_VECTOR(kFloats)                                                                \
+  template <>                                                                                   \
+  struct Vector<kFloats> {                                                                      \
+    typedef float Float __attribute__((vector_size(kFloats * sizeof(float))));                  \
+    typedef std::int32_t Whole __attribute__((vector_size(kFloats * sizeof(std::int32_t))));    \
+    typedef std::int16_t Short __attribute__((vector_size(kFloats * sizeof(std::int16_t))));    \
+    static constexpr std::size_t kWidth = kFloats;                                              \
+                                                                                                \
+    static QUANTINE_INLINE void read(const float* from, Float& to) {                            \
+      std::memcpy(&to, from, sizeof to);                                                        \
+    }                                                                                           \
+    static QUANTINE_INLINE void read(const std::int16_t* from, Float& to) {                     \
+      Short codes;                                                                              \
+      std::memcpy(&codes, from, sizeof codes);                                                  \
+      to = __builtin_convertvector(__builtin_convertvector(codes, Whole), Float);               \
+    }                                                                                           \
+  }
+QUANTINE_VECTOR(4);
+QUANTINE_VECTOR(8);
+QUANTINE_VECTOR(16);
+#undef QUANTINE_VECTOR
 
-QUANTINE_INLINE void read(const float* from, Wide& to) { std::memcpy(&to, from, sizeof to); }
-
-QUANTINE_INLINE void read(const std::int16_t* from, Wide& to) {
-  Short codes;
-  std::memcpy(&codes, from, sizeof codes);
-  to = __builtin_convertvector(__builtin_convertvector(codes, Whole), Wide);
+// Vectors that are summed at once for so many queries: their sums have to fit 16 registers.
+template <typename V>
+constexpr int parts_of(int count) {
+  constexpr int kMost = static_cast<int>(kKeyLanes / V::kWidth);
+  const int wanted = count > 2 ? 2 : 8 / count;
+  return wanted < kMost ? wanted : kMost;
 }
 
-// sums[q][part] += x[q] * what is read, for kCount queries and kWidth parts.
-template <int kCount, int kWidth, typename T>
-QUANTINE_INLINE void add_products(const float* x, const T* from, Wide (&sums)[kCount][kWidth]) {
-  Wide read_once[kWidth];
+// sums[q][part] += x[q] * what is read, for kCount queries and kParts parts.
+template <typename V, int kCount, int kParts, typename T>
+QUANTINE_INLINE void add_products(const float* x, const T* from,
+                                  typename V::Float (&sums)[kCount][kParts]) {
+#pragma GCC unroll 8
+  for (int part = 0; part < kParts; ++part) {
+    typename V::Float once;
+    V::read(from + part * static_cast<int>(V::kWidth), once);
 #pragma GCC unroll 4
-  for (int part = 0; part < kWidth; ++part)
-    read(from + part * static_cast<int>(kWide), read_once[part]);
-#pragma GCC unroll 4
-  for (int q = 0; q < kCount; ++q)
-#pragma GCC unroll 4
-    for (int part = 0; part < kWidth; ++part) sums[q][part] += x[q] * read_once[part];
+    for (int q = 0; q < kCount; ++q) sums[q][part] += x[q] * once;
+  }
 }
 
 // scores[q][kKeyLanes] = keys[dim, kKeyLanes] . query q
-template <int kCount, typename T>
+template <typename V, int kCount, typename T>
 QUANTINE_INLINE void score(const SpanOf<T>& tokens, const Query* queries, std::size_t first,
                            float (*scores)[kSpan]) {
+  constexpr int kParts = parts_of<V>(kCount);
   const T* keys = tokens.keys + first * tokens.dim;
-  Wide sums[kCount][kParts] = {};
-  for (std::size_t d = 0; d < tokens.dim; ++d) {
-    float x[kCount];
-    for (int q = 0; q < kCount; ++q) x[q] = queries[q].x[d];
-    add_products<kCount, kParts>(x, keys + d * kKeyLanes, sums);
+  for (std::size_t lane = 0; lane < kKeyLanes; lane += kParts * V::kWidth) {
+    typename V::Float sums[kCount][kParts] = {};
+    for (std::size_t d = 0; d < tokens.dim; ++d) {
+      float x[kCount];
+      for (int q = 0; q < kCount; ++q) x[q] = queries[q].x[d];
+      add_products<V, kCount, kParts>(x, keys + d * kKeyLanes + lane, sums);
+    }
+    for (int q = 0; q < kCount; ++q)
+      std::memcpy(scores[q] + first + lane, sums[q], sizeof sums[q]);
   }
-  for (int q = 0; q < kCount; ++q) std::memcpy(scores[q] + first, sums[q], sizeof sums[q]);
   if (tokens.key_scales == nullptr) return;
   for (int q = 0; q < kCount; ++q)
     for (std::size_t r = first; r < first + kKeyLanes; ++r) scores[q][r] *= tokens.key_scales[r];
@@ -87,21 +110,21 @@ QUANTINE_INLINE void exponentiate(const Query& query, float* scores, float* foun
   found[1] = sum_of(kSpan, [scores](std::size_t j) { return scores[j]; });
 }
 
-// partials[q][kWidth vectors] = sum of weights[q][token] * values[token, ...].
-template <int kCount, int kWidth, typename T>
+// partials[q][kParts vectors] = sum of weights[q][token] * values[token, ...].
+template <typename V, int kCount, int kParts, typename T>
 QUANTINE_INLINE void mix(const float (*weights)[kSpan], const T* values, std::size_t stride,
                          std::size_t begin, std::size_t end, const Query* queries,
                          std::size_t first) {
-  Wide sums[kCount][kWidth] = {};
+  typename V::Float sums[kCount][kParts] = {};
   for (std::size_t j = begin; j < end; ++j) {
     float x[kCount];
     for (int q = 0; q < kCount; ++q) x[q] = weights[q][j];
-    add_products<kCount, kWidth>(x, values + j * stride + first, sums);
+    add_products<V, kCount, kParts>(x, values + j * stride + first, sums);
   }
   for (int q = 0; q < kCount; ++q) std::memcpy(queries[q].partial + first, sums[q], sizeof sums[q]);
 }
 
-template <int kCount, typename T>
+template <typename V, int kCount, typename T>
 QUANTINE_INLINE void attend_some(const SpanOf<T>& tokens, const Query* queries) {
   std::size_t begin = kSpan, end = 0;
   for (int q = 0; q < kCount; ++q) {
@@ -111,7 +134,7 @@ QUANTINE_INLINE void attend_some(const SpanOf<T>& tokens, const Query* queries) 
   const std::size_t width = (tokens.dim + kWide - 1) / kWide * kWide;
   float scores[kCount][kSpan];
   for (std::size_t j = begin / kKeyLanes * kKeyLanes; j < end; j += kKeyLanes)
-    score<kCount>(tokens, queries, j, scores);
+    score<V, kCount>(tokens, queries, j, scores);
   for (int q = 0; q < kCount; ++q) {
     adjust(queries[q], tokens.cap, scores[q]);
     exponentiate(queries[q], scores[q], queries[q].partial + width);
@@ -119,38 +142,48 @@ QUANTINE_INLINE void attend_some(const SpanOf<T>& tokens, const Query* queries) 
     for (std::size_t j = queries[q].begin; j < queries[q].end; ++j)
       scores[q][j] *= tokens.value_scales[j];
   }
+  constexpr int kParts = parts_of<V>(kCount);
   std::size_t d = 0;
-  for (; d + kParts * kWide <= width; d += kParts * kWide)
-    mix<kCount, kParts>(scores, tokens.values, width, begin, end, queries, d);
-  for (; d < width; d += kWide)
-    mix<kCount, 1>(scores, tokens.values, width, begin, end, queries, d);
+  for (; d + kParts * V::kWidth <= width; d += kParts * V::kWidth)
+    mix<V, kCount, kParts>(scores, tokens.values, width, begin, end, queries, d);
+  for (; d < width; d += V::kWidth)
+    mix<V, kCount, 1>(scores, tokens.values, width, begin, end, queries, d);
 }
 
-template <typename T>
+template <std::size_t kFloats, typename T>
 QUANTINE_INLINE void attend_any(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {
+  using V = Vector<kFloats>;
   switch (count) {
     case 1:
-      return attend_some<1>(tokens, queries);
+      return attend_some<V, 1>(tokens, queries);
     case 2:
-      return attend_some<2>(tokens, queries);
+      return attend_some<V, 2>(tokens, queries);
     case 3:
-      return attend_some<3>(tokens, queries);
+      return attend_some<V, 3>(tokens, queries);
     case 4:
-      return attend_some<4>(tokens, queries);
+      return attend_some<V, 4>(tokens, queries);
   }
 }
 
 }  // namespace
 
-QUANTINE_CLONES
-void attend_span(const SpanOf<float>& tokens, const Query* queries, std::size_t count) {
-  attend_any(tokens, queries, count);
-}
-
-QUANTINE_CLONES
-void attend_span(const SpanOf<std::int16_t>& tokens, const Query* queries, std::size_t count) {
-  attend_any(tokens, queries, count);
-}
+// One function for each width of registers; the processor has the program take the right one.
+#define QUANTINE_ATTEND_SPAN(T, kFloats)                                                        \
+  void attend_span(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {          \
+    attend_any<kFloats>(tokens, queries, count);                                                \
+  }
+#if defined(QUANTINE_HAS_CLONES)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_SPAN(float, 16)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_SPAN(std::int16_t, 16)
+__attribute__((target("avx2"))) QUANTINE_ATTEND_SPAN(float, 8)
+__attribute__((target("avx2"))) QUANTINE_ATTEND_SPAN(std::int16_t, 8)
+__attribute__((target("default"))) QUANTINE_ATTEND_SPAN(float, 4)
+__attribute__((target("default"))) QUANTINE_ATTEND_SPAN(std::int16_t, 4)
+#else
+QUANTINE_ATTEND_SPAN(float, 4)
+QUANTINE_ATTEND_SPAN(std::int16_t, 4)
+#endif
+#undef QUANTINE_ATTEND_SPAN
 
 QUANTINE_CLONES
 float round_row(const float* x, std::size_t n, std::int16_t* codes) {
