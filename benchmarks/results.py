@@ -158,7 +158,8 @@ AutoRound 0.16.1, which tunes roundings by signed gradients (arXiv 2309.05516), 
 divergence of 0.2130 on the same windows of WikiText-2 (perplexity 24.42) and 0.3837 on those of C4
 (51.47): 3 bits in groups of 64 with zero points, 3.297 bits, 200 iterations on 128 segments of 512
 tokens, dequantized by its own library on an H200 GPU. Untuned, a budget of 3.3 bits is below
-that, tuned at about half of it. GPTQ of llm-compressor and the types of llama.cpp have tables below.
+that, tuned at about half of it. GPTQ of llm-compressor and the types of llama.cpp have tables
+below.
 
 What a scalar grid does not reach are trellis codes after rotations, as in EXL3 (QTIP with LDLQ),
 which quantine does not have. Published perplexities of Llama-3.2-1B-Instruct on WikiText-2, which
