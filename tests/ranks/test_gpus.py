@@ -17,6 +17,7 @@ from quantine.errors import BackendUnavailable
 from quantine.ranks.start import gpu_of_rank, started
 
 TWO_RANKS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -27,7 +28,9 @@ with started("cpu") as (ranks, device):
     large, small = torch.full((3,), 2.0**25), torch.ones(3)
     own = [[large], [-large]] if ranks.first else [[small]]
     sums = ranks.total(iter(own))
-    print(ranks.index, device, sums[0].tolist(), ranks.gather(ranks.index))
+    # In one piece, as the other rank writes to the same pipe.
+    line = f"{ranks.index} {device} {sums[0].tolist()} {ranks.gather(ranks.index)}\\n"
+    os.write(1, line.encode())
 """
 
 
