@@ -8,7 +8,7 @@ namespace quantine {
 
 constexpr std::size_t kKeyLanes = 64;  // tokens whose keys lie side by side
 constexpr std::size_t kSpan = 128;     // tokens of one task: their keys and values stay in cache
-constexpr std::size_t kWide = 16;      // floats of a vector
+constexpr std::size_t kWide = 16;      // values of a token are padded to a multiple of so many
 constexpr std::size_t kQueries = 4;    // that meet the keys and values at once
 
 // The keys and values of one head from the start of a span on; see Cache for their order.

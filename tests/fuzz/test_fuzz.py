@@ -18,13 +18,13 @@ from fuzz.__main__ import TARGETS
 from fuzz.campaign import Mutant, Outcome, Target
 from quantine import FormatError
 
-COUNT = 500
+COUNT = 1000
 TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def said() -> list[str]:
-    """What the command says of its first mutants."""
+    """What the command says of its first thousand mutants."""
     path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-m", "fuzz", "--count", str(COUNT)],

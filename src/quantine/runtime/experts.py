@@ -40,21 +40,11 @@ class PackedExperts(Experts):
         self._number = listed(self)
         self._stacked: StackedExperts | None = None
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor | None = None,
-        top_k_weights: Tensor | None = None,
-    ) -> Tensor:
-        """See `quantine.families.experts.Experts.forward`."""
-        index, weights = self.chosen(hidden_states, top_k_index, top_k_weights)
-        if is_compiled(hidden_states):
-            result: Tensor = run_experts(hidden_states, index, weights, self._number)
-            return result
-        return self.mixed(hidden_states, index, weights)
-
     def mixed(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """See `quantine.families.experts.Experts.mixed`."""
+        if is_compiled(x):
+            result: Tensor = run_experts(x, index, weights, self._number)
+            return result
         tokens, chosen = index.shape
         stacked = self._stacked_for(x, index.numel())
         if stacked is None:
