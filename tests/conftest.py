@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 # Before anything imports Triton: its programs run in an interpreter, which needs no GPU. `make gpu`
 # sets the variable to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Before anything imports PyTorch, and for the processes that tests start: several share the machine,
+# and what is tested is small.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -45,18 +48,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _wrapping_integers() -> None:
-    """Let Triton's interpreter wrap integers as a GPU does, without a look at each: a third faster.
+def _swift_interpreter() -> Iterator[None]:
+    """Spare Triton's interpreter two things that it does for each call; `make explore` does not.
 
-    A sum that should not have wrapped makes another result than the reference's. `make explore`
-    looks at each.
+    It wraps integers as a GPU does without a look at each: a sum that should not have wrapped makes
+    another result than the reference's. And it prepares its language anew for each function that a
+    program calls, half of its time: once for each module that has such functions is enough, as it
+    never takes those preparations back.
     """
     if find_spec("triton") is None or settings.get_current_profile_name() == "random":
+        yield
         return
-    from triton.runtime.interpreter import interpreter_builder
+    from triton.runtime.interpreter import InterpretedFunction, interpreter_builder
 
     options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
     interpreter_builder.options = options
+    prepare_and_call = InterpretedFunction.__call__
+    prepared = set()
+
+    def call(function: InterpretedFunction, *args: object, **named: object) -> object:
+        module = function.fn.__module__
+        if module not in prepared:
+            prepared.add(module)
+            return prepare_and_call(function, *args, **named)
+        return function.rewrite()(*args, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", call)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

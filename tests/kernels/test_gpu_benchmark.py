@@ -64,87 +64,6 @@ def test_what_is_no_python_is_refused(python: str) -> None:
     assert found.stdout == ""
 
 
-def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
-    code = (
-        "import dataclasses, torch, gpu_products\n"
-        "for kind in gpu_products.KINDS:\n"
-        "    part = gpu_products.qtensor_of(dataclasses.replace(kind, columns=128))\n"
-        "    whole = gpu_products.repeated(part, 3)\n"
-        "    assert torch.equal(whole.dequantize(), part.dequantize().repeat(3, 1))\n"
-    )
-    run(code)
-
-
-def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
-    run(
-        "import gpu_page\n"
-        "page = gpu_page.PAGE.read_text()\n"
-        "assert gpu_page.predictions() in page\n"
-        "assert gpu_page.attentions() in page\n"
-    )
-
-
-def test_the_page_has_the_memory_that_plans_predict() -> None:
-    run(
-        "import gpu_page, gpu_plans\n"
-        "text = gpu_page.table(gpu_plans.head(), gpu_plans.rows())\n"
-        "assert text in gpu_page.PAGE.read_text()\n"
-    )
-
-
-def test_what_was_measured_becomes_a_table() -> None:
-    run(
-        "import gpu_page\n"
-        "row = dict(kind='4 bits', outputs=4096, microseconds=4.6, float16_microseconds=13.2,\n"
-        "           times_float16=2.87, gigabytes_per_second=1900.0)\n"
-        "attended = row | dict(context=32768)\n"
-        "outcome = dict(device='a card', torch='2.13', products=[row], attention=[attended],\n"
-        "               tokens=[], gigabytes_per_second_copied=4400.0,\n"
-        "               left_out=dict(tokens=['3 bits', '4 bits']))\n"
-        "text = gpu_page.measured(outcome)\n"
-        "assert '| 4 bits | 4096 | 4.6 | 13.2 | 2.87 | 1900.0 |' in text\n"
-        "assert '| 13.2 | 2.87 | 1900.0 | 32768 |' in text\n"
-        "assert 'a card, PyTorch 2.13; its memory copies 4400.0 GB/s.' in text\n"
-        "assert 'Left out of tokens for want of time: 3 bits; 4 bits.' in text\n"
-    )
-
-
-def test_quantizing_is_timed_and_compared_with_the_cpu(tmp_path: Path) -> None:
-    # Little sizes, and the CPU in the place of a GPU, so both must find the same.
-    code = (
-        "from pathlib import Path\n"
-        "import gpu_quantizing as quantizing\n"
-        "from quantine import Calibration\n"
-        "from allowance import Allowance\n"
-        "shape, calibration = quantizing.Shape(64, 128, 4, 2), Calibration(samples=2, seqlen=32)\n"
-        "time = Allowance(float('inf'))\n"
-        "rows = quantizing.solved_matrices(shape, 'cpu', 200, 16, time)\n"
-        "assert len(rows) == 12\n"
-        "assert all(0 < row['error'] == row['error_of_cpu'] < 0.02 for row in rows)\n"
-        "scratch = [Path(name) for name in ('one', 'other')]\n"
-        "for path in scratch: path.mkdir()\n"
-        "rows = quantizing.solved_block(shape, 'cpu', calibration, scratch[0], time)\n"
-        "assert all(len(row['seconds_of_layers']) == 7 for row in rows)\n"
-        "rows = quantizing.solved_model('one/block', 'cpu', calibration, 32, scratch[1], time)\n"
-        "assert [row['method'] for row in rows] == ['rtn', 'gptq', 'spqr']\n"
-        "assert all(row['perplexity'] == row['perplexity_of_cpu'] for row in rows)\n"
-    )
-    run(code, tmp_path)
-
-
-def test_the_documentation_has_the_predicted_tables() -> None:
-    found = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "gpu_predictions.py")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    page = (BENCHMARKS.parent / "docs" / "gpu.md").read_text()
-    rows = [line for line in found.stdout.splitlines() if line.startswith("|")]
-    assert sum("fits of groups" in row for row in rows) == 4
-    assert all(row in page for row in rows)
-
-
 @pytest.mark.parametrize("kind", ["bfloat16", *gpu_tokens.KINDS])
 def test_models_of_any_shape_decode_by_the_step_that_is_recorded(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -170,53 +89,6 @@ def test_models_of_any_shape_decode_by_the_step_that_is_recorded(
     expected = ModuleDecoder(model).append(tokens)
     assert bool(expected.isfinite().all())
     torch.testing.assert_close(made[0].append(tokens), expected, rtol=2e-2, atol=2e-2)
-
-
-def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
-    # A second passes whenever the clock is read; each part says whether it was allowed two things.
-    run(
-        "import itertools, json, pathlib, gpu\n"
-        "def fail(_): raise RuntimeError('no such program')\n"
-        "def two(allowance): return [allowance.allows(name) for name in ('first', 'second')]\n"
-        "asked = {'one': gpu.Part('say one', 3.5, two), 'two': gpu.Part('fail', 0, fail),\n"
-        "         'three': gpu.Part('say three', 5, two), 'four': gpu.Part('late', 0.5, two)}\n"
-        "path, clock = pathlib.Path('found.json'), itertools.count().__next__\n"
-        "assert not gpu.carried_out(asked, {'device': 'a card'}, path, clock)\n"
-        "found = json.loads(path.read_text())\n"
-        "assert found.pop('seconds') == dict(one=3, two=1, three=3, four=3)\n"
-        "assert found == {'device': 'a card', 'one': [True, True],\n"
-        "    'two': 'failed: no such program', 'three': [True, False], 'four': [False, False],\n"
-        "    'left_out': {'three': ['second'], 'four': ['first', 'second']}, 'failed': {}}\n"
-        "assert gpu.carried_out({'one': asked['one']}, {}, path)\n"
-        "parts = gpu.parts(None)\n"  # those of make gpu: each that is said can be done
-        "assert list(parts) == list(gpu.PARTS)\n"
-        "assert all(callable(part.do) for part in parts.values())\n",
-        tmp_path,
-    )
-
-
-def test_the_tests_of_all_programs_run_on_the_gpu() -> None:
-    run(
-        "import gpu\n"
-        "files = (gpu.ROOT / 'tests' / 'kernels').glob('test_triton_*.py')\n"
-        "assert {f'tests/kernels/{file.name}' for file in files} <= set(gpu.TESTS)\n"
-        "assert all((gpu.ROOT / name).exists() for name in gpu.TESTS)\n"
-    )
-
-
-def test_tests_that_begin_when_no_time_is_left_are_skipped(tmp_path: Path) -> None:
-    (tmp_path / "test_slow.py").write_text(
-        "import time\ndef test_first(): time.sleep(0.6)\ndef test_second(): assert False\n"
-    )
-    run(
-        "import sys, gpu, allowance, time\n"
-        "gpu.TESTS, gpu.ROOT = ('test_slow.py',), '.'\n"
-        "left = allowance.Allowance(time.monotonic() + 0.5)\n"
-        "found = gpu.tested(left)\n"
-        "assert found['pytest'].startswith('1 passed, 1 skipped'), found\n"
-        "assert left.left_out == ['test_slow.py::test_second']\n",
-        tmp_path,
-    )
 
 
 def test_the_packages_of_a_virtual_environment_are_used(tmp_path: Path) -> None:
@@ -250,7 +122,14 @@ def test_the_packages_of_a_virtual_environment_are_used(tmp_path: Path) -> None:
     assert said[1].split() == [str(tree / ".venv-gpu"), str(site / "torch.py"), "src"]
 
 
-def run(code: str, directory: Path | None = None) -> None:
-    """Run ``code`` beside the benchmarks, in a process where Triton compiles."""
-    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCHMARKS), *sys.path])}
-    subprocess.run([sys.executable, "-c", code], env=surroundings, check=True, cwd=directory)
+def test_parts_and_page_where_triton_compiles() -> None:
+    surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    itself = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
+    found = subprocess.run(
+        [*itself, str(Path(__file__).with_name("compiled_gpu_benchmark.py"))],
+        env=surroundings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout

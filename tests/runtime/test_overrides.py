@@ -20,8 +20,10 @@ from tiny_models import FAMILIES, random_model, some_tokens, tiny_config
 
 Packed = Callable[[str, str], Path]
 
-NATIVE: Final = ("llama_tied", "mistral", "qwen2", "qwen3", "smollm3", "gemma3", "opt")
-"""Variants on which everything is tried."""
+ENTIRELY: Final = ("llama_tied", "gemma3", "opt")
+"""Variants in which every module is replaced in every way."""
+NATIVE: Final = (*ENTIRELY, "mistral", "qwen2", "qwen3", "smollm3")
+"""Variants with packed matrices."""
 FURTHER: Final = (
     "gemma2",
     "phi3",
@@ -282,7 +284,15 @@ EFFECTS: Final = {
 @pytest.mark.parametrize(
     ("name", "way"),
     [
-        *itertools.product(NATIVE, WAYS),
+        *itertools.product(ENTIRELY, WAYS),
+        ("mistral", patch),
+        ("mistral", accelerate_hook),
+        ("qwen2", subclass),
+        ("qwen2", pre_hook),
+        ("qwen3", wrapper),
+        ("qwen3", global_hook),
+        ("smollm3", class_patch),
+        ("smollm3", hook),
         ("gpt2", class_patch),
         ("bloom", subclass),
         ("falcon_alibi", hook),
