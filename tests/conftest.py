@@ -11,8 +11,8 @@ from pathlib import Path
 # Before anything imports Triton: its programs run in an interpreter, which needs no GPU. `make gpu`
 # sets the variable to 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Before anything imports PyTorch, and for the processes that tests start: several share the machine,
-# and what is tested is small.
+# Before anything imports PyTorch, and for the processes that tests start: several share the
+# machine, and what is tested is small.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
