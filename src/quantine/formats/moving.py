@@ -28,6 +28,8 @@ MOVED_BYTES: Final = 2**26
 
 Moves = dict[str, Any]
 """Where each tensor of the parts goes, as plain values: headers of parts are lost with them."""
+Piece = tuple[Entry, int, int]
+"""Bytes of a part that are copied at once: their tensor, the first one's place in it, how many."""
 
 
 def planned_moves(parts: Sequence[Path], shard_bytes: int) -> Moves:
@@ -99,17 +101,30 @@ def _move_part(
 ) -> None:
     """Copy a part into ``target`` from its end, cutting off what has been copied; remove it."""
     with part.open("r+b") as source:
-        for entry, first, nbytes in _pieces(entries, part.stat().st_size):
-            source.seek(entry.offset + first)
-            target.seek(places[entry.name] + first)
-            target.write(source.read(nbytes))
+        for pieces in _turns(_pieces(entries, part.stat().st_size)):
+            for entry, first, nbytes in pieces:
+                source.seek(entry.offset + first)
+                target.seek(places[entry.name] + first)
+                target.write(source.read(nbytes))
             flush_to_disk(target)
             source.truncate(entry.offset + first)
     part.unlink()
 
 
-def _pieces(entries: Iterable[Entry], length: int) -> Iterator[tuple[Entry, int, int]]:
-    """What is left of a part of ``length`` bytes, last first: tensor, first byte in it, bytes."""
+def _turns(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Successive pieces, as many at once as `MOVED_BYTES` holds: the disk is waited for once."""
+    turn: list[Piece] = []
+    for piece in pieces:
+        if turn and sum(nbytes for *_, nbytes in turn) + piece[2] > MOVED_BYTES:
+            yield turn
+            turn = []
+        turn.append(piece)
+    if turn:
+        yield turn
+
+
+def _pieces(entries: Iterable[Entry], length: int) -> Iterator[Piece]:
+    """What is left of a part of ``length`` bytes, last first."""
     for entry in sorted(entries, key=lambda entry: entry.offset, reverse=True):
         end = min(entry.nbytes, length - entry.offset)
         while end > 0:
