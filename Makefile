@@ -1,11 +1,12 @@
 # The verbs of development. Needs POSIX make and sh, Python 3.11 or newer, a C++17 compiler.
 .POSIX:
-.PHONY: help install demo demo-model test check explore sanitize fuzz gpu engines arm bench families wheels docs clean
+.PHONY: help install wheel demo demo-model test check explore sanitize fuzz gpu engines arm bench families wheels docs clean
 
 PYTHON = python3
 TORCH =
 BIN = .venv/bin
 STAMP = .venv/installed
+WHEEL = .venv/wheel
 DECODER_TESTS = tests/runtime/test_decoder.py tests/runtime/test_decoder_families.py \
 	tests/runtime/test_decoder_rounding.py tests/runtime/test_decoder_rows.py
 NATIVE_TESTS = tests/kernels $(DECODER_TESTS)
@@ -38,16 +39,28 @@ help:
 	@echo "PYTHON=...     the interpreter that .venv is made with; default python3"
 	@echo "TORCH=...      pip options for installing torch, such as another --index-url"
 
-.venv/torch: constraints.txt
-	@echo "== .venv and torch (a large download)"
-	@$(PYTHON) -m venv .venv
+.venv/created:
+	@$(PYTHON) -m venv .venv && touch $@
+
+.venv/torch: .venv/created constraints.txt
+	@echo "== torch (a large download)"
 	@$(PIP) install -q $(TORCH) torch
 	@touch $@
 
-# Not editable: what is tested is what is shipped. Anything newer than the stamp installs again.
-install: .venv/torch
-	@if [ ! -f $(STAMP) ] || [ -n "$$(find $(SOURCES) -newer $(STAMP))" ]; then \
-		echo "== quantine" && $(PIP) install -q ".[dev]" && touch $(STAMP); \
+# Needs no torch, so `make -j 2 install` compiles while that is unpacked. Anything newer than the
+# stamp builds it again.
+wheel: .venv/created
+	@if [ ! -f $(WHEEL) ] || [ -n "$$(find $(SOURCES) -newer $(WHEEL))" ]; then \
+		echo "== quantine is compiled" && rm -rf build/dist && \
+			$(PIP) wheel -q --no-deps -w build/dist . && touch $(WHEEL); \
+	fi
+
+# Not editable: what is tested is what is shipped.
+install: .venv/torch wheel
+	@if [ ! -f $(STAMP) ] || [ -n "$$(find $(WHEEL) -newer $(STAMP))" ]; then \
+		echo "== quantine is installed" && $(PIP) uninstall -qy quantine 2>/dev/null; \
+		for wheel in build/dist/*.whl; do $(PIP) install -q "$$wheel[dev]" || exit 1; done && \
+			touch $(STAMP); \
 	fi
 
 # The model is data: the plug-in's own dependencies are not needed.

@@ -94,7 +94,7 @@ def test_an_average_is_what_each_matrix_takes(
     assert report["totals"]["bits_per_weight"] == pytest.approx(4.5, abs=0.1)
 
 
-@every_family
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "gemma3", "falcon_alibi"])
 def test_a_budget_holds_and_more_of_it_is_spent(
     name: str, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +14,7 @@ import torch
 from quantine.core.ambient import own_state
 from quantine.core.arithmetic import DEFAULT
 from quantine.core.spec import QuantSpec
+from quantine.core.versions import computing_versions
 from quantine.errors import CheckpointError, FormatError, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
@@ -222,7 +222,7 @@ def _report(
     weights, total = (sum(layer[key] for layer in layers) for key in ("weights", "bytes"))
     return {
         "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+        "versions": computing_versions(),
         "model": source.name,
         "plan": {"name": f"imported from {source.quant_method() or 'gguf'}", "arithmetic": DEFAULT},
         "calibration": {"source": "unknown", "samples": 0, "seqlen": 0, "seed": 0, "tokens": 0},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from quantine.core.versions import computing_versions
 from quantine.errors import FormatError
 from quantine.eval.score_text import measured_on, task_cells, text_cells
 from quantine.formats.directory import (
@@ -60,7 +60,7 @@ def record(
         **scores,
         "samples": list(samples),
         "files": dict(digests),
-        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+        "versions": computing_versions(),
     }
     with writing(directory):
         write_json(directory / SCORES, kept)

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +23,7 @@ from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.token_stream import begun
 from quantine.core.device import CPU, device_facts
 from quantine.core.stage_times import StageTimes
+from quantine.core.versions import computing_versions
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.formats.description import FORMAT_VERSION
@@ -297,7 +297,7 @@ class Job:
             # Sums of floats depend on how threads and library versions cut them.
             "backend": backend.name(),
             "threads (OMP_NUM_THREADS)": str(torch.get_num_threads()),
-            **{f"{name} version": version(name) for name in ("quantine", "torch", "transformers")},
+            **{f"{name} version": found for name, found in computing_versions().items()},
         }
 
     def segments_at_once(self, batch_tokens: int = TOKENS_PER_BATCH) -> int:

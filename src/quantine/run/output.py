@@ -6,7 +6,6 @@ import copy
 import json
 import tempfile
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from quantine.calibrate.text import text_name
 from quantine.core.device import device_facts
 from quantine.core.spec import FLOAT16
+from quantine.core.versions import computing_versions
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
 from quantine.formats.directory import COPIED, encoded
 from quantine.formats.headers import Entry
@@ -37,7 +37,7 @@ def report_of(job: Job, identity: dict[str, str], layers: list[dict[str, Any]]) 
     stay = () if job.rotated is None else job.rotated.values_stay
     return {
         "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("quantine", "torch", "transformers")},
+        "versions": computing_versions(),
         "model": job.source.name,
         "family": job.family.name,
         "plan": job.plan.as_dict(),
