@@ -5,8 +5,9 @@
 
 The variable names a Python with llm-compressor 0.14. Both start from the same float weights and the
 same calibration text, both write `compressed-tensors` files with scales in float16, as vLLM serves
-them, and both are imported, which keeps their numbers, and scored by one evaluation. Directories
-that are in DIR are not made again. benchmarks/results.py makes the table.
+them, and both are imported, which keeps their numbers, and scored by one evaluation. Each row is
+written when it is there; rows that are in OUT.json and directories that are in DIR are not made
+again. benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations
@@ -50,17 +51,35 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir(exist_ok=True)
     base = float_directory(arguments.model, work / "float")
-    rows: list[dict[str, Any]] = []
+    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
+    rows = rows_of(arguments.json, said)
+    there = {(row["grid"], row["by"]) for row in rows}
     for grid in GRIDS:
         name = f"{grid['bits']} bits in {grid['group_size']}" + ", symmetric" * grid["sym"]
         for by, make in {"llm-compressor": theirs, "quantine": ours}.items():
+            if (name, by) in there:
+                continue
             made = make(base, grid, arguments.samples, work)
             packed = imported(made, work / f"{made.name}-imported")
             asked = (packed, base, arguments.window, arguments.windows, work / "predictions")
             rows.append({"grid": name, "by": by, "bytes": nbytes(made), "here": own_scores(*asked)})
             print(json.dumps(rows[-1]), flush=True)
-    said = {key: vars(arguments)[key] for key in ("samples", "windows", "window")}
-    arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+            arguments.json.write_text(json.dumps({**said, "rows": rows}, indent=1) + "\n")
+
+
+def rows_of(path: Path, said: dict[str, int]) -> list[dict[str, Any]]:
+    """The rows that an earlier run left.
+
+    Raises:
+        SystemExit: it scored other windows or used another calibration.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = found.pop("rows")
+    if found != said:
+        raise SystemExit(f"{path} was made with {found}, not {said}: name another file")
+    return rows
 
 
 def float_directory(model: str, out: Path) -> Path:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import quantine
+from other_process import logits_elsewhere
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
@@ -75,25 +74,30 @@ def test_eight_bit_activations_are_near_the_float_model(
     assert all(m.softmax == 8 for m in model.modules() if isinstance(m, AttentionSites))
 
 
-@pytest.mark.parametrize(
-    "scheme", ["W16A8", "W4A3KV", "W4A4-token", "W4A4-tensor", "W4A4-faithful"]
-)
+SURVIVING = ("W16A8", "W4A3KV", "W4A4-token", "W4A4-tensor", "W4A4-faithful")
+
+
+@pytest.fixture(scope="module")
+def surviving(
+    tiny: Tiny, short: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Tensor]]:
+    """By scheme, a directory and the logits that another process computes with it."""
+    root = tmp_path_factory.mktemp("surviving")
+    outs = {scheme: root / scheme for scheme in SURVIVING}
+    for scheme, out in outs.items():
+        quantize(tiny("llama"), out, plan_of(scheme), short)
+    logits = logits_elsewhere(outs.values(), TOKENS, ["float32"], root)
+    return {scheme: (out, logits[f"{out} float32"]) for scheme, out in outs.items()}
+
+
+@pytest.mark.parametrize("scheme", SURVIVING)
 def test_schemes_survive_the_file(
-    scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
+    scheme: str, surviving: dict[str, tuple[Path, Tensor]], tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    quantize(tiny("llama"), out, plan_of(scheme), short)
-    model, _ = quantine.load(out)
+    out, elsewhere = surviving[scheme]
+    model, _ = quantine.load(out, torch.float32)
     expected = logits_of(model)
-    code = (
-        "import quantine, torch, sys; model, _ = quantine.load(sys.argv[1]); "
-        "tokens = torch.load(sys.argv[2], weights_only=True); torch.set_grad_enabled(False); "
-        "torch.save(model(input_ids=tokens).logits.detach(), sys.argv[3])"
-    )
-    torch.save(TOKENS, tmp_path / "tokens")
-    arguments = [str(out), str(tmp_path / "tokens"), str(tmp_path / "logits")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
-    assert torch.equal(torch.load(tmp_path / "logits", weights_only=True), expected)
+    assert torch.equal(elsewhere, expected)
     kinds = {"W4A4-token": TokenGrid}
     assert any(isinstance(m, kinds.get(scheme, StaticGrid)) for m in model.modules())
     model.save_pretrained(tmp_path / "copy")

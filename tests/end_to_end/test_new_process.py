@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from other_process import logits_elsewhere
 from tiny_models import FAMILIES, LEVELS, bits_equal, logits_of, some_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-READER = """
-import json, sys
-import torch, transformers
-import quantine
-from safetensors.torch import load_file, save_file
-
-torch.set_num_threads(1)
-transformers.utils.logging.disable_progress_bar()
-request = json.load(open(sys.argv[1]))
-tokens = load_file(request["tokens"])["tokens"]
-logits = {}
-for directory in request["directories"]:
-    for dtype in request["dtypes"]:
-        model, _ = quantine.load(directory, getattr(torch, dtype))
-        with torch.no_grad():
-            logits[f"{directory} {dtype}"] = model(input_ids=tokens).logits.contiguous()
-save_file(logits, request["answer"])
-"""
 
 
 def levels(directory: Path) -> set[tuple[int, bool]]:
@@ -49,20 +28,9 @@ def elsewhere(
     packed: Callable[[str, str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, torch.Tensor]:
     """Logits, by directory and dtype, of every family in a process of its own."""
-    from safetensors.torch import save_file
-
+    directories = [packed(name, "mixed") for name in FAMILIES]
     root = tmp_path_factory.mktemp("elsewhere")
-    save_file({"tokens": some_tokens()}, root / "tokens.safetensors")
-    request = {
-        "tokens": str(root / "tokens.safetensors"),
-        "directories": [str(packed(name, "mixed")) for name in FAMILIES],
-        "dtypes": list(DTYPES),
-        "answer": str(root / "logits.safetensors"),
-    }
-    (root / "request.json").write_text(json.dumps(request))
-    command = [sys.executable, "-c", READER, str(root / "request.json")]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return load_file(root / "logits.safetensors")
+    return logits_elsewhere(directories, some_tokens(), DTYPES, root)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
