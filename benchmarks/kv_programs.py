@@ -145,6 +145,9 @@ class Rounding:
 KV_PROGRAMS: tuple[Attention | Joining | Looking | Rounding, ...] = (
     Attention(4, 128, 4, 1, 4096),
     Attention(3, 128, 4, 1, 4096),
+    Attention(5, 128, 4, 1, 4096),
+    Attention(7, 128, 4, 1, 4096),
+    Attention(8, 128, 4, 1, 4096),
     Attention(4, 64, 1, 1, 4096),
     Attention(4, 128, 4, 1, 4096, 8),
     Attention(4, 256, 2, 1, 4096),

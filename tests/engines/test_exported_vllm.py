@@ -6,12 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from engines.serving import interpreter, own_continuations, own_perplexity, run_engine, windows_of
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
 
-pytestmark = [pytest.mark.engines, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.backends.cpu.get_cpu_capability().startswith("AVX512"),
+        reason="vLLM has its product with 4 bit weights for processors with AVX-512 only",
+    ),
+]
 CLOSE = 0.005
 """Largest relative difference of perplexities: vLLM's kernels compute in 16 bits."""
 

@@ -27,6 +27,8 @@ SEVERAL: Final = 2**15
 """Columns above which a row takes several tiles, and registers hold the sums of few rows."""
 LONG: Final = 2**12
 """Columns up to which a program with outliers has fewer rows."""
+TIGHT: Final = 7
+"""Bits of which registers hold 8 sums along outputs, not 16: most of their codes are in pieces."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def unit_matrix(qtensor: QTensor) -> UnitMatrix | None:
     groups = row_groups(qtensor) if grid.axis == "in" else column_groups(qtensor)
     if groups is None:
         return None
-    program = _program(groups, columns, qtensor.outliers is not None)
+    program = _program(groups, grid.bits, columns, qtensor.outliers is not None)
     codes, entries = qtensor.codes, None
     if qtensor.outliers is not None:
         codes, entries = _entries(qtensor, program)
@@ -181,10 +183,11 @@ def _without_exponent(qtensor: QTensor) -> QTensor:
     return replace(qtensor, grid=replace(qtensor.grid, exponent=0), outliers=kept)
 
 
-def _program(groups: RowGroups | ColumnGroups, columns: int, outliers: bool) -> int:
+def _program(groups: RowGroups | ColumnGroups, bits: int, columns: int, outliers: bool) -> int:
     """Rows of a program: the fastest number, see docs/gpu.md, that keeps to one set of grids."""
     if isinstance(groups, ColumnGroups):
-        wanted, together = 16 if columns <= SEVERAL else 4, groups.size
+        most = 8 if bits == TIGHT else 16
+        wanted, together = most if columns <= SEVERAL else 4, groups.size
     else:
         wanted, together = 2 if outliers and columns <= LONG else 4, groups.tile
     while wanted > 1 and together % wanted:
