@@ -508,9 +508,10 @@ blocks of the types with a K. What is added is zeros, and predictions stay what 
 LLM_COMPRESSOR = """
 ### GPTQ, against that of llm-compressor
 
-The same grids, float weights and calibration text on SmolLM2-135M; both write `compressed-tensors`
-files, which are imported here and scored by one evaluation. llm-compressor 0.14 orders by
-activation, with static groups. Its norms are stored in 16 bit, ours in 32: 0.06% of a file.
+The same grids, float weights and calibration text; both write `compressed-tensors` files, which are
+imported here and scored by one evaluation. llm-compressor 0.14 orders by activation, with static
+groups. Its norms are stored in 16 bit, ours in 32: 0.06% of a file of SmolLM2. Qwen2.5-Coder's
+float weights are those of a Q4_K_M file.
 
 ```sh
 QUANTINE_LLM_COMPRESSOR_PYTHON=... python benchmarks/against_llm_compressor.py demo OUT.json \\
@@ -518,6 +519,8 @@ QUANTINE_LLM_COMPRESSOR_PYTHON=... python benchmarks/against_llm_compressor.py d
 ```
 
 """
+LLM_COMPRESSOR_MODELS = {"demo": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
+"""Files of `benchmarks/against_llm_compressor.py` (``llm-compressor-NAME.json``), and the models."""
 
 INTRODUCTION = """# Results
 
@@ -735,11 +738,13 @@ def llama_cpp(name: str) -> str:
 
 def llm_compressor() -> str:
     """GPTQ of both programs, side by side."""
-    found = _read("llm-compressor-demo")
-    lines = _head(["grid", "by", "bytes", "perplexity", "KL"])
-    for row in found["rows"]:
-        by = f"**{row['by']}**" if row["by"] == "quantine" else row["by"]
-        lines.append(_line([row["grid"], by, f"{row['bytes']:,}", *_tuned_cells(row["here"])]))
+    lines = _head(["model", "grid", "by", "bytes", "perplexity", "KL"])
+    for name, model in LLM_COMPRESSOR_MODELS.items():
+        found = _read(f"llm-compressor-{name}")
+        for row in found["rows"]:
+            by = f"**{row['by']}**" if row["by"] == "quantine" else row["by"]
+            cells = [model, row["grid"], by, f"{row['bytes']:,}", *_tuned_cells(row["here"])]
+            lines.append(_line(cells))
     said = f"{found['windows']} windows of {found['window']} tokens; {found['samples']} segments"
     return "\n".join(lines) + f"\n\n{said} of calibration text. ± is one standard error.\n"
 
