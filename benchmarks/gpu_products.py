@@ -36,6 +36,9 @@ BATCHES = (1, 4, 16, 256, 1024)
 """Rows of activations."""
 BOTH = 256
 """Rows of activations from which tiles and decoded matrices are both timed."""
+FARTHEST = 5e-3
+"""Share of the largest output from which on a difference from the exact product is a failure:
+sums of float16 are off by a tenth of it."""
 INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
 """Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
 INTEGER_OUTPUTS = 14336
@@ -63,7 +66,7 @@ def timed_products(
             for kind in asked[first : first + TOGETHER]:
                 name, exact = f"{outputs} x {inputs}: {kind.weights}", replace(kind, columns=inputs)
                 rows += allowance.rows(
-                    name, partial(timed_kind, gpu, exact, outputs, batches, floats)
+                    name, partial(timed_kind, gpu, exact, outputs, batches, floats, allowance)
                 )
     return rows
 
@@ -76,17 +79,25 @@ def float16(gpu: Gpu, outputs: int, inputs: int, batches: Sequence[int]) -> dict
 
 
 def timed_kind(
-    gpu: Gpu, kind: Product, outputs: int, batches: Sequence[int], floats: Floats
+    gpu: Gpu,
+    kind: Product,
+    outputs: int,
+    batches: Sequence[int],
+    floats: Floats,
+    allowance: Allowance,
 ) -> list[dict[str, Any]]:
     """Rows of products of one kind, by rows of activations.
 
     What the runtime does has ``chosen``; from `BOTH` rows on there is the other way beside it.
-    Microseconds of cuBLAS in that shape are taken from ``floats``, or put there.
+    Microseconds of cuBLAS in that shape are taken from ``floats``, or put there. A product more
+    than `FARTHEST` from the one that PyTorch makes of decoded weights is noted as a failure of the
+    allowance.
     """
     shape = (outputs, kind.columns)
     if shape not in floats:
         floats[shape] = float16(gpu, *shape, batches)
-    matrices = copies(packed(kind, outputs, gpu.device))
+    part = moved(qtensor_of(kind), gpu.device)
+    matrices, weight = copies(packed(part, outputs)), part.dequantize()
     rows = []
     for batch, slow in floats[shape].items():
         for by, multiply in ways(batch).items():
@@ -94,9 +105,27 @@ def timed_kind(
             name = replace(kind, batch=batch).name
             row = {"kind": name, "outputs": outputs, "by": by, "chosen": by == chosen(batch)}
             row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+            off = distance(partial(multiply, matrices[0]), weight, batch)
+            what = f"{outputs} outputs, {name}, {by}: off by {off:.2g} of the largest output"
+            allowance.demand(off <= FARTHEST, what)
             print(row, flush=True)
             rows.append(row)
     return rows
+
+
+def distance(multiply: Callable[[Tensor], Tensor], weight: Tensor, batch: int) -> float:
+    """How far a product with random activations is from the exact one, over its largest output.
+
+    Args:
+        multiply: gives the product ``[batch, times * rows]`` of activations ``[batch, columns]``
+            in float16 with a matrix that has ``weight`` several times, one below the other.
+        weight: ``[rows, columns]`` float32.
+        batch: rows of activations.
+    """
+    x = torch.randn(batch, weight.shape[1], dtype=torch.float16, device=weight.device)
+    exact = x.float() @ weight.T
+    found = multiply(x).float().view(batch, -1, len(weight))
+    return float((found - exact[:, None]).abs().max() / exact.abs().max())
 
 
 def chosen(batch: int) -> str:
@@ -179,9 +208,8 @@ def gridded(kind: IntegerProduct, outputs: int, device: str) -> GriddedMatrix:
     return matrix
 
 
-def packed(kind: Product, outputs: int, device: str) -> UnitMatrix:
-    """A matrix of random codes, with ``outputs`` rows or a few more."""
-    part = moved(qtensor_of(kind), device)
+def packed(part: QTensor, outputs: int) -> UnitMatrix:
+    """A matrix with the rows of ``part`` again and again, ``outputs`` or a few more."""
     matrix = unit_matrix(repeated(part, -(-outputs // len(part.codes))))
     assert matrix is not None
     return matrix

@@ -98,6 +98,60 @@ def test_quantizing_is_timed_and_compared_with_the_cpu(
     rows = quantizing.solved_model(str(one / "block"), "cpu", calibration, 32, other, time)
     assert [row["method"] for row in rows] == ["rtn", "gptq", "spqr"]
     assert all(row["perplexity"] == row["perplexity_of_cpu"] for row in rows)
+    assert time.failed == []
+
+
+@pytest.mark.parametrize(("bits", "fails"), [(4, False), (3, True)])
+def test_a_worse_error_than_the_cpus_is_a_failure(
+    bits: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver, spec = quantizing.SOLVERS["rtn"]
+    asked = itertools.count()
+
+    def on_a_device(weight: Any, hessian: Any, spec: Any) -> Any:
+        # Of each matrix the device is asked first, then the CPU, then the device for its seconds.
+        first = next(asked) % 3 == 0
+        return solver(weight, hessian, replace(spec, bits=bits) if first else spec)
+
+    monkeypatch.setattr(quantizing, "SOLVERS", {"rtn": (on_a_device, spec)})
+    time = allowance.Allowance(float("inf"))
+    rows = quantizing.solved_matrices(quantizing.Shape(64, 128, 4, 2), "cpu", 200, 16, time)
+    assert len(rows) == 4
+    named = [said.partition(":")[0] for said in time.failed]
+    assert named == ([f"matrix {row['matrix']}, rtn" for row in rows] if fails else [])
+
+
+@pytest.mark.parametrize("ratio", [1.01, 0.97, 1.03, float("nan")])
+def test_another_perplexity_than_the_cpus_is_a_failure(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def perplexity(out: Path, **_: Any) -> dict[str, Any]:
+        return {"texts": {"a text": {"perplexity": 8.0 * (1 if "_of_cpu" in out.name else ratio)}}}
+
+    monkeypatch.setattr(quantizing, "quantize", lambda *_, **named: named)
+    monkeypatch.setattr(quantizing, "evaluate", perplexity)
+    monkeypatch.setattr(quantizing, "SOLVERS", {"rtn": None})
+    time = allowance.Allowance(float("inf"))
+    (row,) = quantizing.solved_model("a model", "cpu", Calibration(), 32, tmp_path, time)
+    assert row["perplexity_of_cpu"] == 8.0
+    assert [said.partition(":")[0] for said in time.failed] == (
+        [] if ratio == 1.01 else ["model a model, rtn"]
+    )
+
+
+def test_a_result_that_is_wrong_makes_the_whole_command_fail(tmp_path: Path) -> None:
+    def compared(allowed: Any) -> list[dict[str, float]]:
+        allowed.demand(True, "right")
+        allowed.demand(False, "a product: off by 0.3 of the largest output")
+        return [{"microseconds": 4.6}]
+
+    path = tmp_path / "found.json"
+    assert not gpu.carried_out({"products": gpu.Part("compare", 9, compared)}, {}, path)
+    found = json.loads(path.read_text())
+    assert found["products"] == [{"microseconds": 4.6}]
+    assert found["failed"] == {"products": ["a product: off by 0.3 of the largest output"]}
+    text = gpu_page.measured({"device": "a card", "torch": "2.13"} | found)
+    assert "Failed of products: a product: off by 0.3 of the largest output." in text
 
 
 def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:
