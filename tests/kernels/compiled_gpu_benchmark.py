@@ -28,6 +28,7 @@ gpu_plans: Any = importlib.import_module("gpu_plans")
 gpu_predictions: Any = importlib.import_module("gpu_predictions")
 gpu_products: Any = importlib.import_module("gpu_products")
 quantizing: Any = importlib.import_module("gpu_quantizing")
+roofline: Any = importlib.import_module("roofline")
 allowance: Any = importlib.import_module("allowance")
 
 
@@ -40,8 +41,43 @@ def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
 
 def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
     page = gpu_page.PAGE.read_text()
-    assert gpu_page.predictions() in page
-    assert gpu_page.attentions() in page
+    for written in (gpu_page.predictions, gpu_page.several, gpu_page.others, gpu_page.attentions):
+        assert f"\n{written()}\n" in page
+
+
+def test_predictions_count_all_instructions_that_were_compiled() -> None:
+    known = roofline.compiled()
+    kind = roofline.Product(3, 16, "in", 4096, True, True, 1)
+    row = known[kind.name, "9.0"]
+    units = 512 * 4096 / 32
+    (work,) = roofline.packed(kind, 512, "9.0", known)
+    assert work.instructions == units * row["instructions"] / row["units"]
+    assert work.instructions > 2 * units * 55  # which take codes out and multiply them
+    # Codes are taken out again for every row.
+    (four,) = roofline.packed(replace(kind, batch=4), 512, "9.0", known)
+    assert four.instructions > 3.9 * work.instructions
+    assert four.nbytes < 1.1 * work.nbytes
+    # A row of 448 units has a thread for each four of 512; a length not compiled takes others'.
+    longer = replace(kind, columns=14336, outliers=False)
+    (work,) = roofline.packed(longer, 512, "9.0", known)
+    row = known[replace(longer, columns=4096).name, "9.0"]
+    assert (longer.name, "9.0") not in known
+    assert work.instructions == 512 * 512 * row["instructions"] / row["units"]
+    # Tiles take codes out once for 64 rows; for many the matrix is written, and read as floats.
+    tiles = roofline.packed(replace(kind, batch=16), 512, "9.0", known)
+    assert len(tiles) == 1
+    assert tiles[0].operations == 2 * 512 * 4096 * 16
+    decoding, floats = roofline.packed(replace(kind, batch=256), 512, "9.0", known)
+    assert min(decoding.nbytes, floats.nbytes) > 2 * 512 * 4096
+
+
+def test_least_seconds_are_those_of_what_takes_longest() -> None:
+    card = roofline.Gpu("a card", 1000, 100, 1, 1, 64, 64, 200, "9.0")
+    assert roofline.seconds([roofline.Work(5000, 128)], card) == 5
+    assert roofline.seconds([roofline.Work(5000, 1280)], card) == 10
+    assert roofline.seconds([roofline.Work(5000, 1280, integer=1280)], card) == 20
+    assert roofline.seconds([roofline.Work(1000, byte_operations=600)], card) == 3
+    assert roofline.seconds([roofline.Work(1000), roofline.Work(0, operations=700)], card) == 8
 
 
 def test_the_page_has_the_memory_that_plans_predict() -> None:
