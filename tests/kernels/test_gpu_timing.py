@@ -203,8 +203,27 @@ def test_integer_products_are_timed() -> None:
     (row,) = gpu_products.timed_integers(gpu, stopped, [kind], 8, (5, 1))
     assert row["kind"].endswith("128 inputs, 5 tokens")
     assert row["times_float16"] == 2.0
+    assert row["outputs"] == 8
     (left,) = stopped.left_out
     assert left.endswith("1 token")
+    assert stopped.failed == []
+
+
+def test_a_wrong_integer_product_is_a_failure() -> None:
+    kind = integer_programs.IntegerProduct(4, 128, 128, 1)
+    matrix, exact = gpu_products.gridded(kind, 100, "cpu")
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    assert exact(x).shape == (3, gpu_products.CHECKED)
+
+    def another(x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(1.02 * exact(x))
+
+    time = always()
+    for reference in (exact, another):
+        rows = gpu_products.timed_integer(Imagined([1]), kind, [matrix], reference, 1.0, time)
+        assert len(rows) == 1
+    (said,) = time.failed
+    assert said.startswith(f"{kind.name}: off by 0.0")
 
 
 def test_attention_is_timed_by_context_and_bits() -> None:
