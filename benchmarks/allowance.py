@@ -37,6 +37,11 @@ class Allowance:
         self.left_out.append(name)
         return False
 
+    def demand(self, holds: bool, what: str) -> None:
+        """Note that ``what`` failed unless it ``holds``; a part that has such a note failed."""
+        if not holds:
+            self.failed.append(what)
+
     def rows(self, name: str, find: Callable[[], list[Row]]) -> list[Row]:
         """What ``find`` finds; nothing where no time is left, or where it fails, which is noted."""
         if not self.allows(name):

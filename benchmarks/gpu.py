@@ -136,7 +136,7 @@ def tested(allowance: Allowance) -> dict[str, str]:
     command += ["-p", time_for_tests.__name__, *TESTS]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     on_gpu = os.environ | {
-        "TRITON_INTERPRET": "0",  # which gpu_compile took out
+        "TRITON_INTERPRET": "0",  # the tests set it to 1 where nothing is said
         "SECONDS_FOR_TESTS": str(allowance.left),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }

@@ -16,10 +16,25 @@ from typing import Any
 
 import gpu_plans
 import gpu_predictions
+from integer_programs import IntegerProduct, tokens_in_words
 from marked_parts import write_part
 from matrix_programs import Product
 from quantine.core.activation_spec import UNQUANTIZED
-from roofline import GPUS, attention, float16, packed, seconds, token_bytes
+from roofline import (
+    GPUS,
+    Compiled,
+    Gpu,
+    Work,
+    attention,
+    float16,
+    integers,
+    norming,
+    packed,
+    packing,
+    seconds,
+    token_bytes,
+)
+from roofline import compiled as what_was_compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
@@ -35,49 +50,113 @@ KINDS = (
     Product(3, 128, "in", 0, False, False, 1),
     Product(5, 128, "in", 0, False, False, 1),
     Product(8, 128, "in", 0, False, False, 1),
+    Product(4, 128, "in", 0, False, True, 1),
+    Product(3, 16, "in", 0, True, False, 1),
     Product(3, 16, "in", 0, True, True, 1),
     Product(4, 64, "out", 0, False, False, 1),
 )
+"""Packed matrices that one row of activations is predicted for, in every shape."""
+SEVERAL = (KINDS[0], KINDS[-2], KINDS[-1])
+"""Those that more rows are predicted for, in the second shape."""
+BATCHES = (4, 16, 256)
+"""Rows of activations, by the program for few rows, by tiles, and with the matrix decoded."""
+COUNTED = ("MB", "instructions (million)", "tensor operations (billion)")
+"""Columns of what is counted, see `sizes`."""
+INTEGERS = tuple(IntegerProduct(4, 128, 4096, tokens) for tokens in (1, 16, 256))
 
 
 def main() -> None:
-    for write in (predictions, attentions, plans, arithmetic, compiled, measurements):
+    for write in (
+        predictions,
+        several,
+        others,
+        attentions,
+        plans,
+        arithmetic,
+        compiled,
+        measurements,
+    ):
         write_part(PAGE, "gpu_page.py", write.__name__, write())
 
 
 def predictions() -> str:
     """Least microseconds of one row of activations, by shape, kind and GPU."""
-    head = ["outputs x inputs", "weights", "MB", "instructions (million)"]
+    return of_products((*shape, kind) for shape in SHAPES for kind in KINDS)
+
+
+def several() -> str:
+    """The same of several rows of activations, of one shape."""
+    return of_products(
+        (*SHAPES[1], replace(kind, batch=batch)) for kind in SEVERAL for batch in BATCHES
+    )
+
+
+def of_products(asked: Iterable[tuple[int, int, Product]]) -> str:
+    """Least microseconds of products, of so many outputs and inputs, beside those of floats."""
+    head = ["outputs x inputs", "weights", "rows", *COUNTED]
     head += [f"{gpu.name}: float16, packed, times" for gpu in GPUS]
-    return table(head, (predicted(shape, kind) for shape in SHAPES for kind in KINDS))
+    known = what_was_compiled()
+    return table(head, (predicted(*each, known) for each in asked))
 
 
-def predicted(shape: tuple[int, int], kind: Product) -> list[str]:
-    outputs, columns = shape
+def predicted(outputs: int, columns: int, kind: Product, known: Compiled) -> list[str]:
     product = replace(kind, columns=columns)
-    work, floats = packed(product, outputs), float16(product, outputs)
-    cells = [
-        f"{outputs} x {columns}",
-        product.weights,
-        f"{work.nbytes / 1e6:.1f}",
-        f"{(work.integer + work.half) / 1e6:.0f}",
-    ]
-    for gpu in GPUS:
-        slow, fast = seconds(floats, gpu), seconds(work, gpu)
-        cells.append(f"{slow * 1e6:.1f}, {fast * 1e6:.1f}, {slow / fast:.1f}")
-    return cells
+    floats = float16(product, outputs)
+    by_gpu = {gpu: packed(product, outputs, gpu.capability, known) for gpu in GPUS}
+    row = [f"{outputs} x {columns}", product.weights, str(product.batch), *sizes(by_gpu)]
+    for gpu, launches in by_gpu.items():
+        slow, fast = seconds([floats], gpu), seconds(launches, gpu)
+        row.append(f"{slow * 1e6:.1f}, {fast * 1e6:.1f}, {slow / fast:.1f}")
+    return row
+
+
+def sizes(by_gpu: dict[Gpu, tuple[Work, ...]]) -> list[str]:
+    """Megabytes, millions of instructions, billions of tensor operations, as compiled for `SHOWN`.
+
+    What is not counted is empty.
+    """
+    (launches,) = (found for gpu, found in by_gpu.items() if gpu.capability == SHOWN)
+    counts = (
+        sum(work.nbytes for work in launches) / 1e6,
+        sum(work.instructions for work in launches) / 1e6,
+        sum(work.operations + work.byte_operations for work in launches) / 1e9,
+    )
+    return [f"{n:.1f}" if n >= 0.1 else f"{n:.1g}" if n else "" for n in counts]
+
+
+def others() -> str:
+    """Least microseconds of products in integers, of norms that round, of packing."""
+    known, outputs = what_was_compiled(), SHAPES[1][0]
+    programs = {
+        f"{kind.name}, {outputs} outputs (W4A8 or W4A4)": {
+            gpu: (integers(kind, outputs, gpu.capability, known),) for gpu in GPUS
+        }
+        for kind in INTEGERS
+    }
+    for tokens in (1, 256):
+        name = f"RMSNorm and rounding; 4096 inputs, {tokens_in_words(tokens)}"
+        programs[name] = dict.fromkeys(GPUS, (norming(4096, tokens),))
+    for tokens in (1, 4096):
+        name = f"rounding of keys and values, 4 bits; one layer, {tokens_in_words(tokens)}"
+        programs[name] = dict.fromkeys(GPUS, (packing(4, tokens),))
+    head = ["program", *COUNTED, *(gpu.name for gpu in GPUS)]
+    return table(head, ([name, *sizes(by), *times(by)] for name, by in programs.items()))
+
+
+def times(by_gpu: dict[Gpu, tuple[Work, ...]]) -> list[str]:
+    """Least microseconds of each GPU."""
+    found = (seconds(launches, gpu) * 1e6 for gpu, launches in by_gpu.items())
+    return [f"{each:.1f}" if each >= 0.1 else f"{each:.1g}" for each in found]
 
 
 def attentions() -> str:
     """Least microseconds of attention of one query, by length of the context, bits and GPU."""
-    head = ["context", "bits", "bytes a token and head", "MB", *(gpu.name for gpu in GPUS)]
+    head = ["context", "bits", "bytes a token and head", *COUNTED, *(gpu.name for gpu in GPUS)]
     rows = []
     for context in CONTEXTS:
         for bits in (UNQUANTIZED, 8, 4, 3):
-            work = attention(bits, context)
-            times = (f"{seconds(work, gpu) * 1e6:.1f}" for gpu in GPUS)
-            size = f"{work.nbytes / 1e6:.1f}"
-            rows.append([str(context), str(bits), str(token_bytes(bits)), size, *times])
+            by = dict.fromkeys(GPUS, (attention(bits, context),))
+            rows.append([str(context), str(bits), str(token_bytes(bits)), *sizes(by), *times(by)])
     return table(head, rows)
 
 

@@ -22,6 +22,7 @@ from matrix_programs import Product, kinds, qtensor_of
 from quantine.core.grid import Grid, Statistic
 from quantine.core.qtensor import QTensor
 from quantine.core.sparse import Csr
+from quantine.kernels.integer.reference import multiply_reference
 from quantine.kernels.integer.units.gridded_matrix import GriddedMatrix, gridded_matrix
 from quantine.kernels.matrix import TILED_ROWS, product
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix, unit_matrix
@@ -36,10 +37,15 @@ BATCHES = (1, 4, 16, 256, 1024)
 """Rows of activations."""
 BOTH = 256
 """Rows of activations from which tiles and decoded matrices are both timed."""
+FARTHEST = 5e-3
+"""Share of the largest output from which on a difference from the exact product is a failure:
+sums of float16 are off by a tenth of it."""
 INTEGERS = (IntegerProduct(4, 128, 4096, 1), IntegerProduct(4, 0, 4096, 1))
 """Kinds of integer products, of weights of 4 bits with activations of 8, rounding included."""
 INTEGER_OUTPUTS = 14336
 """Outputs of their matrices."""
+CHECKED = 64
+"""Outputs of theirs that are compared with the reference."""
 INTEGER_BATCHES = (1, 4, 16, 256, 2048)
 
 Floats = dict[tuple[int, int], dict[int, float]]
@@ -63,7 +69,7 @@ def timed_products(
             for kind in asked[first : first + TOGETHER]:
                 name, exact = f"{outputs} x {inputs}: {kind.weights}", replace(kind, columns=inputs)
                 rows += allowance.rows(
-                    name, partial(timed_kind, gpu, exact, outputs, batches, floats)
+                    name, partial(timed_kind, gpu, exact, outputs, batches, floats, allowance)
                 )
     return rows
 
@@ -76,17 +82,25 @@ def float16(gpu: Gpu, outputs: int, inputs: int, batches: Sequence[int]) -> dict
 
 
 def timed_kind(
-    gpu: Gpu, kind: Product, outputs: int, batches: Sequence[int], floats: Floats
+    gpu: Gpu,
+    kind: Product,
+    outputs: int,
+    batches: Sequence[int],
+    floats: Floats,
+    allowance: Allowance,
 ) -> list[dict[str, Any]]:
     """Rows of products of one kind, by rows of activations.
 
     What the runtime does has ``chosen``; from `BOTH` rows on there is the other way beside it.
-    Microseconds of cuBLAS in that shape are taken from ``floats``, or put there.
+    Microseconds of cuBLAS in that shape are taken from ``floats``, or put there. A product more
+    than `FARTHEST` from the one that PyTorch makes of decoded weights is noted as a failure of the
+    allowance.
     """
     shape = (outputs, kind.columns)
     if shape not in floats:
         floats[shape] = float16(gpu, *shape, batches)
-    matrices = copies(packed(kind, outputs, gpu.device))
+    part = moved(qtensor_of(kind), gpu.device)
+    matrices, weight = copies(packed(part, outputs)), part.dequantize()
     rows = []
     for batch, slow in floats[shape].items():
         for by, multiply in ways(batch).items():
@@ -94,9 +108,30 @@ def timed_kind(
             name = replace(kind, batch=batch).name
             row = {"kind": name, "outputs": outputs, "by": by, "chosen": by == chosen(batch)}
             row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+            x = activations(gpu, matrices[0], batch)
+            compared(
+                allowance,
+                f"{outputs} outputs, {name}, {by}",
+                multiply(matrices[0], x),
+                x.float() @ weight.T,
+            )
             print(row, flush=True)
             rows.append(row)
     return rows
+
+
+def compared(allowance: Allowance, name: str, found: Tensor, exact: Tensor) -> None:
+    """Note a product that is more than `FARTHEST` from the exact one as a failure.
+
+    Args:
+        allowance: where it is noted.
+        name: of the product.
+        found: ``[batch, times * outputs]``, of a matrix that has the same rows so many times.
+        exact: ``[batch, outputs]`` float32.
+    """
+    apart = found.float().view(len(exact), -1, exact.shape[1]) - exact[:, None]
+    off = float(apart.abs().max() / exact.abs().max())
+    allowance.demand(off <= FARTHEST, f"{name}: off by {off:.2g} of the largest output")
 
 
 def chosen(batch: int) -> str:
@@ -133,24 +168,38 @@ def timed_integers(
     floats = float16(gpu, outputs, asked[0].columns, batches)
     rows: list[dict[str, Any]] = []
     for kind in asked:
-        matrices = copies(gridded(kind, outputs, gpu.device))
+        first, exact = gridded(kind, outputs, gpu.device)
+        matrices = copies(first)
         for batch, slow in floats.items():
-            exact = replace(kind, batch=batch)
+            of_batch = replace(kind, batch=batch)
             rows += allowance.rows(
-                exact.name, partial(timed_integer, gpu, exact, matrices, outputs, slow)
+                of_batch.name,
+                partial(timed_integer, gpu, of_batch, matrices, exact, slow, allowance),
             )
     return rows
 
 
 def timed_integer(
-    gpu: Gpu, kind: IntegerProduct, matrices: list[GriddedMatrix], outputs: int, slow: float
+    gpu: Gpu,
+    kind: IntegerProduct,
+    matrices: list[GriddedMatrix],
+    exact: Callable[[Tensor], Tensor],
+    slow: float,
+    allowance: Allowance,
 ) -> list[dict[str, Any]]:
-    """The row of one kind and number of tokens; float16 takes ``slow`` microseconds."""
+    """The row of one kind and number of tokens; float16 takes ``slow`` microseconds.
+
+    Its first outputs are compared with ``exact`` of the same activations.
+    """
     from quantine.kernels.integer import multiply_gridded
 
     spent = microseconds(gpu, lambda x, matrix: multiply_gridded(matrix, x), matrices, kind.batch)
-    row = {"kind": kind.name, "outputs": outputs}
+    row = {"kind": kind.name, "outputs": matrices[0].rows}
     row |= speeds(gpu, spent, slow, bytes_of(matrices[0]))
+    x = activations(gpu, matrices[0], kind.batch)
+    expected = exact(x.float())
+    found = multiply_gridded(matrices[0], x)[:, : expected.shape[1]]
+    compared(allowance, kind.name, found.contiguous(), expected)
     print(row, flush=True)
     return [row]
 
@@ -159,8 +208,13 @@ def microseconds(
     gpu: Gpu, multiply: Callable[[Tensor, Any], Any], matrices: list[Any], batch: int
 ) -> float:
     """Microseconds of one product with ``batch`` rows of activations."""
-    x = torch.randn(batch, columns_of(matrices[0]), dtype=torch.float16, device=gpu.device)
+    x = activations(gpu, matrices[0], batch)
     return replayed(gpu, [partial(multiply, x, matrix) for matrix in matrices])
+
+
+def activations(gpu: Gpu, matrix: UnitMatrix | GriddedMatrix | Tensor, batch: int) -> Tensor:
+    """``batch`` rows of random inputs of ``matrix``, float16."""
+    return torch.randn(batch, columns_of(matrix), dtype=torch.float16, device=gpu.device)
 
 
 def columns_of(matrix: UnitMatrix | GriddedMatrix | Tensor) -> int:
@@ -170,18 +224,27 @@ def columns_of(matrix: UnitMatrix | GriddedMatrix | Tensor) -> int:
     return matrix.columns if isinstance(matrix, UnitMatrix) else matrix.inputs.columns
 
 
-def gridded(kind: IntegerProduct, outputs: int, device: str) -> GriddedMatrix:
-    """A matrix of random codes and the grid of its inputs."""
-    q = integer_programs.qtensor_of(kind.bits, kind.columns, kind.group_size, outputs)
-    grid = integer_programs.grid_of(8, len(q.grid.sizes))
-    matrix = gridded_matrix(moved(q, device), moved(grid, device))
+def gridded(
+    kind: IntegerProduct, outputs: int, device: str
+) -> tuple[GriddedMatrix, Callable[[Tensor], Tensor]]:
+    """A matrix of random codes and the grid of its inputs.
+
+    With it comes what gives its first `CHECKED` outputs of activations in float32, by the
+    reference.
+    """
+    q = moved(
+        integer_programs.qtensor_of(kind.bits, kind.columns, kind.group_size, outputs), device
+    )
+    grid = moved(integer_programs.grid_of(8, len(q.grid.sizes)), device)
+    matrix = gridded_matrix(q, grid)
     assert matrix is not None
-    return matrix
+    few = replace(q.grid, scale=q.grid.scale[:CHECKED], zero_point=q.grid.zero_point[:CHECKED])
+    part = replace(q, codes=q.codes[:CHECKED], grid=few)
+    return matrix, partial(multiply_reference, part, grid)
 
 
-def packed(kind: Product, outputs: int, device: str) -> UnitMatrix:
-    """A matrix of random codes, with ``outputs`` rows or a few more."""
-    part = moved(qtensor_of(kind), device)
+def packed(part: QTensor, outputs: int) -> UnitMatrix:
+    """A matrix with the rows of ``part`` again and again, ``outputs`` or a few more."""
     matrix = unit_matrix(repeated(part, -(-outputs // len(part.codes))))
     assert matrix is not None
     return matrix

@@ -64,6 +64,10 @@ EIGHT_BILLION = Shape(4096, 14336, 32, 8)
 """A block of Llama 3 8B."""
 CALIBRATION = Calibration(samples=8, seqlen=256)
 """What models are quantized on: a small text, so that the CPU is soon done, too."""
+WORSE = 1.2
+"""Times the CPU's error from which on that of a matrix quantized on a device is a failure."""
+APART = 0.02
+"""Share of the CPU's perplexity from which on a model's difference from it is a failure."""
 TOKENS, SLICE = 2048, 64
 """Tokens that matrices are quantized on, and rows of them that the CPU quantizes."""
 
@@ -109,7 +113,10 @@ def relative_error(weight: Tensor, solved: Tensor, hessian: Hessian) -> float:
 def solved_matrices(
     shape: Shape, device: str, tokens: int, rows: int, allowance: Allowance
 ) -> list[dict[str, Any]]:
-    """Seconds of whole matrices on the device; errors of their first ``rows`` there and here."""
+    """Seconds of whole matrices on the device; errors of their first ``rows`` there and here.
+
+    An error more than `WORSE` times that here is noted as a failure of the allowance.
+    """
     found = []
     for name, (outputs, inputs) in shape.matrices().items():
         generator = torch.Generator(device).manual_seed(0)
@@ -136,6 +143,11 @@ def solved_matrices(
                 "error_of_cpu": errors[1],
             }
             print(row, flush=True)
+            allowance.demand(
+                errors[0] <= WORSE * errors[1],
+                f"matrix {name}, {method}: its error is {errors[0]:.3g}, that of the CPU "
+                f"{errors[1]:.3g}",
+            )
             found.append(row)
     return found
 
@@ -191,7 +203,10 @@ def solved_model(
     scratch: Path,
     allowance: Allowance,
 ) -> list[dict[str, Any]]:
-    """Seconds and perplexities of a model quantized on the device and on the CPU."""
+    """Seconds and perplexities of a model quantized on the device and on the CPU.
+
+    Perplexities more than `APART` from each other are noted as a failure of the allowance.
+    """
     found = []
     for method in SOLVERS:
         if not allowance.allows(f"model {model}, {method}"):
@@ -206,5 +221,10 @@ def solved_model(
             text = next(iter(evaluate(out, window=window, limit=2)["texts"].values()))
             row[f"perplexity{key}"] = text["perplexity"]
         print(row, flush=True)
+        here, there = row["perplexity_of_cpu"], row["perplexity"]
+        allowance.demand(
+            abs(there - here) <= APART * here,
+            f"model {model}, {method}: its perplexity is {there:.4g}, that of the CPU's {here:.4g}",
+        )
         found.append(row)
     return found

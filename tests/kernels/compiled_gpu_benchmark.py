@@ -28,6 +28,7 @@ gpu_plans: Any = importlib.import_module("gpu_plans")
 gpu_predictions: Any = importlib.import_module("gpu_predictions")
 gpu_products: Any = importlib.import_module("gpu_products")
 quantizing: Any = importlib.import_module("gpu_quantizing")
+roofline: Any = importlib.import_module("roofline")
 allowance: Any = importlib.import_module("allowance")
 
 
@@ -40,8 +41,43 @@ def test_matrices_of_any_height_are_made_of_a_few_rows() -> None:
 
 def test_the_page_has_the_predictions_that_the_bytes_of_today_give() -> None:
     page = gpu_page.PAGE.read_text()
-    assert gpu_page.predictions() in page
-    assert gpu_page.attentions() in page
+    for written in (gpu_page.predictions, gpu_page.several, gpu_page.others, gpu_page.attentions):
+        assert f"\n{written()}\n" in page
+
+
+def test_predictions_count_all_instructions_that_were_compiled() -> None:
+    known = roofline.compiled()
+    kind = roofline.Product(3, 16, "in", 4096, True, True, 1)
+    row = known[kind.name, "9.0"]
+    units = 512 * 4096 / 32
+    (work,) = roofline.packed(kind, 512, "9.0", known)
+    assert work.instructions == units * row["instructions"] / row["units"]
+    assert work.instructions > 2 * units * 55  # which take codes out and multiply them
+    # Codes are taken out again for every row.
+    (four,) = roofline.packed(replace(kind, batch=4), 512, "9.0", known)
+    assert four.instructions > 3.9 * work.instructions
+    assert four.nbytes < 1.1 * work.nbytes
+    # A row of 448 units has a thread for each four of 512; a length not compiled takes others'.
+    longer = replace(kind, columns=14336, outliers=False)
+    (work,) = roofline.packed(longer, 512, "9.0", known)
+    row = known[replace(longer, columns=4096).name, "9.0"]
+    assert (longer.name, "9.0") not in known
+    assert work.instructions == 512 * 512 * row["instructions"] / row["units"]
+    # Tiles take codes out once for 64 rows; for many the matrix is written, and read as floats.
+    tiles = roofline.packed(replace(kind, batch=16), 512, "9.0", known)
+    assert len(tiles) == 1
+    assert tiles[0].operations == 2 * 512 * 4096 * 16
+    decoding, floats = roofline.packed(replace(kind, batch=256), 512, "9.0", known)
+    assert min(decoding.nbytes, floats.nbytes) > 2 * 512 * 4096
+
+
+def test_least_seconds_are_those_of_what_takes_longest() -> None:
+    card = roofline.Gpu("a card", 1000, 100, 1, 1, 64, 64, 200, "9.0")
+    assert roofline.seconds([roofline.Work(5000, 128)], card) == 5
+    assert roofline.seconds([roofline.Work(5000, 1280)], card) == 10
+    assert roofline.seconds([roofline.Work(5000, 1280, integer=1280)], card) == 20
+    assert roofline.seconds([roofline.Work(1000, byte_operations=600)], card) == 3
+    assert roofline.seconds([roofline.Work(1000), roofline.Work(0, operations=700)], card) == 8
 
 
 def test_the_page_has_the_memory_that_plans_predict() -> None:
@@ -98,6 +134,60 @@ def test_quantizing_is_timed_and_compared_with_the_cpu(
     rows = quantizing.solved_model(str(one / "block"), "cpu", calibration, 32, other, time)
     assert [row["method"] for row in rows] == ["rtn", "gptq", "spqr"]
     assert all(row["perplexity"] == row["perplexity_of_cpu"] for row in rows)
+    assert time.failed == []
+
+
+@pytest.mark.parametrize(("bits", "fails"), [(4, False), (3, True)])
+def test_a_worse_error_than_the_cpus_is_a_failure(
+    bits: int, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver, spec = quantizing.SOLVERS["rtn"]
+    asked = itertools.count()
+
+    def on_a_device(weight: Any, hessian: Any, spec: Any) -> Any:
+        # Of each matrix the device is asked first, then the CPU, then the device for its seconds.
+        first = next(asked) % 3 == 0
+        return solver(weight, hessian, replace(spec, bits=bits) if first else spec)
+
+    monkeypatch.setattr(quantizing, "SOLVERS", {"rtn": (on_a_device, spec)})
+    time = allowance.Allowance(float("inf"))
+    rows = quantizing.solved_matrices(quantizing.Shape(64, 128, 4, 2), "cpu", 200, 16, time)
+    assert len(rows) == 4
+    named = [said.partition(":")[0] for said in time.failed]
+    assert named == ([f"matrix {row['matrix']}, rtn" for row in rows] if fails else [])
+
+
+@pytest.mark.parametrize("ratio", [1.01, 0.97, 1.03, float("nan")])
+def test_another_perplexity_than_the_cpus_is_a_failure(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def perplexity(out: Path, **_: Any) -> dict[str, Any]:
+        return {"texts": {"a text": {"perplexity": 8.0 * (1 if "_of_cpu" in out.name else ratio)}}}
+
+    monkeypatch.setattr(quantizing, "quantize", lambda *_, **named: named)
+    monkeypatch.setattr(quantizing, "evaluate", perplexity)
+    monkeypatch.setattr(quantizing, "SOLVERS", {"rtn": None})
+    time = allowance.Allowance(float("inf"))
+    (row,) = quantizing.solved_model("a model", "cpu", Calibration(), 32, tmp_path, time)
+    assert row["perplexity_of_cpu"] == 8.0
+    assert [said.partition(":")[0] for said in time.failed] == (
+        [] if ratio == 1.01 else ["model a model, rtn"]
+    )
+
+
+def test_a_result_that_is_wrong_makes_the_whole_command_fail(tmp_path: Path) -> None:
+    def compared(allowed: Any) -> list[dict[str, float]]:
+        allowed.demand(True, "right")
+        allowed.demand(False, "a product: off by 0.3 of the largest output")
+        return [{"microseconds": 4.6}]
+
+    path = tmp_path / "found.json"
+    assert not gpu.carried_out({"products": gpu.Part("compare", 9, compared)}, {}, path)
+    found = json.loads(path.read_text())
+    assert found["products"] == [{"microseconds": 4.6}]
+    assert found["failed"] == {"products": ["a product: off by 0.3 of the largest output"]}
+    text = gpu_page.measured({"device": "a card", "torch": "2.13"} | found)
+    assert "Failed of products: a product: off by 0.3 of the largest output." in text
 
 
 def test_what_was_found_is_kept_whatever_fails_after_it(tmp_path: Path) -> None:

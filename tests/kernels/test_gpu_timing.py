@@ -9,6 +9,7 @@ import importlib
 import itertools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ def test_products_are_timed_as_the_runtime_multiplies_and_the_other_way_beside_i
     monkeypatch.setattr(gpu_products, "BOTH", 5)
     kind = matrix_programs.Product(4, 128, "in", 128, False, False, 1)
     # A float product takes 6 microseconds for each of two batches, then packed ones 2.
-    gpu = Imagined([12] * 6 + [4] * 9)
-    rows = gpu_products.timed_products(gpu, always(), [(128, 128)], [kind], (1, 5))
+    gpu, time = Imagined([12] * 6 + [4] * 9), always()
+    rows = gpu_products.timed_products(gpu, time, [(128, 128)], [kind], (1, 5))
+    assert time.failed == []
     assert [(row["by"], row["chosen"]) for row in rows] == [
         ("few rows", True),
         ("tiles", True),
@@ -124,6 +126,41 @@ def test_products_are_timed_as_the_runtime_multiplies_and_the_other_way_beside_i
         assert row["share_of_bandwidth"] == round(moved / 2e-6 / 1e9 * 100, 1)
     assert rows[0]["kind"].endswith("groups of 128 inputs; 128 inputs, 1 row")
     assert rows[1]["kind"].endswith(" 5 rows")
+
+
+def test_products_with_outliers_are_those_of_decoded_weights() -> None:
+    kind = matrix_programs.Product(3, 16, "in", 128, True, True, 1)
+    time = always()
+    (row,) = gpu_products.timed_products(Imagined([1]), time, [(100, 128)], [kind], (1,))
+    assert row["by"] == "few rows"
+    assert time.failed == []
+
+
+def test_a_wrong_product_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = matrix_programs.Product(4, 128, "in", 128, False, False, 1)
+    weight = matrix_programs.qtensor_of(kind).dequantize().repeat(2, 1)
+
+    def right(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return (x.float() @ weight.T).half()
+
+    def one_output(_: Any, x: torch.Tensor) -> torch.Tensor:
+        found = right(_, x)
+        found[:, -1] += 0.02 * found.abs().max()
+        return found
+
+    def no_number(_: Any, x: torch.Tensor) -> torch.Tensor:
+        return right(_, x) * float("nan")
+
+    every = {"right": right, "one output": one_output, "no number": no_number}
+    monkeypatch.setattr(gpu_products, "ways", lambda batch: every)
+    time = always()
+    rows = gpu_products.timed_products(Imagined([1]), time, [(256, 128)], [kind], (4,))
+    assert [row["by"] for row in rows] == list(every)  # times are kept
+    name = f"256 outputs, {replace(kind, batch=4).name}"
+    assert [said.partition(": off by ")[0] for said in time.failed] == [
+        f"{name}, one output",
+        f"{name}, no number",
+    ]
 
 
 def test_many_rows_meet_a_decoded_matrix_and_tiles_beside_it() -> None:
@@ -166,8 +203,27 @@ def test_integer_products_are_timed() -> None:
     (row,) = gpu_products.timed_integers(gpu, stopped, [kind], 8, (5, 1))
     assert row["kind"].endswith("128 inputs, 5 tokens")
     assert row["times_float16"] == 2.0
+    assert row["outputs"] == 8
     (left,) = stopped.left_out
     assert left.endswith("1 token")
+    assert stopped.failed == []
+
+
+def test_a_wrong_integer_product_is_a_failure() -> None:
+    kind = integer_programs.IntegerProduct(4, 128, 128, 1)
+    matrix, exact = gpu_products.gridded(kind, 100, "cpu")
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    assert exact(x).shape == (3, gpu_products.CHECKED)
+
+    def another(x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(1.02 * exact(x))
+
+    time = always()
+    for reference in (exact, another):
+        rows = gpu_products.timed_integer(Imagined([1]), kind, [matrix], reference, 1.0, time)
+        assert len(rows) == 1
+    (said,) = time.failed
+    assert said.startswith(f"{kind.name}: off by 0.0")
 
 
 def test_attention_is_timed_by_context_and_bits() -> None:
