@@ -288,7 +288,7 @@ def _check_target(arguments: argparse.Namespace, plan: Plan, calibration: Calibr
 def _check_job(target: str, job: Job) -> None:
     from quantine.plan.targets import check_target
 
-    check_target(target, job.decisions, job.plan.activations, job.config, job.model)
+    check_target(target, job.decisions, job.plan.activations, job.config, job.model, job.family)
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:

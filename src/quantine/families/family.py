@@ -122,6 +122,11 @@ class Family:
             block_attention=(),
         )
 
+    def leaves(self, name: str) -> bool:
+        """Whether the input of the module ``name`` (in full) is left alone: see ``left``."""
+        left = (f"{self.blocks}.{index}.{path}" for index, path, _ in self.left)
+        return any(name == one or name.startswith(f"{one}.") for one in left)
+
     def unmet_need(self, config: object) -> str | None:
         """Which field of ``links_need`` is another in ``config``, and how; ``None`` if none is."""
         for field, value in self.links_need:

@@ -28,7 +28,7 @@ from quantine.formats.floats import as_asked, as_stored
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
-from quantine.formats.foreign.refusals import Refused, refusals, refused_text
+from quantine.formats.foreign.refusals import Refused, has_described_links, refusals, refused_text
 from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
 from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
@@ -142,7 +142,13 @@ class _Model:
         bare = source.bare_model(config)
         layers = {layer.name: layer for layer in find_layers(bare, family_of(config))}
         matrices = {
-            name: _matrix(finished, name, layers.get(name), bare, activations is not None)
+            name: _matrix(
+                finished,
+                name,
+                layers.get(name),
+                bare,
+                _is_rounded(name, activations, config, finished),
+            )
             for name in finished.description.layers
         }
         order = [name for name in layers if name in matrices]
@@ -151,6 +157,17 @@ class _Model:
         ]
         ordered = {name: matrices[name] for name in order}
         return cls(config, bare, settings, ordered, activations, floats)
+
+
+def _is_rounded(
+    name: str, activations: ActivationSpec | None, config: Any, finished: FinishedDirectory
+) -> bool:
+    """Whether the input of a matrix in the blocks is rounded; of others, whether any is."""
+    if activations is None or not name.startswith(f"{family_of(config).blocks}."):
+        return activations is not None
+    if activations.granularity == "token":  # nothing of them is stored
+        return has_described_links(config)
+    return f"{name}.inputs.scale" in finished.kept
 
 
 def _matrix(

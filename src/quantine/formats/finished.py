@@ -196,8 +196,10 @@ class FinishedDirectory:
     def _unpacked(self, name: str, tensors: dict[str, Tensor]) -> QTensor:
         """What ``tensors`` of layer ``name`` stand for."""
         scheme = self.scheme(name)
-        in_features = self.description.layers[name]["shape"][1]
+        shape, spec = self.description.layers[name]["shape"], spec_of(scheme)
+        layout = format_named(scheme["format"])
         try:
-            return format_named(scheme["format"]).unpack(tensors, spec_of(scheme), in_features)
+            layout.check(tensors, spec, *shape)
+            return layout.unpack(tensors, spec, shape[1])
         except FormatError as error:
             raise FormatError(f"{name} in {self.path} is damaged: {error}") from error

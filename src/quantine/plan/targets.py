@@ -9,7 +9,9 @@ from torch import nn
 
 from quantine.core.activation_spec import ActivationSpec
 from quantine.errors import FormatError, PlanError
-from quantine.formats.foreign.refusals import refusals, refused_text
+from quantine.families.family import Family
+from quantine.families.layers import Layer
+from quantine.formats.foreign.refusals import has_described_links, refusals, refused_text
 from quantine.formats.foreign.target import Matrix
 from quantine.plan.decision import Decision
 from quantine.plan.scheme import Scheme
@@ -26,6 +28,7 @@ def check_target(
     activations: ActivationSpec | None,
     config: Any,
     model: nn.Module,
+    family: Family,
 ) -> None:
     """Refuse a plan whose result `quantine.formats.export.export` would refuse.
 
@@ -39,6 +42,7 @@ def check_target(
         activations: how the plan rounds activations.
         config: of the model, in transformers.
         model: the model without weights.
+        family: of the model; where activations are rounded, with its links.
 
     Raises:
         PlanError: there is no such target; or a layer or the model cannot be exported to it, and
@@ -49,7 +53,12 @@ def check_target(
     most = max((len(decision.choices) for decision in decisions), default=0)
     for place in range(max(1, most)):
         matrices = {
-            decision.layer.name: _matrix(decision, scheme, model, activations is not None)
+            decision.layer.name: _matrix(
+                decision,
+                scheme,
+                model,
+                _is_rounded(decision.layer, activations, config, family),
+            )
             for decision in decisions
             if (scheme := _scheme(decision, place)) is not None
         }
@@ -75,6 +84,17 @@ def _scheme(decision: Decision, place: int) -> Scheme | None:
     """The choice at ``place``, the last of a layer that has fewer, or its only scheme."""
     choices = decision.choices
     return choices[min(place, len(choices) - 1)] if choices else decision.scheme
+
+
+def _is_rounded(
+    layer: Layer, activations: ActivationSpec | None, config: Any, family: Family
+) -> bool:
+    """As `quantine.formats.export.export` sees it in a finished directory."""
+    if activations is None or layer.role != "block":
+        return activations is not None
+    if activations.granularity == "token":
+        return has_described_links(config)
+    return not family.leaves(layer.name)
 
 
 def _matrix(decision: Decision, scheme: Scheme, model: nn.Module, rounded: bool) -> Matrix:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quantine import FormatError, PlanError
+from quantine import FormatError, Plan, PlanError
 from quantine.engines.vllm.stored import Stored, missing_claims
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
 
@@ -63,6 +63,16 @@ def test_what_vllm_destroys_while_reading_is_refused() -> None:
     with pytest.raises(PlanError, match=r"rearranges .*query_key_value of bloom"):
         stored.with_files("bloom", files(name))
     assert stored.with_files("falcon", files(name)).matrix(name) is not None
+
+
+def test_rounded_inputs_are_refused_where_no_link_is_described() -> None:
+    name = "transformer.h.0.self_attention.query_key_value"
+    inputs = {"norm": 8, "attention": 8, "hidden": 8}
+    spec = Plan.from_dict({"rules": [], "activations": inputs}).activations
+    assert spec is not None
+    stored = Stored.of(settings(name, activations=spec.as_dict()))
+    with pytest.raises(PlanError, match="rounded activations of falcon models"):
+        stored.with_files("falcon", files(name))
 
 
 def test_what_is_solved_for_llama_cpp_is_refused() -> None:

@@ -64,7 +64,7 @@ def equal(one: Plain, two: Plain) -> bool:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(bits: int, version: int) -> None:
     matrix = random_plain(bits, least=1 if version == 1 else 0)
-    tensors = pack_gptq(matrix, version)
+    tensors = pack_gptq(matrix, version, ordered=False)
     codes = [stream(column.tolist(), bits, COLUMNS) for column in tensors["qweight"].T]
     zeros = [stream(row.tolist(), bits, ROWS) for row in tensors["qzeros"]]
     q, z = torch.tensor(codes), torch.tensor(zeros).T + (1 if version == 1 else 0)
@@ -73,13 +73,15 @@ def test_gptq(bits: int, version: int) -> None:
     )
     assert torch.equal(weights, decoded(matrix))
     assert "g_idx" not in tensors
-    assert equal(unpack_gptq("l", tensors, bits, version, (ROWS, COLUMNS), 64), matrix)
+    assert equal(
+        unpack_gptq("l", tensors, bits, version, (ROWS, COLUMNS), 64, ordered=False), matrix
+    )
 
 
 def test_symmetric_zeros_of_gptq_are_the_well_known_words() -> None:
     matrix = random_plain(4, sym=True)
-    assert bool((pack_gptq(matrix, 1)["qzeros"] == 0x77777777).all())
-    version2 = pack_gptq(matrix, 2)["qzeros"]
+    assert bool((pack_gptq(matrix, 1, ordered=False)["qzeros"] == 0x77777777).all())
+    version2 = pack_gptq(matrix, 2, ordered=False)["qzeros"]
     assert bool(((version2.long() & 0xFFFFFFFF) == 0x88888888).all())
 
 
@@ -89,10 +91,31 @@ def test_an_order_of_columns_becomes_g_idx() -> None:
     qtensor = QTensor(matrix.codes, Grid(matrix.scale, matrix.zero, 4, 64), order)
     found = plain("l", qtensor)
     assert torch.equal(decoded(found), qtensor.dequantize())
-    tensors = pack_gptq(found, 2)
-    back = unpack_gptq("l", tensors, 4, 2, (ROWS, COLUMNS), 64)
+    tensors = pack_gptq(found, 2, ordered=True)
+    back = unpack_gptq("l", tensors, 4, 2, (ROWS, COLUMNS), 64, ordered=True)
     assert equal(back, found)
     assert torch.equal(qtensor_of(back, sym=False).dequantize(), qtensor.dequantize())
+
+
+def test_where_one_matrix_has_an_order_all_have_g_idx() -> None:
+    matrix = random_plain(4)
+    tensors = pack_gptq(matrix, 2, ordered=True)
+    assert torch.equal(tensors["g_idx"], torch.arange(COLUMNS, dtype=torch.int32) // 64)
+    shape = (ROWS, COLUMNS)
+    assert equal(unpack_gptq("l", tensors, 4, 2, shape, 64, ordered=True), matrix)
+    del tensors["g_idx"]  # whose groups would be read as consecutive
+    with pytest.raises(FormatError, match=r"l\.g_idx is missing"):
+        unpack_gptq("l", tensors, 4, 2, shape, 64, ordered=True)
+
+
+def test_symmetric_compressed_tensors_may_not_have_other_zero_points() -> None:
+    matrix = random_plain(4)
+    tensors = pack_ct(matrix, False)
+    spec = QuantSpec(4, 64, sym=True)
+    found = unpack_ct("l", tensors, spec, (ROWS, COLUMNS))
+    assert torch.equal(found.zero, matrix.zero)  # which who reads it refuses
+    tensors["weight_zero_point"] = torch.zeros(ROWS, 2, dtype=torch.int8)
+    assert bool((unpack_ct("l", tensors, spec, (ROWS, COLUMNS)).zero == 8).all())
 
 
 def test_whole_rows_need_no_g_idx() -> None:
@@ -228,10 +251,10 @@ def test_any_grid_that_is_not_refused_fits(bits: int, sym: bool, group: int, see
     ],
 )
 def test_damaged_gptq(change: dict[str, Tensor | None], message: str) -> None:
-    tensors = {**pack_gptq(random_plain(4, least=1), 1), **change}
+    tensors = {**pack_gptq(random_plain(4, least=1), 1, ordered=False), **change}
     kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     with pytest.raises(FormatError, match=message):
-        unpack_gptq("l", kept, 4, 1, (ROWS, COLUMNS), 64)
+        unpack_gptq("l", kept, 4, 1, (ROWS, COLUMNS), 64, ordered=False)
 
 
 @pytest.mark.parametrize(

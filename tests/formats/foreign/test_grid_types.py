@@ -118,7 +118,7 @@ def test_some_matrices_of_mixtures_have_more_bits() -> None:
 def test_solved_and_exported(target: str, tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
     plan = target_plan(tiny("llama_tied"), f"llama.cpp:{target}")
     job = prepare(tiny("llama_tied"), plan, short)
-    check_target(f"llama.cpp:{target}", job.decisions, None, job.config, job.model)
+    check_target(f"llama.cpp:{target}", job.decisions, None, job.config, job.model, job.family)
     out = quantize(tiny("llama_tied"), tmp_path / "out", plan, short).path
     exported = export(out, tmp_path / "gguf", "gguf")
     assert not exported.converted
@@ -144,7 +144,7 @@ def test_requests_that_name_no_target(tiny: Tiny) -> None:
         target_plan(tiny("opt"), "llama.cpp:Q4_0")
     plan = target_plan(tiny("llama"), "vllm", method="rtn")
     job = prepare(tiny("llama"), plan, NONE)
-    check_target("vllm", job.decisions, None, job.config, job.model)
+    check_target("vllm", job.decisions, None, job.config, job.model, job.family)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_the_same_weights_and_grids(
 ) -> None:
     plan = plan_of(activations)
     job = prepare(tiny("llama"), plan, short)
-    check_target(TO, job.decisions, plan.activations, job.config, job.model)
+    check_target(TO, job.decisions, plan.activations, job.config, job.model, job.family)
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     served = export(out, tmp_path / "ct", TO).path
     found, own = load_file(served / "model.safetensors"), FinishedDirectory(out)
@@ -79,9 +79,25 @@ def test_plans_refuse_what_exports_refuse(
 ) -> None:
     job = prepare(tiny("llama"), plan, short)
     with pytest.raises(PlanError, match=message) as planned:
-        check_target(TO, job.decisions, plan.activations, job.config, job.model)
+        check_target(TO, job.decisions, plan.activations, job.config, job.model, job.family)
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     with pytest.raises(FormatError) as exported:
         export(out, tmp_path / "ct", TO)
     assert str(exported.value) == str(planned.value)
+    assert not (tmp_path / "ct").exists()
+
+
+@pytest.mark.parametrize("activations", [TOKEN, TENSOR], ids=["token", "tensor"])
+def test_what_is_not_rounded_here_would_be_rounded_there(
+    activations: dict[str, Any], tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    """Of falcon, links are derived, and the input of one matrix of a block is left alone."""
+    plan = plan_of(activations)
+    job = prepare(tiny("falcon_old"), plan, short)
+    wanted = "the input of transformer.h.0.* is not known to be rounded"
+    with pytest.raises(PlanError, match=wanted):
+        check_target(TO, job.decisions, plan.activations, job.config, job.model, job.family)
+    out = quantize(tiny("falcon_old"), tmp_path / "out", plan, short).path
+    with pytest.raises(FormatError, match=wanted):
+        export(out, tmp_path / "ct", TO)
     assert not (tmp_path / "ct").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -283,5 +284,19 @@ def test_damaged_directories_write_no_export(packed: Packed, tmp_path: Path) -> 
     tensors_changed(broken, lambda tensors: tensors[f"{LAYER}.scale"].resize_(1))
     for to in ("gptq", "compressed-tensors", "gguf", "float"):
         with pytest.raises((FormatError, CheckpointError)):
+            export(broken, tmp_path / to, to)
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_directories_that_do_not_load_write_no_export(
+    value: float, packed: Packed, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "broken"))
+    tensors_changed(broken, lambda tensors: tensors[f"{LAYER}.scale"].view(-1)[3:4].fill_(value))
+    with pytest.raises(FormatError, match=f"{LAYER}"):
+        quantine.load(broken)
+    for to in ("gptq", "compressed-tensors", "gguf", "float"):
+        with pytest.raises(FormatError, match=f"{LAYER} in .* is damaged"):
             export(broken, tmp_path / to, to)
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]

@@ -13,6 +13,7 @@ from quantine.core.arithmetic import Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.engines.linear import FusedLinear, PackedPart
 from quantine.engines.vllm.operators import linear, numbered
+from quantine.errors import FormatError
 from quantine.formats.foreign.compressed_tensors.layout import unpack_matrix
 from quantine.formats.foreign.plain import qtensor_of
 
@@ -43,8 +44,14 @@ class NativeKernel(MPLinearKernel):
         """Replace the packed parameters by what the kernels read.
 
         Raises:
-            FormatError: they are no matrix of that layout.
+            FormatError: they are no matrix of that layout, or of GPTQ.
         """
+        if self.w_q_name != "weight_packed":
+            raise FormatError(
+                f"quantine's kernel for vLLM's own models reads compressed-tensors, not "
+                f"{self.w_q_name} of GPTQ: export --to compressed-tensors, or serve what quantine "
+                "makes itself"
+            )
         packed, scale, zero = self._get_weight_params(layer)
         columns, rows = self.config.partition_weight_shape
         sym = not self.config.zero_points

@@ -131,6 +131,12 @@ class Stored:
                 f"rounded activations of {model_type} models are not served by vLLM yet: quantize "
                 "with W4A16"
             )
+        family = described_family(model_type)
+        if self.activations is not None and not family.links:
+            raise PlanError(
+                f"rounded activations of {model_type} models, whose reorders quantine finds by "
+                "itself, are not served by vLLM yet: quantize with W4A16"
+            )
         found = {}
         for name, matrix in self.matrices.items():
             assert matrix.spec is not None
@@ -144,7 +150,7 @@ class Stored:
                     "were floats: keep these matrices in floats for vLLM, by a rule with keep"
                 )
             found[name] = matrix
-        return replace(self, matrices=found, family=described_family(model_type), files=dict(files))
+        return replace(self, matrices=found, family=family, files=dict(files))
 
     def renamed(self, rename: Callable[[str], str | None]) -> Stored:
         """With the names that vLLM's model has for the modules of the files."""

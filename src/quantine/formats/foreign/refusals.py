@@ -9,6 +9,7 @@ from typing import Any, Final
 from quantine.core.activation_spec import ActivationSpec
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError, shown
+from quantine.families import described_family, is_described
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.engines import (
     VLLM_LAYOUTS,
@@ -76,6 +77,12 @@ def refusals(
         reason = target.activations_refusal(activations)
         if reason is None and floats:
             reason = f"{floats[0]} is kept in floats, but its input is rounded"
+        left = [one.name for one in matrices.values() if one.role == "block" and not one.rounded]
+        if reason is None and left:
+            reason = (
+                f"the input of {left[0]} is not known to be rounded, but layout {layout} rounds "
+                "all of them"
+            )
     if reason is not None:
         raise FormatError(f"the model cannot be exported: {reason}")
     reasons = _reasons(layout, engine, config, matrices)
@@ -87,6 +94,16 @@ def refusals(
         for name in matrices
         if name in nearest
     ]
+
+
+def has_described_links(config: Any) -> bool:
+    """Whether the model's family is described with what reads each rounded input.
+
+    Of others, links are derived from the model, and some inputs may be left alone: where nothing is
+    stored for a grid, a finished directory does not tell which.
+    """
+    kind = config.model_type
+    return is_described(kind) and bool(described_family(kind).links)
 
 
 def _reasons(

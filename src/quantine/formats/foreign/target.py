@@ -40,7 +40,8 @@ class Matrix:
         ordered: whether its columns are stored in another order than the inputs'.
         transposed: whether the model stores its weight as ``[in, out]`` (GPT-2's Conv1D).
         biased: whether its module has a bias.
-        rounded: whether the model rounds activations.
+        rounded: whether its input is rounded; of matrices outside of blocks: whether the model
+            rounds any.
     """
 
     name: str

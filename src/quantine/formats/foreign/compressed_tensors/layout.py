@@ -67,10 +67,11 @@ def unpack_matrix(
         f"{name}.weight_packed", tensors.get("weight_packed"), spec.bits, shape
     )
     scale = _short(f"{name}.weight_scale", tensors.get("weight_scale"), (rows, groups))
-    if spec.sym:
+    points = tensors.get("weight_zero_point")
+    if spec.sym and (points is None or (points.dtype == torch.int8 and not bool(points.any()))):
         zero = torch.full_like(scale, 2 ** (spec.bits - 1), dtype=torch.uint8)
         return Plain(codes, scale, zero, spec.bits)
-    points = tensors.get("weight_zero_point")
+    # Symmetric ones may have zero points, too; whoever reads them refuses those off the middle.
     flat = None if points is None or points.ndim != 2 else points.T
     zero, _ = _unpacked(f"{name}.weight_zero_point", flat, spec.bits, (groups, rows), padded)
     return Plain(codes, scale, zero.T.contiguous(), spec.bits)

@@ -19,8 +19,8 @@ BITS: Final = (2, 3, 4, 8)
 """Widths of codes."""
 
 
-def pack_matrix(matrix: Plain, version: int) -> dict[str, Tensor]:
-    """The tensors of a matrix; ``g_idx`` only where groups are not consecutive inputs.
+def pack_matrix(matrix: Plain, version: int, ordered: bool) -> dict[str, Tensor]:
+    """The tensors of a matrix.
 
     ``qweight`` int32 ``[in * bits / 32, out]``, a stream of codes down each column; ``qzeros``
     int32 ``[groups, out * bits / 32]``, streams along outputs of zero points, in version 1 less
@@ -28,6 +28,8 @@ def pack_matrix(matrix: Plain, version: int) -> dict[str, Tensor]:
 
     Args:
         version: 1, where no zero point may be 0, or 2.
+        ordered: whether a matrix of the model needs ``g_idx``, as its groups are not consecutive
+            inputs: then each has it.
     """
     zero = matrix.zero - 1 if version == 1 else matrix.zero
     tensors = {
@@ -35,8 +37,9 @@ def pack_matrix(matrix: Plain, version: int) -> dict[str, Tensor]:
         "qzeros": pack_rows(zero.T, matrix.bits),
         "scales": matrix.scale.T.contiguous(),
     }
-    if matrix.group_of is not None:
-        tensors["g_idx"] = matrix.group_of
+    if ordered:
+        groups = torch.arange(matrix.codes.shape[1], dtype=torch.int32) // matrix.group_size
+        tensors["g_idx"] = groups if matrix.group_of is None else matrix.group_of
     return tensors
 
 
@@ -47,6 +50,7 @@ def unpack_matrix(
     version: int,
     shape: tuple[int, int],
     group_size: int,
+    ordered: bool,
 ) -> Plain:
     """Invert `pack_matrix`.
 
@@ -57,6 +61,8 @@ def unpack_matrix(
         version: 1 or 2.
         shape: ``(out, in)`` of the matrix.
         group_size: number of inputs of a group, which divides ``in``.
+        ordered: whether the settings say (``desc_act``) that inputs were solved in another order,
+            so that ``g_idx`` has to say which group each is in.
 
     Raises:
         FormatError: a tensor is missing, of another shape or dtype, or holds what none may hold.
@@ -68,7 +74,7 @@ def unpack_matrix(
         "qzeros": ((groups, words_of(rows, bits)), torch.int32),
         "scales": ((groups, rows), torch.float16),
     }
-    if "g_idx" in tensors:
+    if "g_idx" in tensors or (ordered and groups > 1):
         expected["g_idx"] = ((columns,), torch.int32)
     for key, (size, dtype) in expected.items():
         found = tensors.get(key)

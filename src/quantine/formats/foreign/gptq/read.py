@@ -19,13 +19,13 @@ def _spec(said: Mapping[str, Any]) -> Spec:
 
 
 def _unpack(said: Mapping[str, Any]) -> Unpack:
-    version = read_settings(said).version
+    version, ordered = read_settings(said).version, bool(said.get("desc_act"))
 
     def read(
         name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]
     ) -> Plain:
         size = spec.group_length(shape[1])
-        return unpack_matrix(name, tensors, spec.bits, version, shape, size)
+        return unpack_matrix(name, tensors, spec.bits, version, shape, size, ordered)
 
     return read
 

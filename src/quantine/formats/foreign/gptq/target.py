@@ -57,7 +57,7 @@ class GPTQDirectory:
         def pack(name: str, qtensor: QTensor) -> dict[str, Tensor]:
             matrix = plain(name, qtensor)
             dtype.see(matrix.scale)
-            return pack_matrix(matrix, version)
+            return pack_matrix(matrix, version, ordered)
 
         write_weights(source, out, pack)
         family = family_of(source.config)
