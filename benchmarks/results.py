@@ -522,7 +522,7 @@ QUANTINE_LLM_COMPRESSOR_PYTHON=... python benchmarks/against_llm_compressor.py d
 
 """
 LLM_COMPRESSOR_MODELS = {"demo": "SmolLM2-135M", "qwen": "Qwen2.5-Coder-0.5B"}
-"""Files of `benchmarks/against_llm_compressor.py` (``llm-compressor-NAME.json``), and the models."""
+"""Models of `benchmarks/against_llm_compressor.py`, by what ``llm-compressor-NAME.json`` says."""
 
 INTRODUCTION = """# Results
 

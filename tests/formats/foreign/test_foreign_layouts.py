@@ -20,6 +20,7 @@ from quantine.formats.foreign.compressed_tensors.layout import unpack_matrix as 
 from quantine.formats.foreign.gguf.blocks import TYPES, fitting
 from quantine.formats.foreign.gptq.layout import pack_matrix as pack_gptq
 from quantine.formats.foreign.gptq.layout import unpack_matrix as unpack_gptq
+from quantine.formats.foreign.gptq.settings import settings_of
 from quantine.formats.foreign.plain import Plain, plain, qtensor_of
 
 ROWS, COLUMNS = 40, 192
@@ -281,3 +282,18 @@ def test_scales_too_small_for_float16_are_refused() -> None:
     qtensor = QTensor(matrix.codes, Grid(matrix.scale, matrix.zero, 4, 64, exponent=-40))
     with pytest.raises(FormatError, match=r"l has scales down to .* export --to float"):
         plain("l", qtensor)
+
+
+def test_vllm_finds_the_rules_of_what_it_fuses() -> None:
+    block = "model.layers.0"
+    attention = {name: f"{block}.self_attn.{name}_proj" for name in "qkvo"}
+    four, eight = QuantSpec(4, 64), QuantSpec(8, 64)
+    kept = [f"{block}.mlp.gate_proj", f"{block}.mlp.up_proj"]
+    specs = {f"{block}.mlp.{n}": four for n in range(4)}
+    specs |= {layer: four if name == "o" else eight for name, layer in attention.items()}
+    dynamic = settings_of(specs, False, 2, kept, "lm_head")["dynamic"]
+    fused = r"model\.layers\.0\.self_attn\.qkv_proj$"
+    assert dynamic[f"+:^{fused}"]["bits"] == 8
+    assert r"-:^model\.layers\.0\.mlp\.gate_up_proj$" in dynamic
+    specs[attention["k"]] = four  # which vLLM cannot multiply together
+    assert not [key for key in settings_of(specs, False, 2, [], "")["dynamic"] if fused in key]

@@ -6,16 +6,24 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats.foreign.plain import plain_spec
 
+Rule = TypeVar("Rule")
+ABSENT: Final = object()
 METHOD: Final = "gptq"
 """``quant_method`` of such directories."""
 VERSIONS: Final = {"gptq": 1, "gptq_v2": 2}
 """Versions of the checkpoint format by what ``checkpoint_format`` calls them."""
+
+FUSED: Final = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Names that vLLM gives to matrices it multiplies as one, by which it looks for rules."""
 
 
 def settings_of(
@@ -32,16 +40,16 @@ def settings_of(
     """
     base = Counter(specs.values()).most_common(1)[0][0]
     name = next(name for name, number in VERSIONS.items() if number == version)
+    others = _with_fused({layer: spec for layer, spec in specs.items() if spec != base})
     dynamic: dict[str, Any] = {
         f"+:^{re.escape(layer)}$": {
             "bits": spec.bits,
             "group_size": spec.group_size,
             "sym": spec.sym,
         }
-        for layer, spec in specs.items()
-        if spec != base
+        for layer, spec in others.items()
     }
-    dynamic.update({f"-:^{re.escape(layer)}$": {} for layer in kept})
+    dynamic.update({f"-:^{re.escape(layer)}$": {} for layer in _with_fused(dict.fromkeys(kept))})
     return {
         "quant_method": METHOD,
         "bits": base.bits,
@@ -55,6 +63,18 @@ def settings_of(
         **({"dynamic": dynamic} if dynamic else {}),
         "meta": {"quantizer": ["quantine"]},
     }
+
+
+def _with_fused(rules: Mapping[str, Rule]) -> dict[str, Rule]:
+    """``rules`` of layers, and those of vLLM's fused ones whose members all have the same rule."""
+    found = dict(rules)
+    for layer in rules:
+        parent, _, leaf = layer.rpartition(".")
+        for fused, members in FUSED.items():
+            said = [rules.get(f"{parent}.{one}", ABSENT) for one in members]
+            if leaf == members[0] and all(one == rules[layer] for one in said):
+                found[f"{parent}.{fused}"] = rules[layer]
+    return found
 
 
 @dataclass(frozen=True)
