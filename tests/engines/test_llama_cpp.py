@@ -39,6 +39,21 @@ GRIDS: list[dict[str, Any]] = [
     {"bits": 8, "group_size": -1, "sym": True},
 ]
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "falcon_old": {},
+    "bloom": {},
+    "gpt2": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+}
+"""Tiny models of all families that GGUF files hold, and what those files have no place for."""
+
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
 def test_the_same_perplexity(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -53,11 +68,24 @@ def test_the_same_perplexity_in_its_own_types(target: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("target", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q4_1", "Q5_1"])
 def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) -> None:
     """A random model whose rows are whole blocks."""
-    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
     model = build(tiny_config("llama", **sizes), tmp_path / "model")
     plan = target_plan(model, f"llama.cpp:{target}")
-    out = quantize(model, tmp_path / "out", plan, short).path
+    assert_same_perplexity_of_random_tokens(model, plan, short, tmp_path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str, short: Calibration, tmp_path: Path) -> None:
+    model = build(tiny_config(name, **FAMILIES[name]), tmp_path / "model")
+    plan = Plan.preset("rtn", bits=4, group_size=32)
+    assert_same_perplexity_of_random_tokens(model, plan, short, tmp_path)
+
+
+def assert_same_perplexity_of_random_tokens(
+    model: Path, plan: Plan, calibration: Calibration, tmp_path: Path
+) -> None:
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    out = quantize(model, tmp_path / "out", plan, calibration).path
     file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
     windows, asked = some_tokens(64, 4).tolist(), tmp_path / "asked.json"
     asked.write_text(json.dumps({"windows": windows, "texts": []}), encoding="utf-8")
