@@ -6,7 +6,8 @@
 Environment variables name the engines' Pythons, see docs/engines.md: QUANTINE_VLLM_PYTHON (with
 quantine in it), QUANTINE_LLAMA_CPP_PYTHON, QUANTINE_COMPRESSED_TENSORS_PYTHON (with transformers
 and without quantine). Rows in the file are not made again. ``families`` are tiny random models of
-every family that vLLM serves. benchmarks/results.py makes the table.
+every family that vLLM serves, and of those that GGUF files hold. benchmarks/results.py makes the
+table.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / part) for part in ("", "engines", "engines/vllm")]
 
-from serving import ENVIRONMENT, own_perplexity, run_engine, windows_of  # noqa: E402
+from serving import ENVIRONMENT, GGUF_FAMILIES, own_perplexity, run_engine, windows_of  # noqa: E402
 
 from quantine import Calibration, Plan, quantize  # noqa: E402
 from quantine.errors import FormatError  # noqa: E402
 from quantine.formats.export import export  # noqa: E402
+from tiny_models import build, tiny_config  # noqa: E402
 
 RTN: Final[dict[str, dict[str, Any]]] = {
     "2 bits in 64, symmetric": {"bits": 2, "group_size": 64, "sym": True},
@@ -146,7 +149,8 @@ def main() -> None:
     known = {(row["plan"], row["to"], row["engine"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         if asked.model == "families":
-            made = families(Path(scratch))
+            made = chain(families(Path(scratch)), families_in_llama_cpp(Path(scratch)))
+            made = (row for row in made if (row["plan"], row["to"], row["engine"]) not in known)
         else:
             measured = Measured(asked.model, (asked.window, asked.limit), Path(scratch))
             wanted = (row for row in EXPORTS if (row.plan, row.to, row.engine) not in known)
@@ -186,6 +190,31 @@ def families(scratch: Path) -> Iterator[dict[str, Any]]:
             "to": "",
             "engine": "vLLM, quantine's plug-in",
             "there": math.exp(-sum(logprobs) / len(logprobs)),
+            "here": own_perplexity(out, windows),
+            "windows": f"{count} of {length}",
+        }
+
+
+def families_in_llama_cpp(scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row for a tiny random model of each family that GGUF files hold, by llama.cpp."""
+    text, asked = scratch / "text.txt", scratch / "asked.json"
+    text.write_text("".join(f"Line {n}: {n * n % 97} apples.\n" for n in range(400)))
+    for family, changes in GGUF_FAMILIES.items():
+        root = scratch / f"gguf-{family}"
+        model = build(tiny_config(family, **changes), root / "model")
+        plan = Plan.preset("rtn", bits=4, group_size=32)
+        out = quantize(model, root / "out", plan, Calibration(str(text), samples=4, seqlen=32)).path
+        file = export(out, root / "gguf", "gguf").path / "model.gguf"
+        length, count = TINY_WINDOWS
+        windows = windows_of(out, length, count)
+        asked.write_text(json.dumps({"windows": windows, "texts": []}), encoding="utf-8")
+        name, *arguments = DECODED[1]
+        there = run_engine(os.environ[DECODED[0]], name, str(file), str(asked), *arguments)
+        yield {
+            "plan": family,
+            "to": "gguf",
+            "engine": "llama.cpp, decoded",
+            "there": there["perplexity"],
             "here": own_perplexity(out, windows),
             "windows": f"{count} of {length}",
         }

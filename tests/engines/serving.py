@@ -17,6 +17,20 @@ from quantine.calibrate.text import read_text
 from quantine.source.locate import locate
 
 PROGRAMS = Path(__file__).parent
+GGUF_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "phi3": {},
+    "falcon_old": {},
+    "bloom": {},
+    "gpt2": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
+}
+"""Tiny models that GGUF files hold, one of each family, and what those files have no place for."""
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 

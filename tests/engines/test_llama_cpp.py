@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engines.serving import interpreter, own_perplexity, run_engine, windows_of
+from engines.serving import GGUF_FAMILIES, interpreter, own_perplexity, run_engine, windows_of
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import type_of
@@ -39,21 +39,6 @@ GRIDS: list[dict[str, Any]] = [
     {"bits": 8, "group_size": -1, "sym": True},
 ]
 
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama_tied": {},
-    "mistral": {"sliding_window": None},
-    "qwen2": {},
-    "qwen3": {},
-    "phi3": {},
-    "falcon_old": {},
-    "bloom": {},
-    "gpt2": {},
-    "gemma2": {"query_pre_attn_scalar": 16},
-    "gemma3": {"query_pre_attn_scalar": 16},
-}
-"""Tiny models of all families that GGUF files hold, and what those files have no place for."""
-
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
 def test_the_same_perplexity(grid: dict[str, Any], tmp_path: Path) -> None:
@@ -74,9 +59,9 @@ def test_types_of_256_inputs(target: str, short: Calibration, tmp_path: Path) ->
     assert_same_perplexity_of_random_tokens(model, plan, short, tmp_path)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", GGUF_FAMILIES)
 def test_families(name: str, short: Calibration, tmp_path: Path) -> None:
-    model = build(tiny_config(name, **FAMILIES[name]), tmp_path / "model")
+    model = build(tiny_config(name, **GGUF_FAMILIES[name]), tmp_path / "model")
     plan = Plan.preset("rtn", bits=4, group_size=32)
     assert_same_perplexity_of_random_tokens(model, plan, short, tmp_path)
 
