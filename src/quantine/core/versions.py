@@ -12,11 +12,11 @@ COMPUTING: Final = ("quantine", "torch", "transformers")
 
 def computing_versions() -> dict[str, str]:
     """The version of each package in `COMPUTING`, which outputs record."""
-    return {name: version_of(name) for name in COMPUTING}
+    return {name: _version_of(name) for name in COMPUTING}
 
 
 @functools.cache
-def version_of(package: str) -> str:
+def _version_of(package: str) -> str:
     """The version of an installed package. Its description takes milliseconds to read: once.
 
     Raises:

@@ -28,7 +28,7 @@ from quantine.formats.floats import as_asked, as_stored
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
-from quantine.formats.foreign.refusals import Refused, has_described_links, refusals, refused_text
+from quantine.formats.foreign.refusals import Refused, is_rounded, refusals, refused_text
 from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
 from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
@@ -147,7 +147,7 @@ class _Model:
                 name,
                 layers.get(name),
                 bare,
-                _is_rounded(name, activations, config, finished),
+                activations,
             )
             for name in finished.description.layers
         }
@@ -159,19 +159,12 @@ class _Model:
         return cls(config, bare, settings, ordered, activations, floats)
 
 
-def _is_rounded(
-    name: str, activations: ActivationSpec | None, config: Any, finished: FinishedDirectory
-) -> bool:
-    """Whether the input of a matrix in the blocks is rounded; of others, whether any is."""
-    if activations is None or not name.startswith(f"{family_of(config).blocks}."):
-        return activations is not None
-    if activations.granularity == "token":  # nothing of them is stored
-        return has_described_links(config)
-    return f"{name}.inputs.scale" in finished.kept
-
-
 def _matrix(
-    finished: FinishedDirectory, name: str, layer: Layer | None, bare: Any, rounded: bool
+    finished: FinishedDirectory,
+    name: str,
+    layer: Layer | None,
+    bare: Any,
+    activations: ActivationSpec | None,
 ) -> Matrix:
     if layer is None or layer.module:
         raise FormatError(f"{name} is no whole weight of a module: only quantine reads it")
@@ -191,7 +184,7 @@ def _matrix(
         ordered,
         layer.transposed,
         biased,
-        rounded,
+        is_rounded(layer.role, activations, bare.config, f"{name}.inputs.scale" in finished.kept),
     )
 
 

@@ -10,8 +10,7 @@ from torch import nn
 from quantine.core.activation_spec import ActivationSpec
 from quantine.errors import FormatError, PlanError
 from quantine.families.family import Family
-from quantine.families.layers import Layer
-from quantine.formats.foreign.refusals import has_described_links, refusals, refused_text
+from quantine.formats.foreign.refusals import is_rounded, refusals, refused_text
 from quantine.formats.foreign.target import Matrix
 from quantine.plan.decision import Decision
 from quantine.plan.scheme import Scheme
@@ -57,7 +56,12 @@ def check_target(
                 decision,
                 scheme,
                 model,
-                _is_rounded(decision.layer, activations, config, family),
+                is_rounded(
+                    decision.layer.role,
+                    activations,
+                    config,
+                    not family.leaves(decision.layer.name),
+                ),
             )
             for decision in decisions
             if (scheme := _scheme(decision, place)) is not None
@@ -84,17 +88,6 @@ def _scheme(decision: Decision, place: int) -> Scheme | None:
     """The choice at ``place``, the last of a layer that has fewer, or its only scheme."""
     choices = decision.choices
     return choices[min(place, len(choices) - 1)] if choices else decision.scheme
-
-
-def _is_rounded(
-    layer: Layer, activations: ActivationSpec | None, config: Any, family: Family
-) -> bool:
-    """As `quantine.formats.export.export` sees it in a finished directory."""
-    if activations is None or layer.role != "block":
-        return activations is not None
-    if activations.granularity == "token":
-        return has_described_links(config)
-    return not family.leaves(layer.name)
 
 
 def _matrix(decision: Decision, scheme: Scheme, model: nn.Module, rounded: bool) -> Matrix:

@@ -126,16 +126,13 @@ class Stored:
         if model_type in VLLM_UNSERVED:
             reason = VLLM_UNSERVED[model_type]
             raise PlanError(f"{model_type} is not served: vLLM's own model {reason}")
-        if self.activations is not None and model_type in ROUNDED_UNSERVED:
+        family = described_family(model_type)
+        # Without described links it is not known which of vLLM's modules read what is rounded.
+        unserved = model_type in ROUNDED_UNSERVED or not family.links
+        if self.activations is not None and unserved:
             raise PlanError(
                 f"rounded activations of {model_type} models are not served by vLLM yet: quantize "
                 "with W4A16"
-            )
-        family = described_family(model_type)
-        if self.activations is not None and not family.links:
-            raise PlanError(
-                f"rounded activations of {model_type} models, whose reorders quantine finds by "
-                "itself, are not served by vLLM yet: quantize with W4A16"
             )
         found = {}
         for name, matrix in self.matrices.items():

@@ -10,6 +10,7 @@ from quantine.core.activation_spec import ActivationSpec
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, PlanError, shown
 from quantine.families import described_family, is_described
+from quantine.families.layers import Role
 from quantine.formats.foreign import target_named
 from quantine.formats.foreign.engines import (
     VLLM_LAYOUTS,
@@ -96,12 +97,20 @@ def refusals(
     ]
 
 
-def has_described_links(config: Any) -> bool:
-    """Whether the model's family is described with what reads each rounded input.
+def is_rounded(role: Role, activations: ActivationSpec | None, config: Any, gridded: bool) -> bool:
+    """What `Matrix.rounded` is of a matrix.
 
-    Of others, links are derived from the model, and some inputs may be left alone: where nothing is
-    stored for a grid, a finished directory does not tell which.
+    Args:
+        role: of its layer.
+        activations: how the model rounds them.
+        config: of the model.
+        gridded: whether its input has a static grid, where inputs have any.
     """
+    if activations is None or role != "block":
+        return activations is not None
+    if activations.granularity != "token":
+        return gridded
+    # Nothing is stored of these. Where links are derived from the model, inputs may be left alone.
     kind = config.model_type
     return is_described(kind) and bool(described_family(kind).links)
 

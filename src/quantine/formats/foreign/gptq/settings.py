@@ -13,7 +13,6 @@ from quantine.errors import FormatError, PlanError, cut, shown
 from quantine.formats.foreign.plain import plain_spec
 
 Rule = TypeVar("Rule")
-ABSENT: Final = object()
 METHOD: Final = "gptq"
 """``quant_method`` of such directories."""
 VERSIONS: Final = {"gptq": 1, "gptq_v2": 2}
@@ -68,12 +67,11 @@ def settings_of(
 def _with_fused(rules: Mapping[str, Rule]) -> dict[str, Rule]:
     """``rules`` of layers, and those of vLLM's fused ones whose members all have the same rule."""
     found = dict(rules)
-    for layer in rules:
-        parent, _, leaf = layer.rpartition(".")
+    for parent in dict.fromkeys(layer.rpartition(".")[0] for layer in rules):
         for fused, members in FUSED.items():
-            said = [rules.get(f"{parent}.{one}", ABSENT) for one in members]
-            if leaf == members[0] and all(one == rules[layer] for one in said):
-                found[f"{parent}.{fused}"] = rules[layer]
+            said = [rules[name] for one in members if (name := f"{parent}.{one}") in rules]
+            if len(said) == len(members) and all(one == said[0] for one in said):
+                found[f"{parent}.{fused}"] = said[0]
     return found
 
 
