@@ -38,8 +38,11 @@ def pack_matrix(matrix: Plain, version: int, ordered: bool) -> dict[str, Tensor]
         "scales": matrix.scale.T.contiguous(),
     }
     if ordered:
-        groups = torch.arange(matrix.codes.shape[1], dtype=torch.int32) // matrix.group_size
-        tensors["g_idx"] = groups if matrix.group_of is None else matrix.group_of
+        group_of = matrix.group_of
+        if group_of is None:
+            group_of = torch.arange(matrix.codes.shape[1], device=matrix.codes.device)
+            group_of = group_of // matrix.group_size
+        tensors["g_idx"] = group_of.to(torch.int32)
     return tensors
 
 
