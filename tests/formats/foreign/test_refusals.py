@@ -137,7 +137,7 @@ def test_plans_refuse_what_exports_refuse(
     for target in (*FOREIGN, "vllm"):
         to, engine = ("compressed-tensors", target) if target == "vllm" else (target, None)
         refused = message(
-            lambda: check_target(target, job.decisions, None, job.config, job.model, job.family)  # noqa: B023
+            lambda: check_target(target, job)  # noqa: B023
         )
         found = message(lambda: export(out, tmp_path / target, to, engine=engine))  # noqa: B023
         assert found == refused
@@ -162,7 +162,7 @@ def test_outliers_and_stored_orders(tiny: Tiny, short: Calibration, tmp_path: Pa
             export(out, tmp_path / to, to)
         job = prepare(tiny("llama"), plan, short)
         with pytest.raises(PlanError, match=r"self_attn.q_proj \(and 13 like it\) .*outliers"):
-            check_target(to, job.decisions, None, job.config, job.model, job.family)
+            check_target(to, job)
     ordered = Plan.preset("gptq", bits=4, group_size=32, groups="refit", act_order=True)
     out = quantize(tiny("llama"), tmp_path / "ordered", ordered, short).path
     assert any(FinishedDirectory(out).qtensor(n).in_perm is not None for n in layers_of(out))
@@ -350,7 +350,7 @@ def test_rounded_activations_are_refused(tiny: Tiny, short: Calibration, tmp_pat
     plan = Plan.scheme("W4A8", method="rtn")
     job = prepare(tiny("llama"), plan, short)
     with pytest.raises(PlanError, match="rounds activations"):
-        check_target("gguf", job.decisions, plan.activations, job.config, job.model, job.family)
+        check_target("gguf", job)
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     with pytest.raises(FormatError, match="rounds activations"):
         export(out, tmp_path / "gguf", "gguf")
