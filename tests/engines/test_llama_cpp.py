@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from engines.serving import GGUF_FAMILIES, interpreter, own_perplexity, run_engine, windows_of
 from quantine import Calibration, Plan, quantize
@@ -128,6 +129,34 @@ def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
     asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
     found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
     assert found["texts"] == [own(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("name", ["ophi3", "model"])
+def test_the_same_tokens_after_special_ones(name: str, drops: bool, tmp_path: Path) -> None:
+    """llama.cpp drops spaces there if the name of the file says that it is Phi-3."""
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    model = build(tiny_config("llama", vocab_size=424), tmp_path / "float")
+    own = for_transformers(sentencepiece())
+    own.add_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    dropping = [
+        AddedToken(word, normalized=False, special=True, rstrip=drops)
+        for word in ("<|user|>", "<|end|>", "</s>")
+    ]
+    own.add_tokens(dropping)
+    own.save_pretrained(model)
+    plan = Plan.preset("rtn", group_size=32)
+    out = quantize(model, tmp_path / name, plan, Calibration(samples=0)).path
+    exported = export(out, tmp_path / "gguf", "gguf")
+    assert not exported.notes
+    texts = ["<|user|>\n there <|end|> the", "<|endoftext|> the<s>  other", "<|end|></s>\n\n and"]
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
+    found = run_engine(
+        python, "llama_cpp_program.py", str(exported.path / "model.gguf"), str(asked), "special"
+    )
+    wanted = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert found["texts"] == wanted
 
 
 def types_by_its_quantizer(file: Path, target: str, width: int, scratch: Path) -> dict[str, int]:
