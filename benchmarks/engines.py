@@ -6,8 +6,8 @@
 Environment variables name the engines' Pythons, see docs/engines.md: QUANTINE_VLLM_PYTHON (with
 quantine in it), QUANTINE_LLAMA_CPP_PYTHON, QUANTINE_COMPRESSED_TENSORS_PYTHON (with transformers
 and without quantine). Rows in the file are not made again. ``families`` are tiny random models of
-every family that vLLM serves, and of those that GGUF files hold. benchmarks/results.py makes the
-table.
+every family that vLLM serves, of those that GGUF files hold, and of all as compressed-tensors and
+as GPTQ; the last are read by quantine itself. benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from serving import ENVIRONMENT, GGUF_FAMILIES, own_perplexity, run_engine, wind
 from quantine import Calibration, Plan, quantize  # noqa: E402
 from quantine.errors import FormatError  # noqa: E402
 from quantine.formats.export import export  # noqa: E402
-from tiny_models import build, tiny_config  # noqa: E402
+from quantine.formats.imported import import_model  # noqa: E402
+from tiny_models import FAMILIES, build, tiny_config  # noqa: E402
 
 RTN: Final[dict[str, dict[str, Any]]] = {
     "2 bits in 64, symmetric": {"bits": 2, "group_size": 64, "sym": True},
@@ -83,6 +84,15 @@ EXPORTS: Final = (
 )
 
 
+LIBRARY: Final = "transformers with the library"
+"""What transformers is shown as where compressed-tensors decodes for it, without quantine."""
+NOT_LOADED: Final = dict.fromkeys(
+    ("falcon_old", "falcon_new", "falcon_alibi"),
+    "transformers does not load it, as it initializes weights of FalconLinear, which are packed",
+)
+"""Families that it does not load, and why."""
+IMPORTED: Final = "none: quantine's own reader"
+"""What ``quantine import`` is shown as."""
 TINY_WINDOWS: Final = (80, 16)
 """Tokens of a window of tiny models, which have few positions, and number of windows."""
 
@@ -149,7 +159,8 @@ def main() -> None:
     known = {(row["plan"], row["to"], row["engine"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         if asked.model == "families":
-            made = chain(families(Path(scratch)), families_in_llama_cpp(Path(scratch)))
+            kinds = (families, families_in_llama_cpp, families_in_the_library, families_read_again)
+            made = chain.from_iterable(kind(Path(scratch)) for kind in kinds)
             made = (row for row in made if (row["plan"], row["to"], row["engine"]) not in known)
         else:
             measured = Measured(asked.model, (asked.window, asked.limit), Path(scratch))
@@ -218,6 +229,51 @@ def families_in_llama_cpp(scratch: Path) -> Iterator[dict[str, Any]]:
             "here": own_perplexity(out, windows),
             "windows": f"{count} of {length}",
         }
+
+
+def families_in_the_library(scratch: Path) -> Iterator[dict[str, Any]]:
+    """A row for a tiny random model of every family, by transformers with compressed-tensors."""
+    (name, *arguments), asked = FLOAT[1], scratch / "asked.json"
+    for said, out, served in _symmetric(scratch, "compressed-tensors", LIBRARY):
+        family = said["plan"]
+        if served is None or family in NOT_LOADED:
+            yield {"refused": NOT_LOADED.get(family)} | said
+            continue
+        windows = windows_of(out, *TINY_WINDOWS)
+        asked.write_text(json.dumps(windows), encoding="utf-8")
+        there = run_engine(os.environ[FLOAT[0]], name, str(served), str(asked), *arguments)
+        yield said | {"there": there["perplexity"], "here": own_perplexity(out, windows)}
+
+
+def families_read_again(scratch: Path) -> Iterator[dict[str, Any]]:
+    """The same of GPTQ files, by quantine itself: not every machine has an engine that does it."""
+    for said, out, served in _symmetric(scratch, "gptq", IMPORTED):
+        assert served is not None
+        windows, back = windows_of(out, *TINY_WINDOWS), out.with_name("back")
+        there = own_perplexity(import_model(served, back).path, windows)
+        yield said | {"there": there, "here": own_perplexity(out, windows)}
+
+
+def _symmetric(
+    scratch: Path, to: str, engine: str
+) -> Iterator[tuple[dict[str, Any], Path, Path | None]]:
+    """Of every family: what is said of a row, the directory here, and in layout ``to``.
+
+    The last is ``None`` where it is refused, which is then said, too.
+    """
+    length, count = TINY_WINDOWS
+    for family in FAMILIES:
+        root = scratch / to / family
+        said: dict[str, Any] = {"plan": family, "to": to, "engine": engine}
+        model = build(tiny_config(family), root / "model")
+        plan = Plan.preset("rtn", bits=4, group_size=32, sym=True)
+        out = quantize(model, root / "out", plan, Calibration(samples=0)).path
+        try:
+            served = export(out, root / to, to).path
+        except FormatError as error:
+            yield said | {"refused": str(error)}, out, None
+            continue
+        yield said | {"windows": f"{count} of {length}"}, out, served
 
 
 if __name__ == "__main__":

@@ -456,12 +456,16 @@ held-out text, by `benchmarks/engines.py`. Plans round to the nearest: what is c
 Weights are the same numbers; "here" is float32 with exact products, and so is the plug-in with
 directories that ask for `exact`, as these do. vLLM's own kernels compute in 16 bits, and
 llama.cpp rounds activations to 8 bits when it multiplies with blocks; "decoded" is the same file
-after llama.cpp has made floats of it itself.
+after llama.cpp has made floats of it itself. "Transformers with the library" has no quantine: the
+library compressed-tensors decodes the file. GPTQ files of tiny models are read by quantine's own
+`import` only, as this machine lacks what vLLM multiplies them with (AVX-512): these rows show that
+files say what the directory does, and no engine. Of tiny models, the plug-in has plans with another
+width and grid for every matrix, and the others 4 bits in groups of 32, symmetric but in GGUF.
 """
 ENGINE_TABLES = {
     "demo": "SmolLM2-135M",
     "qwen": "Qwen2.5-Coder-0.5B",
-    "families": "Tiny random models, every matrix of another width and grid",
+    "families": "Tiny random models of each family",
 }
 """Files of `benchmarks/engines.py` (``engines-NAME.json``), and what the models are."""
 THROUGHPUT = """
@@ -500,7 +504,7 @@ types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
 with a K; 896 inputs are not. The float weights are those of a Q4_K_M file of llama.cpp, so they
 lie on the grids that Q4_K_M gives them once more: there perplexity is 0.002 above that of
 llama.cpp's own file, with a lower KL; in all other rows both are lower. In Q2_K, llama.cpp keeps
-values of this model a bit wider (0.1% of the file), which quantine does not.""",
+values of this model a bit wider (0.1% of the file), which quantine has done only since.""",
     "wide": """SmolLM2-135M made 768 wide, with 1536 inputs of `down_proj`: all rows are whole
 blocks of the types with a K. What is added is zeros, and predictions stay what they are
 (`python benchmarks/widened.py demo DIR`).""",

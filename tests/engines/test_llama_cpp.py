@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from engines.serving import GGUF_FAMILIES, interpreter, own_perplexity, run_engine, windows_of
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import type_of
+from quantine.formats.foreign.gguf.metadata import architecture_of
+from quantine.formats.foreign.gguf.mixtures import MIXTURES
 from quantine.run.prepare import prepare
 from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import model_names
+from quantine.source.locate import locate
 from sentencepieces import for_transformers, sentencepiece
 from tiny_models import build, some_tokens, tiny_config
 
@@ -97,8 +101,6 @@ def assert_same_perplexity(plan: Plan, count: int, tmp_path: Path) -> None:
 
 def test_the_same_tokens(tmp_path: Path) -> None:
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
-    from quantine.source.locate import locate
-
     out = quantize("demo", tmp_path / "out", Plan.preset("rtn"), Calibration(samples=0)).path
     file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
     asked = tmp_path / "asked.json"
@@ -129,26 +131,104 @@ def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
     assert found["texts"] == [own(t, add_special_tokens=False)["input_ids"] for t in texts]
 
 
-@pytest.mark.parametrize("target", ["Q4_0", "Q2_K", "Q3_K_M", "Q4_K_M"])
-def test_matrices_get_the_types_that_its_quantizer_gives(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("name", ["ophi3", "model"])
+def test_the_same_tokens_after_special_ones(name: str, drops: bool, tmp_path: Path) -> None:
+    """llama.cpp drops spaces there if the name of the file says that it is Phi-3."""
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
-    importance = tmp_path / "importance.npz"
-    np.savez(importance, **{"blk.0.ffn_down.weight": np.ones(1536, dtype=np.float32)})
-    floats, theirs = tmp_path / "floats.gguf", tmp_path / "theirs.gguf"
-    job = prepare(
-        "demo", target_plan("demo", f"llama.cpp:{target}"), Calibration(samples=1), planned=True
+    model = build(tiny_config("llama", vocab_size=424), tmp_path / "float")
+    own = for_transformers(sentencepiece())
+    own.add_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
+    dropping = [
+        AddedToken(word, normalized=False, special=True, rstrip=drops)
+        for word in ("<|user|>", "<|end|>", "</s>")
+    ]
+    own.add_tokens(dropping)
+    own.save_pretrained(model)
+    plan = Plan.preset("rtn", group_size=32)
+    out = quantize(model, tmp_path / name, plan, Calibration(samples=0)).path
+    exported = export(out, tmp_path / "gguf", "gguf")
+    assert not exported.notes
+    texts = ["<|user|>\n there <|end|> the", "<|endoftext|> the<s>  other", "<|end|></s>\n\n and"]
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
+    found = run_engine(
+        python, "llama_cpp_program.py", str(exported.path / "model.gguf"), str(asked), "special"
     )
+    wanted = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert found["texts"] == wanted
+
+
+def types_by_its_quantizer(file: Path, target: str, width: int, scratch: Path) -> dict[str, int]:
+    """Codes of the types of all tensors of ``file``, as llama.cpp's own quantizer chooses them.
+
+    Args:
+        file: of a model, in any type.
+        width: of the inputs of its first ``ffn_down``, of whose importance it is told.
+    """
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    importance = scratch / "importance.npz"
+    np.savez(importance, **{"blk.0.ffn_down.weight": np.ones(width, dtype=np.float32)})
+    floats, theirs = scratch / "floats.gguf", scratch / "theirs.gguf"
     for arguments in (
-        ["decode", job.source.gguf_parts[0].path, floats],
+        ["decode", file, floats],
         ["quantize", floats, target, theirs, importance],
     ):
         subprocess.run([python, QUANTIZER, *map(str, arguments)], check=True, capture_output=True)
-    found = {tensor.name: tensor.type for part in read_parts(theirs) for tensor in part.tensors}
-    names = {name: stored for stored, name in model_names("llama", job.model).items()}
-    wanted = {
+    return {tensor.name: tensor.type for part in read_parts(theirs) for tensor in part.tensors}
+
+
+def types_of_plan(model: str | Path, target: str) -> dict[str, int]:
+    """The same of the matrices that a plan with this target quantizes."""
+    plan = target_plan(model, f"llama.cpp:{target}")
+    job = prepare(model, plan, Calibration(samples=1), planned=True)
+    architecture = architecture_of(job.config)
+    assert architecture is not None
+    names = {name: stored for stored, name in model_names(architecture, job.model).items()}
+    return {
         names[decision.layer.stored_name]: kind.code
         for decision in job.decisions
-        if decision.scheme is not None and (kind := type_of(decision.scheme.spec)) is not None
+        if decision.scheme is not None
+        and not job.shares_table(decision.layer)
+        and (kind := type_of(decision.scheme.spec)) is not None
     }
+
+
+@pytest.mark.parametrize("target", ["Q4_0", "Q2_K", "Q3_K_M", "Q4_K_M"])
+def test_matrices_get_the_types_that_its_quantizer_gives(target: str, tmp_path: Path) -> None:
+    file = locate("demo").gguf_parts[0].path
+    found, wanted = (
+        types_by_its_quantizer(file, target, 1536, tmp_path),
+        types_of_plan("demo", target),
+    )
     assert len(wanted) == 211
     assert {name: found[name] for name in wanted} == wanted
+
+
+MANY = {"num_hidden_layers": 16}
+WIDE = {"hidden_size": 256, "intermediate_size": 256, **MANY}
+BUILDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "all heads share one of values": ("llama", {**WIDE, "num_key_value_heads": 1}),
+    "two heads share one of values": ("llama", WIDE),
+    "queries, keys and values are one": ("phi3", {**WIDE, "num_key_value_heads": 1}),
+    "70B": ("qwen2", {**WIDE, "num_hidden_layers": 80}),
+    "falcon": ("falcon_old", {"hidden_size": 256, "ffn_hidden_size": 256, **MANY}),
+    "gpt2": ("gpt2", {"n_embd": 256, "n_inner": 256, "n_layer": 16}),
+}
+"""Models of rows of 256 inputs for which llama.cpp has rules of their own."""
+
+
+@pytest.mark.parametrize("build_of", BUILDS)
+def test_all_mixtures_of_other_models(build_of: str, tmp_path: Path) -> None:
+    name, sizes = BUILDS[build_of]
+    model = build(tiny_config(name, **sizes), tmp_path / "model")
+    plan = Plan.preset("rtn", bits=8, group_size=32, sym=True)
+    out = quantize(model, tmp_path / "out", plan, Calibration(samples=0)).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    for target in MIXTURES:
+        found, wanted = (
+            types_by_its_quantizer(file, target, 256, tmp_path),
+            types_of_plan(model, target),
+        )
+        assert len(wanted) > sizes.get("num_hidden_layers", sizes.get("n_layer")) * 4
+        assert {stored: found[stored] for stored in wanted} == wanted, target

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from quantine.calibrate.segments import Calibration
     from quantine.plan.plan import Plan
     from quantine.ranks.ranks import Ranks
-    from quantine.run.job import Job
     from quantine.run.quantize import Result
 
 
@@ -255,6 +254,7 @@ def summary(result: Result) -> str:
 def _plan(arguments: argparse.Namespace) -> None:
     check_writable(arguments.json)
     from quantine.formats.imported import second_rounding
+    from quantine.plan.targets import check_target
     from quantine.report.tables.plan import plan_as_json, print_plan
     from quantine.run.estimate import estimate
     from quantine.run.prepare import prepare
@@ -264,7 +264,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     planned, started = not arguments.probe, time.perf_counter()  # as a run's own clock starts
     job = prepare(arguments.model, plan, calibration, arguments.device, planned=planned)
     if arguments.target is not None:
-        _check_job(arguments.target, job)
+        check_target(arguments.target, job)
     size = estimate(job, arguments.max_ram, arguments.max_vram)
     rounded = second_rounding(job.source)
     if rounded is not None:
@@ -277,18 +277,11 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _check_target(arguments: argparse.Namespace, plan: Plan, calibration: Calibration) -> None:
     """Refuse a run whose result could not be exported, before it begins."""
+    from quantine.plan.targets import check_target
     from quantine.run.prepare import prepare
 
-    _check_job(
-        arguments.target,
-        prepare(arguments.model, plan, calibration, arguments.device, planned=True),
-    )
-
-
-def _check_job(target: str, job: Job) -> None:
-    from quantine.plan.targets import check_target
-
-    check_target(target, job.decisions, job.plan.activations, job.config, job.model, job.family)
+    job = prepare(arguments.model, plan, calibration, arguments.device, planned=True)
+    check_target(arguments.target, job)
 
 
 def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:

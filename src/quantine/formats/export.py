@@ -26,12 +26,14 @@ from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.floats import as_asked, as_stored
 from quantine.formats.foreign import target_named
+from quantine.formats.foreign.engines import vllm_dtype_refusal
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
 from quantine.formats.foreign.refusals import Refused, is_rounded, refusals, refused_text
 from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
 from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
+from quantine.formats.tokenizer_files import TOKENIZER, check_small_files, has_tokenizer
 from quantine.source.model_source import ModelSource
 
 OWN_FIELDS: Final = (
@@ -89,6 +91,7 @@ def export(
 
     Raises:
         PlanError: there is no such layout or engine, or its readers take no floats of ``dtype``.
+        CheckpointError: the tokenizer of ``path`` is damaged.
         FormatError: ``path`` is no finished directory, a layer or the model does not fit; the
             message names it, the reason and the nearest plan.
         OutputError: ``out`` is taken, lies in ``path``, or cannot be written.
@@ -100,7 +103,11 @@ def export(
     if target.float_dtype is not None and dtype not in (None, target.float_dtype):
         needed, given = (str(one).removeprefix("torch.") for one in (target.float_dtype, dtype))
         raise PlanError(f"readers of layout {to} compute in {needed}, not {given}: leave dtype out")
+    reason = vllm_dtype_refusal(to, dtype) if engine == "vllm" else None
+    if reason is not None:
+        raise PlanError(reason)
     finished = FinishedDirectory(path)
+    check_small_files(path)
     model = _Model.of(finished)
     found = refusals(
         weights_of or to,
@@ -263,12 +270,18 @@ class _Source:
         return as_stored(name, tensor, self.target.float_dtype)
 
     def notes(self) -> list[str]:
-        """What was rounded beside quantized layers."""
-        if not self.shortened:
-            return []
-        dtype = str(self.target.float_dtype or self.dtype).removeprefix("torch.")
-        first, count = self.shortened[0], len(self.shortened)
-        return [f"{dtype} rounds {count} tensors that are not quantized, such as {cut(first)}"]
+        """What was rounded beside quantized layers, and what is not there."""
+        found = []
+        if self.shortened:
+            dtype = str(self.target.float_dtype or self.dtype).removeprefix("torch.")
+            first, count = self.shortened[0], len(self.shortened)
+            found = [f"{dtype} rounds {count} tensors that are not quantized, such as {cut(first)}"]
+        if not has_tokenizer(self.finished.path):
+            found.append(
+                f"there is no tokenizer in {ending(self.finished.path)}, so none was written: put "
+                f"the float model's {TOKENIZER} beside the weights, or engines take tokens only"
+            )
+        return found
 
 
 def describe_errors(exported: Exported) -> list[str]:

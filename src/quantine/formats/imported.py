@@ -18,7 +18,7 @@ from quantine.core.versions import computing_versions
 from quantine.errors import CheckpointError, FormatError, shown
 from quantine.formats import format_named
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
-from quantine.formats.directory import COPIED, REPORT, whole_directory, write_json
+from quantine.formats.directory import REPORT, whole_directory, write_json
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.foreign.checkpoint import SHARD_BYTES
 from quantine.formats.foreign.compressed_tensors.read import LAYOUT as COMPRESSED_TENSORS
@@ -27,6 +27,7 @@ from quantine.formats.foreign.gptq.read import LAYOUT as GPTQ
 from quantine.formats.foreign.opened import DirectoryLayout, ForeignDirectory
 from quantine.formats.foreign.target import Readable
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
+from quantine.formats.tokenizer_files import check_small_files, copy_small_files
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
 from quantine.source.tensor_files import SafetensorsFiles, TensorFiles
@@ -123,8 +124,8 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
         out: the directory to write, new or empty; it exists whole or not at all.
 
     Raises:
-        QuantineError: as for `open_foreign`; no matrix is on a grid of quantine's; or a tensor is
-            damaged.
+        QuantineError: as for `open_foreign`; no matrix is on a grid of quantine's; or a tensor or
+            the tokenizer is damaged.
         OutputError: ``out`` is taken or cannot be written.
     """
     source, out = locate(model), Path(out)
@@ -135,6 +136,8 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
             f"{source.name} holds no matrix in {types}, the types that are grids of quantine's: "
             "quantize it, as a source of floats"
         )
+    if source.gguf_file is None:
+        check_small_files(source.directory)
     with whole_directory(out) as temporary:
         packed = _write_weights(opened, temporary)
         described = _described(opened, packed)
@@ -188,9 +191,7 @@ def _write_tokenizer(source: ModelSource, out: Path) -> None:
     if source.gguf_file is not None:
         source.tokenizer().save_pretrained(out)
         return
-    for name in COPIED:
-        if (source.directory / name).is_file():
-            write_atomically(out / name, (source.directory / name).read_bytes())
+    copy_small_files(source.directory, out)
 
 
 def _report(

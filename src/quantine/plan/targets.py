@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from torch import nn
 
-from quantine.core.activation_spec import ActivationSpec
 from quantine.errors import FormatError, PlanError
 from quantine.families.family import Family
 from quantine.formats.foreign.refusals import is_rounded, refusals, refused_text
 from quantine.formats.foreign.target import Matrix
 from quantine.plan.decision import Decision
+from quantine.plan.plan import Plan
 from quantine.plan.scheme import Scheme
 
 ENGINE_LAYOUTS: Final = {"vllm": "compressed-tensors"}
@@ -21,14 +21,36 @@ LLAMA_CPP: Final = "llama.cpp:"
 """Beginning of the targets that are types, and mixtures of types, of GGUF files."""
 
 
-def check_target(
-    target: str,
-    decisions: Sequence[Decision],
-    activations: ActivationSpec | None,
-    config: Any,
-    model: nn.Module,
-    family: Family,
-) -> None:
+class Planned(Protocol):
+    """What a plan does to a model: of a `quantine.run.job.Job`, as much as a target asks."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        ...
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """What it does, one decision per layer of the model."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model, in transformers."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without weights."""
+        ...
+
+    @property
+    def family(self) -> Family:
+        """Of the model; where activations are rounded, with its links."""
+        ...
+
+
+def check_target(target: str, planned: Planned) -> None:
     """Refuse a plan whose result `quantine.formats.export.export` would refuse.
 
     A method that may keep outliers counts as keeping some. Numbers that do not fit, such as scales
@@ -37,11 +59,7 @@ def check_target(
     Args:
         target: a row of `quantine.formats.foreign.FOREIGN`, an engine in `ENGINE_LAYOUTS`, or
             `LLAMA_CPP` and a name.
-        decisions: what the plan does, one decision per layer of the model.
-        activations: how the plan rounds activations.
-        config: of the model, in transformers.
-        model: the model without weights.
-        family: of the model; where activations are rounded, with its links.
+        planned: the plan and its model.
 
     Raises:
         PlanError: there is no such target; or a layer or the model cannot be exported to it, and
@@ -49,18 +67,19 @@ def check_target(
     """
     layout = layout_of(target)
     engine = target if target in ENGINE_LAYOUTS else None
+    decisions, activations = planned.decisions, planned.plan.activations
     most = max((len(decision.choices) for decision in decisions), default=0)
     for place in range(max(1, most)):
         matrices = {
             decision.layer.name: _matrix(
                 decision,
                 scheme,
-                model,
+                planned.model,
                 is_rounded(
                     decision.layer.role,
                     activations,
-                    config,
-                    not family.leaves(decision.layer.name),
+                    planned.config,
+                    not planned.family.leaves(decision.layer.name),
                 ),
             )
             for decision in decisions
@@ -72,7 +91,7 @@ def check_target(
             if decision.layer.role == "block" and decision.layer.name not in matrices
         ]
         try:
-            found = refusals(layout, engine, config, matrices, activations, floats)
+            found = refusals(layout, engine, planned.config, matrices, activations, floats)
         except FormatError as error:
             raise PlanError(str(error)) from error
         if found:

@@ -11,7 +11,7 @@ from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError, PlanError, shown
 from quantine.families.layers import Layer
 from quantine.formats.foreign.gguf.metadata import architecture_of
-from quantine.formats.foreign.gguf.mixtures import mixture_named, type_in
+from quantine.formats.foreign.gguf.mixtures import Build, mixture_named, type_in
 from quantine.plan.plan import Plan
 from quantine.plan.targets import LLAMA_CPP
 from quantine.run.job import Job
@@ -86,19 +86,20 @@ def _vllm_specs(job: Job) -> dict[str, QuantSpec | None]:
 
 def _ggml_specs(job: Job, target: str) -> dict[str, QuantSpec | None]:
     """The grids of the types that llama.cpp gives the matrices."""
-    mixture = mixture_named(target.removeprefix(LLAMA_CPP))
     architecture = architecture_of(job.config)
     if architecture is None:
         raise FormatError(f"GGUF files of model type {job.config.model_type} are not written")
+    mixture = mixture_named(target.removeprefix(LLAMA_CPP), architecture)
     stored = {name: gguf for gguf, name in model_names(architecture, job.model).items()}
     tied = job.is_tied()
     blocks = 1 + max(layer.block for layer in _layers(job) if layer.block is not None)
+    build = Build.of(architecture, job.config, blocks)
     specs: dict[str, QuantSpec | None] = {}
     for layer in _layers(job):
         if layer.stored_name not in stored:
             raise PlanError(f"{layer.name} has no place in a file of {shown(target)}")
         is_head = layer.role == "head" or (tied and layer.role == "embedding")
         name = stored[layer.stored_name]
-        kind = type_in(mixture, name, layer.in_features, blocks, is_head)
+        kind = type_in(mixture, name, layer.in_features, build, is_head)
         specs[layer.name] = None if kind is None else kind.spec
     return specs

@@ -17,7 +17,13 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.spec import QuantSpec
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType, type_of
-from quantine.formats.foreign.gguf.mixtures import MIXTURES, STANDS_IN, mixture_named, type_in
+from quantine.formats.foreign.gguf.mixtures import (
+    MIXTURES,
+    STANDS_IN,
+    Build,
+    mixture_named,
+    type_in,
+)
 from quantine.kernels import backend
 from quantine.kernels.matrix import packed_matrix, product
 from quantine.kernels.matrix.reference import multiply_reference
@@ -28,7 +34,7 @@ from quantine.run.prepare import prepare
 from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
 from samples import correlated_inputs, observed, random_weight
-from tiny_models import logits_of
+from tiny_models import logits_of, tiny_config
 
 Tiny = Callable[[str], Path]
 KINDS = pytest.mark.parametrize("kind", GRID_TYPES.values(), ids=GRID_TYPES)
@@ -92,9 +98,9 @@ def test_matrices_of_other_grids_are_not_held() -> None:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_rows_that_no_type_divides_stay_floats(name: str) -> None:
-    mixture = mixture_named(name)
+    mixture, build = mixture_named(name, "llama"), Build("llama", 8, 1)
     for width, whole in ((512, True), (96, True), (40, False)):
-        found = type_in(mixture, "blk.0.attn_q.weight", width, 8, is_head=False)
+        found = type_in(mixture, "blk.0.attn_q.weight", width, build, is_head=False)
         assert (found is not None) == whole
         if found is not None:
             assert width % found.weights == 0
@@ -103,22 +109,79 @@ def test_rows_that_no_type_divides_stay_floats(name: str) -> None:
 
 
 def test_some_matrices_of_mixtures_have_more_bits() -> None:
-    mixture = mixture_named("Q4_K_M")
-    found = [type_in(mixture, f"blk.{i}.ffn_down.weight", 512, 16, False) for i in range(16)]
-    names = [kind.name for kind in found if kind is not None]
-    assert names == [
+    assert types_of("Q4_K_M", "ffn_down", Build("llama", 16, 1)) == [
         "Q6_K" if i < 2 or i >= 14 or (i - 2) % 3 == THIRD else "Q4_K" for i in range(16)
     ]
-    head = type_in(mixture, "output.weight", 512, 16, is_head=True)
+    mixture = mixture_named("Q4_K_M", "llama")
+    head = type_in(mixture, "output.weight", 512, Build("llama", 16, 1), is_head=True)
     assert head is not None
     assert head.name == "Q6_K"
+
+
+def types_of(name: str, leaf: str, build: Build) -> list[str]:
+    """Names of the types of the matrices ``leaf`` of all blocks."""
+    mixture = mixture_named(name, build.architecture)
+    found = [
+        type_in(mixture, f"blk.{i}.{leaf}.weight", 512, build, is_head=False)
+        for i in range(build.blocks)
+    ]
+    return [kind.name for kind in found if kind is not None]
+
+
+@pytest.mark.parametrize("leaf", ["attn_v", "attn_qkv"])
+@pytest.mark.parametrize(
+    ("name", "build", "wanted"),
+    [
+        ("Q2_K", Build("llama", 8, 3), ["Q3_K"] * 8),
+        ("Q2_K", Build("llama", 8, 4), ["Q4_K"] * 8),
+        ("Q2_K", Build("falcon", 8, 71), ["Q4_K"] * 8),
+        ("Q3_K_S", Build("llama", 8, 8), ["Q3_K"] * 8),
+        ("Q3_K_M", Build("llama", 8, 8), ["Q5_K"] * 2 + ["Q4_K"] * 6),
+        ("Q4_K_S", Build("phi3", 8, 4), ["Q5_K"] * 4 + ["Q4_K"] * 4),
+        ("Q5_K_M", Build("phi3", 8, 1), ["Q6_K", *["Q5_K", "Q5_K", "Q6_K"] * 2, "Q6_K"]),
+        ("Q3_K_S", Build("llama", 80, 8), ["Q5_K"] * 80),
+        ("Q3_K_S", Build("llama", 80, 1), ["Q3_K"] * 80),
+        ("Q3_K_S", Build("qwen2", 80, 8), ["Q5_K"] * 80),
+        ("Q3_K_S", Build("qwen3", 80, 8), ["Q3_K"] * 80),
+    ],
+)
+def test_values_get_the_types_of_llama_cpp(
+    name: str, build: Build, wanted: list[str], leaf: str
+) -> None:
+    assert types_of(name, leaf, build) == wanted
+
+
+def test_falcon_has_types_of_its_own() -> None:
+    build = Build("falcon", 16, 4)
+    for name, mixture in MIXTURES.items():
+        assert types_of(name, "attn_output", build) == [mixture.most] * 16
+        head = type_in(mixture_named(name, "falcon"), "output.weight", 512, build, is_head=True)
+        assert head is GRID_TYPES["Q8_0"]
+    assert types_of("Q4_K_S", "ffn_down", build) == ["Q4_K"] * 16
+    thirds = [i < 2 or i >= 14 or (i - 2) % 3 == THIRD for i in range(1, 16)]
+    for name, first, more, others in (
+        ("Q3_K_M", "Q5_K", "Q4_K", "Q3_K"),
+        ("Q4_K_M", "Q6_K", "Q5_K", "Q4_K"),
+    ):
+        wanted = [first, *(more if third else others for third in thirds)]
+        assert types_of(name, "ffn_down", build) == wanted
+
+
+def test_heads_that_are_shared_are_counted() -> None:
+    for name, changes, shared in (
+        ("llama", {"num_key_value_heads": 1}, 4),
+        ("llama", {}, 2),
+        ("gpt2", {}, 1),
+        ("falcon_old", {}, 4),
+    ):
+        assert Build.of("", tiny_config(name, **changes), 1).shared == shared
 
 
 @pytest.mark.parametrize("target", ["Q4_0", "Q4_K_M", "Q2_K"])
 def test_solved_and_exported(target: str, tiny: Tiny, short: Calibration, tmp_path: Path) -> None:
     plan = target_plan(tiny("llama_tied"), f"llama.cpp:{target}")
     job = prepare(tiny("llama_tied"), plan, short)
-    check_target(f"llama.cpp:{target}", job.decisions, None, job.config, job.model, job.family)
+    check_target(f"llama.cpp:{target}", job)
     out = quantize(tiny("llama_tied"), tmp_path / "out", plan, short).path
     exported = export(out, tmp_path / "gguf", "gguf")
     assert not exported.converted
@@ -144,7 +207,7 @@ def test_requests_that_name_no_target(tiny: Tiny) -> None:
         target_plan(tiny("opt"), "llama.cpp:Q4_0")
     plan = target_plan(tiny("llama"), "vllm", method="rtn")
     job = prepare(tiny("llama"), plan, NONE)
-    check_target("vllm", job.decisions, None, job.config, job.model, job.family)
+    check_target("vllm", job)
 
 
 @pytest.mark.parametrize(

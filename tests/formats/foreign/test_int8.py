@@ -35,7 +35,7 @@ def test_the_same_weights_and_grids(
 ) -> None:
     plan = plan_of(activations)
     job = prepare(tiny("llama"), plan, short)
-    check_target(TO, job.decisions, plan.activations, job.config, job.model, job.family)
+    check_target(TO, job)
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     served = export(out, tmp_path / "ct", TO).path
     found, own = load_file(served / "model.safetensors"), FinishedDirectory(out)
@@ -86,7 +86,7 @@ def assert_refused_alike(
     """The plan is refused before a run, and what a run made after it, and nothing is written."""
     job = prepare(model, plan, short)
     with pytest.raises(PlanError, match=message) as planned:
-        check_target(TO, job.decisions, plan.activations, job.config, job.model, job.family)
+        check_target(TO, job)
     out = quantize(model, tmp_path / "out", plan, short).path
     with pytest.raises(FormatError) as exported:
         export(out, tmp_path / "ct", TO)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -137,7 +138,7 @@ def test_plans_refuse_what_exports_refuse(
     for target in (*FOREIGN, "vllm"):
         to, engine = ("compressed-tensors", target) if target == "vllm" else (target, None)
         refused = message(
-            lambda: check_target(target, job.decisions, None, job.config, job.model, job.family)  # noqa: B023
+            lambda: check_target(target, job)  # noqa: B023
         )
         found = message(lambda: export(out, tmp_path / target, to, engine=engine))  # noqa: B023
         assert found == refused
@@ -162,7 +163,7 @@ def test_outliers_and_stored_orders(tiny: Tiny, short: Calibration, tmp_path: Pa
             export(out, tmp_path / to, to)
         job = prepare(tiny("llama"), plan, short)
         with pytest.raises(PlanError, match=r"self_attn.q_proj \(and 13 like it\) .*outliers"):
-            check_target(to, job.decisions, None, job.config, job.model, job.family)
+            check_target(to, job)
     ordered = Plan.preset("gptq", bits=4, group_size=32, groups="refit", act_order=True)
     out = quantize(tiny("llama"), tmp_path / "ordered", ordered, short).path
     assert any(FinishedDirectory(out).qtensor(n).in_perm is not None for n in layers_of(out))
@@ -350,7 +351,7 @@ def test_rounded_activations_are_refused(tiny: Tiny, short: Calibration, tmp_pat
     plan = Plan.scheme("W4A8", method="rtn")
     job = prepare(tiny("llama"), plan, short)
     with pytest.raises(PlanError, match="rounds activations"):
-        check_target("gguf", job.decisions, plan.activations, job.config, job.model, job.family)
+        check_target("gguf", job)
     out = quantize(tiny("llama"), tmp_path / "out", plan, short).path
     with pytest.raises(FormatError, match="rounds activations"):
         export(out, tmp_path / "gguf", "gguf")
@@ -366,7 +367,43 @@ def test_engines_compute_in_a_dtype_that_holds_scales(
     for to in ("gptq", "compressed-tensors"):
         exported = export(source, tmp_path / to, to)
         assert json.loads((exported.path / "config.json").read_text())["dtype"] == said
-        assert bool(exported.notes) == (own == "bfloat16")
+        serve = "float16" if to == "gptq" else "float16 or float32"
+        notes = [f"config.json says float16, not bfloat16, .* serve it in {serve}$"]
+        assert len(exported.notes) == (1 if own == "bfloat16" else 0)
+        assert all(re.match(*pair) for pair in zip(notes, exported.notes, strict=False))
+
+
+def test_vllm_computes_with_gptq_in_16_bits(tiny: Tiny, tmp_path: Path) -> None:
+    plan = Plan.preset("rtn", bits=4, group_size=32, sym=True)
+    out = quantize(tiny("llama"), tmp_path / "out", plan, NONE).path
+    with pytest.raises(PlanError, match=r"layout gptq in float16 or bfloat16, not float32: .*--to"):
+        export(out, tmp_path / "x", "gptq", engine="vllm", dtype=torch.float32)
+    assert not (tmp_path / "x").exists()
+    for to, engine, dtype in (
+        ("gptq", "vllm", torch.bfloat16),
+        ("gptq", "vllm", None),
+        ("gptq", None, torch.float32),
+        ("compressed-tensors", "vllm", torch.float32),
+    ):
+        written = export(out, tmp_path / f"{to}-{engine}-{dtype}", to, engine=engine, dtype=dtype)
+        said = json.loads((written.path / "config.json").read_text())["dtype"]
+        if (to, engine) == ("gptq", "vllm"):
+            assert said in {"float16", "bfloat16"}
+        else:
+            assert said == "float32"
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "float"])
+def test_a_missing_tokenizer_is_said(to: str, packed: Packed, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "source"))
+    (source / "tokenizer.json").unlink()
+    (note,) = export(source, tmp_path / to, to).notes
+    assert "no tokenizer in" in note
+    assert "tokenizer.json beside the weights" in note
+    assert not (tmp_path / to / "tokenizer.json").exists()
+    assert not export(packed("llama", "rtn"), tmp_path / "whole", to).notes
+    with pytest.raises(FormatError, match=r"tokenizer.json cannot be read"):
+        export(source, tmp_path / "gguf", "gguf")
 
 
 @pytest.mark.parametrize("to", ["float", "gptq"])

@@ -141,6 +141,80 @@ def test_missing_tensors(to: str, exported: Callable[[str], Path], tmp_path: Pat
     assert "no file holds model.norm.weight" in refused(source, tmp_path / "out")
 
 
+@TO
+def test_tensors_without_a_place(to: str, exported: Callable[[str], Path], tmp_path: Path) -> None:
+    """None is left out without a word, whatever it may have meant."""
+    source = exported(to)
+    for name in (
+        f"{LAYER}.something_unknown",
+        f"{LAYER}.weight",
+        "model.layers.1.self_attn.k_scale",
+    ):
+        tensors_changed(source, lambda tensors: tensors.update({name: torch.ones(32, 64)}))  # noqa: B023
+        assert f"files hold {name} for which" in refused(source, tmp_path / "out")
+        tensors_changed(source, lambda tensors: tensors.pop(name))  # noqa: B023
+    assert import_model(source, tmp_path / "out").layers
+
+
+def test_biases_that_change_nothing(
+    packed: Packed, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Older programs add zeros to layers that have no bias."""
+    source = exported("gptq")
+    tensors_changed(source, lambda tensors: tensors.update({f"{LAYER}.bias": torch.zeros(32)}))
+    back = import_model(source, tmp_path / "out").path
+    wanted = FinishedDirectory(packed("llama", "rtn")).qtensor(LAYER).dequantize()
+    assert torch.equal(FinishedDirectory(back).qtensor(LAYER).dequantize(), wanted)
+    tensors_changed(source, lambda tensors: tensors[f"{LAYER}.bias"][3:4].fill_(0.5))
+    assert f"files hold {LAYER}.bias for which" in refused(source, tmp_path / "again")
+
+
+@TO
+def test_a_head_packed_beside_the_table_that_it_shares(to: str, tiny: Any, tmp_path: Path) -> None:
+    """The table's floats are not those of the head."""
+    plan = Plan.from_dict(
+        {
+            "rules": [
+                {"match": "@head", "method": "rtn", "bits": 8, "group_size": 32},
+                {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32},
+            ]
+        }
+    )
+    out = quantize(tiny("llama_tied"), tmp_path / "quantized", plan, NONE).path
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    source = export(out, tmp_path / to, to).path
+    assert (
+        "lm_head"
+        in FinishedDirectory(import_model(source, tmp_path / "out").path).description.layers
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["", '{"version": "1.0", "model":', "[1"])
+def test_broken_tokenizers(
+    name: str, damage: str, exported: Callable[[str], Path], packed: Packed, tmp_path: Path
+) -> None:
+    source = exported("gptq")
+    (source / name).write_text(damage)
+    assert f"{name} cannot be read" in refused(source, tmp_path / "out")
+    broken = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "broken"))
+    (broken / name).write_text(damage)
+    for to in ("gptq", "compressed-tensors", "float", "gguf"):
+        with pytest.raises(CheckpointError, match=f"{name} cannot be read"):
+            export(broken, tmp_path / f"to-{to}", to)
+        assert not (tmp_path / f"to-{to}").exists()
+
+
+def test_tokenizers_of_another_kind(exported: Callable[[str], Path], tmp_path: Path) -> None:
+    """JSON alone is no tokenizer, and no tokenizer is none that is broken."""
+    source = exported("gptq")
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Other"}}')
+    assert "tokenizer.json cannot be read" in refused(source, tmp_path / "out")
+    (source / "tokenizer.json").unlink()
+    assert import_model(source, tmp_path / "out").layers
+
+
 def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path: Path) -> None:
     source = exported("gptq")
     groups = torch.zeros(64, dtype=torch.int32)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from quantine.core.qtensor import QTensor
-from quantine.formats.directory import COPIED
 from quantine.formats.foreign.target import Exportable
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
+from quantine.formats.tokenizer_files import copy_small_files
 
 SHARD_BYTES: Final = 4_000_000_000
 """Largest size of one weight file, in bytes."""
@@ -56,9 +56,7 @@ def write_files(source: Exportable, out: Path, changes: Mapping[str, Any]) -> No
     Args:
         changes: fields of ``config.json`` beside those of the float model.
     """
-    for name in COPIED:
-        if (source.directory / name).is_file():
-            write_atomically(out / name, (source.directory / name).read_bytes())
+    copy_small_files(source.directory, out)
     settings = {**source.settings, **changes}
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     write_atomically(out / "config.json", text.encode())
@@ -92,13 +90,17 @@ class ScaleDtype:
         """The wanted dtype if that holds every scale, else float16, for ``config.json``."""
         return _spelled(self._wanted if self._exact else torch.float16)
 
-    def notes(self) -> list[str]:
-        """What users have to know if it is not the wanted one."""
+    def notes(self, exact: str) -> list[str]:
+        """What users have to know if it is not the wanted one.
+
+        Args:
+            exact: the dtypes that hold every scale, of those in which engines take the layout.
+        """
         if self._exact:
             return []
         return [
             f"config.json says float16, not {_spelled(self._wanted)}, which would round the "
-            "scales: serve it in float16 or float32"
+            f"scales: serve it in {exact}"
         ]
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import torch
+
 from quantine.core.spec import QuantSpec
 from quantine.families import described_family, is_described
 from quantine.families.layers import Role
@@ -15,6 +17,8 @@ VLLM_GROUPS: Final = (-1, 32, 64, 128)
 """Group sizes for which vLLM 0.32 has kernels on GPUs."""
 VLLM_LAYOUTS: Final = ("gptq", "compressed-tensors")
 """Layouts that vLLM 0.32 reads by itself."""
+VLLM_DTYPES: Final = {"gptq": (torch.float16, torch.bfloat16)}
+"""Dtypes in which vLLM 0.32 computes with files of a layout, where these are not all."""
 VLLM_UNSERVED: Final = {
     "gpt_neox": "answers otherwise than transformers do, quantized or not",
 }
@@ -32,6 +36,18 @@ def vllm_model_refusal(config: Any) -> str | None:
             f"described (docs/adding.md), and {kind} is not: leave out --target vllm"
         )
     return None
+
+
+def vllm_dtype_refusal(layout: str, dtype: torch.dtype | None) -> str | None:
+    """Why vLLM 0.32 computes with no files of ``layout`` in ``dtype``; ``None`` if it does."""
+    taken = VLLM_DTYPES.get(layout)
+    if dtype is None or taken is None or dtype in taken:
+        return None
+    given, *names = (str(one).removeprefix("torch.") for one in (dtype, *taken))
+    return (
+        f"vLLM 0.32 computes with layout {layout} in {' or '.join(names)}, not {given}: give one "
+        "of these, leave --dtype out, or export --to compressed-tensors"
+    )
 
 
 def vllm_refusal(layout: str, matrix: Matrix) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,11 +102,40 @@ class ForeignDirectory:
             if not (name in tied and self._stored.get(tied[name]) == stored)
         ]
         _check_complete(self.model, self._stored, self.specs, entries)
+        self._check_no_more({*names.unused, *self._beside_packed()})
         self.headers = {name: self._files.headers[self._stored[name]] for name in self.floats}
         for name, shape in self.shapes.items():
             file = next(iter(self._packed[name].values())).file
             stored = shape[::-1] if self.is_transposed(name) else shape
             self.headers[f"{name}.weight"] = Header(stored, "F32", file)
+
+    def _beside_packed(self) -> set[str]:
+        """Names of float weights in the files whose layers are packed."""
+        weights = {f"{name}.weight" for name in self.specs}
+        used = {stored for name, stored in self._stored.items() if name not in weights}
+        return {self._stored[name] for name in weights & self._stored.keys()} - used
+
+    def _check_no_more(self, unused: Collection[str]) -> None:
+        """Refuse tensors that no one would read.
+
+        Biases of zeros that the model has not are let be: older programs add them to every layer.
+
+        Raises:
+            FormatError: names them.
+        """
+        surplus = [name for name in unused if not self._is_no_bias(name)]
+        if surplus:
+            raise FormatError(
+                f"files hold {listed(sorted(surplus))} for which neither the model nor the layout "
+                "has a place: the checkpoint is of another version, or damaged"
+            )
+
+    def _is_no_bias(self, name: str) -> bool:
+        """Whether the stored tensor ``name`` is a bias of a packed layer, and changes nothing."""
+        owner, _, leaf = name.rpartition(".")
+        return (
+            leaf == "bias" and owner in self.specs and not self._files.read([(name, None)])[0].any()
+        )
 
     def read(self, wanted: Sequence[tuple[str, Part]]) -> list[Tensor]:
         """Any tensors as floats: quantized matrices decoded, the others as they are stored.

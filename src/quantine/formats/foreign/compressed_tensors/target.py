@@ -82,4 +82,4 @@ class CompressedTensorsDirectory:
         inputs = None if rounded is None else int8.input_settings(rounded)
         settings = settings_of(specs, kept, head not in specs, inputs)
         write_files(source, out, {"dtype": dtype.name, "quantization_config": settings})
-        return dtype.notes()
+        return dtype.notes("float16 or float32")

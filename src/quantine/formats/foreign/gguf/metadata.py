@@ -26,12 +26,11 @@ def architecture_of(config: Any) -> str | None:
     return next((name for name, one in ARCHITECTURES.items() if one.model_type == kind), None)
 
 
-def metadata_of(config: Any, name: str, file_type: int) -> dict[str, Value]:
-    """All that is said of the model but its tokenizer.
+def metadata_of(config: Any, file_type: int) -> dict[str, Value]:
+    """All that is said of the model but its tokenizer and its name.
 
     Args:
         config: of the model, whose architecture is one of `ARCHITECTURES`.
-        name: of the model, for people.
         file_type: of the file, see `BlockType.file_type`.
     """
     architecture = architecture_of(config)
@@ -40,7 +39,6 @@ def metadata_of(config: Any, name: str, file_type: int) -> dict[str, Value]:
     return {
         "general.architecture": architecture,
         "general.type": "model",
-        "general.name": name,
         "general.file_type": file_type,
         "general.quantization_version": QUANTIZATION_VERSION,
         **{f"{architecture}.{key}": value for key, value in own.items()},

@@ -38,7 +38,7 @@ def as_read(config: Any) -> Any:
     Raises:
         FormatError: it is that of another model; the message names the first field that differs.
     """
-    metadata = metadata_of(config, "", 0)
+    metadata = metadata_of(config, 0)
     try:
         # What is not asked for here are tensors: they say the vocabulary, and whether heads differ.
         found = gguf_config([GGUFFile(Path("model.gguf"), dict(metadata), {}, ())])

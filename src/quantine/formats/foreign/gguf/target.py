@@ -113,11 +113,7 @@ class GGUFFileTarget:
             kinds = Counter(tensor.kind for tensor in writer.tensors if len(tensor.shape) > 1)
             file_type = FILE_TYPES[kinds.most_common(1)[0][0]]
             words, notes = tokenizer_of(source.directory, source.config.vocab_size, source.settings)
-            metadata = {
-                **metadata_of(source.config, source.directory.absolute().name, file_type),
-                **words,
-            }
-            writer.finish(out / FILE, metadata)
+            writer.finish(out / FILE, {**metadata_of(source.config, file_type), **words})
         check_gguf_weights(read_parts(out / FILE, KNOWN), model)
         if TYPES[0].code in kinds:
             notes.append(

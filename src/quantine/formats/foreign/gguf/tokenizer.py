@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from quantine.errors import FormatError, cut
 from quantine.formats.foreign.gguf.file import Value
+from quantine.formats.foreign.gguf.naming import name_of
 from quantine.formats.foreign.gguf.sentencepiece import NORMAL, sentencepiece_of
 
 CONTROL: Final = 3
@@ -41,7 +42,7 @@ one, ``bytes`` as GPT-2 does it, or a pattern."""
 def tokenizer_of(
     directory: Path, rows: int, ids: Mapping[str, Any]
 ) -> tuple[dict[str, Value], list[str]]:
-    """The metadata of the tokenizer in ``directory``.
+    """The metadata of the tokenizer in ``directory``, and a name that does not change it.
 
     Args:
         directory: holds ``tokenizer.json``.
@@ -58,6 +59,7 @@ def tokenizer_of(
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         values, notes = _read(found, rows)
+        called, others = name_of(directory.absolute().name, found["added_tokens"])
     except FormatError as error:
         raise FormatError(f"{path}: {error}: give llama.cpp the float model's tokenizer") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -72,7 +74,9 @@ def tokenizer_of(
     template = _template(directory)
     if template is not None:
         values["tokenizer.chat_template"] = template
-    return values, notes
+    if called is not None:
+        values["general.name"] = called
+    return values, [*notes, *others]
 
 
 def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[str]]:

@@ -64,8 +64,7 @@ def unpack_matrix(
         version: 1 or 2.
         shape: ``(out, in)`` of the matrix.
         group_size: number of inputs of a group, which divides ``in``.
-        ordered: whether the settings say (``desc_act``) that inputs were solved in another order,
-            so that ``g_idx`` has to say which group each is in.
+        ordered: see `quantine.formats.foreign.gptq.settings.Settings`.
 
     Raises:
         FormatError: a tensor is missing, of another shape or dtype, or holds what none may hold.

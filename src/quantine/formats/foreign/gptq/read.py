@@ -19,13 +19,15 @@ def _spec(said: Mapping[str, Any]) -> Spec:
 
 
 def _unpack(said: Mapping[str, Any]) -> Unpack:
-    version, ordered = read_settings(said).version, bool(said.get("desc_act"))
+    settings = read_settings(said)
 
     def read(
         name: str, tensors: Mapping[str, Tensor], spec: QuantSpec, shape: tuple[int, int]
     ) -> Plain:
         size = spec.group_length(shape[1])
-        return unpack_matrix(name, tensors, spec.bits, version, shape, size, ordered)
+        return unpack_matrix(
+            name, tensors, spec.bits, settings.version, shape, size, settings.ordered
+        )
 
     return read
 

@@ -81,12 +81,15 @@ class Settings:
 
     Attributes:
         version: of the checkpoint format.
+        ordered: whether inputs were solved in another order than theirs (``desc_act``), so that
+            ``g_idx`` has to say which group each is in.
         base: grid of layers for which nothing else is said.
         dynamic: changes by regular expressions on the names of layers; ``None`` keeps a layer in
             floats.
     """
 
     version: int
+    ordered: bool
     base: QuantSpec
     dynamic: Mapping[str, Mapping[str, Any] | None]
 
@@ -130,7 +133,7 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
                 f"{shown(key)} in quantization_config.dynamic is no table, but {shown(change)}"
             )
         dynamic[pattern] = None if kept else change
-    return Settings(VERSIONS[said], _spec(found), dynamic)
+    return Settings(VERSIONS[said], bool(found.get("desc_act")), _spec(found), dynamic)
 
 
 def _fields(spec: QuantSpec) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class GPTQDirectory:
         settings = settings_of(specs, ordered, version, kept, family.head)
         write_files(source, out, {"dtype": dtype.name, "quantization_config": settings})
         write_json(out / "quantize_config.json", settings)
-        return dtype.notes()
+        return dtype.notes("float16")
 
 
 def _survey(source: Exportable) -> tuple[dict[str, QuantSpec], bool, int]:
