@@ -108,8 +108,11 @@ def imports() -> tuple[Import, ...]:
 
 
 def imports_of(file: Path) -> Iterator[Import]:
+    path = file.relative_to(SOURCE).as_posix()
+
     def walk(node: ast.AST, where: str) -> Iterator[Import]:
-        path = file.relative_to(SOURCE).as_posix()
+        if isinstance(node, ast.expr):  # which has no statements in it
+            return
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(path, alias.name, where, node.lineno)
@@ -122,7 +125,7 @@ def imports_of(file: Path) -> Iterator[Import]:
                 target = inside if inside in module_names() else node.module
                 yield Import(path, target, where, node.lineno)
             return
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             where = "function"
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.iter_child_nodes(node):
