@@ -21,9 +21,12 @@ import transformers
 from hypothesis import HealthCheck, settings
 
 from quantine import Calibration, Plan, quantize
+from quantine.calibrate.text import read_text
 from tiny_models import FAMILIES, build, matrices_of, mixed_rules, tiny_config
 
 SENTENCES = 400
+PROSE = 20_000
+"""Characters."""
 
 # The verdict on a commit must not depend on luck: its examples are the same in every run.
 # `--hypothesis-profile=random` draws others. How long an example takes says nothing on a machine
@@ -103,6 +106,14 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     lines = [f"Line {n}: {n * n % 97} apples and {n * 7 % 13} pears.\n" for n in range(SENTENCES)]
     path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The beginning of the built-in text, all of which takes a second to tokenize by bytes."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text(read_text("builtin", "calibration")[:PROSE], encoding="utf-8")
     return path
 
 

@@ -38,7 +38,7 @@ _FILLING: Final = (
 """Of these, PyTorch itself would make an empty tensor first, and let another function resize it."""
 CROSSING: Final = frozenset({torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default})
 """What moves values between devices."""
-_FROM_NUMBERS: Final = frozenset({torch.tensor, torch.as_tensor})
+_FROM_NUMBERS: Final = frozenset({torch.tensor, torch.as_tensor, Tensor.new_tensor})
 """What builds a tensor out of numbers."""
 _REFUSED: Final[set[torch.dtype]] = set()
 """Dtypes that the device does not have."""
@@ -66,7 +66,7 @@ class OtherTensor(Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=torch.device(NAME, 0),
+            device=_DEVICE,
         )
         return made
 
@@ -109,24 +109,25 @@ class OtherTensor(Tensor):
 
 
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``func`` of what the tensors hold. Tests call this some millions of times."""
     if func in _OWN:
         return _OWN[func](*args, **kwargs)
-    tensors: list[Tensor] = []
-    inner_args = tuple(_inner(value, tensors) for value in args)
-    inner_kwargs = {name: _inner(value, tensors) for name, value in kwargs.items()}
-    stray = [t for t in tensors if not isinstance(t, OtherTensor) and t.ndim > 0]
-    others = {id(t.inner): t for t in tensors if isinstance(t, OtherTensor)}
+    others: dict[int, OtherTensor] = {}
+    strays: list[Tensor] = []
+    inner_args = [_inner(value, others, strays) for value in args]
+    inner_kwargs = {name: _inner(value, others, strays) for name, value in kwargs.items()}
     device = kwargs.get("device")
-    if stray and func not in CROSSING and (others or device is None or _is_other(device)):
-        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in stray)
+    there = device is not None and _is_other(device)
+    if strays and func not in CROSSING and (others or device is None or there):
+        found = ", ".join(f"{t.dtype} {list(t.shape)}" for t in strays)
         raise StrayTensor(f"{func} on the other device got a tensor of the CPU: {found}")
-    if device is not None and _is_other(device):
-        inner_kwargs["device"] = torch.device("cpu")
+    if there:
+        inner_kwargs["device"] = _CPU
     result = func(*inner_args, **inner_kwargs)
-    if device is not None and not _is_other(device):
+    if device is not None and not there:
         return result
-    if func is torch.ops.aten.copy_.default and not isinstance(tensors[0], OtherTensor):
-        return tensors[0]
+    if func is torch.ops.aten.copy_.default and not isinstance(args[0], OtherTensor):
+        return args[0]
 
     return _wrapped(func, result, others)
 
@@ -138,27 +139,38 @@ def _wrapped(func: Any, value: Any, others: Mapping[int, OtherTensor]) -> Any:
         others: tensors of the device that ``func`` was given, by the id of what they hold. What was
             written to in place is returned as the tensor that it was.
     """
-    if isinstance(value, tuple | list):
-        return type(value)([_wrapped(func, one, others) for one in value])
     if not isinstance(value, Tensor):
+        if isinstance(value, tuple | list):
+            return type(value)([_wrapped(func, one, others) for one in value])
         return value
-    if value.dtype in _REFUSED:
+    if _REFUSED and value.dtype in _REFUSED:
         raise StrayTensor(f"{func} made a tensor of {value.dtype} on the other device")
     known = others.get(id(value))
-    assert known is None or known.shape == value.shape, f"{func} resized a tensor"
-    return OtherTensor(value) if known is None else known
+    if known is None:
+        return OtherTensor(value)
+    assert known.shape == value.shape, f"{func} resized a tensor"
+    return known
 
 
-def _inner(value: Any, tensors: list[Tensor]) -> Any:
-    """``value`` with what the device's tensors hold; appends all its tensors to ``tensors``.
+def _inner(value: Any, others: dict[int, OtherTensor], strays: list[Tensor]) -> Any:
+    """``value`` with what the device's tensors hold.
 
     PyTorch's own functions for nested values would take most of the time of a call.
+
+    Args:
+        others: gets tensors of the device, by the id of what they hold.
+        strays: gets those of the CPU that are no numbers.
     """
+    if isinstance(value, OtherTensor):
+        inner = value.inner
+        others[id(inner)] = value
+        return inner
     if isinstance(value, Tensor):
-        tensors.append(value)
-        return value.inner if isinstance(value, OtherTensor) else value
+        if value.ndim:
+            strays.append(value)
+        return value
     if isinstance(value, tuple | list):
-        return type(value)([_inner(one, tensors) for one in value])
+        return type(value)([_inner(one, others, strays) for one in value])
     return value
 
 
@@ -178,6 +190,17 @@ def _is_other(device: Any) -> bool:
     return torch.device(device).type == NAME
 
 
+def _from_numbers(func: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """``func``, one of `_FROM_NUMBERS`, by way of the CPU if its tensor shall be of the device."""
+    device = named.get("device")
+    if device is not None and func is not Tensor.new_tensor and _is_other(device):
+        return func(*args, **named | {"device": "cpu"}).to(device)
+    if func is Tensor.new_tensor and isinstance(args[0], OtherTensor):
+        like, numbers = args
+        return torch.tensor(numbers, **{"dtype": like.dtype, "device": "cpu"} | named).to(NAME)
+    return func(*args, **named)
+
+
 class OtherDevice(TorchFunctionMode):
     """While entered, `torch.tensor` can make tensors of the device; all else always can."""
 
@@ -189,14 +212,9 @@ class OtherDevice(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """``func``, by way of the CPU where PyTorch would build a tensor out of numbers."""
-        named = dict(kwargs or {})
-        device = named.get("device")
-        if device is not None and func in _FROM_NUMBERS and _is_other(device):
-            return func(*args, **named | {"device": "cpu"}).to(device)
-        if func is Tensor.new_tensor and isinstance(args[0], OtherTensor):
-            like, numbers = args
-            return torch.tensor(numbers, **{"dtype": like.dtype, "device": "cpu"} | named).to(NAME)
-        return func(*args, **named)
+        if func in _FROM_NUMBERS:
+            return _from_numbers(func, args, dict(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class _Module(backend_registration._DummyBackendModule):
@@ -221,6 +239,8 @@ def _made(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
+_CPU: Final = torch.device("cpu")
+_DEVICE: Final = torch.device(NAME, 0)
 # Both unregister what they hold when they are collected.
 _EVERYTHING: Final = torch.library.Library("_", "IMPL")
 _EVERYTHING.fallback(_made, "PrivateUse1")

@@ -81,8 +81,14 @@ class Import:
     line: int
 
 
-def files() -> list[Path]:
-    return sorted(SOURCE.rglob("*.py"))
+@cache
+def files() -> tuple[Path, ...]:
+    return tuple(sorted(SOURCE.rglob("*.py")))
+
+
+@cache
+def module_names() -> frozenset[str]:
+    return frozenset(module_name(file) for file in files())
 
 
 def module_name(file: Path) -> str:
@@ -102,10 +108,11 @@ def imports() -> tuple[Import, ...]:
 
 
 def imports_of(file: Path) -> Iterator[Import]:
-    modules = {module_name(other) for other in files()}
+    path = file.relative_to(SOURCE).as_posix()
 
     def walk(node: ast.AST, where: str) -> Iterator[Import]:
-        path = file.relative_to(SOURCE).as_posix()
+        if isinstance(node, ast.expr):  # which has no statements in it
+            return
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(path, alias.name, where, node.lineno)
@@ -115,10 +122,10 @@ def imports_of(file: Path) -> Iterator[Import]:
             assert node.module is not None
             for alias in node.names:
                 inside = f"{node.module}.{alias.name}"
-                target = inside if inside in modules else node.module
+                target = inside if inside in module_names() else node.module
                 yield Import(path, target, where, node.lineno)
             return
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             where = "function"
         typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.iter_child_nodes(node):

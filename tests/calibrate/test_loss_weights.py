@@ -107,18 +107,18 @@ def test_plans_keep_them_and_others_do_not_name_them() -> None:
     assert "loss_weights" not in Plan.preset("gptq").as_dict()
 
 
-def test_what_cannot_be_weighted_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+def test_what_cannot_be_weighted_is_refused(tiny: Tiny, prose: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="activations do not go with `loss_weights`"):
         Plan.from_dict({**Plan.scheme("W4A8").as_dict(), "loss_weights": True})
     rounded = weighted(rules=[{**RULES[0], "method": "rtn"}])
     few = {0: rounded, 2: weighted()}
     for shards, plan in few.items():
-        calibration = Calibration(samples=2 * shards, shards=max(1, shards))
+        calibration = Calibration(str(prose), 2 * shards, 64, shards=max(1, shards))
         with pytest.raises(CalibrationError, match="in one shard"):
             quantine.quantize(tiny("llama"), tmp_path / "out", plan, calibration)
     write_specimen(specimen_config("mixtral"), tmp_path / "mixture")
     with pytest.raises(PlanError, match="not known for experts"):
         quantine.quantize(
-            tmp_path / "mixture", tmp_path / "out", weighted(), Calibration(samples=4)
+            tmp_path / "mixture", tmp_path / "out", weighted(), Calibration(str(prose), 4, 64)
         )
     assert not (tmp_path / "out").exists()

@@ -53,7 +53,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
             "float_inputs": True,
         }
     ),
-    "W4A8": lambda: Plan.scheme("W4A8"),
+    "W4A8": lambda: Plan.scheme("W4A8", clip="minmax"),
     "budget": lambda: Plan.budget(3.5),
 }
 SLOW = ("spqr", "float inputs", "W4A8", "budget")

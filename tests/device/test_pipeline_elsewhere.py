@@ -57,6 +57,7 @@ PLANS: dict[str, Callable[[], Plan]] = {
     "spqr": lambda: Plan.preset("spqr", bits=3, group_size=16),
     "adadim": lambda: Plan.from_dict(BOTH_AXES),
     "W4A4KV": lambda: Plan.scheme("W4A4KV"),
+    "rounded W4A4KV": lambda: Plan.scheme("W4A4KV", method="rtn"),
     "budget": lambda: Plan.budget(3.5).with_head(8),
 }
 
@@ -114,7 +115,7 @@ def layers_of(out: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in layer.items() if key != "seconds"} for layer in layers]
 
 
-@pytest.mark.parametrize("name", ["gptq", "W4A4KV"])
+@pytest.mark.parametrize("name", ["gptq", "rounded W4A4KV"])
 def test_a_run_there_can_be_resumed(
     name: str, narrow: Callable[[int], Path], text_file: Path, tmp_path: Path
 ) -> None:
@@ -175,7 +176,7 @@ def test_where_hidden_states_are_does_not_matter(
             assert all(torch.equal(here[name], there[name]) for name in here)
 
 
-@pytest.mark.parametrize("name", ["adadim", "W4A4KV"])
+@pytest.mark.parametrize("name", ["adadim", "rounded W4A4KV"])
 def test_a_device_without_float64_gives_what_others_give(
     name: str,
     narrow: Callable[[int], Path],

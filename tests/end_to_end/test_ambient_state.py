@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,24 @@ def test_random_numbers_of_others_neither_matter_nor_change(
     assert content(tmp_path / "out") == content(usual("budget"))
 
 
-@pytest.mark.parametrize("state", STATES)
-def test_scores_are_the_same(
-    state: str, usual: Callable[[str], Path], tiny: Tiny, text_file: Path
-) -> None:
-    def scores() -> Any:
+@pytest.fixture(scope="module")
+def scores(usual: Callable[[str], Path], tiny: Tiny, text_file: Path) -> Callable[[], Any]:
+    def measured() -> Any:
         found = evaluate(usual("W4A4"), str(text_file), window=32, limit=3, reference=tiny("llama"))
-        return found["texts"]
+        return without_times(found["texts"])
 
-    expected = scores()
+    return measured
+
+
+@pytest.fixture(scope="module")
+def usual_scores(scores: Callable[[], Any]) -> Any:
+    return scores()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_scores_are_the_same(state: str, scores: Callable[[], Any], usual_scores: Any) -> None:
     with STATES[state]():
-        assert without_times(scores()) == without_times(expected)
+        assert scores() == usual_scores
 
 
 def without_times(value: Any) -> Any:
@@ -113,13 +121,24 @@ def logits_of(model: Any) -> Tensor:
     return found.detach().clone()
 
 
+@pytest.fixture(scope="module")
+def usual_logits(usual: Callable[[str], Path]) -> Callable[[str], Tensor]:
+    """Logits by the name of the plan, of a model loaded in the usual state."""
+
+    @cache
+    def logits(plan: str) -> Tensor:
+        with torch.no_grad():
+            return logits_of(quantine.load(usual(plan))[0])
+
+    return logits
+
+
 @pytest.mark.parametrize("state", STATES)
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_model_loaded_in_any_state_is_the_same(
-    plan: str, state: str, usual: Callable[[str], Path]
+    plan: str, state: str, usual: Callable[[str], Path], usual_logits: Callable[[str], Tensor]
 ) -> None:
-    with torch.no_grad():
-        expected = logits_of(quantine.load(usual(plan))[0])
+    expected = usual_logits(plan)
     with STATES[state]():
         model, _ = quantine.load(usual(plan))
     with torch.no_grad():

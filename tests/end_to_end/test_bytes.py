@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from quantine import Calibration
 from quantine.formats.inventory import inventory
 from quantine.plan.plan import Plan
 from quantine.plan.scheme_parsing import scheme_from
@@ -73,11 +74,11 @@ def test_layers_take_the_bytes_that_the_format_specifies(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_estimate_of_sizes_is_exact(name: str, packed: PackedModel, tiny: Any) -> None:
-    from quantine import Calibration
-
+def test_the_estimate_of_sizes_is_exact(
+    name: str, packed: PackedModel, tiny: Any, short: Calibration
+) -> None:
     report = json.loads((packed(name, "mixed") / "quantine_report.json").read_text())
-    job = prepare(tiny(name), Plan.from_dict(report["plan"]), Calibration(samples=1, seqlen=8))
+    job = prepare(tiny(name), Plan.from_dict(report["plan"]), short)
     size = estimate(job)
     sizes = header_bytes(packed(name, "mixed"))
     assert size.packed == report["totals"]["quantized_bytes"]

@@ -37,7 +37,8 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     found = {}
     for name in ("float", *requests):
         path = root / f"{name}.json"
-        reference = [] if name == "float" else ["--reference", str(converted)]
+        against = ["--reference", str(converted), "--cache", str(root / "cache")]
+        reference = [] if name == "float" else against
         evaluation = [*EVALUATION, *reference, "--json", str(path)]
         assert cli.main(["eval", str(root / name), *evaluation]) == 0
         scores = json.loads(path.read_text())

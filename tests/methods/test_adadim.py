@@ -380,12 +380,12 @@ class TestPlan:
         with pytest.raises(PlanError, match=said):
             Plan.from_dict({"rules": [{"match": "@blocks", "method": "adadim", **fields}]})
 
-    def test_choices_that_do_not_tile_are_left_out(self, tiny: Tiny) -> None:
+    def test_choices_that_do_not_tile_are_left_out(self, tiny: Tiny, short: Calibration) -> None:
         from quantine.run.prepare import prepare
 
         # 64 divides neither the 32 outputs of keys and values nor the 96 channels of the MLP.
         plan = Plan.preset("adadim", inner="rtn", bits=3, group_size=64)
-        job = prepare(tiny("llama"), plan, Calibration())
+        job = prepare(tiny("llama"), plan, short)
         for decision in job.scheme_layers():
             layer, scheme = decision.layer, decision.scheme
             along_inputs, along_outputs = layer.in_features % 64 == 0, layer.out_features % 64 == 0
@@ -393,12 +393,12 @@ class TestPlan:
             assert scheme is not None
             assert scheme.spec.group_axis == ("in" if along_inputs else "out")
 
-    def test_the_head_has_no_inputs_to_judge_by(self, tiny: Tiny) -> None:
+    def test_the_head_has_no_inputs_to_judge_by(self, tiny: Tiny, short: Calibration) -> None:
         from quantine.run.prepare import prepare
 
         rule = {"match": "lm_head", "method": "adadim", "inner": "rtn", "group_size": 4}
         with pytest.raises(PlanError, match="only by methods that need no inputs, not by adadim"):
-            prepare(tiny("llama"), Plan.from_dict({"rules": [rule]}), Calibration())
+            prepare(tiny("llama"), Plan.from_dict({"rules": [rule]}), short)
 
     def test_a_rule_may_hold_it(self) -> None:
         adadim = Plan.preset("gptq-ada-3bit").rules[0].scheme

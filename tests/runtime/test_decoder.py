@@ -86,9 +86,9 @@ def test_packed_models_decode_as_they_compute(name: str, kind: str, packed: Pack
     assert torch.equal(found.append(tokens[0]), named.append(tokens[0]))
 
 
-def quantized(tiny: Path, out: Path, rules: list[dict[str, Any]]) -> Any:
+def quantized(tiny: Path, out: Path, rules: list[dict[str, Any]], text: Calibration) -> Any:
     plan = Plan.from_dict({"rules": rules, "arithmetic": "exact"})
-    quantize(tiny, out, plan, Calibration(samples=4, seqlen=32))
+    quantize(tiny, out, plan, text)
     return load(out, dtype=torch.float32)[0]
 
 
@@ -110,9 +110,13 @@ OUTPUTS: Final[dict[str, Any]] = {"group_axis": "out"}
 )
 @pytest.mark.parametrize("name", ["llama_tied", "opt"])
 def test_groups_along_outputs_decode_as_they_compute(
-    name: str, rules: list[dict[str, Any]], tiny: Callable[[str], Path], tmp_path: Path
+    name: str,
+    rules: list[dict[str, Any]],
+    tiny: Callable[[str], Path],
+    short: Calibration,
+    tmp_path: Path,
 ) -> None:
-    model = quantized(tiny(name), tmp_path / "out", rules)
+    model = quantized(tiny(name), tmp_path / "out", rules, short)
     axes = {module.spec.group_axis for _, module in packed_modules(model)}
     assert axes == {"in", "out"}
     tokens = some_tokens(24, 1)

@@ -29,7 +29,6 @@ from quantine.tuning.part import pace
 from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-CALIBRATION = Calibration(samples=16, seqlen=64)
 RULES = Plan.preset("gptq", bits=3, group_size=32).rules
 TUNING = Tuning(steps=12, segments=4, rate=2e-3, block_steps=6)
 
@@ -37,6 +36,11 @@ TUNING = Tuning(steps=12, segments=4, rate=2e-3, block_steps=6)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tiny_config("llama"), tmp_path_factory.mktemp("float") / "model")
+
+
+@pytest.fixture(scope="module")
+def calibration(prose: Path) -> Calibration:
+    return Calibration(str(prose), samples=16, seqlen=64)
 
 
 def float_model(model: Path) -> Any:
@@ -56,11 +60,11 @@ def divergence_of(directory: Path, model: Path, tokens: Tensor) -> float:
     ids=["with codes", "without"],
 )
 def test_a_tuned_model_is_closer_to_the_float_model(
-    plan: Plan, block_steps: int, model: Path, tmp_path: Path
+    plan: Plan, block_steps: int, model: Path, tmp_path: Path, calibration: Calibration
 ) -> None:
-    quantine.quantize(model, tmp_path / "plain", plan, CALIBRATION)
+    quantine.quantize(model, tmp_path / "plain", plan, calibration)
     tuned = replace(plan, tune=replace(TUNING, block_steps=block_steps))
-    report = quantine.quantize(model, tmp_path / "tuned", tuned, CALIBRATION).report
+    report = quantine.quantize(model, tmp_path / "tuned", tuned, calibration).report
     outcome = report["tuning"]
     assert outcome["divergence"] < outcome["divergence_before"]
     assert (outcome.get("divergence_after_blocks") is None) == (block_steps == 0)
@@ -91,22 +95,24 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     ],
     ids=["tied table", "untied head", "spqr layout"],
 )
-def test_files_hold_what_was_judged(plan: Plan, rounded: float, tmp_path: Path) -> None:
+def test_files_hold_what_was_judged(
+    plan: Plan, rounded: float, tmp_path: Path, calibration: Calibration
+) -> None:
     model = build(tiny_config("llama", tie_word_embeddings=True), tmp_path / "model")
     tuned = replace(plan, tune=replace(TUNING, steps=4), arithmetic="exact")
-    report = quantine.quantize(model, tmp_path / "out", tuned, CALIBRATION).report
+    report = quantine.quantize(model, tmp_path / "out", tuned, calibration).report
     assert report["tuning"]["steps"] > 0
-    text = prepare(model, tuned, CALIBRATION).tuning_text
+    text = prepare(model, tuned, calibration).tuning_text
     assert text is not None
     found = divergence_of(tmp_path / "out", model, text.judges)
     assert found == pytest.approx(report["tuning"]["divergence"], rel=rounded)
 
 
 def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: Calibration
 ) -> None:
     plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
-    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+    quantine.quantize(model, tmp_path / "whole", plan, calibration)
     commit = RunStore.commit
 
     def stopping(self: RunStore, part: str, *rest: object) -> None:
@@ -116,19 +122,19 @@ def test_a_run_stopped_while_parts_were_tuned_ends_with_the_same_bytes(
 
     monkeypatch.setattr(RunStore, "commit", stopping)
     with pytest.raises(KeyboardInterrupt):
-        quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION)
+        quantine.quantize(model, tmp_path / "stopped", plan, calibration)
     monkeypatch.undo()
-    quantine.quantize(model, tmp_path / "stopped", plan, CALIBRATION, resume=True)
+    quantine.quantize(model, tmp_path / "stopped", plan, calibration, resume=True)
     whole, again = stored_tensors(tmp_path / "whole"), stored_tensors(tmp_path / "stopped")
     assert whole.keys() == again.keys()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
 def test_a_run_stopped_while_blocks_were_tuned_goes_on_after_the_last(
-    model: Path, tmp_path: Path
+    model: Path, tmp_path: Path, calibration: Calibration
 ) -> None:
     plan = replace(Plan.preset("spqr", bits=3), tune=replace(TUNING, steps=2))
-    quantine.quantize(model, tmp_path / "whole", plan, CALIBRATION)
+    quantine.quantize(model, tmp_path / "whole", plan, calibration)
 
     class Stopping(Silent):
         def note(self, text: str) -> None:
@@ -143,8 +149,8 @@ def test_a_run_stopped_while_blocks_were_tuned_goes_on_after_the_last(
 
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        quantine.quantize(model, stopped, plan, CALIBRATION, progress=Stopping())
-    quantine.quantize(model, stopped, plan, CALIBRATION, progress=Hearing(), resume=True)
+        quantine.quantize(model, stopped, plan, calibration, progress=Stopping())
+    quantine.quantize(model, stopped, plan, calibration, progress=Hearing(), resume=True)
     said = [line for line in heard if "tuned" in line and "block " in line]
     assert said[0] == "block 0 is tuned already"
     assert said[1].startswith("tuned block 1: ")
@@ -154,7 +160,7 @@ def test_a_run_stopped_while_blocks_were_tuned_goes_on_after_the_last(
 
 
 def test_a_source_that_changed_meanwhile_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibration: Calibration
 ) -> None:
     model = build(tiny_config("llama"), tmp_path / "model")
     plan = replace(Plan.preset("rtn", bits=4, group_size=32), tune=replace(TUNING, steps=1))
@@ -172,16 +178,18 @@ def test_a_source_that_changed_meanwhile_is_refused(
 
     monkeypatch.setattr(RunStore, "commit", changing)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight .* not what this run read"):
-        quantine.quantize(model, tmp_path / "out", plan, CALIBRATION)
+        quantine.quantize(model, tmp_path / "out", plan, calibration)
 
 
-def test_numbers_that_became_worse_are_put_back(model: Path, tmp_path: Path) -> None:
+def test_numbers_that_became_worse_are_put_back(
+    model: Path, tmp_path: Path, calibration: Calibration
+) -> None:
     wild = replace(
         Plan.preset("gptq", bits=4, group_size=32),
         tune=Tuning(steps=1, segments=1, rate=0.1, block_steps=2),
     )
-    report = quantine.quantize(model, tmp_path / "wild", wild, CALIBRATION).report
-    quantine.quantize(model, tmp_path / "plain", replace(wild, tune=None), CALIBRATION)
+    report = quantine.quantize(model, tmp_path / "wild", wild, calibration).report
+    quantine.quantize(model, tmp_path / "plain", replace(wild, tune=None), calibration)
     assert report["tuning"]["steps"] == 0
     assert report["tuning"]["divergence"] == report["tuning"]["divergence_before"]
     plain, kept = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "wild")
@@ -218,39 +226,41 @@ def test_other_values_are_refused(value: object) -> None:
     [("llama", "W3A3KV"), ("opt", "W4A8"), ("llama", "W4A8-token")],
 )
 def test_models_that_round_activations_are_tuned_as_they_compute(
-    family: str, scheme: str, tmp_path: Path
+    family: str, scheme: str, tmp_path: Path, calibration: Calibration
 ) -> None:
     model = build(tiny_config(family), tmp_path / "model")
     plan = replace(Plan.scheme(scheme), tune=replace(TUNING, steps=4), arithmetic="exact")
-    report = quantine.quantize(model, tmp_path / "out", plan, CALIBRATION).report
+    report = quantine.quantize(model, tmp_path / "out", plan, calibration).report
     outcome = report["tuning"]
     assert outcome["divergence"] < outcome["divergence_before"]
-    text = prepare(model, plan, CALIBRATION).tuning_text
+    text = prepare(model, plan, calibration).tuning_text
     assert text is not None
     found = divergence_of(tmp_path / "out", model, text.judges)
     assert found == pytest.approx(outcome["divergence"], rel=1e-2)
 
 
-def test_a_plan_without_matrices_to_tune_is_refused(model: Path) -> None:
+def test_a_plan_without_matrices_to_tune_is_refused(model: Path, calibration: Calibration) -> None:
     activations = {"norm": 8}
     plan = Plan.from_dict({"rules": [], "activations": activations, "tune": {"steps": 2}})
     with pytest.raises(PlanError, match="no matrix that could be tuned"):
-        prepare(model, plan, CALIBRATION)
+        prepare(model, plan, calibration)
 
 
-def test_grids_that_tuning_does_not_know_are_refused(model: Path, tmp_path: Path) -> None:
+def test_grids_that_tuning_does_not_know_are_refused(
+    model: Path, tmp_path: Path, prose: Path
+) -> None:
     rule = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32, "signed": True}
     rule |= {"sym": True, "format": "ggml"}
     plan = Plan.from_dict({"rules": [rule], "tune": {"steps": 2}})
     with pytest.raises(
         PlanError, match=r"layers\.0\.\S+: grids of llama.cpp's types are not tuned"
     ):
-        prepare(model, plan, Calibration(samples=2, seqlen=32))
+        prepare(model, plan, Calibration(str(prose), samples=2, seqlen=32))
     rule = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 32}
     plan = Plan.from_dict({"rules": [rule], "tune": {"steps": 2}})
     write_specimen(specimen_config("qwen3_moe"), tmp_path / "mixture")
     with pytest.raises(PlanError, match=r"experts\.0\.\S+: mixtures of experts are not tuned yet"):
-        prepare(tmp_path / "mixture", plan, Calibration(samples=2, seqlen=32))
+        prepare(tmp_path / "mixture", plan, Calibration(str(prose), samples=2, seqlen=32))
 
 
 def test_the_rate_rises_and_falls() -> None:
@@ -260,10 +270,10 @@ def test_the_rate_rises_and_falls() -> None:
     assert 0 < paces[-1] < 0.01
 
 
-def test_a_plan_predicts_what_tuning_takes(model: Path) -> None:
+def test_a_plan_predicts_what_tuning_takes(model: Path, calibration: Calibration) -> None:
     plain = Plan.preset("spqr", bits=3)
     few, many = (replace(plain, tune=replace(TUNING, steps=steps)) for steps in (20, 1000))
-    jobs = [prepare(model, plan, CALIBRATION) for plan in (plain, few, many)]
+    jobs = [prepare(model, plan, calibration) for plan in (plain, few, many)]
     costs = [estimate(job) for job in jobs]
     assert costs[0].tuning_seconds is None
     assert costs[1].tuning_seconds is not None
