@@ -36,14 +36,20 @@ from kv_programs import KV_PROGRAMS
 from machine_code import Counts, Place, counts, loads_at, resources
 from matrix_programs import MATRIX_PROGRAMS
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
+from quantine.kernels.matrix.triton.programs.column_groups_several import (
+    multiply_column_groups_several,
+)
 from quantine.kernels.matrix.triton.programs.parts import codes_times, take_words
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
+from quantine.kernels.matrix.triton.programs.several import decode_pair, pair_times
 from quantine.kernels.matrix.triton.warps import LANES
 
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 """Settings that are Triton's, not a program's own."""
-FOR_FEW_ROWS = (multiply_row_groups, multiply_column_groups)
+FOR_FEW_ROWS = (multiply_row_groups, multiply_column_groups, multiply_column_groups_several)
 """Programs whose instructions for 32 codes are counted."""
+PRODUCTS = (codes_times, decode_pair, pair_times)
+"""What decodes codes and multiplies them in these."""
 PROGRAMS = (*MATRIX_PROGRAMS, *INTEGERS, *KV_PROGRAMS, *LOOPS, *FITS)
 CAPABILITIES = ("8.0", "8.9", "9.0", "10.0")
 TYPES = {
@@ -113,7 +119,7 @@ def asked(product: Any) -> Asked:
     options = {name: settings.pop(name) for name in OPTIONS if name in settings}
     units = 0
     if program in FOR_FEW_ROWS:
-        units = settings["ROWS"] * settings["WIDTH"] // (LANES * options["num_warps"])
+        units = _rows_of(program, settings) * settings["WIDTH"] // (LANES * options["num_warps"])
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     known: dict[tuple[int], Any] = {}
@@ -129,9 +135,15 @@ def asked(product: Any) -> Asked:
         else:
             signature[name] = TYPES[value.dtype]
             known[(place,)] = [["tt.divisibility", 16]]
-    for name, value in settings.items():
+    left_alone = {p.name: p.default for p in program.params if p.has_default}
+    for name, value in (left_alone | settings).items():
         signature[name], constants[name] = "constexpr", value
     return Asked(ASTSource(program, signature, constants, known), options, units)
+
+
+def _rows_of(program: Any, settings: dict[str, Any]) -> int:
+    """Rows of the matrix that a program for few rows of activations multiplies."""
+    return int(settings["ROWS" if program is multiply_column_groups else "BLOCK"])
 
 
 def compiled(name: str, program: Asked, capability: str) -> Outcome:
@@ -142,7 +154,7 @@ def compiled(name: str, program: Asked, capability: str) -> Outcome:
     used = resources(made.asm["cubin"])
     counted = Counts(0, 0, 0)
     if program.units:
-        counted = counts(Place.of(codes_times), made.asm["cubin"])
+        counted = counts([Place.of(product) for product in PRODUCTS], made.asm["cubin"])
     return Outcome(
         name,
         program.key,

@@ -6,7 +6,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Instructions of a program: all, and those of one function on two float16 and on integers."""
+    """Instructions of a program: all, and in some functions on two float16 and on integers."""
 
     all: int
     half: int
@@ -62,12 +62,12 @@ def loads_at(place: Place, ptx: str) -> tuple[int, int]:
     return wide, every
 
 
-def counts(place: Place, cubin: bytes) -> Counts:
-    """Instructions of the machine; loops count once."""
+def counts(places: Sequence[Place], cubin: bytes) -> Counts:
+    """Instructions of the machine, and of ``places`` in it; loops count once."""
     every = half = integer = 0
     for file, line, name in _instructions(cubin):
         every += name != "NOP"
-        if file == place.file and line in place.lines:
+        if any(file == place.file and line in place.lines for place in places):
             if HALF.match(name):
                 half += 1
             elif not OTHER.match(name):

@@ -53,7 +53,7 @@ class Product:
         x = torch.randn(self.batch, self.columns)
         result = torch.empty(self.batch, ROWS, dtype=self.dtype)
         if self.batch <= few_rows.FEW:
-            return few_rows.launch_of(matrix, arrange_reference(x, matrix), result)
+            return few_rows.launch_of(matrix, arrange_reference(x, matrix), result, self.batch)
         return many_rows.launch_of(matrix, rows_reference(x, matrix), result)
 
     def matrix(self) -> UnitMatrix:
@@ -193,7 +193,16 @@ MATRIX_PROGRAMS: tuple[Product | Arrangement | Decoding | OfExperts | OrderOfExp
     Product(3, 16, "in", 4096, True, True, 4),
     Product(4, 64, "out", 4096, False, False, 4),
     Product(3, 16, "out", 4096, True, True, 4),
+    Product(4, 128, "in", 4096, False, False, 2),
+    Product(8, 16, "in", 4096, True, True, 4),
+    Product(5, 128, "in", 4096, False, False, 3),
+    Product(7, 128, "in", 14336, False, False, 2),
+    Product(3, 16, "in", 14336, True, True, 4),
     Product(8, 128, "out", 4096, False, True, 2),
+    Product(4, 64, "out", 4096, False, False, 2),
+    Product(6, 128, "out", 4096, False, False, 4),
+    Product(5, 16, "out", 14336, True, True, 3),
+    Product(8, 16, "out", 14336, True, True, 4),
     Product(4, 128, "in", 4096, False, False, 16),
     Product(4, 128, "in", 4096, False, False, 64),
     Product(3, 16, "in", 4096, True, True, 16),

@@ -137,15 +137,16 @@ def packed(product: Product, outputs: int, capability: str, known: Compiled) -> 
 
 
 def few_rows(product: Product, outputs: int, capability: str, known: Compiled) -> Work:
-    """The launch of the program for few rows, which takes codes out again for each of them.
+    """The launch of the program for few rows, which takes codes out once for all of them.
 
-    All of its instructions count, also of threads that have no units where a row has too few.
+    All of its instructions count, loops over outliers as one turn, also those of threads that have
+    no units where a row has too few.
     """
     row = known.get((product.name, capability))
     row = row or known[replace(product, columns=INPUTS).name, capability]
     units = product.columns // UNIT
     tile = warps_of(units) * LANES * TOGETHER
-    threads = product.batch * outputs * -(-units // tile) * tile / row["units"]
+    threads = outputs * -(-units // tile) * tile / row["units"]
     return Work(
         stored(product, outputs) + vectors(product, outputs),
         threads * row["instructions"],

@@ -31,7 +31,7 @@ COMPILED = (
     "column loop, 4 bits, known grids",
 )
 """Programs that are compiled here."""
-FEW_ROWS = (" 1 row", " 2 rows", " 4 rows")
+FEW_ROWS = (" 1 row", " 2 rows", " 3 rows", " 4 rows")
 MOST_INSTRUCTIONS = 55
 """For 32 codes of 3 or 4 bits: what docs/gpu.md says of them."""
 SHARED_MEMORY = 99 * 1024
@@ -129,8 +129,14 @@ def test_activations_are_read_16_bytes_at_a_time(everywhere: list[dict[str, Any]
     rows = [o for o in everywhere if o["units"]]
     assert rows
     for o in rows:
-        # All 16 words of a unit, beside the words of codes.
-        assert o["wide_loads"] - o["wide_code_loads"] >= 16, o["name"]
+        # All 16 words of a unit of each row, those of scales along outputs, beside those of codes.
+        words = 16 * (batch_of(o) + ("outputs" in o["name"]))
+        assert o["wide_loads"] - o["wide_code_loads"] >= words, o["name"]
+
+
+def batch_of(row: dict[str, Any]) -> int:
+    """Rows of activations of a program for few."""
+    return int(row["name"].split(" ")[-2])
 
 
 def test_all_widths_are_compiled_along_both_axes(outcomes: list[dict[str, Any]]) -> None:
@@ -165,12 +171,32 @@ def test_codes_are_read_16_bytes_at_a_time(everywhere: list[dict[str, Any]]) -> 
 
 def test_32_codes_take_55_instructions(everywhere: list[dict[str, Any]]) -> None:
     rows = [o for o in everywhere if o["units"] and o["name"].startswith(("3 bits", "4 bits"))]
+    rows = [o for o in rows if o["name"].endswith(" 1 row")]
     assert {"inputs", "outputs"} == {o["name"].split(" ")[5].strip(";,") for o in rows}
     assert len(rows) >= 20 * len(CAPABILITIES)
     for o in rows:
         # What loads constants is there once, for fewer than the units of a thread.
         assert o["half"] // o["units"] == 32, o["name"]
         assert (o["half"] + o["integer"]) // o["units"] <= MOST_INSTRUCTIONS, o["name"]
+
+
+def test_codes_are_decoded_once_for_several_rows(everywhere: list[dict[str, Any]]) -> None:
+    rows = [o for o in everywhere if o["units"] and not o["name"].endswith(" 1 row")]
+    assert len(rows) >= 12 * len(CAPABILITIES)
+    once = {
+        (o["name"][0], o["capability"]): o["integer"] / o["units"]
+        for o in everywhere
+        if o["units"] and o["name"].endswith(" 1 row")
+    }
+    for o in rows:
+        batch = batch_of(o)
+        # 16 centre codes, 16 multiply them with a row of activations. Along outputs two or four
+        # rows of the matrix share the products of activations with scales, and with zero points.
+        most = 16 * (1 + batch) + (16 * batch if "outputs" in o["name"] else 0)
+        assert o["half"] / o["units"] <= most + 1, o["name"]
+        # Some take the constants of a pair into registers.
+        taken_out = once[o["name"][0], o["capability"]]
+        assert o["integer"] / o["units"] <= 1.25 * taken_out, o["name"]
 
 
 def test_every_program_fits_the_shared_memory_of_its_gpu(everywhere: list[dict[str, Any]]) -> None:

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from quantine.kernels.matrix.units.activations import LARGEST
-from quantine.kernels.matrix.units.instructions import pairs_product, unit_codes, unit_product
+from quantine.kernels.matrix.units.instructions import (
+    PAIR_TIMES_PAIR_MORE,
+    pair_codes,
+    pairs_product,
+    unit_codes,
+    unit_product,
+)
 from quantine.kernels.matrix.units.layout import PAIRS, pack_units
 from quantine.kernels.matrix.units.statistics import FARTHEST_ZERO
 
@@ -72,6 +78,8 @@ def test_codes_are_decoded_and_multiplied(bits: int, seed: int) -> None:
     decoded = carried_out(unit_codes(bits)[0], PAIRS, words)
     for pair in range(PAIRS):
         assert halves(int(decoded[f"${pair}"])).tolist() == centred[[pair, 16 + pair]].tolist()
+        alone = carried_out(pair_codes(bits)[0][pair], 1, words)["$0"]
+        assert alone == decoded[f"${pair}"]
     x = torch.randn(2, PAIRS, generator=generator).half().numpy()
     pairs = [word_of(x[:, pair]) for pair in range(PAIRS)]
     found = carried_out(unit_product(bits)[0], 2, [*words, *pairs])
@@ -87,6 +95,12 @@ def test_pairs_are_multiplied() -> None:
     for half, name in enumerate(("$0", "$1")):
         parts = one[half].astype(np.float64) * other[half].astype(np.float64)
         assert abs(found[name] - parts.sum()) <= 2**-10 * np.abs(parts).sum()
+
+
+def test_a_pair_is_multiplied_and_added() -> None:
+    one, other, more = (word_of(np.array(pair)) for pair in ([3.0, -2.0], [0.5, 4.0], [1.0, 7.0]))
+    found = carried_out(PAIR_TIMES_PAIR_MORE[0], 1, [one, other, more])
+    assert halves(int(found["$0"])).tolist() == [2.5, -1.0]
 
 
 def test_sums_with_the_farthest_zero_points_stay_finite() -> None:

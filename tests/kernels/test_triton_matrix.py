@@ -56,6 +56,11 @@ of_outputs = kinds | {
 }
 along_outputs = st.builds(qtensor_of, lines=st.integers(1, 150), **of_outputs)
 few_inputs = st.builds(qtensor_of, lines=st.integers(1, 40), **of_outputs)
+few_outputs = st.builds(
+    qtensor_of,
+    lines=st.integers(1, 40),
+    **(of_outputs | {"groups": st.just(1), "group_size": st.sampled_from([3, 4, 6, 8])}),
+)
 whole_or_groups = st.one_of(along_inputs, one_group)
 matrices = st.one_of(whole_or_groups, along_outputs)
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
@@ -85,11 +90,15 @@ def assert_close(found: Tensor, q: QTensor, x: Tensor, tolerance: float) -> None
 # Rows that a program reads in several turns; eight warps take 32768 inputs at once.
 LONG_IN = qtensor_of(1, 3, 260, 128, 3, "coded", "coded", 0.02, True)
 LONG_OUT = qtensor_of(2, 33000, 1, 4, 4, "half", "half", 0.01, False, "out")
+BLOCKS_IN = qtensor_of(3, 33, 33, 128, 3, "coded", "coded", 0.02, True)  # programs of two blocks
+TIGHT_IN = qtensor_of(3, 33, 5, 32, 5, "coded", "coded", 0.0, True)
+BLOCKS_OUT = qtensor_of(3, 40, 2, 16, 4, "half", "half", 0.02, True, "out")
 ODD_OUT = qtensor_of(3, 21, 2, 3, 7, "coded", "half", 0.3, True, "out")  # each row a program
 
 
-few = {"batch": st.sampled_from([1, 1, 1, 2, 3, 4]), "seed": st.integers(0, 99), "dtype": dtypes}
-many = few | {"batch": st.integers(few_rows.FEW + 1, 70)}
+one = {"batch": st.just(1), "seed": st.integers(0, 99), "dtype": dtypes}
+several = one | {"batch": st.integers(2, few_rows.FEW)}
+many = one | {"batch": st.integers(few_rows.FEW + 1, 70)}
 
 
 def check_few(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
@@ -105,17 +114,35 @@ def check_many(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=EXAMPLES)
-@given(q=whole_or_groups, **few)
+@given(q=whole_or_groups, **one)
 @example(q=LONG_IN, batch=1, seed=0, dtype=torch.float16)
-def test_few_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+def test_one_row(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     check_few(q, batch, seed, dtype)
 
 
 @settings(max_examples=EXAMPLES)
-@given(q=few_inputs, **few)
-@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
+@given(q=whole_or_groups, **several)
+@example(q=LONG_IN, batch=3, seed=0, dtype=torch.float16)
+@example(q=BLOCKS_IN, batch=4, seed=1, dtype=torch.float32)
+@example(q=TIGHT_IN, batch=2, seed=2, dtype=torch.float16)
+def test_several_rows(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_few(q, batch, seed, dtype)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=few_inputs, **one)
+@example(q=LONG_OUT, batch=1, seed=1, dtype=torch.float32)
 @example(q=ODD_OUT, batch=1, seed=2, dtype=torch.float16)
-def test_few_rows_along_outputs(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+def test_one_row_along_outputs(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
+    check_few(q, batch, seed, dtype)
+
+
+@settings(max_examples=EXAMPLES)
+@given(q=few_outputs, **several)
+@example(q=LONG_OUT, batch=2, seed=1, dtype=torch.float32)
+@example(q=BLOCKS_OUT, batch=3, seed=2, dtype=torch.float16)
+@example(q=ODD_OUT, batch=4, seed=2, dtype=torch.float16)
+def test_several_rows_along_outputs(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> None:
     check_few(q, batch, seed, dtype)
 
 
@@ -166,6 +193,17 @@ def test_arrangement(q: QTensor, batch: int, seed: int, dtype: torch.dtype) -> N
         assert torch.allclose(found.sums, expected.sums, rtol=1e-5, atol=1e-4)
     rows = arrange_rows(x, matrix)
     assert torch.equal(rows.halves, rows_reference(x, matrix).halves)
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+def test_rows_are_as_they_are_alone(axis: GroupAxis) -> None:
+    """All rows that are multiplied together have their own activations, and their own results."""
+    q = qtensor_of(1, 16, 1, 16, 3, "coded", "coded", 0.02, True, axis)
+    matrix, x = arranged(q), activations(2, 4, q.codes.shape[1], 1.0)
+    together = few_rows.multiply(matrix, arrange(x, matrix), torch.float32)
+    for row, found in zip(x, together, strict=True):
+        alone = few_rows.multiply(matrix, arrange(row[None], matrix), torch.float32)
+        assert torch.allclose(found, alone[0], rtol=1e-2, atol=1e-2 * float(alone.abs().max()))
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4, 5])

@@ -33,7 +33,7 @@ from quantine.formats.foreign.refusals import Refused, is_rounded, refusals, ref
 from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
 from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
-from quantine.formats.tokenizer_files import TOKENIZER, check_small_files, has_tokenizer
+from quantine.formats.tokenizer_files import TOKENIZER, check_tokenizer, has_tokenizer
 from quantine.source.model_source import ModelSource
 
 OWN_FIELDS: Final = (
@@ -107,7 +107,7 @@ def export(
     if reason is not None:
         raise PlanError(reason)
     finished = FinishedDirectory(path)
-    check_small_files(path)
+    check_tokenizer(path)
     model = _Model.of(finished)
     found = refusals(
         weights_of or to,

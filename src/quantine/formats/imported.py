@@ -27,7 +27,7 @@ from quantine.formats.foreign.gptq.read import LAYOUT as GPTQ
 from quantine.formats.foreign.opened import DirectoryLayout, ForeignDirectory
 from quantine.formats.foreign.target import Readable
 from quantine.formats.shards import merge_parts, write_atomically, write_tensors
-from quantine.formats.tokenizer_files import check_small_files, copy_small_files
+from quantine.formats.tokenizer_files import check_tokenizer, copy_small_files
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
 from quantine.source.tensor_files import SafetensorsFiles, TensorFiles
@@ -137,7 +137,7 @@ def import_model(model: str | Path, out: str | Path) -> Imported:
             "quantize it, as a source of floats"
         )
     if source.gguf_file is None:
-        check_small_files(source.directory)
+        check_tokenizer(source.directory)
     with whole_directory(out) as temporary:
         packed = _write_weights(opened, temporary)
         described = _described(opened, packed)

@@ -12,37 +12,37 @@ from quantine.formats.shards import write_atomically
 
 TOKENIZER: Final = "tokenizer.json"
 """The file of the library tokenizers."""
+TOKENIZER_SETTINGS: Final = "tokenizer_config.json"
 VOCABULARIES: Final = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 """Files of which a directory with a tokenizer has one."""
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether ``directory`` has a vocabulary that transformers would look for."""
+    """Whether ``directory`` has one of `VOCABULARIES`."""
     return any((directory / name).is_file() for name in VOCABULARIES)
 
 
-def check_small_files(directory: Path) -> None:
-    """Refuse small files that nothing could read where they are copied to.
+def check_tokenizer(directory: Path) -> None:
+    """Refuse a tokenizer that cannot be read; others than those of the library are not looked at.
 
     Raises:
-        CheckpointError: one is no JSON, or no tokenizer; the message names it.
+        CheckpointError: a file of it is damaged; the message names it.
     """
-    for name in COPIED:
-        path = directory / name
-        if path.suffix == ".json" and path.is_file():
-            try:
-                json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError, RecursionError) as error:
-                raise _damaged(path, error) from error
-    if (directory / TOKENIZER).is_file():
-        _check_tokenizer(directory / TOKENIZER)
+    settings, vocabulary = directory / TOKENIZER_SETTINGS, directory / TOKENIZER
+    if settings.is_file():
+        try:
+            json.loads(settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise _damaged(settings, error) from error
+    if vocabulary.is_file():
+        _load(vocabulary)
 
 
-def _check_tokenizer(path: Path) -> None:
+def _load(path: Path) -> None:
     from tokenizers import Tokenizer
 
     try:
-        Tokenizer.from_file(str(path)).encode("a")  # damage may show only in use
+        Tokenizer.from_file(str(path))
     except MemoryError:
         raise
     except Exception as error:  # the library raises bare exceptions
@@ -51,7 +51,8 @@ def _check_tokenizer(path: Path) -> None:
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be read ({cut(error)}): download it again, or remove it to go on without"
+        f"{path} cannot be read ({cut(error)}): download it again, install a newer tokenizers, or "
+        "remove it to go on without"
     )
 
 

@@ -13,6 +13,8 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import quantine
 from ggufs import write_gguf
@@ -207,8 +209,10 @@ def test_broken_tokenizers(
 
 
 def test_tokenizers_of_another_kind(exported: Callable[[str], Path], tmp_path: Path) -> None:
-    """JSON alone is no tokenizer, and no tokenizer is none that is broken."""
+    """JSON alone is no tokenizer; one that does not know every word is, and none is not broken."""
     source = exported("gptq")
+    Tokenizer(WordLevel({"0": 0, "1": 1})).save(str(source / "tokenizer.json"))
+    assert import_model(source, tmp_path / "bits").layers
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Other"}}')
     assert "tokenizer.json cannot be read" in refused(source, tmp_path / "out")
     (source / "tokenizer.json").unlink()

@@ -46,7 +46,7 @@ def vllm_dtype_refusal(layout: str, dtype: torch.dtype | None) -> str | None:
     given, *names = (str(one).removeprefix("torch.") for one in (dtype, *taken))
     return (
         f"vLLM 0.32 computes with layout {layout} in {' or '.join(names)}, not {given}: give one "
-        "of these, leave --dtype out, or export --to compressed-tensors"
+        "of these, or leave --dtype out"
     )
 
 

@@ -47,7 +47,7 @@ class DirectoryLayout:
 class ForeignDirectory:
     """A directory of another engine, see `quantine.formats.foreign.target.Readable`.
 
-    Opening reads JSON and the headers of weight files.
+    Opening reads JSON, the headers of weight files, and biases that the model has not.
 
     Args:
         path: the directory.
@@ -123,19 +123,23 @@ class ForeignDirectory:
         Raises:
             FormatError: names them.
         """
-        surplus = [name for name in unused if not self._is_no_bias(name)]
+        surplus = sorted(set(unused) - self._zero_biases(unused))
         if surplus:
             raise FormatError(
-                f"files hold {listed(sorted(surplus))} for which neither the model nor the layout "
-                "has a place: the checkpoint is of another version, or damaged"
+                f"files hold {listed(surplus)} for which neither the model nor the layout has a "
+                "place: the checkpoint is damaged, of another version, or rounds more than weights "
+                "(a cache, say); remove them from the files to go on without"
             )
 
-    def _is_no_bias(self, name: str) -> bool:
-        """Whether the stored tensor ``name`` is a bias of a packed layer, and changes nothing."""
-        owner, _, leaf = name.rpartition(".")
-        return (
-            leaf == "bias" and owner in self.specs and not self._files.read([(name, None)])[0].any()
-        )
+    def _zero_biases(self, unused: Collection[str]) -> set[str]:
+        """Those of the stored tensors ``unused`` that are biases of packed layers, all zeros."""
+        biases = [
+            name
+            for name in unused
+            if name.endswith(".bias") and name.removesuffix(".bias") in self.specs
+        ]
+        read = self._files.read([(name, None) for name in biases])
+        return {name for name, bias in zip(biases, read, strict=True) if not bias.any()}
 
     def read(self, wanted: Sequence[tuple[str, Part]]) -> list[Tensor]:
         """Any tensors as floats: quantized matrices decoded, the others as they are stored.

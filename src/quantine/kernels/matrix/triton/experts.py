@@ -122,14 +122,12 @@ def few_launch_of(
         x: the rows, arranged for their matrices.
         result: what it fills.
     """
-    _, operands, settings = few_rows.launch_of(stack.matrices[0], x, result)
+    _, operands, settings = few_rows.launch_of(stack.matrices[0], x, result, batch=1)
     if isinstance(stack.matrices[0].groups, RowGroups):
         kernel = programs.multiply_row_groups_of_experts
-        settings["BATCH"] = 1
         settings["maxnreg"] = REGISTERS  # some would be spilled otherwise
     else:
         kernel = programs.multiply_column_groups_of_experts
-        operands.pop()  # the number of rows: programs of experts have one
     operands[-3] = stack.multipliers
     steps = _steps(stack, operands[:4])
     return kernel, [places, stack.starts, *steps, *operands], settings

@@ -19,6 +19,9 @@ from torch import Tensor
 from quantine.kernels import backend
 from quantine.kernels.matrix.triton import instructions
 from quantine.kernels.matrix.triton.programs.column_groups import multiply_column_groups
+from quantine.kernels.matrix.triton.programs.column_groups_several import (
+    multiply_column_groups_several,
+)
 from quantine.kernels.matrix.triton.programs.row_groups import multiply_row_groups
 from quantine.kernels.matrix.triton.warps import LANES, REGISTERS, outliers_at_once, warps_of
 from quantine.kernels.matrix.units.activations import Arranged
@@ -28,74 +31,107 @@ from quantine.kernels.matrix.units.instructions import (
     unit_product,
 )
 from quantine.kernels.matrix.units.layout import TOGETHER
-from quantine.kernels.matrix.units.statistics import ColumnGroups, RowGroups
+from quantine.kernels.matrix.units.statistics import RowGroups
 from quantine.kernels.matrix.units.unit_matrix import UnitMatrix
 
 FEW: Final = 4
 """Largest number of rows of activations that are multiplied so."""
 BLOCK: Final = 4
-"""Rows that a program of groups along outputs multiplies at once."""
+"""Rows of the matrix, of those of a program, that are decoded at once."""
+TIGHT_BLOCK: Final = 2
+"""The same where registers would not hold the sums of so many, one for each row of activations."""
+WHOLE: Final = 4
+"""Largest number of bits of codes whose words registers hold beside the sums of `BLOCK` rows."""
 
 
 def multiply(matrix: UnitMatrix, x: Arranged, dtype: torch.dtype) -> Tensor:
     """``x @ W.T`` ``[batch, rows]`` in ``dtype``."""
     result = torch.empty(len(x.words), matrix.rows, dtype=dtype, device=x.words.device)
-    program, operands, settings = launch_of(matrix, x, result)
-    programs = triton.cdiv(matrix.rows, matrix.program)
-    if isinstance(matrix.groups, ColumnGroups):
-        programs *= len(x.words)
+    program, operands, settings = launch_of(matrix, x, result, len(x.words))
     with backend.launching(result):
-        program[(programs,)](*operands, **settings)
+        program[(_programs_of(matrix, len(x.words)),)](*operands, **settings)
     return result
 
 
+def _programs_of(matrix: UnitMatrix, batch: int) -> int:
+    """How many programs multiply ``batch`` rows of activations."""
+    programs: int = triton.cdiv(matrix.rows, matrix.program)
+    return programs if batch == 1 else programs * (matrix.program // _block(matrix, batch))
+
+
 def launch_of(
-    matrix: UnitMatrix, x: Arranged, result: Tensor
+    matrix: UnitMatrix, x: Arranged, result: Tensor, batch: int
 ) -> tuple[Any, list[Any], dict[str, Any]]:
-    """The program for ``matrix``, its operands in order, and what is fixed when it is compiled."""
-    entries, groups = matrix.entries, matrix.groups
-    warps = warps_of(matrix.units)
-    settings: dict[str, Any] = {
+    """The program for ``matrix``, its operands in order, and what is fixed when it is compiled.
+
+    Args:
+        matrix, x: what is multiplied.
+        result: what it fills.
+        batch: number of rows of activations that a program multiplies.
+    """
+    entries = matrix.entries
+    kernel, of_groups, settings = _of_groups(matrix, x, batch)
+    warps, block = warps_of(matrix.units), _block(matrix, batch)
+    together = matrix.program if batch == 1 else block * batch
+    settings |= {
         "BITS": matrix.bits,
         "UNITS": matrix.units,
         "ROWS": matrix.program,
+        "BLOCK": block,
         "WIDTH": warps * LANES * TOGETHER,
-        "CHUNK": outliers_at_once(warps, matrix.program),
+        "CHUNK": outliers_at_once(warps, together),
         "num_warps": warps,
     }
+    if batch == 1:
+        settings |= instructions.settings(kernel, UNIT=unit_product(matrix.bits))
+    else:
+        settings |= instructions.of_pairs(kernel, matrix.bits)
     of_outliers: list[Tensor | None] = [None, None, None]
     if entries is not None:
         of_outliers = [entries.words, entries.rows, entries.bounds]
     of_x = [x.words, x.words.view(torch.float16), x.factors]
+    operands = [matrix.words, *of_groups, *of_outliers, *of_x, matrix.multiplier, result]
+    return kernel, [*operands, matrix.rows], settings
+
+
+def _block(matrix: UnitMatrix, batch: int) -> int:
+    """Rows of the matrix that are decoded at once; with several rows of activations, by a program.
+
+    One row of activations along inputs takes all rows of a program.
+    """
+    if batch == 1 and isinstance(matrix.groups, RowGroups):
+        return matrix.program
+    tight = batch > 1 and matrix.bits > WHOLE
+    tight |= batch > 2 and isinstance(matrix.groups, RowGroups)
+    return min(TIGHT_BLOCK if tight else BLOCK, matrix.program)
+
+
+def _of_groups(
+    matrix: UnitMatrix, x: Arranged, batch: int
+) -> tuple[Any, list[Tensor | None], dict[str, Any]]:
+    """The program, the operands that its groups need, and what of its settings they decide."""
+    groups = matrix.groups
     if isinstance(groups, RowGroups):
-        kernel: Any = multiply_row_groups
-        of_batch = []
-        of_groups: list[Any] = [groups.words, groups.scale_grids, groups.zero_grids, x.sums]
-        settings |= {
-            "BATCH": len(x.words),
+        settings: dict[str, Any] = {
+            "BATCH": batch,
             "TILE": groups.tile,
             "SPAN": groups.span,
             "PLANES": groups.planes,
             "SCALE_BITS": groups.scale_bits,
             "ZERO_BITS": groups.zero_bits,
         }
-    else:
-        assert isinstance(groups, ColumnGroups)
-        kernel = multiply_column_groups
-        of_batch = [len(x.words)]
-        of_groups = [groups.scales, groups.zeros, groups.factors]
-        settings |= {"SIZE": groups.size, "BLOCK": min(BLOCK, matrix.program)}
-        settings["maxnreg"] = REGISTERS
-        settings |= instructions.settings(kernel, SUM=pairs_product(), PAIR=PAIR_TIMES_PAIR)
-    settings |= instructions.settings(kernel, UNIT=unit_product(matrix.bits))
-    operands = [
-        matrix.words,
-        *of_groups,
-        *of_outliers,
-        *of_x,
-        matrix.multiplier,
-        result,
-        matrix.rows,
-        *of_batch,
-    ]
-    return kernel, operands, settings
+        if batch > 1 and matrix.bits > WHOLE and warps_of(matrix.units) == 1:
+            settings["maxnreg"] = REGISTERS
+        operands = [groups.words, groups.scale_grids, groups.zero_grids, x.sums]
+        return multiply_row_groups, operands, settings
+    operands = [groups.scales, groups.zeros, groups.factors]
+    if batch > 1:
+        settings = {"BATCH": batch, "SIZE": groups.size}
+        if batch == FEW and matrix.bits > WHOLE and warps_of(matrix.units) == 1:
+            settings["maxnreg"] = REGISTERS
+        return multiply_column_groups_several, operands, settings
+    settings = {"SIZE": groups.size, "maxnreg": REGISTERS}
+    settings |= instructions.settings(
+        multiply_column_groups, SUM=pairs_product(), PAIR=PAIR_TIMES_PAIR
+    )
+    return multiply_column_groups, operands, settings

@@ -6,6 +6,9 @@ from typing import Any
 
 import triton
 
+from quantine.kernels.matrix.units.instructions import PAIR_TIMES_PAIR_MORE, pair_codes
+from quantine.kernels.matrix.units.layout import PAIRS
+
 
 def settings(program: Any, **texts: tuple[str, str]) -> dict[str, str]:
     """Texts of instructions and their constraints, as a program of Triton takes them.
@@ -23,3 +26,12 @@ def settings(program: Any, **texts: tuple[str, str]) -> dict[str, str]:
         found[f"{name}_TEXT"] = text if compiled else ""
         found[f"{name}_CONSTRAINTS"] = constraints
     return found
+
+
+def of_pairs(program: Any, bits: int) -> dict[str, Any]:
+    """As `settings`, texts for codes of ``bits`` bits that are decoded pair by pair."""
+    texts, constraints = pair_codes(bits)
+    if not isinstance(program, triton.JITFunction):
+        texts = ("",) * PAIRS
+    decoding = {"DECODE_TEXTS": texts, "DECODE_CONSTRAINTS": constraints}
+    return decoding | settings(program, MORE=PAIR_TIMES_PAIR_MORE)

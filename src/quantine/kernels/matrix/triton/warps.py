@@ -14,7 +14,8 @@ REGISTERS: Final = 255
 """Registers that a thread may take of programs that say so. Left alone, the compiler stops before,
 and spills the rest, so that more programs fit on a multiprocessor."""
 SUMS: Final = 32
-"""Sums of outliers that a thread holds at most, one for each row and each outlier that it reads."""
+"""Sums of outliers that a thread holds at most: one for each that it reads, row of the matrix and
+row of activations."""
 
 
 def warps_of(units: int) -> int:
@@ -26,7 +27,7 @@ def warps_of(units: int) -> int:
 
 
 def outliers_at_once(warps: int, rows: int) -> int:
-    """Outliers that a program reads at once, for ``rows`` rows.
+    """Outliers that a program reads at once: ``rows`` of the matrix times those of activations.
 
     A thread reads up to 8, but never the 4 that it has of units: tensors of equal shapes get one
     layout, and outliers would move between threads.

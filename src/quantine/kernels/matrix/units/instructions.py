@@ -60,6 +60,22 @@ def unit_codes(bits: int) -> tuple[str, str]:
 
 
 @functools.cache
+def pair_codes(bits: int) -> tuple[tuple[str, ...], str]:
+    """Instructions that decode one pair of a unit: a word of two codes less the middle.
+
+    Operands are this word, then the ``bits`` words of the unit. Returns a text for each pair, and
+    their constraints. Together they are as `unit_codes`, but a shift that several pairs need stands
+    in each of them: the compiler makes it once.
+    """
+    found = []
+    for places in pieces(bits):
+        text = _Text(bits, results=1)
+        text.say(f"mov.b32 $0, {text.centered(*text.taken_out(places))};")
+        found.append(text.finished())
+    return tuple(found), _constraints(1, bits)
+
+
+@functools.cache
 def pairs_product() -> tuple[str, str]:
     """Instructions that multiply `PAIRS` words with `PAIRS` words; results as `unit_product`'s."""
     text = _Text(0, results=2)
@@ -71,6 +87,8 @@ def pairs_product() -> tuple[str, str]:
 
 PAIR_TIMES_PAIR: Final = ("mul.rn.f16x2 $0, $1, $2;", "=r,r,r")
 """The instruction that multiplies two words of two float16, and its constraints."""
+PAIR_TIMES_PAIR_MORE: Final = ("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r")
+"""The same with a word of two sums that the products are added to."""
 
 
 def _constraints(results: int, operands: int) -> str:

@@ -1,4 +1,4 @@
-"""Few rows of activations times a matrix whose groups run along outputs."""
+"""One row of activations times a matrix whose groups run along outputs."""
 
 from __future__ import annotations
 
@@ -72,14 +72,13 @@ def multiply_column_groups(
     multiplier,
     result,
     rows,
-    batch,
     BITS: tl.constexpr,
     UNITS: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
     SUM_TEXT: tl.constexpr,
     SUM_CONSTRAINTS: tl.constexpr,
     PAIR_TEXT: tl.constexpr,
@@ -88,9 +87,7 @@ def multiply_column_groups(
     UNIT_CONSTRAINTS: tl.constexpr,
 ):
     """Multiply ``ROWS`` rows: see `quantine.kernels.matrix.triton.few_rows`."""
-    # A program for each row of activations: in a loop over them, registers would not hold the
-    # addresses of all words too. Those of the same words run side by side, and share the cache.
-    program, m = tl.program_id(0) // batch, tl.program_id(0) % batch
+    program = tl.program_id(0)
     first, last = 0, 0
     if bounds is not None:
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
@@ -105,7 +102,7 @@ def multiply_column_groups(
     # A loop, not unrolled: else the compiler would hold what all of its turns read at once.
     for start in range(0, UNITS, WIDTH):
         unit = start + tl.arange(0, WIDTH)
-        met = take_pairs(x + m * 16 * UNITS, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
+        met = take_pairs(x, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
         scale = take_pairs(scales + line, unit, UNITS, BLOCK, UNITS % WIDTH == 0)
         scaled = ()
         for pair in tl.static_range(16):
@@ -140,8 +137,10 @@ def multiply_column_groups(
         finished = finished + (totals[block] - taken_off,)
     total = _side_by_side(finished, ROWS // BLOCK, BLOCK) * factor
     if bounds is not None:
-        met = halves + m * 32 * UNITS
-        total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
-    total *= tl.load(factors + m) * multiplier
+        added = outliers_times(
+            entry_words, entry_rows, first, last, halves, 0, 32 * UNITS, 1, ROWS, CHUNK
+        )
+        total += added[0]
+    total *= tl.load(factors) * multiplier
     number = program * ROWS + tl.arange(0, ROWS)
-    tl.store(result + m * rows + number, total.to(result.dtype.element_ty), mask=number < rows)
+    tl.store(result + number, total.to(result.dtype.element_ty), mask=number < rows)

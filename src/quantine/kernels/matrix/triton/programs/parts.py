@@ -48,15 +48,21 @@ def take_words(words, row, unit, UNITS: tl.constexpr, BITS: tl.constexpr, WHOLE:
 
 
 @triton.jit
+def take_pair(pairs, number, unit, UNITS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
+    """Word ``number`` of units ``unit`` ``[n]`` of activations, repeated as ``[ROWS, n]``."""
+    if WHOLE:
+        word = tl.load(pairs + number * UNITS + unit)
+    else:
+        word = tl.load(pairs + number * UNITS + unit, mask=unit < UNITS, other=0)
+    return tl.broadcast_to(word[None, :], ROWS, unit.shape[0])
+
+
+@triton.jit
 def take_pairs(pairs, unit, UNITS: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr):
-    """The 16 words of units ``unit`` ``[n]`` of activations, each repeated as ``[ROWS, n]``."""
+    """The 16 words of units ``unit`` ``[n]`` of activations, each as of `take_pair`."""
     taken = ()
     for number in tl.static_range(16):
-        if WHOLE:
-            word = tl.load(pairs + number * UNITS + unit)
-        else:
-            word = tl.load(pairs + number * UNITS + unit, mask=unit < UNITS, other=0)
-        taken = taken + (tl.broadcast_to(word[None, :], ROWS, unit.shape[0]),)
+        taken = taken + (take_pair(pairs, number, unit, UNITS, ROWS, WHOLE),)
     return taken
 
 
@@ -157,25 +163,38 @@ def outliers_times(
     first,
     last,
     halves,
+    row,
+    STEP: tl.constexpr,
+    BATCH: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Sums ``[ROWS]`` of the products of outliers ``first`` to ``last - 1`` with activations.
+    """Sums of the products of outliers ``first`` to ``last - 1`` with ``BATCH`` activations' rows.
 
-    Places of outliers count from ``halves``. Each thread sums what it reads; threads are summed at
-    the end.
+    A tuple of ``[ROWS]`` for each, of the program's rows from ``row`` on. Places of outliers count
+    from ``halves``, and from ``STEP`` more for each row of activations. Each thread sums what it
+    reads; threads are summed at the end.
     """
-    total = tl.zeros([ROWS, CHUNK], tl.float32)
+    totals = ()
+    for m in tl.static_range(BATCH):
+        totals = totals + (tl.zeros([ROWS, CHUNK], tl.float32),)
     for start in range(first, last, CHUNK):
         number = start + tl.arange(0, CHUNK)
         there = number < last
         entry = tl.load(words + number, mask=there, other=0)
         of_row = tl.load(rows + number, mask=there, other=0).to(tl.int32)
-        met = tl.load(halves + ((entry >> 16) & 0xFFFF), mask=there, other=0.0)
-        added = low_half(entry).to(tl.float32) * met.to(tl.float32)
-        mine = of_row[None, :] == tl.arange(0, ROWS)[:, None]
-        total += tl.where(mine, added[None, :], 0.0)
-    return tl.sum(total, 1)
+        mine = of_row[None, :] == row + tl.arange(0, ROWS)[:, None]
+        more = ()
+        for m in tl.static_range(BATCH):
+            at = halves + m * STEP + ((entry >> 16) & 0xFFFF)
+            met = tl.load(at, mask=there, other=0.0)
+            added = low_half(entry).to(tl.float32) * met.to(tl.float32)
+            more = more + (totals[m] + tl.where(mine, added[None, :], 0.0),)
+        totals = more
+    sums = ()
+    for m in tl.static_range(BATCH):
+        sums = sums + (tl.sum(totals[m], 1),)
+    return sums
 
 
 @triton.jit

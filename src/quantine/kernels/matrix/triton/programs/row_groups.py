@@ -13,6 +13,7 @@ from quantine.kernels.matrix.triton.programs.parts import (
     take_statistics,
     take_words,
 )
+from quantine.kernels.matrix.triton.programs.several import codes_times_several
 
 
 @triton.jit
@@ -35,6 +36,7 @@ def multiply_row_groups(
     UNITS: tl.constexpr,
     BATCH: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     TILE: tl.constexpr,
@@ -42,60 +44,93 @@ def multiply_row_groups(
     PLANES: tl.constexpr,
     SCALE_BITS: tl.constexpr,
     ZERO_BITS: tl.constexpr,
-    UNIT_TEXT: tl.constexpr,
-    UNIT_CONSTRAINTS: tl.constexpr,
+    UNIT_TEXT: tl.constexpr = "",
+    UNIT_CONSTRAINTS: tl.constexpr = "",
+    DECODE_TEXTS: tl.constexpr = (),
+    DECODE_CONSTRAINTS: tl.constexpr = "",
+    MORE_TEXT: tl.constexpr = "",
+    MORE_CONSTRAINTS: tl.constexpr = "",
 ):
-    """Multiply ``ROWS`` rows: see `quantine.kernels.matrix.triton.few_rows`."""
-    program = tl.program_id(0)
+    """Multiply ``BLOCK`` of a program's ``ROWS`` rows: see `few_rows`.
+
+    ``UNIT`` instructions are for one row of activations, ``PAIR`` and ``MORE`` for several.
+    """
+    blocks: tl.constexpr = ROWS // BLOCK
+    program, own = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
     first, last = 0, 0
     if bounds is not None:
         # Asked for first, so that they are there when the entries are read at the end.
         first, last = tl.load(bounds + program), tl.load(bounds + program + 1)
-    row = tl.minimum(program * ROWS + tl.arange(0, ROWS), rows - 1)
+    row = tl.minimum(program * ROWS + own + tl.arange(0, BLOCK), rows - 1)
     tile = program * ROWS // TILE + tl.zeros([1], tl.int32)
     units_of_group: tl.constexpr = SPAN // 32 if SPAN >= 32 else 1
     groups: tl.constexpr = UNITS // units_of_group
-    # Loops, not unrolled: else the compiler would hold what all of their turns read at once.
-    for m in range(BATCH):
-        total = tl.zeros([ROWS], tl.float32)
-        for start in range(0, UNITS, WIDTH):
-            unit = start + tl.arange(0, WIDTH)
-            group = start // units_of_group + tl.arange(0, WIDTH // units_of_group)
-            taken = take_words(words, row, unit, UNITS, BITS, UNITS % WIDTH == 0)
-            pairs = take_pairs(x + m * 16 * UNITS, unit, UNITS, ROWS, UNITS % WIDTH == 0)
+    whole: tl.constexpr = UNITS % WIDTH == 0
+    totals = ()
+    for m in tl.static_range(BATCH):
+        totals = totals + (tl.zeros([BLOCK], tl.float32),)
+    # A loop, not unrolled: else the compiler would hold what all of its turns read at once.
+    for start in range(0, UNITS, WIDTH):
+        unit = start + tl.arange(0, WIDTH)
+        group = start // units_of_group + tl.arange(0, WIDTH // units_of_group)
+        taken = take_words(words, row, unit, UNITS, BITS, whole)
+        if BATCH == 1:
+            pairs = take_pairs(x, unit, UNITS, BLOCK, whole)
             low, high = codes_times(taken, pairs, BITS, UNIT_TEXT, UNIT_CONSTRAINTS)
-            if PLANES == 2:
-                parts = (low, high)
-            else:
-                both = low + high
+            products = ((low, high),)
+        else:
+            products = codes_times_several(
+                taken,
+                x,
+                unit,
+                16 * UNITS,
+                UNITS,
+                BATCH,
+                BLOCK,
+                whole,
+                BITS,
+                DECODE_TEXTS,
+                DECODE_CONSTRAINTS,
+                MORE_TEXT,
+                MORE_CONSTRAINTS,
+            )
+        for plane in tl.static_range(PLANES):
+            scale, zero = take_statistics(
+                fields,
+                scale_grids,
+                zero_grids,
+                row,
+                rows,
+                tile,
+                plane,
+                group,
+                BITS,
+                groups,
+                PLANES,
+                SCALE_BITS,
+                ZERO_BITS,
+                4 // units_of_group,
+            )
+            more = ()
+            for m in tl.static_range(BATCH):
+                part = products[m][plane]
+                if PLANES == 1:
+                    part += products[m][1]
                 if units_of_group > 1:
-                    both = tl.reshape(both, [ROWS, WIDTH // units_of_group, units_of_group])
-                    both = tl.sum(both, 2)
-                parts = (both,)
-            for plane in tl.static_range(PLANES):
-                scale, zero = take_statistics(
-                    fields,
-                    scale_grids,
-                    zero_grids,
-                    row,
-                    rows,
-                    tile,
-                    plane,
-                    group,
-                    BITS,
-                    groups,
-                    PLANES,
-                    SCALE_BITS,
-                    ZERO_BITS,
-                    4 // units_of_group,
-                )
-                part = parts[plane]
+                    part = tl.reshape(part, [BLOCK, WIDTH // units_of_group, units_of_group])
+                    part = tl.sum(part, 2)
                 if ZERO_BITS != 0:
                     at = sums + (m * PLANES + plane) * groups + group
                     part -= zero * tl.load(at, mask=group < groups, other=0.0)[None, :]
-                total += tl.sum(part * scale, 1)
+                more = more + (totals[m] + tl.sum(part * scale, 1),)
+            totals = more
+    if bounds is not None:
+        added = outliers_times(
+            entry_words, entry_rows, first, last, halves, own, 32 * UNITS, BATCH, BLOCK, CHUNK
+        )
+    for m in tl.static_range(BATCH):
+        total = totals[m]
         if bounds is not None:
-            met = halves + m * 32 * UNITS
-            total += outliers_times(entry_words, entry_rows, first, last, met, ROWS, CHUNK)
+            total += added[m]
         total *= tl.load(factors + m) * multiplier
-        store_rows(result + m * rows, total, program * ROWS, rows, ROWS)
+        store_rows(result + m * rows, total, program * ROWS + own, rows, BLOCK)
