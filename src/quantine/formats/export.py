@@ -149,13 +149,7 @@ class _Model:
         bare = source.bare_model(config)
         layers = {layer.name: layer for layer in find_layers(bare, family_of(config))}
         matrices = {
-            name: _matrix(
-                finished,
-                name,
-                layers.get(name),
-                bare,
-                activations,
-            )
+            name: _matrix(finished, name, layers.get(name), bare, activations)
             for name in finished.description.layers
         }
         order = [name for name in layers if name in matrices]

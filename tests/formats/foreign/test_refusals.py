@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +138,8 @@ def test_plans_refuse_what_exports_refuse(
     job = prepare(tiny(family), plan, NONE)
     for target in (*FOREIGN, "vllm"):
         to, engine = ("compressed-tensors", target) if target == "vllm" else (target, None)
-        refused = message(
-            lambda: check_target(target, job)  # noqa: B023
-        )
-        found = message(lambda: export(out, tmp_path / target, to, engine=engine))  # noqa: B023
+        refused = message(partial(check_target, target, job))
+        found = message(partial(export, out, tmp_path / target, to, engine=engine))
         assert found == refused
         assert (tmp_path / target).exists() == (refused is None)
     assert {path.name for path in tmp_path.iterdir()} <= {"out", *FOREIGN, "vllm"}

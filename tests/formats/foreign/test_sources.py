@@ -152,9 +152,11 @@ def test_tensors_without_a_place(to: str, exported: Callable[[str], Path], tmp_p
         f"{LAYER}.weight",
         "model.layers.1.self_attn.k_scale",
     ):
-        tensors_changed(source, lambda tensors: tensors.update({name: torch.ones(32, 64)}))  # noqa: B023
+        tensors_changed(
+            source, lambda tensors, name=name: tensors.update({name: torch.ones(32, 64)})
+        )
         assert f"files hold {name} for which" in refused(source, tmp_path / "out")
-        tensors_changed(source, lambda tensors: tensors.pop(name))  # noqa: B023
+        tensors_changed(source, lambda tensors, name=name: tensors.pop(name))
     assert import_model(source, tmp_path / "out").layers
 
 
