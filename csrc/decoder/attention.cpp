@@ -5,13 +5,14 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 
-#include "decoder/attention_span.h"
 #include "decoder/layers.h"
 
 namespace quantine {
 namespace {
 
+constexpr std::size_t kMany = 16;      // queries that are worth codes made floats for all of them
 constexpr std::size_t kSmall = 65536;  // multiplications that are done before a thread wakes up
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -71,8 +72,7 @@ void Attention::run(const Cache& cache, const float* queries, std::size_t tokens
   const std::size_t tasks = (blocks_of(first + tokens, kSpan) - oldest) * heads_.kv_heads;
   const auto task = [&](std::size_t index) {
     const std::size_t kv_head = index % heads_.kv_heads, span = oldest + index / heads_.kv_heads;
-    if (cache.is_exact()) attend<float>(cache, queries, kv_head, span);
-    else attend<std::int16_t>(cache, queries, kv_head, span);
+    attend(cache, queries, kv_head, span);
   };
   const std::size_t work = tokens * heads_.heads * heads_.dim * (first + tokens - begin(0));
   if (work <= kSmall)
@@ -93,17 +93,42 @@ float* Attention::partial(std::size_t token, std::size_t head, std::size_t span)
   return partials_.data() + ((token * heads_.heads + head) * spans_ + span) * stride_;
 }
 
-// All queries that share a head of keys and values, kQueries at a time.
+// The tokens of a span as one head of keys and values has them.
 template <typename T>
-void Attention::attend(const Cache& cache, const float* queries, std::size_t kv_head,
-                       std::size_t span) {
-  const std::size_t group = heads_.heads / heads_.kv_heads, start = span * kSpan;
+SpanOf<T> Attention::tokens_of(const Cache& cache, std::size_t kv_head, std::size_t start) const {
   SpanOf<T> tokens{cache.keys<T>(kv_head, start), cache.values<T>(kv_head, start), nullptr, nullptr,
                    heads_.dim, scoring_->cap};
   if (!cache.is_exact()) {
     tokens.key_scales = cache.key_scales(kv_head, start);
     tokens.value_scales = cache.value_scales(kv_head, start);
   }
+  return tokens;
+}
+
+// All queries that share a head of keys and values.
+void Attention::attend(const Cache& cache, const float* queries, std::size_t kv_head,
+                       std::size_t span) {
+  const std::size_t start = span * kSpan;
+  if (cache.is_exact())
+    return attend(tokens_of<float>(cache, kv_head, start), queries, kv_head, span);
+  const auto codes = tokens_of<std::int16_t>(cache, kv_head, start);
+  if (tokens_ * heads_.heads / heads_.kv_heads < kMany)
+    return attend(codes, queries, kv_head, span);
+  const std::size_t count = whole(std::min(kSpan, first_ + tokens_ - start), kKeyLanes);
+  const std::size_t keys = count * heads_.dim, values = count * whole(heads_.dim, kWide);
+  const std::unique_ptr<float[]> floats(new float[keys + values]);
+  widen(codes.keys, keys, floats.get());
+  widen(codes.values, values, floats.get() + keys);
+  attend(SpanOf<float>{floats.get(), floats.get() + keys, codes.key_scales, codes.value_scales,
+                       codes.dim, codes.cap},
+         queries, kv_head, span);
+}
+
+// kQueries at a time.
+template <typename T>
+void Attention::attend(const SpanOf<T>& tokens, const float* queries, std::size_t kv_head,
+                     std::size_t span) {
+  const std::size_t group = heads_.heads / heads_.kv_heads, start = span * kSpan;
   const ScoreBias* bias = scoring_->bias.get();
   Query asked[kQueries];
   std::size_t count = 0;

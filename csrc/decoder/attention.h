@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/pool.h"
+#include "decoder/attention_span.h"
 #include "decoder/memory.h"
 #include "matrix/matrix.h"
 
@@ -99,7 +100,11 @@ class Attention {
  private:
   float* partial(std::size_t token, std::size_t head, std::size_t span);
   template <typename T>
+  SpanOf<T> tokens_of(const Cache& cache, std::size_t kv_head, std::size_t start) const;
   void attend(const Cache& cache, const float* queries, std::size_t kv_head, std::size_t span);
+  template <typename T>
+  void attend(const SpanOf<T>& tokens, const float* queries, std::size_t kv_head,
+              std::size_t span);
   void merge(std::size_t token, std::size_t head, float* out);
   std::size_t begin(std::size_t token) const;  // the first position that `token` attends to
 

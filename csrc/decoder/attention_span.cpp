@@ -1,4 +1,6 @@
 // The loops over the keys and values of a span: scores, their exponentials, and mixtures of values.
+// This file alone is compiled with contraction: products are rounded with what they are added to,
+// where the processor can.
 #include "decoder/attention_span.h"
 
 #include <cmath>
@@ -165,47 +167,33 @@ QUANTINE_INLINE void attend_any(const SpanOf<T>& tokens, const Query* queries, s
   }
 }
 
-}  // namespace
-
-// One function for each width of registers; the processor has the program take the right one.
-#define QUANTINE_ATTEND_SPAN(T, kFloats)                                                        \
-  void attend_span(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {          \
+// One function for each width of registers; the processor has the program take the right one, if it
+// is called where all of them are seen.
+#define QUANTINE_ATTEND_SOME(T, kFloats)                                                        \
+  void attend_best(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {          \
     attend_any<kFloats>(tokens, queries, count);                                                \
   }
 #if defined(QUANTINE_HAS_CLONES)
-__attribute__((target("avx512f"))) QUANTINE_ATTEND_SPAN(float, 16)
-__attribute__((target("avx512f"))) QUANTINE_ATTEND_SPAN(std::int16_t, 16)
-__attribute__((target("avx2"))) QUANTINE_ATTEND_SPAN(float, 8)
-__attribute__((target("avx2"))) QUANTINE_ATTEND_SPAN(std::int16_t, 8)
-__attribute__((target("default"))) QUANTINE_ATTEND_SPAN(float, 4)
-__attribute__((target("default"))) QUANTINE_ATTEND_SPAN(std::int16_t, 4)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_SOME(float, 16)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_SOME(std::int16_t, 16)
+__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_SOME(float, 8)
+__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_SOME(std::int16_t, 8)
+__attribute__((target("default"))) QUANTINE_ATTEND_SOME(float, 4)
+__attribute__((target("default"))) QUANTINE_ATTEND_SOME(std::int16_t, 4)
 #else
-QUANTINE_ATTEND_SPAN(float, 4)
-QUANTINE_ATTEND_SPAN(std::int16_t, 4)
+QUANTINE_ATTEND_SOME(float, 4)
+QUANTINE_ATTEND_SOME(std::int16_t, 4)
 #endif
-#undef QUANTINE_ATTEND_SPAN
+#undef QUANTINE_ATTEND_SOME
 
-QUANTINE_CLONES
-float round_row(const float* x, std::size_t n, std::int16_t* codes) {
-  constexpr float kTop = 32767.0f;
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
-  std::int32_t bits = 0;  // of the largest magnitude; they compare as floats do, NaN above all
-  for (std::size_t i = 0; i < n; ++i) {
-    std::int32_t held;
-    std::memcpy(&held, &x[i], sizeof held);
-    held &= 0x7fffffff;
-    bits = held > bits ? held : bits;
-  }
-  float widest;
-  std::memcpy(&widest, &bits, sizeof widest);
-  const bool finite = widest <= std::numeric_limits<float>::max();
-  // Below this the reciprocal overflows.
-  const float inverse = finite && widest > 1e-33f ? kTop / widest : 0.0f;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float bounded = finite ? x[i] * inverse : 0.0f;
-    codes[i] = static_cast<std::int16_t>(static_cast<std::int32_t>((bounded + kShift) - kShift));
-  }
-  return finite ? widest / kTop : std::numeric_limits<float>::quiet_NaN();
+}  // namespace
+
+void attend_span(const SpanOf<float>& tokens, const Query* queries, std::size_t count) {
+  attend_best(tokens, queries, count);
+}
+
+void attend_span(const SpanOf<std::int16_t>& tokens, const Query* queries, std::size_t count) {
+  attend_best(tokens, queries, count);
 }
 
 }  // namespace quantine

@@ -16,7 +16,7 @@ template <typename T>
 struct SpanOf {
   const T* keys;
   const T* values;
-  const float* key_scales;  // [kSpan], not for floats
+  const float* key_scales;  // [kSpan], of codes; null: they are values
   const float* value_scales;
   std::size_t dim;
   float cap;  // scores become cap * tanh(score / cap); 0: they stay as they are
@@ -35,9 +35,5 @@ struct Query {
 // Up to kQueries of them; memory is what takes time, so they share each look at keys and values.
 void attend_span(const SpanOf<float>& tokens, const Query* queries, std::size_t count);
 void attend_span(const SpanOf<std::int16_t>& tokens, const Query* queries, std::size_t count);
-
-// x[n] as whole numbers within 16 bits; returns their scale, which is not a number if x is not
-// finite.
-float round_row(const float* x, std::size_t n, std::int16_t* codes);
 
 }  // namespace quantine

@@ -2,6 +2,8 @@
 #include "decoder/layers.h"
 
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "base/vector_math.h"
 
@@ -100,6 +102,34 @@ void activate(Activation activation, float* x, std::size_t n) {
     case Activation::kGeluTanh:
       return gelu_tanh(x, n);
   }
+}
+
+QUANTINE_CLONES
+float round_row(const float* x, std::size_t n, std::int16_t* codes) {
+  constexpr float kTop = 32767.0f;
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  std::int32_t bits = 0;  // of the largest magnitude; they compare as floats do, NaN above all
+  for (std::size_t i = 0; i < n; ++i) {
+    std::int32_t held;
+    std::memcpy(&held, &x[i], sizeof held);
+    held &= 0x7fffffff;
+    bits = held > bits ? held : bits;
+  }
+  float widest;
+  std::memcpy(&widest, &bits, sizeof widest);
+  const bool finite = widest <= std::numeric_limits<float>::max();
+  // Below this the reciprocal overflows.
+  const float inverse = finite && widest > 1e-33f ? kTop / widest : 0.0f;
+  for (std::size_t i = 0; i < n; ++i) {
+    const float bounded = finite ? x[i] * inverse : 0.0f;
+    codes[i] = static_cast<std::int16_t>(static_cast<std::int32_t>((bounded + kShift) - kShift));
+  }
+  return finite ? widest / kTop : std::numeric_limits<float>::quiet_NaN();
+}
+
+QUANTINE_CLONES
+void widen(const std::int16_t* codes, std::size_t n, float* out) {
+  for (std::size_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]);
 }
 
 }  // namespace quantine

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace quantine {
 
@@ -35,5 +36,12 @@ void activate(Activation activation, float* x, std::size_t n);
 
 // x[n] *= y[n].
 void gate(float* x, const float* y, std::size_t n);
+
+// x[n] as whole numbers within 16 bits; returns their scale, which is not a number if x is not
+// finite.
+float round_row(const float* x, std::size_t n, std::int16_t* codes);
+
+// out[n] = codes[n].
+void widen(const std::int16_t* codes, std::size_t n, float* out);
 
 }  // namespace quantine

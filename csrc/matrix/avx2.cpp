@@ -9,6 +9,8 @@ namespace {
 
 struct Avx2 {
   static constexpr int kBatch = 4;  // rows of activations that share decoded codes
+  // So many rows are worth codes that are taken out once for all of them; 0: none are.
+  static constexpr std::size_t kMany = 12;
   struct Int {
     __m256i low, high;
   };
@@ -39,11 +41,13 @@ struct Avx2 {
     return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
   }
   // Even and odd bytes as 16 bit.
-  QUANTINE_INLINE __m256i dot(__m256i acc, __m256i codes, __m256i even, __m256i odd) {
-    const __m256i low = _mm256_and_si256(codes, _mm256_set1_epi16(0xff));
-    const __m256i high = _mm256_srli_epi16(codes, 8);
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(low, even));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(high, odd));
+  struct Wide {
+    __m256i low_even, low_odd, high_even, high_odd;
+  };
+  QUANTINE_INLINE Wide widen(Int codes) {
+    const __m256i even = _mm256_set1_epi16(0xff);
+    return {_mm256_and_si256(codes.low, even), _mm256_srli_epi16(codes.low, 8),
+            _mm256_and_si256(codes.high, even), _mm256_srli_epi16(codes.high, 8)};
   }
   QUANTINE_INLINE __m256i two(const std::uint8_t* codes) {
     std::int32_t word;
@@ -51,9 +55,16 @@ struct Avx2 {
     return _mm256_set1_epi32(word);
   }
   QUANTINE_INLINE Sum no_sum() { return nothing(); }
-  QUANTINE_INLINE Sum dot(Sum acc, Int codes, const std::uint8_t* x) {
+  QUANTINE_INLINE __m256i add_products(__m256i acc, __m256i codes, __m256i x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(codes, x));
+  }
+  QUANTINE_INLINE Sum dot(Sum acc, Wide codes, const std::uint8_t* x) {
     const __m256i even = two(x), odd = two(x + 2 * sizeof(std::int16_t));
-    return {dot(acc.low, codes.low, even, odd), dot(acc.high, codes.high, even, odd)};
+    return {add_products(add_products(acc.low, codes.low_even, even), codes.low_odd, odd),
+            add_products(add_products(acc.high, codes.high_even, even), codes.high_odd, odd)};
+  }
+  QUANTINE_INLINE Sum dot(Sum acc, Int codes, const std::uint8_t* x) {
+    return dot(acc, widen(codes), x);
   }
   QUANTINE_INLINE Int plus(Int a, Int b) {
     return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};

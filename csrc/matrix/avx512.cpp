@@ -9,6 +9,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int kBatch = 8;  // rows of activations that share decoded codes
+  static constexpr std::size_t kMany = 0;  // see Avx2
   using Int = __m512i;
   using Float = __m512;
   struct Sum {

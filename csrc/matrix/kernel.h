@@ -63,6 +63,73 @@ void fast_tile(const Weights& w, const Activations& activations, std::size_t til
   for (int b = 0; b < kBatch; ++b) result[b] = total[b];
 }
 
+constexpr std::size_t kManyRows = 64;  // of activations that share codes taken out once, at most
+
+// The chunks of one block, taken out of their planes and ready for `V::dot`.
+template <typename V>
+struct TakenOut {
+  typename V::Wide chunks[kBlock / kChunk];
+  std::uint32_t count = 0;
+};
+
+// What a block adds to the sums of `kBatch` rows of activations, the first of which begins at `x`
+// and at `place` among their scales.
+template <typename V, int kBatch>
+inline void add_block(const TakenOut<V>& block, const Activations& a, const std::uint8_t* x,
+                      std::size_t place, typename V::Float scale, typename V::Float zero,
+                      float (*totals)[kTile]) {
+  const std::size_t row_bytes = a.padded / kChunk * kChunkBytes;
+  typename V::Sum acc[kBatch];
+  for (int b = 0; b < kBatch; ++b) acc[b] = V::no_sum();
+  for (std::uint32_t c = 0; c < block.count; ++c, x += kChunkBytes) {
+    const typename V::Wide codes = block.chunks[c];
+    for (int b = 0; b < kBatch; ++b)
+      acc[b] = V::dot(acc[b], codes, x + static_cast<std::size_t>(b) * row_bytes);
+  }
+  for (int b = 0; b < kBatch; ++b, place += a.blocks) {
+    const auto sum = centred<V>(a, place, zero, V::to_float(V::whole(acc[b])));
+    const auto factor = V::mul(scale, V::set(a.scales[place]));
+    V::store(totals[b], V::fma(sum, factor, V::floats(totals[b])));
+  }
+}
+
+// The same sums as those of `fast_tile`, of `batch` rows, kManyRows at most: sums move between
+// registers and memory for each block, so that codes are taken out once for all rows.
+template <typename V, int kBits>
+void fast_rows(const Weights& w, const Activations& activations, std::size_t batch,
+               std::size_t tile, float (*totals)[kTile]) {
+  const Activations a = activations;
+  const std::size_t row_bytes = a.padded / kChunk * kChunkBytes;
+  for (std::size_t row = 0; row < batch; ++row)
+    V::store(totals[row], first_sum<V>(a, static_cast<int>(row)));
+  Cursor<V> cursor(w, tile);
+  typename V::Float scale, zero;
+  TakenOut<V> taken;
+  const std::uint8_t* x = a.codes;
+  const Block* block = w.blocks.data();
+  const Block* const blocks_end = block + w.blocks.size();
+  std::size_t index = 0;
+  cursor.advance(scale, zero);
+  each_chunk<V, kBits>(w, tile, [&](typename V::Int codes) __attribute__((always_inline)) {
+    if (block == blocks_end) return;  // what follows is padding
+    taken.chunks[taken.count++] = V::widen(codes);
+    if (taken.count != block->chunks) return;
+    std::size_t row = 0;
+    const auto take = [&](auto rows) __attribute__((always_inline)) {
+      for (; batch - row >= static_cast<std::size_t>(rows); row += rows)
+        add_block<V, rows>(taken, a, x + row * row_bytes, row * a.blocks + index, scale, zero,
+                           totals + row);
+    };
+    take(std::integral_constant<int, V::kBatch>{});
+    take(std::integral_constant<int, 1>{});
+    x += taken.count * kChunkBytes;
+    taken.count = 0;
+    ++index;
+    const std::uint32_t group = block->group;
+    if (++block != blocks_end && block->group != group) cursor.advance(scale, zero);
+  });
+}
+
 // The same for one row of activations and blocks of `kChunks` each, without a look for the end of a
 // block.
 template <typename V, int kBits, int kChunks>
@@ -304,20 +371,35 @@ inline void fetch(const Weights& w, std::size_t tile) {
   else ask(&w.outlier_floats[first], count * sizeof(float));
 }
 
+// Rows `tile * 16` and following of a row of `y`, from the first lane of `a` on.
+inline void write_lanes(const Weights& w, const Activations& a, std::size_t tile,
+                        const float* lanes, float* y) {
+  const std::size_t first = tile * kTile, count = std::min(kTile, w.rows - first);
+  std::memcpy(y + first + a.first_lane, lanes + a.first_lane,
+              (count - a.first_lane) * sizeof(float));
+}
+
 template <typename V, int kBatch>
 void tile_of(const Weights& w, const Activations& a, std::size_t tile, float* y, bool exact) {
   typename V::Float total[kBatch];
   for (int b = 0; b < kBatch; ++b) total[b] = V::set(0.0f);
   sum_tile<V, kBatch>(w, a, tile, total, exact);
-  const std::size_t first = tile * kTile, lanes = std::min(kTile, w.rows - first);
   for (int b = 0; b < kBatch; ++b) {
     float lane[kTile];
     V::store(lane, total[b]);
     if (kBatch == 1 && a.turned == nullptr && !w.outlier_offsets.empty())
       add_outliers<V>(w, tile, a.x, lane);
-    std::memcpy(y + static_cast<std::size_t>(b) * w.rows + first + a.first_lane,
-                lane + a.first_lane, (lanes - a.first_lane) * sizeof(float));
+    write_lanes(w, a, tile, lane, y + static_cast<std::size_t>(b) * w.rows);
   }
+}
+
+template <typename V>
+void many_of(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
+             float* y) {
+  alignas(64) float totals[kManyRows][kTile];
+  with_bits(w.bits, [&](auto bits) { fast_rows<V, bits>(w, a, batch, tile, totals); });
+  for (std::size_t row = 0; row < batch; ++row)
+    write_lanes(w, a, tile, totals[row], y + row * w.rows);
 }
 
 inline Activations from_row(const Activations& a, std::size_t row) {
@@ -336,6 +418,12 @@ void multiply_tile(const Weights& w, const Activations& a, std::size_t batch, st
                    float* y, bool exact) {
   fetch(w, tile + 1);
   std::size_t row = 0;
+  if constexpr (V::kMany > 0)
+    while (!exact && w.bits <= 8 && batch - row >= V::kMany) {
+      const std::size_t some = std::min(kManyRows, batch - row);
+      many_of<V>(w, from_row(a, row), some, tile, y + row * w.rows);
+      row += some;
+    }
   const auto take = [&](auto rows) {
     while (batch - row >= static_cast<std::size_t>(rows)) {
       tile_of<V, rows>(w, from_row(a, row), tile, y + row * w.rows, exact);

@@ -60,6 +60,7 @@ struct WideDot {
 template <typename Dot>
 struct Neon {
   static constexpr int kBatch = 4;  // rows of activations that share decoded codes
+  static constexpr std::size_t kMany = 0;  // see Avx2
   using Int = NeonInt;
   struct Float {
     float32x4_t part[4];

@@ -7,6 +7,7 @@ namespace {
 
 struct Scalar {
   static constexpr int kBatch = 1;  // rows of activations that share decoded codes
+  static constexpr std::size_t kMany = 0;  // see Avx2
   struct Int {
     std::uint32_t lane[kTile];
   };

@@ -143,7 +143,7 @@ def extreme(bits: int, axis: GroupAxis) -> QTensor:
 
 @pytest.mark.usefixtures("level")
 class TestPacked:
-    @given(cases, st.sampled_from([1, 2, 3, 8, 17]), arithmetics)
+    @given(cases, st.sampled_from([1, 2, 3, 8, 17, 67]), arithmetics)
     @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.01, True), 8, "fast")
     @example(qtensor_of(1, 16, 4, 16, 3, "coded", "whole", 0.3, False), 1, "fast")
     @example(qtensor_of(2, 128, 3, 32, 4, "half", "whole", 0.01, False, "out"), 33, "fast")
@@ -157,7 +157,7 @@ class TestPacked:
         (found,) = multiply([packed_matrix(q)], x, arithmetic)
         assert close(found, multiply_reference(q, x, arithmetic), x, reach(q))
 
-    @given(cases, st.sampled_from([2, 3, 8, 15, 17]), arithmetics)
+    @given(cases, st.sampled_from([2, 3, 8, 15, 17, 67]), arithmetics)
     @example(qtensor_of(0, 33, 2, 64, 4, "half", "whole", 0.3, True), 15, "fast")
     @example(qtensor_of(3, 128, 3, 16, 3, "coded", "coded", 0.3, False, "out"), 17, "exact")
     def test_a_row_has_the_bits_that_it_has_alone(
