@@ -12,20 +12,23 @@ struct Avx2 {
   using Float = __m256;
 #define QUANTINE_INLINE static inline __attribute__((always_inline))
 
-  // The two bytes that hold each of 8 codes, and its place in them.
+  // The two bytes that hold each of 8 codes, and its place in them; its place in 32 bits that hold
+  // them all, if they do.
   struct Spreader {
     explicit Spreader(int bits) {
-      alignas(32) std::uint32_t places[kLanes], downs[kLanes];
+      alignas(32) std::uint32_t places[kLanes], downs[kLanes], alone[kLanes];
       for (std::uint32_t r = 0; r < kLanes; ++r) {
         const std::uint32_t bit = r * static_cast<std::uint32_t>(bits), next = bit / 8 + 1;
         places[r] = 0x80800000u | ((next < 8 ? next : 0x80u) << 8) | (bit / 8);
         downs[r] = bit % 8;
+        alone[r] = bit;
       }
       bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(places));
       shifts = _mm256_load_si256(reinterpret_cast<const __m256i*>(downs));
+      small_shifts = _mm256_load_si256(reinterpret_cast<const __m256i*>(alone));
       mask = _mm256_set1_epi32((1 << bits) - 1);
     }
-    __m256i bytes, shifts, mask;
+    __m256i bytes, shifts, small_shifts, mask;
   };
 
   template <Width kKind>
@@ -33,6 +36,12 @@ struct Avx2 {
     if constexpr (kKind == Width::kWhole)
       return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(
           _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
+    if constexpr (kKind == Width::kSmall) {
+      std::int32_t all;
+      std::memcpy(&all, bytes, sizeof all);
+      const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(all), s.small_shifts);
+      return _mm256_cvtepi32_ps(_mm256_and_si256(codes, s.mask));
+    }
     long long word;
     std::memcpy(&word, bytes, sizeof word);
     const __m256i pairs = _mm256_shuffle_epi8(_mm256_set1_epi64x(word), s.bytes);
