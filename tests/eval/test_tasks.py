@@ -234,6 +234,7 @@ def test_unknown_tasks_and_bad_requests_are_refused(
     with pytest.raises(PlanError, match="no directory of task definitions"):
         TaskRequest(("tiny_odd",), path=tmp_path / "missing")
     (tmp_path / "broken.yaml").write_text("task: broken\ndataset_path: json\n")
+    monkeypatch.chdir(own)  # where data are looked for, in all directories below
     with pytest.raises(PlanError, match="task broken cannot be loaded"):
         Tasks(TaskRequest(("broken",), path=tmp_path))
 
