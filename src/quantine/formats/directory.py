@@ -29,8 +29,11 @@ COPIED: Final = (
     "chat_template.json",
     "generation_config.json",
     "merges.txt",
+    "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
+    "spm.model",
+    "tekken.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -39,6 +42,12 @@ COPIED: Final = (
 )
 """Names of the source's files that are copied: they describe its tokenizer and generation
 settings."""
+
+
+def copied_files(directory: Path) -> dict[str, Path]:
+    """The files of `COPIED` that ``directory`` has, by name."""
+    files = {name: directory / name for name in COPIED}
+    return {name: file for name, file in files.items() if file.is_file()}
 
 
 def is_finished(out: Path) -> bool:

@@ -7,13 +7,22 @@ from pathlib import Path
 from typing import Final
 
 from quantine.errors import CheckpointError, cut
-from quantine.formats.directory import COPIED
+from quantine.formats.directory import copied_files
 from quantine.formats.shards import write_atomically
 
 TOKENIZER: Final = "tokenizer.json"
 """The file of the library tokenizers."""
 TOKENIZER_SETTINGS: Final = "tokenizer_config.json"
-VOCABULARIES: Final = (TOKENIZER, "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+VOCABULARIES: Final = (
+    TOKENIZER,
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "spm.model",
+    "tekken.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
 """Files of which a directory with a tokenizer has one."""
 
 
@@ -57,7 +66,6 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def copy_small_files(directory: Path, out: Path) -> None:
-    """Copy what `COPIED` names from ``directory`` to ``out``, where it is there."""
-    for name in COPIED:
-        if (directory / name).is_file():
-            write_atomically(out / name, (directory / name).read_bytes())
+    """Copy the `copied_files` of ``directory`` to ``out``."""
+    for name, file in copied_files(directory).items():
+        write_atomically(out / name, file.read_bytes())

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from quantine.errors import FormatError, OutputError, PlanError, QuantineError, cut
-from quantine.formats.directory import COPIED, REPORT, SCORES, is_finished, read_json
+from quantine.formats.directory import (
+    REPORT,
+    SCORES,
+    copied_files,
+    is_finished,
+    read_json,
+)
 from quantine.formats.finished import FinishedDirectory
 from quantine.report.record import CARD, recorded, write_card
 from quantine.report.verdict import checks_of, kept_floors
@@ -70,7 +76,8 @@ def prepare_upload(directory: Path, floors: Mapping[str, float]) -> Upload:
     weights = [file.name for file in FinishedDirectory(directory).files]
     index = [] if weights == [SINGLE] else [INDEX]
     files = [*weights, *index, *DESCRIBING]
-    files += [name for name in (SCORES, *COPIED) if (directory / name).is_file()]
+    files += [SCORES] if (directory / SCORES).is_file() else []
+    files += copied_files(directory)
     scores = recorded(directory)
     objections = _objections(directory, {**kept_floors(directory), **floors})
     report = read_json(directory / REPORT)

@@ -9,7 +9,7 @@ from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.process_memory import peak_memory
 from quantine.core.spec import FLOAT16
 from quantine.families.layers import block_list
-from quantine.formats.directory import COPIED
+from quantine.formats.directory import copied_files
 from quantine.formats.moving import MOVED_BYTES
 from quantine.run.job import Job
 from quantine.run.peak import device_bytes, process_bytes
@@ -154,8 +154,7 @@ def _maps_bytes(job: Job) -> int:
 
 def _copied_bytes(job: Job) -> int:
     """Bytes of the source's small files that the output has, too."""
-    files = [job.source.directory / name for name in COPIED]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in copied_files(job.source.directory).values())
 
 
 def _scratch_bytes(job: Job) -> int:

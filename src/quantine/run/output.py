@@ -16,7 +16,7 @@ from quantine.core.device import device_facts
 from quantine.core.spec import FLOAT16
 from quantine.core.versions import computing_versions
 from quantine.formats.description import FORMAT_VERSION, Description, own_config
-from quantine.formats.directory import COPIED, encoded
+from quantine.formats.directory import copied_files, encoded
 from quantine.formats.headers import Entry
 from quantine.run.card import model_card
 from quantine.run.job import Job
@@ -97,8 +97,7 @@ def output_files(
 
 def _copied(directory: Path) -> dict[str, bytes]:
     """The content of the small files of a directory that an output has, too, by file name."""
-    files = {name: directory / name for name in COPIED}
-    return {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    return {name: file.read_bytes() for name, file in copied_files(directory).items()}
 
 
 def describe(job: Job, report: dict[str, Any], entries: Iterable[Entry]) -> Description:
