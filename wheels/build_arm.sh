@@ -12,4 +12,5 @@ cp "$settings" "$environment/settings"
 _PYTHON_HOST_PLATFORM=linux-aarch64 _PYTHON_SYSCONFIGDATA_NAME=$(basename "$settings" .py) \
   PYTHONPATH=$environment/settings CMAKE_TOOLCHAIN_FILE=$PWD/wheels/aarch64.cmake \
   "$environment/build/bin/python" -m pip wheel -q --no-build-isolation --no-deps -w "$1" \
-  -C build-dir=build/aarch64 -C "cmake.define.Python_INCLUDE_DIR=$environment/headers" .
+  --config-settings build-dir=build/aarch64 \
+  --config-settings "cmake.define.Python_INCLUDE_DIR=$environment/headers" .
