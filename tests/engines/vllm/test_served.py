@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from quantine.formats.export import export  # noqa: E402
 PROGRAM = Path(__file__).with_name("serve.py")
 NOISE = 2e-5
 """How much logarithmic probabilities may differ: sums are in another order."""
+DEEP = 5e-5
+"""Likewise where there are many blocks."""
 ROUNDED = 0.1
 """Likewise where activations are rounded: one between two codes may fall to the other side."""
 GELU = 2e-3
@@ -54,10 +57,28 @@ def job(directory: Path, **options: Any) -> dict[str, Any]:
 
 def check(directory: Path, result: dict[str, Any], noise: float = NOISE) -> None:
     assert "error" not in result, result["error"]
-    rounds = "activations" in json.loads((directory / "config.json").read_text())[SETTINGS]
+    settings = json.loads((directory / "config.json").read_text())[SETTINGS]
+    if "activations" in settings:
+        compare_rounded(directory, result)
+    else:
+        compare_floats(directory, result, noise)
+
+
+def compare_floats(directory: Path, result: dict[str, Any], noise: float) -> None:
     for (tokens, logprobs), found in zip(own_answers(directory), result["answers"], strict=True):
         assert found["tokens"] == tokens
-        assert found["logprobs"] == pytest.approx(logprobs, abs=ROUNDED if rounds else noise)
+        assert found["logprobs"] == pytest.approx(logprobs, abs=noise)
+
+
+def compare_rounded(directory: Path, result: dict[str, Any]) -> None:
+    """A value between two codes may decide between two words, once, and then all that follow."""
+    others = 0
+    for (tokens, logprobs), found in zip(own_answers(directory), result["answers"], strict=True):
+        same = [one == other for one, other in zip(tokens, found["tokens"], strict=True)]
+        others += not all(same)
+        until = len(same) if all(same) else same.index(False) + 1
+        assert found["logprobs"][:until] == pytest.approx(logprobs[:until], abs=ROUNDED)
+    assert others <= 1
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -149,6 +170,10 @@ def test_compressed_tensors_of_other_bits(
         check(directory, result)
 
 
+@pytest.mark.skipif(
+    platform.machine() == "x86_64" and "vnni" not in Path("/proc/cpuinfo").read_text(),
+    reason="vLLM's products of int8 overflow on processors without VNNI",
+)
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
 def test_int8_of_compressed_tensors(
     granularity: str, directories: Directories, short: Calibration, tmp_path: Path
@@ -172,11 +197,7 @@ def test_int8_of_compressed_tensors(
     served = export(out, tmp_path / "ct", "compressed-tensors", engine="vllm").path
     [result] = serve(tmp_path, [job(served)])
     assert "error" not in result, result["error"]
-    pairs = list(zip(own_answers(out), result["answers"], strict=True))
-    same = [(logprobs, one) for (tokens, logprobs), one in pairs if one["tokens"] == tokens]
-    assert len(same) >= len(pairs) - 1  # a value between two codes may decide between two words
-    for logprobs, one in same:
-        assert one["logprobs"] == pytest.approx(logprobs, abs=ROUNDED)
+    compare_rounded(out, result)
 
 
 @pytest.mark.slow
@@ -185,4 +206,4 @@ def test_the_demo_model(tmp_path: Path) -> None:
     plan = Plan.preset("rtn", bits=4, group_size=64, arithmetic="exact")
     quantize("demo", directory, plan, Calibration(samples=0))
     [result] = serve(tmp_path, [job(directory)])
-    check(directory, result)
+    check(directory, result, DEEP)

@@ -22,6 +22,11 @@ MIDDLE: Final = 2 ** (BITS - 1)
 """What a code of quantine's is more than the signed one that stands for it here."""
 SPEC: Final = QuantSpec(BITS, WHOLE_ROW, sym=True)
 """The one grid of weights."""
+OVERFLOW: Final = (
+    "on x86 processors without VNNI vLLM multiplies int8 by int8 with sums that overflow 16 bits: "
+    "serve it on a GPU or a processor with VNNI"
+)
+"""What users of such files have to know."""
 INPUT_SITES: Final = ("norm", "attention", "hidden")
 """Fields of `ActivationSpec` for the inputs of matrices."""
 

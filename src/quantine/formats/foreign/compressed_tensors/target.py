@@ -82,4 +82,5 @@ class CompressedTensorsDirectory:
         inputs = None if rounded is None else int8.input_settings(rounded)
         settings = settings_of(specs, kept, head not in specs, inputs)
         write_files(source, out, {"dtype": dtype.name, "quantization_config": settings})
-        return dtype.notes("float16 or float32")
+        warnings = [] if rounded is None else [int8.OVERFLOW]
+        return [*dtype.notes("float16 or float32"), *warnings]
