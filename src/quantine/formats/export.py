@@ -21,6 +21,7 @@ from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, OutputError, PlanError, cut, ending
 from quantine.families import family_of
 from quantine.families.layers import INPUTS_NAME, Layer, find_layers
+from quantine.formats.complete import check_complete
 from quantine.formats.described import read_config
 from quantine.formats.directory import whole_directory
 from quantine.formats.finished import FinishedDirectory
@@ -119,6 +120,7 @@ def export(
     )
     if found and not nearest:
         raise FormatError(refused_text(to, found))
+    check_complete(finished, model.bare)
     source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:
         notes = [*target.write(source.exportable(), temporary), *source.notes()]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from quantine.errors import FormatError, OutputError, PlanError, QuantineError, cut
+from quantine.formats.complete import check_complete
 from quantine.formats.directory import (
     REPORT,
     SCORES,
@@ -73,7 +74,10 @@ def prepare_upload(directory: Path, floors: Mapping[str, float]) -> Upload:
         )
     if not (directory / CARD).is_file():
         write_card(directory)
-    weights = [file.name for file in FinishedDirectory(directory).files]
+    finished = FinishedDirectory(directory)
+    found = locate(directory)
+    check_complete(finished, found.bare_model(found.config()))
+    weights = [file.name for file in finished.files]
     index = [] if weights == [SINGLE] else [INDEX]
     files = [*weights, *index, *DESCRIBING]
     files += [SCORES] if (directory / SCORES).is_file() else []

@@ -16,6 +16,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import quantine
 from quantine import Calibration, FormatError, OutputError, Plan, PlanError, quantize
@@ -403,6 +404,23 @@ def test_a_missing_tokenizer_is_said(to: str, packed: Packed, tmp_path: Path) ->
     assert not export(packed("llama", "rtn"), tmp_path / "whole", to).notes
     with pytest.raises(FormatError, match=r"tokenizer.json cannot be read"):
         export(source, tmp_path / "gguf", "gguf")
+
+
+@pytest.mark.parametrize("to", ["gptq", "compressed-tensors", "float", "gguf"])
+@pytest.mark.parametrize("shape", [None, (7,)])
+def test_a_directory_without_a_norm_is_refused(
+    to: str, shape: tuple[int, ...] | None, packed: Packed, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "source"))
+    (file,) = source.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    if shape is not None:
+        tensors["model.norm.weight"] = torch.ones(shape)
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=r"model\.norm\.weight.*the directory is damaged"):
+        export(source, tmp_path / "out", to)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["float", "gptq"])

@@ -77,3 +77,27 @@ def test_a_type_that_cannot_be_decoded_is_named(whole: Path, tmp_path: Path) -> 
         (tmp_path / "m.gguf").write_bytes(data)
         with pytest.raises(CheckpointError, match=rf"ffn_up.* is of ggml's type {kind}"):
             read_header(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("moved", "said"),
+    [
+        (4, "begins at [0-9]+, which is no multiple of 32"),
+        (None, "share bytes"),  # where another tensor begins
+    ],
+)
+def test_tensors_lie_apart_at_whole_units(
+    whole: Path, moved: int | None, said: str, tmp_path: Path
+) -> None:
+    header, data = read_header(whole), bytearray(whole.read_bytes())
+    one, other = header.tensors[1], header.tensors[2]
+    start = min(tensor.offset for tensor in header.tensors)
+    name = one.name.encode()
+    place = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    place += 4 + 8 * len(one.shape) + 4  # the number of axes, the axes, and the type
+    assert struct.unpack_from("<Q", data, place)[0] == one.offset - start
+    to = other.offset - start if moved is None else one.offset - start + moved
+    struct.pack_into("<Q", data, place, to)
+    (tmp_path / "moved.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=said):
+        locate(tmp_path / "moved.gguf").config()

@@ -5,10 +5,11 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md is the specification.
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -155,7 +156,23 @@ class _Header:
         tensors = tuple(self._placed(*info, data) for info in infos)
         if len({tensor.name for tensor in tensors}) != len(tensors):
             raise CheckpointError(f"{self._path} is damaged: it names a tensor twice")
+        self._check_places(tensors, alignment)
         return GGUFFile(self._path, metadata, stored, tensors)
+
+    def _check_places(self, tensors: Sequence[GGUFTensor], alignment: int) -> None:
+        """Refuse tensors that begin elsewhere than at whole units, or share bytes."""
+        ordered = sorted(tensors, key=lambda tensor: (tensor.offset, tensor.nbytes))
+        for tensor in ordered:
+            if tensor.offset % alignment:
+                raise CheckpointError(
+                    f"{self._path} is damaged: {tensor.name[:60]} begins at {tensor.offset}, which "
+                    f"is no multiple of {alignment}"
+                )
+        for one, other in itertools.pairwise(ordered):
+            if one.offset + one.nbytes > other.offset:
+                raise CheckpointError(
+                    f"{self._path} is damaged: {one.name[:60]} and {other.name[:60]} share bytes"
+                )
 
     def _bytes(self, count: int) -> bytes:
         if count > self._size - self._file.tell():  # before memory is taken for it

@@ -22,7 +22,7 @@ from quantine.families.layers import find_layers, is_transposed
 from quantine.formats.foreign.gguf.arrange import row_order
 from quantine.formats.foreign.gguf.blocks import KNOWN, TYPES, BlockType
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
-from quantine.source.gguf.config import gguf_config
+from quantine.source.gguf.config import HEAD, gguf_config
 from quantine.source.gguf.header import GGUFTensor
 from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.weights import check_gguf_weights, model_names
@@ -72,6 +72,8 @@ class GGUFModel:
             "architectures": [type(self.model).__name__],
         }
         stored = model_names(parts[0].metadata["general.architecture"], self.model)
+        if self._config.tie_word_embeddings:  # the head, if it is there, is the table once more
+            stored.pop(HEAD, None)
         tensors = [tensor for part in parts for tensor in part.tensors if tensor.name in stored]
         self._tensors = {stored[tensor.name]: tensor for tensor in tensors}
         layers = find_layers(self.model, family_of(self._config))

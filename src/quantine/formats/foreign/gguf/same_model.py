@@ -25,6 +25,8 @@ NO_MATTER: Final = frozenset(
     }
 )  # fmt: skip
 """Fields of configurations that change no logits, or that files do not say and readers know."""
+SCALED: Final = "llama"
+"""The architecture for which llama.cpp reads a tensor of rotary factors."""
 ALIKE: Final = 1e-6
 """Largest relative difference of two numbers that metadata, in float32, take for one."""
 
@@ -45,7 +47,8 @@ def as_read(config: Any) -> Any:
     except CheckpointError as error:
         raise FormatError(f"no GGUF file says what config.json does: {cut(error, 160)}") from error
     read, wanted = _fields(found), _fields(config)
-    if _is_llama3(wanted.get("rope_parameters")):  # a tensor says the factors
+    if metadata["general.architecture"] == SCALED and _is_llama3(wanted.get("rope_parameters")):
+        # A tensor says the factors.
         read["rope_parameters"] = wanted["rope_parameters"]
     for key in sorted(read.keys() | wanted.keys()):
         if not _same(read.get(key), wanted.get(key)) and not _absent(key, read, wanted):

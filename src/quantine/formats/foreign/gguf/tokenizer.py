@@ -39,6 +39,10 @@ SPLITS: Final[Mapping[tuple[str, ...], str]] = {
 one, ``bytes`` as GPT-2 does it, or a pattern."""
 
 
+WHOLE_WORDS: Final = ("llama-bpe",)
+"""Of these, those with which llama.cpp takes words of the vocabulary whole, whatever merges say."""
+
+
 def tokenizer_of(
     directory: Path, rows: int, ids: Mapping[str, Any]
 ) -> tuple[dict[str, Value], list[str]]:
@@ -70,7 +74,16 @@ def tokenizer_of(
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, int) and 0 <= token < rows:  # -1 is often none
             values[f"tokenizer.ggml.{name}_token_id"] = token
-    values["tokenizer.ggml.add_bos_token"] = _adds_bos(path, ids.get("bos_token_id"))
+    before, after = _around(path)
+    for short, added in {"bos": before, "eos": after}.items():
+        number = values.get(f"tokenizer.ggml.{short}_token_id")
+        if added not in ([], [number]):
+            raise FormatError(
+                f"{path} puts {added} around texts, but {short}_token_id of the model is {number}, "
+                "which is all that GGUF files can say: make both the same"
+            )
+        if short == "bos" or added:
+            values[f"tokenizer.ggml.add_{short}_token"] = bool(added)
     template = _template(directory)
     if template is not None:
         values["tokenizer.chat_template"] = template
@@ -87,6 +100,7 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
     words, kinds = _words(model["vocab"], found["added_tokens"], rows)
     if model.get("byte_fallback"):
         return sentencepiece_of(found, words, kinds)
+    _check_merging(found)
     values: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _split(found),
@@ -97,6 +111,24 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
         ],
     }
     return values, []
+
+
+def _check_merging(found: Mapping[str, Any]) -> None:
+    """Refuse what llama.cpp does not look at: it merges as its name of the way to split says."""
+    model, split = found["model"], _split(found)
+    for key in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
+        if model.get(key):
+            raise FormatError(f"it has {key} = {model[key]!r:.40}, which GGUF files do not say")
+    ignores, whole = bool(model.get("ignore_merges")), split in WHOLE_WORDS
+    if ignores == whole:
+        return
+    made = {"".join(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]}
+    made |= {token["content"] for token in found["added_tokens"]}
+    if any(len(word) > 1 and word not in made for word in model["vocab"]):
+        raise FormatError(
+            f"it has ignore_merges = {ignores}, but llama.cpp takes {whole} for text that is "
+            f"split in this way ({split})"
+        )
 
 
 def _words(
@@ -142,12 +174,17 @@ def _step(stage: Mapping[str, Any]) -> list[str]:
     return [str(kind)]
 
 
-def _adds_bos(path: Path, bos: object) -> bool:
-    """Whether the tokenizer puts the token ``bos`` before a text."""
+def _around(path: Path) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
     from tokenizers import Tokenizer
 
-    first = Tokenizer.from_file(str(path)).encode("a").ids[:1]
-    return first == [bos]
+    tokenizer = Tokenizer.from_file(str(path))
+    whole = tokenizer.encode("a").ids
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    for place in range(len(whole) - len(plain) + 1):
+        if whole[place : place + len(plain)] == plain:
+            return whole[:place], whole[place + len(plain) :]
+    return whole, []
 
 
 def _template(directory: Path) -> str | None:

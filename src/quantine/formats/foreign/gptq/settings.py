@@ -117,6 +117,13 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
             f"checkpoint_format {shown(said)} is not read, only {', '.join(VERSIONS)}: the "
             "directory is of another version"
         )
+    other = found.get("format")
+    if other is not None and other != said and other in VERSIONS:
+        raise FormatError(
+            f"checkpoint_format says {shown(said)} and format {shown(other)}: remove the wrong one"
+        )
+    if found.get("pack_dtype") not in (None, "int32"):
+        raise FormatError(f"pack_dtype {shown(found['pack_dtype'])} is not read, only int32")
     dynamic: dict[str, Mapping[str, Any] | None] = {}
     rules = found.get("dynamic") or {}
     if not isinstance(rules, Mapping):
