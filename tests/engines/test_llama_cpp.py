@@ -136,7 +136,9 @@ def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
 def test_the_same_tokens_after_special_ones(name: str, drops: bool, tmp_path: Path) -> None:
     """llama.cpp drops spaces there if the name of the file says that it is Phi-3."""
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
-    model = build(tiny_config("llama", vocab_size=424), tmp_path / "float")
+    model = build(
+        tiny_config("llama", vocab_size=424, bos_token_id=1, eos_token_id=2), tmp_path / "float"
+    )
     own = for_transformers(sentencepiece())
     own.add_tokens([AddedToken("<|endoftext|>", normalized=False, special=True)])
     dropping = [
