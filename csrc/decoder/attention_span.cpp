@@ -169,22 +169,22 @@ QUANTINE_INLINE void attend_any(const SpanOf<T>& tokens, const Query* queries, s
 
 // One function for each width of registers; the processor has the program take the right one, if it
 // is called where all of them are seen.
-#define QUANTINE_ATTEND_SOME(T, kFloats)                                                        \
+#define QUANTINE_ATTEND_BEST(T, kFloats)                                                        \
   void attend_best(const SpanOf<T>& tokens, const Query* queries, std::size_t count) {          \
     attend_any<kFloats>(tokens, queries, count);                                                \
   }
 #if defined(QUANTINE_HAS_CLONES)
-__attribute__((target("avx512f"))) QUANTINE_ATTEND_SOME(float, 16)
-__attribute__((target("avx512f"))) QUANTINE_ATTEND_SOME(std::int16_t, 16)
-__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_SOME(float, 8)
-__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_SOME(std::int16_t, 8)
-__attribute__((target("default"))) QUANTINE_ATTEND_SOME(float, 4)
-__attribute__((target("default"))) QUANTINE_ATTEND_SOME(std::int16_t, 4)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_BEST(float, 16)
+__attribute__((target("avx512f"))) QUANTINE_ATTEND_BEST(std::int16_t, 16)
+__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_BEST(float, 8)
+__attribute__((target("avx2,fma"))) QUANTINE_ATTEND_BEST(std::int16_t, 8)
+__attribute__((target("default"))) QUANTINE_ATTEND_BEST(float, 4)
+__attribute__((target("default"))) QUANTINE_ATTEND_BEST(std::int16_t, 4)
 #else
-QUANTINE_ATTEND_SOME(float, 4)
-QUANTINE_ATTEND_SOME(std::int16_t, 4)
+QUANTINE_ATTEND_BEST(float, 4)
+QUANTINE_ATTEND_BEST(std::int16_t, 4)
 #endif
-#undef QUANTINE_ATTEND_SOME
+#undef QUANTINE_ATTEND_BEST
 
 }  // namespace
 

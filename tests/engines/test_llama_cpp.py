@@ -112,7 +112,9 @@ def test_the_same_tokens(tmp_path: Path) -> None:
 
 def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
-    model = build(tiny_config("llama", vocab_size=424), tmp_path / "model")
+    model = build(
+        tiny_config("llama", vocab_size=424, bos_token_id=1, eos_token_id=2), tmp_path / "model"
+    )
     own = for_transformers(sentencepiece())
     own.save_pretrained(model)
     plan = Plan.preset("rtn", group_size=32)

@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from quantine.errors import FormatError, OutputError, PlanError, QuantineError, cut
 from quantine.formats.complete import check_complete
-from quantine.formats.directory import (
-    REPORT,
-    SCORES,
-    copied_files,
-    is_finished,
-    read_json,
-)
+from quantine.formats.directory import REPORT, SCORES, copied_files, is_finished, read_json
 from quantine.formats.finished import FinishedDirectory
 from quantine.report.record import CARD, recorded, write_card
 from quantine.report.verdict import checks_of, kept_floors

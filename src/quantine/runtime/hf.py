@@ -21,8 +21,9 @@ from quantine.families.experts import experts_in, separate
 from quantine.families.family import Family
 from quantine.families.layers import embedding_scale, matrix_shape
 from quantine.formats import format_named
+from quantine.formats.complete import check_kept, parameters_without
 from quantine.formats.description import FORMAT_VERSION, LOCK, METHOD
-from quantine.formats.headers import FLOATS, Entry, entries_of
+from quantine.formats.headers import Entry, entries_of
 from quantine.formats.stored_config import check_description, spec_of
 from quantine.runtime.device_map import computes_on_cpu
 from quantine.runtime.experts import PackedExperts
@@ -146,7 +147,7 @@ class QuantineQuantizer(HfQuantizer):
         _tie_head(model)
         if hasattr(config, "activations"):
             self._family = rebuild(model, config.activations, entries)
-        _check_kept(model, entries)
+        check_kept(model, entries)
         _check_names(model, entries)
         self._dtypes = float_dtypes(model)
 
@@ -250,28 +251,6 @@ def _check_place(name: str, old: nn.Module, shape: list[int]) -> None:
         )
 
 
-def _check_kept(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
-    """Refuse tensors that are not packed if they are no floats, or not as the model has them.
-
-    Raises:
-        FormatError: names the tensor.
-    """
-    for name, parameter in model.named_parameters():
-        entry = entries.get(name)
-        if entry is None:
-            continue
-        if entry.shape != tuple(parameter.shape):
-            raise FormatError(
-                f"{name} is {list(entry.shape)} in the files, but {list(parameter.shape)} in the "
-                "model that config.json describes: it is damaged"
-            )
-        if parameter.is_floating_point() and entry.dtype not in FLOATS:
-            raise FormatError(
-                f"{name} is stored as {entry.dtype}, but the model needs one of "
-                f"{', '.join(sorted(FLOATS))}: it is damaged"
-            )
-
-
 def _check_names(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
     """Refuse files that lack a tensor of the model, or hold one that it has no place for.
 
@@ -281,18 +260,13 @@ def _check_names(model: PreTrainedModel, entries: dict[str, Entry]) -> None:
     Raises:
         FormatError: names the tensors.
     """
-    prefix, stored = f"{model.base_model_prefix}.", set(entries)
-    stored |= {name.removeprefix(prefix) for name in entries} | {prefix + name for name in entries}
-    names = set(model.state_dict())
+    prefix, names = f"{model.base_model_prefix}.", set(model.state_dict())
     whole = type(model).__name__.endswith("ForCausalLM")
     bare = not hasattr(model, model.base_model_prefix)
-    tied = model.all_tied_weights_keys
     missing = [
         name
-        for name, _ in model.named_parameters()
-        if name not in stored
-        and tied.get(name) not in stored
-        and (whole or bare or name.startswith(prefix))
+        for name in parameters_without(model, entries)
+        if whole or bare or name.startswith(prefix)
     ]
     if missing:
         raise FormatError(f"no file holds {listed(sorted(missing))}: the directory is damaged")

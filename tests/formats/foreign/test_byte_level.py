@@ -32,7 +32,6 @@ def byte_level(pattern: str | None = None, **model: Any) -> Tokenizer:
 
 
 def around(tokenizer: Tokenizer, before: bool, after: bool) -> Tokenizer:
-    tokenizer.add_special_tokens(["<s>"])
     single = [*(["<s>"] if before else []), "$A", *(["</s>"] if after else [])]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]

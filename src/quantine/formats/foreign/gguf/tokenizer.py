@@ -100,10 +100,11 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
     words, kinds = _words(model["vocab"], found["added_tokens"], rows)
     if model.get("byte_fallback"):
         return sentencepiece_of(found, words, kinds)
-    _check_merging(found)
+    split = _split(found)
+    _check_merging(found, split)
     values: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _split(found),
+        "tokenizer.ggml.pre": split,
         "tokenizer.ggml.tokens": words,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [
@@ -113,9 +114,9 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
     return values, []
 
 
-def _check_merging(found: Mapping[str, Any]) -> None:
+def _check_merging(found: Mapping[str, Any], split: str) -> None:
     """Refuse what llama.cpp does not look at: it merges as its name of the way to split says."""
-    model, split = found["model"], _split(found)
+    model = found["model"]
     for key in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
         if model.get(key):
             raise FormatError(f"it has {key} = {model[key]!r:.40}, which GGUF files do not say")
