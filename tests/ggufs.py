@@ -40,6 +40,7 @@ def write_gguf(
     left_out: Callable[[str], bool] = lambda _: False,
     added: Mapping[str, Tensor] | None = None,
     kind: gguf.GGMLQuantizationType | None = None,
+    pre: str = "default",
 ) -> Path:
     """Write the weights of ``model``.
 
@@ -51,6 +52,7 @@ def write_gguf(
         left_out: says of llama.cpp's names which tensors are not written.
         added: further tensors, by llama.cpp's names.
         kind: type of ggml for matrices; ``None`` is float32.
+        pre: llama.cpp's name for the way in which the tokenizer cuts text.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -59,7 +61,7 @@ def write_gguf(
     own = {f"{architecture}.{k}": v for k, v in own.items() if not k.startswith(".")}
     for key, value in {**own, **plain}.items():
         _add(writer, key, value)
-    _add_tokenizer(writer, model.config.vocab_size)
+    _add_tokenizer(writer, model.config.vocab_size, pre)
     for name, tensor in {**stored_tensors(model), **(added or {})}.items():
         if left_out(name):
             continue
@@ -154,12 +156,12 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, size: int) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
     words = sorted(byte_tokenizer().get_vocab().items(), key=lambda pair: pair[1])
     tokens = [word for word, _ in words] + ["he"]
     tokens += [f"[pad {index}]" for index in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["h e"])

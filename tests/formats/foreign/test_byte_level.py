@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from quantine.errors import FormatError
-from quantine.formats.foreign.gguf.tokenizer import LLAMA3, tokenizer_of
+from quantine.formats.foreign.gguf.tokenizer import tokenizer_of
+from quantine.source.gguf.splits import LLAMA3
 
 BOS, EOS, ROWS = 256, 257, 300
 IDS = {"bos_token_id": BOS, "eos_token_id": EOS}

@@ -11,6 +11,7 @@ from quantine.errors import FormatError, cut
 from quantine.formats.foreign.gguf.file import Value
 from quantine.formats.foreign.gguf.naming import name_of
 from quantine.formats.foreign.gguf.sentencepiece import NORMAL, sentencepiece_of
+from quantine.source.gguf.splits import SPLITS, Split, steps_of
 
 CONTROL: Final = 3
 """Type of a special token."""
@@ -18,29 +19,6 @@ ADDED: Final = 4
 """Type of a word that is found before text is split."""
 UNUSED: Final = 5
 """Type of a row of the table without a word."""
-
-LLAMA3: Final = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""How Llama 3 splits text."""
-QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-"""How Qwen 2 and 3 split text."""
-BLOOM: Final = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
-"""How BLOOM splits text."""
-SPLITS: Final[Mapping[tuple[str, ...], str]] = {
-    ("bytes",): "gpt-2",
-    ("digits", "bytes"): "smollm",
-    (LLAMA3,): "llama-bpe",
-    (QWEN2,): "qwen2",
-    (BLOOM,): "bloom",
-}
-"""llama.cpp's names of ways to split text, by the steps of ``pre_tokenizer``: ``digits`` one by
-one, ``bytes`` as GPT-2 does it, or a pattern."""
-
-
-WHOLE_WORDS: Final = ("llama-bpe",)
-"""Of these, those with which llama.cpp takes words of the vocabulary whole, whatever merges say."""
 
 
 def tokenizer_of(
@@ -104,7 +82,7 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
     _check_merging(found, split)
     values: dict[str, Value] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.pre": split.name,
         "tokenizer.ggml.tokens": words,
         "tokenizer.ggml.token_type": kinds,
         "tokenizer.ggml.merges": [
@@ -114,13 +92,13 @@ def _read(found: Mapping[str, Any], rows: int) -> tuple[dict[str, Value], list[s
     return values, []
 
 
-def _check_merging(found: Mapping[str, Any], split: str) -> None:
+def _check_merging(found: Mapping[str, Any], split: Split) -> None:
     """Refuse what llama.cpp does not look at: it merges as its name of the way to split says."""
     model = found["model"]
     for key in ("end_of_word_suffix", "continuing_subword_prefix", "dropout"):
         if model.get(key):
             raise FormatError(f"it has {key} = {model[key]!r:.40}, which GGUF files do not say")
-    ignores, whole = bool(model.get("ignore_merges")), split in WHOLE_WORDS
+    ignores, whole = bool(model.get("ignore_merges")), split.whole_words
     if ignores == whole:
         return
     made = {"".join(m.split(" ", 1) if isinstance(m, str) else m) for m in model["merges"]}
@@ -128,7 +106,7 @@ def _check_merging(found: Mapping[str, Any], split: str) -> None:
     if any(len(word) > 1 and word not in made for word in model["vocab"]):
         raise FormatError(
             f"it has ignore_merges = {ignores}, but llama.cpp takes {whole} for text that is "
-            f"split in this way ({split})"
+            f"split in this way ({split.name})"
         )
 
 
@@ -148,31 +126,19 @@ def _words(
     return words, kinds
 
 
-def _split(found: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the way in which the tokenizer splits text."""
+def _split(found: Mapping[str, Any]) -> Split:
+    """The way in which the tokenizer cuts text."""
     normalizer = found.get("normalizer")
-    stages = found.get("pre_tokenizer") or {}
-    stages = stages["pretokenizers"] if stages.get("type") == "Sequence" else [stages]
-    steps = tuple(step for stage in stages for step in _step(stage))
+    steps = steps_of(found.get("pre_tokenizer"))
+    split = next((one for one in SPLITS if one.steps == steps), None)
     # llama.cpp composes no characters (NFC), and neither do its converters refuse that.
     plain = normalizer is None or normalizer.get("type") == "NFC"
-    if not plain or steps not in SPLITS:
+    if not plain or split is None:
         raise FormatError(
             f"it splits text in a way for which no name in GGUF files is known here "
             f"({cut(steps, 60)})"
         )
-    return SPLITS[steps]
-
-
-def _step(stage: Mapping[str, Any]) -> list[str]:
-    kind = stage.get("type")
-    if kind == "Digits" and stage.get("individual_digits"):
-        return ["digits"]
-    if kind == "ByteLevel" and not stage.get("add_prefix_space"):
-        return ["bytes"] if stage.get("use_regex", True) else []
-    if kind == "Split" and not stage.get("invert") and stage.get("behavior") == "Isolated":
-        return [str(stage["pattern"]["Regex"])]
-    return [str(kind)]
+    return split
 
 
 def _around(path: Path) -> tuple[list[int], list[int]]:

@@ -1,0 +1,123 @@
+"""How byte-level tokenizers cut a text before they merge, by the names that GGUF files have for it.
+
+The names are those of llama.cpp (``tokenizer.ggml.pre``). transformers knows some of them, and cuts
+as GPT-2 does where it knows none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+BYTES: Final = "bytes"
+"""The step that cuts as GPT-2 does."""
+DIGITS: Final = "digits"
+"""The step that takes digits one by one."""
+LLAMA3: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Llama 3 cuts text."""
+QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+"""How Qwen 2 and 3 cut text."""
+BLOOM: Final = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+"""How BLOOM cuts text."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A way to cut text.
+
+    Attributes:
+        name: llama.cpp's name of it.
+        steps: `BYTES`, `DIGITS` or patterns, one after the other.
+        aliases: further names of llama.cpp for the same.
+        whole_words: whether llama.cpp, with these names, takes words of the vocabulary whole,
+            whatever merges say (``ignore_merges``).
+    """
+
+    name: str
+    steps: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    whole_words: bool = False
+
+
+SPLITS: Final = (
+    Split("gpt-2", (BYTES,), ("phi-2", "mpt", "olmo", "jais", "exaone4", "trillion")),
+    Split(
+        "smollm",
+        (DIGITS, BYTES),
+        ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    ),
+    Split("llama-bpe", (LLAMA3,), ("llama3", "llama-v3", "falcon3", "pixtral"), True),
+    Split("qwen2", (QWEN2,), ("deepseek-r1-qwen", "stablelm2")),
+    Split("bloom", (BLOOM,), ("gpt3-finnish",)),
+)
+"""Ways to cut text whose names are understood."""
+
+
+def steps_of(stages: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The steps of a ``pre_tokenizer`` of ``tokenizer.json``, as `Split` has them.
+
+    Args:
+        stages: the entry; ``None`` is one that is not there.
+
+    Returns:
+        The steps; one that no `Split` has is the name of its kind.
+    """
+    listed = stages or {}
+    parts = listed["pretokenizers"] if listed.get("type") == "Sequence" else [listed]
+    return tuple(step for part in parts for step in _step(part))
+
+
+def _step(stage: Mapping[str, Any]) -> list[str]:
+    kind = stage.get("type")
+    if kind == "Digits" and stage.get("individual_digits"):
+        return [DIGITS]
+    if kind == "ByteLevel" and not stage.get("add_prefix_space"):
+        return [BYTES] if stage.get("use_regex", True) else []
+    if kind == "Split" and not stage.get("invert") and stage.get("behavior") == "Isolated":
+        return [str(stage["pattern"]["Regex"])]
+    return [str(kind)]
+
+
+def named(name: str) -> Split | None:
+    """The way to cut text that a GGUF file calls ``name``, if it is understood."""
+    return next((s for s in SPLITS if name in (s.name, *s.aliases)), None)
+
+
+def split_as_named(backend: Any, name: str) -> bool:
+    """Make a tokenizer cut text as a GGUF file says.
+
+    Args:
+        backend: a ``tokenizers.Tokenizer`` of byte-level BPE that transformers made of the file;
+            it is changed where it cuts otherwise.
+        name: what the file calls its way to cut text.
+
+    Returns:
+        Whether the way is known, here or to transformers.
+    """
+    steps = steps_of(json.loads(backend.to_str())["pre_tokenizer"])
+    wanted = named(name)
+    if wanted is None:
+        return steps != (BYTES,)  # which transformers takes where it does not know a name
+    if steps != wanted.steps:
+        backend.pre_tokenizer = _pre_tokenizer(wanted.steps)
+    if wanted.whole_words:
+        backend.model.ignore_merges = True
+    return True
+
+
+def _pre_tokenizer(steps: tuple[str, ...]) -> Any:
+    """What cuts text in ``steps``, and writes bytes in the alphabet of GPT-2."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    own = [step for step in steps if step != BYTES]
+    stages = [
+        Digits(individual_digits=True) if step == DIGITS else Split(Regex(step), "isolated")
+        for step in own
+    ]
+    return Sequence([*stages, ByteLevel(add_prefix_space=False, use_regex=BYTES in steps)])

@@ -1,0 +1,59 @@
+"""Tokenizers of GGUF files cut text as llama.cpp does with the file's name for it, or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from ggufs import write_gguf
+from quantine.errors import CheckpointError
+from quantine.source.gguf.splits import SPLITS
+from quantine.source.locate import locate
+from tiny_models import random_model, tiny_config
+
+TEXT = "We'LL see 12345 (été), the\n\n\n 67 x_1."
+PIECES = {
+    "gpt-2": ["We", "'", "LL", " see", " 12345", " (", "été", "),", " the", "\n\n\n", " 67"],
+    "smollm": ["We", "'", "LL", " see", " ", "1", "2", "3", "4", "5", " (", "été", "),", " the"],
+    "llama-bpe": ["We", "'LL", " see", " ", "123", "45", " (", "été", "),", " the", "\n\n\n", " "],
+    "qwen2": ["We", "'LL", " see", " ", "1", "2", "3", "4", "5", " (", "été", "),", " the"],
+    "bloom": ["We'LL", " see", " 12345", " (", "été", "),", " the", "\n\n\n", " 67", " x_1"],
+}
+"""What the text is cut into first, worked out from llama.cpp's patterns."""
+
+
+def tokenizer_with(pre: str, tmp_path: Path) -> Any:
+    path = write_gguf(tmp_path / "m.gguf", random_model(tiny_config("llama")), pre=pre)
+    return locate(path).tokenizer()
+
+
+def pieces_of(tokenizer: Any) -> list[str]:
+    cut = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)
+    return [TEXT[start:end] for _, (start, end) in cut]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.name)
+def test_text_is_cut_as_every_name_says(split: Any, tmp_path: Path) -> None:
+    wanted = PIECES[split.name]
+    for name in (split.name, *split.aliases):
+        tokenizer = tokenizer_with(name, tmp_path)
+        assert pieces_of(tokenizer)[: len(wanted)] == wanted, name
+        assert tokenizer.backend_tokenizer.model.ignore_merges == split.whole_words
+
+
+def test_a_saved_tokenizer_cuts_text_in_the_same_way(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("smollm", tmp_path)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert pieces_of(AutoTokenizer.from_pretrained(tmp_path / "saved")) == pieces_of(tokenizer)
+
+
+def test_ways_that_transformers_knows_are_left_to_it(tmp_path: Path) -> None:
+    assert pieces_of(tokenizer_with("gpt-4o", tmp_path))[:3] == ["We'LL", " see", " "]
+
+
+def test_an_unknown_way_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"deepseek-coder.*tokenizer\.ggml\.pre.*directory"):
+        tokenizer_with("deepseek-coder", tmp_path)
