@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from torch import nn
 
 from quantine.errors import FormatError, PlanError
 from quantine.families.family import Family
+from quantine.formats.foreign.gguf.tokenizer import tokenizer_of
 from quantine.formats.foreign.refusals import is_rounded, refusals, refused_text
 from quantine.formats.foreign.target import Matrix
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.plan.scheme import Scheme
+from quantine.source.model_source import ModelSource
 
 ENGINE_LAYOUTS: Final = {"vllm": "compressed-tensors"}
 """The layout in which an engine is to be served, where a target is an engine."""
@@ -45,6 +49,16 @@ class Planned(Protocol):
         ...
 
     @property
+    def source(self) -> ModelSource:
+        """Where the model comes from."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, of transformers."""
+        ...
+
+    @property
     def family(self) -> Family:
         """Of the model; where activations are rounded, with its links."""
         ...
@@ -62,8 +76,8 @@ def check_target(target: str, planned: Planned) -> None:
         planned: the plan and its model.
 
     Raises:
-        PlanError: there is no such target; or a layer or the model cannot be exported to it, and
-            the message names the layer, the reason and the nearest grid.
+        PlanError: there is no such target; or a layer, the model or its tokenizer cannot be
+            exported to it, and the message names the layer, the reason and the nearest grid.
     """
     layout = layout_of(target)
     engine = target if target in ENGINE_LAYOUTS else None
@@ -96,6 +110,21 @@ def check_target(target: str, planned: Planned) -> None:
             raise PlanError(str(error)) from error
         if found:
             raise PlanError(refused_text(layout, found))
+    if layout == "gguf":
+        _check_tokenizer(planned)
+
+
+def _check_tokenizer(planned: Planned) -> None:
+    """Refuse a tokenizer that a GGUF file cannot hold as it will be in the output."""
+    with tempfile.TemporaryDirectory() as name:
+        directory = planned.source.directory  # whose files are copied
+        if planned.source.gguf_file is not None:
+            planned.tokenizer.save_pretrained(name)
+            directory = Path(name)
+        try:
+            tokenizer_of(directory, planned.config.vocab_size, planned.config.to_dict())
+        except FormatError as error:
+            raise PlanError(f"{planned.source.name}: {error}") from error
 
 
 def layout_of(target: str) -> str:

@@ -146,6 +146,23 @@ def test_plans_refuse_what_exports_refuse(
     assert {path.name for path in tmp_path.iterdir()} <= {"out", *FOREIGN, "vllm"}
 
 
+def test_plans_refuse_tokenizers_that_exports_refuse(tiny: Tiny, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    path = model / "tokenizer.json"
+    found = json.loads(path.read_text())
+    found["pre_tokenizer"] = {"type": "Whitespace"}
+    path.write_text(json.dumps(found))
+    plan = Plan.preset("rtn", bits=4, group_size=32)
+    job = prepare(model, plan, NONE)
+    with pytest.raises(PlanError, match=r"tokenizer.json: it splits text in a way .*Whitespace"):
+        check_target("gguf", job)
+    check_target("gptq", job)
+    out = quantize(model, tmp_path / "out", plan, NONE).path
+    with pytest.raises(FormatError, match=r"tokenizer.json: it splits text in a way .*Whitespace"):
+        export(out, tmp_path / "gguf", "gguf")
+    assert not (tmp_path / "gguf").exists()
+
+
 def message(action: Callable[[], object]) -> str | None:
     """What an action is refused with; ``None`` if it is carried out."""
     try:
