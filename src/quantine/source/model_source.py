@@ -20,7 +20,7 @@ from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory,
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
 from quantine.source.gguf.parts import join, read_parts
-from quantine.source.gguf.splits import split_as_named
+from quantine.source.gguf.tokenizer import as_file_says
 from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
 from quantine.source.settings import attention_of, check_blocks, check_settings
@@ -148,21 +148,7 @@ class ModelSource:
                 f"{self.name}: the tokenizer in {self.directory} cannot be read ({cut(error)}): "
                 "tokenizer.json and tokenizer_config.json belong beside the weights"
             ) from error
-        if self.gguf_file is not None:
-            self._split_as_file_says(found)
-        return found
-
-    def _split_as_file_says(self, tokenizer: Any) -> None:
-        """Make ``tokenizer`` cut text as the GGUF file says, which transformers may not know."""
-        said = self.gguf_parts[0].metadata
-        name = said.get("tokenizer.ggml.pre")
-        if said.get("tokenizer.ggml.model") != "gpt2" or name in (None, "default"):
-            return
-        if not split_as_named(tokenizer.backend_tokenizer, str(name)):
-            raise CheckpointError(
-                f"{self.name}: the tokenizer cuts text as {cut(name)} does (tokenizer.ggml.pre), "
-                "which is not known here: give the model's directory with its tokenizer.json"
-            )
+        return found if self.gguf_file is None else as_file_says(found, self.gguf_parts[0])
 
     def float_model(self, dtype: torch.dtype, scratch: Path | None = None) -> PreTrainedModel:
         """The whole model with float weights in ``dtype``.

@@ -15,9 +15,11 @@ import quantine
 from quantine import Calibration, FormatError
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
+from quantine.formats.foreign.gguf.blocks import KNOWN
 from quantine.formats.foreign.gguf.read import OWN
 from quantine.formats.imported import import_model
 from quantine.run.target_plan import target_plan
+from quantine.source.gguf.header import read_header
 from quantine.source.gguf.parts import read_parts
 from tiny_models import FAMILIES, build, logits_of, tiny_config
 
@@ -100,6 +102,13 @@ def test_gguf_files_come_back(name: str, kind: str, packed: Packed, tmp_path: Pa
         atol=1e-4,
         rtol=1e-4,
     )
+    again = export(imported.path, tmp_path / "again", "gguf")
+    first, second = (
+        read_header(path / "model.gguf", KNOWN) for path in (exported.path, again.path)
+    )
+    assert [one.read() for one in second.tensors] == [one.read() for one in first.tensors]
+    first.metadata["general.name"] = second.metadata["general.name"]
+    assert second.metadata == first.metadata
     if name in OWN_DEFAULTS:
         return
     model = AutoModelForCausalLM.from_pretrained(exported.path, gguf_file="model.gguf")

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files cut text as llama.cpp does with the file's name for it, or not at all."""
+"""Tokenizers of GGUF files cut text as llama.cpp does, going by the file's name for it."""
 
 from __future__ import annotations
 

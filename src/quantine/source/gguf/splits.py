@@ -99,7 +99,7 @@ def split_as_named(backend: Any, name: str) -> bool:
     Returns:
         Whether the way is known, here or to transformers.
     """
-    steps = steps_of(json.loads(backend.to_str())["pre_tokenizer"])
+    steps = steps_of(json.loads(backend.pre_tokenizer.__getstate__()))
     wanted = named(name)
     if wanted is None:
         return steps != (BYTES,)  # which transformers takes where it does not know a name
