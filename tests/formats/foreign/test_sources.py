@@ -32,7 +32,7 @@ from quantine.formats.directory import RUN_DIRECTORY
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
-from quantine.formats.imported import import_model, second_rounding
+from quantine.formats.imported import import_model, second_rounding, source_files
 from quantine.source.locate import locate
 from quantine.source.weight_files import SINGLE
 from stopped_runs import stopped_at
@@ -113,6 +113,25 @@ def test_sources_are_decoded_while_they_are_read(
     assert (out / SINGLE).read_bytes() == (whole / SINGLE).read_bytes()
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
     assert (out / "tokenizer.json").is_file()
+
+
+def test_scales_of_more_digits_are_sources_of_floats(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, name = exported("compressed-tensors"), f"{LAYER}.weight"
+
+    def widened(tensors: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in tensors if key.endswith("weight_scale")]:
+            tensors[key] = tensors[key].float() * (1 + 2**-20)
+
+    read = source_files(locate(source)).read([(name, None)])[0]
+    tensors_changed(source, widened)
+    assert "more digits than float16: quantize from it" in refused(source, tmp_path / "bits")
+    found = source_files(locate(source)).read([(name, None)])[0]
+    torch.testing.assert_close(found, read * (1 + 2**-20), rtol=2**-22, atol=0)
+    assert not torch.equal(found, read)
+    out = quantize(source, tmp_path / "out", Plan.preset("rtn", bits=8), NONE).path
+    assert FinishedDirectory(out).description.layers
 
 
 def test_a_changed_source_is_noticed(exported: Callable[[str], Path], tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class ForeignDirectory:
 
     def _decoded(self, name: str) -> Tensor:
         layer = name.removesuffix(".weight")
-        weight = self.qtensor(layer).dequantize()
+        weight = self._matrix(layer).decoded()
         return (weight.T if self.is_transposed(layer) else weight).contiguous()
 
     def is_transposed(self, name: str) -> bool:
@@ -167,8 +167,13 @@ class ForeignDirectory:
         """The matrix of layer ``name``.
 
         Raises:
-            FormatError: it is damaged, or its zero points are not those of its settings.
+            FormatError: it is damaged, its zero points are not those of its settings, or its
+                scales have more digits than float16.
         """
+        return qtensor_of(self._matrix(name).in_float16(name), self.specs[name].sym)
+
+    def _matrix(self, name: str) -> Plain:
+        """The matrix of layer ``name``, see `qtensor`, with scales of any digits."""
         spec = self.specs[name]
         names = {key: entry.name for key, entry in self._packed[name].items()}
         read = self._files.read([(stored, None) for stored in names.values()])
@@ -179,7 +184,7 @@ class ForeignDirectory:
                 f"{name} has zero points, but its settings say that there are none: damaged, or "
                 "of another version of the format"
             )
-        return qtensor_of(matrix, spec.sym)
+        return matrix
 
     def float_tensor(self, name: str) -> Tensor:
         """The tensor ``name``, which is not quantized."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,7 +66,8 @@ class Plain:
 
     Attributes:
         codes: ``[out, in]`` uint8.
-        scale: ``[out, groups]`` float16, positive.
+        scale: ``[out, groups]`` float16, positive; other floats where another engine stored them,
+            see `in_float16`.
         zero: ``[out, groups]`` uint8, in the range of the codes.
         bits: of a code.
         group_of: ``[in]`` int32, the group of each input; ``None`` where groups are consecutive
@@ -85,7 +86,7 @@ class Plain:
         return self.codes.shape[1] // self.scale.shape[1]
 
     def by_weight(self) -> tuple[Tensor, Tensor]:
-        """Scale (float16) and zero point (int16) of every weight, ``[out, in]``."""
+        """Scale, as it is stored, and zero point (int16) of every weight, ``[out, in]``."""
         if self.group_of is None:
             size = self.group_size
             return (
@@ -94,6 +95,28 @@ class Plain:
             )
         group = self.group_of.long()
         return self.scale[:, group], self.zero.to(torch.int16)[:, group]
+
+    def decoded(self) -> Tensor:
+        """The weights, ``[out, in]`` float32."""
+        scale, zero = self.by_weight()
+        return (self.codes.to(torch.int16) - zero).float().mul_(scale.float())
+
+    def in_float16(self, name: str) -> Plain:
+        """The same with scales in float16, of which quantine's grids are.
+
+        Args:
+            name: of the layer, for messages.
+
+        Raises:
+            FormatError: they have more digits, or are out of its range.
+        """
+        short = self.scale.half()
+        if not bool((short.float() == self.scale.float()).all()) or not bool((short > 0).all()):
+            raise FormatError(
+                f"the scales of {name} have more digits than float16: quantize from it as a "
+                "source of floats instead"
+            )
+        return replace(self, scale=short)
 
 
 def plain(name: str, qtensor: QTensor) -> Plain:

@@ -66,7 +66,7 @@ def unpack_matrix(
     codes, padded = _unpacked(
         f"{name}.weight_packed", tensors.get("weight_packed"), spec.bits, shape
     )
-    scale = _short(f"{name}.weight_scale", tensors.get("weight_scale"), (rows, groups))
+    scale = _scales(f"{name}.weight_scale", tensors.get("weight_scale"), (rows, groups))
     points = tensors.get("weight_zero_point")
     if spec.sym and (points is None or (points.dtype == torch.int8 and not bool(points.any()))):
         zero = torch.full_like(scale, 2 ** (spec.bits - 1), dtype=torch.uint8)
@@ -110,20 +110,15 @@ def _unpacked(
     return fields.flatten(1)[:, :count].to(torch.uint8).contiguous(), True
 
 
-def _short(name: str, scale: Tensor | None, shape: tuple[int, int]) -> Tensor:
-    """Scales in float16, of which quantine's grids are.
+def _scales(name: str, scale: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    """Scales as they are stored.
 
     Raises:
-        FormatError: they are missing, of another shape, not positive, or have more digits.
+        FormatError: they are missing, of another shape, or not positive.
     """
     if scale is None or tuple(scale.shape) != shape or scale.dtype not in FLOATS:
         said = "missing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
         raise FormatError(f"{name} is {said}, but must be floats {list(shape)}")
-    short = scale.half()
-    if not bool((torch.isfinite(short) & (short > 0)).all()):
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise FormatError(f"{name} holds what is no scale: they are positive and finite")
-    if not torch.equal(short.float(), scale.float()):
-        raise FormatError(
-            f"{name} has more digits than float16: quantize from it as a source of floats instead"
-        )
-    return short.contiguous()
+    return scale.contiguous()
