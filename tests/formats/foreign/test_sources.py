@@ -130,7 +130,7 @@ def test_scales_of_more_digits_are_sources_of_floats(
     found = source_files(locate(source)).read([(name, None)])[0]
     torch.testing.assert_close(found, read * (1 + 2**-20), rtol=2**-22, atol=0)
     assert not torch.equal(found, read)
-    out = quantize(source, tmp_path / "out", Plan.preset("rtn", bits=8), NONE).path
+    out = quantize(source, tmp_path / "out", Plan.preset("rtn", bits=8, group_size=32), NONE).path
     assert FinishedDirectory(out).description.layers
 
 
@@ -286,6 +286,7 @@ def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path:
         ),
         ("compressed-tensors", {"format": "marlin-24"}, None),
         ("compressed-tensors", {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
+        ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "keys and values are rounded"),
         ("compressed-tensors", {"ignore": ["re:.*"]}, "quantization_config calls it float"),
         ("compressed-tensors", {"quant_method": "hqq"}, "only GGUF files and directories of"),
     ],

@@ -114,6 +114,11 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
             "quantization_config has a sparsity_config or transform_config, which is not read: "
             "decompress the model with compressed-tensors first"
         )
+    if found.get("kv_cache_scheme"):
+        raise FormatError(
+            "quantization_config has a kv_cache_scheme, so keys and values are rounded, which is "
+            "not read: make it null to go on without"
+        )
     ignored = names_in(found, "ignore")
     whole = found.get("format")
     read = [_read_group(name, group, whole) for name, group in groups.items()]
