@@ -17,6 +17,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import quantine
 from quantine import Calibration, FormatError, OutputError, Plan, PlanError, quantize
@@ -30,6 +31,7 @@ from quantine.formats.foreign.compressed_tensors.layout import unpack_matrix as 
 from quantine.formats.foreign.engines import vllm_refusal
 from quantine.formats.foreign.gguf.blocks import fitting
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, type_of
+from quantine.formats.foreign.gguf.same_model import as_read
 from quantine.formats.foreign.gptq.layout import pack_matrix as pack_gptq
 from quantine.formats.foreign.gptq.layout import unpack_matrix as unpack_gptq
 from quantine.formats.foreign.nearest import relative_error, rounded
@@ -345,6 +347,34 @@ def test_gguf_does_not_tell_attention_scaled_by_layer() -> None:
     assert reason is not None
     assert "scale_attn_by_inverse_layer_idx" in reason
     assert FOREIGN["gguf"].model_refusal(transformers.GPT2Config()) is None
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"original_max_position_embeddings": 32, "beta_fast": 16.0},
+        {"original_max_position_embeddings": 32, "attention_factor": 1.0, "beta_slow": None},
+        {"truncate": True},
+    ],
+)
+def test_gguf_tells_what_yarn_means_where_fields_are_left_out(more: dict[str, Any]) -> None:
+    config = tiny_config("qwen2", rope_parameters={**YARN, **more}, max_position_embeddings=128)
+    config.standardize_rope_params()
+    expected, found = (
+        ROPE_INIT_FUNCTIONS["yarn"](one, torch.device("cpu")) for one in (config, as_read(config))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("more", [{"mscale": 0.7, "mscale_all_dim": 1.0}, {"truncate": False}])
+def test_gguf_does_not_tell_other_kinds_of_yarn(more: dict[str, Any]) -> None:
+    config = tiny_config("qwen2", rope_parameters={**YARN, **more}, max_position_embeddings=128)
+    with pytest.raises(FormatError, match="do not say rope_parameters"):
+        as_read(config)
 
 
 def test_other_requests(packed: Packed, tmp_path: Path) -> None:

@@ -64,10 +64,15 @@ def scaled_rope(metadata: Metadata, context: int) -> dict[str, Any]:
         "original_max_position_embeddings": metadata.count(
             "rope.scaling.original_context_length", context
         ),
-        "attention_factor": attention * (0.1 * math.log(max(factor, 1.0)) + 1.0),
+        "attention_factor": attention * yarn_attention(factor),
         "beta_fast": float(metadata.number("rope.scaling.yarn_beta_fast", 32.0)),
         "beta_slow": float(metadata.number("rope.scaling.yarn_beta_slow", 1.0)),
     }
+
+
+def yarn_attention(factor: float) -> float:
+    """By what yarn multiplies queries and keys where positions are scaled by ``factor``."""
+    return 0.1 * math.log(max(factor, 1.0)) + 1.0
 
 
 def frequency_factors(tensor: GGUFTensor, theta: float) -> dict[str, Any]:

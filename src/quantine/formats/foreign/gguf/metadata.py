@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.file import Value
 from quantine.source.gguf.config import ARCHITECTURES, Architecture
+from quantine.source.gguf.rope import yarn_attention
 
 ALIKE: Final = {"mistral": "llama"}
 """Model types that llama.cpp takes for another, by that one's name."""
@@ -98,7 +98,7 @@ def _rope(config: Any, known: Architecture, head: int) -> dict[str, Value]:
 
 def _yarn(config: Any, rope: dict[str, Any]) -> dict[str, Value]:
     factor = float(rope["factor"])
-    usual = 0.1 * math.log(max(factor, 1.0)) + 1.0
+    usual = yarn_attention(factor)
     attention = float(rope.get("attention_factor") or usual)
     context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return {
