@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantine.core.activation_spec import ActivationSpec, activations_from
 from quantine.core.ambient import own_state
+from quantine.core.finite import is_finite
 from quantine.core.qtensor import QTensor
 from quantine.core.spec import QuantSpec
 from quantine.errors import FormatError, OutputError, PlanError, cut, ending
@@ -247,6 +248,8 @@ class _Source:
 
     def _read_float(self, name: str) -> Tensor:
         tensor = self.finished.kept_tensor(name)
+        if tensor.is_floating_point() and tensor.numel() and not is_finite(tensor):
+            raise FormatError(f"{name} holds values that are not finite: it is damaged")
         if self.target.float_dtype is None and self.dtype is None:
             return tensor
         stored = self._floats(name, tensor)

@@ -30,6 +30,7 @@ from quantine.formats.shards import merge_parts, write_atomically, write_tensors
 from quantine.formats.tokenizer_files import check_tokenizer, copy_small_files
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
+from quantine.source.read_record import check_finite
 from quantine.source.tensor_files import SafetensorsFiles, TensorFiles
 
 READABLE: Final[dict[str, DirectoryLayout]] = {
@@ -158,7 +159,9 @@ def _write_weights(opened: Readable, out: Path) -> dict[str, dict[str, torch.Ten
         for name in [*opened.floats, *opened.specs]:
             parts.append(Path(scratch) / f"{len(parts):06}.safetensors")
             if name not in opened.specs:
-                write_tensors(parts[-1], {name: opened.float_tensor(name).contiguous()})
+                tensor = opened.float_tensor(name)
+                check_finite(name, tensor, opened.headers[name].file)
+                write_tensors(parts[-1], {name: tensor.contiguous()})
                 continue
             tensors = format_named(_layout(opened.specs[name])).pack(opened.qtensor(name))
             packed[name] = {key: tensor.to("meta") for key, tensor in tensors.items()}

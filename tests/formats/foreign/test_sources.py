@@ -31,6 +31,7 @@ from quantine import (
 from quantine.formats.directory import RUN_DIRECTORY
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
+from quantine.formats.foreign import FOREIGN
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.imported import import_model, second_rounding, source_files
 from quantine.source.locate import locate
@@ -132,6 +133,26 @@ def test_scales_of_more_digits_are_sources_of_floats(
     assert not torch.equal(found, read)
     out = quantize(source, tmp_path / "out", Plan.preset("rtn", bits=8, group_size=32), NONE).path
     assert FinishedDirectory(out).description.layers
+
+
+def test_floats_that_are_not_finite(
+    exported: Callable[[str], Path], packed: Packed, tmp_path: Path
+) -> None:
+    """They are refused where packed layers pass: by imports and by exports, to any layout."""
+    name = "model.norm.weight"
+
+    def damaged(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][3] = math.nan
+
+    source = exported("gptq")
+    tensors_changed(source, damaged)
+    assert f"{name} in model.safetensors holds non-finite" in refused(source, tmp_path / "out")
+    broken = Path(shutil.copytree(packed("llama", "rtn"), tmp_path / "broken"))
+    tensors_changed(broken, damaged)
+    for to in FOREIGN:
+        with pytest.raises(FormatError, match=f"{name} holds values that are not finite"):
+            export(broken, tmp_path / f"to-{to}", to, nearest=True)
+        assert not (tmp_path / f"to-{to}").exists()
 
 
 def test_a_changed_source_is_noticed(exported: Callable[[str], Path], tmp_path: Path) -> None:
