@@ -90,8 +90,9 @@ explore: demo-model
 # Needs GCC, whose run-time libraries are loaded before Python's.
 sanitize: install
 	rm -rf build/sanitized
-	$(PIP) install -q --no-deps --target build/sanitized -C build-dir=build/sanitize \
-		-C cmake.define.QUANTINE_SANITIZE=ON .
+	$(PIP) install -q --no-deps --target build/sanitized \
+		--config-settings build-dir=build/sanitize \
+		--config-settings cmake.define.QUANTINE_SANITIZE=ON .
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 		$(BIN)/python -m pytest -p no:cacheprovider $(NATIVE_TESTS)
@@ -181,7 +182,9 @@ wheels: install .venv-arm/python
 	rm -rf build/wheels
 	$(PIP) wheel -q --no-deps -w build/wheels .
 	sh wheels/build_arm.sh build/wheels
-	for wheel in build/wheels/*.whl; do .venv-arm/build/bin/auditwheel repair -w dist $$wheel || exit 1; done
+	for wheel in build/wheels/*.whl; do \
+		PATH="$(CURDIR)/.venv-arm/build/bin:$$PATH" auditwheel repair -w dist $$wheel || exit 1; \
+	done
 	sh wheels/check.sh dist
 
 docs: install

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 
 from hub import Hub, Repository, hub_server
 from quantine import FormatError, OutputError, PlanError, QuantineError, cli, evaluate
@@ -16,6 +17,7 @@ from quantine.report.hub import prepare_upload, push
 from quantine.report.record import record
 from quantine.report.verdict import keep_floors
 from quantine.source.locate import locate
+from quantine.source.weight_files import SINGLE
 
 NAME = "ann/tiny"
 BELONGS = {
@@ -50,6 +52,13 @@ def upload(out: Path, hub: Hub, public: bool = False, anyway: bool = False, **fl
 def measure(out: Path, model: Path, text: Path) -> None:
     scores = evaluate(str(out), [str(text)], window=32, limit=3, reference=str(model))
     record(out, scores, [], locate(out).file_digests())
+
+
+def without(out: Path, name: str) -> None:
+    """Take a tensor out of the weight file."""
+    tensors = load_file(out / SINGLE)
+    del tensors[name]
+    save_file(tensors, out / SINGLE)
 
 
 def test_what_belongs_is_uploaded_and_private(out: Path, hub: Hub) -> None:
@@ -138,6 +147,7 @@ def test_floors_need_numbers(out: Path, hub: Hub) -> None:
         (lambda out: (out / "quantine_report.json").write_text("{}"), "not say which model"),
         (lambda out: (out / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
         (lambda out: (out / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors"),
+        (lambda out: without(out, "model.norm.weight"), r"model\.norm\.weight"),
     ],
 )
 def test_unfinished_and_damaged_directories_are_refused(
