@@ -170,6 +170,8 @@ def test_targets_are_plans(tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert cli.main(["plan", str(tiny("llama")), *target, "--bits", "3"]) == 2
     assert "--target llama.cpp:Q5_0 decides everything: leave out --bits" in capsys.readouterr().err
+    assert cli.main(["plan", str(tiny("llama")), "--target", "llama.cpp:Q9", "--bits", "3"]) == 2
+    assert "there is no target llama.cpp:Q9" in capsys.readouterr().err
     asked = [
         "quantize",
         str(tiny("llama")),

@@ -333,12 +333,14 @@ def _completed(plan: Plan, arguments: argparse.Namespace) -> Plan:
 
 def _decides(arguments: argparse.Namespace) -> bool:
     """Whether the target is the plan: if it names grids, and nothing else says what to do."""
+    from quantine.formats.foreign.gguf.mixtures import mixture_named
     from quantine.plan.targets import LLAMA_CPP
     from quantine.run.target_plan import has_plan
 
     said = ["bits", "group_size", "plan", "bits_per_weight", "preset", "scheme", "head_bits"]
     target = arguments.target
     if target.startswith(LLAMA_CPP):
+        mixture_named(target.removeprefix(LLAMA_CPP), "")  # refuses what it does not know
         said.append("tune")  # which would leave the grids of llama.cpp's types
     others = [_flag(key) for key in said if getattr(arguments, key) is not None]
     if others and target.startswith(LLAMA_CPP):

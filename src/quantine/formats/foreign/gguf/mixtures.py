@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from quantine.errors import PlanError, shown
+from quantine.errors import PlanError, cut
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType
 from quantine.formats.foreign.gguf.metadata import heads_of_keys
 
@@ -148,7 +148,10 @@ def mixture_named(name: str, architecture: str) -> Mixture:
         PlanError: there is none, or its types are no grids.
     """
     if name not in MIXTURES:
-        raise PlanError(f"there is no target llama.cpp:{shown(name)}: {', '.join(MIXTURES)} are")
+        raise PlanError(
+            f"there is no target llama.cpp:{cut(name)}: after the colon comes one of "
+            f"{', '.join(MIXTURES)}"
+        )
     usual = MIXTURES[name]
     if architecture != "falcon":
         return usual
