@@ -52,7 +52,7 @@ def write_gguf(
         left_out: says of llama.cpp's names which tensors are not written.
         added: further tensors, by llama.cpp's names.
         kind: type of ggml for matrices; ``None`` is float32.
-        pre: llama.cpp's name for the way in which the tokenizer cuts text.
+        pre: llama.cpp's name for the way in which the tokenizer splits text.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(str(path), architecture)

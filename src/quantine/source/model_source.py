@@ -126,7 +126,7 @@ class ModelSource:
         """The model's tokenizer.
 
         Raises:
-            CheckpointError: it is missing or damaged, or a GGUF file names a way to cut text that
+            CheckpointError: it is missing or damaged, or a GGUF file names a way to split text that
                 is not known.
         """
         from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast

@@ -201,9 +201,7 @@ def test_solved_and_exported(target: str, tiny: Tiny, short: Calibration, tmp_pa
 
 
 def test_requests_that_name_no_target(tiny: Tiny) -> None:
-    with pytest.raises(
-        PlanError, match=r"no target llama.cpp:IQ2_XS: .* one of Q4_1, "
-    ):
+    with pytest.raises(PlanError, match=r"no target llama.cpp:IQ2_XS: .* one of Q4_1, "):
         target_plan(tiny("llama"), "llama.cpp:IQ2_XS")
     with pytest.raises(FormatError, match="of model type opt are not written"):
         target_plan(tiny("opt"), "llama.cpp:Q4_0")

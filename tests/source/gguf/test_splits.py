@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files cut text as llama.cpp does, going by the file's name for it."""
+"""Tokenizers of GGUF files split text as llama.cpp does, going by the file's name for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PIECES = {
     "qwen2": ["We", "'LL", " see", " ", "1", "2", "3", "4", "5", " (", "été", "),", " the"],
     "bloom": ["We'LL", " see", " 12345", " (", "été", "),", " the", "\n\n\n", " 67", " x_1"],
 }
-"""What the text is cut into first, worked out from llama.cpp's patterns."""
+"""What the text is split into first, worked out from llama.cpp's patterns."""
 
 
 def tokenizer_with(pre: str, tmp_path: Path) -> Any:
@@ -36,7 +36,7 @@ def pieces_of(tokenizer: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.name)
-def test_text_is_cut_as_every_name_says(split: Any, tmp_path: Path) -> None:
+def test_text_is_split_as_every_name_says(split: Any, tmp_path: Path) -> None:
     wanted = PIECES[split.name]
     for name in (split.name, *split.aliases):
         tokenizer = tokenizer_with(name, tmp_path)
@@ -44,7 +44,7 @@ def test_text_is_cut_as_every_name_says(split: Any, tmp_path: Path) -> None:
         assert tokenizer.backend_tokenizer.model.ignore_merges == split.whole_words
 
 
-def test_a_saved_tokenizer_cuts_text_in_the_same_way(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_splits_text_in_the_same_way(tmp_path: Path) -> None:
     tokenizer = tokenizer_with("smollm", tmp_path)
     tokenizer.save_pretrained(tmp_path / "saved")
     assert pieces_of(AutoTokenizer.from_pretrained(tmp_path / "saved")) == pieces_of(tokenizer)

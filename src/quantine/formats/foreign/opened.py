@@ -167,13 +167,13 @@ class ForeignDirectory:
         """The matrix of layer ``name``.
 
         Raises:
-            FormatError: it is damaged, its zero points are not those of its settings, or its
-                scales have more digits than float16.
+            FormatError: it is damaged, its zero points are not those of its settings, or
+                float16 does not hold its scales.
         """
         return qtensor_of(self._matrix(name).in_float16(name), self.specs[name].sym)
 
     def _matrix(self, name: str) -> Plain:
-        """The matrix of layer ``name``, see `qtensor`, with scales of any digits."""
+        """The matrix of layer ``name``, see `qtensor`, with scales as they are stored."""
         spec = self.specs[name]
         names = {key: entry.name for key, entry in self._packed[name].items()}
         read = self._files.read([(stored, None) for stored in names.values()])

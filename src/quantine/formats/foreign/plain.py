@@ -108,13 +108,13 @@ class Plain:
             name: of the layer, for messages.
 
         Raises:
-            FormatError: they have more digits, or are out of its range.
+            FormatError: float16 does not hold them.
         """
         short = self.scale.half()
         if not bool((short.float() == self.scale.float()).all()) or not bool((short > 0).all()):
             raise FormatError(
-                f"the scales of {name} have more digits than float16: quantize from it as a "
-                "source of floats instead"
+                f"{name} has scales that float16 does not hold: quantize from it as a source of "
+                "floats instead"
             )
         return replace(self, scale=short)
 

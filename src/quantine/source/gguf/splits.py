@@ -1,7 +1,7 @@
-"""How byte-level tokenizers cut a text before they merge, by the names that GGUF files have for it.
+"""How byte-level tokenizers split text before they merge, by the names that GGUF files have for it.
 
-The names are those of llama.cpp (``tokenizer.ggml.pre``). transformers knows some of them, and cuts
-as GPT-2 does where it knows none.
+The names are those of llama.cpp (``tokenizer.ggml.pre``). transformers knows some of them, and
+splits as GPT-2 does where it knows none.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 BYTES: Final = "bytes"
-"""The step that cuts as GPT-2 does."""
+"""The step that splits as GPT-2 does."""
 DIGITS: Final = "digits"
 """The step that takes digits one by one."""
 LLAMA3: Final = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Llama 3 cuts text."""
+"""How Llama 3 splits text."""
 QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-"""How Qwen 2 and 3 cut text."""
+"""How Qwen 2 and 3 split text."""
 BLOOM: Final = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
-"""How BLOOM cuts text."""
+"""How BLOOM splits text."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """A way to cut text.
+    """A way to split text.
 
     Attributes:
         name: llama.cpp's name of it.
@@ -55,7 +55,7 @@ SPLITS: Final = (
     Split("qwen2", (QWEN2,), ("deepseek-r1-qwen", "stablelm2")),
     Split("bloom", (BLOOM,), ("gpt3-finnish",)),
 )
-"""Ways to cut text whose names are understood."""
+"""Ways to split text whose names are understood."""
 
 
 def steps_of(stages: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -84,17 +84,17 @@ def _step(stage: Mapping[str, Any]) -> list[str]:
 
 
 def named(name: str) -> Split | None:
-    """The way to cut text that a GGUF file calls ``name``, if it is understood."""
+    """The way to split text that a GGUF file calls ``name``, if it is understood."""
     return next((s for s in SPLITS if name in (s.name, *s.aliases)), None)
 
 
 def split_as_named(backend: Any, name: str) -> bool:
-    """Make a tokenizer cut text as a GGUF file says.
+    """Make a tokenizer split text as a GGUF file says.
 
     Args:
         backend: a ``tokenizers.Tokenizer`` of byte-level BPE that transformers made of the file;
-            it is changed where it cuts otherwise.
-        name: what the file calls its way to cut text.
+            it is changed where it splits otherwise.
+        name: what the file calls its way to split text.
 
     Returns:
         Whether the way is known, here or to transformers.
@@ -111,7 +111,7 @@ def split_as_named(backend: Any, name: str) -> bool:
 
 
 def _pre_tokenizer(steps: tuple[str, ...]) -> Any:
-    """What cuts text in ``steps``, and writes bytes in the alphabet of GPT-2."""
+    """What splits text in ``steps``, and writes bytes in the alphabet of GPT-2."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 

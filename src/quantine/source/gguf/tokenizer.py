@@ -12,25 +12,25 @@ from quantine.source.gguf.header import GGUFFile, Length
 from quantine.source.gguf.splits import split_as_named
 
 UNSAID: Final = (None, "default")
-"""Values of ``tokenizer.ggml.pre`` of files that do not say how text is cut."""
+"""Values of ``tokenizer.ggml.pre`` of files that do not say how text is split."""
 
 
 def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
-    """A tokenizer that has the file's tokens alone, and cuts text as the file says.
+    """A tokenizer that has the file's tokens alone, and splits text as the file says.
 
     Args:
         tokenizer: what transformers made of the file; it may be changed.
         file: the header.
 
     Raises:
-        CheckpointError: the file names a way to cut text that is not known.
+        CheckpointError: the file names a way to split text that is not known.
     """
     name = file.metadata.get("tokenizer.ggml.pre")
     says = file.metadata.get("tokenizer.ggml.model") == "gpt2" and name not in UNSAID
     if says and not split_as_named(tokenizer.backend_tokenizer, str(name)):
         raise CheckpointError(
-            f"{file.path}: its tokenizer cuts text as {cut(name)} does (tokenizer.ggml.pre), which "
-            "is not known here: give the model's directory with its tokenizer.json"
+            f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre), "
+            "which is not known here: give the model's directory with its tokenizer.json"
         )
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     return _without_others(tokenizer, tokens.items) if isinstance(tokens, Length) else tokenizer

@@ -127,7 +127,7 @@ def _words(
 
 
 def _split(found: Mapping[str, Any]) -> Split:
-    """The way in which the tokenizer cuts text."""
+    """The way in which the tokenizer splits text."""
     normalizer = found.get("normalizer")
     steps = steps_of(found.get("pre_tokenizer"))
     split = next((one for one in SPLITS if one.steps == steps), None)
