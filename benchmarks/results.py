@@ -391,8 +391,10 @@ ROTATIONS: dict[str, tuple[str, str]] = {
         """8 windows of 1024 tokens of each text (float 23.477 and 32.720), 16 segments of 512
 tokens to learn from. GPTQ loses 7% of its divergence on WikiText-2 and 15% on C4, although the
 model's own weights lie on a 4 bit grid of 32 inputs, which a rotation leaves. The file grows from
-107.5 to 164.1 MB, as the table is there twice. SpQR, budgets and rounded activations are still to
-be measured on this model.""",
+107.5 to 164.1 MB, as the table is there twice. SpQR and rounded activations are still to
+be measured on this model. Under a budget, which has axes, widths and outliers to choose from, a
+rotation is of no use: at 3.3 bits along both axes (24 windows of 1024 tokens) it leaves 0.1707 on
+WikiText-2 and 0.2893 on C4 in float32, without it 0.1576 and 0.2813 were left in bfloat16.""",
     ),
     "rotation-opt-mini-outlier-all": (
         "### An OPT with the channel ranges of large ones",
