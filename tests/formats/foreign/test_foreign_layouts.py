@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -95,7 +97,7 @@ def test_an_order_of_columns_becomes_g_idx() -> None:
     tensors = pack_gptq(found, 2, ordered=True)
     back = unpack_gptq("l", tensors, 4, 2, (ROWS, COLUMNS), 64, ordered=True)
     assert equal(back, found)
-    assert torch.equal(qtensor_of(back, sym=False).dequantize(), qtensor.dequantize())
+    assert torch.equal(qtensor_of("l", back, sym=False).dequantize(), qtensor.dequantize())
 
 
 def test_where_one_matrix_has_an_order_all_have_g_idx() -> None:
@@ -274,6 +276,23 @@ def test_damaged_compressed_tensors(change: dict[str, Tensor | None], message: s
     kept = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     with pytest.raises(FormatError, match=message):
         unpack_ct("l", kept, QuantSpec(4, 64), (ROWS, COLUMNS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_any_dtype_that_float16_holds(dtype: torch.dtype) -> None:
+    stored = random_plain(4)
+    stored = replace(stored, scale=stored.scale.bfloat16().half().to(dtype))
+    assert bool((stored.scale.float() > 0).all())
+    tensors = {**pack_ct(stored, sym=False), "weight_scale": stored.scale}
+    read = unpack_ct("l", tensors, QuantSpec(4, 64), (ROWS, COLUMNS))
+    assert read.scale.dtype == dtype
+    made = qtensor_of("l", read, sym=False)
+    assert isinstance(made.grid.scale, Tensor)
+    assert made.grid.scale.dtype == torch.float16
+    torch.testing.assert_close(made.dequantize(), stored.decoded(), rtol=0, atol=0)
+    if dtype == torch.float32:
+        with pytest.raises(FormatError, match="l has scales that float16 does not hold"):
+            qtensor_of("l", replace(read, scale=read.scale * (1 + 2**-20)), sym=False)
 
 
 def test_scales_too_small_for_float16_are_refused() -> None:

@@ -59,9 +59,10 @@ class NativeKernel(MPLinearKernel):
         tensors = {"weight_packed": packed.data, "weight_scale": scale.data}
         if zero is not None:
             tensors["weight_zero_point"] = zero.data
-        matrix = unpack_matrix(getattr(layer, "prefix", "matrix"), tensors, spec, (rows, columns))
+        name = getattr(layer, "prefix", "matrix")
+        matrix = unpack_matrix(name, tensors, spec, (rows, columns))
         arithmetic: Arithmetic = "exact" if self.config.act_type == torch.float32 else "fast"
-        part = PackedPart(qtensor_of(matrix, sym), arithmetic)
+        part = PackedPart(qtensor_of(name, matrix, sym), arithmetic)
         layer.quantine_linear = FusedLinear([part])
         layer.register_buffer("quantine_number", numbered(layer.quantine_linear), persistent=False)
         for name in (self.w_q_name, self.w_s_name, self.w_zp_name):

@@ -170,7 +170,7 @@ class ForeignDirectory:
             FormatError: it is damaged, its zero points are not those of its settings, or
                 float16 does not hold its scales.
         """
-        return qtensor_of(self._matrix(name).in_float16(name), self.specs[name].sym)
+        return qtensor_of(name, self._matrix(name), self.specs[name].sym)
 
     def _matrix(self, name: str) -> Plain:
         """The matrix of layer ``name``, see `qtensor`, with scales as they are stored."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Plain:
     Attributes:
         codes: ``[out, in]`` uint8.
         scale: ``[out, groups]`` float16, positive; other floats where another engine stored them,
-            see `in_float16`.
+            which `qtensor_of` refuses unless float16 holds them.
         zero: ``[out, groups]`` uint8, in the range of the codes.
         bits: of a code.
         group_of: ``[in]`` int32, the group of each input; ``None`` where groups are consecutive
@@ -100,23 +100,6 @@ class Plain:
         """The weights, ``[out, in]`` float32."""
         scale, zero = self.by_weight()
         return (self.codes.to(torch.int16) - zero).float().mul_(scale.float())
-
-    def in_float16(self, name: str) -> Plain:
-        """The same with scales in float16, of which quantine's grids are.
-
-        Args:
-            name: of the layer, for messages.
-
-        Raises:
-            FormatError: float16 does not hold them.
-        """
-        short = self.scale.half()
-        if not bool((short.float() == self.scale.float()).all()) or not bool((short > 0).all()):
-            raise FormatError(
-                f"{name} has scales that float16 does not hold: quantize from it as a source of "
-                "floats instead"
-            )
-        return replace(self, scale=short)
 
 
 def plain(name: str, qtensor: QTensor) -> Plain:
@@ -155,18 +138,29 @@ def short_scales(name: str, grid: Grid) -> Tensor:
     return scale.contiguous()
 
 
-def qtensor_of(matrix: Plain, sym: bool) -> QTensor:
+def qtensor_of(name: str, matrix: Plain, sym: bool) -> QTensor:
     """Invert `plain`: groups that are not consecutive become an order of stored columns.
 
     Args:
+        name: of the layer, for messages.
+        matrix: the matrix; its scales may be floats of any dtype.
         sym: whether all zero points are the middle code, which is then not stored.
+
+    Raises:
+        FormatError: float16, of which scales of quantine's grids are, does not hold them.
     """
+    scale = matrix.scale.half()
+    if not bool((scale.float() == matrix.scale.float()).all()) or not bool((scale > 0).all()):
+        raise FormatError(
+            f"{name} has scales that float16 does not hold: quantize from it as a source of "
+            "floats instead"
+        )
     codes, in_perm = matrix.codes, None
     if matrix.group_of is not None:
         in_perm = matrix.group_of.long().argsort(stable=True)
         codes = codes[:, in_perm].contiguous()
     zero = None if sym else matrix.zero
-    return QTensor(codes, Grid(matrix.scale, zero, matrix.bits, matrix.group_size), in_perm)
+    return QTensor(codes, Grid(scale, zero, matrix.bits, matrix.group_size), in_perm)
 
 
 def group_text(spec: QuantSpec) -> str:
