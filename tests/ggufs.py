@@ -41,6 +41,7 @@ def write_gguf(
     added: Mapping[str, Tensor] | None = None,
     kind: gguf.GGMLQuantizationType | None = None,
     pre: str = "default",
+    bos: int = BOS,
 ) -> Path:
     """Write the weights of ``model``.
 
@@ -53,6 +54,8 @@ def write_gguf(
         added: further tensors, by llama.cpp's names.
         kind: type of ggml for matrices; ``None`` is float32.
         pre: llama.cpp's name for the way in which the tokenizer splits text.
+        bos: number of the token at the beginning of texts; from 259 on they have a space in them,
+            which the alphabet of bytes has not.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -61,7 +64,7 @@ def write_gguf(
     own = {f"{architecture}.{k}": v for k, v in own.items() if not k.startswith(".")}
     for key, value in {**own, **plain}.items():
         _add(writer, key, value)
-    _add_tokenizer(writer, model.config.vocab_size, pre)
+    _add_tokenizer(writer, model.config.vocab_size, pre, bos)
     for name, tensor in {**stored_tensors(model), **(added or {})}.items():
         if left_out(name):
             continue
@@ -156,7 +159,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str, bos: int) -> None:
     words = sorted(byte_tokenizer().get_vocab().items(), key=lambda pair: pair[1])
     tokens = [word for word, _ in words] + ["he"]
     tokens += [f"[pad {index}]" for index in range(size - len(tokens))]
@@ -165,7 +168,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str) -> None:
     writer.add_token_list(tokens)
     writer.add_token_types([1] * len(tokens))
     writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(BOS)
+    writer.add_bos_token_id(bos)
     writer.add_eos_token_id(EOS)
 
 

@@ -126,8 +126,8 @@ class ModelSource:
         """The model's tokenizer.
 
         Raises:
-            CheckpointError: it is missing or damaged, or a GGUF file names a way to split text that
-                is not known.
+            CheckpointError: it is missing or damaged, or a GGUF file says what transformers does
+                not read, see `as_file_says`.
         """
         from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -140,15 +140,17 @@ class ModelSource:
             options = {"gguf_file": self.gguf_file}
         try:
             found = kind.from_pretrained(self.directory, trust_remote_code=False, **options)
+            if self.gguf_file is not None:
+                found = as_file_says(found, self.gguf_parts[0])
             found.decode(found("a")["input_ids"])  # damage may show only in use
-        except MemoryError:
+            return found
+        except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # tokenizer backends raise bare exceptions of their own
             raise CheckpointError(
                 f"{self.name}: the tokenizer in {self.directory} cannot be read ({cut(error)}): "
                 "tokenizer.json and tokenizer_config.json belong beside the weights"
             ) from error
-        return found if self.gguf_file is None else as_file_says(found, self.gguf_parts[0])
 
     def float_model(self, dtype: torch.dtype, scratch: Path | None = None) -> PreTrainedModel:
         """The whole model with float weights in ``dtype``.

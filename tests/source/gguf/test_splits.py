@@ -25,8 +25,8 @@ PIECES = {
 """What the text is split into first, worked out from llama.cpp's patterns."""
 
 
-def tokenizer_with(pre: str, tmp_path: Path) -> Any:
-    path = write_gguf(tmp_path / "m.gguf", random_model(tiny_config("llama")), pre=pre)
+def tokenizer_with(pre: str, tmp_path: Path, family: str = "llama", **further: Any) -> Any:
+    path = write_gguf(tmp_path / "m.gguf", random_model(tiny_config(family)), pre=pre, **further)
     return locate(path).tokenizer()
 
 
@@ -44,10 +44,31 @@ def test_text_is_split_as_every_name_says(split: Any, tmp_path: Path) -> None:
         assert tokenizer.backend_tokenizer.model.ignore_merges == split.whole_words
 
 
-def test_a_saved_tokenizer_splits_text_in_the_same_way(tmp_path: Path) -> None:
-    tokenizer = tokenizer_with("smollm", tmp_path)
+@pytest.mark.parametrize(
+    ("family", "pre"), [("llama", "smollm"), ("qwen2", "qwen2"), ("gpt2", "gpt-2")]
+)
+def test_a_saved_tokenizer_splits_text_in_the_same_way(
+    family: str, pre: str, tmp_path: Path
+) -> None:
+    tokenizer = tokenizer_with(pre, tmp_path, family)
     tokenizer.save_pretrained(tmp_path / "saved")
+    tiny_config(family).save_pretrained(tmp_path / "saved")
     assert pieces_of(AutoTokenizer.from_pretrained(tmp_path / "saved")) == pieces_of(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("family", "pre", "kind"), [("qwen2", "smollm", "Qwen2"), ("gpt2", "llama-bpe", "GPT2")]
+)
+def test_ways_that_would_be_lost_when_it_is_loaded_again(
+    family: str, pre: str, kind: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=rf"{pre} does .*, but transformers' {kind}Tokenizer"):
+        tokenizer_with(pre, tmp_path, family)
+
+
+def test_special_tokens_that_transformers_spells_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"its bos_token is number 270, but .*\[pad 11\]"):
+        tokenizer_with("llama-bpe", tmp_path, bos=270)
 
 
 def test_ways_that_transformers_knows_are_left_to_it(tmp_path: Path) -> None:

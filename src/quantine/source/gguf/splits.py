@@ -51,11 +51,18 @@ SPLITS: Final = (
         (DIGITS, BYTES),
         ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
     ),
-    Split("llama-bpe", (LLAMA3,), ("llama3", "llama-v3", "falcon3", "pixtral"), True),
+    Split(
+        "llama-bpe",
+        (LLAMA3,),
+        ("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        whole_words=True,
+    ),
     Split("qwen2", (QWEN2,), ("deepseek-r1-qwen", "stablelm2")),
     Split("bloom", (BLOOM,), ("gpt3-finnish",)),
 )
 """Ways to split text whose names are understood."""
+WHOLE_WORDS: Final = ("tekken",)
+"""Further names of ways that transformers knows, with which words are taken whole, too."""
 
 
 def steps_of(stages: Mapping[str, Any] | None) -> tuple[str, ...]:
@@ -99,15 +106,19 @@ def split_as_named(backend: Any, name: str) -> bool:
     Returns:
         Whether the way is known, here or to transformers.
     """
-    steps = steps_of(json.loads(backend.pre_tokenizer.__getstate__()))
-    wanted = named(name)
-    if wanted is None:
-        return steps != (BYTES,)  # which transformers takes where it does not know a name
-    if steps != wanted.steps:
+    steps, wanted = steps_in(backend), named(name)
+    if wanted is not None and steps != wanted.steps:
         backend.pre_tokenizer = _pre_tokenizer(wanted.steps)
-    if wanted.whole_words:
+    if name in WHOLE_WORDS or (wanted is not None and wanted.whole_words):
         backend.model.ignore_merges = True
-    return True
+    # GPT-2's is what transformers takes where it does not know a name.
+    return wanted is not None or steps != (BYTES,)
+
+
+def steps_in(backend: Any) -> tuple[str, ...]:
+    """The steps in which a ``tokenizers.Tokenizer`` splits text, see `steps_of`."""
+    stages = backend.pre_tokenizer
+    return steps_of(None if stages is None else json.loads(stages.__getstate__()))
 
 
 def _pre_tokenizer(steps: tuple[str, ...]) -> Any:

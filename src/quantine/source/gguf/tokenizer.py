@@ -9,10 +9,19 @@ from typing import Any, Final
 
 from quantine.errors import CheckpointError, cut
 from quantine.source.gguf.header import GGUFFile, Length
-from quantine.source.gguf.splits import split_as_named
+from quantine.source.gguf.splits import split_as_named, steps_in
 
 UNSAID: Final = (None, "default")
 """Values of ``tokenizer.ggml.pre`` of files that do not say how text is split."""
+
+
+SPECIAL: Final = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}
+"""What llama.cpp calls the numbers of special tokens, by what transformers calls these."""
 
 
 def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
@@ -23,17 +32,42 @@ def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
         file: the header.
 
     Raises:
-        CheckpointError: the file names a way to split text that is not known.
+        CheckpointError: the file names a way to split text that is not known, or that the class of
+            ``tokenizer`` would lose; or a special token is another than the file says.
     """
-    name = file.metadata.get("tokenizer.ggml.pre")
-    says = file.metadata.get("tokenizer.ggml.model") == "gpt2" and name not in UNSAID
-    if says and not split_as_named(tokenizer.backend_tokenizer, str(name)):
-        raise CheckpointError(
-            f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre), "
-            "which is not known here: give the model's directory with its tokenizer.json"
-        )
+    _split_as_said(tokenizer, file)
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    return _without_others(tokenizer, tokens.items) if isinstance(tokens, Length) else tokenizer
+    if not isinstance(tokens, Length):
+        return tokenizer
+    for token, key in SPECIAL.items():
+        number, word = file.metadata.get(f"tokenizer.ggml.{key}", -1), getattr(tokenizer, token)
+        there = word is not None and 0 <= number < tokens.items
+        if there and tokenizer.convert_tokens_to_ids(word) != number:
+            raise CheckpointError(
+                f"{file.path}: its {token} is number {number}, but transformers reads it as "
+                f"{cut(word)}, which is another: give the model's directory with its tokenizer.json"
+            )
+    return _without_others(tokenizer, tokens.items)
+
+
+def _split_as_said(tokenizer: Any, file: GGUFFile) -> None:
+    """Make ``tokenizer`` split text as the file says, see `as_file_says`."""
+    from transformers import PreTrainedTokenizerFast
+
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if file.metadata.get("tokenizer.ggml.model") != "gpt2" or name in UNSAID:
+        return
+    said = f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre)"
+    remedy = "give the model's directory with its tokenizer.json"
+    if not split_as_named(tokenizer.backend_tokenizer, str(name)):
+        raise CheckpointError(f"{said}, which is not known here: {remedy}")
+    kind = type(tokenizer)
+    if kind is PreTrainedTokenizerFast:
+        return
+    # Such a class splits in its own way once it is loaded again, whatever its files say.
+    again = steps_in(kind(vocab={"a": 0}, merges=[]).backend_tokenizer)
+    if again != steps_in(tokenizer.backend_tokenizer):
+        raise CheckpointError(f"{said}, but transformers' {kind.__name__} does not: {remedy}")
 
 
 def _without_others(tokenizer: Any, count: int) -> Any:
