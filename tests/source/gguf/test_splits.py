@@ -73,6 +73,7 @@ def test_special_tokens_that_transformers_spells_otherwise(tmp_path: Path) -> No
 
 def test_ways_that_transformers_knows_are_left_to_it(tmp_path: Path) -> None:
     assert pieces_of(tokenizer_with("gpt-4o", tmp_path))[:3] == ["We'LL", " see", " "]
+    assert tokenizer_with("tekken", tmp_path).backend_tokenizer.model.ignore_merges
 
 
 def test_an_unknown_way_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -65,8 +65,8 @@ class NativeKernel(MPLinearKernel):
         part = PackedPart(qtensor_of(name, matrix, sym), arithmetic)
         layer.quantine_linear = FusedLinear([part])
         layer.register_buffer("quantine_number", numbered(layer.quantine_linear), persistent=False)
-        for name in (self.w_q_name, self.w_s_name, self.w_zp_name):
-            self._transform_param(layer, name, lambda old: old.data.new_empty(0))
+        for parameter in (self.w_q_name, self.w_s_name, self.w_zp_name):
+            self._transform_param(layer, parameter, lambda old: old.data.new_empty(0))
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Map ``x`` ``[..., in]`` to ``[..., out]`` of the same dtype."""

@@ -7,7 +7,7 @@ divides each frequency by a factor of its own, which a tensor holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -24,6 +24,8 @@ LLAMA3: Final = {
     "original_max_position_embeddings": 8192,
 }
 """What llama 3.1, 3.2 and 3.3 make their factors of, beside the largest of them."""
+YARN: Final = {"beta_fast": 32.0, "beta_slow": 1.0}
+"""Where the ramp of yarn begins and ends, if nothing else is said."""
 TOLERANCE: Final = 1e-4
 """Largest relative difference to factors that llama.cpp computed, in float32, from a config."""
 
@@ -65,14 +67,28 @@ def scaled_rope(metadata: Metadata, context: int) -> dict[str, Any]:
             "rope.scaling.original_context_length", context
         ),
         "attention_factor": attention * yarn_attention(factor),
-        "beta_fast": float(metadata.number("rope.scaling.yarn_beta_fast", 32.0)),
-        "beta_slow": float(metadata.number("rope.scaling.yarn_beta_slow", 1.0)),
+        "beta_fast": float(metadata.number("rope.scaling.yarn_beta_fast", YARN["beta_fast"])),
+        "beta_slow": float(metadata.number("rope.scaling.yarn_beta_slow", YARN["beta_slow"])),
     }
 
 
 def yarn_attention(factor: float) -> float:
     """By what yarn multiplies queries and keys where positions are scaled by ``factor``."""
     return 0.1 * math.log(max(factor, 1.0)) + 1.0
+
+
+def yarn_as_meant(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``rope_parameters`` of yarn with what is meant by the fields that are left out.
+
+    Where ``mscale`` or ``factor`` leave it to other rules, ``attention_factor`` stays out.
+    """
+    meant: dict[str, Any] = dict(YARN)
+    if rope.get("factor") is not None and not rope.get("mscale"):
+        meant["attention_factor"] = yarn_attention(rope["factor"])
+    said = {key: value for key, value in rope.items() if value is not None}
+    if said.get("truncate") is True:
+        del said["truncate"]
+    return meant | said
 
 
 def frequency_factors(tensor: GGUFTensor, theta: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ LLAMA3: Final = (
 """How Llama 3 splits text."""
 QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 """How Qwen 2 and 3 split text."""
-BLOOM: Final = r" ?[^(\s|[.,!?…。，、।۔،])]+"  # noqa: RUF001
+BLOOM: Final = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 """How BLOOM splits text."""
 
 

@@ -13,8 +13,6 @@ from quantine.source.gguf.splits import split_as_named, steps_in
 
 UNSAID: Final = (None, "default")
 """Values of ``tokenizer.ggml.pre`` of files that do not say how text is split."""
-
-
 SPECIAL: Final = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",

@@ -7,7 +7,7 @@ from typing import Any, Final
 from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.file import Value
 from quantine.source.gguf.config import ARCHITECTURES, Architecture
-from quantine.source.gguf.rope import yarn_attention
+from quantine.source.gguf.rope import yarn_as_meant, yarn_attention
 
 ALIKE: Final = {"mistral": "llama"}
 """Model types that llama.cpp takes for another, by that one's name."""
@@ -97,15 +97,15 @@ def _rope(config: Any, known: Architecture, head: int) -> dict[str, Value]:
 
 
 def _yarn(config: Any, rope: dict[str, Any]) -> dict[str, Value]:
-    factor = float(rope["factor"])
+    factor, meant = float(rope["factor"]), yarn_as_meant(rope)
     usual = yarn_attention(factor)
-    attention = float(rope.get("attention_factor") or usual)
+    attention = float(meant.get("attention_factor", usual))
     context = rope.get("original_max_position_embeddings") or config.max_position_embeddings
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(context),
         "rope.scaling.attn_factor": attention / usual,
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32.0),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1.0),
+        "rope.scaling.yarn_beta_fast": float(meant["beta_fast"]),
+        "rope.scaling.yarn_beta_slow": float(meant["beta_slow"]),
     }

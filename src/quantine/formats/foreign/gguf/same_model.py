@@ -10,7 +10,7 @@ from quantine.errors import CheckpointError, FormatError, cut, shown
 from quantine.formats.foreign.gguf.metadata import heads_of_keys, metadata_of
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
-from quantine.source.gguf.rope import LLAMA3, yarn_attention
+from quantine.source.gguf.rope import LLAMA3, yarn_as_meant
 
 NO_MATTER: Final = frozenset(
     {
@@ -89,17 +89,5 @@ def _fields(config: Any) -> dict[str, Any]:
         fields["num_kv_heads"] = heads_of_keys(config)
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and rope.get("rope_type") == "yarn":
-        fields["rope_parameters"] = _yarn(rope)
+        fields["rope_parameters"] = yarn_as_meant(rope)
     return fields
-
-
-def _yarn(rope: dict[str, Any]) -> dict[str, Any]:
-    """The fields of rotary embeddings that yarn scales, with what is meant by those left out."""
-    factor = rope.get("factor")
-    meant: dict[str, Any] = {"beta_fast": 32.0, "beta_slow": 1.0}
-    if factor is not None and not rope.get("mscale"):
-        meant["attention_factor"] = yarn_attention(factor)
-    said = {key: value for key, value in rope.items() if value is not None}
-    if said.get("truncate") is True:
-        del said["truncate"]
-    return meant | said
