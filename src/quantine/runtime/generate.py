@@ -86,7 +86,7 @@ def stream(
         )
     loaded = load_model(source, dtype, where)
     started = first = time.perf_counter()
-    transcripts = [Transcript(tokenizer) for _ in ids]
+    transcripts = [Transcript(tokenizer, one[0].tolist()) for one in ids]
     texts = [""] * len(ids)
     count = 0
     for place, token in _continue_all(loaded, ids, tokens, sampling, log):
@@ -97,7 +97,9 @@ def stream(
         if len(ids) == 1:
             out.write(added)
             out.flush()
-    out.write("\n" if len(ids) == 1 else f"\n{SEPARATOR}\n".join(texts) + "\n")
+    rests = [transcript.rest() for transcript in transcripts]
+    texts = [text + rest for text, rest in zip(texts, rests, strict=True)]
+    out.write((rests[0] if len(ids) == 1 else f"\n{SEPARATOR}\n".join(texts)) + "\n")
     decoding = time.perf_counter() - first
     speed = f", {(count - 1) / decoding:.1f} tokens/s" if count > 1 else ""
     read = sum(one.shape[1] for one in ids)

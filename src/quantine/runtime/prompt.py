@@ -14,6 +14,8 @@ from quantine.errors import PlanError
 
 UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for a character of which tokens are missing."""
+CONTEXT: Final = 8
+"""Number of tokens before an answer that are decoded with it."""
 
 
 def text_ids(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
@@ -63,26 +65,40 @@ def _ids(tokens: Tensor) -> Tensor:
 class Transcript:
     """The text of tokens that arrive one after another, in whole characters.
 
+    It is what they add to the text before them: many tokenizers take the first space off a text.
     Tokens that stand for no text, such as those that end a message, are left out.
 
     Args:
         tokenizer: of transformers.
+        before: the tokens before them, of which the last few matter.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = 0
+        self._tokens = list(before[-CONTEXT:])
+        self._before = len(self._tokens)
+        self._shown = len(self._text().rstrip(UNFINISHED))
 
     def add(self, token: int) -> str:
         """What ``token`` adds to the text: nothing until a character has all of its tokens."""
         self._tokens.append(token)
-        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        text = self._text()
         if text.endswith(UNFINISHED):
             return ""
+        return self._added(text)
+
+    def rest(self) -> str:
+        """What is left once no more tokens come, such as a character that lacks some."""
+        return self._added(self._text())
+
+    def _added(self, text: str) -> str:
         added = text[self._shown :]
         self._shown = len(text)
         return added
 
+    def _text(self) -> str:
+        text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+        return text
+
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._tokens) - self._before

@@ -107,7 +107,8 @@ class _Api:
             Refusal: the server is told to end.
         """
         most = self._engine.most(request, ids)
-        transcript, stops = Transcript(self._engine.tokenizer), StopFilter(request.stops)
+        transcript = Transcript(self._engine.tokenizer, ids[0].tolist())
+        stops = StopFilter(request.stops)
         async with self._turns.place() as place:
             if await self._is_over(http):
                 return
@@ -119,10 +120,13 @@ class _Api:
                     yield Piece(text, len(transcript), None)
                     if await self._is_over(http):
                         return
+        if not stops.stopped:
+            text = stops.add(transcript.rest())
         if stops.stopped:
             yield Piece(text, len(transcript), "stop")
         else:
-            yield Piece(stops.rest(), len(transcript), _finish(len(transcript), most))
+            text += stops.rest()
+            yield Piece(text, len(transcript), _finish(len(transcript), most))
 
     async def _is_over(self, http: HttpRequest) -> bool:
         """Whether nobody waits for the answer any more.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from quantine import Calibration, Plan, quantize
 from quantine.errors import FormatError
@@ -119,14 +120,20 @@ def test_what_would_be_other_words_is_refused(name: str, tmp_path: Path) -> None
     assert len(str(refused.value)) < 300
 
 
-def test_files_are_read_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", [True, False])
+def test_files_are_read_again(prefix: bool, tmp_path: Path) -> None:
     model = build(tiny_config("llama", vocab_size=ROWS, bos_token_id=1), tmp_path / "model")
-    own = for_transformers(sentencepiece())
+    made = json.loads(sentencepiece().to_str())
+    if not prefix:
+        no_prefix(made)
+        made["decoder"]["decoders"].pop()  # which takes the first space off
+    own = for_transformers(Tokenizer.from_str(json.dumps(made)))
     own.save_pretrained(model)
     plan = Plan.preset("rtn", group_size=32)
     out = quantize(model, tmp_path / "out", plan, Calibration(samples=0)).path
     file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
     found = locate(file).tokenizer()
-    assert [found(text)["input_ids"] for text in TEXTS if text and text[0] != " "] == [
-        own(text)["input_ids"] for text in TEXTS if text and text[0] != " "
-    ]
+    for text in [*TEXTS, "there</s> they</s>they"]:
+        ids = own(text)["input_ids"]
+        assert found(text)["input_ids"] == ids, text
+        assert found.decode(ids) == own.decode(ids), text

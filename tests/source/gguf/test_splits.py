@@ -79,3 +79,31 @@ def test_ways_that_transformers_knows_are_left_to_it(tmp_path: Path) -> None:
 def test_an_unknown_way_is_refused_by_its_name(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"deepseek-coder.*tokenizer\.ggml\.pre.*directory"):
         tokenizer_with("deepseek-coder", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pre", "said", "there"),
+    [
+        ("llama-bpe", None, True),
+        ("tekken", None, True),
+        ("qwen2", None, False),
+        ("llama-bpe", False, False),
+        ("qwen2", True, True),
+    ],
+)
+def test_the_first_token_is_there_where_llama_cpp_puts_it(
+    pre: str, said: bool | None, there: bool, tmp_path: Path
+) -> None:
+    changes = {} if said is None else {".tokenizer.ggml.add_bos_token": said}
+    tokenizer = tokenizer_with(pre, tmp_path, changes=changes)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = one("he")["input_ids"]
+        assert (ids[0] == one.bos_token_id) == there
+        assert ids[there:] == one("he", add_special_tokens=False)["input_ids"]
+
+
+def test_the_last_token_is_there_where_the_file_says(tmp_path: Path) -> None:
+    tokenizer = tokenizer_with("qwen2", tmp_path, changes={".tokenizer.ggml.add_eos_token": True})
+    plain = tokenizer("he", add_special_tokens=False)["input_ids"]
+    assert tokenizer("he")["input_ids"] == [*plain, tokenizer.eos_token_id]

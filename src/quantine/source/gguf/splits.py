@@ -109,10 +109,19 @@ def split_as_named(backend: Any, name: str) -> bool:
     steps, wanted = steps_in(backend), named(name)
     if wanted is not None and steps != wanted.steps:
         backend.pre_tokenizer = _pre_tokenizer(wanted.steps)
-    if name in WHOLE_WORDS or (wanted is not None and wanted.whole_words):
+    if takes_whole_words(name):
         backend.model.ignore_merges = True
     # GPT-2's is what transformers takes where it does not know a name.
     return wanted is not None or steps != (BYTES,)
+
+
+def takes_whole_words(name: str) -> bool:
+    """Whether llama.cpp takes words whole where a file calls its way to split text ``name``.
+
+    With these names it puts the first token before texts, too, where files do not say whether to.
+    """
+    wanted = named(name)
+    return name in WHOLE_WORDS or (wanted is not None and wanted.whole_words)
 
 
 def steps_in(backend: Any) -> tuple[str, ...]:

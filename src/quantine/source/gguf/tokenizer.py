@@ -9,8 +9,14 @@ from typing import Any, Final
 
 from quantine.errors import CheckpointError, cut
 from quantine.source.gguf.header import GGUFFile, Length
-from quantine.source.gguf.splits import split_as_named, steps_in
+from quantine.source.gguf.spaces import put_spaces
+from quantine.source.gguf.splits import split_as_named, steps_in, takes_whole_words
 
+BYTE_LEVEL: Final = "gpt2"
+SENTENCEPIECE: Final = "llama"
+"""What llama.cpp calls the kinds of tokenizers (``tokenizer.ggml.model``)."""
+PROBE: Final = "a"
+"""A text, to see what is put around it."""
 UNSAID: Final = (None, "default")
 """Values of ``tokenizer.ggml.pre`` of files that do not say how text is split."""
 SPECIAL: Final = {
@@ -23,7 +29,7 @@ SPECIAL: Final = {
 
 
 def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
-    """A tokenizer that has the file's tokens alone, and splits text as the file says.
+    """A tokenizer that has the file's tokens alone, and makes of text what the file says.
 
     Args:
         tokenizer: what transformers made of the file; it may be changed.
@@ -31,9 +37,13 @@ def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
 
     Raises:
         CheckpointError: the file names a way to split text that is not known, or that the class of
-            ``tokenizer`` would lose; or a special token is another than the file says.
+            ``tokenizer`` would lose; or a special token is another than the file says, or is put
+            around texts but not named.
     """
     _split_as_said(tokenizer, file)
+    if file.metadata.get("tokenizer.ggml.model") == SENTENCEPIECE:
+        prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+        put_spaces(tokenizer.backend_tokenizer, bool(prefix))
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, Length):
         return tokenizer
@@ -45,7 +55,31 @@ def as_file_says(tokenizer: Any, file: GGUFFile) -> Any:
                 f"{file.path}: its {token} is number {number}, but transformers reads it as "
                 f"{cut(word)}, which is another: give the model's directory with its tokenizer.json"
             )
+    _put_around_as_said(tokenizer, file)
     return _without_others(tokenizer, tokens.items)
+
+
+def _put_around_as_said(tokenizer: Any, file: GGUFFile) -> None:
+    """Make ``tokenizer`` put those tokens before and after texts that llama.cpp does."""
+    said, model = file.metadata, file.metadata.get("tokenizer.ggml.model")
+    if model not in (BYTE_LEVEL, SENTENCEPIECE):
+        return
+    usual = model == SENTENCEPIECE or takes_whole_words(str(said.get("tokenizer.ggml.pre")))
+    wanted = {
+        "bos_token": bool(said.get("tokenizer.ggml.add_bos_token", usual)),
+        "eos_token": bool(said.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    for token, there in wanted.items():
+        if there and getattr(tokenizer, token) is None:
+            raise CheckpointError(
+                f"{file.path}: texts get a {token}, but it has no tokenizer.ggml.{SPECIAL[token]}: "
+                "give the model's directory with its tokenizer.json"
+            )
+    before, after = ([getattr(tokenizer, token)] * there for token, there in wanted.items())
+    backend = tokenizer.backend_tokenizer
+    plain = backend.encode(PROBE, add_special_tokens=False).tokens
+    if backend.encode(PROBE).tokens != [*before, *plain, *after]:
+        tokenizer.add_bos_token, tokenizer.add_eos_token = wanted.values()
 
 
 def _split_as_said(tokenizer: Any, file: GGUFFile) -> None:
@@ -53,7 +87,7 @@ def _split_as_said(tokenizer: Any, file: GGUFFile) -> None:
     from transformers import PreTrainedTokenizerFast
 
     name = file.metadata.get("tokenizer.ggml.pre")
-    if file.metadata.get("tokenizer.ggml.model") != "gpt2" or name in UNSAID:
+    if file.metadata.get("tokenizer.ggml.model") != BYTE_LEVEL or name in UNSAID:
         return
     said = f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre)"
     remedy = "give the model's directory with its tokenizer.json"

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from quantine.errors import FormatError, shown
 from quantine.formats.foreign.gguf.file import Value
+from quantine.source.gguf.spaces import SPACE, prefixed
 
 NORMAL: Final = 1
 """Type of a word of the vocabulary."""
@@ -21,19 +22,8 @@ BYTE: Final = 6
 """Type of a word that stands for one byte."""
 BYTES: Final = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """Words that stand for bytes."""
-SPACE: Final = "▁"
-"""What spaces become."""
 NEVER_MADE: Final = -1e9
 """Score of words that no merge makes, below all others."""
-PREPEND: Final = {"type": "Prepend", "prepend": SPACE}
-REPLACE: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-AROUND: Final = {
-    "type": "Split",
-    "pattern": {"String": " "},
-    "behavior": "MergedWithPrevious",
-    "invert": False,
-}
-"""A step that finds nothing to split once spaces are replaced."""
 
 
 def sentencepiece_of(
@@ -80,15 +70,12 @@ def sentencepiece_of(
 
 def _prefix(normalizer: Any, splitter: Any) -> tuple[bool, list[str]]:
     """Whether a space is put before a text, and what llama.cpp does otherwise there."""
-    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
-    if splitter is None or (splitter == AROUND and REPLACE in steps):
-        if steps == [PREPEND, REPLACE]:
-            return True, []
-        if steps == [REPLACE]:
-            return False, []
+    prefix = prefixed(normalizer, splitter)
+    if prefix is not None:
+        return prefix, []
     kind = splitter or {}
     metaspace = kind.get("type") == "Metaspace" and kind.get("replacement") == SPACE
-    if metaspace and not steps and not kind.get("split", True):
+    if metaspace and normalizer is None and not kind.get("split", True):
         if kind["prepend_scheme"] == "never":
             return False, []
         return True, [

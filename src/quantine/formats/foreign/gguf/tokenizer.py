@@ -29,7 +29,8 @@ def tokenizer_of(
     Args:
         directory: holds ``tokenizer.json``.
         rows: of the token table, of which the last may have no word.
-        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the model, if it has them.
+        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` of the model, if it has them;
+            else they are the tokenizer's.
 
     Returns:
         Metadata, and what llama.cpp does otherwise, in sentences.
@@ -42,6 +43,7 @@ def tokenizer_of(
         found = json.loads(path.read_text(encoding="utf-8"))
         values, notes = _read(found, rows)
         called, others = name_of(directory.absolute().name, found["added_tokens"])
+        own = _special(directory, found)
     except FormatError as error:
         raise FormatError(f"{path}: {error}: give llama.cpp the float model's tokenizer") from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -49,9 +51,15 @@ def tokenizer_of(
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     for short, name in names.items():
         token = ids.get(f"{short}_token_id")
+        token = own.get(short) if token is None else token
         token = token[0] if isinstance(token, list) and token else token
         if isinstance(token, int) and 0 <= token < rows:  # -1 is often none
             values[f"tokenizer.ggml.{name}_token_id"] = token
+    if "tokenizer.ggml.eos_token_id" not in values:
+        raise FormatError(
+            f"neither config.json nor the tokenizer in {directory} says which token ends a text, "
+            "and llama.cpp would take another: give config.json an eos_token_id"
+        )
     before, after = _around(path)
     for short, added in {"bos": before, "eos": after}.items():
         number = values.get(f"tokenizer.ggml.{short}_token_id")
@@ -139,6 +147,17 @@ def _split(found: Mapping[str, Any]) -> Split:
             f"({cut(steps, 60)})"
         )
     return split
+
+
+def _special(directory: Path, found: Mapping[str, Any]) -> dict[str, int]:
+    """The numbers of the tokenizer's own first, last and padding token, as far as it has them."""
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    numbers = {**found["model"]["vocab"]}
+    numbers |= {token["content"]: token["id"] for token in found["added_tokens"]}
+    said = {short: settings.get(f"{short}_token") for short in ("bos", "eos", "pad")}
+    words = {k: v.get("content") if isinstance(v, dict) else v for k, v in said.items()}
+    return {short: numbers[word] for short, word in words.items() if word in numbers}
 
 
 def _around(path: Path) -> tuple[list[int], list[int]]:
