@@ -13,6 +13,7 @@ from quantine.core.spec import QuantSpec
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.columns.triton import columns as column_loop
 from quantine.kernels.columns.triton.programs.block import round_block
+from quantine.kernels.columns.triton.programs.coupled import round_coupled
 from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import GridCost
 from quantine.kernels.fit.triton import groups as matrix_fit
@@ -65,6 +66,26 @@ class Loop:
         return round_block, operands, settings
 
 
+@dataclass(frozen=True)
+class Coupled:
+    """A column to compile whose rows make up for each other, with outliers."""
+
+    bits: int
+    run: int
+
+    @property
+    def name(self) -> str:
+        return f"column, {self.bits} bits, runs of {self.run} coupled rows, outliers"
+
+    def launch(self) -> tuple[Any, list[Any], dict[str, Any]]:
+        """The program, its operands in order, and what is fixed when it is compiled."""
+        weight, values = torch.zeros(self.run, INPUTS), (torch.ones(1, self.run),) * 2
+        groups, coupling = torch.zeros(INPUTS, dtype=torch.int64), torch.zeros(self.run, self.run)
+        columns = Columns.of(weight, torch.eye(INPUTS), groups, self.bits, values, groups, 0.5)
+        _, operands, settings = column_loop.coupled_launch_of(columns, coupling, 0)
+        return round_coupled, operands, settings
+
+
 SPQR = GridCost("hessian", 0.5, look_ahead=True)
 LOOPS = (
     Loop(QuantSpec(4), GridCost("mse"), 0),
@@ -74,6 +95,7 @@ LOOPS = (
     Loop(QuantSpec(3, 16, scale_bits=3, zero_bits=3), GridCost("minmax", 0.2, True), 16),
     Loop(QuantSpec(3, 64, scale_bits=4), SPQR, 64),
     Loop(QuantSpec(3, 64, scale_bits=3, group_axis="out"), SPQR, 64),
+    Coupled(3, 768),
 )
 
 

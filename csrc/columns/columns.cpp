@@ -2,6 +2,7 @@
 #include "columns/columns.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "base/lanes.h"
@@ -41,6 +42,43 @@ QUANTINE_INLINE void round_column(const Columns& c, std::size_t j, std::size_t f
   }
 }
 
+// `round_column` where rows are coupled: runs of them go from the last row to the first, and each
+// row is asked to make up for those after it. `width` is in whole runs, or ends with the last row.
+QUANTINE_INLINE void round_coupled(const Columns& c, std::size_t j, std::size_t first,
+                                   std::size_t width) {
+  const float top = static_cast<float>((1 << c.bits) - 1);
+  const float diagonal = c.upper[j * c.inputs + j];
+  const std::size_t grid = static_cast<std::size_t>(c.groups[j]) * c.rows;
+  std::vector<float> asked(c.run);
+  for (std::size_t begin = first; begin < first + width; begin += c.run) {
+    const std::size_t count = std::min(c.run, first + width - begin);
+    std::fill(asked.begin(), asked.end(), 0.0f);
+    for (std::size_t i = count; i-- > 0;) {
+      const std::size_t row = begin + i, place = j * c.rows + row;
+      const float divisor = larger(c.scales[grid + row], kSmallestDivisor);
+      const float zero = c.zeros[grid + row], before = c.weights[place];
+      const float wanted = before + asked[i];
+      const float code = nearest_code(wanted / divisor + zero, top);
+      float value = (code - zero) * divisor;
+      c.codes[place] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
+      if (c.kept != nullptr) {
+        const float exact = to_half(wanted), error = (wanted - value) / diagonal;
+        const float lost = (wanted - exact) / diagonal;
+        const bool keep = error * error > c.price && std::fabs(lost) < std::fabs(error) &&
+                          std::fabs(exact) <= kLargestHalf;
+        value = keep ? exact : value;
+        c.kept[place] = keep ? 1 : 0;
+      }
+      c.weights[place] = wanted;
+      c.errors[place] = (before - value) / diagonal;
+      const float error = before - value;
+      const float* __restrict coupling = c.coupling + row * c.run;
+      float* __restrict sums = asked.data();
+      for (std::size_t k = 0; k < i; ++k) sums[k] += coupling[k] * error;
+    }
+  }
+}
+
 // Takes the errors of columns from `begin` to `end` off `lanes` rows of column `i`.
 QUANTINE_INLINE void feed_lanes(const Columns& c, std::size_t begin, std::size_t end,
                                 std::size_t i, std::size_t first, std::size_t lanes) {
@@ -68,7 +106,8 @@ void round_part(const Columns& c, std::size_t begin, std::size_t end, std::size_
                 std::size_t first, std::size_t width) {
   for (std::size_t j = begin; j < end; ++j) {
     feed_back(c, begin, j, j, first, width);
-    round_column(c, j, first, width);
+    if (c.coupling == nullptr) round_column(c, j, first, width);
+    else round_coupled(c, j, first, width);
   }
   for (std::size_t i = end; i < stop; ++i) feed_back(c, begin, end, i, first, width);
 }
@@ -117,6 +156,13 @@ Misfit round_groups(const Columns& c, std::size_t start, std::size_t stop, const
   return {Misfit::kNone, 0.0f};
 }
 
+// At least `wanted` rows in whole runs, of those that are fitted together and of coupled ones.
+std::size_t rows_together(const Columns& c, const Fitter* fitter, std::size_t wanted) {
+  const std::size_t unit = rows_at_once(fitter, 1);
+  const std::size_t whole = c.coupling == nullptr ? unit : std::lcm(unit, c.run);
+  return (wanted + whole - 1) / whole * whole;
+}
+
 Misfit round_rows(const Columns& c, std::size_t start, std::size_t stop, const Fitter* fitter,
                   RowRange range) {
   if (fitter != nullptr && fitter->of_columns) return round_groups(c, start, stop, *fitter, range);
@@ -143,7 +189,8 @@ Misfit round_block(const Columns& c, std::size_t start, std::size_t stop, const 
   // As many ranges of rows as keep every thread busy to the end.
   const std::size_t turns = (c.rows + kRows * pool.threads() - 1) / (kRows * pool.threads());
   const std::size_t ranges = turns * pool.threads();
-  const std::size_t width = rows_at_once(fitter, c.rows / std::max<std::size_t>(ranges, 1) + 1);
+  const std::size_t width =
+      rows_together(c, fitter, c.rows / std::max<std::size_t>(ranges, 1) + 1);
   std::vector<Misfit> misfits((c.rows + width - 1) / width);
   pool.run(misfits.size(), [&](std::size_t index) {
     const std::size_t first = index * width;

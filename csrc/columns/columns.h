@@ -1,5 +1,5 @@
 // The column loop of the solvers. Matrices are transposed, [inputs, rows]: rows, the outputs, are
-// contiguous and independent of one another.
+// contiguous, and independent of one another unless they are coupled.
 #pragma once
 
 #include <cstddef>
@@ -23,13 +23,16 @@ struct Columns {
   std::size_t inputs, rows;
   int bits;
   float price;
+  const float* coupling;       // [rows, run], or null where rows do not make up for each other: what
+                               // an error of each row asks of those before it in its run
+  std::size_t run;             // rows that make up for each other, from the last to the first
 };
 
 // Rounds columns from `start` to `stop`, taking what each loses off those up to `stop`. A group
 // that is fitted starts at `start`, or is whole between the two. `fitter`, whose groups ascend, is
 // null where grids are known. Of one whose groups run along outputs, statistics are those of every
-// column, and the grids of `columns` are not looked at. Rows are independent of one another:
-// results are the same for any number of threads.
+// column, and the grids of `columns` are not looked at. Runs of rows are independent of one
+// another: results are the same for any number of threads.
 Misfit round_block(const Columns& columns, std::size_t start, std::size_t stop,
                    const Fitter* fitter, Pool& pool);
 

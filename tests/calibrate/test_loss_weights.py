@@ -20,6 +20,7 @@ from quantine.calibrate.loss_weights import POWER, loss_weights
 from quantine.kernels.gram import add_gram
 from quantine.run.prepare import prepare
 from quantine.statistics.hessian import Hessian
+from quantine.statistics.output_covariance import OutputCovariance
 from quantine.survey.specimen import specimen_config, write_specimen
 from stopped_runs import stopped_at
 from tiny_models import with_weights
@@ -33,13 +34,17 @@ def weighted(**fields: Any) -> Plan:
     return Plan.from_dict({"rules": RULES, "loss_weights": True, **fields})
 
 
-def at_once(model: Any, segments: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Mean squared gradients of each token, from a backward pass through the whole model."""
+def at_once(
+    model: Any, segments: Tensor, names: list[str]
+) -> tuple[dict[str, Tensor], dict[str, OutputCovariance]]:
+    """Mean squared gradients of each token, and second moments, by one pass through the model."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
+    moments = {name: OutputCovariance() for name in names}
 
     def watch(name: str) -> Callable[..., None]:
         def keep(gradient: Tensor) -> None:
             found[name].append(gradient.square().mean(-1).flatten())
+            moments[name].update(gradient)
 
         return lambda _module, _inputs, output: output.register_hook(keep) and None
 
@@ -50,7 +55,7 @@ def at_once(model: Any, segments: Tensor, names: list[str]) -> dict[str, Tensor]
         logits = model(input_ids=segment.unsqueeze(0), use_cache=False).logits[0]
         drawn = draw(logits.detach().softmax(-1), generator)[:, 0]
         cross_entropy(logits, drawn, reduction="sum").backward()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in found.items()}, moments
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -62,13 +67,23 @@ def test_weights_are_those_of_the_whole_model(
     loader = BlockLoader(job.model, job.family, checkpoint, job.device)
     layers = [decision.layer for decision in job.scheme_layers()]
     read, setup = partial(job.read, checkpoint), job.calibration_setup(checkpoint)
-    found = loss_weights(setup, loader, layers, read, tmp_path, SEED, lambda _: None)
+    couplings: dict[str, Tensor] = {}
+
+    def keep(_: int, found: dict[str, Tensor]) -> None:
+        couplings.update(found)
+
+    found = loss_weights(setup, loader, layers, read, tmp_path, SEED, lambda _: None, keep)
     assert job.segments is not None
-    squares = at_once(with_weights(tiny(name), {}), job.segments, [one.name for one in layers])
-    assert set(found) == set(squares)
+    squares, moments = at_once(
+        with_weights(tiny(name), {}), job.segments, [one.name for one in layers]
+    )
+    assert set(found) == set(squares) == set(couplings)
     for layer, weights in found.items():
         wanted = squares[layer] ** POWER
         torch.testing.assert_close(weights, wanted / wanted.mean(), rtol=5e-3, atol=1e-4)
+        torch.testing.assert_close(
+            couplings[layer], moments[layer].coupling(), rtol=5e-3, atol=1e-3
+        )
 
 
 def test_a_hessian_sums_weighted_tokens() -> None:

@@ -93,6 +93,40 @@ def test_known_grids_round_alike(
     assert share_differing(native, reference, stop) <= max(LARGEST_SHARE_DIFFERING, 1.5 / rows)
 
 
+def coupled(rows: int, run: int, seed: int) -> Tensor:
+    """What rows ask of each other; what is beside the triangle that counts is not a number."""
+    coupling = torch.randn(rows, run, generator=generator(seed)) * 0.3
+    places = torch.arange(rows).unsqueeze(1) % run
+    return coupling.masked_fill_(torch.arange(run) >= places, math.nan)
+
+
+@quick
+@given(
+    n=st.integers(1, 30),
+    rows=st.sampled_from([1, 3, 16, 65, 130, 257, 300]),
+    run=st.sampled_from([1, 2, 7, 64, 100, 256, 400]),
+    bits=st.integers(2, 8),
+    price=st.sampled_from([math.inf, 0.02, 1e-4]),
+    seed=st.integers(0, 10**6),
+)
+def test_coupled_rows_round_alike(
+    n: int, rows: int, run: int, bits: int, price: float, seed: int
+) -> None:
+    weight = torch.randn(rows, n, generator=generator(seed)) * 0.1
+    groups = torch.randint(0, 3, (n,), generator=generator(seed))
+    native = replace(
+        columns_of(weight, factor(n, seed), bits, grids(3, rows, bits, seed), groups, price),
+        coupling=coupled(rows, run, seed),
+    )
+    reference = copied(native)
+    round_block(native, 0, n)
+    round_block_reference(reference, 0, n)
+    # A tie that tips moves those before it in its run, too.
+    share = max(LARGEST_SHARE_DIFFERING, 1.5 * min(run, rows) / rows)
+    assert share_differing(native, reference, n) <= share
+    assert bool(native.errors.isfinite().all())
+
+
 @quick
 @given(
     groups=st.integers(1, 4),
@@ -250,4 +284,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         round_block(replace(columns, groups=torch.tensor([0, 1, 2])), 0, 3)
     with pytest.raises(ValueError, match="bits must be 1 to 8"):
         round_block(replace(columns, bits=9), 0, 3)
+    for shape in ((4, 2), (5, 0)):
+        with pytest.raises(ValueError, match=r"coupling must be \[rows, run\]"):
+            round_block(replace(columns, coupling=torch.zeros(shape)), 0, 3)
     assert backend.native() is not None

@@ -1,4 +1,4 @@
-"""How much each calibration token counts in the Hessian of an input, by what the loss depends on.
+"""What the loss depends on: which calibration tokens count, and which errors of outputs add up.
 
 A Hessian whose tokens all count alike measures the error of a matrix's outputs. What matters is
 what the model's predictions make of it: a change ``dy`` of an output changes them by about
@@ -9,12 +9,15 @@ Matrices with one input do not, so that each has a Hessian and a factor of its o
 
 Single gradients are noisy, and few tokens with large ones would stand for all. Weights are
 therefore the mean squares to the power of `POWER`.
+
+The same pass finds how the outputs of a matrix make up for each other's errors, see
+`quantine.statistics.output_covariance`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -27,9 +30,28 @@ from quantine.calibrate.setup import CalibrationSetup
 from quantine.errors import CalibrationError
 from quantine.families.layers import Layer
 from quantine.statistics.gradients import TokenGradients
+from quantine.statistics.output_covariance import OutputCovariance
 
 POWER: Final = 0.5
 """Power to which the mean squared gradients of a token are raised."""
+
+
+@dataclass(frozen=True)
+class OutputGradients:
+    """What is made of the gradients with respect to the outputs of one matrix.
+
+    Attributes:
+        tokens: the mean square of each token.
+        covariance: their second moments.
+    """
+
+    tokens: TokenGradients = field(default_factory=TokenGradients)
+    covariance: OutputCovariance = field(default_factory=OutputCovariance)
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradients ``[..., out]`` of some tokens."""
+        self.tokens.update(gradient)
+        self.covariance.update(gradient)
 
 
 def loss_weights(
@@ -40,6 +62,7 @@ def loss_weights(
     scratch: Path,
     seed: int,
     note: Callable[[str], None],
+    keep: Callable[[int, dict[str, Tensor]], None],
 ) -> dict[str, Tensor]:
     """How much each token counts, from one pass forward and backward through the float model.
 
@@ -51,6 +74,8 @@ def loss_weights(
         scratch: directory for the inputs of all blocks.
         seed: seed of the generator that draws tokens from the predictions.
         note: receives lines about the progress.
+        keep: receives the number of each block and the couplings of its matrices by name, see
+            `OutputCovariance.coupling`, on the CPU.
 
     Returns:
         By name of the layer, ``[tokens]`` float32 on the CPU, on average 1.
@@ -63,15 +88,16 @@ def loss_weights(
         own,
         loader,
         layers,
-        TokenGradients,
+        OutputGradients,
         read,
         scratch,
         seed,
         lambda said: note(f"gradients: {said}"),
     )
     found: dict[str, Tensor] = {}
-    for _, means in steps:
-        found.update({name: _weights(name, mean.means().cpu()) for name, mean in means.items()})
+    for index, seen in steps:
+        found.update({name: _weights(name, one.tokens.means().cpu()) for name, one in seen.items()})
+        keep(index, {name: one.covariance.coupling().cpu() for name, one in seen.items()})
     return found
 
 

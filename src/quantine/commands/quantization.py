@@ -125,8 +125,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "--loss-weights",
         action="store_true",
         default=None,
-        help="calibration tokens count by how much the float model's predictions depend on them, "
-        "which a pass of gradients finds; costs minutes, no bytes",
+        help="calibration tokens, and errors that act together, count by what the float model's "
+        "predictions make of them, which a pass of gradients finds; costs minutes, no bytes",
     )
     parser.add_argument(
         "--tune",

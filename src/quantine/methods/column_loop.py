@@ -89,7 +89,7 @@ class ColumnLoop:
             SolverError: there is no Hessian, or it cannot be factored.
         """
         seen, order = self._ordered(hessian, spec)
-        return seen.factor(self.damp, order)
+        return replace(seen.factor(self.damp, order), coupling=seen.coupling)
 
     def spread(self, hessian: Hessian | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """The diagonal of `factor`, and its order: all that predictions need, in half of the time.
@@ -137,7 +137,16 @@ class ColumnLoop:
             mirrored = grid.scales() < 0 if spec.signed else None
             values = _positive(grid, mirrored)
             groups = _groups_of(spec, order)
-            columns = Columns.of(weight, factor.upper, order, grid.bits, values, groups, cost.price)
+            columns = Columns.of(
+                weight,
+                factor.upper,
+                order,
+                grid.bits,
+                values,
+                groups,
+                cost.price,
+                coupling=factor.coupling,
+            )
             round_columns(columns, 1, self.block_size)
             found = result(columns, grid, inverse(order), None)
             return found if mirrored is None else _mirrored(found, mirrored)
@@ -152,6 +161,7 @@ class ColumnLoop:
             torch.arange(len(order), device=order.device) // length,
             cost.price,
             AtReach(fitted, spread, cost),
+            factor.coupling,
         )
         round_columns(columns, length, self.block_size)
         if self.groups == "refit":

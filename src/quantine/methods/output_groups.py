@@ -59,6 +59,7 @@ def solve_output_groups(
         torch.zeros_like(factor.order),
         cost.price,
         AtReach(fitted, spread, cost),
+        factor.coupling,
     )
     round_columns(columns, 1, block_size)
     scale = fitted.scale.in_lines(places, spec.scale_bits, second[0])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final, Literal
 
 import torch
@@ -211,6 +211,7 @@ class SpQR:
         """The price that keeps the wanted share of outliers in some rows, found by bisection."""
         chosen = sampled_rows(len(weight), row_run(spec, len(weight)))
         rows = weight[chosen.to(weight.device)]
+        factor = replace(factor, coupling=None)  # which joins rows that are not all chosen
         low, high = 0.0, math.inf
         price = _loss_scale(weight, factor.upper.diagonal(), factor.order)
         for _ in range(SEARCH_STEPS):

@@ -65,7 +65,8 @@ class Plan:
         transforms: what is done to the float model before, without changing what it computes; at
             most one rotation.
         loss_weights: whether calibration tokens count by how much the model's loss depends on what
-            the matrices make of them, see `quantine.calibrate.loss_weights`.
+            the matrices make of them, and outputs make up for errors of others that act on it
+            together, see `quantine.calibrate.loss_weights`.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing

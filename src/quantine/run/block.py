@@ -109,6 +109,8 @@ class BlockRun:
         allocation: the budget of bits, where the plan has one.
         progress: is told about each solved layer.
         adjust: changes the solved matrices together; ``None`` leaves them as they are.
+        couplings: how the outputs of matrices make up for each other, by layer name, see
+            `quantine.statistics.output_covariance.OutputCovariance`; others' do not.
     """
 
     job: Job
@@ -118,6 +120,7 @@ class BlockRun:
     allocation: Allocation | None
     progress: Progress
     adjust: Adjustment | None = None
+    couplings: Mapping[str, Tensor] = field(default_factory=dict)
     _maps: dict[str, Tensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)
     _hessians: dict[str, Hessian] = field(default_factory=dict)
@@ -221,6 +224,9 @@ class BlockRun:
     ) -> tuple[Solved, dict[str, Tensor]]:
         """Solve a matrix; also returns its tensors for pictures."""
         weight = decision.layer.read(self.job.model)
+        coupling = self.couplings.get(decision.layer.name)
+        if hessian is not None and coupling is not None:
+            hessian.coupling = coupling.to(self.job.device)
         solved = self._solve_one(decision, weight, hessian, losses)
         if self.adjust is not None and hessian is not None:
             self._weights[decision.layer.name] = weight

@@ -15,7 +15,7 @@ from quantine.run.job import Job
 from quantine.run.peak import device_bytes, process_bytes
 from quantine.run.residence import Bounds, residence_within
 from quantine.run.tuning_cost import tuning_seconds
-from quantine.run.working_set import FLOAT, Residence, hidden_bytes, width
+from quantine.run.working_set import FLOAT, Residence, coupling_bytes, hidden_bytes, width
 from quantine.statistics.sensitivity_map import MAP_CELLS
 
 
@@ -120,6 +120,7 @@ def _disk_while_running(job: Job, output: int) -> int:
     return (
         copies * (output + _maps_bytes(job))
         + _tuned_blocks_bytes(job)
+        + sum(coupling_bytes(job)) * FLOAT16 // 8 // FLOAT
         + max(_scratch_bytes(job), _moved_bytes(job))
         + _copied_bytes(job)
     )

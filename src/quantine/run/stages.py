@@ -130,7 +130,14 @@ class Stages:
         assert self.checkpoint.record is not None
         check_same_weights(self.job, self.checkpoint.record, index)
         run = BlockRun(
-            self.job, self.checkpoint, sequential, index, allocation, self.progress, self.adjust
+            self.job,
+            self.checkpoint,
+            sequential,
+            index,
+            allocation,
+            self.progress,
+            self.adjust,
+            self.store.couplings(index),
         )
         result = run.quantize()
         if self.job.ranks.first:
@@ -220,7 +227,8 @@ class Stages:
             read, scratch = partial(job.read, self.checkpoint), store.scratch / "gradients"
             timed = replace(setup, times=job.times.part("loss weights"))
             seed, note = job.calibration.seed, self.progress.note
-            found = loss_weights(timed, loader, layers, read, scratch, seed, note)
+            keep = store.keep_couplings
+            found = loss_weights(timed, loader, layers, read, scratch, seed, note, keep)
             shutil.rmtree(scratch)
             self._remember_source()
             store.keep_token_weights(found)

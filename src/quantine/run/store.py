@@ -143,9 +143,30 @@ class RunStore:
         return sum((self._parts / f"{part}.safetensors").stat().st_size for part in parts)
 
     def keep_token_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Store the result of `quantine.calibrate.loss_weights.loss_weights` until the run ends."""
+        """Store the result of `quantine.calibrate.loss_weights.loss_weights` until the run ends.
+
+        Couplings of all blocks have been stored before.
+        """
         write_tensors(self._run / TOKEN_WEIGHTS, weights)
         self.remember(Path(TOKEN_WEIGHTS).stem, {"digest": self._weights_digest()})
+
+    def keep_couplings(self, block: int, couplings: Mapping[str, Tensor]) -> None:
+        """Store how outputs of a block's matrices make up for each other until the run ends.
+
+        Args:
+            block: number of the block.
+            couplings: by name of the layer ``[out, run]``, stored in float16.
+        """
+        halves = {name: coupling.half() for name, coupling in couplings.items()}
+        write_tensors(self._couplings(block), halves)
+
+    def couplings(self, block: int) -> dict[str, Tensor]:
+        """What `keep_couplings` stored for a block, in float32; empty if nothing was."""
+        path = self._couplings(block)
+        return {k: v.float() for k, v in load_file(path).items()} if path.is_file() else {}
+
+    def _couplings(self, block: int) -> Path:
+        return self._run / f"couplings-{block:05}.safetensors"
 
     def token_weights(self) -> dict[str, Tensor] | None:
         """What `keep_token_weights` stored; ``None`` if nothing was, or its bytes have changed."""
@@ -156,7 +177,12 @@ class RunStore:
         return {name: weights.clone() for name, weights in load_file(path).items()}
 
     def _weights_digest(self) -> str:
-        return hashlib.blake2b((self._run / TOKEN_WEIGHTS).read_bytes(), digest_size=16).hexdigest()
+        """The digest of token weights and couplings."""
+        digest = hashlib.blake2b(digest_size=16)
+        for path in (self._run / TOKEN_WEIGHTS, *sorted(self._run.glob("couplings-*"))):
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     def remember(self, name: str, value: object) -> None:
         """Store plain values under ``name`` until the run ends; they survive a crash."""

@@ -21,6 +21,7 @@ from quantine.kernels.fit.reference import SHRINKS
 from quantine.plan.decision import Decision
 from quantine.rptq.kmeans import starts_of
 from quantine.run.job import Job
+from quantine.statistics.output_covariance import run_of
 
 FLOAT: Final = 4
 """Bytes of a float32, the dtype of weights, hidden states and Hessians during a run."""
@@ -139,7 +140,8 @@ def block_weights(job: Job) -> int:
 def _in_block(job: Job, residence: Residence) -> int:
     """Bytes held while one block is worked on, hidden states apart.
 
-    They are its weights, and the largest of forward pass, factorization and solver.
+    They are its weights, what outputs ask of each other, and the largest of forward pass,
+    factorization and solver.
     """
     inside = _largest_block(job)
     square, kept = _hessians(job, inside)
@@ -151,7 +153,8 @@ def _in_block(job: Job, residence: Residence) -> int:
         _summing(job, square + kept) - kept,
         _comparing(job, inside, residence),
     ]
-    return FLOAT * block_weights(job) + kept + max(steps)
+    coupled = max(coupling_bytes(job), default=0)
+    return FLOAT * block_weights(job) + coupled + kept + max(steps)
 
 
 def _summing(job: Job, statistics: int) -> int:
@@ -276,9 +279,23 @@ def _probing(job: Job, table: int, residence: Residence) -> list[int]:
     logits = LOGIT_COPIES * FLOAT * max(min(LOGITS, rows * job.config.vocab_size), 1)
     backward = FLOAT * rows * (GRADIENT_TENSORS * width(job) + GRADIENT_WIDEST * widest)
     backward += GRADIENT_SCORES * _score_bytes(job, rows) if job.device != CPU else 0
+    # Second moments of gradients of a block's outputs, and the copies that a factor of some takes.
+    coupled = max(coupling_bytes(job), default=0)
     weights = FLOAT * block_weights(job)
     # Gradients start at the head, with its weights.
-    return [2 * table + logits, weights + backward]
+    return [2 * table + logits, weights + 2 * coupled + backward]
+
+
+def coupling_bytes(job: Job) -> list[int]:
+    """Bytes in float32 of what outputs of the matrices of each block ask of each other."""
+    if not job.plan.loss_weights:
+        return []
+    blocks: dict[int, int] = {}
+    for decision in job.scheme_layers():
+        block, outputs = decision.layer.block, decision.layer.out_features
+        if block is not None:
+            blocks[block] = blocks.get(block, 0) + FLOAT * outputs * run_of(outputs)
+    return list(blocks.values())
 
 
 def _batch_bytes(job: Job, residence: Residence) -> int:

@@ -36,6 +36,8 @@ class Hessian:
         matrix: ``[in, in]`` float32, the sum; not divided by the number of tokens.
         tokens: number of tokens.
         borrowed: how many of these are means of others', see `borrow`.
+        coupling: how outputs of the one matrix that reads the input make up for each other, see
+            `quantine.statistics.output_covariance.OutputCovariance`; ``None`` if they do not.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Hessian:
         self.matrix = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.tokens = 0
         self.borrowed = 0
+        self.coupling: Tensor | None = None
         self._factor: InverseFactor | None = None
         self._damp: float | None = None
         self._spread: tuple[float, Tensor, Tensor] | None = None  # damping, order, what is found

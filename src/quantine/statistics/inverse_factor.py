@@ -22,11 +22,14 @@ class InverseFactor:
             columns in the order of ``order``. ``H`` is damped and in units of its mean diagonal.
         order: ``[in]`` int64: position ``j`` is input ``order[j]``.
         damp: share of the mean diagonal that was really added to the diagonal of ``H``.
+        coupling: how outputs make up for each other, see
+            `quantine.statistics.output_covariance.OutputCovariance`; ``None`` if they do not.
     """
 
     upper: Tensor
     order: Tensor
     damp: float
+    coupling: Tensor | None = None
 
 
 LEAF: Final = 128

@@ -53,6 +53,10 @@ class Columns:
         price: threshold of outliers: a weight is kept if its squared entry of ``errors`` is larger
             and float16 is nearer to the weight than its code. Its error is then that of float16.
         at_reach: how groups are fitted in the loop; ``None`` where all grids were fitted before.
+        coupling: ``[rows, run]`` float32: rows make up for each other in runs of ``run``, from the
+            last to the first. Entry ``[i, k]`` is what an error of row ``i``, the rounded value
+            less the weight, takes off row ``k`` of its run before that one is rounded; it counts
+            for ``k`` before ``i`` only. ``None`` where rows are independent of one another.
     """
 
     weights: Tensor
@@ -66,6 +70,7 @@ class Columns:
     kept: Tensor | None
     price: float
     at_reach: AtReach | None = None
+    coupling: Tensor | None = None
 
     @classmethod
     def of(
@@ -78,6 +83,7 @@ class Columns:
         groups: Tensor,
         price: float,
         at_reach: AtReach | None = None,
+        coupling: Tensor | None = None,
     ) -> Columns:
         """The state before the first column is rounded.
 
@@ -86,7 +92,7 @@ class Columns:
             order: ``[inputs]`` int64, the order of the loop: column ``j`` is input ``order[j]``.
             values: the attributes ``scales`` and ``zeros``.
             price: threshold of outliers; infinite for no outliers.
-            upper, bits, groups, at_reach: the attributes of these names.
+            upper, bits, groups, at_reach, coupling: the attributes of these names.
         """
         weights = weight.T[order]  # a copy
         keeps = price < math.inf
@@ -101,4 +107,5 @@ class Columns:
             torch.zeros_like(weights, dtype=torch.bool) if keeps else None,
             price,
             at_reach,
+            coupling,
         )

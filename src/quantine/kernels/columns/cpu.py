@@ -25,6 +25,7 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         None if columns.kept is None else columns.kept.view(torch.uint8),
         columns.bits,
         columns.price,
+        columns.coupling,
         start,
         stop,
         found and fitter(found.fitted, found.spread, found.cost),

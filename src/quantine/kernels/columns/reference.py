@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from quantine.core.grid import decode, encode
 from quantine.kernels.columns.columns import AtReach, Columns
@@ -53,16 +54,46 @@ def _fit_column(columns: Columns, at_reach: AtReach, j: int) -> None:
 
 
 def _round_column(columns: Columns, j: int) -> None:
+    if columns.coupling is None:
+        _round_rows(columns, j, slice(None), None)
+        return
+    run, count = columns.coupling.shape[1], columns.weights.shape[1]
+    asked = columns.weights.new_zeros(-(-count // run), run)
+    for place in reversed(range(min(run, count))):
+        rows = slice(place, None, run)  # this row of every run
+        lost = _round_rows(columns, j, rows, asked[:, place])
+        asked[: len(lost), :place].addcmul_(
+            columns.coupling[rows, :place], lost.unsqueeze(1).expand(-1, place)
+        )
+
+
+def _round_rows(columns: Columns, j: int, rows: slice, asked: Tensor | None) -> Tensor:
+    """Round some rows of column ``j``.
+
+    Args:
+        asked: what is added to them first, at least as many; ``None`` is nothing.
+
+    Returns:
+        The weights before that, less what they are rounded to.
+    """
     # Tensors, not numbers: asking a device for its values would wait for it.
     group, diagonal = columns.groups[j : j + 1], columns.upper[j, j]
-    column, scale = columns.weights[j], positive(columns.scales[group][0])
-    zero = columns.zeros[group][0]
+    column = columns.weights[j, rows]
+    before = column
+    if asked is not None:
+        before = column.clone()
+        column += asked[: len(column)]
+    scale, zero = positive(columns.scales[group][0, rows]), columns.zeros[group][0, rows]
     codes = encode(column, scale, zero, columns.bits)
-    columns.codes[j] = codes
-    decoded = decode(codes, scale, zero)
-    error = torch.sub(column, decoded, out=columns.errors[j]).div_(diagonal)
+    columns.codes[j, rows] = codes
+    value = decode(codes, scale, zero)
     if columns.kept is not None:
-        lost = (column - column.half().float()).div_(diagonal)
+        half = column.half().float()
+        error, lost = (column - value).div_(diagonal), (column - half).div_(diagonal)
         better = lost.abs() < error.abs()  # also false where float16 overflows
-        kept = torch.logical_and(error.square() > columns.price, better, out=columns.kept[j])
-        error.copy_(torch.where(kept, lost, error))
+        kept = torch.logical_and(error.square() > columns.price, better)
+        columns.kept[j, rows] = kept
+        value = torch.where(kept, half, value)
+    lost = before - value
+    columns.errors[j, rows] = lost / diagonal
+    return lost

@@ -6,11 +6,13 @@ from typing import Any, Final
 
 import torch
 import triton
+from torch import Tensor
 
 from quantine.kernels import backend
 from quantine.kernels.columns.columns import AtReach, Columns
 from quantine.kernels.columns.reference import fit_if_first, round_block_reference
 from quantine.kernels.columns.triton.programs.block import round_block as program
+from quantine.kernels.columns.triton.programs.coupled import round_coupled as coupled_program
 from quantine.kernels.fit.triton.request import LEAST_LINES, Request, Share, operands, run_of
 
 PART: Final = 16
@@ -27,7 +29,12 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
 
     What does not fit into float16 is only noted, since asking would wait for the GPU:
     `FittedGroups.check` raises the error.
+
+    Coupled rows are rounded by a launch for each column, and their groups fitted by PyTorch.
     """
+    if columns.coupling is not None:
+        _round_coupled(columns, columns.coupling, start, stop)
+        return
     at_reach = columns.at_reach
     outputs = at_reach is not None and at_reach.fitted.spec.group_axis == "out"
     too_long = at_reach is not None and not outputs and at_reach.fitted.length > stop - start
@@ -37,6 +44,44 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         round_block_reference(columns, start, stop)
     else:
         _round_by_groups(columns, at_reach, start, stop)
+
+
+def _round_coupled(columns: Columns, coupling: Tensor, start: int, stop: int) -> None:
+    """Round a block whose rows make up for each other, column by column."""
+    for j in range(start, stop):
+        if columns.at_reach is not None:
+            fit_if_first(columns, columns.at_reach, j)
+        runs, values, settings = coupled_launch_of(columns, coupling, j)
+        with backend.launching(columns.weights):
+            coupled_program[runs](*values, **settings)
+        behind = columns.weights[j + 1 : stop]
+        behind.addr_(columns.upper[j, j + 1 : stop], columns.errors[j], alpha=-1)
+
+
+def coupled_launch_of(
+    columns: Columns, coupling: Tensor, j: int
+) -> tuple[tuple[int], list[Any], dict[str, Any]]:
+    """Number of programs for column ``j``, their operands, and what is fixed when compiled."""
+    (inputs, rows), run = columns.weights.shape, coupling.shape[1]
+    values = [
+        columns.weights,
+        columns.upper,
+        columns.scales,
+        columns.zeros,
+        columns.groups,
+        columns.codes,
+        columns.errors,
+        None if columns.kept is None else columns.kept.view(torch.int8),
+        coupling,
+        columns.price,
+        j,
+        rows,
+        inputs,
+        run,
+    ]
+    width = max(triton.next_power_of_2(run), LEAST_LINES)
+    settings = {"BITS": columns.bits, "WIDTH": width, "num_warps": min(8, max(1, width // 32))}
+    return (triton.cdiv(rows, run),), values, settings
 
 
 def share_of(fitting: AtReach | None) -> Share | None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from quantine.kernels.fit.triton.programs.grids import (
-    FIRST_INFINITE,
-    SMALLEST_DIVISOR,
-    to_half,
-)
+from quantine.kernels.columns.triton.programs.rounding import rounded
+from quantine.kernels.fit.triton.programs.grids import SMALLEST_DIVISOR
 from quantine.kernels.fit.triton.programs.group import fit_group, lines_of
-from quantine.kernels.programs.whole_numbers import nearest_code
 
 
 # Known divisors of rows would make threads hold four of them, and move them between threads.
@@ -117,14 +113,10 @@ def round_block(
                 scale = tl.reshape(tl.broadcast_to(scale[:, None], [RUNS, SPAN]), [RUNS * SPAN])
                 zero = tl.reshape(tl.broadcast_to(zero[:, None], [RUNS, SPAN]), [RUNS * SPAN])
             diagonal = tl.load(upper + j * inputs + j)
-            code = nearest_code(tl.div_rn(w, scale) + zero, BITS)
-            error = tl.div_rn(w - scale * (code - zero), diagonal)
+            keeps: tl.constexpr = kept is not None
+            code, keep, _, error = rounded(w, scale, zero, diagonal, price, keeps, BITS)
             place = j * rows + row
             if kept is not None:
-                lost = tl.div_rn(w - to_half(w), diagonal)
-                keep = (error * error > price) & (tl.abs(lost) < tl.abs(error))
-                keep &= tl.abs(w) < FIRST_INFINITE
-                error = tl.where(keep, lost, error)
                 tl.store(kept + place, keep.to(tl.int8), mask=there)
             tl.store(codes + place, code.to(tl.uint8), mask=there)
             tl.store(errors + place, error, mask=there)

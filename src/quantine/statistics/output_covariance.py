@@ -1,0 +1,74 @@
+"""How the errors of a matrix's outputs act together on a model's predictions.
+
+A change ``dW`` of a matrix changes the predictions by about ``tr(G dW H dW.T) / 2``, with ``H`` the
+second moments of its inputs and ``G`` those of the gradients with respect to its outputs, if the
+two are taken as independent (the Kronecker factors of YAQA, arXiv 2505.22988). Where ``G = L D
+L.T`` with ``L`` unit lower triangular, the errors ``e`` of one column cost ``sum_k D[k] * (e[k] +
+sum over i > k of L[i, k] * e[i])**2``. So rows are rounded from the last to the first, and each
+makes up for those after it, as columns do for those before them in GPTQ's loop.
+
+A token counts by the square root of its mean squared gradient, as in
+`quantine.calibrate.loss_weights`: the other half of its weight is in ``H``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+RUN: Final = 768
+"""Most outputs that make up for each other; a matrix with more has several runs of equal length,
+up to one output, independent of one another."""
+DAMP: Final = 0.3
+"""Share of the mean diagonal of ``G`` that is added to its diagonal: it is of few tokens."""
+
+
+class OutputCovariance:
+    """Second moments of the gradients with respect to a matrix's outputs, in runs of outputs.
+
+    Attributes:
+        sums: ``[runs, run, run]`` float32, with zeros where the last run is shorter; ``None``
+            before the first token.
+        outputs: number of outputs.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.outputs = 0
+
+    def update(self, gradient: Tensor) -> None:
+        """Add the gradients ``[..., out]`` of some tokens."""
+        rows = gradient.float().flatten(0, -2)
+        level = rows.square().mean(-1, keepdim=True)
+        rows = rows * torch.where(level > 0, level, 1.0).pow(-0.25)
+        self.outputs = rows.shape[1]
+        run = run_of(self.outputs)
+        missing = -self.outputs % run
+        runs = torch.nn.functional.pad(rows, (0, missing)).unflatten(1, (-1, run)).movedim(1, 0)
+        if self.sums is None:
+            self.sums = rows.new_zeros(len(runs), run, run)
+        self.sums.baddbmm_(runs.mT, runs)
+
+    def coupling(self) -> Tensor:
+        """What an error of each output asks of those before it in its run.
+
+        Returns:
+            ``[out, run]`` float32: row ``i`` holds ``L[i, k]`` of the damped ``G`` for outputs
+            ``k`` of its run, 0 from ``i`` on. There must be at least one token, and gradients
+            must be finite.
+        """
+        assert self.sums is not None
+        diagonal = self.sums.diagonal(0, 1, 2)
+        level = float(diagonal.sum() / self.outputs)
+        damped = self.sums / (level or 1.0)
+        damped.diagonal(0, 1, 2).add_(DAMP)
+        lower = torch.linalg.cholesky(damped)
+        unit: Tensor = lower / lower.diagonal(0, 1, 2).unsqueeze(1)
+        return unit.tril_(-1).flatten(0, 1)[: self.outputs].contiguous()
+
+
+def run_of(outputs: int) -> int:
+    """Number of outputs of a run, of a matrix that has ``outputs``."""
+    return -(-outputs // -(-outputs // RUN))

@@ -1,0 +1,92 @@
+"""What errors of outputs ask of each other: against their second moments, and by what it saves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantine.core.spec import QuantSpec
+from quantine.kernels.gram import add_gram
+from quantine.methods.gptq import GPTQ
+from quantine.statistics.hessian import Hessian
+from quantine.statistics.output_covariance import DAMP, RUN, OutputCovariance
+from samples import generator, random_weight
+
+
+def gradients(tokens: int, outputs: int, seed: int = 0) -> Tensor:
+    """Gradients of outputs that act together, some tokens' a thousand times those of others."""
+    few = torch.randn(tokens, 4, generator=generator(seed))
+    found = few @ torch.randn(4, outputs, generator=generator(seed + 1))
+    found += 0.2 * torch.randn(tokens, outputs, generator=generator(seed + 2))
+    return found * 10.0 ** (3 * torch.rand(tokens, 1, generator=generator(seed + 3)))
+
+
+def moments(found: Tensor) -> Tensor:
+    """Their second moments in float64, a token counted by the root of its mean square."""
+    rows = found.double() / found.double().square().mean(1, keepdim=True) ** 0.25
+    return rows.T @ rows
+
+
+@pytest.mark.parametrize("outputs", [1, 6, 100])
+def test_it_is_the_unit_factor_of_the_damped_moments(outputs: int) -> None:
+    found = gradients(300, outputs)
+    seen = OutputCovariance()
+    for part in found.view(3, 10, 10, outputs):
+        seen.update(part)
+    damped = moments(found)
+    damped += DAMP * damped.diagonal().mean() * torch.eye(outputs, dtype=torch.float64)
+    lower = seen.coupling().double() + torch.eye(outputs, dtype=torch.float64)
+    assert torch.equal(lower, lower.tril())
+    costs = torch.linalg.inv(lower) @ damped @ torch.linalg.inv(lower).T
+    diagonal = torch.diag(costs.diagonal())
+    torch.testing.assert_close(costs, diagonal, rtol=0, atol=1e-4 * float(diagonal.max()))
+
+
+def test_many_outputs_have_runs_of_their_own() -> None:
+    outputs = 2 * RUN + 1
+    seen = OutputCovariance()
+    found = gradients(40, outputs)
+    seen.update(found)
+    coupling = seen.coupling()
+    run = coupling.shape[1]
+    assert coupling.shape[0] == outputs
+    assert RUN / 2 < run <= RUN
+    # The last run is shorter. All count a token by the mean square of all of its outputs.
+    level = moments(found).diagonal().mean()
+    for first in range(0, outputs, run):
+        part = moments(found)[first : first + run, first : first + run]
+        lower = torch.linalg.cholesky(part + DAMP * level * torch.eye(len(part)))
+        wanted = (lower / lower.diagonal()).tril(-1)
+        mine = coupling[first : first + run].double()
+        torch.testing.assert_close(mine[:, : len(part)], wanted, rtol=1e-3, atol=1e-4)
+        assert not bool(mine[:, len(part) :].any())
+
+
+def test_outputs_on_which_nothing_depends_ask_nothing() -> None:
+    seen = OutputCovariance()
+    seen.update(torch.zeros(5, 7))
+    assert not bool(seen.coupling().any())
+
+
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("scale_bits", [16, 3])
+def test_the_error_that_it_stands_for_is_smaller(axis: str, scale_bits: int) -> None:
+    outputs, inputs = 64, 48
+    weight, x = random_weight(outputs, inputs), torch.randn(500, inputs, generator=generator(7))
+    found = gradients(400, outputs)
+    seen = OutputCovariance()
+    seen.update(found)
+    spec = QuantSpec(3, 16, scale_bits=scale_bits, group_axis="out" if axis == "out" else "in")
+
+    def cost(coupling: Tensor | None) -> float:
+        hessian = Hessian(inputs, add_gram)
+        hessian.update(x)
+        hessian.coupling = coupling
+        change = GPTQ(groups="aligned")(weight, hessian, spec).dequantize().double() - weight
+        total = (moments(found) * (change @ hessian.matrix.double() @ change.T)).sum()
+        return math.sqrt(float(total))
+
+    assert cost(seen.coupling()) < 0.7 * cost(None)
