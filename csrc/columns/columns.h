@@ -23,8 +23,8 @@ struct Columns {
   std::size_t inputs, rows;
   int bits;
   float price;
-  const float* coupling;       // [rows, run], or null where rows do not make up for each other: what
-                               // an error of each row asks of those before it in its run
+  const float* coupling;       // [rows, run], what an error of each row asks of those before it in
+                               // its run; null where rows do not make up for each other
   std::size_t run;             // rows that make up for each other, from the last to the first
 };
 
