@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -31,6 +33,14 @@ MODELS = (
 )
 """Tiny models of these types, by their names in `tiny_models`."""
 
+SENTENCEPIECE = "SentencePiece"
+"""Stands for the kind of tokenizers that llama.cpp calls ``llama``, which have no such name."""
+OWN_WAYS = {
+    **dict.fromkeys(("qwen2", "qwen3"), "qwen2"),
+    **dict.fromkeys(("gemma2", "gemma3_text"), SENTENCEPIECE),
+}
+"""How the tokenizers of some model types split text."""
+
 
 def write_gguf(
     path: Path,
@@ -40,8 +50,9 @@ def write_gguf(
     left_out: Callable[[str], bool] = lambda _: False,
     added: Mapping[str, Tensor] | None = None,
     kind: gguf.GGMLQuantizationType | None = None,
-    pre: str = "default",
+    pre: str | None = None,
     bos: int = BOS,
+    backend: Tokenizer | None = None,
 ) -> Path:
     """Write the weights of ``model``.
 
@@ -53,9 +64,12 @@ def write_gguf(
         left_out: says of llama.cpp's names which tensors are not written.
         added: further tensors, by llama.cpp's names.
         kind: type of ggml for matrices; ``None`` is float32.
-        pre: llama.cpp's name for the way in which the tokenizer splits text.
+        pre: llama.cpp's name for the way in which the tokenizer splits text; ``None`` is one that
+            its class has.
         bos: number of the token at the beginning of texts; from 259 on they have a space in them,
             which the alphabet of bytes has not.
+        backend: whose words and merges the file has, with one token at both ends of texts;
+            ``None`` is one of bytes.
     """
     architecture = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -64,7 +78,8 @@ def write_gguf(
     own = {f"{architecture}.{k}": v for k, v in own.items() if not k.startswith(".")}
     for key, value in {**own, **plain}.items():
         _add(writer, key, value)
-    _add_tokenizer(writer, model.config.vocab_size, pre, bos)
+    pre = pre or OWN_WAYS.get(model.config.model_type, "gpt-2")
+    _add_tokenizer(writer, model.config.vocab_size, pre, bos, backend)
     for name, tensor in {**stored_tensors(model), **(added or {})}.items():
         if left_out(name):
             continue
@@ -159,17 +174,35 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, size: int, pre: str, bos: int) -> None:
-    words = sorted(byte_tokenizer().get_vocab().items(), key=lambda pair: pair[1])
-    tokens = [word for word, _ in words] + ["he"]
+def _add_tokenizer(
+    writer: gguf.GGUFWriter, size: int, pre: str, bos: int, backend: Tokenizer | None
+) -> None:
+    kinds, merges = [1] * size, ["h e"]
+    if backend is None:
+        words = byte_tokenizer().get_vocab()
+        words["he"] = len(words)
+    else:
+        words = backend.get_vocab()
+        merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+        for number in backend.get_added_tokens_decoder():
+            kinds[number] = 3
+    if pre == SENTENCEPIECE:
+        words["<unk>"] = len(words)
+    tokens = sorted(words, key=words.__getitem__)
     tokens += [f"[pad {index}]" for index in range(size - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre == SENTENCEPIECE:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_add_space_prefix(False)
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
-    writer.add_token_types([1] * len(tokens))
-    writer.add_token_merges(["h e"])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
     writer.add_bos_token_id(bos)
-    writer.add_eos_token_id(EOS)
+    writer.add_eos_token_id(EOS if backend is None else bos)
 
 
 def divergence(expected: Any, found: Any, tokens: int = 60) -> float:

@@ -27,9 +27,9 @@ def main() -> None:
         logits -= top + np.log(np.exp(logits - top).sum(1, keepdims=True))
         total -= logits[np.arange(len(window) - 1), window[1:]].sum()
         count += len(window) - 1
-    special = "special" in sys.argv[3:]
+    special, begun = "special" in sys.argv[3:], "begun" in sys.argv[3:]
     texts = [
-        model.tokenize(text.encode(), add_bos=False, special=special) for text in asked["texts"]
+        model.tokenize(text.encode(), add_bos=begun, special=special) for text in asked["texts"]
     ]
     print(json.dumps({"perplexity": float(np.exp(total / count)), "texts": texts}))
 

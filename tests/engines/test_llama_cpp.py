@@ -13,6 +13,7 @@ import pytest
 from tokenizers import AddedToken
 
 from engines.serving import GGUF_FAMILIES, interpreter, own_perplexity, run_engine, windows_of
+from ggufs import write_gguf
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import type_of
@@ -21,14 +22,16 @@ from quantine.formats.foreign.gguf.mixtures import MIXTURES
 from quantine.run.prepare import prepare
 from quantine.run.target_plan import target_plan
 from quantine.source.gguf.parts import read_parts
+from quantine.source.gguf.splits import SPLITS, UNSAID, Split
 from quantine.source.gguf.weights import model_names
 from quantine.source.locate import locate
 from sentencepieces import for_transformers, sentencepiece
-from tiny_models import build, some_tokens, tiny_config
+from tiny_models import build, random_model, some_tokens, tiny_config
 
 pytestmark = [pytest.mark.engines, pytest.mark.slow]
 TEXTS = ["Hello world 123, it's  fine.\n\n ok", "naïve 日本 2024!", "def f(x):\n\treturn x**2"]
 LETTERS = "the aonqu.日é\n"
+SIGNS = "aB1 2\n\t'.,$+é日_-s`"
 QUANTIZER = Path(__file__).parents[2] / "benchmarks" / "llama_cpp_quantizer.py"
 SAME = 0.001
 """Largest relative difference of perplexities, where llama.cpp multiplies with decoded weights."""
@@ -131,6 +134,24 @@ def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
     asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
     found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
     assert found["texts"] == [own(t, add_special_tokens=False)["input_ids"] for t in texts]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: split.name)
+def test_every_way_to_split_text(split: Split, tmp_path: Path) -> None:
+    """Files of others, which may say neither how text is split nor whether it has a beginning."""
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    backend = locate("demo").tokenizer().backend_tokenizer
+    model = random_model(tiny_config("llama", vocab_size=backend.get_vocab_size()))
+    pick, asked = random.Random(0), tmp_path / "asked.json"
+    texts = [*TEXTS, *("".join(pick.choices(SIGNS, k=50)) for _ in range(60))]
+    asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": texts}), encoding="utf-8")
+    unsaid = {".tokenizer.ggml.pre": None} if split.name == UNSAID else {}
+    for name, changes in [(split.name, unsaid), *((alias, {}) for alias in split.aliases)]:
+        file = tmp_path / "model.gguf"
+        write_gguf(file, model, pre=name, bos=0, backend=backend, changes=changes)
+        found = run_engine(python, "llama_cpp_program.py", str(file), str(asked), "begun")
+        tokenizer = locate(file).tokenizer()
+        assert found["texts"] == [tokenizer(text)["input_ids"] for text in texts], name
 
 
 @pytest.mark.parametrize("drops", [False, True])

@@ -21,6 +21,8 @@ PIECES = {
     "llama-bpe": ["We", "'LL", " see", " ", "123", "45", " (", "été", "),", " the", "\n\n\n", " "],
     "qwen2": ["We", "'LL", " see", " ", "1", "2", "3", "4", "5", " (", "été", "),", " the"],
     "bloom": ["We'LL", " see", " 12345", " (", "été", "),", " the", "\n\n\n", " 67", " x_1"],
+    "falcon": ["We", "'", "LL", " see", " ", "123", "45", " ", "(", "été", "),", " the", "\n\n\n"],
+    "default": ["We", "'", "LL", " see", " ", "123", "45", " ", "(", "été", "),", " the", "\n\n\n"],
 }
 """What the text is split into first, worked out from llama.cpp's patterns."""
 

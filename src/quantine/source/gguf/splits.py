@@ -24,6 +24,14 @@ QWEN2: Final = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 """How Qwen 2 and 3 split text."""
 BLOOM: Final = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 """How BLOOM splits text."""
+PUNCTUATION: Final = r"[\p{P}\$\+<=>\^~\|]+"
+BACKTICKED: Final = PUNCTUATION.replace("]", "`]")
+"""Steps of llama.cpp's default and of Falcon that take punctuation, whole."""
+WORDS: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+NUMBERS: Final = r"\p{N}+"
+THREE_DIGITS: Final = "[0-9][0-9][0-9]"
+UNSAID: Final = "default"
+"""llama.cpp's name of the way of files that do not say how text is split."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ SPLITS: Final = (
     ),
     Split("qwen2", (QWEN2,), ("deepseek-r1-qwen", "stablelm2")),
     Split("bloom", (BLOOM,), ("gpt3-finnish",)),
+    Split("falcon", (BACKTICKED, WORDS, THREE_DIGITS)),
+    Split(UNSAID, (PUNCTUATION, WORDS, NUMBERS, THREE_DIGITS)),
 )
 """Ways to split text whose names are understood."""
 WHOLE_WORDS: Final = ("tekken",)

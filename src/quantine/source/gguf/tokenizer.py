@@ -10,15 +10,13 @@ from typing import Any, Final
 from quantine.errors import CheckpointError, cut
 from quantine.source.gguf.header import GGUFFile, Length
 from quantine.source.gguf.spaces import put_spaces
-from quantine.source.gguf.splits import split_as_named, steps_in, takes_whole_words
+from quantine.source.gguf.splits import UNSAID, split_as_named, steps_in, takes_whole_words
 
 BYTE_LEVEL: Final = "gpt2"
 SENTENCEPIECE: Final = "llama"
 """What llama.cpp calls the kinds of tokenizers (``tokenizer.ggml.model``)."""
 PROBE: Final = "a"
 """A text, to see what is put around it."""
-UNSAID: Final = (None, "default")
-"""Values of ``tokenizer.ggml.pre`` of files that do not say how text is split."""
 SPECIAL: Final = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -86,9 +84,9 @@ def _split_as_said(tokenizer: Any, file: GGUFFile) -> None:
     """Make ``tokenizer`` split text as the file says, see `as_file_says`."""
     from transformers import PreTrainedTokenizerFast
 
-    name = file.metadata.get("tokenizer.ggml.pre")
-    if file.metadata.get("tokenizer.ggml.model") != BYTE_LEVEL or name in UNSAID:
+    if file.metadata.get("tokenizer.ggml.model") != BYTE_LEVEL:
         return
+    name = file.metadata.get("tokenizer.ggml.pre", UNSAID)
     said = f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre)"
     remedy = "give the model's directory with its tokenizer.json"
     if not split_as_named(tokenizer.backend_tokenizer, str(name)):
