@@ -27,6 +27,7 @@ from llama_cpp_inputs import TEXT, Inputs
 from quantine import Calibration, Plan, quantize
 from quantine.formats.export import export
 from quantine.formats.imported import import_model
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 
 GRIDS: Final = (
@@ -86,7 +87,7 @@ def float_directory(model: str, out: Path) -> Path:
     """The model in float32, as a Hugging Face directory with its tokenizer."""
     if not (out / "config.json").exists():
         source = locate(model)
-        source.float_model(torch.float32).save_pretrained(out)
+        load_model(source, torch.float32).save_pretrained(out)
         source.tokenizer().save_pretrained(out)
     return out
 

@@ -19,6 +19,7 @@ from typing import Any, Final
 import torch
 
 import quantine
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 
 AT_ONCE: Final = 8
@@ -59,7 +60,7 @@ def main() -> None:
 def float_continuations(name: str, prompts: list[str], tokens: int) -> list[list[int]]:
     """The tokens with which the float model goes on with each prompt."""
     source = locate(name)
-    model, tokenizer = source.float_model(torch.float32), source.tokenizer()
+    model, tokenizer = load_model(source, torch.float32), source.tokenizer()
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found: list[list[int]] = []

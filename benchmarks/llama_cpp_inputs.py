@@ -16,6 +16,7 @@ from quantine.eval.perplexity import Windows, cut_windows
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.formats.foreign.gguf.metadata import architecture_of
+from quantine.runtime.load import load_model
 from quantine.source.gguf.weights import model_names
 from quantine.source.locate import locate
 from quantine.source.model_source import ModelSource
@@ -69,7 +70,7 @@ class Inputs:
     def of(cls, name: str, dtype: torch.dtype) -> Inputs:
         """Load the model that is called ``name``."""
         source = locate(name)
-        config, model = source.config(), source.float_model(dtype)
+        config, model = source.config(), load_model(source, dtype)
         architecture = architecture_of(config)
         assert architecture is not None
         stored = {name: gguf for gguf, name in model_names(architecture, model).items()}

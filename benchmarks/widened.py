@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 
 WIDTH: Final = 256
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     source = locate(arguments.model)
-    model = source.float_model(torch.float32)
+    model = load_model(source, torch.float32)
     wider = widened(model)
     ids = torch.arange(64)[None] * 37 % model.config.vocab_size
     with torch.no_grad():

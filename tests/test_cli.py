@@ -422,6 +422,20 @@ def test_the_float_model_can_be_evaluated_too(tiny: Tiny, text_file: Path, tmp_p
     assert a["perplexity"] == pytest.approx(b["perplexity"], rel=0.05)
 
 
+def test_what_others_packed_runs_as_floats(
+    packed: Callable[[str, str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out, source = packed("llama", "rtn"), tmp_path / "gptq"
+    succeed("export", out, source, "--to", "gptq")
+    scored = ["--text", text_file, "--window", 32, "--limit", 2, "--quiet"]
+    succeed("eval", out, "--reference", source, *scored, "--json", tmp_path / "scores.json")
+    assert json.loads((tmp_path / "scores.json").read_text())["texts"]["text.txt"]["kl"] < 1e-6
+    succeed("generate", source, "Line 1", "--tokens", 5)
+    plans = ["--plans", "preset:rtn:bits=8:group_size=32", "--samples", 0]
+    succeed("compare", source, *plans, *scored, "--out", tmp_path / "compared")
+    assert (tmp_path / "compared" / "comparison.json").is_file()
+
+
 def test_plan_lists_every_matrix_that_stays_in_16_bit(
     tiny: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

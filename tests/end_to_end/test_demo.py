@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from quantine import cli
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     root = tmp_path_factory.mktemp("demo")
     source = locate("demo")
     converted = root / "float"  # the same weights, which read faster than the GGUF file
-    source.float_model(torch.float32).save_pretrained(converted)
+    load_model(source, torch.float32).save_pretrained(converted)
     source.tokenizer().save_pretrained(converted)
     requests = {
         "rtn4": ["demo", "--method", "rtn", "--bits", "4", "--samples", "0"],

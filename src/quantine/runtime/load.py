@@ -10,6 +10,7 @@ from quantine.core.arithmetic import ARITHMETICS, Arithmetic, is_arithmetic
 from quantine.core.device import device_named
 from quantine.errors import FormatError, PlanError, QuantineError, cut, is_out_of_memory
 from quantine.formats.foreign.spqr.layout import METHOD as SPQR_METHOD
+from quantine.formats.imported import is_foreign, source_files
 from quantine.runtime.packed import packed_modules
 from quantine.runtime.spqr_directory import translated_config
 from quantine.source.locate import locate
@@ -133,13 +134,16 @@ def load_model(
 ) -> PreTrainedModel:
     """Load the model of ``source``, quantized or not, to compute in ``dtype`` on ``device``.
 
+    What other programs packed becomes floats, the same that a run of quantine reads.
+
     Raises:
         BackendUnavailable: there is no such device.
-        CheckpointError, FormatError: the model cannot be read.
+        QuantineError: the model cannot be read, see `ModelSource.float_model` and `source_files`.
     """
     where = device_named(device)
     if source.is_quantized():
         return load_packed(source, dtype, device=where)
-    loaded: Any = source.float_model(dtype)
+    packed = source.gguf_file is not None or is_foreign(source)
+    loaded: Any = source.float_model(dtype, source_files(source) if packed else None)
     model: PreTrainedModel = loaded.to(where)
     return model

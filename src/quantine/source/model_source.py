@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,19 +18,21 @@ from safetensors import SafetensorError
 from quantine.errors import CheckpointError, FamilyError, cut, is_out_of_memory, shown
 from quantine.source.gguf.config import gguf_config
 from quantine.source.gguf.header import GGUFFile
-from quantine.source.gguf.parts import join, read_parts
+from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.tokenizer import as_file_says
-from quantine.source.gguf.weights import check_gguf_weights
 from quantine.source.names import listed, not_understood
 from quantine.source.settings import attention_of, check_blocks, check_settings
+from quantine.source.tensor_files import TensorFiles
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 UNREADABLE: Final = (OSError, ValueError, RuntimeError, LookupError, SafetensorError)
 """Errors in which transformers ends when weights are damaged, or lie in other shapes than the
 model's."""
+GENERATION: Final = "generation_config.json"
+"""The file with a model's settings for generation."""
 BAD_VALUES: Final = (
     ArithmeticError,
     AssertionError,
@@ -42,6 +43,17 @@ BAD_VALUES: Final = (
 )
 """Errors in which a value of another kind in ``config.json`` ends, beside ``ValueError``, wherever
 an architecture first uses it."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor that transformers reads, as it does slices of safetensors files, by indexing it."""
+
+    files: TensorFiles
+    name: str
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        return self.files.read([(self.name, None)])[0]
 
 
 @dataclass(frozen=True)
@@ -152,57 +164,65 @@ class ModelSource:
                 "tokenizer.json and tokenizer_config.json belong beside the weights"
             ) from error
 
-    def float_model(self, dtype: torch.dtype, scratch: Path | None = None) -> PreTrainedModel:
+    def float_model(
+        self, dtype: torch.dtype, decoded: TensorFiles | None = None
+    ) -> PreTrainedModel:
         """The whole model with float weights in ``dtype``.
 
         Args:
             dtype: of the weights.
-            scratch: directory for the joined file of a GGUF model in several; ``None`` takes the
-                system's.
+            decoded: the weights of a GGUF file, or of a directory that another program packed,
+                under the model's names; they are read one after another. ``None`` stands for a
+                directory that transformers reads.
 
         Raises:
-            CheckpointError: weights are missing, unreadable, or not all used.
+            QuantineError: weights are missing, unreadable, or not all used; or transformers needs a
+                library for them that is not there.
         """
         from transformers import AutoModelForCausalLM
 
-        with self._loadable(scratch) as (directory, options):
-            try:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    directory,
-                    dtype=dtype,
-                    output_loading_info=True,
-                    trust_remote_code=False,
-                    attn_implementation=attention_of(self.config()),
-                    **options,
-                )
-            except (*UNREADABLE, MemoryError) as error:
-                fits = not is_out_of_memory(error)
-                said = f"cannot be loaded: {cut(error)}" if fits else "does not fit in memory"
-                raise CheckpointError(f"{self.name} {said}") from error
+        config = self.config()
+        kind: Any = AutoModelForCausalLM
+        place: Path | None = self.directory
+        options: dict[str, Any] = {}
+        if decoded is None:
+            float_files(self.directory)
+        else:
+            config.__dict__.pop("quantization_config", None)
+            kind, place = type(self.bare_model(config)), None
+            tensors = {name: _Stored(decoded, name) for name in decoded.headers}
+            options = {"config": config, "state_dict": tensors}
+        try:
+            if decoded is not None:
+                options["generation_config"] = self._generation()
+            loaded: Any = kind.from_pretrained(
+                place,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                attn_implementation=attention_of(config),
+                **options,
+            )
+        except ImportError as error:
+            raise CheckpointError(
+                f"{self.name} cannot be loaded: {cut(error)}; install that, or give the float model"
+            ) from error
+        except (*UNREADABLE, MemoryError) as error:
+            fits = not is_out_of_memory(error)
+            said = f"cannot be loaded: {cut(error)}" if fits else "does not fit in memory"
+            raise CheckpointError(f"{self.name} {said}") from error
         model, info = loaded
         self._check_loaded(model, info)
         model.eval()
-        if self.gguf_file is not None:
-            # The weights are dequantized by now; the mark would forbid saving them.
-            model.hf_quantizer.remove_quantization_config(model)
         whole: PreTrainedModel = model
         return whole
 
-    @contextmanager
-    def _loadable(self, scratch: Path | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The directory, and further arguments, from which transformers loads the whole model."""
-        if self.gguf_file is None:
-            float_files(self.directory)
-            yield self.directory, {}
-            return
-        config = self.config()
-        check_gguf_weights(self.gguf_parts, self.bare_model(config))
-        if len(self.gguf_parts) == 1:
-            yield self.directory, {"gguf_file": self.gguf_file, "config": config}
-            return
-        with tempfile.TemporaryDirectory(dir=scratch) as name:  # transformers reads one file only
-            join(self.gguf_parts, Path(name) / self.gguf_file)
-            yield Path(name), {"gguf_file": self.gguf_file, "config": config}
+    def _generation(self) -> GenerationConfig | None:
+        """What stands beside the weights of a directory of how to generate; ``None`` if nothing."""
+        from transformers import GenerationConfig
+
+        there = self.gguf_file is None and (self.directory / GENERATION).is_file()
+        return GenerationConfig.from_pretrained(self.directory) if there else None
 
     def _check_loaded(self, model: PreTrainedModel, info: dict[str, Any]) -> None:
         """Refuse a model that transformers completed with random weights, or took only parts of.

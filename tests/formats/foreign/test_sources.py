@@ -34,6 +34,7 @@ from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign import FOREIGN
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.imported import import_model, second_rounding, source_files
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 from quantine.source.weight_files import SINGLE
 from stopped_runs import stopped_at
@@ -373,7 +374,7 @@ def test_gguf_files_of_others(kind: str, tmp_path: Path) -> None:
     imported = import_model(file, tmp_path / "out")
     assert not imported.decoded
     assert imported.layers == 16
-    floats = locate(file).float_model(torch.float32)
+    floats = load_model(locate(file), torch.float32)
     finished = FinishedDirectory(imported.path)
     for name in finished.description.layers:
         found = finished.qtensor(name).dequantize()

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ggufs import divergence, write_gguf
 from quantine.errors import CheckpointError, FamilyError, QuantineError
+from quantine.runtime.load import load_model
 from quantine.source.gguf.config import ARCHITECTURES
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
@@ -60,7 +61,7 @@ def model_of(family: str, **changes: Any) -> Any:
 
 
 def loaded(path: Path) -> Any:
-    return locate(path).float_model(torch.float32)
+    return load_model(locate(path), torch.float32)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -8,11 +8,13 @@ import gguf
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ggufs import MODELS, write_gguf
 from quantine import Calibration, CheckpointError, Plan
 from quantine.formats.foreign.gguf import read
 from quantine.run.prepare import prepare
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
 
@@ -27,11 +29,16 @@ def read_by_quantine(path: Path) -> dict[str, Tensor]:
 
 
 def same_as_loaded(path: Path) -> None:
-    found, wanted = read_by_quantine(path), locate(path).float_model(torch.float32).state_dict()
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), name
+    found = read_by_quantine(path)
+    loaded = load_model(locate(path), torch.float32).state_dict()
+    by_transformers = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, config=locate(path).config()
+    )
+    for wanted in (loaded, by_transformers.state_dict()):
+        assert found.keys() == wanted.keys()
+        for name, tensor in wanted.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

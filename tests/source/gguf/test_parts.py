@@ -13,8 +13,7 @@ import torch
 import quantine
 from ggufs import divergence, stored_tensors, write_gguf
 from quantine import Calibration, CheckpointError, Plan
-from quantine.source.gguf.header import read_header
-from quantine.source.gguf.parts import join, read_parts
+from quantine.runtime.load import load_model
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
 
@@ -52,7 +51,7 @@ def test_any_part_stands_for_all(given: int, said: bool, model: Any, tmp_path: P
     source = locate(paths[given])
     assert source.gguf_file == paths[0].name
     assert source.weight_bytes() == sum(path.stat().st_size for path in paths)
-    assert divergence(model, source.float_model(torch.float32, tmp_path)) < 1e-4
+    assert divergence(model, load_model(source, torch.float32)) < 1e-4
     assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
@@ -102,14 +101,3 @@ def test_a_part_under_another_name_is_refused(model: Any, tmp_path: Path) -> Non
     renamed = paths[0].rename(tmp_path / "renamed.gguf")
     with pytest.raises(CheckpointError, match="is one of 3 parts"):
         locate(renamed)
-
-
-def test_joined_parts_hold_the_same_bytes(model: Any, tmp_path: Path) -> None:
-    parts = read_parts(write_parts(tmp_path, model)[0])
-    join(parts, tmp_path / "joined.gguf")
-    joined = read_header(tmp_path / "joined.gguf")
-    expected = {tensor.name: tensor.read() for part in parts for tensor in part.tensors}
-    assert {tensor.name: tensor.read() for tensor in joined.tensors} == expected
-    assert joined.metadata == {
-        key: value for key, value in parts[0].metadata.items() if not key.startswith("split.")
-    }

@@ -15,6 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_h
 import quantine
 from ggufs import ARCHITECTURES, MODELS, divergence, write_gguf
 from quantine import Calibration, CheckpointError, Plan
+from quantine.runtime.load import load_model
 from quantine.source.gguf.weights import model_names
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
@@ -60,7 +61,7 @@ def test_missing_tensors_are_named_before_work(family: str, lost: str, tmp_path:
     assert said in str(refused.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="lacks"):
-        locate(path).float_model(torch.float32)
+        load_model(locate(path), torch.float32)
 
 
 def test_a_file_without_its_head_takes_the_table(tmp_path: Path) -> None:
@@ -110,4 +111,4 @@ def test_what_is_whole_is_quantized(family: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", model_of(family), kind=kind)
     quantine.quantize(path, tmp_path / "out", RTN, NONE)
     found = quantine.load(tmp_path / "out", arithmetic="exact")[0]
-    assert divergence(locate(path).float_model(torch.float32), found) < 0.5
+    assert divergence(load_model(locate(path), torch.float32), found) < 0.5

@@ -21,7 +21,7 @@ from quantine.source.model_source import ModelSource
 from quantine.source.names import listed, match_names
 from quantine.source.pieces import in_another_layout
 from quantine.source.tensor_files import Header, Part, SafetensorsFiles
-from quantine.source.weight_files import weight_files
+from quantine.source.weight_files import float_files
 
 Spec = Callable[[str], QuantSpec | None]
 """The grid of a layer by name, ``None`` if it is said to be float."""
@@ -81,7 +81,7 @@ class ForeignDirectory:
         self._layers = {layer.name: layer for layer in find_layers(self.model, family_of(config))}
         self.directory, self._files = path, SafetensorsFiles(path)
         self._unpack = layout.unpack(said)
-        entries = entries_of(weight_files(path))
+        entries = entries_of(float_files(path))
         self._packed = _packed(entries, layout.names)
         self.specs = _specs(self._packed, self._layers, layout.read_settings(said))
         self.shapes = {

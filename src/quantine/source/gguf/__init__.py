@@ -1,1 +1,1 @@
-"""GGUF files as sources: their headers, what these say of the model, and all parts as one file."""
+"""GGUF files as sources: their headers, and what these say of the model."""

@@ -87,13 +87,11 @@ class GGUFFile:
     Attributes:
         path: of the file.
         metadata: values by key; an array is only its `Length`.
-        stored: the bytes of each entry of the metadata, by key.
         tensors: in the order of the header.
     """
 
     path: Path
     metadata: dict[str, Any]
-    stored: dict[str, bytes]
     tensors: tuple[GGUFTensor, ...]
 
 
@@ -134,16 +132,11 @@ class _Header:
             raise CheckpointError(f"{self._path} is not a GGUF file of version 2 or 3")
         count, entries = self._number("<Q"), self._number("<Q")
         metadata: dict[str, Any] = {}
-        stored: dict[str, bytes] = {}
         for _ in range(entries):
-            start = self._file.tell()
             key = self._text()
             if key in metadata:
                 raise CheckpointError(f"{self._path} is damaged: it has {key[:60]} twice")
             metadata[key] = self._value(self._number("<I"))
-            end = self._file.tell()
-            self._file.seek(start)
-            stored[key] = self._bytes(end - start)
         infos = [self._tensor() for _ in range(count)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -157,7 +150,7 @@ class _Header:
         if len({tensor.name for tensor in tensors}) != len(tensors):
             raise CheckpointError(f"{self._path} is damaged: it names a tensor twice")
         self._check_places(tensors, alignment)
-        return GGUFFile(self._path, metadata, stored, tensors)
+        return GGUFFile(self._path, metadata, tensors)
 
     def _check_places(self, tensors: Sequence[GGUFTensor], alignment: int) -> None:
         """Refuse tensors that begin elsewhere than at whole units, or share bytes."""

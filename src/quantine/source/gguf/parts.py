@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import re
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
 
 from quantine.errors import CheckpointError, cut
-from quantine.source.gguf.header import (
-    ALIGNMENT,
-    MAGIC,
-    VERSIONS,
-    GGUFFile,
-    GGUFTensor,
-    read_header,
-)
+from quantine.source.gguf.header import GGUFFile, read_header
 
-COPY_BYTES: Final = 2**24
-"""Bytes that are copied at once, and so are in memory, when the parts of a model are joined."""
 PART: Final = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 """Names of the files of a model that llama.cpp split."""
 
@@ -74,42 +64,3 @@ def first_part(name: str) -> str:
     """Name of the first file of the model that the file ``name`` is part of: its own if alone."""
     found = PART.match(name)
     return name if found is None else f"{found['stem']}-00001-of-{found['count']}.gguf"
-
-
-def join(parts: Sequence[GGUFFile], path: Path) -> None:
-    """Write the parts of a model as one GGUF file, with the metadata of the first.
-
-    Args:
-        parts: the result of `read_parts`.
-        path: of the file that is written.
-    """
-    entries = [
-        data for key, data in parts[0].stored.items()
-        if not key.startswith("split.") and key != "general.alignment"
-    ]  # fmt: skip
-    tensors = [tensor for part in parts for tensor in part.tensors]
-    table, offset = [], 0
-    for tensor in tensors:
-        table.append(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
-        table.append(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
-        table.append(struct.pack("<IQ", tensor.type, offset))
-        offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
-    start = MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(tensors), len(entries))
-    header = start + b"".join(entries) + b"".join(table)
-    with path.open("wb") as target:
-        target.write(header + bytes(-len(header) % ALIGNMENT))
-        for tensor in tensors:
-            _copy(tensor, target)
-
-
-def _string(text: str) -> bytes:
-    data = text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _copy(tensor: GGUFTensor, target: BinaryIO) -> None:
-    with tensor.file.open("rb") as source:
-        source.seek(tensor.offset)
-        for start in range(0, tensor.nbytes, COPY_BYTES):
-            target.write(source.read(min(COPY_BYTES, tensor.nbytes - start)))
-    target.write(bytes(-tensor.nbytes % ALIGNMENT))

@@ -43,7 +43,7 @@ def as_read(config: Any) -> Any:
     metadata = metadata_of(config, 0)
     try:
         # What is not asked for here are tensors: they say the vocabulary, and whether heads differ.
-        found = gguf_config([GGUFFile(Path("model.gguf"), dict(metadata), {}, ())])
+        found = gguf_config([GGUFFile(Path("model.gguf"), dict(metadata), ())])
     except CheckpointError as error:
         raise FormatError(f"no GGUF file says what config.json does: {cut(error, 160)}") from error
     read, wanted = _fields(found), _fields(config)
