@@ -33,12 +33,14 @@ from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign import FOREIGN
 from quantine.formats.foreign.awq.read import LAYOUT as AWQ
+from quantine.formats.foreign.gguf.blocks import TYPES
 from quantine.formats.imported import import_model, second_rounding, source_files
 from quantine.runtime.load import load_model
+from quantine.source.gguf.header import UNLISTED
 from quantine.source.locate import locate
 from quantine.source.weight_files import SINGLE
 from stopped_runs import stopped_at
-from tiny_models import logits_of, random_model, tiny_config
+from tiny_models import build, logits_of, random_model, tiny_config
 
 Packed = Callable[[str, str], Path]
 NONE = Calibration(samples=0)
@@ -379,6 +381,29 @@ def test_gguf_files_of_others(kind: str, tmp_path: Path) -> None:
     for name in finished.description.layers:
         found = finished.qtensor(name).dequantize()
         assert torch.equal(found, floats.get_submodule(name).weight)
+
+
+def test_gguf_files_of_two_bits(tmp_path: Path) -> None:
+    """Q2_0 is none of the ``gguf`` package's types, so all that reads them decodes it here."""
+    sizes = {kind.code: (kind.weights, kind.nbytes) for kind in TYPES}
+    assert UNLISTED.items() <= sizes.items()
+    model = build(tiny_config("llama", intermediate_size=128), tmp_path / "model")
+    plan = Plan.preset("rtn", bits=2, group_size=64, sym=True)
+    packed = quantize(model, tmp_path / "packed", plan, NONE).path
+    file = export(packed, tmp_path / "gguf", "gguf").path / "model.gguf"
+    blocks = [t for t in locate(file).gguf_parts[0].tensors if t.type in UNLISTED]
+    assert len(blocks) == 14
+    imported = import_model(file, tmp_path / "imported")
+    assert (imported.layers, imported.decoded) == (14, [])
+    before, after = FinishedDirectory(packed), FinishedDirectory(imported.path)
+    for name in before.description.layers:
+        assert torch.equal(before.qtensor(name).dequantize(), after.qtensor(name).dequantize())
+    floats = export(packed, tmp_path / "float", "float").path
+    wanted = logits_of(load_model(locate(floats), torch.float32))
+    assert torch.equal(logits_of(load_model(locate(file), torch.float32)), wanted)
+    again = quantize(file, tmp_path / "again", plan, NONE).path
+    of_floats = quantize(floats, tmp_path / "of floats", plan, NONE).path
+    assert (again / SINGLE).read_bytes() == (of_floats / SINGLE).read_bytes()
 
 
 def test_gguf_files_without_a_grid(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import itertools
 import math
 import mmap
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -33,6 +33,9 @@ ARRAY: Final = 9
 """Code of the type of arrays in metadata."""
 ALIGNMENT: Final = 32
 """Bytes of which each tensor's offset is a multiple, where metadata do not say otherwise."""
+UNLISTED: Final = {42: (64, 18)}
+"""Weights and bytes of a block of types that quantine decodes and the ``gguf`` package may not
+know, by code: Q2_0, see `quantine.formats.foreign.gguf.blocks`."""
 MOST_DIMENSIONS: Final = 4
 """Largest number of dimensions of a tensor."""
 
@@ -95,20 +98,18 @@ class GGUFFile:
     tensors: tuple[GGUFTensor, ...]
 
 
-def read_header(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -> GGUFFile:
+def read_header(path: Path) -> GGUFFile:
     """Read the header of a GGUF file, and check that the file holds all it speaks of.
 
     Args:
         path: of the file.
-        known: types that the caller decodes, and the ``gguf`` package perhaps not: weights and
-            bytes of a block, by code.
 
     Raises:
         CheckpointError: the file is cut off or damaged, or holds a tensor of an unknown type.
     """
     try:
         with path.open("rb") as file:
-            return _Header(path, file, known or {}).read()
+            return _Header(path, file).read()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (struct.error, UnicodeDecodeError) as error:
@@ -123,8 +124,8 @@ class _Header:
     Its methods raise ``struct.error`` where the file ends early.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, known: Mapping[int, tuple[int, int]]) -> None:
-        self._path, self._file, self._known = path, file, known
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self._path, self._file = path, file
         self._size = path.stat().st_size
 
     def read(self) -> GGUFFile:
@@ -214,7 +215,7 @@ class _Header:
     def _placed(
         self, name: str, shape: tuple[int, ...], kind: int, offset: int, data: int
     ) -> GGUFTensor:
-        sizes = self._known.get(kind) or _sizes(self._path, name, kind)
+        sizes = UNLISTED.get(kind) or _sizes(self._path, name, kind)
         nbytes = _nbytes(self._path, name, shape, sizes)
         if data + offset + nbytes > self._size:
             raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,19 +13,18 @@ PART: Final = re.compile(r"^(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.
 """Names of the files of a model that llama.cpp split."""
 
 
-def read_parts(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -> list[GGUFFile]:
+def read_parts(path: Path) -> list[GGUFFile]:
     """The headers of all files of the model that the file at ``path`` is part of, in order.
 
     Args:
         path: of one of the files.
-        known: see `quantine.source.gguf.header.read_header`.
 
     Raises:
         CheckpointError: a part is missing, damaged, or of another model.
     """
     found = PART.match(path.name)
     if found is None:
-        whole = read_header(path, known)
+        whole = read_header(path)
         count = whole.metadata.get("split.count", 1)
         if count != 1:
             raise CheckpointError(
@@ -42,7 +40,7 @@ def read_parts(path: Path, known: Mapping[int, tuple[int, int]] | None = None) -
             f"{path} is one of {total} parts of a model, and {len(missing)} are missing: "
             f"{', '.join(missing[:2])}; download them beside it"
         )
-    parts = [read_header(path.parent / name, known) for name in names]
+    parts = [read_header(path.parent / name) for name in names]
     for number, part in enumerate(parts):
         said = part.metadata.get("split.count", total), part.metadata.get("split.no", number)
         if said != (total, number):

@@ -112,8 +112,6 @@ TYPES: Final = (
     BlockType("Q8_0", 8, 32, -128, 127, 7, _flip, _flip),
 )
 """From the smallest to the largest."""
-KNOWN: Final = {kind.code: (kind.weights, kind.nbytes) for kind in TYPES}
-"""Weights and bytes of a block of each, by its code."""
 LEAST: Final = 32
 """Number of weights of a block that all grids must have, but those of Q2_0."""
 

@@ -20,7 +20,7 @@ from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.layers import find_layers, is_transposed
 from quantine.formats.foreign.gguf.arrange import row_order
-from quantine.formats.foreign.gguf.blocks import KNOWN, TYPES, BlockType
+from quantine.formats.foreign.gguf.blocks import TYPES, BlockType
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
 from quantine.source.gguf.config import HEAD, gguf_config
 from quantine.source.gguf.header import GGUFTensor
@@ -63,7 +63,7 @@ class GGUFModel:
     """
 
     def __init__(self, path: Path) -> None:
-        parts = read_parts(path, KNOWN)
+        parts = read_parts(path)
         self._config = gguf_config(parts)
         self.model: nn.Module = ModelSource(str(path), path.parent).bare_model(self._config)
         check_gguf_weights(parts, self.model)

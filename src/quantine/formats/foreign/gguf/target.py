@@ -15,7 +15,7 @@ from quantine.core.qtensor import QTensor
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.arrange import arranged, row_order
-from quantine.formats.foreign.gguf.blocks import KNOWN, LEAST, TYPES, fitting
+from quantine.formats.foreign.gguf.blocks import LEAST, TYPES, fitting
 from quantine.formats.foreign.gguf.file import GGUFWriter
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, type_of
 from quantine.formats.foreign.gguf.metadata import ALIKE, architecture_of, metadata_of
@@ -114,7 +114,7 @@ class GGUFFileTarget:
             file_type = FILE_TYPES[kinds.most_common(1)[0][0]]
             words, notes = tokenizer_of(source.directory, source.config.vocab_size, source.settings)
             writer.finish(out / FILE, {**metadata_of(source.config, file_type), **words})
-        check_gguf_weights(read_parts(out / FILE, KNOWN), model)
+        check_gguf_weights(read_parts(out / FILE), model)
         if TYPES[0].code in kinds:
             notes.append(
                 f"{TYPES[0].name} is read by llama.cpp since 2026, and by no other reader yet"
