@@ -31,7 +31,13 @@ from quantine.formats.foreign import target_named
 from quantine.formats.foreign.engines import vllm_dtype_refusal
 from quantine.formats.foreign.nearest import relative_error, rounded
 from quantine.formats.foreign.plain import group_text
-from quantine.formats.foreign.refusals import Refused, is_rounded, refusals, refused_text
+from quantine.formats.foreign.refusals import (
+    Refused,
+    check_quantized,
+    is_rounded,
+    refusals,
+    refused_text,
+)
 from quantine.formats.foreign.spqr.layout import ARITHMETIC, MARK
 from quantine.formats.foreign.target import Exportable, Matrix, Target
 from quantine.formats.stored_config import spec_of
@@ -121,6 +127,7 @@ def export(
     )
     if found and not nearest:
         raise FormatError(refused_text(to, found))
+    check_quantized(to, model.matrices, found)
     check_complete(finished, model.bare)
     source = _Source(finished, model, target, {one.name: one for one in found}, dtype)
     with whole_directory(out) as temporary:

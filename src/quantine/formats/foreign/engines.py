@@ -56,6 +56,8 @@ def vllm_refusal(layout: str, matrix: Matrix) -> str | None:
     Its CPU has kernels for 4 bits only; that is not refused here, as GPUs have more.
     """
     spec = matrix.spec
+    if matrix.out_features % 32 or matrix.in_features % 32:  # first, as no other grid mends it
+        return "vLLM 0.32 needs shapes that are multiples of 32"
     if matrix.ordered and spec.group_size != -1:
         return "vLLM 0.32 reads no order of columns (g_idx): solve with groups: static"
     if spec.bits not in {4, 8}:
@@ -65,8 +67,6 @@ def vllm_refusal(layout: str, matrix: Matrix) -> str | None:
     if spec.group_size not in VLLM_GROUPS and spec.group_size != matrix.in_features:
         sizes = ", ".join(map(str, VLLM_GROUPS))
         return f"vLLM 0.32 has kernels for groups of {sizes}, not {spec.group_size}"
-    if matrix.out_features % 32 or matrix.in_features % 32:
-        return "vLLM 0.32 needs shapes that are multiples of 32"
     if matrix.role != "block":
         return f"vLLM 0.32 is given the {matrix.role} in floats"
     return None

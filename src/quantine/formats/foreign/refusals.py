@@ -97,6 +97,30 @@ def refusals(
     ]
 
 
+def check_quantized(layout: str, matrices: Mapping[str, Matrix], found: Sequence[Refused]) -> None:
+    """Refuse an export to the nearest grids in which no matrix would be quantized any more.
+
+    Args:
+        layout: a row of `quantine.formats.foreign.FOREIGN`.
+        matrices: the model's quantized layers, by name.
+        found: those of them that are refused.
+
+    Raises:
+        FormatError: files of the layout must hold a quantized matrix, and none would be left.
+    """
+    floats = [one for one in found if one.nearest is None]
+    if not target_named(layout).needs_quantized or len(floats) < len(matrices):
+        return
+    why = ""
+    if floats:
+        name, reason = floats[0].name, floats[0].reason
+        why = f", as {name} and all others become floats ({reason})"
+    raise FormatError(
+        f"nothing would be quantized in layout {layout}{why}: export --to float, or choose another "
+        "target, layout or group size"
+    )
+
+
 def is_rounded(role: Role, activations: ActivationSpec | None, config: Any, gridded: bool) -> bool:
     """What `Matrix.rounded` is of a matrix.
 

@@ -146,6 +146,11 @@ class Target(Protocol):
         ...
 
     @property
+    def needs_quantized(self) -> bool:
+        """Whether its files must hold a quantized matrix: nobody reads them if all are floats."""
+        ...
+
+    @property
     def float_dtype(self) -> torch.dtype | None:
         """Dtype that every float beside packed matrices must have; ``None`` where any will do."""
         ...

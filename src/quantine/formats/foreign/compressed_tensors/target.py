@@ -26,6 +26,7 @@ class CompressedTensorsDirectory:
     """
 
     decodes: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = True
     float_dtype: ClassVar[None] = None
 
     def model_refusal(self, config: Any) -> str | None:

@@ -19,6 +19,7 @@ class FloatDirectory:
     """A directory that ``from_pretrained`` loads without quantine; float32 has every weight."""
 
     decodes: ClassVar[bool] = True
+    needs_quantized: ClassVar[bool] = False
     float_dtype: ClassVar[None] = None
 
     def model_refusal(self, config: Any) -> str | None:

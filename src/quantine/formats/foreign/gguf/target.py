@@ -52,6 +52,7 @@ class GGUFFileTarget:
     """
 
     decodes: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = False
     float_dtype: ClassVar[None] = None
 
     def model_refusal(self, config: Any) -> str | None:

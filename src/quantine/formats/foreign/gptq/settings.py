@@ -31,7 +31,7 @@ def settings_of(
     """The fields of ``quantization_config`` for layers with these grids.
 
     Args:
-        specs: of the quantized layers, by name.
+        specs: of the quantized layers, at least one, by name.
         ordered: whether a layer has ``g_idx``.
         version: of the checkpoint format.
         kept: names of the Linear modules in decoder blocks that are not quantized.

@@ -23,6 +23,7 @@ class GPTQDirectory:
     """2, 3, 4 or 8 bits along inputs; orders of columns become ``g_idx``; the table is float."""
 
     decodes: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = True
     float_dtype: ClassVar[None] = None
 
     def model_refusal(self, config: Any) -> str | None:

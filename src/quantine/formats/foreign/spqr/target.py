@@ -24,6 +24,7 @@ class SpqrDirectory:
     """
 
     decodes: ClassVar[bool] = False
+    needs_quantized: ClassVar[bool] = True
     float_dtype: ClassVar[torch.dtype] = torch.float16
 
     def model_refusal(self, config: Any) -> str | None:
