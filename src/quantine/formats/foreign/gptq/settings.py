@@ -34,7 +34,7 @@ def settings_of(
         specs: of the quantized layers, at least one, by name.
         ordered: whether a layer has ``g_idx``.
         version: of the checkpoint format.
-        kept: names of the Linear modules in decoder blocks that are not quantized.
+        kept: names of the matrices in decoder blocks that are not quantized.
         head: name of the output head.
     """
     base = Counter(specs.values()).most_common(1)[0][0]

@@ -63,7 +63,9 @@ class GPTQDirectory:
         write_weights(source, out, pack)
         family = family_of(source.config)
         inside = f"{family.blocks}."
-        kept = [name for name in source.kept_linears if name.startswith(inside)]
+        floats = [name for name in source.matrices if name not in specs]
+        beside = dict.fromkeys([*source.kept_linears, *floats])
+        kept = [name for name in beside if name.startswith(inside)]
         settings = settings_of(specs, ordered, version, kept, family.head)
         write_files(source, out, {"dtype": dtype.name, "quantization_config": settings})
         write_json(out / "quantize_config.json", settings)
