@@ -32,7 +32,6 @@ from quantine.formats.directory import RUN_DIRECTORY
 from quantine.formats.export import export
 from quantine.formats.finished import FinishedDirectory
 from quantine.formats.foreign import FOREIGN
-from quantine.formats.foreign.awq.read import LAYOUT as AWQ
 from quantine.formats.foreign.gguf.blocks import TYPES
 from quantine.formats.imported import import_model, second_rounding, source_files
 from quantine.runtime.load import load_model
@@ -328,19 +327,6 @@ def test_other_settings(
         assert import_model(source, tmp_path / "out").layers
         return
     assert message in refused(source, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"modules_to_not_convert": 5}, "modules_to_not_convert in quantization_config is no list"),
-        ({"group_size": 0}, "group_size must be positive"),
-    ],
-)
-def test_damaged_settings_of_awq(changes: dict[str, Any], message: str) -> None:
-    settings = {"version": "gemm", "bits": 4, "group_size": 128, **changes}
-    with pytest.raises(FormatError, match=message):
-        AWQ.read_settings(settings)
 
 
 def test_older_words_of_config_json(packed: Packed, tmp_path: Path) -> None:

@@ -18,6 +18,10 @@ FORMAT: Final = "pack-quantized"
 """The one of its formats for codes in words."""
 VERSION: Final = "0.20.0"
 """Version of the library whose layout is written."""
+CLASS: Final = "Linear"
+"""The target that means every layer."""
+PATTERN: Final = "re:"
+"""Beginning of the targets that are patterns."""
 ORDERS: Final = (None, "static", "weight", False)
 """Values of ``actorder`` with which files look as if there were none."""
 
@@ -41,7 +45,7 @@ def settings_of(
     groups = {}
     for number, spec in enumerate(distinct):
         names = [name for name, other in specs.items() if other == spec]
-        targets = ["Linear"] if len(distinct) == 1 and every_linear else names
+        targets = [CLASS] if len(distinct) == 1 and every_linear else names
         groups[f"group_{number}"] = _group(spec, targets, layout, inputs)
     return {
         "quant_method": METHOD,
@@ -89,15 +93,12 @@ class Settings:
 
     def spec(self, name: str) -> QuantSpec | None:
         """The grid of Linear layer ``name``; ``None`` if it is float."""
-        if any(_matches(target, name) for target in self.ignored):
+        if any(target == CLASS or _matches(target, name) for target in self.ignored):
             return None
-        # Names and patterns count before the name of a class.
-        for exact in (True, False):
-            for targets, spec in self.groups:
-                for target in targets:
-                    if _matches(target, name) if exact else target == "Linear":
-                        return spec
-        return None
+        specs = {target: spec for targets, spec in self.groups for target in targets}
+        # As the library ranks them: names, then patterns by the alphabet, then names of classes.
+        ranked = sorted(specs, key=lambda target: (target.startswith(PATTERN), target))
+        return specs.get(next((one for one in ranked if _matches(one, name)), CLASS))
 
 
 def read_settings(found: Mapping[str, Any]) -> Settings:
@@ -148,9 +149,9 @@ def _read_group(name: str, group: Any, whole: Any) -> tuple[list[str], QuantSpec
 
 def _matches(target: str, name: str) -> bool:
     """Whether ``target``, a name or a pattern, means layer ``name``."""
-    if target.startswith("re:"):
+    if target.startswith(PATTERN):
         try:
-            return re.match(target[3:], name) is not None
+            return re.match(target.removeprefix(PATTERN), name) is not None
         except re.error as error:
             raise FormatError(f"{shown(target)} in quantization_config is no pattern") from error
     return target == name
