@@ -118,7 +118,7 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
             "directory is of another version"
         )
     other = found.get("format")
-    if other is not None and other != said and other in VERSIONS:
+    if other is not None and other != said:
         raise FormatError(
             f"checkpoint_format says {shown(said)} and format {shown(other)}: remove the wrong one"
         )
