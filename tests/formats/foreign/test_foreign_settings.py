@@ -46,9 +46,19 @@ def test_groups_of_compressed_tensors_are_ranked_as_by_the_library() -> None:
     [
         ({"modules_to_not_convert": 5}, "modules_to_not_convert in quantization_config is no list"),
         ({"group_size": 0}, "group_size must be positive"),
+        ({"zero_point": "false"}, "zero_point in quantization_config is 'false'"),
     ],
 )
 def test_damaged_settings_of_awq(changes: dict[str, Any], message: str) -> None:
     settings = {"version": "gemm", "bits": 4, "group_size": 128, **changes}
     with pytest.raises(FormatError, match=message):
         AWQ.read_settings(settings)
+
+
+def test_zero_points_of_awq_are_there_unless_its_settings_say_otherwise() -> None:
+    """Those that are stored all the same must then be the middle code, as for any engine."""
+    settings = {"version": "gemm", "bits": 4, "group_size": 128}
+    for said, sym in (({}, False), ({"zero_point": True}, False), ({"zero_point": False}, True)):
+        spec = AWQ.read_settings({**settings, **said})(LAYER)
+        assert spec is not None
+        assert spec.sym is sym

@@ -29,9 +29,12 @@ def _spec(said: Mapping[str, Any]) -> Spec:
     if version != "gemm" or bits != BITS:
         raise FormatError(f"AWQ of version {shown(version)} with {shown(bits)} bits is not read")
     size = said.get("group_size", said.get("q_group_size", WHOLE_ROW))
+    points = said.get("zero_point", True)
+    if not isinstance(points, bool):
+        raise FormatError(f"zero_point in quantization_config is {shown(points)}: true or false")
     skipped = names_in(said, "modules_to_not_convert")
     try:
-        spec = plain_spec(BITS, size, False)
+        spec = plain_spec(BITS, size, not points)
     except PlanError as error:
         raise FormatError(f"quantization_config is damaged: {cut(error)}") from error
     return lambda name: None if name in skipped else spec
