@@ -309,7 +309,13 @@ def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path:
             "group_0 of quantization_config",
         ),
         ("compressed-tensors", {"format": "marlin-24"}, None),
-        ("compressed-tensors", {"sparsity_config": {"format": "dense"}}, "sparsity_config"),
+        ("compressed-tensors", {"sparsity_config": {"format": "dense"}}, None),
+        (
+            "compressed-tensors",
+            {"sparsity_config": {"format": "sparse-bitmask"}},
+            "sparsity_config",
+        ),
+        ("compressed-tensors", {"sparsity_config": "dense"}, "sparsity_config"),
         ("compressed-tensors", {"kv_cache_scheme": {"num_bits": 8}}, "keys and values are rounded"),
         ("compressed-tensors", {"ignore": ["re:.*"]}, "quantization_config calls it float"),
         ("compressed-tensors", {"quant_method": "hqq"}, "only GGUF files and directories of"),
@@ -324,7 +330,7 @@ def test_other_settings(
 ) -> None:
     source = exported(to)
     settings_changed(source, **changes)
-    if message is None:  # each group names its own format, which counts
+    if message is None:  # nothing is sparse; each group names its own format, which counts
         assert import_model(source, tmp_path / "out").layers
         return
     assert message in refused(source, tmp_path / "out")

@@ -110,7 +110,9 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
     groups = found.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise FormatError(f"quantization_config has no config_groups, but {shown(groups)}")
-    if found.get("sparsity_config") or found.get("transform_config"):
+    sparsity = found.get("sparsity_config")
+    is_dense = isinstance(sparsity, Mapping) and sparsity.get("format") == "dense"
+    if (sparsity and not is_dense) or found.get("transform_config"):
         raise FormatError(
             "quantization_config has a sparsity_config or transform_config, which is not read: "
             "decompress the model with compressed-tensors first"
