@@ -146,6 +146,14 @@ for room in (20_000_000, 150_000_000):
     assert run.stdout.count(SINGLE) == 2
 
 
+def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
+    twice = {name: TENSORS[name] * 2 for name in ("model.a.weight", "model.b.weight")}
+    save_file(twice, sharded / "model-00002-of-00003.safetensors")
+    said = r"model\.a\.weight is in model-00001-of-00003\.safetensors and in model-00002-of-00003"
+    with pytest.raises(CheckpointError, match=said):
+        opened(sharded)
+
+
 def test_missing_shard_is_named(sharded: Path) -> None:
     (sharded / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"names 3 files, but model-00002-of-00003\.safet"):

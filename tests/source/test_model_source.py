@@ -83,6 +83,17 @@ def test_a_float_model_is_loaded_whole_or_not_at_all(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_float_model_with_a_tensor_in_two_files_is_not_loaded(copy: Path) -> None:
+    whole = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").rename(copy / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros(64)}, copy / "b.safetensors", {"format": "pt"})
+    named = {**dict.fromkeys(whole, "a.safetensors"), "model.norm.weight": "b.safetensors"}
+    index = {"metadata": {}, "weight_map": named}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is in a\.safetensors and in b"):
+        locate(copy).float_model(torch.float32)
+
+
 def test_layers_beyond_the_config_are_named(copy: Path, tmp_path: Path) -> None:
     set_config(copy, num_hidden_layers=1)
     with pytest.raises(CheckpointError) as refused:

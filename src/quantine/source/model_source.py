@@ -22,7 +22,7 @@ from quantine.source.gguf.parts import read_parts
 from quantine.source.gguf.tokenizer import as_file_says
 from quantine.source.names import listed, not_understood
 from quantine.source.settings import attention_of, check_blocks, check_settings
-from quantine.source.tensor_files import TensorFiles
+from quantine.source.tensor_files import SafetensorsFiles, TensorFiles
 from quantine.source.weight_files import float_files, read_config, weight_files
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ class ModelSource:
         options: dict[str, Any] = {}
         if decoded is None:
             float_files(self.directory)
+            SafetensorsFiles(self.directory)  # transformers takes the last of two tensors silently
         else:
             config.__dict__.pop("quantization_config", None)
             kind, place = type(self.bare_model(config)), None

@@ -64,7 +64,8 @@ class SafetensorsFiles:
         directory: holds the files, see `quantine.source.weight_files.weight_files`.
 
     Raises:
-        CheckpointError: there are none, one is missing, or a header is unreadable.
+        CheckpointError: there are none, one is missing, a header is unreadable, or two files hold
+            one tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -74,6 +75,11 @@ class SafetensorsFiles:
             with _opened(file) as shard:
                 within = shard.keys()  # a handle is not iterable itself
                 for name in within:
+                    if name in self.headers:
+                        raise CheckpointError(
+                            f"{name} is in {self.headers[name].file.name} and in {file.name} of "
+                            f"{directory}: which one counts is open; download the model again"
+                        )
                     part = shard.get_slice(name)
                     shape, dtype = tuple(part.get_shape()), str(part.get_dtype())
                     self.headers[name] = Header(shape, dtype, file)
