@@ -203,6 +203,9 @@ def test_solved_and_exported(target: str, tiny: Tiny, short: Calibration, tmp_pa
 def test_requests_that_name_no_target(tiny: Tiny) -> None:
     with pytest.raises(PlanError, match=r"no target llama.cpp:IQ2_XS: .* one of Q4_1, "):
         target_plan(tiny("llama"), "llama.cpp:IQ2_XS")
+    for nothing in ("", " "):
+        with pytest.raises(PlanError, match=r"^llama\.cpp: lacks the type: .* one of Q4_1, "):
+            target_plan(tiny("llama"), f"llama.cpp:{nothing}")
     with pytest.raises(FormatError, match="of model type opt are not written"):
         target_plan(tiny("opt"), "llama.cpp:Q4_0")
     plan = target_plan(tiny("llama"), "vllm", method="rtn")

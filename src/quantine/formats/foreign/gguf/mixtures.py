@@ -148,10 +148,10 @@ def mixture_named(name: str, architecture: str) -> Mixture:
         PlanError: there is none, or its types are no grids.
     """
     if name not in MIXTURES:
-        raise PlanError(
-            f"there is no target llama.cpp:{cut(name)}: after the colon comes one of "
-            f"{', '.join(MIXTURES)}"
-        )
+        said = "llama.cpp: lacks the type"
+        if name.strip():
+            said = f"there is no target llama.cpp:{cut(name)}"
+        raise PlanError(f"{said}: after the colon comes one of {', '.join(MIXTURES)}")
     usual = MIXTURES[name]
     if architecture != "falcon":
         return usual
