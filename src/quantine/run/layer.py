@@ -162,10 +162,15 @@ def solve_choice(
         found = [loss.value for loss in losses[decision.layer.name]]
         solved = solved_with(cheapest(found))
     else:
+        assert hessian is not None, "choices are compared on calibration inputs"
+        # Outputs that make up for each other add to the error of outputs, which does not see why.
+        coupling, hessian.coupling = hessian.coupling, None
         every = [solved_with(number) for number in range(len(decision.choices))]
         found = [one.output_error for one in every if one.output_error is not None]
-        assert len(found) == len(every), "choices are compared on calibration inputs"
-        solved = every[cheapest(found)]
+        assert len(found) == len(every), "there were tokens"
+        hessian.coupling = coupling
+        best = cheapest(found)
+        solved = every[best] if coupling is None else solved_with(best)
     choice = describe_choice(decision.objective, decision.choices, found)
     return replace(solved, choice=choice)
 

@@ -10,7 +10,15 @@ from quantine.core.device import CPU
 from quantine.core.process_memory import KEPT_FREE, peak_memory, resident_memory
 from quantine.run.job import Job
 from quantine.run.tuning_cost import tuning_bytes
-from quantine.run.working_set import FLOAT, Residence, block_weights, hidden_bytes, working_set
+from quantine.run.working_set import (
+    COUPLED_COPIES,
+    FLOAT,
+    Residence,
+    block_weights,
+    coupling_bytes,
+    hidden_bytes,
+    working_set,
+)
 
 PROGRAM_STEP: Final = 2**26
 """Bytes that the program's own memory is rounded up to, so that processes agree about it."""
@@ -52,7 +60,8 @@ def process_bytes(job: Job, residence: Residence) -> int:
         table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
         hidden = hidden_bytes(job) if residence.hidden == "memory" else 0
         results = max(job.packed_bytes(decision) for decision in job.scheme_layers())
-        steps = [2 * table, LOCKED_COPIES * ahead + hidden + results]
+        coupled = COUPLED_COPIES * max(coupling_bytes(job), default=0)
+        steps = [2 * table, LOCKED_COPIES * ahead + hidden + results + coupled]
     before = -(-(resident_memory() or peak_memory()) // PROGRAM_STEP) * PROGRAM_STEP
     most = max(steps) + _replaced_bytes(job)
     most += min(GAPS, most // TENSORS_FOR_GAPS)

@@ -53,6 +53,9 @@ GRADIENT_TENSORS: Final = 16
 """Number of tensors as wide as hidden states that exist at once while gradients are taken."""
 GRADIENT_WIDEST: Final = 6
 """Number of tensors as wide as the block's widest matrix that exist at once then."""
+COUPLED_COPIES: Final = 4
+"""Bytes held for each of `coupling_bytes` while they are found: moments, results, those in float16,
+and the factor of a matrix."""
 LOGIT_COPIES: Final = 6
 """Number of tensors as large as the logits that exist at once while gradients are taken."""
 CANDIDATE_TENSORS: Final = 6
@@ -279,11 +282,11 @@ def _probing(job: Job, table: int, residence: Residence) -> list[int]:
     logits = LOGIT_COPIES * FLOAT * max(min(LOGITS, rows * job.config.vocab_size), 1)
     backward = FLOAT * rows * (GRADIENT_TENSORS * width(job) + GRADIENT_WIDEST * widest)
     backward += GRADIENT_SCORES * _score_bytes(job, rows) if job.device != CPU else 0
-    # Second moments of gradients of a block's outputs, and the copies that a factor of some takes.
+    # Second moments of gradients of a block's outputs, and what is made of them.
     coupled = max(coupling_bytes(job), default=0)
     weights = FLOAT * block_weights(job)
     # Gradients start at the head, with its weights.
-    return [2 * table + logits, weights + 2 * coupled + backward]
+    return [2 * table + logits, weights + COUPLED_COPIES * coupled + backward]
 
 
 def coupling_bytes(job: Job) -> list[int]:

@@ -15,7 +15,7 @@ from quantine.errors import PlanError
 UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for a character of which tokens are missing."""
 CONTEXT: Final = 8
-"""Number of tokens before an answer that are decoded with it."""
+"""Number of tokens before an answer that are decoded with it, at least."""
 
 
 def text_ids(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
@@ -70,14 +70,19 @@ class Transcript:
 
     Args:
         tokenizer: of transformers.
-        before: the tokens before them, of which the last few matter.
+        before: the tokens before them, of whole characters; the last few matter.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(before[-CONTEXT:])
-        self._before = len(self._tokens)
-        self._shown = len(self._text().rstrip(UNFINISHED))
+        count = min(CONTEXT, len(before))
+        self._tokens = list(before[len(before) - count :])
+        # Bytes of a character are text only together, in some tokenizers all those in a row are.
+        while count < len(before) and self._text().startswith(UNFINISHED):
+            count = min(2 * count, len(before))
+            self._tokens = list(before[len(before) - count :])
+        self._before = count
+        self._shown = len(self._text())
 
     def add(self, token: int) -> str:
         """What ``token`` adds to the text: nothing until a character has all of its tokens."""

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 RUN: Final = 768
-"""Most outputs that make up for each other; a matrix with more has several runs of equal length,
-up to one output, independent of one another."""
+"""Most outputs that make up for each other; a matrix with more has several runs, independent of
+one another."""
+UNIT: Final = 64
+"""Runs of a matrix that has several are a multiple of this, so that threads can share them."""
 DAMP: Final = 0.3
 """Share of the mean diagonal of ``G`` that is added to its diagonal: it is of few tokens."""
 
@@ -70,5 +72,8 @@ class OutputCovariance:
 
 
 def run_of(outputs: int) -> int:
-    """Number of outputs of a run, of a matrix that has ``outputs``."""
-    return -(-outputs // -(-outputs // RUN))
+    """Number of outputs of a run, of a matrix that has ``outputs``; the last one may be shorter."""
+    if outputs <= RUN:
+        return outputs
+    even = -(-outputs // -(-outputs // RUN))
+    return -(-even // UNIT) * UNIT

@@ -86,12 +86,13 @@ def _split_as_said(tokenizer: Any, file: GGUFFile) -> None:
 
     if file.metadata.get("tokenizer.ggml.model") != BYTE_LEVEL:
         return
-    name = file.metadata.get("tokenizer.ggml.pre", UNSAID)
+    name, kind = file.metadata.get("tokenizer.ggml.pre", UNSAID), type(tokenizer)
+    if name == UNSAID and kind is not PreTrainedTokenizerFast:
+        return  # older than such names: the class has the way of the models that it is for
     said = f"{file.path}: its tokenizer splits text as {cut(name)} does (tokenizer.ggml.pre)"
     remedy = "give the model's directory with its tokenizer.json"
     if not split_as_named(tokenizer.backend_tokenizer, str(name)):
         raise CheckpointError(f"{said}, which is not known here: {remedy}")
-    kind = type(tokenizer)
     if kind is PreTrainedTokenizerFast:
         return
     # Such a class splits in its own way once it is loaded again, whatever its files say.

@@ -75,7 +75,8 @@ def _prefix(normalizer: Any, splitter: Any) -> tuple[bool, list[str]]:
         return prefix, []
     kind = splitter or {}
     metaspace = kind.get("type") == "Metaspace" and kind.get("replacement") == SPACE
-    if metaspace and normalizer is None and not kind.get("split", True):
+    changes = normalizer is not None and normalizer.get("normalizers") != []
+    if metaspace and not changes and not kind.get("split", True):
         if kind["prepend_scheme"] == "never":
             return False, []
         return True, [

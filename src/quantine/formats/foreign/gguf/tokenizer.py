@@ -50,11 +50,11 @@ def tokenizer_of(
         raise FormatError(f"{path} cannot be read: {cut(error)}") from error
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
     for short, name in names.items():
-        token = ids.get(f"{short}_token_id")
-        token = own.get(short) if token is None else token
-        token = token[0] if isinstance(token, list) and token else token
-        if isinstance(token, int) and 0 <= token < rows:  # -1 is often none
-            values[f"tokenizer.ggml.{name}_token_id"] = token
+        said = ids.get(f"{short}_token_id")
+        said = said[0] if isinstance(said, list) and said else said
+        for token in (said, own.get(short)):
+            if isinstance(token, int) and 0 <= token < rows:  # -1 is often none
+                values.setdefault(f"tokenizer.ggml.{name}_token_id", token)
     if "tokenizer.ggml.eos_token_id" not in values:
         raise FormatError(
             f"neither config.json nor the tokenizer in {directory} says which token ends a text, "
