@@ -18,11 +18,14 @@ from quantine import Calibration, CalibrationError, Plan, PlanError
 from quantine.calibrate.backward import draw
 from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.loss_weights import POWER, loss_weights
+from quantine.core.stage_times import StageTimes
 from quantine.kernels.gram import add_gram
+from quantine.run.layer import Solved, solve_choice
 from quantine.run.prepare import prepare
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.output_covariance import OutputCovariance
 from quantine.survey.specimen import specimen_config, write_specimen
+from samples import random_weight
 from stopped_runs import stopped_at
 from tiny_models import with_weights
 
@@ -141,3 +144,27 @@ def test_what_cannot_be_weighted_is_refused(tiny: Tiny, prose: Path, tmp_path: P
             tmp_path / "mixture", tmp_path / "out", weighted(), Calibration(str(prose), 4, 64)
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_choices_are_compared_before_outputs_make_up_for_each_other(
+    tiny: Tiny, short: Calibration
+) -> None:
+    rule = {"match": "@blocks", "method": "adadim", "inner": "gptq", "objective": "hessian"}
+    plan = Plan.from_dict({"rules": [{**rule, "bits": 3, "group_size": 16}]})
+    decision = prepare(tiny("llama"), plan, short).scheme_layers()[0]
+    weight = random_weight(decision.layer.out_features, decision.layer.in_features)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(99, weight.shape[1], generator=generator)
+
+    def solved(coupling: Tensor | None) -> Solved:
+        hessian = Hessian(weight.shape[1], add_gram)
+        hessian.update(rows)
+        hessian.coupling = coupling
+        return solve_choice(decision, weight, hessian, {}, StageTimes())
+
+    covariance = OutputCovariance()
+    few = torch.randn(weight.shape[1], len(weight), generator=generator)
+    covariance.update(rows[:, :4] @ few[:4])
+    alone, together = solved(None), solved(covariance.coupling())
+    assert together.choice == alone.choice
+    assert not torch.equal(together.qtensor.codes, alone.qtensor.codes)

@@ -40,7 +40,7 @@ def around(tokenizer: Tokenizer, before: bool, after: bool) -> Tokenizer:
     return tokenizer
 
 
-def written(tokenizer: Tokenizer, tmp_path: Path, ids: dict[str, int | None]) -> dict[str, Any]:
+def written(tokenizer: Tokenizer, tmp_path: Path, ids: dict[str, Any]) -> dict[str, Any]:
     found = json.loads(tokenizer.to_str())
     found["added_tokens"] = []
     (tmp_path / "tokenizer.json").write_text(json.dumps(found))
@@ -73,3 +73,19 @@ def test_words_that_no_merge_makes(pattern: str | None, wanted: bool, tmp_path: 
 def test_marks_of_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="end_of_word_suffix = '</w>'"):
         written(byte_level(end_of_word_suffix="</w>"), tmp_path, IDS)
+
+
+@pytest.mark.parametrize("said", [None, -1, []])
+@pytest.mark.parametrize("own", ["hello", {"content": "hello"}])
+def test_the_last_token_is_the_tokenizers_own_where_the_model_names_none(
+    said: Any, own: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": own}))
+    values = written(byte_level(), tmp_path, {"eos_token_id": said})
+    assert values["tokenizer.ggml.eos_token_id"] == 258
+    assert written(byte_level(), tmp_path, IDS)["tokenizer.ggml.eos_token_id"] == EOS
+
+
+def test_a_last_token_that_nobody_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"which token ends a text.*give config\.json"):
+        written(byte_level(), tmp_path, {"eos_token_id": -1})
