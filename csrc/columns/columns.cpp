@@ -69,12 +69,12 @@ QUANTINE_INLINE void round_coupled(const Columns& c, std::size_t j, std::size_t 
         value = keep ? exact : value;
         c.kept[place] = keep ? 1 : 0;
       }
+      const float left = before - value;
       c.weights[place] = wanted;
-      c.errors[place] = (before - value) / diagonal;
-      const float error = before - value;
+      c.errors[place] = left / diagonal;
       const float* __restrict coupling = c.coupling + row * c.run;
       float* __restrict sums = asked.data();
-      for (std::size_t k = 0; k < i; ++k) sums[k] += coupling[k] * error;
+      for (std::size_t k = 0; k < i; ++k) sums[k] += coupling[k] * left;
     }
   }
 }

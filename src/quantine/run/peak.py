@@ -14,8 +14,8 @@ from quantine.run.working_set import (
     COUPLED_COPIES,
     FLOAT,
     Residence,
+    block_coupling_bytes,
     block_weights,
-    coupling_bytes,
     hidden_bytes,
     working_set,
 )
@@ -60,7 +60,7 @@ def process_bytes(job: Job, residence: Residence) -> int:
         table = FLOAT * next(d.layer.weights for d in job.decisions if d.layer.role == "embedding")
         hidden = hidden_bytes(job) if residence.hidden == "memory" else 0
         results = max(job.packed_bytes(decision) for decision in job.scheme_layers())
-        coupled = COUPLED_COPIES * max(coupling_bytes(job), default=0)
+        coupled = COUPLED_COPIES * block_coupling_bytes(job)
         steps = [2 * table, LOCKED_COPIES * ahead + hidden + results + coupled]
     before = -(-(resident_memory() or peak_memory()) // PROGRAM_STEP) * PROGRAM_STEP
     most = max(steps) + _replaced_bytes(job)

@@ -156,8 +156,7 @@ def _in_block(job: Job, residence: Residence) -> int:
         _summing(job, square + kept) - kept,
         _comparing(job, inside, residence),
     ]
-    coupled = max(coupling_bytes(job), default=0)
-    return FLOAT * block_weights(job) + coupled + kept + max(steps)
+    return FLOAT * block_weights(job) + block_coupling_bytes(job) + kept + max(steps)
 
 
 def _summing(job: Job, statistics: int) -> int:
@@ -283,7 +282,7 @@ def _probing(job: Job, table: int, residence: Residence) -> list[int]:
     backward = FLOAT * rows * (GRADIENT_TENSORS * width(job) + GRADIENT_WIDEST * widest)
     backward += GRADIENT_SCORES * _score_bytes(job, rows) if job.device != CPU else 0
     # Second moments of gradients of a block's outputs, and what is made of them.
-    coupled = max(coupling_bytes(job), default=0)
+    coupled = block_coupling_bytes(job)
     weights = FLOAT * block_weights(job)
     # Gradients start at the head, with its weights.
     return [2 * table + logits, weights + COUPLED_COPIES * coupled + backward]
@@ -299,6 +298,11 @@ def coupling_bytes(job: Job) -> list[int]:
         if block is not None:
             blocks[block] = blocks.get(block, 0) + FLOAT * outputs * run_of(outputs)
     return list(blocks.values())
+
+
+def block_coupling_bytes(job: Job) -> int:
+    """Bytes of `coupling_bytes` of the block that has most."""
+    return max(coupling_bytes(job), default=0)
 
 
 def _batch_bytes(job: Job, residence: Residence) -> int:

@@ -151,8 +151,7 @@ def _split(found: Mapping[str, Any]) -> Split:
 
 def _special(directory: Path, found: Mapping[str, Any]) -> dict[str, int]:
     """The numbers of the tokenizer's own first, last and padding token, as far as it has them."""
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = _settings(directory)
     numbers = {**found["model"]["vocab"]}
     numbers |= {token["content"]: token["id"] for token in found["added_tokens"]}
     said = {short: settings.get(f"{short}_token") for short in ("bos", "eos", "pad")}
@@ -178,7 +177,14 @@ def _template(directory: Path) -> str | None:
     plain = directory / "chat_template.jinja"
     if plain.is_file():
         return plain.read_text(encoding="utf-8")
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    template = settings.get("chat_template")
+    template = _settings(directory).get("chat_template")
     return template if isinstance(template, str) else None
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    """What ``tokenizer_config.json`` says; nothing if it is not there."""
+    path = directory / "tokenizer_config.json"
+    found: dict[str, Any] = {}
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -64,14 +64,7 @@ def coupled_launch_of(
     """Number of programs for column ``j``, their operands, and what is fixed when compiled."""
     (inputs, rows), run = columns.weights.shape, coupling.shape[1]
     values = [
-        columns.weights,
-        columns.upper,
-        columns.scales,
-        columns.zeros,
-        columns.groups,
-        columns.codes,
-        columns.errors,
-        None if columns.kept is None else columns.kept.view(torch.int8),
+        *_tensors(columns),
         coupling,
         columns.price,
         j,
@@ -82,6 +75,20 @@ def coupled_launch_of(
     width = max(triton.next_power_of_2(run), LEAST_LINES)
     settings = {"BITS": columns.bits, "WIDTH": width, "num_warps": min(8, max(1, width // 32))}
     return (triton.cdiv(rows, run),), values, settings
+
+
+def _tensors(columns: Columns) -> list[Tensor | None]:
+    """The matrix and its grids, with which the operands of both programs begin."""
+    return [
+        columns.weights,
+        columns.upper,
+        columns.scales,
+        columns.zeros,
+        columns.groups,
+        columns.codes,
+        columns.errors,
+        None if columns.kept is None else columns.kept.view(torch.int8),
+    ]
 
 
 def share_of(fitting: AtReach | None) -> Share | None:
@@ -136,14 +143,7 @@ def launch_of(
         request = Request.of(fitted, fitting.cost)
         of_fit = fitting.spread, *operands(fitted)
     values = [
-        columns.weights,
-        columns.upper,
-        columns.scales,
-        columns.zeros,
-        columns.groups,
-        columns.codes,
-        columns.errors,
-        None if columns.kept is None else columns.kept.view(torch.int8),
+        *_tensors(columns),
         *of_fit,
         columns.price,
         start,
