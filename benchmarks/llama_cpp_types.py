@@ -7,10 +7,12 @@ gets the mean square of each input (its importance matrix), quantine the same an
 together. Both files are opened here, as floats, and scored by one evaluation: perplexity on
 held-out text, and the mean divergence of predictions from those of the float model. llama.cpp
 scores them, too, as it serves them. Files that are already in DIR are not made again.
+With ``--loss-weights`` quantine makes another file of each type, in which tokens count by the loss.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +34,13 @@ from quantine.source.locate import locate
 
 def main() -> None:
     """Make all files, score them, print and write a row for each."""
-    arguments = arguments_of(__doc__.splitlines()[0], windows=16).parse_args()
+    parser = arguments_of(__doc__.splitlines()[0], windows=16)
+    parser.add_argument("--loss-weights", action="store_true")
+    arguments = parser.parse_args()
     work, length, count = arguments.work, arguments.window, arguments.windows
     work.mkdir(exist_ok=True)
-    files = made(arguments.model, arguments.targets, arguments.samples, work)
+    ways = (False, True) if arguments.loss_weights else (False,)
+    files = made(arguments.model, arguments.targets, ways, arguments.samples, work)
     served = served_scores([path for _, _, path in files], length, count, work)
     rows = []
     for (target, by, path), there in zip(files, served, strict=True):
@@ -47,17 +52,24 @@ def main() -> None:
 
 
 def made(
-    model: str, targets: Sequence[str], samples: int, work: Path
+    model: str, targets: Sequence[str], ways: Sequence[bool], samples: int, work: Path
 ) -> list[tuple[str, str, Path]]:
-    """The float file, and of every target llama.cpp's and quantine's: target, by whom, path."""
+    """The float file, and of every target llama.cpp's and quantine's: target, by whom, path.
+
+    Quantine makes one for each of ``ways``: whether tokens count by the loss.
+    """
     base, importance = float_and_importance(model, samples, work)
     files = [("float", "float", base)]
     for target in targets:
         theirs = quantized_by_engine(base, importance, target, work)
-        exported = work / f"{target}.gguf.d"
-        if not exported.exists():
-            solve(model, target, samples, work / f"{target}.quantine", exported)
-        files += [(target, "llama.cpp", theirs), (target, "quantine", exported / FILE)]
+        files.append((target, "llama.cpp", theirs))
+        for weighted in ways:
+            name = f"{target}.loss" if weighted else target
+            exported = work / f"{name}.gguf.d"
+            if not exported.exists():
+                solve(model, target, weighted, samples, work / f"{name}.quantine", exported)
+            by = "quantine, by the loss" if weighted else "quantine"
+            files.append((target, by, exported / FILE))
     return files
 
 
@@ -73,10 +85,11 @@ def served_scores(
     return [{key: one[key] for key in ("perplexity", "divergence")} for one in found]
 
 
-def solve(model: str, target: str, samples: int, out: Path, exported: Path) -> None:
-    """Quantize for ``target``, and export."""
+def solve(model: str, target: str, weighted: bool, samples: int, out: Path, exported: Path) -> None:
+    """Quantize for ``target``, tokens ``weighted`` by the loss or not, and export."""
     if not out.exists():
         plan = target_plan(model, f"llama.cpp:{target}")
+        plan = dataclasses.replace(plan, loss_weights=weighted)
         quantize(model, out, plan, Calibration(TEXT, samples))
     export(out, exported, "gguf")
 

@@ -754,7 +754,7 @@ def llama_cpp(name: str) -> str:
             _line(
                 [
                     row["target"],
-                    f"**{row['by']}**" if row["by"] == "quantine" else row["by"],
+                    f"**{row['by']}**" if row["by"].startswith("quantine") else row["by"],
                     f"{row['file_bytes']:,}",
                     f"{here['perplexity']:.3f} ± {here['stderr']:.2f}",
                     f"{here['kl']:.4f} ± {here['kl_stderr']:.4f}",
