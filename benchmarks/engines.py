@@ -6,8 +6,9 @@
 Environment variables name the engines' Pythons, see docs/engines.md: QUANTINE_VLLM_PYTHON (with
 quantine in it), QUANTINE_LLAMA_CPP_PYTHON, QUANTINE_COMPRESSED_TENSORS_PYTHON (with transformers
 and without quantine). Rows in the file are not made again. ``families`` are tiny random models of
-every family that vLLM serves, of those that GGUF files hold, and of all as compressed-tensors and
-as GPTQ; the last are read by quantine itself. benchmarks/results.py makes the table.
+every family that vLLM serves, by quantine's plug-in and by vLLM's own kernels, which want AVX-512;
+of those that GGUF files hold; and of all as compressed-tensors. GPTQ files of families that vLLM
+does not serve are read by quantine itself. benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,6 +94,12 @@ NOT_LOADED: Final = dict.fromkeys(
 """Families that it does not load, and why."""
 IMPORTED: Final = "none: quantine's own reader"
 """What ``quantine import`` is shown as."""
+BFLOAT16: Final = ("gemma2", "gemma3")
+"""Families that vLLM does not compute in float16."""
+WIDER_HEADS: Final = {"num_attention_heads": 2}
+"""What tiny models have for vLLM's attention in 16 bits, which does not know heads 16 wide."""
+UNCHANGED: Final[Mapping[str, Mapping[str, int]]] = {name: {} for name in FAMILIES}
+"""All families, with no change of their tiny configurations."""
 TINY_WINDOWS: Final = (80, 16)
 """Tokens of a window of tiny models, which have few positions, and number of windows."""
 
@@ -159,7 +166,13 @@ def main() -> None:
     known = {(row["plan"], row["to"], row["engine"]) for row in rows}
     with tempfile.TemporaryDirectory() as scratch:
         if asked.model == "families":
-            kinds = (families, families_in_llama_cpp, families_in_the_library, families_read_again)
+            kinds = (
+                families,
+                families_in_llama_cpp,
+                families_in_the_library,
+                families_by_vllm,
+                families_read_again,
+            )
             made = chain.from_iterable(kind(Path(scratch)) for kind in kinds)
             made = (row for row in made if (row["plan"], row["to"], row["engine"]) not in known)
         else:
@@ -182,28 +195,43 @@ def families(scratch: Path) -> Iterator[dict[str, Any]]:
     made = {family: directories.quantized(family, "mixed") for family in SERVED}
     length, count = TINY_WINDOWS
     windows = windows_of(next(iter(made.values())), length, count)
+    scores = scored_by_vllm(list(made.values()), "float32", windows, scratch)
+    for (family, out), there in zip(made.items(), scores, strict=True):
+        if isinstance(there, str):
+            print(f"{family} is not served: {there}", flush=True)
+            continue
+        yield {
+            "plan": family,
+            "to": "",
+            "engine": "vLLM, quantine's plug-in",
+            "there": there,
+            "here": own_perplexity(out, windows),
+            "windows": f"{count} of {length}",
+        }
+
+
+def scored_by_vllm(
+    directories: Sequence[Path], dtype: str, windows: list[list[int]], scratch: Path
+) -> list[float | str]:
+    """The perplexity that vLLM finds of each directory, or why it does not serve it."""
+    options = {"dtype": dtype}
     jobs = [
-        {"directory": str(out), "options": {}, "prompts": windows, "scored": True}
-        for out in made.values()
+        {"directory": str(out), "options": options, "prompts": windows, "scored": True}
+        for out in directories
     ]
     request, result = scratch / "request.json", scratch / "result.json"
     request.write_text(json.dumps(jobs))
     program = ROOT / "tests" / "engines" / "vllm" / "serve.py"
     command = [os.environ[PLUGIN[0]], str(program), str(request), str(result)]
     subprocess.run(command, check=True, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": ""})
-    for (family, out), found in zip(made.items(), json.loads(result.read_text()), strict=True):
+    scores: list[float | str] = []
+    for found in json.loads(result.read_text()):
         if "error" in found:
-            print(f"{family} is not served: {found['error']}", flush=True)
+            scores.append(found["error"])
             continue
         logprobs = [value for answer in found["answers"] for value in answer["logprobs"]]
-        yield {
-            "plan": family,
-            "to": "",
-            "engine": "vLLM, quantine's plug-in",
-            "there": math.exp(-sum(logprobs) / len(logprobs)),
-            "here": own_perplexity(out, windows),
-            "windows": f"{count} of {length}",
-        }
+        scores.append(math.exp(-sum(logprobs) / len(logprobs)))
+    return scores
 
 
 def families_in_llama_cpp(scratch: Path) -> Iterator[dict[str, Any]]:
@@ -234,7 +262,7 @@ def families_in_llama_cpp(scratch: Path) -> Iterator[dict[str, Any]]:
 def families_in_the_library(scratch: Path) -> Iterator[dict[str, Any]]:
     """A row for a tiny random model of every family, by transformers with compressed-tensors."""
     (name, *arguments), asked = FLOAT[1], scratch / "asked.json"
-    for said, out, served in _symmetric(scratch, "compressed-tensors", LIBRARY):
+    for said, out, served in _symmetric(scratch, "compressed-tensors", LIBRARY, UNCHANGED):
         family = said["plan"]
         if served is None or family in NOT_LOADED:
             yield {"refused": NOT_LOADED.get(family)} | said
@@ -245,9 +273,37 @@ def families_in_the_library(scratch: Path) -> Iterator[dict[str, Any]]:
         yield said | {"there": there["perplexity"], "here": own_perplexity(out, windows)}
 
 
+def families_by_vllm(scratch: Path) -> Iterator[dict[str, Any]]:
+    """Rows for tiny random models, by vLLM's own kernels for either layout."""
+    from directories import SERVED
+
+    for to, dtype in product(("gptq", "compressed-tensors"), ("float16", "bfloat16")):
+        if dtype == "bfloat16":
+            families = dict.fromkeys(BFLOAT16, WIDER_HEADS | {"head_dim": 32})
+        else:
+            families = dict.fromkeys((f for f in SERVED if f not in BFLOAT16), WIDER_HEADS)
+        held = []
+        root, engine = scratch / "vllm", f"vLLM, {dtype}"
+        for said, out, served in _symmetric(root, to, engine, families):
+            if served is None:
+                yield said
+            else:
+                held.append((said, out, served))
+        windows = windows_of(held[0][1], *TINY_WINDOWS)
+        scores = scored_by_vllm([served for _, _, served in held], dtype, windows, scratch)
+        for (said, out, _), there in zip(held, scores, strict=True):
+            if isinstance(there, str):
+                yield said | {"refused": there}
+            else:
+                yield said | {"there": there, "here": own_perplexity(out, windows)}
+
+
 def families_read_again(scratch: Path) -> Iterator[dict[str, Any]]:
-    """The same of GPTQ files, by quantine itself: not every machine has an engine that does it."""
-    for said, out, served in _symmetric(scratch, "gptq", IMPORTED):
+    """Rows for GPTQ files of the other families, by quantine itself."""
+    from directories import SERVED
+
+    others = {name: changes for name, changes in UNCHANGED.items() if name not in SERVED}
+    for said, out, served in _symmetric(scratch, "gptq", IMPORTED, others):
         assert served is not None
         windows, back = windows_of(out, *TINY_WINDOWS), out.with_name("back")
         there = own_perplexity(import_model(served, back).path, windows)
@@ -255,17 +311,18 @@ def families_read_again(scratch: Path) -> Iterator[dict[str, Any]]:
 
 
 def _symmetric(
-    scratch: Path, to: str, engine: str
+    scratch: Path, to: str, engine: str, families: Mapping[str, Mapping[str, int]]
 ) -> Iterator[tuple[dict[str, Any], Path, Path | None]]:
-    """Of every family: what is said of a row, the directory here, and in layout ``to``.
+    """Of each family: what is said of a row, the directory here, and in layout ``to``.
 
-    The last is ``None`` where it is refused, which is then said, too.
+    The last is ``None`` where it is refused, which is then said, too. ``families`` have changes of
+    their tiny configurations.
     """
     length, count = TINY_WINDOWS
-    for family in FAMILIES:
+    for family, changes in families.items():
         root = scratch / to / family
         said: dict[str, Any] = {"plan": family, "to": to, "engine": engine}
-        model = build(tiny_config(family), root / "model")
+        model = build(tiny_config(family, **changes), root / "model")
         plan = Plan.preset("rtn", bits=4, group_size=32, sym=True)
         out = quantize(model, root / "out", plan, Calibration(samples=0)).path
         try:

@@ -38,7 +38,6 @@ SAME = 0.001
 ROUNDED = 0.01
 """The same where it multiplies with blocks: it then rounds activations to 8 bits."""
 GRIDS: list[dict[str, Any]] = [
-    {"bits": 2, "group_size": 64, "sym": True},
     {"bits": 3, "group_size": 32},
     {"bits": 4, "group_size": 64},
     {"bits": 4, "group_size": 64, "sym": True},
@@ -50,6 +49,17 @@ GRIDS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: "-".join(map(str, grid.values())))
 def test_the_same_perplexity(grid: dict[str, Any], tmp_path: Path) -> None:
     assert_same_perplexity(Plan.preset("rtn", clip="mse", **grid), 24, tmp_path)
+
+
+def test_the_same_perplexity_with_2_bits(tmp_path: Path) -> None:
+    """In one matrix of each block: with 2 bits in all of them the model says nothing, and what
+    rounding changes there has no bound."""
+    grid = {"method": "rtn", "clip": "mse", "group_size": 64}
+    rules = [
+        {"match": "*.o_proj", **grid, "bits": 2, "sym": True},
+        {"match": "@blocks", **grid, "bits": 4},
+    ]
+    assert_same_perplexity(Plan.from_dict({"rules": rules}), 24, tmp_path)
 
 
 @pytest.mark.parametrize("target", ["Q4_0", "Q4_K_M", "Q2_K"])
