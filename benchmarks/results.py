@@ -482,10 +482,11 @@ Weights are the same numbers; "here" is float32 with exact products, and so is t
 directories that ask for `exact`, as these do. vLLM's own kernels compute in 16 bits, and
 llama.cpp rounds activations to 8 bits when it multiplies with blocks; "decoded" is the same file
 after llama.cpp has made floats of it itself. "Transformers with the library" has no quantine: the
-library compressed-tensors decodes the file. GPTQ files of tiny models are read by quantine's own
-`import` only, as this machine lacks what vLLM multiplies them with (AVX-512): these rows show that
-files say what the directory does, and no engine. Of tiny models, the plug-in has plans with another
-width and grid for every matrix, and the others 4 bits in groups of 32, symmetric but in GGUF.
+library compressed-tensors decodes the file. Of tiny models, the plug-in has plans with another
+width and grid for every matrix, and the others 4 bits in groups of 32, symmetric but in GGUF. For
+vLLM's own kernels, which want AVX-512, they have heads 32 wide, and bfloat16 where it refuses
+float16. GPTQ files of families that vLLM does not serve are read by quantine's own `import`: these
+rows show that files say what the directory does, and no engine.
 """
 ENGINE_TABLES = {
     "demo": "SmolLM2-135M",
@@ -740,7 +741,7 @@ def engines(name: str) -> str:
         there, here = row["there"], row["here"]
         cells = [row["plan"], to, row["engine"], row["windows"], f"{there:.4f}", f"{here:.4f}"]
         lines.append(_line([*cells, f"{there / here - 1:+.4%}"]))
-    return "\n".join(["\n".join(lines) + "\n", *refused])
+    return "\n".join(["\n".join(lines) + "\n", *dict.fromkeys(refused)])
 
 
 def llama_cpp(name: str) -> str:
