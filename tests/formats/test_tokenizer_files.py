@@ -20,3 +20,14 @@ def test_every_vocabulary_is_copied(name: str, tmp_path: Path) -> None:
     assert has_tokenizer(source)
     copy_small_files(source, out)
     assert [(file.name, file.read_bytes()) for file in out.iterdir()] == [(name, b"words")]
+
+
+def test_all_chat_templates_are_copied(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    out.mkdir()
+    (source / "chat_template.jinja").write_text("usual")
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    copy_small_files(source, out)
+    assert (out / "chat_template.jinja").read_text() == "usual"
+    assert (out / "additional_chat_templates" / "tool_use.jinja").read_text() == "with tools"

@@ -42,12 +42,14 @@ COPIED: Final = (
 )
 """Names of the source's files that are copied: they describe its tokenizer and generation
 settings."""
+MORE_TEMPLATES: Final = "additional_chat_templates/*.jinja"
+"""Those that are copied, too: chat templates beside the usual one."""
 
 
 def copied_files(directory: Path) -> dict[str, Path]:
-    """The files of `COPIED` that ``directory`` has, by name."""
-    files = {name: directory / name for name in COPIED}
-    return {name: file for name, file in files.items() if file.is_file()}
+    """The files of `COPIED` and `MORE_TEMPLATES` that ``directory`` has, by path inside of it."""
+    files = [directory / name for name in COPIED] + sorted(directory.glob(MORE_TEMPLATES))
+    return {file.relative_to(directory).as_posix(): file for file in files if file.is_file()}
 
 
 def is_finished(out: Path) -> bool:

@@ -68,4 +68,5 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 def copy_small_files(directory: Path, out: Path) -> None:
     """Copy the `copied_files` of ``directory`` to ``out``."""
     for name, file in copied_files(directory).items():
+        (out / name).parent.mkdir(exist_ok=True)
         write_atomically(out / name, file.read_bytes())

@@ -238,9 +238,10 @@ class RunStore:
         move_parts(moves["weights"], self._parts, self._run / "shards", self.out)
         move_parts(moves["maps"], self._maps, self._run / "shards", self.out)
         for name, data in files.items():
+            (self.out / name).parent.mkdir(exist_ok=True)
             write_atomically(self.out / name, data)
         write_json(self.out / REPORT, report)
-        for left in self.out.glob(f"*{TEMPORARY}"):  # by a process killed while it wrote them
+        for left in self.out.rglob(f"*{TEMPORARY}"):  # by a process killed while it wrote them
             left.unlink()
         # One rename ends the run; if the deletion is interrupted, `clear_remains` completes it.
         remains = self.out / REMAINS

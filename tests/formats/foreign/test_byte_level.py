@@ -89,3 +89,29 @@ def test_the_last_token_is_the_tokenizers_own_where_the_model_names_none(
 def test_a_last_token_that_nobody_names_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match=r"which token ends a text.*give config\.json"):
         written(byte_level(), tmp_path, {"eos_token_id": -1})
+
+
+def test_all_tokens_that_end_an_answer_are_written(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6, 5]}')
+    values = written(byte_level(), tmp_path, {"eos_token_id": [EOS, 5]})
+    assert values["tokenizer.ggml.eos_token_id"] == EOS
+    assert values["tokenizer.ggml.eot_token_id"] == 5
+    assert values["tokenizer.ggml.eom_token_id"] == 6
+    _, notes = tokenizer_of(tmp_path, ROWS, {"eos_token_id": [EOS, 7, 8]})
+    assert "llama.cpp is not told that tokens [5, 6] end an answer, too" in notes
+
+
+def test_the_usual_one_of_several_chat_templates_is_written(tmp_path: Path) -> None:
+    named = [{"name": name, "template": f"for {name}"} for name in ("tool_use", "default")]
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps({"chat_template": named}))
+    assert written(byte_level(), tmp_path, IDS)["tokenizer.chat_template"] == "for default"
+    more = tmp_path / "additional_chat_templates"
+    more.mkdir()
+    (more / "rag.jinja").write_text("for rag")
+    values, notes = tokenizer_of(tmp_path, ROWS, IDS)
+    assert values["tokenizer.chat_template"] == "for default"
+    assert "llama.cpp has one chat template: without rag, tool_use" in notes
+    settings.write_text('{"chat_template": [{"name": "default"}]}')
+    with pytest.raises(FormatError, match="name without a template"):
+        tokenizer_of(tmp_path, ROWS, IDS)

@@ -152,3 +152,25 @@ def test_the_tokenizer_is_carried(packed: Packed, tmp_path: Path) -> None:
     found = transformers.AutoTokenizer.from_pretrained(exported.path, gguf_file="model.gguf")
     text = "Line 7: 49 apples, naïve ones."
     assert found(text)["input_ids"] == own(text)["input_ids"]
+
+
+@pytest.mark.parametrize("target", ["Q8_0", "Q4_K_M", "Q5_1"])
+def test_what_was_solved_for_a_type_comes_back(target: str, tmp_path: Path) -> None:
+    """Q8_0 stands in where a width is not a multiple of 256. Its scales have either sign here."""
+    source = build(tiny_config("llama", num_hidden_layers=1), tmp_path / "model")
+    plan = target_plan(source, f"llama.cpp:{target}", method="rtn")
+    out = quantine.quantize(source, tmp_path / "out", plan, Calibration(samples=0)).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    solved = FinishedDirectory(out)
+    eights = [q for q in map(solved.qtensor, solved.description.layers) if q.grid.bits == 8]
+    lowest = [(q.codes == 0) & (q.dequantize() > 0) for q in eights]
+    assert any(bool(found.any()) for found in lowest)  # -128, with a negative scale
+    imported = import_model(file, tmp_path / "back")
+    assert not imported.decoded
+    same_weights(out, imported.path)
+    again, expected = (logits_of(quantine.load(path)[0]) for path in (imported.path, out))
+    torch.testing.assert_close(again, expected)
+    twice = export(imported.path, tmp_path / "again", "gguf").path / "model.gguf"
+    first, second = (read_parts(path) for path in (file, twice))
+    for one, other in zip(first[0].tensors, second[0].tensors, strict=True):
+        assert (one.name, one.type, one.read()) == (other.name, other.type, other.read())

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ggufs import divergence, write_gguf
 from quantine.errors import CheckpointError, FamilyError, QuantineError
+from quantine.runtime.generate import end_tokens
 from quantine.runtime.load import load_model
 from quantine.source.gguf.config import ARCHITECTURES
 from quantine.source.locate import locate
@@ -82,6 +83,14 @@ def test_every_architecture_is_tried() -> None:
 def test_special_tokens_are_those_of_the_file(tmp_path: Path) -> None:
     config = locate(write_gguf(tmp_path / "m.gguf", model_of("qwen2"))).config()
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, 257, None)
+
+
+def test_every_token_that_ends_an_answer_is_one(tmp_path: Path) -> None:
+    """The end of a turn, the end of a message; one that is the end of a text once more is not."""
+    ends = {".tokenizer.ggml.eot_token_id": 65, ".tokenizer.ggml.eom_token_id": 257}
+    file = write_gguf(tmp_path / "m.gguf", model_of("qwen2"), changes=ends)
+    assert locate(file).config().eos_token_id == [257, 65]
+    assert end_tokens(loaded(file)) == {257, 65}
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

@@ -60,6 +60,8 @@ TOKENS: Final = {
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
 """What llama.cpp calls the ids of special tokens, by field of ``config.json``."""
+FURTHER_ENDS: Final = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+"""What it calls tokens that end an answer, too: a turn, and a message."""
 THETA: Final = 10000.0
 """Base of rotary embeddings where metadata do not say it."""
 
@@ -187,6 +189,10 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
             "model that it was made from"
         )
     fields |= {key: _token(parts[0], stored, fields) for key, stored in TOKENS.items()}
+    ends = [fields["eos_token_id"], *(_token(parts[0], key, fields) for key in FURTHER_ENDS)]
+    different = [token for token in dict.fromkeys(ends) if token is not None]
+    if len(different) > 1:
+        fields["eos_token_id"] = different
     fields["tie_word_embeddings"] = HEAD not in tensors or _are_equal(
         tensors[HEAD], tensors.get(TABLE)
     )

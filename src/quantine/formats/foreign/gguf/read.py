@@ -20,8 +20,9 @@ from quantine.errors import FormatError
 from quantine.families import family_of
 from quantine.families.layers import find_layers, is_transposed
 from quantine.formats.foreign.gguf.arrange import row_order
+from quantine.formats.foreign.gguf.block_parts import as_halves
 from quantine.formats.foreign.gguf.blocks import TYPES, BlockType
-from quantine.formats.foreign.gguf.grid_types import GRID_TYPES
+from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType
 from quantine.source.gguf.config import HEAD, gguf_config
 from quantine.source.gguf.header import GGUFTensor
 from quantine.source.gguf.parts import read_parts
@@ -58,7 +59,7 @@ class GGUFModel:
         headers: of all tensors in float32, see `read`.
 
     Raises:
-        CheckpointError: the file is damaged, or says what is not understood.
+        CheckpointError: the file is damaged, ends early, or says what is not understood.
         FamilyError: the architecture is not read.
     """
 
@@ -78,13 +79,15 @@ class GGUFModel:
         self._tensors = {stored[tensor.name]: tensor for tensor in tensors}
         layers = find_layers(self.model, family_of(self._config))
         self.specs: dict[str, QuantSpec] = {}
+        self._own: dict[str, GridType] = {}
         for layer in layers:
             tensor = self._tensors.get(f"{layer.name}.weight")
-            if tensor is not None and tensor.type in PACKED:
+            own = None if tensor is None else _own_type(tensor)
+            if own is not None:
+                self._own[layer.name], self.specs[layer.name] = own, own.spec
+            elif tensor is not None and tensor.type in PACKED:
                 kind = PACKED[tensor.type]
                 self.specs[layer.name] = QuantSpec(BITS[kind.name], kind.weights, kind.high == 127)
-            elif tensor is not None and tensor.type in OWN:
-                self.specs[layer.name] = OWN[tensor.type].spec
         packed = {f"{name}.weight" for name in self.specs}
         self.shapes = {
             layer.name: (layer.out_features, layer.in_features)
@@ -131,17 +134,17 @@ class GGUFModel:
         rows = _data(tensor).reshape(tensor.shape[0], -1)
         order = row_order(tensor.name, len(rows), self._config)
         rows = rows if order is None else rows[inverse(order)]
-        if tensor.type in OWN:
+        if name in self._own:
             try:
-                OWN[tensor.type].check_statistics(rows)
+                self._own[name].check_statistics(rows)
             except FormatError as error:
                 raise FormatError(f"{tensor.name} in {tensor.file}: {error}") from error
-            return OWN[tensor.type].decode(rows)
+            return self._own[name].decode(rows)
         kind = PACKED[tensor.type]
         values, scale = kind.decode(rows)
         if not bool(torch.isfinite(scale).all()):
             raise FormatError(f"{tensor.name} in {tensor.file} has a scale that is not finite")
-        return _qtensor(name, values, scale, kind)
+        return _qtensor(values, scale, kind)
 
     def float_tensor(self, name: str) -> Tensor:
         """The tensor ``name``, decoded where it is packed: float32, float16 or bfloat16."""
@@ -165,16 +168,28 @@ class GGUFModel:
         return type(owner).__name__ == "Conv1D" and len(self._tensors[name].shape) == 2
 
 
-def _qtensor(name: str, values: Tensor, scale: Tensor, kind: BlockType) -> QTensor:
+def _own_type(tensor: GGUFTensor) -> GridType | None:
+    """The type whose blocks a matrix stays; ``None`` if it is not a grid, or becomes other codes.
+
+    Codes of a symmetric type have a fixed zero point: where scales are negative, values would
+    change their sign, and the lowest has no opposite.
+    """
+    kind = PACKED.get(tensor.type)
+    if kind is None or kind.high != 127:
+        return OWN.get(tensor.type)
+    signed = GRID_TYPES[kind.name]
+    blocks = _data(tensor).reshape(-1, signed.nbytes)
+    negative = blocks[as_halves(blocks[:, :2]) < 0]
+    return signed if bool((signed.unpack(negative).codes == 0).any()) else None
+
+
+def _qtensor(values: Tensor, scale: Tensor, kind: BlockType) -> QTensor:
     """Blocks as codes: where a scale is negative, it and the values change their sign."""
     bits = BITS[kind.name]
     negative = scale < 0
     blocks = values.unflatten(1, (-1, kind.weights))
     zero = torch.full_like(scale, -kind.low, dtype=torch.int16)
-    if kind.high == 127:  # symmetric: the zero point stays, and -128 has no opposite
-        if bool((negative.unsqueeze(2) & (blocks == kind.low)).any()):
-            raise FormatError(f"{name} has values of -128 with a negative scale: quantize it again")
-    else:
+    if kind.high != 127:  # symmetric: the zero point stays, see `_own_type`
         zero = torch.where(negative, kind.high, zero)
     codes = torch.where(negative.unsqueeze(2), -blocks, blocks) + zero.unsqueeze(2)
     # A scale of 0 means zeros; quantine's are positive, with codes at the zero point.

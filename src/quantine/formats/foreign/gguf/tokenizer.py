@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from quantine.errors import FormatError, cut
+from quantine.formats.directory import MORE_TEMPLATES
 from quantine.formats.foreign.gguf.file import Value
 from quantine.formats.foreign.gguf.naming import name_of
 from quantine.formats.foreign.gguf.sentencepiece import NORMAL, sentencepiece_of
+from quantine.source.gguf.config import FURTHER_ENDS
 from quantine.source.gguf.splits import SPLITS, Split, steps_of
 
 CONTROL: Final = 3
@@ -70,9 +72,12 @@ def tokenizer_of(
             )
         if short == "bos" or added:
             values[f"tokenizer.ggml.add_{short}_token"] = bool(added)
-    template = _template(directory)
+    notes += _add_further_ends(values, directory, ids, rows)
+    template, left_out = _template(directory)
     if template is not None:
         values["tokenizer.chat_template"] = template
+    if left_out:
+        notes.append(f"llama.cpp has one chat template: without {', '.join(left_out)}")
     if called is not None:
         values["general.name"] = called
     return values, [*notes, *others]
@@ -172,18 +177,59 @@ def _around(path: Path) -> tuple[list[int], list[int]]:
     return whole, []
 
 
-def _template(directory: Path) -> str | None:
-    """The chat template, if there is one."""
+def _add_further_ends(
+    values: dict[str, Value], directory: Path, ids: Mapping[str, Any], rows: int
+) -> list[str]:
+    """Add to ``values`` which tokens end an answer, too; llama.cpp has room for two.
+
+    Returns:
+        Sentences about those for which there is no room.
+    """
+    said = [
+        ids.get("eos_token_id"),
+        _json(directory / "generation_config.json").get("eos_token_id"),
+    ]
+    ends = [token for one in said for token in (one if isinstance(one, list) else [one])]
+    first = values["tokenizer.ggml.eos_token_id"]
+    further = [
+        token
+        for token in dict.fromkeys(ends)
+        if isinstance(token, int) and 0 <= token < rows and token != first
+    ]
+    values |= dict(zip(FURTHER_ENDS, further, strict=False))
+    left_out = further[len(FURTHER_ENDS) :]
+    if not left_out:
+        return []
+    return [f"llama.cpp is not told that tokens {left_out} end an answer, too"]
+
+
+def _template(directory: Path) -> tuple[str | None, list[str]]:
+    """The chat template, if there is one, and the names of others."""
+    stored, named = _settings(directory).get("chat_template"), {}
+    if isinstance(stored, list):
+        try:
+            named = {one["name"]: one["template"] for one in stored}
+        except (TypeError, KeyError) as error:
+            raise FormatError(
+                f"{directory / 'tokenizer_config.json'} has a chat_template without a name, or a "
+                "name without a template: give it one as text"
+            ) from error
     plain = directory / "chat_template.jinja"
     if plain.is_file():
-        return plain.read_text(encoding="utf-8")
-    template = _settings(directory).get("chat_template")
-    return template if isinstance(template, str) else None
+        template: str | None = plain.read_text(encoding="utf-8")
+    else:
+        template = stored if isinstance(stored, str) else named.get("default")
+    files = [path.stem for path in directory.glob(MORE_TEMPLATES)]
+    return template, sorted({*named, *files} - {"default"})
 
 
 def _settings(directory: Path) -> dict[str, Any]:
     """What ``tokenizer_config.json`` says; nothing if it is not there."""
-    path = directory / "tokenizer_config.json"
+    return _json(directory / "tokenizer_config.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; nothing if it is not there."""
     found: dict[str, Any] = {}
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
