@@ -55,6 +55,16 @@ def test_damaged_settings_of_awq(changes: dict[str, Any], message: str) -> None:
         AWQ.read_settings(settings)
 
 
+@pytest.mark.parametrize("version", [None, "GEMM", "gemv"])
+def test_versions_of_awq(version: str | None) -> None:
+    settings = {"version": version, "bits": 4, "group_size": 128}
+    if version == "gemv":
+        with pytest.raises(FormatError, match="AWQ of version 'gemv'"):
+            AWQ.read_settings(settings)
+    else:
+        assert AWQ.read_settings(settings)(LAYER) is not None
+
+
 def test_zero_points_of_awq_are_there_unless_its_settings_say_otherwise() -> None:
     """Those that are stored all the same must then be the middle code, as for any engine."""
     settings = {"version": "gemm", "bits": 4, "group_size": 128}

@@ -289,6 +289,7 @@ def test_wrong_groups_and_zero_points(exported: Callable[[str], Path], tmp_path:
         ("gptq", {"group_size": 0}, "group_size must be positive"),
         ("gptq", {"checkpoint_format": "gptq", "format": "gptq_v2"}, "remove the wrong one"),
         ("gptq", {"checkpoint_format": "gptq", "format": "marlin"}, "format 'marlin': remove the"),
+        ("gptq", {"desc_act": "false"}, "desc_act in quantization_config is 'false'"),
         ("gptq", {"pack_dtype": "int64"}, "pack_dtype 'int64' is not read"),
         ("gptq", {"checkpoint_format": ["a"]}, "checkpoint_format ['a'] is not read"),
         ("compressed-tensors", {"ignore": 5}, "ignore in quantization_config is no list"),

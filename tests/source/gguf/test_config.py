@@ -85,6 +85,12 @@ def test_special_tokens_are_those_of_the_file(tmp_path: Path) -> None:
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (256, 257, None)
 
 
+def test_blocks_of_another_version_are_refused(tmp_path: Path) -> None:
+    said = {".general.quantization_version": 1}
+    with pytest.raises(CheckpointError, match="blocks of version 1"):
+        locate(write_gguf(tmp_path / "m.gguf", model_of("qwen2"), changes=said)).config()
+
+
 def test_every_token_that_ends_an_answer_is_one(tmp_path: Path) -> None:
     """The end of a turn, the end of a message; one that is the end of a text once more is not."""
     ends = {".tokenizer.ggml.eot_token_id": 65, ".tokenizer.ggml.eom_token_id": 257}

@@ -62,6 +62,8 @@ TOKENS: Final = {
 """What llama.cpp calls the ids of special tokens, by field of ``config.json``."""
 FURTHER_ENDS: Final = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 """What it calls tokens that end an answer, too: a turn, and a message."""
+QUANTIZATION_VERSION: Final = 2
+"""Of the layout of all types' blocks."""
 THETA: Final = 10000.0
 """Base of rotary embeddings where metadata do not say it."""
 
@@ -168,6 +170,12 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
     if kind != "model":
         raise CheckpointError(
             f"{path} is a GGUF file of type {shown(kind)}: give the model's own file"
+        )
+    blocks = said.get("general.quantization_version", QUANTIZATION_VERSION)
+    if blocks != QUANTIZATION_VERSION:
+        raise CheckpointError(
+            f"{path} has blocks of version {shown(blocks)}, and only those of version "
+            f"{QUANTIZATION_VERSION} are read: make it again with a newer llama.cpp"
         )
     if name not in ARCHITECTURES:
         raise FamilyError(

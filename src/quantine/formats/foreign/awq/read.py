@@ -24,7 +24,7 @@ int32, ``[groups, out]`` float16."""
 
 
 def _spec(said: Mapping[str, Any]) -> Spec:
-    version = str(said.get("version", "gemm")).lower()
+    version = str(said.get("version") or "gemm").lower()
     bits = said.get("bits", said.get("w_bit"))
     if version != "gemm" or bits != BITS:
         raise FormatError(f"AWQ of version {shown(version)} with {shown(bits)} bits is not read")

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from quantine.errors import FormatError
 from quantine.formats.foreign.gguf.file import Value
-from quantine.source.gguf.config import ARCHITECTURES, Architecture
+from quantine.source.gguf.config import ARCHITECTURES, QUANTIZATION_VERSION, Architecture
 from quantine.source.gguf.rope import yarn_as_meant, yarn_attention
 
 ALIKE: Final = {"mistral": "llama"}
@@ -16,8 +16,6 @@ UNSAID: Final = {
     "falcon": {},
 }
 """Counts that the configuration of an architecture lacks, by llama.cpp's names."""
-QUANTIZATION_VERSION: Final = 2
-"""Version of ggml's blocks."""
 
 
 def architecture_of(config: Any) -> str | None:

@@ -124,6 +124,9 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
         )
     if found.get("pack_dtype") not in (None, "int32"):
         raise FormatError(f"pack_dtype {shown(found['pack_dtype'])} is not read, only int32")
+    ordered = found.get("desc_act") or False
+    if not isinstance(ordered, bool):
+        raise FormatError(f"desc_act in quantization_config is {shown(ordered)}: true or false")
     dynamic: dict[str, Mapping[str, Any] | None] = {}
     rules = found.get("dynamic") or {}
     if not isinstance(rules, Mapping):
@@ -140,7 +143,7 @@ def read_settings(found: Mapping[str, Any]) -> Settings:
                 f"{shown(key)} in quantization_config.dynamic is no table, but {shown(change)}"
             )
         dynamic[pattern] = None if kept else change
-    return Settings(VERSIONS[said], bool(found.get("desc_act")), _spec(found), dynamic)
+    return Settings(VERSIONS[said], ordered, _spec(found), dynamic)
 
 
 def _fields(spec: QuantSpec) -> dict[str, Any]:
