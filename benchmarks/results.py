@@ -148,6 +148,7 @@ TUNED = (
     ("3.3,both_axes=true", "quick", "tuning-demo-3.3-quick"),
     ("3.3,both_axes=true", "quick, two texts, tokens by the loss", "tuning-demo-3.3-mixed"),
     ("3.3,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.3-coupled"),
+    ("3.65,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.65-coupled"),
     ("4.25,both_axes=true", "quick, two texts, tokens by the loss", "tuning-demo-4.25-mixed"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
@@ -529,8 +530,8 @@ types with a K: Q4_0, Q5_0, Q5_1 and Q8_0 stand in there.""",
     "qwen": """Qwen2.5-Coder-0.5B. Only the 4864 inputs of `down_proj` are whole blocks of the types
 with a K; 896 inputs are not. The float weights are those of a Q4_K_M file of llama.cpp, so they
 lie on the grids that Q4_K_M gives them once more: there perplexity is 0.002 above that of
-llama.cpp's own file, with a lower KL; in all other rows both are lower. In Q2_K, llama.cpp keeps
-values of this model a bit wider (0.1% of the file), which quantine has done only since.""",
+llama.cpp's own file, with a lower KL, and 0.021 below where tokens count by the loss
+(`--loss-weights`); in all other rows both are lower.""",
     "wide": """SmolLM2-135M made 768 wide, with 1536 inputs of `down_proj`: all rows are whole
 blocks of the types with a K. What is added is zeros, and predictions stay what they are
 (`python benchmarks/widened.py demo DIR`).""",
