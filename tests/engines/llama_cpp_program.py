@@ -1,4 +1,4 @@
-"""Run by llama-cpp-python's own Python: perplexity of windows of tokens, and tokens of texts."""
+"""Run by llama-cpp-python's own Python: perplexity of windows, tokens of texts, ends of answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def main() -> None:
     texts = [
         model.tokenize(text.encode(), add_bos=begun, special=special) for text in asked["texts"]
     ]
-    print(json.dumps({"perplexity": float(np.exp(total / count)), "texts": texts}))
+    vocabulary = llama_cpp.llama_model_get_vocab(model.model)
+    words = range(llama_cpp.llama_vocab_n_tokens(vocabulary))
+    ends = [token for token in words if llama_cpp.llama_vocab_is_eog(vocabulary, token)]
+    print(json.dumps({"perplexity": float(np.exp(total / count)), "texts": texts, "ends": ends}))
 
 
 def decoded(llama_cpp: Any, file: str) -> str:

@@ -123,6 +123,20 @@ def test_the_same_tokens(tmp_path: Path) -> None:
     assert found["texts"] == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
 
 
+def test_the_same_tokens_end_an_answer(tmp_path: Path) -> None:
+    python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
+    model = build(tiny_config("qwen2", eos_token_id=257), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"eos_token_id": [257, 65, 66]}')
+    plan = Plan.preset("rtn", group_size=32)
+    out = quantize(model, tmp_path / "out", plan, Calibration(samples=0)).path
+    file = export(out, tmp_path / "gguf", "gguf").path / "model.gguf"
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps({"windows": [[1, 2, 3]], "texts": []}), encoding="utf-8")
+    found = run_engine(python, "llama_cpp_program.py", str(file), str(asked))
+    assert found["ends"] == [65, 66, 257]
+    assert sorted(locate(file).config().eos_token_id) == [65, 66, 257]
+
+
 def test_the_same_tokens_of_sentencepiece(tmp_path: Path) -> None:
     python = interpreter("QUANTINE_LLAMA_CPP_PYTHON")
     model = build(
