@@ -99,6 +99,10 @@ def test_all_tokens_that_end_an_answer_are_written(tmp_path: Path) -> None:
     assert values["tokenizer.ggml.eom_token_id"] == 6
     _, notes = tokenizer_of(tmp_path, ROWS, {"eos_token_id": [EOS, 7, 8]})
     assert "llama.cpp is not told that tokens [5, 6] end an answer, too" in notes
+    for damaged in ("{", "[]"):
+        (tmp_path / "generation_config.json").write_text(damaged)
+        with pytest.raises(FormatError, match=r"generation_config\.json"):
+            tokenizer_of(tmp_path, ROWS, IDS)
 
 
 def test_the_usual_one_of_several_chat_templates_is_written(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from ggufs import divergence, write_gguf
 from quantine.errors import CheckpointError, FamilyError, QuantineError
 from quantine.runtime.generate import end_tokens
 from quantine.runtime.load import load_model
-from quantine.source.gguf.config import ARCHITECTURES
+from quantine.source.gguf.config import ARCHITECTURES, gguf_config
+from quantine.source.gguf.header import read_header
 from quantine.source.locate import locate
 from tiny_models import random_model, tiny_config
 
@@ -97,6 +99,10 @@ def test_every_token_that_ends_an_answer_is_one(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf", model_of("qwen2"), changes=ends)
     assert locate(file).config().eos_token_id == [257, 65]
     assert end_tokens(loaded(file)) == {257, 65}
+    header = read_header(file)
+    gone = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eom_token_id")
+    others = {key: value for key, value in header.metadata.items() if key not in gone}
+    assert gguf_config([replace(header, metadata=others)]).eos_token_id == 65
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

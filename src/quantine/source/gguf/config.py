@@ -199,8 +199,8 @@ def gguf_config(parts: Sequence[GGUFFile]) -> PretrainedConfig:
     fields |= {key: _token(parts[0], stored, fields) for key, stored in TOKENS.items()}
     ends = [fields["eos_token_id"], *(_token(parts[0], key, fields) for key in FURTHER_ENDS)]
     different = [token for token in dict.fromkeys(ends) if token is not None]
-    if len(different) > 1:
-        fields["eos_token_id"] = different
+    if different:
+        fields["eos_token_id"] = different if len(different) > 1 else different[0]
     fields["tie_word_embeddings"] = HEAD not in tensors or _are_equal(
         tensors[HEAD], tensors.get(TABLE)
     )

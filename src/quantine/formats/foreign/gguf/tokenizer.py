@@ -230,7 +230,12 @@ def _settings(directory: Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     """The content of a JSON file; nothing if it is not there."""
-    found: dict[str, Any] = {}
+    found: Any = {}
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FormatError(f"{path} cannot be read: {cut(error)}") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} is no table, but {cut(found)}")
     return found
