@@ -7,8 +7,8 @@ Environment variables name the engines' Pythons, see docs/engines.md: QUANTINE_V
 quantine in it), QUANTINE_LLAMA_CPP_PYTHON, QUANTINE_COMPRESSED_TENSORS_PYTHON (with transformers
 and without quantine). Rows in the file are not made again. ``families`` are tiny random models of
 every family that vLLM serves, by quantine's plug-in and by vLLM's own kernels, which want AVX-512;
-of those that GGUF files hold; and of all as compressed-tensors. GPTQ files of families that vLLM
-does not serve are read by quantine itself. benchmarks/results.py makes the table.
+of those that GGUF files hold; and of all as compressed-tensors. GPTQ files of families that the
+plug-in does not serve are read by quantine itself. benchmarks/results.py makes the table.
 """
 
 from __future__ import annotations

@@ -486,8 +486,8 @@ after llama.cpp has made floats of it itself. "Transformers with the library" ha
 library compressed-tensors decodes the file. Of tiny models, the plug-in has plans with another
 width and grid for every matrix, and the others 4 bits in groups of 32, symmetric but in GGUF. For
 vLLM's own kernels, which want AVX-512, they have heads 32 wide, and bfloat16 where it refuses
-float16. GPTQ files of families that vLLM does not serve are read by quantine's own `import`: these
-rows show that files say what the directory does, and no engine.
+float16. GPTQ files of families that the plug-in does not serve are read by quantine's own `import`:
+these rows show that files say what the directory does, and no engine.
 """
 ENGINE_TABLES = {
     "demo": "SmolLM2-135M",

@@ -30,16 +30,7 @@ def round_block(columns: Columns, start: int, stop: int) -> None:
         SolverError: a scale or a zero point does not fit into float16. A GPU only notes it, for
             `quantine.kernels.fit.fitted.FittedGroups.check`.
     """
-    kind = backend.of(
-        columns.weights,
-        columns.upper,
-        columns.scales,
-        columns.zeros,
-        columns.groups,
-        columns.codes,
-        columns.errors,
-        columns.kept,
-    )
+    kind = backend.of(*columns.tensors, columns.coupling)
     if kind == "native":
         cpu.round_block(columns, start, stop)
     elif kind == "triton":

@@ -72,6 +72,12 @@ class Columns:
     at_reach: AtReach | None = None
     coupling: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The matrix, its grids, and what is written, in the order of the attributes."""
+        grids = self.scales, self.zeros, self.groups
+        return self.weights, self.upper, *grids, self.codes, self.errors, self.kept
+
     @classmethod
     def of(
         cls,

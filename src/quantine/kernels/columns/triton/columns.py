@@ -79,16 +79,8 @@ def coupled_launch_of(
 
 def _tensors(columns: Columns) -> list[Tensor | None]:
     """The matrix and its grids, with which the operands of both programs begin."""
-    return [
-        columns.weights,
-        columns.upper,
-        columns.scales,
-        columns.zeros,
-        columns.groups,
-        columns.codes,
-        columns.errors,
-        None if columns.kept is None else columns.kept.view(torch.int8),
-    ]
+    *others, kept = columns.tensors
+    return [*others, None if kept is None else kept.view(torch.int8)]
 
 
 def share_of(fitting: AtReach | None) -> Share | None:
