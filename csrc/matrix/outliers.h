@@ -23,6 +23,7 @@ inline void outlier_products(const Weights& w, std::size_t first, std::size_t co
 }
 
 constexpr std::size_t kOutlierChains = 8;  // sums of a row of weights that take turns
+static_assert(kTile % kOutlierChains == 0);
 
 // Adds what outliers of a tile make of one row of activations. They lie by row, mostly one or two
 // of each: a loop for each row would cost more than the products. Where rows have many, sums that
@@ -32,8 +33,9 @@ void add_outliers(const Weights& w, std::size_t tile, const float* x, float* lan
   constexpr std::size_t kPiece = 128, kChains = kOutlierChains;
   alignas(64) float products[kPiece];
   alignas(64) float sums[kChains][kTile] = {};
-  const std::size_t end = w.outlier_offsets[tile + 1];
-  for (std::size_t first = w.outlier_offsets[tile]; first < end; first += kPiece) {
+  const std::size_t begin = w.outlier_offsets[tile], end = w.outlier_offsets[tile + 1];
+  if (begin == end) return;
+  for (std::size_t first = begin; first < end; first += kPiece) {
     const std::size_t count = std::min(kPiece, end - first);
     outlier_products<V>(w, first, count, x, products);
     const std::uint8_t* lanes = &w.outlier_lanes[first];
@@ -60,42 +62,42 @@ void outlier_values(const Weights& w, std::size_t first, std::size_t count, floa
 }
 
 // What outliers add for all rows of activations, added to `y` `[batch, rows]`, in the same order of
-// sums.
+// sums. A tile has few outliers in each of its rows, so sums of all rows wait in memory for theirs.
 template <typename V>
 void add_outliers(const Weights& w, const Activations& a, std::size_t batch, std::size_t tile,
                   float* y) {
   const std::size_t first = tile * kTile, rows = std::min(kTile, w.rows - first);
   const std::size_t begin = w.outlier_offsets[tile], end = w.outlier_offsets[tile + 1];
+  if (begin == end) return;
   for (std::size_t start = 0; start < batch; start += kTile) {
     const float* x = a.turned + start * w.columns;
     float* out = y + start * w.rows + first;
     const std::size_t some = std::min(kTile, batch - start);
-    std::size_t e = begin;
-    for (std::size_t r = 0; r < rows; ++r, ++out) {
-      typename V::Float sums[kOutlierChains];
-      for (auto& sum : sums) sum = V::set(0.0f);
-      for (std::size_t count = 0; e < end && w.outlier_lanes[e] == r; e += count) {
-        const std::size_t most = std::min(kTile, end - e);
-        for (count = 1; count < most && w.outlier_lanes[e + count] == r;) ++count;
-        float values[kTile];
-        outlier_values<V>(w, e, count, values);
-        const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
-          auto& sum = sums[(e - begin + i) % kOutlierChains];
-          sum = V::add(sum, V::mul(V::floats(x + column * kTile), V::set(values[i])));
-        };
-        if (w.outlier_short_columns.empty())
-          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
-        else
-          for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
-      }
-      if (r < a.first_lane) continue;
-      float lanes[kTile] = {};
-      for (std::size_t b = 0; b < some; ++b) lanes[b] = out[b * w.rows];
-      typename V::Float total = V::floats(lanes);
-      for (const auto& sum : sums) total = V::add(total, sum);
-      V::store(lanes, total);
-      for (std::size_t b = 0; b < some; ++b) out[b * w.rows] = lanes[b];
+    alignas(64) float totals[kTile][kTile] = {};
+    alignas(64) float sums[kOutlierChains][kTile][kTile] = {};
+    for (std::size_t b = 0; b < some; ++b)
+      for (std::size_t r = a.first_lane; r < rows; ++r) totals[r][b] = out[b * w.rows + r];
+    for (std::size_t e = begin; e < end; e += kTile) {
+      const std::size_t count = std::min(kTile, end - e);
+      float values[kTile];
+      outlier_values<V>(w, e, count, values);
+      const auto add = [&](std::size_t i, std::size_t column) __attribute__((always_inline)) {
+        float* sum = sums[i % kOutlierChains][w.outlier_lanes[e + i]];
+        const auto product = V::mul(V::floats(x + column * kTile), V::set(values[i]));
+        V::store(sum, V::add(V::floats(sum), product));
+      };
+      if (w.outlier_short_columns.empty())
+        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_columns[e + i]);
+      else
+        for (std::size_t i = 0; i < count; ++i) add(i, w.outlier_short_columns[e + i]);
     }
+    for (std::size_t r = a.first_lane; r < rows; ++r) {
+      typename V::Float total = V::floats(totals[r]);
+      for (const auto& sum : sums) total = V::add(total, V::floats(sum[r]));
+      V::store(totals[r], total);
+    }
+    for (std::size_t b = 0; b < some; ++b)
+      for (std::size_t r = a.first_lane; r < rows; ++r) out[b * w.rows + r] = totals[r][b];
   }
 }
 
