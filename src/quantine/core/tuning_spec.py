@@ -20,7 +20,7 @@ class Tuning:
         steps: number of steps of the whole model, each of which changes all numbers once.
         segments: segments of calibration text whose gradients one step averages.
         rate: largest change of a scale in one step, as a share of it; other numbers change in
-            proportion, see `quantine.tuning.numbers`. Blocks move four times as fast.
+            proportion, see `quantine.tuning.numbers`. Blocks move twice as fast.
         block_steps: number of steps of each block, which also change codes; 0 leaves codes as they
             were solved.
 
@@ -50,9 +50,9 @@ class Tuning:
 
 SETTINGS: Final = {
     "quick": Tuning(),
-    "long": Tuning(steps=48, segments=8, block_steps=80),
+    "long": Tuning(segments=8),
 }
-"""Named settings: minutes, and some more minutes, for a small model on two cores."""
+"""Named settings: minutes, and twice as many of them, for a small model on two cores."""
 
 
 def tuning_from(value: Any, where: str) -> Tuning | None:

@@ -18,7 +18,7 @@ HELD_OUT: Final = 8
 """The last of so many parts of the calibration text is not tuned on, but judges."""
 JUDGES: Final = 16
 """Number of segments that judge."""
-BLOCK_TOKENS: Final = 2**17
+BLOCK_TOKENS: Final = 2**18
 """Number of tokens, at most, that blocks are tuned on, again and again, unless a segment is longer:
 hidden states of all of them are in memory."""
 
