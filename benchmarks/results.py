@@ -212,8 +212,8 @@ windows of 1024 tokens; `--loss-weights` before that, and with it:
 
 """
 COUPLED_AFTER = """
-More text makes both steadier: the last row is of `--samples 128`, by `--bfloat16` on another machine
-beside other programs.
+More text makes both steadier: the last row is of `--samples 128`, by `--bfloat16` on another
+machine beside other programs.
 
 By blocks 12 to 17 alone (4 windows of 512 of each text, tokens of the same two sources, weighted):
 0.0192 on WikiText-2 and 0.0228 on C4 without, 0.0160 and 0.0193 where all outputs of a matrix make
@@ -251,9 +251,9 @@ alone, 4.25 bits leave 22% less on WikiText-2 and 32% less on C4 than untuned; t
 that judges went from 0.0527 to 0.0447 by blocks and 0.0445 at the end, while 0.03 was left on what
 was tuned on. It took 60 minutes of the same.
 
-Solving with 128 segments instead of 32 gains the most: a ninth of the divergence at 3.3 bits, before
-anything is tuned. `long` then took the part that judges from 0.1643 to 0.1392 by blocks and to
-0.1339 at the end, in 55 minutes of processor time on one thread of an EPYC that multiplies in
+Solving with 128 segments instead of 32 gains the most: a ninth of the divergence at 3.3 bits,
+before anything is tuned. `long` then took the part that judges from 0.1643 to 0.1392 by blocks and
+to 0.1339 at the end, in 55 minutes of processor time on one thread of an EPYC that multiplies in
 bfloat16, while others used the machine. At 4.25 bits tuned blocks gained nothing over 128 segments,
 0.0430 of 0.0431: noise moved 6% of the codes. Blocks 0 to 4 alone, tuned at that rate, added 1.2%
 to it; at half the rate 2.8% of their codes change, and 2.1% is taken off; at a quarter 0.07% and
