@@ -263,7 +263,7 @@ to it; at half the rate 2.8% of their codes change, and 2.1% is taken off; at a 
 are at the old one. At half the rate `quick` went from 0.1643 to 0.1376 by blocks and 0.1327 at the
 end at 3.3 bits, and from 0.0431 to 0.0385 and 0.0385 at 4.25, in 28 and 29 minutes of the same.
 
-Before that, only blocks 0 to 3 of 30 were tuned in a trial, out of 34 thousand tokens of which half
+At first, only blocks 0 to 3 of 30 were tuned in a trial, out of 34 thousand tokens of which half
 were WikiText-2 and half the training part of C4. On 10 segments each of held-out WikiText-2 and C4
 (512 tokens) the divergence fell from 0.1557 and 0.3558 to 0.1515 and 0.3389. Weighing the error by
 the covariance of the loss's gradients in the block's output gave 0.1538 and 0.3388, so it stays

@@ -63,6 +63,7 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     plan: Plan, block_steps: int, model: Path, tmp_path: Path, calibration: Calibration
 ) -> None:
     quantine.quantize(model, tmp_path / "plain", plan, calibration)
+    # At a smaller rate, six steps leave every code where it was.
     tuned = replace(plan, tune=replace(TUNING, rate=4e-3, block_steps=block_steps))
     report = quantine.quantize(model, tmp_path / "tuned", tuned, calibration).report
     outcome = report["tuning"]
