@@ -32,13 +32,15 @@ def python_of_llama_cpp() -> str:
     return os.environ["QUANTINE_LLAMA_CPP_PYTHON"]
 
 
-def float_and_importance(model: str, samples: int, work: Path) -> tuple[Path, Path]:
+def float_and_importance(
+    model: str, samples: int, work: Path, text: str = TEXT
+) -> tuple[Path, Path]:
     """The float weights as a GGUF file and the importance matrix, made where they are missing."""
     base, importance = work / "float.gguf", work / "importance.npz"
     if not base.exists():
         float_file(model, base)
     if not importance.exists():
-        np.savez(importance, **mean_squares(model, samples))
+        np.savez(importance, **mean_squares(model, samples, text))
     return base, importance
 
 
@@ -91,10 +93,10 @@ def float_file(model: str, out: Path) -> None:
         (Path(scratch) / FILE).rename(out)
 
 
-def mean_squares(model: str, samples: int) -> dict[str, Any]:
+def mean_squares(model: str, samples: int, text: str = TEXT) -> dict[str, Any]:
     """The mean square of each input of every matrix in the blocks, by llama.cpp's names."""
     inputs = Inputs.of(model, torch.float32)
-    segments = inputs.calibration(samples)
+    segments = inputs.calibration(samples, text)
     sums: dict[str, Tensor] = {}
 
     def watch(layer: Layer, x: Tensor) -> None:

@@ -77,12 +77,12 @@ class Inputs:
         layers = find_layers(model, family_of(config))
         return cls(source, model, stored, [layer for layer in layers if layer.role == "block"])
 
-    def calibration(self, samples: int) -> Tensor:
-        """The calibration text that `quantine quantize --samples` takes, ``[samples, length]``."""
+    def calibration(self, samples: int, text: str = TEXT) -> Tensor:
+        """What `quantine quantize --calibration TEXT --samples` takes, ``[samples, length]``."""
         config = self.source.config()
         known = self.source.tokenizer(), config.vocab_size
         longest = getattr(config, "max_position_embeddings", None)
-        return calibration_segments(Calibration(TEXT, samples), *known, longest)
+        return calibration_segments(Calibration(text, samples), *known, longest)
 
     @torch.no_grad()
     def observe(self, windows: Tensor, watch: Callable[[Layer, Tensor], None]) -> None:

@@ -1,9 +1,12 @@
 // How threads of a pool wait for a step, take their share of it, and help each other.
 #include "base/pool.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <system_error>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -38,52 +41,77 @@ bool soon(Happened&& happened) {
   return false;
 }
 
+// How often this process, and those it comes from, were forked since this was first asked.
+std::size_t forks() {
+  static std::atomic<std::size_t> count{0};
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { ++count; });
+  static_cast<void>(registered);
+  return count;
+}
+
 }  // namespace
 
-Pool::Pool(std::size_t threads) : parts_(std::max<std::size_t>(threads, 1)) {
+Pool::Pool(std::size_t threads) : forks_(forks()), parts_(std::max<std::size_t>(threads, 1)) {
   try {
     for (std::size_t index = 1; index < threads; ++index)
-      workers_.emplace_back([this, index] { work(index); });
+      waiting_->workers.emplace_back([this, index] { work(index); });
   } catch (const std::system_error&) {
     // The system gives no more threads: those that started do all the work.
   }
 }
 
 Pool::~Pool() {
+  if (forked()) {
+    static_cast<void>(waiting_.release());  // destroying it would wait for threads for ever
+    return;
+  }
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(waiting_->mutex);
     stop_ = true;
   }
-  wake_.notify_all();
-  for (std::thread& worker : workers_) worker.join();
+  waiting_->wake.notify_all();
+  for (std::thread& worker : waiting_->workers) worker.join();
 }
 
+bool Pool::forked() const { return forks() != forks_; }
+
 void Pool::run(std::size_t count, const std::function<void(std::size_t)>& task) {
-  if (workers_.empty() || count < 2) {
+  if (waiting_->workers.empty() || count < 2 || forked()) {
     for (std::size_t index = 0; index < count; ++index) task(index);
     return;
   }
   const std::lock_guard<std::mutex> turn(callers_);
   task_ = &task;
+  failed_ = false;
   for (std::size_t part = 0; part < parts_.size(); ++part) {
     parts_[part].next = count * part / parts_.size();
     parts_[part].end = count * (part + 1) / parts_.size();
   }
   step_ += kNumber + kOpen;
   if (sleeping_workers_ != 0) {
-    { const std::lock_guard<std::mutex> lock(mutex_); }  // those about to sleep do so first
-    wake_.notify_all();
+    { const std::lock_guard<std::mutex> lock(waiting_->mutex); }  // who is about to sleep does
+    waiting_->wake.notify_all();
   }
   take_indices(0);
   step_ -= kOpen;
   wait_for_workers();
+  if (failed_) std::rethrow_exception(std::exchange(thrown_, nullptr));
 }
 
 void Pool::take_indices(std::size_t thread) {
-  for (std::size_t other = 0; other < parts_.size(); ++other) {
-    Part& part = parts_[(thread + other) % parts_.size()];
-    for (std::size_t index = part.next++; index < part.end; index = part.next++) (*task_)(index);
+  try {
+    for (std::size_t other = 0; other < parts_.size(); ++other) {
+      Part& part = parts_[(thread + other) % parts_.size()];
+      for (std::size_t index = part.next++; index < part.end; index = part.next++) (*task_)(index);
+    }
+  } catch (...) {
+    give_up(std::current_exception());
   }
+}
+
+void Pool::give_up(std::exception_ptr thrown) {
+  if (!failed_.exchange(true)) thrown_ = std::move(thrown);
+  for (Part& part : parts_) part.next = part.end;
 }
 
 void Pool::wait_for_workers() {
@@ -91,9 +119,9 @@ void Pool::wait_for_workers() {
   if (alone()) return;
   const auto begin = Clock::now();
   if (!soon(alone)) {
-    std::unique_lock<std::mutex> lock(mutex_);
+    std::unique_lock<std::mutex> lock(waiting_->mutex);
     ++sleeping_callers_;
-    done_.wait(lock, alone);
+    waiting_->done.wait(lock, alone);
     --sleeping_callers_;
   }
   waited_ = waited_.load() + (Clock::now() - begin);  // callers take turns
@@ -113,9 +141,9 @@ void Pool::work(std::size_t thread) {
 void Pool::wait_for_step(std::uint64_t seen) {
   const auto called = [&] { return step_ / kNumber != seen || stop_; };
   if (soon(called)) return;
-  std::unique_lock<std::mutex> lock(mutex_);
+  std::unique_lock<std::mutex> lock(waiting_->mutex);
   ++sleeping_workers_;
-  wake_.wait(lock, called);
+  waiting_->wake.wait(lock, called);
   --sleeping_workers_;
 }
 
@@ -129,8 +157,8 @@ bool Pool::join(std::uint64_t& seen) {
 void Pool::leave() {
   const std::uint64_t left = --step_;
   if ((left & (kOpen | kWorkers)) != 0 || sleeping_callers_ == 0) return;
-  { const std::lock_guard<std::mutex> lock(mutex_); }  // the caller may be about to sleep
-  done_.notify_one();
+  { const std::lock_guard<std::mutex> lock(waiting_->mutex); }  // the caller may be about to sleep
+  waiting_->done.notify_one();
 }
 
 }  // namespace quantine

@@ -242,7 +242,8 @@ void bind_decoder(nb::module_& m) {
            "capacity"_a, "texts"_a, "exact"_a, "integer_rows"_a, "pool"_a)
       .def("append", &append, "text"_a, "tokens"_a, "logits"_a)
       .def("step", &step, "texts"_a, "tokens"_a, "logits"_a)
-      .def("truncate", &Decoder::truncate, "text"_a, "position"_a)
+      .def("truncate", &Decoder::truncate, "text"_a, "position"_a,
+           nb::call_guard<nb::gil_scoped_release>())
       .def("position", &Decoder::position, "text"_a)
       .def("time_stages", &Decoder::time_stages, "on"_a)
       .def("stages", &stages)

@@ -56,6 +56,7 @@ Decoder::Decoder(Model model, std::size_t capacity, std::size_t texts, Arithmeti
 
 void Decoder::append(std::size_t text, const std::int64_t* tokens, std::size_t count,
                      float* logits) {
+  const std::lock_guard<std::mutex> turn(turn_);
   check(std::vector<std::size_t>(count, text).data(), tokens, count);
   clock_.start();
   std::size_t chunk = 0;
@@ -94,6 +95,7 @@ std::array<std::size_t, kStageNames.size()> Decoder::stage_bytes() const {
 
 void Decoder::step(const std::size_t* texts, const std::int64_t* tokens, std::size_t count,
                    float* logits) {
+  const std::lock_guard<std::mutex> turn(turn_);
   check(texts, tokens, count);
   clock_.start();
   for (std::size_t done = 0; done < count; done += kTokens) {
@@ -104,6 +106,7 @@ void Decoder::step(const std::size_t* texts, const std::int64_t* tokens, std::si
 }
 
 void Decoder::truncate(std::size_t text, std::size_t position) {
+  const std::lock_guard<std::mutex> turn(turn_);
   std::size_t& held = texts_.at(text).position;
   held = std::min(held, position);
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,7 +22,8 @@
 
 namespace quantine {
 
-// A model with room for `texts` texts of `capacity` tokens. All arithmetic is float32, except for
+// A model with room for `texts` texts of `capacity` tokens. Threads that append or truncate take
+// turns, whichever texts these are: all share what a pass works on. All arithmetic is float32, except for
 // what `arithmetic` allows in matrix products, and products in integers: of `integer_rows` tokens
 // or more that are appended at once, where linears have a grid for them.
 class Decoder {
@@ -76,6 +78,7 @@ class Decoder {
 
   std::size_t width() const { return model_.embedding->columns(); }
 
+  std::mutex turn_;
   Model model_;
   std::size_t capacity_;
   Arithmetic arithmetic_;

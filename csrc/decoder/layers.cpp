@@ -15,9 +15,17 @@ void relu(float* x, std::size_t n) {
   for (std::size_t j = 0; j < n; ++j) x[j] = x[j] < 0.0f ? 0.0f : x[j];
 }
 
+// e^x of what is above this is as of 88.3, but 1 / (1 + e^x) is 0.
+constexpr float kFar = 88.3f;
+
+// x / (1 + e^-u), which is NaN where x is -inf and u is as small.
+QUANTINE_INLINE float gated(float x, float u) {
+  return u < -kFar ? x * 0.0f : x / (1.0f + exponential(-u));
+}
+
 QUANTINE_CLONES
 void silu(float* x, std::size_t n) {
-  for (std::size_t j = 0; j < n; ++j) x[j] = x[j] / (1.0f + exponential(-x[j]));
+  for (std::size_t j = 0; j < n; ++j) x[j] = gated(x[j], x[j]);
 }
 
 // erf does not vectorize, and few models use this variant.
@@ -30,7 +38,7 @@ void gelu_tanh(float* x, std::size_t n) {
   // (1 + tanh u) / 2 is 1 / (1 + e^-2u).
   for (std::size_t j = 0; j < n; ++j) {
     const float twice = 1.59576912f * (x[j] + 0.044715f * x[j] * x[j] * x[j]);
-    x[j] = x[j] / (1.0f + exponential(-twice));
+    x[j] = gated(x[j], twice);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -55,13 +56,13 @@ quantine::StatisticSource source_of(const Statistic& s, std::size_t lines, std::
       throw nb::value_error("coded statistics must be [groups, lines], whole ones [lines, groups]");
     if (turned) {
       if (s.span < 1) throw nb::value_error("a second grid must span a line");
-      const std::size_t spans = (lines + s.span - 1) / s.span;
+      found.span = std::min(s.span, lines);
+      const std::size_t spans = (lines + found.span - 1) / found.span;
       if (!s.zeros || s.steps->shape(0) != groups || s.steps->shape(1) != spans ||
           s.zeros->shape(0) != groups || s.zeros->shape(1) != spans)
         throw nb::value_error("steps and zeros must be [groups, spans]");
       found.steps = half_bits(s.steps->data());
       found.zeros = half_bits(s.zeros->data());
-      found.span = s.span;
     }
   }
   return found;
@@ -117,7 +118,6 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
   quantine::Source source;
   source.rows = codes.shape(0);
   source.columns = codes.shape(1);
-  source.group_size = group_size;
   source.along_outputs = along_outputs;
   source.bits = bits;
   source.codes = codes.data();
@@ -126,8 +126,10 @@ Matrix packed(Codes codes, int bits, std::size_t group_size, bool along_outputs,
     throw nb::value_error("a matrix needs rows, columns and groups");
   const std::size_t lines = along_outputs ? source.columns : source.rows;
   const std::size_t length = along_outputs ? source.rows : source.columns;
+  source.group_size = std::min(group_size, length);
   if (sizes) add_sizes(source, *sizes);
-  const std::size_t groups = sizes ? source.ends.size() : (length + group_size - 1) / group_size;
+  const std::size_t groups =
+      sizes ? source.ends.size() : (length + source.group_size - 1) / source.group_size;
   source.scale = source_of(scale, lines, groups);
   source.zero = source_of(zero, lines, groups);
   if (source.scale.kept != Kept::kHalf && source.scale.kept != Kept::kCoded)

@@ -21,6 +21,11 @@ from samples import quick
         ({"bits": 4.0}, "bits must be a whole number, not 4.0"),
         ({"bits": True}, "bits must be a whole number, not True"),
         ({"group_size": -2}, "group_size must be positive, or -1 for the whole line, not -2"),
+        (
+            {"group_size": 2**64 - 1},
+            "group_size must be at most 2147483647, not 18446744073709551615",
+        ),
+        ({"stat_group_size": 2**31}, "stat_group_size must be at most 2147483647, not 2147483648"),
         ({"group_size": "64"}, "group_size must be a whole number, not '64'"),
         ({"sym": 1}, "sym must be true or false, not 1"),
         ({"scale_bits": 1}, "scale_bits must be 2 to 8, or 16, not 1"),

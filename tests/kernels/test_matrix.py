@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -306,6 +307,21 @@ def test_a_shorter_last_group_of_outputs(group_size: int) -> None:
     for arithmetic in ARITHMETICS:
         (found,) = multiply([packed_matrix(q)], x, arithmetic)
         assert close(found, multiply_reference(q, x, arithmetic), x, reach(whole)[:50])
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("axis", GROUP_AXES)
+def test_sizes_beyond_the_matrix_are_those_of_the_matrix(axis: GroupAxis) -> None:
+    huge = 2**64 - 1
+    q = qtensor_of(1, 36, 1, 40, 4, "coded whole", "coded", 0.0, False, axis)
+    grid = q.grid
+    assert isinstance(grid.scale, Statistic)
+    scale = replace(grid.scale, grid=replace(grid.scale.grid, group_size=huge))
+    large = QTensor(q.codes, replace(grid, scale=scale, group_size=huge))
+    x = torch.randn(3, q.codes.shape[1], generator=torch.Generator().manual_seed(0))
+    for arithmetic in ARITHMETICS:
+        found, expected = (multiply([packed_matrix(one)], x, arithmetic)[0] for one in (large, q))
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -362,6 +362,10 @@ def test_activations(name: str) -> None:
     native.activate(name, odd)
     assert odd[0].isnan()
     assert odd[1] == math.inf
+    low = torch.tensor([-1e30, -3e38, -math.inf])
+    wanted = ACTIVATIONS[name](low)
+    native.activate(name, low)
+    torch.testing.assert_close(low, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_shapes_are_checked_natively() -> None:

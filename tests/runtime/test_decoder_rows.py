@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -113,3 +114,21 @@ def test_a_pass_that_does_not_fit_changes_nothing() -> None:
     assert [text.position for text in batch.texts] == [7, 7]
     batch.texts[0].truncate(9)
     assert batch.texts[0].position == 7
+
+
+def test_threads_with_texts_of_one_batch_wait_for_each_other() -> None:
+    model = random_model(tiny_config("llama"))
+    tokens = [some_tokens(30)[0], some_tokens(30)[0].flip(0)]
+    alone = decoder_for(model, 30)
+    batch = batch_for(model, 30, 2)
+
+    def written(decoder: Decoder, text: Tensor) -> Tensor:
+        decoder.reset()
+        return torch.stack([decoder.append(token).clone() for token in text.split(1)])
+
+    wanted = [written(alone, text) for text in tokens]
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(20):
+            found = threads.map(written, batch.texts, tokens)
+            for one, expected in zip(found, wanted, strict=True):
+                assert torch.equal(one, expected)

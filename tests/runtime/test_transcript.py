@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from quantine.runtime.prompt import Transcript
+from quantine.runtime.prompt import LONGEST, Transcript
 from sentencepieces import for_transformers, sentencepiece
 from tiny_models import byte_tokenizer
 
@@ -53,3 +55,29 @@ def test_what_a_character_lacks_is_said_in_the_end() -> None:
     assert pieces(Transcript(tokenizer, ids[:1]), ids[1:]) == ["", "é", ""]
     found = pieces(Transcript(tokenizer, ids[:1]), ids[1:2])
     assert found == ["", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_the_answer_may_end_a_character_that_the_prompt_began() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("café au lait", add_special_tokens=False)["input_ids"]
+    assert "".join(pieces(Transcript(tokenizer, ids[:4]), ids[4:])) == "é au lait"
+    broken = [*ids[:4], *ids[5:]]  # the character that is begun is never ended
+    assert "".join(pieces(Transcript(tokenizer, broken[:4]), broken[4:])) == " au lait"
+
+
+def test_a_long_answer_is_not_decoded_anew_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = for_transformers(sentencepiece())
+    text = " ".join(["there they thought of ខ្មែរ theatres, 日本語の本"] * 40)
+    ids = tokenizer(text)["input_ids"]
+    decoded: list[int] = []
+    decode = type(tokenizer).decode
+
+    def counted(self: Any, tokens: list[int], **options: Any) -> str:
+        decoded.append(len(tokens))
+        return decode(self, tokens, **options)
+
+    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    transcript = Transcript(tokenizer, ids[:1])
+    assert "".join(pieces(transcript, ids[1:])) == text
+    assert len(transcript) == len(ids) - 1
+    assert max(decoded) <= LONGEST + 3 * 30, "a run of bytes is decoded as a whole"

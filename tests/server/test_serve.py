@@ -220,6 +220,55 @@ def test_an_answer_that_fails_is_said_to_all_and_the_next_is_made(
     assert again.completions.create(**ASKED).choices[0].text
 
 
+def test_what_goes_wrong_with_one_text_ends_no_other(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = Continuation.take
+
+    def fail_once(self: Continuation, logits: torch.Tensor) -> list[int]:
+        if self._sampler._sampling.seed == 13:
+            raise RuntimeError("no memory")
+        return take(self, logits)
+
+    with monkeypatch.context() as broken, ThreadPoolExecutor(3) as clients:
+        broken.setattr(Continuation, "take", fail_once)
+        good = [clients.submit(served.text, seed=seed) for seed in (1, 2)]
+        with pytest.raises(openai.InternalServerError, match="the server failed"):
+            served.text(seed=13)
+        assert good[0].result() == good[1].result() == served.text()
+
+
+def test_other_clients_are_answered_while_a_long_text_is_cut_into_tokens(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting, answered = threading.Event(), threading.Event()
+    prompt_ids = served.engine.prompt_ids
+
+    def slow(request: Any) -> torch.Tensor:
+        waiting.set()
+        assert answered.wait(60)
+        return prompt_ids(request)
+
+    with ThreadPoolExecutor(1) as clients:
+        monkeypatch.setattr(served.engine, "prompt_ids", slow)
+        long = clients.submit(served.text)
+        assert waiting.wait(60)
+        assert served.client.models.list().data
+        answered.set()
+        assert long.result()
+
+
+def test_where_nobody_says_how_many_tokens_there_are_as_many_as_fit(served: Served) -> None:
+    def tokens(length: int) -> int:
+        asked = {"model": "served", "prompt": "x" * length, "temperature": 0}
+        usage = served.client.completions.create(**asked).usage
+        assert usage is not None
+        return int(usage.completion_tokens)
+
+    assert tokens(CONTEXT - 3) <= 3
+    assert tokens(8) <= 16
+
+
 @dataclass(frozen=True)
 class OnePlace:
     """A server that makes one answer at a time, its client, and the tokens that it made."""

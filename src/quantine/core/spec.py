@@ -29,6 +29,8 @@ FLOAT16: Final = 16
 WHOLE_ROW: Final = -1
 """Size that stands for "all": a group of the whole line, or one second grid for the statistics of
 all lines."""
+MOST_WEIGHTS: Final = 2**31 - 1
+"""Largest group, and most lines that a second grid spans: native code adds to such numbers."""
 CLUSTERS: Final = 0
 """Group size that stands for groups as large as the clusters of the matrix's input channels (RPTQ,
 arXiv 2304.01089)."""
@@ -103,6 +105,8 @@ class QuantSpec:
             clusters = name == "group_size" and value == CLUSTERS
             if value != WHOLE_ROW and value < 1 and not clusters:
                 raise PlanError(f"{name} must be positive, or -1 for {whole}, not {shown(value)}")
+            if value > MOST_WEIGHTS:
+                raise PlanError(f"{name} must be at most {MOST_WEIGHTS}, not {shown(value)}")
         widths = f"{MIN_BITS} to {MAX_BITS}, or {FLOAT16}"
         if not (MIN_BITS <= self.scale_bits <= MAX_BITS or self.scale_bits == FLOAT16):
             raise PlanError(f"scale_bits must be {widths}, not {shown(self.scale_bits)}")

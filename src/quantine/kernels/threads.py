@@ -20,7 +20,8 @@ def pool() -> Any:
     return _pool(torch.get_num_threads(), os.getpid())
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def _pool(threads: int, process: int) -> Any:
-    # By process, because threads do not survive a fork.
+    # By process, because threads do not survive a fork. Who goes back and forth between two numbers
+    # of threads keeps both pools; more would sleep for good.
     return backend.extension().Pool(threads)

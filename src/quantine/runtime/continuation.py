@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -13,6 +14,10 @@ from quantine.runtime.generate_texts import TOGETHER
 from quantine.runtime.graph_decoder import StaticDecoder
 from quantine.runtime.prompt_lookup import PromptLookup
 from quantine.runtime.sampling import Sampler, Sampling
+
+P = ParamSpec("P")
+Made = list[int] | Exception
+"""New tokens of a text, or what went wrong."""
 
 
 class Continuation:
@@ -68,6 +73,10 @@ class Continuation:
             self._draft = self._lookup.draft(min(most, self._left) - 1)
         return [self._last, *self._draft]
 
+    def see(self, rows: list[int]) -> list[int]:
+        """Let the model see what `next_rows` has said, of this text alone, and choose."""
+        return self.take(self.decoder.append(_ids(rows)).unsqueeze(0))
+
     def take(self, logits: Tensor) -> list[int]:
         """Choose the next tokens, of which all but the last one were guessed.
 
@@ -96,7 +105,7 @@ class Continuation:
         return chosen
 
 
-def advance(texts: Sequence[Continuation], batch: Batch | None) -> list[list[int]]:
+def advance(texts: Sequence[Continuation], batch: Batch | None) -> list[Made]:
     """Continue each of several texts that have not ended: by its first token, or by a step.
 
     Args:
@@ -105,25 +114,33 @@ def advance(texts: Sequence[Continuation], batch: Batch | None) -> list[list[int
             begun. Without one, they are continued one after another.
 
     Returns:
-        The new tokens of each: one, more where guesses were right, or none where it ends.
+        The new tokens of each: one, more where guesses were right, or none where it ends. Or what
+        went wrong with that text, which cannot go on: others do.
     """
-    new: dict[int, list[int]] = {}
+    new: dict[int, Made] = {}
     going = []
     for place, text in enumerate(texts):
         if text.begun:
             going.append((place, text, text.next_rows(max(1, TOGETHER // len(texts)))))
         else:
-            new[place] = text.begin()
+            new[place] = _attempt(text.begin)
     rows = [token for _, _, own in going for token in own]
     if batch is None or len(rows) == 1:
         for place, text, own in going:
-            new[place] = text.take(text.decoder.append(_ids(own)).unsqueeze(0))
+            new[place] = _attempt(text.see, own)
     elif going:
         logits = batch.step([text.place for _, text, own in going for _ in own], _ids(rows))
         parts = logits.split([len(own) for _, _, own in going])
         for (place, text, _), part in zip(going, parts, strict=True):
-            new[place] = text.take(part)
+            new[place] = _attempt(text.take, part)
     return [new[place] for place in range(len(texts))]
+
+
+def _attempt(act: Callable[P, list[int]], *given: P.args, **named: P.kwargs) -> Made:
+    try:
+        return act(*given, **named)
+    except Exception as error:  # whatever it is, it is that of one text
+        return error
 
 
 def _ids(tokens: list[int]) -> Tensor:

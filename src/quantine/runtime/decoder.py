@@ -29,7 +29,8 @@ class Decoder:
 
     It shares packed weights with the model it was made from, but copies float weights and settings:
     make another decoder after changing any of them. ``model.generate`` does so by itself, see
-    `quantine.runtime.model_state.ModelState`.
+    `quantine.runtime.model_state.ModelState`. Threads that use one, or several of a `Batch`, wait
+    for each other.
 
     Args:
         native: a ``quantine._native.Decoder``.

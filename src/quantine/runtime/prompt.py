@@ -15,7 +15,9 @@ from quantine.errors import PlanError
 UNFINISHED: Final = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer gives for a character of which tokens are missing."""
 CONTEXT: Final = 8
-"""Number of tokens before an answer that are decoded with it, at least."""
+"""Number of tokens before new ones that are decoded with them, at least."""
+LONGEST: Final = 64
+"""Number of tokens that are decoded for each new one, at most, while characters are whole."""
 
 
 def text_ids(tokenizer: Any, text: str, vocabulary: int) -> Tensor:
@@ -70,40 +72,50 @@ class Transcript:
 
     Args:
         tokenizer: of transformers.
-        before: the tokens before them, of whole characters; the last few matter.
+        before: the tokens before them; the last few matter.
     """
 
     def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
+        self._added = 0
+        self._look_back(before)
+
+    def add(self, token: int) -> str:
+        """What ``token`` adds to the text: nothing until a character has all of its tokens."""
+        self._tokens.append(token)
+        self._added += 1
+        text = self._text()
+        if text.endswith(UNFINISHED):
+            return ""
+        new = self._new(text)
+        if len(self._tokens) > LONGEST:
+            self._look_back(self._tokens)
+        return new
+
+    def rest(self) -> str:
+        """What is left once no more tokens come, such as a character that lacks some."""
+        return self._new(self._text())
+
+    def _look_back(self, before: Sequence[int]) -> None:
+        """Begin with the last few of ``before``, whose text is known."""
         count = min(CONTEXT, len(before))
         self._tokens = list(before[len(before) - count :])
         # Bytes of a character are text only together, in some tokenizers all those in a row are.
         while count < len(before) and self._text().startswith(UNFINISHED):
             count = min(2 * count, len(before))
             self._tokens = list(before[len(before) - count :])
-        self._before = count
-        self._shown = len(self._text())
+        self._shown = self._text()
 
-    def add(self, token: int) -> str:
-        """What ``token`` adds to the text: nothing until a character has all of its tokens."""
-        self._tokens.append(token)
-        text = self._text()
-        if text.endswith(UNFINISHED):
-            return ""
-        return self._added(text)
-
-    def rest(self) -> str:
-        """What is left once no more tokens come, such as a character that lacks some."""
-        return self._added(self._text())
-
-    def _added(self, text: str) -> str:
-        added = text[self._shown :]
-        self._shown = len(text)
-        return added
+    def _new(self, text: str) -> str:
+        known = len(self._shown)
+        if not text.startswith(self._shown):  # its last character was not finished, and now is
+            known = len(self._shown.rstrip(UNFINISHED))
+        self._shown = text
+        return text[known:]
 
     def _text(self) -> str:
         text: str = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
         return text
 
     def __len__(self) -> int:
-        return len(self._tokens) - self._before
+        return self._added

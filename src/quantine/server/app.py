@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any, Final
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
@@ -87,7 +88,8 @@ class _Api:
     async def _answer(self, http: HttpRequest, chat: bool) -> Response:
         body = await _content(http)
         request = read_request(body, chat, self._engine.name, self._engine.context)
-        ids = self._engine.prompt_ids(request)
+        # A long text takes seconds, in which other clients are to be served.
+        ids = await run_in_threadpool(self._engine.prompt_ids, request)
         answer = Answer(self._engine.name, chat, ids.shape[1])
         pieces = self._pieces(http, request, ids)
         if request.stream:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantine.core.device import device_named
 from quantine.errors import PlanError, QuantineError
-from quantine.runtime.continuation import Continuation, advance
+from quantine.runtime.continuation import Continuation, Made, advance
 from quantine.runtime.decoder import Batch, Decoder
 from quantine.runtime.generate import ModuleDecoder, batch_on, decoder_on, end_tokens
 from quantine.runtime.generate_texts import TOGETHER
@@ -20,7 +20,7 @@ from quantine.runtime.graph_decoder import StaticDecoder
 from quantine.runtime.load import load_model
 from quantine.runtime.prompt import conversation_ids, text_ids
 from quantine.server.refusal import Refusal
-from quantine.server.requests import Conversation, Request
+from quantine.server.requests import TEXT_TOKENS, Conversation, Request
 from quantine.source.locate import locate
 
 CONTEXT: Final = 4096
@@ -32,7 +32,7 @@ PLACES: Final = 4
 class Engine:
     """A model, its tokenizer, and decoders with room for one text each.
 
-    Not for several threads at once; but `advance` may run in one, and all else in another.
+    `advance` may run in one thread at a time, `prompt_ids` in several, all else in another one.
 
     Args:
         model: as for `quantine.source.locate.locate`.
@@ -72,6 +72,7 @@ class Engine:
         config = source.config().get_text_config()
         self.context = _context(context, getattr(config, "max_position_embeddings", None))
         self.tokenizer = source.tokenizer()
+        self.tokenizer("a")  # tokenizers set themselves up with their first text, and not later
         self.name = os.path.basename(os.path.abspath(model)) if Path(model).exists() else str(model)
         self._vocabulary: int = config.vocab_size
         self._model = load_model(source, dtype, where)
@@ -126,7 +127,10 @@ class Engine:
 
     def most(self, request: Request, ids: Tensor) -> int:
         """Tokens of the answer to ``request`` at most, whose prompt is ``ids``."""
-        return request.most or self.context - ids.shape[1]
+        room = self.context - ids.shape[1]
+        if request.most is not None:
+            return request.most
+        return room if isinstance(request.prompt, Conversation) else min(TEXT_TOKENS, room)
 
     def text(self, place: int, request: Request, ids: Tensor) -> Continuation:
         """The answer to ``request``, whose prompt is ``ids``, for `advance` to make.
@@ -138,8 +142,11 @@ class Engine:
         decoder = self._decoders[place]
         return Continuation(decoder, place, ids[0], most, request.sampling, self._ends)
 
-    def advance(self, texts: Sequence[Continuation]) -> list[list[int]]:
-        """Make further tokens of each of ``texts``, which have not ended, without end tokens."""
+    def advance(self, texts: Sequence[Continuation]) -> list[Made]:
+        """Make further tokens of each of ``texts``, which have not ended, without end tokens.
+
+        See `quantine.runtime.continuation.advance`.
+        """
         return advance(texts, self._batch)
 
 

@@ -14,7 +14,7 @@ from quantine.server.refusal import Refusal
 ROLES: Final = ("system", "developer", "user", "assistant")
 """Roles of messages; templates know no developers, whom OpenAI's newer models call system."""
 TEXT_TOKENS: Final = 16
-"""Tokens that continue a text at most, where the request does not say."""
+"""Tokens that continue a text at most, where the request does not say and there is room."""
 HOTTEST: Final = 2.0
 """Largest temperature."""
 
@@ -36,7 +36,7 @@ class Request:
 
     Attributes:
         prompt: what is continued: a text, its token ids, or a conversation.
-        most: tokens of the answer at most; ``None`` if only the context is a limit.
+        most: tokens of the answer at most; ``None`` if the client does not say.
         sampling: how tokens are chosen.
         stops: strings that end the answer, which does not have them.
         stream: whether the answer is sent in pieces.
@@ -151,9 +151,7 @@ def _content(place: str, content: Any) -> str:
 def _most(fields: Fields, chat: bool, context: int) -> int | None:
     names = ("max_completion_tokens", "max_tokens") if chat else ("max_tokens",)
     given = [count for name in names if (count := fields.count(name, 1, context)) is not None]
-    if given:
-        return min(given)
-    return None if chat else TEXT_TOKENS
+    return min(given, default=None)
 
 
 def _sampling(fields: Fields) -> Sampling:

@@ -81,7 +81,9 @@ class Turns:
                     self._end(text, error)
                 continue
             for text, tokens in zip(texts, made, strict=True):
-                if text.ended:
+                if isinstance(tokens, Exception):
+                    self._end(text, tokens)
+                elif text.ended:
                     self._end(text, (tokens, True))
                 elif text in self._texts:
                     self._texts[text].put_nowait((tokens, False))
