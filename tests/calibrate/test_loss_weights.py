@@ -132,7 +132,9 @@ def test_plans_keep_them_and_others_do_not_name_them() -> None:
 def test_what_cannot_be_weighted_is_refused(tiny: Tiny, prose: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="activations do not go with `loss_weights`"):
         Plan.from_dict({**Plan.scheme("W4A8").as_dict(), "loss_weights": True})
-    rounded = weighted(rules=[{**RULES[0], "method": "rtn"}])
+    rounded = weighted(rules=[{"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 16}])
+    with pytest.raises(PlanError, match="loss_weights would change nothing"):
+        quantine.quantize(tiny("llama"), tmp_path / "out", rounded, Calibration(str(prose), 4, 64))
     few = {0: rounded, 2: weighted()}
     for shards, plan in few.items():
         calibration = Calibration(str(prose), 2 * shards, 64, shards=max(1, shards))

@@ -104,10 +104,22 @@ def test_a_segment_longer_than_the_context_is_refused() -> None:
         Calibration(seqlen=129).segment_length(128)
 
 
-@pytest.mark.parametrize(("fields", "named"), [({"samples": -1}, "-1"), ({"seqlen": 0}, "0")])
-def test_numbers_out_of_range_are_refused(fields: dict[str, int], named: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"samples": -1}, "-1"),
+        ({"samples": True}, "True"),
+        ({"seqlen": 0}, "0"),
+        ({"seed": -1}, "-1"),
+        ({"seed": 2**70}, "118059162071741130"),
+        ({"seed": None}, "None"),
+        ({"seed": 1.5}, "1.5"),
+        ({"bfloat16": 1}, "1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(CalibrationError, match=f"{next(iter(fields))} must .*not {named}"):
-        Calibration(**fields)  # type: ignore[arg-type]
+        Calibration(**fields)
 
 
 def test_from_file_to_segments(tmp_path: Path) -> None:

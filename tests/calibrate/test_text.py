@@ -87,7 +87,8 @@ def test_hub_texts_are_asked_for_the_right_part(name: str, monkeypatch: pytest.M
         @staticmethod
         def load_dataset(data_set: str, configuration: Any, **options: Any) -> list[Any]:
             asked.append((data_set, configuration, options))
-            return [{text.column: row} for row in ("one", "", "three")]
+            before = [{text.column: "before"}] * text.part(use).first
+            return before + [{text.column: row} for row in ("one", "", "three")]
 
     monkeypatch.setitem(sys.modules, "datasets", Stub)
     uses: list[text_module.Split] = ["calibration", "heldout"]
@@ -100,6 +101,14 @@ def test_hub_texts_are_asked_for_the_right_part(name: str, monkeypatch: pytest.M
             "revision": text.revision,
         }
         assert asked.pop() == (text.data_set, text.configuration, options)
+
+
+@pytest.mark.parametrize("name", HUB_TEXTS)
+def test_no_row_of_a_hub_text_is_calibrated_on_and_held_out(name: str) -> None:
+    calibration, heldout = HUB_TEXTS[name].calibration, HUB_TEXTS[name].heldout
+    assert calibration.split != heldout.split or (
+        calibration.rows is not None and calibration.first + calibration.rows <= heldout.first
+    )
 
 
 def test_the_held_out_parts_are_those_of_the_papers() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_resume import assert_same_run, files_of, report_of, stop_after
@@ -87,6 +88,21 @@ def test_only_the_head_is_done_again(model: Path, short: Calibration, tmp_path: 
     other = Plan.from_dict({"rules": [{**HEAD, "match": "lm_head", "bits": 6}, *RULES]})
     assert_same_run(out, quantine.quantize(model, tmp_path / "whole", other, short).path)
     assert not any(file.exists() for file in said)
+
+
+@pytest.mark.parametrize("table", [[HEAD], [{**HEAD, "match": "@embedding"}]])
+def test_a_table_that_the_head_shares_is_done_again(
+    table: list[dict[str, Any]], short: Calibration, tmp_path: Path
+) -> None:
+    tied = build(tiny_config("llama", tie_word_embeddings=True), tmp_path / "tied")
+    plan = Plan.from_dict({"rules": [{**table[0], "match": "@embedding"}, *table, *RULES]})
+    out = quantine.quantize(tied, tmp_path / "out", plan, short).path
+    options = ["--redo", "@embedding", "--set", "bits=6"]
+    assert resumed(out, *options, "--calibration", short.source) == 0
+    report = json.loads((out / "quantine_report.json").read_text())
+    again = quantine.quantize(tied, tmp_path / "whole", Plan.from_dict(report["plan"]), short).path
+    assert_same_run(out, again)
+    quantine.load(out)
 
 
 def test_what_was_there_stays_until_the_end(

@@ -350,6 +350,7 @@ class TestBudgets:
             ({"choices": None}, "belong together"),
             ({"rules": [{"match": "@blocks", "method": "rtn"}]}, "belong together"),
             ({"bits_per_weight": "few"}, "bits_per_weight must be a number, not 'few'"),
+            ({"bits_per_weight": "1700%"}, "above 0 and at most 16, not 17.0"),
             ({"bits_per_weight": -1}, "above 0 and at most 16, not -1.0"),
             ({"choices": {}}, "choices must be a list of mappings"),
             ({"choices": [{"method": "rtn"}]}, "choices must be of method spqr, not rtn"),
@@ -537,3 +538,15 @@ class TestFiles:
         with pytest.raises(PlanError, match="cannot be read"):
             Plan.from_file(path)
         assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tune": "quick"}, "tune must be a Tuning, not 'quick'"),
+        ({"transforms": ("rotate",)}, r"transforms must be Rotate, not \('rotate',\)"),
+    ],
+)
+def test_fields_of_another_type_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        replace(Plan.preset("gptq"), **changes)

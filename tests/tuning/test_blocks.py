@@ -81,6 +81,26 @@ def test_blocks_that_became_worse_are_put_back(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, student.whole.parameters(), strict=True))
 
 
+def test_blocks_whose_numbers_are_lost_are_put_back(tmp_path: Path) -> None:
+    model = float_model("llama", tmp_path / "model")
+    student, family = student_of(model, 8), family_of(model.config)
+    first = student.block(0, family)
+    start = first.snapshot()
+
+    def lose(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+    student.model.get_parameter("model.layers.0.input_layernorm.weight").register_hook(lose)
+    tuning = Tuning(segments=1, block_steps=2)
+    said: list[str] = []
+    tune_blocks(student, family, TEXT, tuning, KeptBlocks(tmp_path / "kept"), said.append)
+    after = first.snapshot()
+    assert all(torch.equal(a, b) for a, b in zip(start.leaves, after.leaves, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(start.codes, after.codes, strict=True))
+    assert all(leaf.isfinite().all() for leaf in student.whole.leaves())
+    assert "nan" not in "".join(said)
+
+
 def test_norms_of_a_block_are_tuned_with_it(tmp_path: Path) -> None:
     model = float_model("llama", tmp_path / "model")
     family = family_of(model.config)

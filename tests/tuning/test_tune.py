@@ -30,6 +30,9 @@ from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_conf
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RULES = Plan.preset("gptq", bits=3, group_size=32).rules
+LOW_TABLE = rule_from(
+    {"match": "@embedding", "method": "rtn", "bits": 3, "group_size": -1}, "embedding"
+)
 TUNING = Tuning(steps=12, segments=4, rate=2e-3, block_steps=6)
 
 
@@ -91,10 +94,11 @@ def test_a_tuned_model_is_closer_to_the_float_model(
     [
         (Plan.preset("spqr", bits=3).with_head(4), 1e-4),
         (Plan((*RULES, rule_from({"match": "@head", "method": "rtn", "bits": 6}, "head"))), 1e-4),
+        (Plan((LOW_TABLE, rule_from({"match": "@head", "method": "keep"}, "head"), *RULES)), 1e-4),
         # This layout stores outliers as differences, which are rounded once more.
         (Plan.from_file(EXAMPLES / "spqr-format.yaml"), 1e-3),
     ],
-    ids=["tied table", "untied head", "spqr layout"],
+    ids=["tied table", "untied head", "float head", "spqr layout"],
 )
 def test_files_hold_what_was_judged(
     plan: Plan, rounded: float, tmp_path: Path, calibration: Calibration

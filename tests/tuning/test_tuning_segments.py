@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quantine.calibrate.segments import Calibration
 from quantine.core.tuning_spec import Tuning
@@ -50,8 +49,8 @@ def test_blocks_and_the_whole_have_segments_of_their_own(calibration: Calibratio
     held, blocks = block_segments(text).split([BLOCK_JUDGES, 20])
     assert held.equal(text.judges[:BLOCK_JUDGES])
     assert blocks.equal(text.blocks)
-    drawn = torch.cat([text.blocks, text.whole]).tolist()
-    assert len({tuple(segment) for segment in drawn}) == 30
+    assert (len(text.blocks), len(text.whole)) == (20, 10)
+    assert not set(text.blocks.flatten().tolist()) & set(text.whole.flatten().tolist())
     text = tuning_text(calibration, replace(tuning, block_steps=0), Words(), 800, None)
     assert not block_segments(text).numel()
 
@@ -59,5 +58,6 @@ def test_blocks_and_the_whole_have_segments_of_their_own(calibration: Calibratio
 def test_too_little_text_is_refused(calibration: Calibration) -> None:
     with pytest.raises(CalibrationError, match="samples"):
         tuning_text(replace(calibration, samples=0), Tuning(), Words(), 800, None)
-    with pytest.raises(CalibrationError, match="too few to tune on"):
-        tuning_text(replace(calibration, seqlen=101), Tuning(), Words(), 800, None)
+    for seqlen, part in ((101, "that judges"), (160, "for the whole model")):
+        with pytest.raises(CalibrationError, match=f"too few to tune on: the part of it {part}"):
+            tuning_text(replace(calibration, seqlen=seqlen), Tuning(), Words(), 800, None)

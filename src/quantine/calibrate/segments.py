@@ -11,12 +11,14 @@ from torch import Tensor
 from quantine.calibrate.bos import BOS_DEFAULT, Bos, check_bos
 from quantine.calibrate.text import BUILTIN, read_text
 from quantine.calibrate.token_stream import TokenStream, token_stream
-from quantine.errors import CalibrationError, ending
+from quantine.errors import CalibrationError, ending, shown
 
 DEFAULT_SAMPLES: Final = 64
 """Number of calibration segments where nothing else is asked for."""
 DEFAULT_SEQLEN: Final = 512
 """Tokens per calibration segment where nothing else is asked for."""
+MOST_SEED: Final = 2**63 - 1
+"""Largest seed that PyTorch's generators take."""
 MOST_TOKENS: Final = 2**28
 """Largest number of calibration tokens accepted, a hundred times what any method has been shown to
 profit from."""
@@ -27,7 +29,8 @@ class Calibration:
     """A request for calibration: which text, how much of it, and in which precision.
 
     Raises `CalibrationError` if ``samples`` is negative, ``seqlen`` below 1, ``shards`` below 1 or
-    above ``samples``, or ``bos`` unknown.
+    above ``samples``, ``seed`` negative or above `MOST_SEED`, ``bos`` unknown, or one of them of
+    another type.
 
     Attributes:
         source: a text, named as for `quantine.calibrate.text.read_text`.
@@ -52,6 +55,14 @@ class Calibration:
     shards: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("samples", "seqlen", "seed", "shards"):
+            value = getattr(self, name)
+            if type(value) is not int and not (name == "seqlen" and value is None):
+                raise CalibrationError(f"{name} must be a whole number, not {shown(value)}")
+        if not isinstance(self.bfloat16, bool):
+            raise CalibrationError(f"bfloat16 must be true or false, not {shown(self.bfloat16)}")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise CalibrationError(f"seed must be from 0 to {MOST_SEED}, not {shown(self.seed)}")
         if self.samples < 0:
             raise CalibrationError(f"samples must not be negative, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 1:

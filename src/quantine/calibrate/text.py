@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -26,12 +27,14 @@ class HubPart:
     Attributes:
         split: name of the data set's split.
         separator: string put between two rows.
-        rows: number of rows taken from the start; ``None`` takes all.
+        rows: number of rows taken; ``None`` takes all.
+        first: number of rows before them.
     """
 
     split: str
     separator: str = "\n\n"
     rows: int | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,12 @@ HUB_TEXTS: Final[dict[str, HubText]] = {
         HubPart("validation", " ", 1100),
         configuration="en",
     ),
+    # Which has one split: what is held out is the rows after those for calibration.
     "pile-val": HubText(
         "mit-han-lab/pile-val-backup",
         "text",
         HubPart("validation", rows=2000),
-        HubPart("validation", rows=2000),
+        HubPart("validation", rows=2000, first=2000),
     ),
 }
 """Texts on the hub by the names that plans and commands know them by."""
@@ -178,10 +182,8 @@ def _from_hub(name: str, split: Split) -> str:
             streaming=part.rows is not None,
             revision=text.revision,
         )
-        count = len(rows) if part.rows is None else part.rows
-        return part.separator.join(
-            row[text.column] for _, row in zip(range(count), rows, strict=False)
-        )
+        end = None if part.rows is None else part.first + part.rows
+        return part.separator.join(row[text.column] for row in islice(rows, part.first, end))
     except MemoryError:
         raise
     except Exception as error:  # the library raises many types; none of them names a remedy

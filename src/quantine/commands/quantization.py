@@ -304,7 +304,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.target is not None and _decides(arguments):
         from quantine.run.target_plan import target_plan
 
-        plan = target_plan(arguments.model, arguments.target, **flags)
+        transforms = (Rotate(),) if arguments.rotate else ()
+        plan = target_plan(arguments.model, arguments.target, transforms, **flags)
         return _completed(plan, arguments), calibration
     if arguments.plan is not None:
         return Plan.from_file(arguments.plan), calibration

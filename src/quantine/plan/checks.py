@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from quantine.core.spec import nearest_group_sizes
 from quantine.errors import PlanError, cut
-from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision
 
 
@@ -51,10 +50,9 @@ def check_scheme(decision: Decision) -> None:
     """
     layer, scheme = decision.layer, decision.scheme
     if scheme is not None and layer.role != "block" and decision.needs_inputs:
-        method = ADADIM if decision.choices else scheme.method
         raise PlanError(
             f"{layer.name} ({layer.role}) can be quantized only by methods that need no inputs, "
-            f"not by {method}: use method rtn in the rule that matches it "
+            f"not by {decision.method}: use method rtn in the rule that matches it "
             f"({decision.reason})"
         )
     for one in decision.choices or ((scheme,) if scheme else ()):

@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from quantine.families.layers import Layer
-from quantine.methods.adadim import Objective
-from quantine.plan.scheme import Scheme
+from quantine.methods.adadim import ADADIM, Objective
+from quantine.plan.rules import BY_BUDGET
+from quantine.plan.scheme import KEEP, Scheme
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,13 @@ class Decision:
     def by_budget(self) -> bool:
         """Whether the plan's budget of bits decides among the choices."""
         return bool(self.choices) and self.objective is None
+
+    @property
+    def method(self) -> str:
+        """What plans call the way in which the layer's numbers are found."""
+        if self.choices:
+            return BY_BUDGET if self.by_budget else ADADIM
+        return KEEP if self.scheme is None else self.scheme.method
 
     @property
     def needs_inputs(self) -> bool:

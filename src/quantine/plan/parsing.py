@@ -10,7 +10,7 @@ from quantine.core.spec import CLUSTERS
 from quantine.errors import PlanError, shown
 from quantine.plan.presets import CLUSTERED, PUBLISHED_RPTQ
 from quantine.plan.scheme import KEEP, Scheme
-from quantine.plan.scheme_parsing import is_a, scheme_from
+from quantine.plan.scheme_parsing import is_a, number, scheme_from
 from quantine.plan.shorthand import Shorthand, parse_shorthand
 
 
@@ -27,7 +27,7 @@ def budget_field(value: Mapping[str, Any], name: str) -> float | None:
     bits = value.get("bits_per_weight")
     if bits is not None and not is_a(bits, float):
         raise PlanError(f"plan {name!r}: bits_per_weight must be a number, not {shown(bits)}")
-    return None if bits is None else float(bits)
+    return None if bits is None else number(bits)
 
 
 def choices_field(value: Mapping[str, Any], name: str) -> tuple[Scheme, ...]:

@@ -92,6 +92,12 @@ class Plan:
                 raise PlanError(
                     f"plan {self.name!r}: {key} must be true or false, not {shown(value)}"
                 )
+        if not isinstance(self.tune, Tuning | None):
+            raise PlanError(f"plan {self.name!r}: tune must be a Tuning, not {shown(self.tune)}")
+        if not all(isinstance(one, Rotate) for one in self.transforms):
+            raise PlanError(
+                f"plan {self.name!r}: transforms must be Rotate, not {shown(self.transforms)}"
+            )
         if not is_arithmetic(self.arithmetic):
             raise PlanError(
                 f"plan {self.name!r}: arithmetic must be one of {', '.join(ARITHMETICS)}, not "

@@ -63,7 +63,7 @@ def scheme_from(value: Mapping[str, Any], where: str) -> Scheme | None:
             )
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from error
-    average = float(_special(fields.get(AVERAGE, 0.0)))
+    average = number(fields.get(AVERAGE, 0.0))
     keeps = bool(average) or solver.outlier_share != 0
     fitting = [n for n, f in FORMATS.items() if f.writable and f.supports(spec, keeps)]
     if not fitting:
@@ -96,8 +96,8 @@ def _check_types(
 
 def _special(item: Any) -> Any:
     """Read numbers that YAML takes for text, such as ``1e-3``, ``1%`` or ``inf``."""
-    number = _number(item) if isinstance(item, str) else None
-    return item if number is None else number
+    read = _number(item) if isinstance(item, str) else None
+    return item if read is None else read
 
 
 def _number(text: str) -> float | None:
@@ -112,6 +112,11 @@ def _field_types(kind: type) -> dict[str, Any]:
     """The types of the fields of a dataclass, by name."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def number(item: float | str) -> float:
+    """The number of a plain value that `is_a` float."""
+    return float(_special(item))
 
 
 def is_a(item: object, kind: type) -> bool:

@@ -111,7 +111,7 @@ def _reopen(
     store = RunStore(out)
     try:
         store.lock()
-        kept = _kept_parts(job, names)
+        kept = _kept_parts(job, names, before)
         identity = {**job.identity(None), **_batches(out)}
         store.open(identity)
         store.remember(SOURCE, record.as_plain())
@@ -135,10 +135,11 @@ def _batches(out: Path) -> dict[str, str]:
     return {key: found[key] for key in (AT_ONCE,) if key in found}
 
 
-def _kept_parts(job: Job, names: Collection[str]) -> dict[str, str]:
+def _kept_parts(job: Job, names: Collection[str], before: Job) -> dict[str, str]:
     """The parts of the finished directory that stay, by what the names of their tensors begin with.
 
-    Blocks after a redone one read other inputs, unless the plan takes those of the float model.
+    Blocks after a redone one read other inputs, unless the plan takes those of the float model. A
+    head whose table is redone may become a matrix of its own, which the directory does not have.
     """
     redone = [d.layer for d in job.decisions if d.layer.name in names]
     count = len(block_list(job.model, job.family))
@@ -151,11 +152,10 @@ def _kept_parts(job: Job, names: Collection[str]) -> dict[str, str]:
         for index in range(count)
         if index not in numbers
     }
-    tables = [d.layer for d in job.scheme_layers() if d.layer.role != "block"]
-    return {
-        **blocks,
-        **{f"{table.name}.": table.name for table in tables if table.name not in names},
-    }
+    stored = {d.layer.name for d in before.scheme_layers() if not before.shares_table(d.layer)}
+    tables = [d.layer.name for d in job.scheme_layers() if d.layer.role != "block"]
+    stay = [name for name in tables if name in stored and name not in names]
+    return {**blocks, **{f"{name}.": name for name in stay}}
 
 
 def _commit(store: RunStore, kept: Mapping[str, str], reports: list[dict[str, Any]]) -> None:

@@ -9,7 +9,6 @@ from quantine.calibrate.segments import Calibration
 from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
 from quantine.errors import CalibrationError, CheckpointError, FamilyError, PlanError
 from quantine.families.family import Family
-from quantine.methods.adadim import ADADIM
 from quantine.plan.decision import Decision
 from quantine.plan.plan import Plan
 from quantine.run.job import Job
@@ -56,7 +55,7 @@ def check_weighted(decisions: list[Decision], calibration: Calibration, plan: Pl
 
     Raises:
         CalibrationError: there are no tokens, or parts of the text are summed on their own.
-        PlanError: a layer is quantized that only some tokens reach.
+        PlanError: a layer is quantized that only some tokens reach, or none by what tokens say.
     """
     if not calibration.samples or calibration.shards > 1:
         raise CalibrationError(
@@ -69,6 +68,18 @@ def check_weighted(decisions: list[Decision], calibration: Calibration, plan: Pl
                 f"{decision.layer.name}: loss_weights are not known for experts, which only some "
                 "tokens reach: leave them out"
             )
+    if not any(_asks_tokens(decision) for decision in decisions):
+        raise PlanError(
+            f"no matrix of plan {plan.name!r} is solved by what tokens say of it, so loss_weights "
+            "would change nothing: leave them out, or use gptq, spqr or a budget"
+        )
+
+
+def _asks_tokens(decision: Decision) -> bool:
+    """Whether weights of tokens can change what is made of a layer."""
+    schemes = decision.choices or ((decision.scheme,) if decision.scheme else ())
+    compared = decision.objective == "hessian"
+    return compared or any(scheme.solver.needs_inputs for scheme in schemes)
 
 
 def check_links(family: Family, config: PretrainedConfig, spec: ActivationSpec) -> None:
@@ -138,10 +149,8 @@ def check_inputs(decisions: list[Decision], calibration: Calibration, plan: Plan
     needing = [decision for decision in decisions if decision.needs_inputs]
     if needing and not calibration.samples:
         first = needing[0]
-        assert first.scheme is not None
-        method = ADADIM if first.choices else first.scheme.method
         raise CalibrationError(
-            f"{first.layer.name} is to be solved by {method}, which needs calibration "
+            f"{first.layer.name} is to be solved by {first.method}, which needs calibration "
             "samples: samples must be at least 1"
         )
 

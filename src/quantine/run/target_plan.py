@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from quantine.calibrate.segments import Calibration
 from quantine.core.spec import WHOLE_ROW, QuantSpec
+from quantine.core.transform_spec import Rotate
 from quantine.errors import FormatError, PlanError, shown
 from quantine.families.layers import Layer
 from quantine.formats.foreign.gguf.metadata import architecture_of
@@ -32,13 +34,16 @@ def has_plan(target: str) -> bool:
     return target == VLLM or target.startswith(LLAMA_CPP)
 
 
-def target_plan(model: str | Path, target: str, **parameters: Any) -> Plan:
+def target_plan(
+    model: str | Path, target: str, transforms: tuple[Rotate, ...] = (), **parameters: Any
+) -> Plan:
     """A plan for one model, whose result another engine holds without loss.
 
     Args:
         model: where the model is, see `quantine.source.locate.locate`.
         target: ``llama.cpp:`` and a name of `quantine.formats.foreign.gguf.mixtures.MIXTURES`, or
             ``vllm``.
+        transforms: of the plan. A rotation makes two of a table that the head shares.
         parameters: of the method of the matrices in the blocks, and ``method``, by default
             ``gptq``.
 
@@ -46,7 +51,7 @@ def target_plan(model: str | Path, target: str, **parameters: Any) -> Plan:
         PlanError: there is no such target, or the model has no such file.
         QuantineError: the model cannot be quantized at all, see `quantine.run.prepare.prepare`.
     """
-    whole = Plan.preset("rtn", group_size=WHOLE_ROW)
+    whole = replace(Plan.preset("rtn", group_size=WHOLE_ROW), transforms=transforms)
     job = prepare(model, whole, Calibration(samples=0), planned=True)
     specs = _vllm_specs(job) if target == VLLM else _ggml_specs(job, target)
     most = Counter(
@@ -62,7 +67,8 @@ def target_plan(model: str | Path, target: str, **parameters: Any) -> Plan:
         elif layer.role != "block" and spec is not None:
             rules.append({"match": f"@{layer.role}", **_scheme(spec, TABLE)})
     rules.append({"match": "@blocks", **_scheme(most, method)})
-    return Plan.from_dict({"name": target, "rules": rules})
+    plan = Plan.from_dict({"name": target, "rules": rules})
+    return replace(plan, transforms=transforms)
 
 
 def _layers(job: Job) -> list[Layer]:
@@ -91,14 +97,14 @@ def _ggml_specs(job: Job, target: str) -> dict[str, QuantSpec | None]:
         raise FormatError(f"GGUF files of model type {job.config.model_type} are not written")
     mixture = mixture_named(target.removeprefix(LLAMA_CPP), architecture)
     stored = {name: gguf for gguf, name in model_names(architecture, job.model).items()}
-    tied = job.is_tied()
+    shared = any(job.shares_table(decision.layer) for decision in job.decisions)
     blocks = 1 + max(layer.block for layer in _layers(job) if layer.block is not None)
     build = Build.of(architecture, job.config, blocks)
     specs: dict[str, QuantSpec | None] = {}
     for layer in _layers(job):
         if layer.stored_name not in stored:
             raise PlanError(f"{layer.name} has no place in a file of {shown(target)}")
-        is_head = layer.role == "head" or (tied and layer.role == "embedding")
+        is_head = layer.role == "head" or (shared and layer.role == "embedding")
         name = stored[layer.stored_name]
         kind = type_in(mixture, name, layer.in_features, build, is_head)
         specs[layer.name] = None if kind is None else kind.spec

@@ -124,7 +124,9 @@ def _student(
         for index, block in enumerate(block_list(teacher, job.family)):
             path, family = f"{job.family.blocks}.{index}", job.family.in_block(index)
             reorder_as_before(block, path, family, heads, maps)
-    floats = {n: everything[n] for n, _ in model.named_parameters() if n in everything}
+    # A head that is stored beside a quantized table is one parameter with it in the float model.
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    floats = {name: everything[name] for name in names if name in everything}
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
     return Student(teacher, model, matrices, floats, dtype)
 

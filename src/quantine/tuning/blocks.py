@@ -95,7 +95,7 @@ def _tune_block(
                 (_error(found, targets[place : place + 1]) / tuning.segments).backward()
         descent.step()
     after = _judged(stream, index, targets)
-    if after >= before:
+    if not after < before:  # also where it is no number
         part.restore(kept)
         after = before
     for matrix in part.matrices.values():

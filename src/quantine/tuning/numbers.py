@@ -52,9 +52,13 @@ class Numbers:
 
     @classmethod
     def vector(cls, start: Tensor) -> Numbers:
-        """The weights of a norm, or biases: they change by shares of their mean magnitude."""
-        unit = start.float().abs().mean().clamp(min=torch.finfo(torch.float32).tiny)
-        return cls(start, _leaf(start), unit)
+        """The weights of a norm, or biases: they change by shares of their mean magnitude.
+
+        Where all are 0, as biases may be and the weights of norms that add 1 to them are after a
+        rotation, they change by shares of 1, which is what norms multiply by then.
+        """
+        magnitude = start.float().abs().mean()
+        return cls(start, _leaf(start), torch.where(magnitude > 0, magnitude, 1.0))
 
     def now(self) -> Tensor:
         """The numbers as files would hold them, float32; gradients reach `moved`."""

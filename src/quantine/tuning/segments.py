@@ -16,6 +16,8 @@ from quantine.errors import CalibrationError
 
 HELD_OUT: Final = 8
 """The last of so many parts of the calibration text is not tuned on, but judges."""
+PARTS: Final = ("for blocks", "for the whole model", "that judges")
+"""What stretches of the text are for, in order."""
 JUDGES: Final = 16
 """Number of segments that judge."""
 BLOCK_TOKENS: Final = 2**18
@@ -25,12 +27,13 @@ hidden states of all of them are in memory."""
 
 @dataclass(frozen=True)
 class TuningText:
-    """Segments at random places of the calibration text; none to tune on overlaps one that judges.
+    """Segments at random places of three stretches of the calibration text.
 
     Attributes:
         blocks: ``[n, seqlen]`` int64, that blocks are tuned on; none if they are not tuned.
         whole: ``[steps * segments, seqlen]`` int64, that the whole model is tuned on, in order.
-            Predictions for text that blocks have learned would say little.
+            They do not overlap those of blocks: predictions for text that these have learned would
+            say little.
         judges: ``[JUDGES, seqlen]`` int64, to judge by.
     """
 
@@ -68,24 +71,32 @@ def tuning_text(
 
     Raises:
         CalibrationError: as for `quantine.calibrate.segments.calibration_segments`; there is to be
-            no calibration; or the part of the text that judges is shorter than a segment.
+            no calibration; or a stretch of the text is shorter than a segment.
     """
     if not calibration.samples:
-        raise CalibrationError("tuning needs calibration text: samples must be at least 1")
+        raise CalibrationError(
+            "tuning needs calibration text, and there is none: quantize with samples of at least 1"
+        )
     length = calibration.segment_length(longest_context)
     source = calibration.source
     text = read_text(source, "calibration", tokenizer)
     whole = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
     cut = len(whole.tokens) - len(whole.tokens) // HELD_OUT
-    judging = TokenStream(whole.begin, whole.tokens[cut:])
-    if len(judging.tokens) < judging.text_length(length):
-        raise CalibrationError(
-            f"the text has {len(whole.tokens)} tokens, too few to tune on: an eighth of it judges, "
-            f"and is shorter than a segment of {length}; use a longer text or a smaller seqlen"
-        )
-    own = TokenStream(whole.begin, whole.tokens[:cut])
     for_blocks = min(max(1, BLOCK_TOKENS // length), tuning.block_steps * tuning.segments)
     for_whole = tuning.steps * tuning.segments
-    drawn = draw_segments(own, for_blocks + for_whole, length, calibration.seed, source)
-    judges = draw_segments(judging, JUDGES, length, calibration.seed, source)
-    return TuningText(drawn[:for_blocks], drawn[for_blocks:], judges)
+    cut_blocks = cut * for_blocks // (for_blocks + for_whole)
+    stretches = whole.tokens[:cut_blocks], whole.tokens[cut_blocks:cut], whole.tokens[cut:]
+    drawn = []
+    for tokens, count in zip(stretches, (for_blocks, for_whole, JUDGES), strict=True):
+        stretch = TokenStream(whole.begin, tokens)
+        if not count:
+            drawn.append(torch.empty(0, length, dtype=torch.int64, device="cpu"))
+        elif len(tokens) < stretch.text_length(length):
+            raise CalibrationError(
+                f"the text has {len(whole.tokens)} tokens, too few to tune on: the part of it "
+                f"{PARTS[len(drawn)]} is shorter than a segment of {length}; use a longer text or "
+                "a smaller seqlen"
+            )
+        else:
+            drawn.append(draw_segments(stretch, count, length, calibration.seed, source))
+    return TuningText(*drawn)

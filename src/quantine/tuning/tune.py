@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -40,7 +41,8 @@ class Outcome:
     Attributes:
         steps: number of the step after which the numbers were kept; 0 if none was better.
         before, after: mean divergence from the float model, in nats per token.
-        blocks: the same after blocks were tuned one by one; ``None`` if they were not.
+        blocks: the same after blocks were tuned one by one; ``None`` if they were not, or if it was
+            no finite number.
         moved: share of the codes that changed.
     """
 
@@ -91,7 +93,8 @@ def tune(
         tune_blocks(student, family, text, tuning, kept_blocks, note)
         blocks = student.divergence(text.judges)
         note(f"tuned blocks: divergence {before:.4f} before, {blocks:.4f} after")
-        if blocks < best:
+        blocks = blocks if math.isfinite(blocks) else None
+        if blocks is not None and blocks < best:
             best, kept = blocks, whole.snapshot()
         else:
             whole.restore(start)

@@ -15,6 +15,7 @@ import quantine
 from quantine import Calibration, FormatError, Plan, PlanError, quantize
 from quantine.core.arithmetic import ARITHMETICS, Arithmetic
 from quantine.core.spec import QuantSpec
+from quantine.core.transform_spec import Rotate
 from quantine.formats.export import export
 from quantine.formats.foreign.gguf.grid_types import GRID_TYPES, GridType, type_of
 from quantine.formats.foreign.gguf.mixtures import (
@@ -175,6 +176,21 @@ def test_heads_that_are_shared_are_counted() -> None:
         ("falcon_old", {}, 4),
     ):
         assert Build.of("", tiny_config(name, **changes), 1).shared == shared
+
+
+@pytest.mark.parametrize("target", ["llama.cpp:Q4_0", "vllm"])
+def test_a_head_that_a_rotation_parts_from_the_table_is_that_of_the_target(
+    target: str, tiny: Tiny, short: Calibration
+) -> None:
+    plan = target_plan(tiny("llama_tied"), target, (Rotate(),))
+    apart = target_plan(tiny("llama"), target)
+    roles = {
+        decision.layer.role: decision for decision in prepare(tiny("llama"), apart, short).decisions
+    }
+    assert plan.transforms == (Rotate(),)
+    for decision in prepare(tiny("llama_tied"), plan, short).decisions:
+        if decision.layer.role != "block":
+            assert decision.scheme == roles[decision.layer.role].scheme
 
 
 @pytest.mark.parametrize("target", ["Q4_0", "Q4_K_M", "Q2_K"])
