@@ -12,6 +12,7 @@ import results_activations as activations
 import results_comparisons as comparisons
 import results_engines as engines
 import results_experts as experts
+import results_peers as peers
 import results_tuning as tuning
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -37,7 +38,7 @@ def page() -> str:
         if table.name == AXES_BEFORE:
             parts += [comparisons.AXES, comparisons.axes(), comparisons.AXES_AFTER]
         if table.name == tuning.TUNED_FROM:
-            parts += tuning.sections()
+            parts += [*tuning.sections(), *peers.sections()]
     return "".join(
         [*parts, experts.EXPERTS, experts.experts(), *activations.sections(), *engines.sections()]
     )

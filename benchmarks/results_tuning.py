@@ -22,6 +22,7 @@ quantine eval out --reference demo --text wikitext2_test.txt,c4_en_validation_50
 
 """
 TUNED = (
+    ("3.0,both_axes=true", "quick, all by the loss, half the rate", "tuning-demo-3.0-half-rate"),
     ("3.3,both_axes=true", "32 steps of the whole", "tuning-demo-3.3-whole"),
     ("3.3,both_axes=true", "34 thousand tokens", "tuning-demo-3.3-less-text"),
     ("3.3,both_axes=true", "quick", "tuning-demo-3.3-quick"),
@@ -30,11 +31,19 @@ TUNED = (
     ("3.3,both_axes=true", "long, the same, 128 segments", "tuning-demo-3.3-long"),
     ("3.3,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.3-half-rate"),
     ("3.65,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.65-coupled"),
+    ("3.65,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.65-half-rate"),
     ("4.25,both_axes=true", "quick, two texts, tokens by the loss", "tuning-demo-4.25-mixed"),
     ("4.25,both_axes=true", "quick, all by the loss, 128 segments", "tuning-demo-4.25-coupled"),
     ("4.25,both_axes=true", "quick, the same, half the rate", "tuning-demo-4.25-half-rate"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
+BEST = {
+    "3": "tuning-demo-3.0-half-rate",
+    "3.3": "tuning-demo-3.3-half-rate",
+    "3.65": "tuning-demo-3.65-half-rate",
+    "4.25": "tuning-demo-4.25-half-rate",
+}
+"""Scores of the models that `quick` tuned best, by their bits."""
 TUNED_FROM = "budgets-demo"
 """The comparison with the models that were tuned, and that the table of tuning follows."""
 TUNING_AFTER = """
@@ -70,9 +79,14 @@ to 0.1339 at the end, in 55 minutes of processor time on one thread of an EPYC t
 bfloat16, while others used the machine. At 4.25 bits tuned blocks gained nothing over 128 segments,
 0.0430 of 0.0431: noise moved 6% of the codes. Blocks 0 to 4 alone, tuned at that rate, added 1.2%
 to it; at half the rate 2.8% of their codes change, and 2.1% is taken off; at a quarter 0.07% and
-0.7%. So blocks move at half the rate since, as in the last rows of 3.3 and 4.25 bits; the others
-are at the old one. At half the rate `quick` went from 0.1643 to 0.1376 by blocks and 0.1327 at the
-end at 3.3 bits, and from 0.0431 to 0.0385 and 0.0385 at 4.25, in 28 and 29 minutes of the same.
+0.7%. So blocks move at half the rate since, as in the last row of each size, with 128 segments; the
+others are at the old one. The part that judges then went from 0.2878 to 0.2287 by blocks and 0.2176
+at the end at 3 bits, from 0.1643 to 0.1376 and 0.1327 at 3.3, and from 0.0431 to 0.0385 and 0.0385
+at 4.25, in 28 to 33 minutes of processor time of the same.
+
+In all rows blocks and the whole drew their segments from one stretch of text: half of what the
+second step saw of WikiText-2, and a quarter of the two texts, blocks had been tuned on. Since then
+each has a stretch of its own, which was not measured on this model.
 
 At first, only blocks 0 to 3 of 30 were tuned in a trial, out of 34 thousand tokens of which half
 were WikiText-2 and half the training part of C4. On 10 segments each of held-out WikiText-2 and C4
@@ -88,32 +102,6 @@ divergence was 0.1763 and 0.3566 untuned, 0.1545 and 0.3282 by the 32 steps abov
 0.3485 with 0.94% of the codes moved, on other segments of the same text. Half way, with 0.5%, it
 was 0.1661 and 0.3311. A likely reason is how little text 65 thousand tokens are for 106 million
 codes; a block's outputs say far more of its codes. So codes stay in the second step.
-"""
-PEERS = """
-### What others reach
-
-AutoRound 0.16.1, which tunes roundings by signed gradients (arXiv 2309.05516), leaves a KL
-divergence of 0.2130 on the same windows of WikiText-2 (perplexity 24.42) and 0.3837 on those of C4
-(51.47): 3 bits in groups of 64 with zero points, 3.297 bits, 200 iterations on 128 segments of 512
-tokens, dequantized by its own library on an H200 GPU. Untuned, a budget of 3.3 bits is below
-that, tuned at about half of it. GPTQ of llm-compressor and the types of llama.cpp have tables
-below.
-
-What a scalar grid does not reach are trellis codes after rotations, as in EXL3 (QTIP with LDLQ),
-which quantine does not have. Published perplexities of Llama-3.2-1B-Instruct on WikiText-2, which
-were read off a plot of the project and are good to 0.01 (float 14.22; other texts and contexts than
-on this page):
-
-| bits of the decoder | EXL3 | GPTQ in mixed widths (EXL2) | llama.cpp with importance matrix |
-|---|---|---|---|
-| 2.0 | 23.27 |  |  |
-| 2.5 | 17.90 |  | IQ2_M, 2.68 bits: 23.14 |
-| 3.0 | 15.42 | 21.38 | IQ3_XS, 3.27 bits: 17.16 |
-| 3.5 | 14.87 | 16.53 | IQ3_M, 3.57 bits: 16.19 |
-| 4.0 | 14.51 | 15.16 | IQ4_XS, 4.27 bits: 14.88 |
-
-Where every bit counts, below 4, expect EXL3 to be the better one: its files take a GPU and its own
-kernels. At 4 bits it is 2% above its float model there, a budget of 4.25 bits, untuned, 4% here.
 """
 WEIGHTED = """
 ### Tokens that count by the loss
@@ -190,7 +178,7 @@ def weighted(file: str, kind: str) -> str:
 def sections() -> list[str]:
     """All of it, in order."""
     return [
-        *(TUNING, tuned(), TUNING_AFTER, PEERS),
+        *(TUNING, tuned(), TUNING_AFTER),
         *(WEIGHTED, weighted("loss-weights-demo", "tokens count"), WEIGHTED_AFTER),
         *(weighted("loss-outputs-demo", "by the loss"), COUPLED_AFTER),
     ]
