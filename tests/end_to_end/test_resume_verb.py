@@ -90,12 +90,12 @@ def test_only_the_head_is_done_again(model: Path, short: Calibration, tmp_path: 
     assert not any(file.exists() for file in said)
 
 
-@pytest.mark.parametrize("table", [[HEAD], [{**HEAD, "match": "@embedding"}]])
+@pytest.mark.parametrize("head", [[HEAD], []], ids=["with a rule", "without"])
 def test_a_table_that_the_head_shares_is_done_again(
-    table: list[dict[str, Any]], short: Calibration, tmp_path: Path
+    head: list[dict[str, Any]], short: Calibration, tmp_path: Path
 ) -> None:
     tied = build(tiny_config("llama", tie_word_embeddings=True), tmp_path / "tied")
-    plan = Plan.from_dict({"rules": [{**table[0], "match": "@embedding"}, *table, *RULES]})
+    plan = Plan.from_dict({"rules": [{**HEAD, "match": "@embedding"}, *head, *RULES]})
     out = quantine.quantize(tied, tmp_path / "out", plan, short).path
     options = ["--redo", "@embedding", "--set", "bits=6"]
     assert resumed(out, *options, "--calibration", short.source) == 0

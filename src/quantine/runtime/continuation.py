@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from quantine.runtime.graph_decoder import StaticDecoder
 from quantine.runtime.prompt_lookup import PromptLookup
 from quantine.runtime.sampling import Sampler, Sampling
 
-P = ParamSpec("P")
 Made = list[int] | Exception
 """New tokens of a text, or what went wrong."""
 
@@ -136,10 +134,10 @@ def advance(texts: Sequence[Continuation], batch: Batch | None) -> list[Made]:
     return [new[place] for place in range(len(texts))]
 
 
-def _attempt(act: Callable[P, list[int]], *given: P.args, **named: P.kwargs) -> Made:
+def _attempt(act: Callable[..., list[int]], *given: object) -> Made:
     try:
-        return act(*given, **named)
-    except Exception as error:  # whatever it is, it is that of one text
+        return act(*given)
+    except Exception as error:  # its client is told; others must not lose their answers by it
         return error
 
 

@@ -86,16 +86,17 @@ def tuning_text(
     for_whole = tuning.steps * tuning.segments
     cut_blocks = cut * for_blocks // (for_blocks + for_whole)
     stretches = whole.tokens[:cut_blocks], whole.tokens[cut_blocks:cut], whole.tokens[cut:]
+    counts = for_blocks, for_whole, JUDGES
     drawn = []
-    for tokens, count in zip(stretches, (for_blocks, for_whole, JUDGES), strict=True):
+    for part, tokens, count in zip(PARTS, stretches, counts, strict=True):
         stretch = TokenStream(whole.begin, tokens)
         if not count:
             drawn.append(torch.empty(0, length, dtype=torch.int64, device="cpu"))
         elif len(tokens) < stretch.text_length(length):
             raise CalibrationError(
                 f"the text has {len(whole.tokens)} tokens, too few to tune on: the part of it "
-                f"{PARTS[len(drawn)]} is shorter than a segment of {length}; use a longer text or "
-                "a smaller seqlen"
+                f"{part} is shorter than a segment of {length}; use a longer text or a smaller "
+                "seqlen"
             )
         else:
             drawn.append(draw_segments(stretch, count, length, calibration.seed, source))
