@@ -129,6 +129,13 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         "predictions make of them, which a pass of gradients finds; costs minutes, no bytes",
     )
     parser.add_argument(
+        "--compensate",
+        action="store_true",
+        default=None,
+        help="matrices also make up for the errors of all before them, which the float model shows "
+        "that runs beside; costs minutes, no bytes",
+    )
+    parser.add_argument(
         "--tune",
         choices=SETTINGS,
         help="afterwards tune codes, scales, zero points, outliers and norms by gradient, so that "
@@ -327,6 +334,8 @@ def _completed(plan: Plan, arguments: argparse.Namespace) -> Plan:
         plan = dataclasses.replace(plan, transforms=(Rotate(),))
     if arguments.loss_weights:
         plan = dataclasses.replace(plan, loss_weights=True)
+    if arguments.compensate:
+        plan = dataclasses.replace(plan, compensate=True)
     if arguments.tune is None:
         return plan
     return dataclasses.replace(plan, tune=SETTINGS[arguments.tune])
@@ -362,7 +371,7 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
         asked = ["rotate"] if arguments.rotate else []
-        refused += [*given("head_bits", "tune", "loss_weights"), *asked]
+        refused += [*given("head_bits", "tune", "loss_weights", "compensate"), *asked]
     if whole and refused:
         listed = " and ".join(_flag(key) for key in refused)
         raise PlanError(f"{_flag(whole[0])} decides everything: leave out {listed}")

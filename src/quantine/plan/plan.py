@@ -39,7 +39,10 @@ LONGEST_NAME: Final = 80
 """Most characters of the name of a plan."""
 SPELLED_OUT: Final = (*FLAGS, "arithmetic")
 """Fields of a plan that presets and plan files may leave out, and plain values always have."""
-OPTIONS: Final = (*SPELLED_OUT, LOSS_WEIGHTS)
+COMPENSATE: Final = "compensate"
+"""Field of a plan that says whether matrices make up for errors before them; plain values have it
+where it is true."""
+OPTIONS: Final = (*SPELLED_OUT, LOSS_WEIGHTS, COMPENSATE)
 """Fields of a plan that presets and plan files may set and may leave out."""
 
 
@@ -67,6 +70,8 @@ class Plan:
         loss_weights: whether calibration tokens count by how much the model's loss depends on what
             the matrices make of them, and outputs make up for errors of others that act on it
             together, see `quantine.calibrate.loss_weights`.
+        compensate: whether matrices that write to hidden states also make up for errors before
+            them, see `quantine.calibrate.compensation`.
 
     Raises:
         PlanError: a field has a value that is not allowed, fields contradict each other, or nothing
@@ -84,9 +89,10 @@ class Plan:
     tune: Tuning | None = None
     transforms: tuple[Rotate, ...] = ()
     loss_weights: bool = False
+    compensate: bool = False
 
     def __post_init__(self) -> None:
-        for key in (*FLAGS, LOSS_WEIGHTS):
+        for key in (*FLAGS, LOSS_WEIGHTS, COMPENSATE):
             value = getattr(self, key)
             if not isinstance(value, bool):
                 raise PlanError(
@@ -122,6 +128,11 @@ class Plan:
         if self.activations is not None and self.loss_weights:
             raise PlanError(
                 f"plan {self.name!r}: activations do not go with `loss_weights`: leave one out"
+            )
+        if self.float_inputs and self.compensate:
+            raise PlanError(
+                f"plan {self.name!r}: with `float_inputs` no matrix sees the errors that "
+                "`compensate` makes up for: leave one out"
             )
         for scheme in self.choices:
             if scheme.layout.exclusive:
@@ -294,8 +305,9 @@ class Plan:
             "rules": [rule.as_dict() for rule in self.rules],
             **{key: getattr(self, key) for key in SPELLED_OUT},
         }
-        if self.loss_weights:
-            plain[LOSS_WEIGHTS] = True
+        for key in (LOSS_WEIGHTS, COMPENSATE):
+            if getattr(self, key):
+                plain[key] = True
         if self.activations is not None:
             plain["activations"] = self.activations.as_dict()
         if self.tune is not None:

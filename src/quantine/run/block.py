@@ -13,6 +13,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from quantine.budget.allocation import Allocation
+from quantine.calibrate.compensation import Compensation
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.submodules import SubmoduleOutputs, judged_module
 from quantine.core.process_memory import KEPT_FREE, return_freed_memory
@@ -111,6 +112,8 @@ class BlockRun:
         adjust: changes the solved matrices together; ``None`` leaves them as they are.
         couplings: how the outputs of matrices make up for each other, by layer name, see
             `quantine.statistics.output_covariance.OutputCovariance`; others' do not.
+        compensation: changes the matrices that write to hidden states before they are solved;
+            ``None`` leaves them as they are.
     """
 
     job: Job
@@ -121,6 +124,7 @@ class BlockRun:
     progress: Progress
     adjust: Adjustment | None = None
     couplings: Mapping[str, Tensor] = field(default_factory=dict)
+    compensation: Compensation | None = None
     _maps: dict[str, Tensor] = field(default_factory=dict)
     _weights: dict[str, Tensor] = field(default_factory=dict)
     _hessians: dict[str, Hessian] = field(default_factory=dict)
@@ -223,16 +227,30 @@ class BlockRun:
         losses: Mapping[str, list[RelativeLoss]],
     ) -> tuple[Solved, dict[str, Tensor]]:
         """Solve a matrix; also returns its tensors for pictures."""
-        weight = decision.layer.read(self.job.model)
+        weight, made_up = self._wanted(decision.layer)
         coupling = self.couplings.get(decision.layer.name)
         if hessian is not None and coupling is not None:
             hessian.coupling = coupling.to(self.job.device)
-        solved = self._solve_one(decision, weight, hessian, losses)
+        solved = replace(self._solve_one(decision, weight, hessian, losses), made_up=made_up)
         if self.adjust is not None and hessian is not None:
             self._weights[decision.layer.name] = weight
             self._hessians[decision.layer.name] = hessian
         with self.job.times.stage("pictures"):
             return solved, sensitivity(solved, weight, hessian)
+
+    def _wanted(self, layer: Layer) -> tuple[Tensor, float | None]:
+        """The weight to be quantized, and how much of the errors before it that takes off.
+
+        It is the float weight, unless it makes up for such errors.
+        """
+        weight = layer.read(self.job.model)
+        if self.sequential is None or self.compensation is None:
+            return weight, None
+        if not self.compensation.reaches(layer):
+            return weight, None
+        with self.job.times.stage("compensation"):
+            changed = self.compensation.changed(self.sequential, layer, weight)
+        return (weight, 0.0) if changed is None else changed
 
     def _solve_one(
         self,

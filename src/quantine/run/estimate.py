@@ -15,7 +15,14 @@ from quantine.run.job import Job
 from quantine.run.peak import device_bytes, process_bytes
 from quantine.run.residence import Bounds, residence_within
 from quantine.run.tuning_cost import tuning_seconds
-from quantine.run.working_set import FLOAT, Residence, coupling_bytes, hidden_bytes, width
+from quantine.run.working_set import (
+    FLOAT,
+    Residence,
+    coupling_bytes,
+    hidden_bytes,
+    state_bytes,
+    width,
+)
 from quantine.statistics.sensitivity_map import MAP_CELLS
 
 
@@ -165,7 +172,7 @@ def _scratch_bytes(job: Job) -> int:
     length, blocks = job.segment_length(), len(block_list(job.model, job.family))
     samples = 0 if job.segments is None else len(job.segments)
     if job.plan.loss_weights:  # gone when a budget's begin
-        return scratch + (blocks + 1) * hidden_bytes(job)
+        return scratch + (blocks + 1) * state_bytes(job)
     if job.plan.bits_per_weight is not None:
         scratch += blocks * probe_segments(samples, length) * length * width(job) * FLOAT
     return scratch

@@ -44,6 +44,8 @@ class Solved:
         seconds: time that solving took.
         tokens: number of calibration tokens that chose the expert; ``None`` outside of experts.
         borrowed: how many more it borrowed of others, see `quantine.calibrate.expert_tokens`.
+        made_up: share of the errors before it that the weight was changed to take off, on text that
+            judges; errors are then those of the changed weight. ``None`` where none is.
     """
 
     decision: Decision
@@ -56,6 +58,7 @@ class Solved:
     seconds: float
     tokens: int | None = None
     borrowed: int = 0
+    made_up: float | None = None
 
     @property
     def layer(self) -> Layer:
@@ -81,7 +84,13 @@ class Solved:
             FormatError: the layout cannot hold the matrix; the message names the layer.
         """
         changed = held(self.decision, qtensor, weight, hessian)
-        return replace(changed, damp=self.damp, choice=self.choice, seconds=self.seconds)
+        return replace(
+            changed,
+            damp=self.damp,
+            choice=self.choice,
+            seconds=self.seconds,
+            made_up=self.made_up,
+        )
 
     def report(self) -> dict[str, Any]:
         """The entry of the layer in ``quantine_report.json``, as plain values."""
@@ -103,6 +112,8 @@ class Solved:
         }
         if self.tokens is not None:
             entry |= {"tokens": self.tokens, "tokens_borrowed": self.borrowed}
+        if self.made_up is not None:
+            entry["made_up"] = self.made_up
         return entry if self.choice is None else {**entry, "choice": self.choice}
 
 

@@ -29,6 +29,7 @@ from quantine.rotation.rotate import rotate
 from quantine.run.job import Job
 from quantine.run.request_checks import (
     check_biases,
+    check_compensated,
     check_fixed,
     check_headers,
     check_inputs,
@@ -121,6 +122,8 @@ def prepare(
     text = config.get_text_config()
     known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
     segments = calibration_segments(calibration, *known) if calibration.samples else None
+    if plan.compensate:
+        check_compensated(decisions, calibration, segments, plan, family)
     tuning = None if plan.tune is None else tuning_text(calibration, plan.tune, *known)
     job = Job(
         source,

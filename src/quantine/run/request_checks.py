@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from quantine.activations.install import rounded_sites
+from quantine.calibrate.compensation import may_write
 from quantine.calibrate.segments import Calibration
+from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
 from quantine.errors import CalibrationError, CheckpointError, FamilyError, PlanError
 from quantine.families.family import Family
@@ -72,6 +76,42 @@ def check_weighted(decisions: list[Decision], calibration: Calibration, plan: Pl
         raise PlanError(
             f"no matrix of plan {plan.name!r} is solved by what tokens say of it, so loss_weights "
             "would change nothing: leave them out, or use gptq, spqr or a budget"
+        )
+
+
+def check_compensated(
+    decisions: list[Decision],
+    calibration: Calibration,
+    segments: Tensor | None,
+    plan: Plan,
+    family: Family,
+) -> None:
+    """Refuse that matrices make up for errors before them where none would.
+
+    Args:
+        decisions: what happens to each layer.
+        calibration: the text.
+        segments: token ids that were cut from it.
+        plan: the plan.
+        family: the model's architecture.
+
+    Raises:
+        CalibrationError: there are too few tokens, or parts of the text are summed on their own.
+        PlanError: nothing is solved on calibration text, or no matrix writes to hidden states.
+    """
+    samples, tokens = (0, 0) if segments is None else (len(segments), segments.numel())
+    if tokens <= TOKENS_PER_BATCH or samples < 2 or calibration.shards > 1:
+        raise CalibrationError(
+            f"compensate of plan {plan.name!r} needs more than {TOKENS_PER_BATCH} tokens of "
+            f"calibration text, in several samples and one shard, but has {tokens}: give more "
+            "--samples and --shards 1, or leave it out"
+        )
+    writers = [d for d in decisions if d.scheme and may_write(family, d.layer)]
+    if not any(decision.needs_inputs for decision in writers):
+        raise PlanError(
+            f"no matrix of plan {plan.name!r} is solved on calibration text and writes to hidden "
+            "states, so compensate would change nothing: leave it out, or use gptq, spqr or a "
+            "budget"
         )
 
 

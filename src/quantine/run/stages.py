@@ -11,6 +11,7 @@ from typing import Final
 from quantine.budget.allocation import Allocation
 from quantine.budget.probe import Budgeted, Options, probe
 from quantine.calibrate.block_loader import BlockLoader
+from quantine.calibrate.compensation import Compensation
 from quantine.calibrate.loss_weights import loss_weights
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
@@ -86,14 +87,20 @@ class Stages:
             allocation = None if setup is None else self._allocation(setup, loader)
             self._spend(allocation, [part for part in parts if self.store.is_committed(part)])
             sequential = None if setup is None else self._entered(setup, missing[0])
+            compensation = None
+            if setup is not None and job.plan.compensate:
+                compensation = Compensation(setup, missing[0])
             # Calibration also runs through finished blocks that hidden states have not passed.
-            indices = missing if sequential is None else range(sequential.block, len(parts))
+            passes = [one.block for one in (sequential, compensation) if one is not None]
+            indices = range(min(passes), len(parts)) if passes else missing
             for index, then in zip_longest(indices, indices[1:]):
                 costs.begin()
                 with job.times.stage("reading"):
                     loader.load(index, then if self.size.residence.reads_ahead else None)
+                if compensation is not None:
+                    compensation.advance(index)
                 if index in missing:
-                    self.stage_block(parts[index], index, sequential, allocation)
+                    self.stage_block(parts[index], index, sequential, allocation, compensation)
                 else:
                     self._restore(index, parts[index])
                 if sequential is not None:
@@ -125,6 +132,7 @@ class Stages:
         index: int,
         sequential: Sequential | None,
         allocation: Allocation | None = None,
+        compensation: Compensation | None = None,
     ) -> None:
         """Quantize and commit a block whose weights are loaded."""
         assert self.checkpoint.record is not None
@@ -138,6 +146,7 @@ class Stages:
             self.progress,
             self.adjust,
             self.store.couplings(index),
+            compensation,
         )
         result = run.quantize()
         if self.job.ranks.first:

@@ -76,6 +76,11 @@ def try_block(
             "loss_weights take gradients through all blocks before the first is quantized, which "
             "--probe cannot foresee: probe a plan without them"
         )
+    if job.plan.compensate:
+        raise PlanError(
+            "compensate follows errors through all blocks, of which --probe tries one: probe a "
+            "plan without it"
+        )
     if job.plan.bits_per_weight is not None:
         raise PlanError(
             "a budget is searched over all blocks before the first is quantized, which --probe "

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from quantine.calibrate.backward import LOGITS
+from quantine.calibrate.compensation import may_write
 from quantine.calibrate.setup import TOKENS_PER_BATCH
 from quantine.calibrate.shards import batch_samples
 from quantine.calibrate.submodules import OUTPUT_TOKENS
@@ -113,7 +114,12 @@ def working_set(job: Job, residence: Residence) -> int:
 
 
 def hidden_bytes(job: Job) -> int:
-    """Bytes of the hidden states between two blocks."""
+    """Bytes of the hidden states between two blocks, of the float model, too, where it runs."""
+    return (2 if job.plan.compensate else 1) * state_bytes(job)
+
+
+def state_bytes(job: Job) -> int:
+    """Bytes of the hidden states of one model."""
     return FLOAT * _tokens(job) * width(job)
 
 
@@ -155,6 +161,7 @@ def _in_block(job: Job, residence: Residence) -> int:
         square + _forward(job, inside, residence),
         _summing(job, square + kept) - kept,
         _comparing(job, inside, residence),
+        _compensating(job, inside, square, residence),
     ]
     return FLOAT * block_weights(job) + block_coupling_bytes(job) + kept + max(steps)
 
@@ -225,6 +232,19 @@ def _comparing(job: Job, inside: list[Layer], residence: Residence) -> int:
     tokens, widest = min(_tokens(job), OUTPUT_TOKENS), max(one.out_features for one in inside)
     numbers = tokens * (sum(widths.values()) + 4 * widest) + block_weights(job)
     return FLOAT * numbers + _forward(job, inside, replace(residence, resumes=False))
+
+
+def _compensating(job: Job, inside: list[Layer], square: int, residence: Residence) -> int:
+    """Bytes held while a matrix makes up for errors before it; 0 where none does.
+
+    They are its Hessian, moments of its inputs, the same damped, their factor, the errors' with
+    them, the change, and a batch that runs through the block.
+    """
+    if not job.plan.compensate:
+        return 0
+    writers = [layer for layer in inside if may_write(job.family, layer)]
+    sums = [3 * layer.in_features**2 + 4 * layer.weights for layer in writers]
+    return square + FLOAT * max(sums, default=0) + _forward(job, inside, residence)
 
 
 def _clustering(job: Job) -> int:

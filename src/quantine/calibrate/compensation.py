@@ -1,0 +1,152 @@
+"""Matrices that also make up for errors before them, which the float model's outputs show.
+
+The float model runs beside the quantized one, block by block. A matrix that writes to hidden states
+is changed before it is solved, so that the block comes nearer to what it puts out in the float
+model: see `quantine.statistics.error_fit`. On text that a change was not made of, it has to do
+so, or the matrix stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quantine.calibrate.input_observer import as_multiplied
+from quantine.calibrate.sequential import Sequential
+from quantine.calibrate.setup import CalibrationSetup
+from quantine.families.family import Family
+from quantine.families.layers import Layer
+from quantine.kernels.gram import add_gram
+from quantine.statistics.error_fit import ErrorFit, is_loud
+
+FLOATS: Final = "float"
+"""Name of the directory, in that of hidden states, with those of the float model."""
+JUDGED: Final = 8
+"""One of so many batches, and at least one, judges a change made of all others."""
+
+
+def may_write(family: Family, layer: Layer) -> bool:
+    """Whether a matrix may write to hidden states: alone in its group, which is not the first.
+
+    Whether it does, text says.
+    """
+    if layer.block is None or layer.experts:
+        return False
+    path = layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
+    return (path,) in family.groups_in(layer.block)[1:]
+
+
+class Compensation:
+    """The float model beside the quantized one, and what matrices make of the difference.
+
+    Args:
+        setup: model, weights and segments of the quantized model, in one shard. One batch is too
+            little: no matrix is changed then.
+        done: number of blocks, from the first, that an earlier process finished.
+    """
+
+    def __init__(self, setup: CalibrationSetup, done: int) -> None:
+        spill, saved = (
+            None if directory is None else directory / FLOATS
+            for directory in (setup.spill, setup.saved)
+        )
+        own = replace(setup, spill=spill, saved=saved, replaced={}, resumes=False, token_weights={})
+        # It passes a block before that is finished, so it may be one block further.
+        self._floats = Sequential(own, 0 if spill is None and saved is None else done + 1)
+
+    @property
+    def block(self) -> int:
+        """Number of the block that comes first."""
+        return self._floats.block
+
+    def reaches(self, layer: Layer) -> bool:
+        """Whether a matrix may write to hidden states, which have as many channels as it."""
+        width = self._floats.hidden[0].shape[-1]
+        return layer.out_features == width and may_write(self._floats.setup.family, layer)
+
+    def advance(self, index: int) -> None:
+        """Let the float model pass block ``index``, which has its float weights.
+
+        Raises:
+            CalibrationError: an output is infinite or NaN.
+        """
+        self._floats.advance(index)
+
+    @torch.no_grad()
+    def changed(
+        self, sequential: Sequential, layer: Layer, weight: Tensor
+    ) -> tuple[Tensor, float] | None:
+        """The weight that makes up for errors before it.
+
+        Args:
+            sequential: the quantized model at the block of the matrix, with what is solved.
+            layer: the matrix, which `reaches` them; the model has its float weight.
+            weight: that weight, ``[out, in]`` float32.
+
+        Returns:
+            The changed weight, and the share of the squared error that it takes off on text that
+            judges; ``None`` if that does not become smaller.
+        """
+        count = len(sequential.hidden)
+        learns = range(count - max(1, count // JUDGED))
+        judges = range(len(learns), count)
+        if not learns:
+            return None
+        fit = ErrorFit(layer.out_features, layer.in_features, add_gram, weight.device)
+
+        def learn(x: Tensor, errors: Tensor, loud: Tensor) -> None:
+            fit.update(as_multiplied(x, sequential.setup), errors, loud)
+
+        runs = self._run(sequential, layer, learns, learn) is not None
+        tried = fit.change() if runs else None
+        before = self._run(sequential, layer, judges, learn)
+        if tried is None or before is None:
+            return None
+        layer.write(sequential.setup.model, weight + tried)
+        after = self._run(sequential, layer, judges)
+        layer.write(sequential.setup.model, weight)
+        change = fit.change()  # of all batches
+        if change is None or after is None or not after < before:
+            return None
+        return weight + change, 1 - after / before
+
+    def _run(
+        self,
+        sequential: Sequential,
+        layer: Layer,
+        batches: Sequence[int],
+        see: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
+    ) -> float | None:
+        """The squared error of the block's outputs for some batches, that of loud tokens apart.
+
+        Args:
+            sequential: see `changed`.
+            layer: see `changed`.
+            batches: their numbers.
+            see: is given inputs of the matrix, errors of outputs, and which tokens are loud.
+
+        Returns:
+            The sum; ``None`` if the matrix does not run once for each token.
+        """
+        assert layer.block is not None
+        inputs: list[Tensor] = []
+        handle = layer.observe(sequential.setup.model, inputs.append)
+        total = 0.0
+        try:
+            for batch in batches:
+                inputs.clear()
+                output = sequential.run(layer.block, sequential.hidden[batch])
+                wanted = self._floats.hidden[batch]
+                errors, loud = (output - wanted).flatten(0, -2), is_loud(wanted).flatten()
+                rows = inputs[0].flatten(0, -2) if len(inputs) == 1 else errors[:0]
+                if len(rows) != len(errors):
+                    return None
+                see(rows, errors, loud)
+                total += float(errors[~loud].square().sum())
+        finally:
+            handle.remove()
+        return total
