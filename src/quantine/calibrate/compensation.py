@@ -8,6 +8,7 @@ so, or the matrix stays as it is.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -101,16 +102,17 @@ class Compensation:
         def learn(x: Tensor, errors: Tensor, loud: Tensor) -> None:
             fit.update(as_multiplied(x, sequential.setup), errors, loud)
 
-        runs = self._run(sequential, layer, learns, learn) is not None
-        tried = fit.change() if runs else None
+        if not math.isfinite(self._run(sequential, layer, learns, learn)):
+            return None
+        tried = fit.change()
         before = self._run(sequential, layer, judges, learn)
-        if tried is None or before is None:
+        if tried is None:
             return None
         layer.write(sequential.setup.model, weight + tried)
         after = self._run(sequential, layer, judges)
         layer.write(sequential.setup.model, weight)
         change = fit.change()  # of all batches
-        if change is None or after is None or not after < before:
+        if change is None or not after < before:
             return None
         return weight + change, 1 - after / before
 
@@ -120,7 +122,7 @@ class Compensation:
         layer: Layer,
         batches: Sequence[int],
         see: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
-    ) -> float | None:
+    ) -> float:
         """The squared error of the block's outputs for some batches, that of loud tokens apart.
 
         Args:
@@ -130,7 +132,7 @@ class Compensation:
             see: is given inputs of the matrix, errors of outputs, and which tokens are loud.
 
         Returns:
-            The sum; ``None`` if the matrix does not run once for each token.
+            The sum; infinite if the matrix does not run once for each token.
         """
         assert layer.block is not None
         inputs: list[Tensor] = []
@@ -144,7 +146,7 @@ class Compensation:
                 errors, loud = (output - wanted).flatten(0, -2), is_loud(wanted).flatten()
                 rows = inputs[0].flatten(0, -2) if len(inputs) == 1 else errors[:0]
                 if len(rows) != len(errors):
-                    return None
+                    return math.inf
                 see(rows, errors, loud)
                 total += float(errors[~loud].square().sum())
         finally:
