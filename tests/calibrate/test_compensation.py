@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import quantine
@@ -21,9 +23,10 @@ from quantine.families.layers import Layer, find_layers
 from quantine.run.estimate import estimate
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
+from quantine.run.progress import Silent
 from quantine.survey.specimen import specimen_config, write_specimen
 from stopped_runs import stopped_at
-from tiny_models import with_weights
+from tiny_models import WIDTH, with_weights
 
 Tiny = Callable[[str], Path]
 RULES = [{"match": "@blocks", "method": "gptq", "bits": 2, "group_size": 16}]
@@ -34,16 +37,30 @@ PLAN = Plan.from_dict({"rules": RULES, "compensate": True})
     ("name", "writers"),
     [
         ("llama", ["self_attn.o_proj", "mlp.down_proj"]),
-        ("opt", ["self_attn.out_proj", "fc1", "fc2"]),
-        ("phi3", ["self_attn.o_proj", "mlp.down_proj", "mlp.gate_up_proj"]),
+        ("opt", ["self_attn.out_proj", "fc2"]),
+        ("phi3", ["self_attn.o_proj", "mlp.down_proj"]),
     ],
 )
 def test_candidates_are_alone_in_their_group(name: str, writers: list[str], tiny: Tiny) -> None:
     model = with_weights(tiny(name), {})
     family = family_of(model.config)
-    found = [one.name for one in find_layers(model, family) if may_write(family, one)]
+    found = [one.name for one in find_layers(model, family) if may_write(family, one, WIDTH)]
     first = [name.removeprefix(f"{family.blocks}.0.") for name in found if ".0." in name]
     assert sorted(first) == sorted(writers)
+
+
+class Notes(Silent):
+    """Keeps what a run says.
+
+    Attributes:
+        all: everything, as one text.
+    """
+
+    def __init__(self) -> None:
+        self.all = ""
+
+    def note(self, text: str) -> None:
+        self.all += text
 
 
 class Beside:
@@ -137,9 +154,41 @@ def test_a_run_that_is_continued_has_the_same_bytes(
 
 
 def test_hidden_states_of_both_models_are_predicted(tiny: Tiny, prose: Path) -> None:
-    text = Calibration(str(prose), 40, 64)
+    text = Calibration(str(prose), 64, 64)
     both, one = (prepare(tiny("llama"), replace(PLAN, compensate=c), text) for c in (True, False))
     assert estimate(both).activations == 2 * estimate(one).activations
+
+
+def test_lost_hidden_states_of_the_float_model_are_computed_again(
+    tiny: Tiny, prose: Path, tmp_path: Path
+) -> None:
+    calibration = Calibration(str(prose), 64, 64)
+
+    def run(out: str, **more: Any) -> bytes:
+        made = quantine.quantize(tiny("llama"), tmp_path / out, PLAN, calibration, **more)
+        return (made.path / "model.safetensors").read_bytes()
+
+    with stopped_at("block-00001"):
+        run("stopped")
+    (states,) = (tmp_path / "stopped").rglob("float")
+    shutil.rmtree(states)
+    said = Notes()
+    assert run("stopped", resume=True, progress=said) == run("whole")
+    assert "the float model's hidden states of the unfinished run are missing" in said.all
+
+
+def test_a_float_model_that_puts_out_no_numbers_is_named(
+    tiny: Tiny, prose: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "model")
+    (file,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(3e38)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CalibrationError, match="block 0 of the float model puts out non-finite"):
+        quantine.quantize(
+            tmp_path / "model", tmp_path / "out", PLAN, Calibration(str(prose), 64, 64)
+        )
 
 
 def test_plans_keep_it_and_others_do_not_name_it() -> None:
@@ -156,16 +205,16 @@ def test_what_could_not_make_up_for_anything_is_refused(
         replace(PLAN, compensate=1)  # type: ignore[arg-type]
     rounded = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 16}
     readers = {**RULES[0], "match": "*.q_proj"}
-    for rule in (rounded, readers):
+    for rule in (rounded, readers, {**RULES[0], "match": "*.up_proj"}):
         plan = Plan.from_dict({"rules": [rule], "compensate": True})
         with pytest.raises(PlanError, match="compensate would change nothing"):
             quantine.quantize(
-                tiny("llama"), tmp_path / "out", plan, Calibration(str(prose), 40, 64)
+                tiny("llama"), tmp_path / "out", plan, Calibration(str(prose), 64, 64)
             )
-    for samples, shards in ((32, 1), (64, 2)):
+    for samples, shards in ((63, 1), (64, 2)):
         calibration = Calibration(str(prose), samples, 64, shards=shards)
         with pytest.raises(
-            CalibrationError, match=r"more than 2048 tokens .* several samples and one"
+            CalibrationError, match=r"at least 4096 tokens .* several samples and one"
         ):
             quantine.quantize(tiny("llama"), tmp_path / "out", PLAN, calibration)
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,8 @@
 The float model runs beside the quantized one, block by block. A matrix that writes to hidden states
 is changed before it is solved, so that the block comes nearer to what it puts out in the float
 model: see `quantine.statistics.error_fit`. On text that a change was not made of, it has to do
-so, or the matrix stays as it is.
+so, or the matrix stays as it is: outputs may act on the block's in another way than by being added
+to them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from quantine.calibrate.input_observer import as_multiplied
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.setup import CalibrationSetup
+from quantine.errors import CalibrationError
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.kernels.gram import add_gram
@@ -30,12 +32,17 @@ JUDGED: Final = 8
 """One of so many batches, and at least one, judges a change made of all others."""
 
 
-def may_write(family: Family, layer: Layer) -> bool:
+def may_write(family: Family, layer: Layer, width: int) -> bool:
     """Whether a matrix may write to hidden states: alone in its group, which is not the first.
 
     Whether it does, text says.
+
+    Args:
+        family: the architecture.
+        layer: the matrix.
+        width: number of channels of hidden states.
     """
-    if layer.block is None or layer.experts:
+    if layer.block is None or layer.experts or layer.out_features != width:
         return False
     path = layer.name.removeprefix(f"{family.blocks}.{layer.block}.")
     return (path,) in family.groups_in(layer.block)[1:]
@@ -45,8 +52,8 @@ class Compensation:
     """The float model beside the quantized one, and what matrices make of the difference.
 
     Args:
-        setup: model, weights and segments of the quantized model, in one shard. One batch is too
-            little: no matrix is changed then.
+        setup: model, weights and segments of the quantized model, in one shard. Where that is
+            one batch, no matrix is changed.
         done: number of blocks, from the first, that an earlier process finished.
     """
 
@@ -56,18 +63,27 @@ class Compensation:
             for directory in (setup.spill, setup.saved)
         )
         own = replace(setup, spill=spill, saved=saved, replaced={}, resumes=False, token_weights={})
+        kept = spill or saved
+        begun = done or (kept is not None and kept.is_dir() and any(kept.iterdir()))
         # It passes a block before that is finished, so it may be one block further.
-        self._floats = Sequential(own, 0 if spill is None and saved is None else done + 1)
+        self._floats = Sequential(own, done + 1 if begun else 0)
+        self._width, count = self._floats.hidden[0].shape[-1], len(self._floats.hidden)
+        self._learns = range(count - max(1, count // JUDGED))
+        self._judges = range(len(self._learns), count)
 
     @property
     def block(self) -> int:
         """Number of the block that comes first."""
         return self._floats.block
 
+    @property
+    def lost(self) -> str | None:
+        """See `Sequential.lost`."""
+        return self._floats.lost
+
     def reaches(self, layer: Layer) -> bool:
-        """Whether a matrix may write to hidden states, which have as many channels as it."""
-        width = self._floats.hidden[0].shape[-1]
-        return layer.out_features == width and may_write(self._floats.setup.family, layer)
+        """Whether a matrix may write to hidden states, see `may_write`."""
+        return may_write(self._floats.setup.family, layer, self._width)
 
     def advance(self, index: int) -> None:
         """Let the float model pass block ``index``, which has its float weights.
@@ -75,7 +91,14 @@ class Compensation:
         Raises:
             CalibrationError: an output is infinite or NaN.
         """
-        self._floats.advance(index)
+        try:
+            self._floats.advance(index)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"block {index} of the float model puts out non-finite values on the calibration "
+                "text, by which nothing can be corrected: give another text, or leave out "
+                "compensate"
+            ) from error
 
     @torch.no_grad()
     def changed(
@@ -92,24 +115,21 @@ class Compensation:
             The changed weight, and the share of the squared error that it takes off on text that
             judges; ``None`` if that does not become smaller.
         """
-        count = len(sequential.hidden)
-        learns = range(count - max(1, count // JUDGED))
-        judges = range(len(learns), count)
-        if not learns:
+        if not self._learns:
             return None
         fit = ErrorFit(layer.out_features, layer.in_features, add_gram, weight.device)
 
         def learn(x: Tensor, errors: Tensor, loud: Tensor) -> None:
             fit.update(as_multiplied(x, sequential.setup), errors, loud)
 
-        if not math.isfinite(self._run(sequential, layer, learns, learn)):
+        if not math.isfinite(self._run(sequential, layer, self._learns, learn)):
             return None
         tried = fit.change()
-        before = self._run(sequential, layer, judges, learn)
+        before = self._run(sequential, layer, self._judges, learn)
         if tried is None:
             return None
         layer.write(sequential.setup.model, weight + tried)
-        after = self._run(sequential, layer, judges)
+        after = self._run(sequential, layer, self._judges)
         layer.write(sequential.setup.model, weight)
         change = fit.change()  # of all batches
         if change is None or not after < before:

@@ -50,7 +50,8 @@ class SolvedBlock:
         index: number of the block, from 0.
         module: the block; it computes with the solved matrices.
         solved: the results for its matrices, in running order.
-        weights: the float weight ``[out, in]`` float32 of each matrix, by layer name.
+        weights: what each matrix was to become, ``[out, in]`` float32, by layer name: the float
+            weight, or that changed by a `Compensation`.
         hessians: the Hessian of the input of each matrix, by layer name.
         sequential: runs the block on the calibration segments; it has advanced to this block.
         float_outputs: the block's outputs on the same inputs before any of its matrices was

@@ -77,7 +77,7 @@ class Solved:
 
         Args:
             qtensor: the changed matrix, on a grid of the same spec.
-            weight: the float weight, ``[out, in]`` float32.
+            weight: what it was to become, ``[out, in]`` float32, as given to `solve`.
             hessian: statistics of the input, as given to `solve`.
 
         Raises:

@@ -100,13 +100,15 @@ def check_compensated(
         PlanError: nothing is solved on calibration text, or no matrix writes to hidden states.
     """
     samples, tokens = (0, 0) if segments is None else (len(segments), segments.numel())
-    if tokens <= TOKENS_PER_BATCH or samples < 2 or calibration.shards > 1:
+    least = 2 * TOKENS_PER_BATCH
+    if tokens < least or samples < 2 or calibration.shards > 1:
         raise CalibrationError(
-            f"compensate of plan {plan.name!r} needs more than {TOKENS_PER_BATCH} tokens of "
-            f"calibration text, in several samples and one shard, but has {tokens}: give more "
+            f"compensate of plan {plan.name!r} needs at least {least} tokens of calibration "
+            f"text, in several samples and one shard, but has {tokens}: give more "
             "--samples and --shards 1, or leave it out"
         )
-    writers = [d for d in decisions if d.scheme and may_write(family, d.layer)]
+    width = next(d.layer.in_features for d in decisions if d.layer.block is not None)
+    writers = [decision for decision in decisions if may_write(family, decision.layer, width)]
     if not any(decision.needs_inputs for decision in writers):
         raise PlanError(
             f"no matrix of plan {plan.name!r} is solved on calibration text and writes to hidden "

@@ -90,6 +90,7 @@ class Stages:
             compensation = None
             if setup is not None and job.plan.compensate:
                 compensation = Compensation(setup, missing[0])
+                self._note_lost("the float model's hidden states", compensation.lost, missing[0])
             # Calibration also runs through finished blocks that hidden states have not passed.
             passes = [one.block for one in (sequential, compensation) if one is not None]
             indices = range(min(passes), len(parts)) if passes else missing
@@ -119,12 +120,16 @@ class Stages:
     def _entered(self, setup: CalibrationSetup, done: int) -> Sequential:
         """The calibration segments, as far as an earlier process brought them."""
         sequential = Sequential(setup, done)
-        if sequential.lost is not None:
-            self.progress.note(
-                f"the hidden states of the unfinished run {sequential.lost}: they are computed "
-                f"again, through the {done} blocks that are finished"
-            )
+        self._note_lost("the hidden states", sequential.lost, done)
         return sequential
+
+    def _note_lost(self, what: str, lost: str | None, done: int) -> None:
+        """Say that the hidden states of an earlier process are ``lost``, and why, if they are."""
+        if lost is not None:
+            self.progress.note(
+                f"{what} of the unfinished run {lost}: they are computed again, through the {done} "
+                "blocks that are finished"
+            )
 
     def stage_block(
         self,

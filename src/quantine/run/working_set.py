@@ -237,13 +237,13 @@ def _comparing(job: Job, inside: list[Layer], residence: Residence) -> int:
 def _compensating(job: Job, inside: list[Layer], square: int, residence: Residence) -> int:
     """Bytes held while a matrix makes up for errors before it; 0 where none does.
 
-    They are its Hessian, moments of its inputs, the same damped, their factor, the errors' with
-    them, the change, and a batch that runs through the block.
+    They are its Hessian, moments of its inputs, the same damped, their factor and a copy of it, the
+    errors' with them, the change, and a batch that runs through the block.
     """
     if not job.plan.compensate:
         return 0
-    writers = [layer for layer in inside if may_write(job.family, layer)]
-    sums = [3 * layer.in_features**2 + 4 * layer.weights for layer in writers]
+    writers = [layer for layer in inside if may_write(job.family, layer, width(job))]
+    sums = [4 * layer.in_features**2 + 4 * layer.weights for layer in writers]
     return square + FLOAT * max(sums, default=0) + _forward(job, inside, residence)
 
 
