@@ -38,6 +38,10 @@ def student_of(model: Any, bits: int) -> Student:
     return Student(model, sharing(model), matrices, floats, torch.float32)
 
 
+def _matrices(student: Student) -> dict[Any, Any]:
+    return {layer: matrix.qtensor() for layer, matrix in student.whole.matrices.items()}
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon_alibi", "gemma2"])
 def test_a_stream_is_what_the_model_computes(name: str, tmp_path: Path) -> None:
     model = float_model(name, tmp_path / "model")
@@ -65,6 +69,20 @@ def test_tuned_blocks_put_out_what_the_float_ones_do(tmp_path: Path) -> None:
     after = student.whole.snapshot()
     moved = torch.cat([(a != b).flatten() for a, b in zip(start.codes, after.codes, strict=True)])
     assert 0.001 < float(moved.float().mean()) < 0.3
+
+
+def test_codes_of_unknown_weights_begin_in_the_middle(tmp_path: Path) -> None:
+    model = float_model("llama", tmp_path / "model")
+    student = student_of(model, 3)
+    part = student.block(0, family_of(model.config))
+    (first, _), *others = part.matrices.items()
+    changed = Student(model, sharing(model), _matrices(student), {}, torch.float32, [first.name])
+    tuned = changed.block(0, family_of(model.config))
+    changed.free_codes(tuned)
+    starts = {layer: matrix.numbers["codes"].start for layer, matrix in tuned.matrices.items()}
+    assert torch.equal(starts[first], starts[first].round())
+    assert all(not torch.equal(starts[layer], starts[layer].round()) for layer, _ in others)
+    assert all(torch.equal(starts[layer].round(), m.codes) for layer, m in tuned.matrices.items())
 
 
 def test_blocks_that_became_worse_are_put_back(tmp_path: Path) -> None:

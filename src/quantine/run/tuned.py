@@ -7,7 +7,7 @@ same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -70,7 +70,10 @@ def tuned_parts(
     decisions = _decisions(job, [report for part in parts for report in reports[part]])
     matrices = {d.layer: unpack(d, everything) for d in decisions.values()}
     maps = {name: value for part in parts for name, value in store.maps(part).items()}
-    student = _student(job, checkpoint, matrices, everything, maps)
+    made_up = [
+        report["name"] for part in parts for report in reports[part] if report.get("made_up")
+    ]
+    student = _student(job, checkpoint, matrices, everything, maps, made_up)
     assert job.tuning_text is not None
     assert job.plan.tune is not None
     text, kept = job.tuning_text.to(job.device), KeptBlocks(store.tuned_blocks)
@@ -105,6 +108,7 @@ def _student(
     matrices: Mapping[Layer, QTensor],
     everything: Mapping[str, Tensor],
     maps: Mapping[str, Tensor],
+    made_up: Sequence[str],
 ) -> Student:
     """The float model and the quantized one.
 
@@ -112,6 +116,7 @@ def _student(
         matrices: the quantized matrices.
         everything: all tensors of the parts, by name.
         maps: their tensors for pictures, by name.
+        made_up: names of the matrices that make up for errors before them.
     """
     spec = job.plan.activations
     name = attention.NAME if spec is not None and job.family.attends else None
@@ -128,7 +133,7 @@ def _student(
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     floats = {name: everything[name] for name in names if name in everything}
     dtype = torch.bfloat16 if job.calibration.bfloat16 else torch.float32
-    return Student(teacher, model, matrices, floats, dtype)
+    return Student(teacher, model, matrices, floats, dtype, made_up)
 
 
 def _solved(job: Job, checkpoint: Checkpoint, decision: Decision, student: Student) -> Solved:

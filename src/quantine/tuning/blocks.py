@@ -82,8 +82,7 @@ def _tune_block(
     Returns:
         Errors on what judges, before and after, see `_error`.
     """
-    for layer, matrix in part.matrices.items():
-        matrix.free_codes(layer.part_of(student.teacher.get_parameter(layer.stored_name)))
+    student.free_codes(part)
     kept, before = part.snapshot(), _judged(stream, index, targets)
     descent = Descent(part, RATE * tuning.rate, tuning.block_steps)
     count = len(targets) - HELD_OUT

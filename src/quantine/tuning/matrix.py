@@ -70,13 +70,18 @@ class TunedMatrix:
         """Let the matrix have other codes, of the same shape and dtype."""
         self._start = replace(self._start, codes=codes)
 
-    def free_codes(self, weight: Tensor) -> None:
+    def free_codes(self, weight: Tensor | None) -> None:
         """Let codes change, too, until `hold_codes`.
 
         Args:
-            weight: the float weight ``[out, in]``, which says what codes were rounded from.
+            weight: the weight ``[out, in]`` that codes were rounded from; ``None`` where that is
+                not known, and all codes are as far from their neighbours.
         """
         start, grid = self._start, self._start.grid
+        if weight is None:
+            exact = start.codes.float()
+            self.numbers[CODES] = Codes.near(start.codes, exact, 2**grid.bits - 1, APART)
+            return
         stored = weight.float()
         if start.in_perm is not None:
             stored = stored[:, start.in_perm]

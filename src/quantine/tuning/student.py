@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +63,8 @@ class Student:
         matrices: the quantized matrices.
         floats: every other float parameter of the quantized model by name, as files hold it.
         dtype: dtype in which matrices are multiplied, float32 or bfloat16.
+        changed: names of the quantized matrices that are no rounded weights of the float model,
+            because they make up for errors before them.
 
     Attributes:
         teacher: the float model.
@@ -78,8 +80,10 @@ class Student:
         matrices: Mapping[Layer, QTensor],
         floats: Mapping[str, Tensor],
         dtype: torch.dtype,
+        changed: Collection[str] = (),
     ) -> None:
         self.dtype = dtype
+        self._changed = changed
         stored = {layer.stored_name for layer in matrices}
         for name in {layer.stored_name for layer in matrices if layer.role == "block"}:
             set_tensor(teacher, name, teacher.get_parameter(name).to(dtype))
@@ -108,6 +112,12 @@ class Student:
         matrices = {layer: m for layer, m in whole.matrices.items() if layer.block == index}
         vectors = {name: v for name, v in whole.vectors.items() if name.startswith(inside)}
         return Part(self.model, matrices, vectors)
+
+    def free_codes(self, part: Part) -> None:
+        """Let the codes of the matrices of ``part`` change, see `TunedMatrix.free_codes`."""
+        for layer, matrix in part.matrices.items():
+            weight = layer.part_of(self.teacher.get_parameter(layer.stored_name))
+            matrix.free_codes(None if layer.name in self._changed else weight)
 
     @torch.no_grad()
     def divergence(self, segments: Tensor) -> float:
