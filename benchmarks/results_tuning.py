@@ -190,13 +190,14 @@ Rows with it are in the [table of tuning](#tuning-towards-the-float-model). It a
 of processor time to 7 of solving, gradients (12) apart, and 0.2 GB.
 
 Why it pays: at 3.3 bits, of what the outputs of blocks 2, 6, 10, 14, 18 and 22 differ from the
-float model's, 20, 10, 9, 8, 8 and 8% follow from the inputs of the last matrix of the MLP, and 9, 5,
-5, 4, 4% (the first five) from those of the output of attention, on segments that the regression has
-not seen, of the same sources (47 thousand tokens, the matrix itself in float). A ridge of 0.3 of the mean square of the
-inputs gave most, of 0.003, 0.03 and 3 less. Changes are 5 to 14% of the weights. As every block
-takes its share off, the squared error at the end of block 9 is below 0.43 instead of 0.69. Letting
-queries, keys, values, gate and up make up for the errors of their inputs, too, as GPTAQ does, took
-another 4% off the squared error at block 6, for twice the time, and is left out.
+float model's, 20, 10, 9, 8, 8 and 8% follow from the inputs of the last matrix of the MLP, and 9,
+5, 5, 4, 4% (the first five) from those of the output of attention, on segments that the regression
+has not seen, of the same sources (47 thousand tokens, the matrix itself in float). A ridge of 0.3
+of the mean square of the inputs gave most, of 0.003, 0.03 and 3 less. Changes are 5 to 14% of the
+weights. As every block takes its share off, the squared error at the end of block 9 is below 0.43
+instead of 0.69. Letting queries, keys, values, gate and up make up for the errors of their inputs,
+too, as GPTAQ does, took another 4% off the squared error at block 6, for twice the time, and is
+left out.
 
 On opt-mini, `gptq` at 3 bits in groups of 64 (16 segments of 256 tokens) leaves 0.00190
 without and 0.00152 with it on WikiText-2 (64 windows of 256). With the channel ranges of large
