@@ -202,7 +202,7 @@ def test_what_could_not_make_up_for_anything_is_refused(
     with pytest.raises(PlanError, match="no matrix sees the errors that `compensate`"):
         replace(PLAN, float_inputs=True)
     with pytest.raises(PlanError, match="compensate must be true or false"):
-        replace(PLAN, compensate=1)  # type: ignore[arg-type]
+        Plan.from_dict({**PLAN.as_dict(), "compensate": 1})
     rounded = {"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 16}
     readers = {**RULES[0], "match": "*.q_proj"}
     for rule in (rounded, readers, {**RULES[0], "match": "*.up_proj"}):

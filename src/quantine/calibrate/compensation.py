@@ -125,9 +125,9 @@ class Compensation:
         if not math.isfinite(self._run(sequential, layer, self._learns, learn)):
             return None
         tried = fit.change()
-        before = self._run(sequential, layer, self._judges, learn)
         if tried is None:
             return None
+        before = self._run(sequential, layer, self._judges, learn)
         layer.write(sequential.setup.model, weight + tried)
         after = self._run(sequential, layer, self._judges)
         layer.write(sequential.setup.model, weight)

@@ -23,8 +23,7 @@ from quantine.families.layers import Layer
 from quantine.formats.floats import as_stored
 from quantine.methods.adadim import Candidate, output_losses
 from quantine.plan.decision import Decision, with_clusters
-from quantine.plan.scheme_parsing import scheme_from
-from quantine.rptq.blocks import float_tensors, reorder_block, restore_block
+from quantine.rptq.blocks import float_tensors, reorder_block
 from quantine.run.job import Job
 from quantine.run.layer import (
     Solved,
@@ -33,7 +32,6 @@ from quantine.run.layer import (
     sensitivity,
     solve,
     solve_choice,
-    unpack,
 )
 from quantine.run.progress import Progress
 from quantine.run.store import Reports
@@ -245,13 +243,12 @@ class BlockRun:
         It is the float weight, unless it makes up for such errors.
         """
         weight = layer.read(self.job.model)
-        if self.sequential is None or self.compensation is None:
+        if self.compensation is None or not self.compensation.reaches(layer):
             return weight, None
-        if not self.compensation.reaches(layer):
-            return weight, None
+        assert self.sequential is not None, "there is text"
         with self.job.times.stage("compensation"):
             changed = self.compensation.changed(self.sequential, layer, weight)
-        return (weight, 0.0) if changed is None else changed
+        return changed or (weight, 0.0)
 
     def _solve_one(
         self,
@@ -369,32 +366,6 @@ class BlockRun:
 
     def _module(self) -> nn.Module:
         return self.job.model.get_submodule(f"{self.job.family.blocks}.{self.index}")
-
-
-def restore_quantized(job: Job, tensors: dict[str, Tensor], index: int, reports: Reports) -> None:
-    """Give a block that an earlier process finished its quantized weights.
-
-    Nothing is done where the plan uses inputs of the float model, as later blocks then do not
-    depend on quantized weights.
-
-    Args:
-        job: the checked request, whose model is changed.
-        tensors: the committed tensors of the block, by full name.
-        index: number of the block, from 0.
-        reports: the entries of its layers in the report.
-    """
-    if job.plan.float_inputs:
-        return
-    tensors = {name: tensor.to(job.device) for name, tensor in tensors.items()}
-    if job.plan.activations is not None:
-        path = f"{job.family.blocks}.{index}"
-        block = job.model.get_submodule(path)
-        family = job.family.in_block(index)
-        restore_block(job.model, block, path, family, job.plan.activations, tensors)
-    schemes = {report["name"]: scheme_from(report["scheme"], "report") for report in reports}
-    for decision in job.block_schemes(index):
-        decision = replace(decision, scheme=schemes[decision.layer.name])
-        decision.layer.write(job.model, unpack(decision, tensors).dequantize())
 
 
 def kept_tensors(job: Job, checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:

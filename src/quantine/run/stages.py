@@ -20,13 +20,14 @@ from quantine.core.process_memory import return_freed_memory
 from quantine.families.layers import block_list
 from quantine.plan.decision import Decision
 from quantine.ranks.ranks import ALONE
-from quantine.run.block import Adjustment, BlockRun, kept_tensors, restore_quantized
+from quantine.run.block import Adjustment, BlockRun, kept_tensors
 from quantine.run.block_costs import BlockCosts
 from quantine.run.estimate import Estimate
 from quantine.run.job import Job
 from quantine.run.layer import packed_tensors, solve, unpack
 from quantine.run.progress import Progress
 from quantine.run.rank_checks import check_same_weights
+from quantine.run.restored import restore_quantized
 from quantine.run.store import RunStore
 from quantine.run.used_source import SOURCE
 from quantine.source.checkpoint import Checkpoint
