@@ -17,7 +17,9 @@ import quantine
 from quantine import Calibration, CalibrationError, Plan, PlanError
 from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.compensation import Compensation, may_write
+from quantine.calibrate.segments import calibration_segments
 from quantine.calibrate.sequential import Sequential
+from quantine.core.tuning_spec import Tuning
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
 from quantine.run.estimate import estimate
@@ -157,6 +159,19 @@ def test_hidden_states_of_both_models_are_predicted(tiny: Tiny, prose: Path) -> 
     text = Calibration(str(prose), 64, 64)
     both, one = (prepare(tiny("llama"), replace(PLAN, compensate=c), text) for c in (True, False))
     assert estimate(both).activations == 2 * estimate(one).activations
+
+
+def test_what_judges_tuning_is_not_compensated_on(tiny: Tiny, prose: Path) -> None:
+    text = Calibration(str(prose), 64, 64)
+    tuned = replace(PLAN, tune=Tuning())
+    for plan in (PLAN, tuned):
+        job = prepare(tiny("llama"), plan, text)
+        limits = job.tokenizer, job.config.vocab_size, job.config.max_position_embeddings
+        assert job.segments is not None
+        assert job.segments.equal(calibration_segments(text, *limits, holds_out=True))
+    plain = prepare(tiny("llama"), replace(tuned, compensate=False), text)
+    assert plain.segments is not None
+    assert plain.segments.equal(calibration_segments(text, *limits))
 
 
 def test_lost_hidden_states_of_the_float_model_are_computed_again(

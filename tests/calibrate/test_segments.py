@@ -12,7 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantine.calibrate.bos import Bos
-from quantine.calibrate.segments import Calibration, calibration_segments, draw_segments
+from quantine.calibrate.segments import (
+    HELD_OUT,
+    Calibration,
+    calibration_segments,
+    draw_segments,
+)
 from quantine.calibrate.token_stream import TokenStream
 from quantine.errors import CalibrationError
 from samples import quick
@@ -156,6 +161,22 @@ def test_without_bos_both_protocols_are_as_ever(tmp_path: Path) -> None:
         request = Calibration(str(path), samples=4, seqlen=32, seed=3, bos=bos)  # type: ignore[arg-type]
         found = calibration_segments(request, byte_tokenizer(bos=False), 300, 64)
         assert torch.equal(found, expected)
+
+
+def test_what_judges_is_held_out(tmp_path: Path) -> None:
+    path = tmp_path / "my.txt"
+    path.write_bytes(bytes(range(32, 112)))  # every token is its place, but for 32
+    request = Calibration(str(path), samples=200, seqlen=10)
+    everything = calibration_segments(request, letters, 256, None)
+    held = calibration_segments(request, letters, 256, None, holds_out=True)
+    last = 32 + 80 - 80 // HELD_OUT
+    assert everything.max() >= last > held.max()
+    longest = calibration_segments(Calibration(str(path), 1, 70), letters, 256, None, holds_out=True)
+    assert longest.tolist() == [list(range(32, last))]
+    with pytest.raises(CalibrationError, match="80 tokens, of which the last 10 only judge"):
+        calibration_segments(Calibration(str(path), 1, 71), letters, 256, None, holds_out=True)
+    with pytest.raises(CalibrationError, match="has 70 tokens, too few for one segment of 81"):
+        calibration_segments(Calibration(str(path), 1, 81), letters, 256, None, holds_out=True)
 
 
 def test_unknown_values_of_bos_are_refused() -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from quantine.calibrate.segments import Calibration
+from quantine.calibrate.segments import HELD_OUT, Calibration
 from quantine.core.tuning_spec import Tuning
 from quantine.errors import CalibrationError
 from quantine.tuning.blocks import HELD_OUT as BLOCK_JUDGES
 from quantine.tuning.blocks import block_segments
-from quantine.tuning.segments import HELD_OUT, JUDGES, tuning_text
+from quantine.tuning.segments import JUDGES, tuning_text
 
 
 class Words:

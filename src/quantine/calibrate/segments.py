@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from torch import Tensor
@@ -22,6 +22,8 @@ MOST_SEED: Final = 2**63 - 1
 MOST_TOKENS: Final = 2**28
 """Largest number of calibration tokens accepted, a hundred times what any method has been shown to
 profit from."""
+HELD_OUT: Final = 8
+"""The last of so many parts of the calibration text only judges, where something is judged."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,18 @@ def draw_segments(stream: TokenStream, samples: int, length: int, seed: int, sou
     return stream.pieces([generator.randint(0, last) for _ in range(samples)], length)
 
 
+def held_out_from(stream: TokenStream) -> int:
+    """The number of the first token of the part of a text that only judges, see `HELD_OUT`."""
+    return len(stream.tokens) - len(stream.tokens) // HELD_OUT
+
+
 def calibration_segments(
-    calibration: Calibration, tokenizer: Any, vocabulary: int, longest_context: int | None
+    calibration: Calibration,
+    tokenizer: Any,
+    vocabulary: int,
+    longest_context: int | None,
+    *,
+    holds_out: bool = False,
 ) -> Tensor:
     """Read, tokenize and cut the text that ``calibration`` asks for.
 
@@ -137,6 +149,7 @@ def calibration_segments(
         tokenizer: the model's tokenizer of transformers.
         vocabulary: number of tokens that the model knows.
         longest_context: the model's longest context in tokens, ``None`` if it has no limit.
+        holds_out: draw nothing from the last part of the text, see `HELD_OUT`.
 
     Returns:
         ``[samples, seqlen]`` int64 token ids.
@@ -155,4 +168,12 @@ def calibration_segments(
     source = calibration.source
     text = read_text(source, "calibration", tokenizer)
     stream = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
+    if holds_out:
+        whole, stream = stream, replace(stream, tokens=stream.tokens[: held_out_from(stream)])
+        if len(stream.tokens) < stream.text_length(length) <= len(whole.tokens):
+            raise CalibrationError(
+                f"the text {ending(source)!r} has {len(whole.tokens)} tokens, of which the last "
+                f"{len(whole.tokens) - len(stream.tokens)} only judge: too few are left for a "
+                f"segment of {length}; use a longer text or a smaller seqlen"
+            )
     return draw_segments(stream, calibration.samples, length, calibration.seed, source)

@@ -121,7 +121,10 @@ def prepare(
     tokenizer = source.tokenizer()
     text = config.get_text_config()
     known = tokenizer, text.vocab_size, getattr(text, "max_position_embeddings", None)
-    segments = calibration_segments(calibration, *known) if calibration.samples else None
+    segments = None
+    if calibration.samples:
+        # Tuning would find compensation too good on text that it was made of, and undo itself.
+        segments = calibration_segments(calibration, *known, holds_out=plan.compensate)
     if plan.compensate:
         check_compensated(decisions, calibration, segments, plan, family)
     tuning = None if plan.tune is None else tuning_text(calibration, plan.tune, *known)

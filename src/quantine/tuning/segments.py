@@ -8,14 +8,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.segments import Calibration, draw_segments
+from quantine.calibrate.segments import Calibration, draw_segments, held_out_from
 from quantine.calibrate.text import read_text
 from quantine.calibrate.token_stream import TokenStream, token_stream
 from quantine.core.tuning_spec import Tuning
 from quantine.errors import CalibrationError
 
-HELD_OUT: Final = 8
-"""The last of so many parts of the calibration text is not tuned on, but judges."""
 PARTS: Final = ("for blocks", "for the whole model", "that judges")
 """What stretches of the text are for, in order."""
 JUDGES: Final = 16
@@ -81,7 +79,7 @@ def tuning_text(
     source = calibration.source
     text = read_text(source, "calibration", tokenizer)
     whole = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
-    cut = len(whole.tokens) - len(whole.tokens) // HELD_OUT
+    cut = held_out_from(whole)
     for_blocks = min(max(1, BLOCK_TOKENS // length), tuning.block_steps * tuning.segments)
     for_whole = tuning.steps * tuning.segments
     cut_blocks = cut * for_blocks // (for_blocks + for_whole)
