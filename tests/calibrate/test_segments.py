@@ -171,7 +171,9 @@ def test_what_judges_is_held_out(tmp_path: Path) -> None:
     held = calibration_segments(request, letters, 256, None, holds_out=True)
     last = 32 + 80 - 80 // HELD_OUT
     assert everything.max() >= last > held.max()
-    longest = calibration_segments(Calibration(str(path), 1, 70), letters, 256, None, holds_out=True)
+    longest = calibration_segments(
+        Calibration(str(path), 1, 70), letters, 256, None, holds_out=True
+    )
     assert longest.tolist() == [list(range(32, last))]
     with pytest.raises(CalibrationError, match="80 tokens, of which the last 10 only judge"):
         calibration_segments(Calibration(str(path), 1, 71), letters, 256, None, holds_out=True)

@@ -38,11 +38,14 @@ def test_it_is_the_unit_factor_of_the_damped_moments(outputs: int) -> None:
         seen.update(part)
     damped = moments(found)
     damped += DAMP * damped.diagonal().mean() * torch.eye(outputs, dtype=torch.float64)
-    lower = seen.coupling().double() + torch.eye(outputs, dtype=torch.float64)
-    assert torch.equal(lower, lower.tril())
+    coupling = seen.coupling().double()
+    assert torch.equal(coupling, coupling.tril())
+    lower = coupling.tril(-1) + torch.eye(outputs, dtype=torch.float64)
     costs = torch.linalg.inv(lower) @ damped @ torch.linalg.inv(lower).T
     diagonal = torch.diag(costs.diagonal())
     torch.testing.assert_close(costs, diagonal, rtol=0, atol=1e-4 * float(diagonal.max()))
+    level = float(moments(found).diagonal().mean())
+    torch.testing.assert_close(coupling.diagonal() * level, costs.diagonal(), rtol=1e-3, atol=0)
 
 
 def test_many_outputs_have_runs_of_their_own() -> None:
@@ -60,6 +63,7 @@ def test_many_outputs_have_runs_of_their_own() -> None:
         part = moments(found)[first : first + run, first : first + run]
         lower = torch.linalg.cholesky(part + DAMP * level * torch.eye(len(part)))
         wanted = (lower / lower.diagonal()).tril(-1)
+        wanted += torch.diag(lower.diagonal().square() / level)
         mine = coupling[first : first + run].double()
         torch.testing.assert_close(mine[:, : len(part)], wanted, rtol=1e-3, atol=1e-4)
         assert not bool(mine[:, len(part) :].any())
@@ -68,7 +72,9 @@ def test_many_outputs_have_runs_of_their_own() -> None:
 def test_outputs_on_which_nothing_depends_ask_nothing() -> None:
     seen = OutputCovariance()
     seen.update(torch.zeros(5, 7))
-    assert not bool(seen.coupling().any())
+    coupling = seen.coupling()
+    assert not bool(coupling.tril(-1).any())
+    assert torch.allclose(coupling.diagonal(), torch.full((7,), DAMP))
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

@@ -13,6 +13,7 @@ from quantine.core.spec import QuantSpec, check_choice
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
 from quantine.methods.column_loop import ColumnLoop, Groups
 from quantine.methods.small_weights import solve_multiplied
+from quantine.methods.sweeps import check_sweeps, swept
 from quantine.statistics.hessian import Hessian
 
 
@@ -27,6 +28,8 @@ class GPTQ:
             ``"refit"``, see `quantine.methods.column_loop.GROUPS`.
         block_size: number of columns per lazy update; affects speed only, up to float rounding.
         clip: how a group's range is chosen, see `quantine.kernels.fit.grid_cost.GridCost`.
+        sweeps: how many times codes are chosen once more when all others are known, see
+            `quantine.methods.sweeps`; 0 as published.
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -37,6 +40,7 @@ class GPTQ:
     groups: Groups = "static"
     block_size: int = 128
     clip: Clip = "mse"
+    sweeps: int = 0
     default_spec: ClassVar[QuantSpec] = QuantSpec()
     """The grid that a weight gets unless a plan asks for another one."""
     needs_inputs: ClassVar[bool] = True
@@ -44,6 +48,7 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, CLIPS)
+        check_sweeps(self.sweeps)
         _ = self.loop  # refuses bad values
 
     @property
@@ -79,6 +84,10 @@ class GPTQ:
                 float16.
         """
         factor, cost = self.loop.factor(hessian, spec), GridCost(self.clip)
-        return solve_multiplied(
-            weight, spec, lambda multiple: self.loop.solve(multiple, factor, spec, cost)
-        )
+        assert hessian is not None
+
+        def solve(multiple: Tensor) -> QTensor:
+            found = self.loop.solve(multiple, factor, spec, cost)
+            return swept(found, multiple, hessian.matrix, factor, self.sweeps)
+
+        return solve_multiplied(weight, spec, solve)

@@ -26,6 +26,7 @@ from quantine.kernels.fit import fit_groups
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost, importance_of, squared_errors
 from quantine.methods.column_loop import ColumnLoop, Groups
 from quantine.methods.small_weights import exponent_of, solve_multiplied
+from quantine.methods.sweeps import check_sweeps, swept
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.inverse_factor import InverseFactor
 
@@ -64,6 +65,7 @@ class SpQR:
         detect: ``"leave-one-out"`` fits a group's range without the weights that would raise the
             loss of the others by more than the threshold (section 4.1); ``"simple"`` fits it to all
             weights.
+        sweeps: as in `quantine.methods.gptq.GPTQ`; outliers stay as they are.
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -77,6 +79,7 @@ class SpQR:
     threshold: float = 0.5
     outliers: float = 0.0
     detect: Detect = "leave-one-out"
+    sweeps: int = 0
     default_spec: ClassVar[QuantSpec] = QuantSpec(4, 16, scale_bits=3, stat_group_size=64)
     """The grid that a weight gets unless a plan asks for another one."""
     needs_inputs: ClassVar[bool] = True
@@ -85,6 +88,7 @@ class SpQR:
     def __post_init__(self) -> None:
         check_choice("clip", self.clip, CLIPS)
         check_choice("detect", self.detect, DETECTS)
+        check_sweeps(self.sweeps)
         _ = self.loop  # refuses bad values
         if not self.threshold > 0:
             raise PlanError(
@@ -130,13 +134,13 @@ class SpQR:
                 float16; or a threshold keeps more outliers than `LARGEST_SHARE`.
         """
         factor = self.loop.factor(hessian, spec)
-        solved = solve_multiplied(
-            weight,
-            spec,
-            lambda multiple: self._solve(
-                multiple, factor, spec, self._price(multiple, factor, spec)
-            ),
-        )
+        assert hessian is not None
+
+        def solve(multiple: Tensor) -> QTensor:
+            found = self._solve(multiple, factor, spec, self._price(multiple, factor, spec))
+            return swept(found, multiple, hessian.matrix, factor, self.sweeps)
+
+        solved = solve_multiplied(weight, spec, solve)
         share = 0.0 if solved.outliers is None else solved.outliers.entries / weight.numel()
         if self.outlier_share is None and share > LARGEST_SHARE:
             raise SolverError(

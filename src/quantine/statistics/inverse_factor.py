@@ -53,7 +53,7 @@ def factorize(hessian: Tensor, damp: float, order: Tensor) -> InverseFactor:
     Raises:
         SolverError: the Hessian is not finite, or no damping up to 1.0 makes it positive definite.
     """
-    upper, used = _first_definite(hessian, damp, order, _invert_upper)
+    upper, used = _first_definite(hessian, damp, order, invert_upper)
     return InverseFactor(upper, order, used)
 
 
@@ -75,7 +75,7 @@ def _first_definite(
 
     Args:
         hessian, damp, order: see `factorize`.
-        invert: changes the damped matrix in place, as `_invert_upper` does.
+        invert: changes the damped matrix in place, as `invert_upper` does.
     """
     if not is_finite(hessian):
         raise SolverError("the calibration inputs overflow: the Hessian is not finite")
@@ -105,7 +105,7 @@ def _normalized(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
     return matrix
 
 
-def _invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
+def invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
     """Replace ``matrix = R @ R.T``, ``R`` upper triangular, by ``U = inverse(R)``.
 
     So ``inverse(matrix) = U.T @ U``: one factorization from the last row to the first, without the
@@ -129,22 +129,22 @@ def _invert_upper(matrix: Tensor, failures: list[Tensor]) -> None:
         return
     half = size // 2
     first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    _invert_upper(last, failures)
+    invert_upper(last, failures)
     beside = corner @ last.T  # the block of R beside its last
     first.addmm_(beside, beside.T, alpha=-1)
-    _invert_upper(first, failures)
+    invert_upper(first, failures)
     torch.mm(first, (beside @ last).neg_(), out=corner)
     matrix[half:, :half] = 0.0
 
 
 def _invert_diagonal(matrix: Tensor, failures: list[Tensor]) -> None:
-    """Do of `_invert_upper` what the diagonal needs; what is elsewhere then means nothing."""
+    """Do of `invert_upper` what the diagonal needs; what is elsewhere then means nothing."""
     if len(matrix) <= LEAF:
-        _invert_upper(matrix, failures)
+        invert_upper(matrix, failures)
         return
     half = len(matrix) // 2
     first, corner, last = matrix[:half, :half], matrix[:half, half:], matrix[half:, half:]
-    _invert_upper(last, failures)
+    invert_upper(last, failures)
     beside = corner @ last.T
     first.addmm_(beside, beside.T, alpha=-1)
     _invert_diagonal(first, failures)

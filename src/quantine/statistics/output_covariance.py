@@ -54,12 +54,12 @@ class OutputCovariance:
         self.sums.baddbmm_(runs.mT, runs)
 
     def coupling(self) -> Tensor:
-        """What an error of each output asks of those before it in its run.
+        """What an error of each output asks of those before it in its run, and how much it counts.
 
         Returns:
             ``[out, run]`` float32: row ``i`` holds ``L[i, k]`` of the damped ``G`` for outputs
-            ``k`` of its run, 0 from ``i`` on. There must be at least one token, and gradients
-            must be finite.
+            ``k`` of its run before it, then ``D[i]``, then zeros. There must be at least one token,
+            and gradients must be finite.
         """
         assert self.sums is not None
         diagonal = self.sums.diagonal(0, 1, 2)
@@ -67,8 +67,10 @@ class OutputCovariance:
         damped = self.sums / (level or 1.0)
         damped.diagonal(0, 1, 2).add_(DAMP)
         lower = torch.linalg.cholesky(damped)
-        unit: Tensor = lower / lower.diagonal(0, 1, 2).unsqueeze(1)
-        return unit.tril_(-1).flatten(0, 1)[: self.outputs].contiguous()
+        roots = lower.diagonal(0, 1, 2)
+        unit: Tensor = (lower / roots.unsqueeze(1)).tril_(-1)
+        unit.diagonal(0, 1, 2).copy_(roots.square())
+        return unit.flatten(0, 1)[: self.outputs].contiguous()
 
 
 def run_of(outputs: int) -> int:
