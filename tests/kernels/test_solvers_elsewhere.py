@@ -24,7 +24,11 @@ from quantine.kernels.fit.fitted import FittedGroups
 from quantine.kernels.fit.grid_cost import CLIPS, Clip, GridCost
 from quantine.kernels.fit.reference import fit_groups_reference
 from quantine.kernels.gram.reference import add_gram_reference
-from samples import generator, random_weight
+from quantine.methods.gptq import GPTQ
+from quantine.methods.solver import Solver
+from quantine.methods.spqr import SpQR
+from quantine.statistics.hessian import Hessian
+from samples import correlated_inputs, generator, random_weight
 
 # Codes of a few bits.
 
@@ -69,6 +73,27 @@ def test_codes_on_second_grids_that_are_known() -> None:
     check_same(
         lambda *args: fit_groups_reference(*args[:2], spec, cost, args[2]), groups, spread, second
     )
+
+
+# Sweeps.
+
+
+@pytest.mark.parametrize("solver", [GPTQ(sweeps=2), SpQR(threshold=0.2, sweeps=2)])
+@pytest.mark.parametrize("axis", GROUP_AXES)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_sweeps(solver: Solver, axis: GroupAxis, coupled: bool) -> None:
+    spec = QuantSpec(3, LENGTH, scale_bits=3, group_axis=axis)
+
+    def swept(weight: Tensor, inputs: Tensor, coupling: Tensor) -> Tensor:
+        seen = Hessian(weight.shape[1], add_gram_reference, weight.device)
+        seen.update(inputs)
+        seen.coupling = coupling if coupled else None
+        return solver(weight, seen, spec).codes
+
+    rows = 2 * LENGTH
+    coupling = torch.randn(rows, rows, generator=generator(3)).tril() * 0.1
+    coupling.diagonal().fill_(1.0)
+    check_same(swept, random_weight(rows, INPUTS), correlated_inputs(INPUTS, 99), coupling)
 
 
 # The column loop.

@@ -31,6 +31,8 @@ SOLVERS: dict[str, tuple[Solver, QuantSpec]] = {
     "gptq, aligned": (GPTQ(groups="aligned"), QuantSpec(3, 16, sym=True)),
     "spqr": (SpQR(), QuantSpec(3, 16, scale_bits=3)),
     "spqr, out": (SpQR(clip="minmax"), QuantSpec(3, 16, scale_bits=3, group_axis="out")),
+    "gptq, swept": (GPTQ(sweeps=2), QuantSpec(3, 16)),
+    "spqr, swept": (SpQR(sweeps=2), QuantSpec(3, 16, scale_bits=3)),
     "spqr, as published": (FAITHFUL, FAITHFUL_SPEC),
 }
 
