@@ -30,9 +30,9 @@ from quantine.kernels.columns.columns import Columns
 from quantine.kernels.fit.grid_cost import positive
 from quantine.statistics.inverse_factor import InverseFactor, invert_upper
 
-TOGETHER: Final = 8
+TOGETHER: Final = 16
 """Columns that are rounded again at once. Fewer gain a little more and take longer."""
-BLOCK: Final = 16 * TOGETHER
+BLOCK: Final = 8 * TOGETHER
 """Columns after which the others learn of what changed."""
 FAR: Final = 1024.0
 """Step of the grid that an outlier is given while others are rounded, in units of the largest
@@ -93,7 +93,7 @@ class _Sweep:
         hessian, unit, damp: the Hessian is ``hessian / unit`` with ``damp`` ``[in]`` added.
         coupling: as `quantine.statistics.output_covariance.OutputCovariance` gives it.
         runs: ``[runs, run, run]`` float32, ``L`` of each run of rows; ``None`` without coupling.
-        strengths: ``[rows]`` float32, its ``D``.
+        strengths: ``[runs, run]`` float32, its ``D``; ``None`` without coupling.
     """
 
     values: Tensor
@@ -111,7 +111,7 @@ class _Sweep:
     damp: Tensor
     coupling: Tensor | None
     runs: Tensor | None
-    strengths: Tensor
+    strengths: Tensor | None
 
     @classmethod
     def begin(
@@ -153,8 +153,7 @@ class _Sweep:
             unit,
             damp,
             coupling,
-            None if coupling is None else _runs_of(coupling),
-            _strengths(coupling, weight),
+            *((None, None) if coupling is None else _in_runs(coupling)),
         )
 
     def round_again(self, columns: Tensor) -> None:
@@ -242,45 +241,22 @@ class _Sweep:
 
     def _is_better(self, change: Tensor, asked: Tensor, hessian: Tensor) -> Tensor:
         """Which rows ``[rows]``, bool, have a smaller error after ``change``."""
-        acting = change
-        if self.runs is not None:
-            acting = self._by_runs(change, self.runs) * self.strengths
-            acting = self._by_runs(acting, self.runs.mT)
-        gained = ((2 * asked).addmm_(hessian, change) * acting).sum(0)
-        if self.runs is not None:
-            count, run = self.runs.shape[:2]
-            sums = torch.nn.functional.pad(gained, (0, count * run - len(gained)))
-            sums = sums.unflatten(0, (count, run)).sum(1)
-            gained = sums.repeat_interleave(run)[: len(gained)]
-        better: Tensor = gained < 0
-        return better
-
-    @staticmethod
-    def _by_runs(change: Tensor, runs: Tensor) -> Tensor:
-        """``change`` ``[columns, rows]`` times the matrix of each run of rows."""
-        count, run = runs.shape[:2]
+        against = (2 * asked).addmm_(hessian, change)
+        if self.runs is None or self.strengths is None:
+            return (change * against).sum(0) < 0
+        count, run = self.runs.shape[:2]
         rows = change.shape[1]
-        padded = torch.nn.functional.pad(change, (0, count * run - rows))
-        product: Tensor = padded.unflatten(1, (count, run)).transpose(0, 1) @ runs
-        return product.transpose(0, 1).flatten(1)[:, :rows]
+        both = torch.nn.functional.pad(torch.cat([change, against]), (0, count * run - rows))
+        changes, others = (both.unflatten(1, (count, run)).transpose(0, 1) @ self.runs).chunk(2, 1)
+        gained: Tensor = (changes * others).sum(1).mul_(self.strengths).sum(1)
+        return (gained < 0).repeat_interleave(run)[:rows]
 
 
-def _runs_of(coupling: Tensor) -> Tensor:
-    """``L`` of each run of rows, with ones on its diagonal, ``[runs, run, run]``."""
+def _in_runs(coupling: Tensor) -> tuple[Tensor, Tensor]:
+    """``L`` of each run of rows, ``[runs, run, run]``, and its ``D``, ``[runs, run]``."""
     rows, run = coupling.shape
-    missing = -rows % run
-    runs: Tensor = (
-        torch.nn.functional.pad(coupling, (0, 0, 0, missing)).unflatten(0, (-1, run)).tril(-1)
-    )
-    runs.diagonal(0, 1, 2).fill_(1.0)
-    return runs
-
-
-def _strengths(coupling: Tensor | None, weight: Tensor) -> Tensor:
-    """``D`` of each row, ``[rows]``; 1 where rows do not make up for each other."""
-    if coupling is None:
-        return weight.new_ones(len(weight))
-    rows, run = coupling.shape
-    numbers = torch.arange(rows, device=coupling.device)
-    found: Tensor = coupling[numbers, numbers % run]
-    return found
+    runs = torch.nn.functional.pad(coupling, (0, 0, 0, -rows % run)).unflatten(0, (-1, run))
+    strengths = runs.diagonal(0, 1, 2).clone()
+    lower = runs.tril(-1)
+    lower.diagonal(0, 1, 2).fill_(1.0)
+    return lower, strengths
