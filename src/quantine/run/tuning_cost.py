@@ -44,6 +44,13 @@ GRADIENT_PASSES: Final = 32
 """The same to go forward and, for gradients, back."""
 LOGIT_PASSES: Final = 32
 """The same for each token's logits of both models, which are compared."""
+BLOCK_CALLS: Final = 1000
+"""What a batch that a block is given, forward and back, costs in calls of PyTorch, in units of the
+least that a call takes; they decide where models are small."""
+MATRIX_CALLS: Final = 500
+"""The same for a step of the numbers of one matrix."""
+TIMED_CALLS: Final = 200
+"""Number of calls that are timed together."""
 TIMED_TOKENS: Final = 512
 """Number of rows of the products that are timed."""
 TIMES: Final = 5
@@ -119,7 +126,21 @@ def tuning_seconds(job: Job) -> float | None:
         (FORWARD_PASSES + GRADIENT_PASSES) * tuned + 2 * FORWARD_PASSES * judged
     ) + LOGIT_PASSES * _vocabulary(job) * (tuned + judged)
     whole = products * weights * product + passes * visit
-    return whole + _block_seconds(job, product, visit)
+    return whole + _block_seconds(job, product, visit) + _calls(job) * _seconds_of_call(job)
+
+
+def _calls(job: Job) -> float:
+    """Number of calls of PyTorch while the model is tuned, which small models mostly wait for."""
+    tuning, text = job.plan.tune, job.tuning_text
+    assert tuning is not None
+    assert text is not None
+    blocks = len(block_list(job.model, job.family))
+    matrices = sum(d.layer.role == "block" for d in job.decisions)
+    batches = tuning.block_steps * tuning.segments  # of each block
+    batches += -(-len(text.whole) // gradient_segments(job))
+    batches += len(text.judges) * _judgements(job)
+    steps = tuning.block_steps + tuning.steps
+    return BLOCK_CALLS * blocks * batches + MATRIX_CALLS * matrices * steps
 
 
 def _block_seconds(job: Job, product: float, visit: float) -> float:
@@ -178,6 +199,18 @@ def _seconds_of_pass(job: Job) -> float:
     """Seconds to read a number, multiply it and write it."""
     numbers = torch.ones(TIMED_TOKENS, 16 * width(job), dtype=torch.float32, device=job.device)
     return _fastest(lambda: numbers.mul_(1.0)) / numbers.numel()
+
+
+def _seconds_of_call(job: Job) -> float:
+    """Seconds of a call of PyTorch that has next to nothing to do."""
+    one = torch.ones(1, dtype=torch.float32, device=job.device)
+
+    def work() -> Tensor:
+        for _ in range(TIMED_CALLS):
+            one.mul_(1.0)
+        return one
+
+    return _fastest(work) / TIMED_CALLS
 
 
 def _fastest(work: Callable[[], Tensor]) -> float:
