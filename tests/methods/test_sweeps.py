@@ -14,7 +14,8 @@ from torch import Tensor
 
 from quantine import Plan, Scheme
 from quantine.core.qtensor import QTensor
-from quantine.core.spec import QuantSpec
+from quantine.core.sparse import Csr
+from quantine.core.spec import CLUSTERS, QuantSpec
 from quantine.errors import PlanError
 from quantine.methods.gptq import GPTQ
 from quantine.methods.spqr import SpQR
@@ -31,6 +32,11 @@ SOLVERS: dict[str, tuple[GPTQ | SpQR, QuantSpec]] = {
     "order of inputs": (GPTQ(act_order=False, groups="aligned"), QuantSpec(2, 32, sym=True)),
     "whole rows": (GPTQ(), QuantSpec(4, -1)),
     "outputs": (GPTQ(), QuantSpec(3, 8, group_axis="out")),
+    "clusters": (GPTQ(), QuantSpec(3, CLUSTERS, cluster_sizes=(20, 60, 16))),
+    "8 bits": (GPTQ(), QuantSpec(8, 16)),
+    "signed": (GPTQ(), QuantSpec(4, 32, sym=True, signed=True)),
+    "minima": (GPTQ(), QuantSpec(4, 32, zero_bits=16, minimum=True)),
+    "outliers, free order": (SpQR(threshold=0.2, groups="refit"), QuantSpec(3, 16)),
     "outliers": (SpQR(threshold=0.2), QuantSpec(3, 16, scale_bits=3, stat_group_size=8)),
     "outliers, outputs": (
         SpQR(threshold=0.2),
@@ -92,9 +98,9 @@ def test_the_error_falls_and_nothing_but_codes_changes(kind: str, run: int | Non
         assert again.grid is found.grid
         assert again.outliers is found.outliers
         assert again.in_perm is found.in_perm
-        assert again.codes.max() < 2**found.grid.bits
+        assert int(again.codes.max()) < 2**found.grid.bits
     assert all(after <= before * (1 + 1e-5) for before, after in pairwise(errors))
-    assert errors[-1] < errors[0]
+    assert errors[-1] < errors[0] or run == ROWS  # of which all take new codes, or none
     if found.outliers is not None:
         places = found.outliers.row_indices(), found.outliers.columns
         assert len(places[0])
@@ -117,7 +123,7 @@ def test_it_pays_on_inputs_like_those_of_layers(kind: str) -> None:
 
 @quick
 @given(
-    kind=st.sampled_from(sorted(SOLVERS)),
+    kind=st.sampled_from(sorted(set(SOLVERS) - {"clusters"})),
     rows=st.integers(1, 5),
     columns=st.integers(1, 5),
     run=st.sampled_from([None, 8, 40]),
@@ -142,6 +148,23 @@ def test_codes_that_could_each_be_better_are_found() -> None:
     assert swept(wrong, weight, hessian.matrix, factor, 1).codes.equal(nearest.codes)
     assert swept(nearest, weight, hessian.matrix, factor, 1).codes.equal(nearest.codes)
     assert swept(wrong, weight, hessian.matrix, factor, 0) is wrong
+
+
+def test_the_others_make_up_for_an_outlier_that_stays() -> None:
+    """Its value is wrong, and it is the only one that may not change."""
+    few = torch.randn(300, 2, generator=generator(1)) @ torch.randn(
+        2, TOGETHER, generator=generator(2)
+    )
+    hessian = observed(few + 0.1 * torch.randn(300, TOGETHER, generator=generator(3)))
+    weight, spec = random_weight(ROWS, TOGETHER), QuantSpec(4, -1)
+    found, factor = GPTQ()(weight, hessian, spec), GPTQ().loop.factor(hessian, spec)
+    marks = torch.zeros_like(weight, dtype=torch.bool)
+    marks[:, 4] = True
+    wrong = replace(found, outliers=Csr.where(marks, weight + 0.2))
+    again = swept(wrong, weight, hessian.matrix, factor, 1)
+    before, after = (energy(one, weight, factor, hessian.matrix) for one in (wrong, again))
+    assert after < 0.2 * before
+    assert again.dequantize()[:, 4].equal(wrong.dequantize()[:, 4])
 
 
 def test_inputs_that_are_never_active_are_rounded_to_nearest() -> None:
@@ -193,6 +216,8 @@ def test_a_plan_asks_for_them() -> None:
         assert isinstance(scheme.solver, GPTQ | SpQR)
         assert scheme.solver.sweeps == 3
         assert Plan.from_dict(plan.as_dict()) == plan
+        plain = Plan.from_dict({"rules": [{"match": "@blocks", "method": method}]})
+        assert "sweeps" not in plain.as_dict()["rules"][0]  # as in plans from before them
     with pytest.raises(PlanError, match="sweeps"):
         Plan.from_dict({"rules": [{"match": "@blocks", "method": "rtn", "sweeps": 3}]})
 

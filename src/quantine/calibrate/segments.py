@@ -23,7 +23,8 @@ MOST_TOKENS: Final = 2**28
 """Largest number of calibration tokens accepted, a hundred times what any method has been shown to
 profit from."""
 HELD_OUT: Final = 8
-"""The last of so many parts of the calibration text only judges, where something is judged."""
+"""A calibration text is cut into so many parts, the last of which is not tuned on: tuning is judged
+by it."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,14 @@ def calibration_segments(
     source = calibration.source
     text = read_text(source, "calibration", tokenizer)
     stream = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
-    if holds_out:
-        whole, stream = stream, replace(stream, tokens=stream.tokens[: held_out_from(stream)])
-        if len(stream.tokens) < stream.text_length(length) <= len(whole.tokens):
-            raise CalibrationError(
-                f"the text {ending(source)!r} has {len(whole.tokens)} tokens, of which the last "
-                f"{len(whole.tokens) - len(stream.tokens)} only judge: too few are left for a "
-                f"segment of {length}; use a longer text or a smaller seqlen"
-            )
+    available, needed = len(stream.tokens), stream.text_length(length)
+    left = held_out_from(stream)
+    if holds_out and left < needed <= available:
+        raise CalibrationError(
+            f"the text {ending(source)!r} has {available} tokens, too few for one segment of "
+            f"{length} without the last {available - left}, which compensate leaves to judge "
+            "tuning by: use a longer text or a smaller seqlen, or leave out compensate"
+        )
+    if holds_out and needed <= available:
+        stream = replace(stream, tokens=stream.tokens[:left])
     return draw_segments(stream, calibration.samples, length, calibration.seed, source)

@@ -86,6 +86,7 @@ class _Sweep:
         codes: ``[stored columns, rows]`` uint8, which change.
         places: ``[in]`` int64, the stored column of each input.
         scales, zeros: those of groups, as `_values_at` takes them.
+        signed: whether some scales are negative.
         groups: ``[stored columns]`` or ``[rows]`` int64, the group of each, see there.
         grid: the grid of the matrix.
         kept: ``[in, rows]`` bool, where outliers are; ``None`` if there are none.
@@ -102,6 +103,7 @@ class _Sweep:
     places: Tensor
     scales: Tensor
     zeros: Tensor
+    signed: bool
     groups: Tensor
     grid: Grid
     kept: Tensor | None
@@ -125,7 +127,9 @@ class _Sweep:
         damp = torch.where(diagonal == 0, 1.0 + factor.damp, factor.damp)
         unit = diagonal.mean().item() or 1.0
         errors = values - weight.T
-        asked = torch.mul(errors, damp.unsqueeze(1)).addmm_(hessian, errors, alpha=1 / unit)
+        asked = (errors * damp.unsqueeze(1)).addmm_(hessian, errors, alpha=1 / unit)
+        del errors
+        scales = grid.scales()
         places = torch.arange(inputs, device=weight.device)
         if found.in_perm is not None:
             places = inverse(found.in_perm)
@@ -137,14 +141,16 @@ class _Sweep:
             marks = torch.zeros_like(found.codes, dtype=torch.bool)
             marks[found.outliers.row_indices(), found.outliers.columns] = True
             kept = marks.T[places]
-        largest = max(float(values.abs().max()), float(weight.abs().max()))
+            del marks
+        largest = max(float(bound.abs()) for one in (values, weight) for bound in one.aminmax())
         return cls(
             values,
             asked,
             found.codes.T.contiguous(),
             places,
-            grid.scales(),
+            scales,
             grid.zeros(),
+            bool((scales < 0).any()),
             numbers.repeat_interleave(lengths),
             grid,
             kept,
@@ -229,7 +235,7 @@ class _Sweep:
             scale, zero = (one[:, chosen].T.contiguous() for one in (self.scales, self.zeros))
         else:
             scale, zero = (one[stored][:, self.groups] for one in (self.scales, self.zeros))
-        negative = scale < 0 if bool((self.scales < 0).any()) else None
+        negative = scale < 0 if self.signed else None
         if negative is not None:
             scale = scale.abs()
             zero = torch.where(negative, 2**self.grid.bits - 1 - zero, zero)

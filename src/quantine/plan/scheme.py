@@ -22,6 +22,8 @@ INFINITE: Final = "inf"
 """Text for an infinite number in plans, as JSON has none."""
 AVERAGE: Final = "average_bits"
 """Name of `Scheme.average_bits` in plans."""
+SWEEPS: Final = "sweeps"
+"""Name of the solvers' field of that name in plans."""
 SHARE_STEPS: Final = 40
 """Number of bisections of the share of outliers: enough to find it to the last outlier of any
 matrix."""
@@ -70,11 +72,17 @@ class Scheme:
         return format_named(self.format)
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields as plain values; `quantine.plan.scheme_parsing.scheme_from` inverts it."""
+        """All fields as plain values; `quantine.plan.scheme_parsing.scheme_from` inverts it.
+
+        Without `SWEEPS` where there are none, so that runs of plans from before it go on.
+        """
+        solver = dataclasses.asdict(self.solver)  # type: ignore[call-overload]
+        if not solver.get(SWEEPS):
+            solver.pop(SWEEPS, None)
         return {
             "method": self.method,
             **self.spec.as_dict(),
-            **{name: _plain(item) for name, item in dataclasses.asdict(self.solver).items()},  # type: ignore[call-overload]
+            **{name: _plain(item) for name, item in solver.items()},
             "format": self.format,
             **({AVERAGE: self.average_bits} if self.average_bits else {}),
         }

@@ -20,6 +20,7 @@ from quantine.families.layers import Layer
 from quantine.kernels.fit.grid_cost import CHUNK
 from quantine.kernels.fit.reference import SHRINKS
 from quantine.plan.decision import Decision
+from quantine.plan.scheme import SWEEPS
 from quantine.rptq.kmeans import starts_of
 from quantine.run.job import Job
 from quantine.statistics.output_covariance import run_of
@@ -156,7 +157,11 @@ def _in_block(job: Job, residence: Residence) -> int:
     square, kept = _hessians(job, inside)
     stopped = stopped_bytes(job) if residence.resumes else 0
     steps = [
-        *(_solving(d, square) + stopped for d in job.scheme_layers() if d.layer.role == "block"),
+        *(
+            _solving(decision, square) + _sweeping(job, decision) + stopped
+            for decision in job.scheme_layers()
+            if decision.layer.role == "block"
+        ),
         int(FACTORED_COPIES * square) + stopped,
         square + _forward(job, inside, residence),
         _summing(job, square + kept) - kept,
@@ -204,6 +209,17 @@ def _solving(decision: Decision, square: int) -> int:
     searched = SEARCH_COPIES * min(CHUNK, weights) + candidates // 3 if candidates else 0
     fitting = FITTED_COPIES * weights + max(candidates, searched)
     return FLOAT * max(fitting, int(SOLVED_COPIES * weights)) + 2 * square
+
+
+def _sweeping(job: Job, decision: Decision) -> int:
+    """Bytes of what outputs ask of each other that are held beside while codes are chosen again.
+
+    They are ordered by runs, and held twice for a moment.
+    """
+    scheme, outputs = decision.scheme, decision.layer.out_features
+    choices = decision.choices or (scheme,)
+    sweeps = any(getattr(one.solver, SWEEPS, 0) for one in choices if one is not None)
+    return 2 * FLOAT * outputs * run_of(outputs) if job.plan.loss_weights and sweeps else 0
 
 
 def _candidates(decision: Decision) -> int:

@@ -54,7 +54,7 @@ class OutputCovariance:
         self.sums.baddbmm_(runs.mT, runs)
 
     def coupling(self) -> Tensor:
-        """What an error of each output asks of those before it in its run, and how much it counts.
+        """What an error of each output asks of those before it in its run, and its ``D``.
 
         Returns:
             ``[out, run]`` float32: row ``i`` holds ``L[i, k]`` of the damped ``G`` for outputs

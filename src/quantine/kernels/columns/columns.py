@@ -56,7 +56,9 @@ class Columns:
         coupling: ``[rows, run]`` float32: rows make up for each other in runs of ``run``, from the
             last to the first. Entry ``[i, k]`` is what an error of row ``i``, the rounded value
             less the weight, takes off row ``k`` of its run before that one is rounded; it counts
-            for ``k`` before ``i`` only. ``None`` where rows are independent of one another.
+            for ``k`` before ``i`` only, and means something else elsewhere, see
+            `quantine.statistics.output_covariance.OutputCovariance.coupling`. ``None`` where rows
+            are independent of one another.
     """
 
     weights: Tensor
