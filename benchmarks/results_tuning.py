@@ -228,9 +228,9 @@ On opt-mini, `gptq` at 3 bits in groups of 64 (16 segments of 256 tokens) leaves
 without and 0.00152 with it on WikiText-2 (64 windows of 256). With the channel ranges of large
 models (opt-mini-outlier-all, 64 segments of 256, 48 windows): W4A4 0.00191 and 0.00169, W3A3KV
 0.00284 and 0.00201. There most changes but those of the first block's MLP took nothing off, and
-matrices stayed as they were. With the demo model and W4A4KV (128 segments of two texts) {scheme} and
-perplexity {scheme_perplexity} on WikiText-2 are left of 0.0839 and 22.47, which 16 segments of one
-text had without it.
+matrices stayed as they were. The demo model with W4A4KV (128 segments of two texts) is left with
+{scheme} and perplexity {scheme_perplexity} on WikiText-2; 16 segments of one text, without it, had
+0.0839 and 22.47.
 """
 
 
