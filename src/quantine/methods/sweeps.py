@@ -211,7 +211,7 @@ class _Sweep:
         if self.kept is not None:
             change.masked_fill_(self.kept[columns], 0.0)
         better = self._is_better(change, asked, hessian)
-        change.mul_(better)
+        change.masked_fill_(~better, 0.0)  # also what is no number
         codes, stored = block.codes, self.places[columns]
         if negative is not None:
             codes = torch.where(negative, 2**self.grid.bits - 1 - codes, codes)
