@@ -171,7 +171,7 @@ def calibration_segments(
     stream = token_stream(tokenizer, text, vocabulary, source, calibration.bos)
     available, needed = len(stream.tokens), stream.text_length(length)
     left = held_out_from(stream)
-    if holds_out and left < needed <= available:
+    if holds_out and left < needed <= available:  # else a text that is too short is told below
         raise CalibrationError(
             f"the text {ending(source)!r} has {available} tokens, too few for one segment of "
             f"{length} without the last {available - left}, which compensate leaves to judge "

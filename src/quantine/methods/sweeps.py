@@ -15,13 +15,13 @@ of its outputs, is 1 where rows do not make up for each other, see
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from quantine.core.grid import Grid, decode
+from quantine.core.grid import decode
 from quantine.core.permute import inverse
 from quantine.core.qtensor import QTensor
 from quantine.errors import PlanError, shown
@@ -65,7 +65,7 @@ def swept(
     """
     if not sweeps or not len(weight):
         return found
-    state = _Sweep.begin(found, weight, hessian, factor)
+    state = _Sweep(found, weight, hessian, factor)
     for sweep in range(sweeps):
         order = factor.order
         if sweep % 2:
@@ -76,91 +76,44 @@ def swept(
     return replace(found, codes=state.codes.T.contiguous())
 
 
-@dataclass(frozen=True)
 class _Sweep:
-    """A solved matrix, transposed, and its error. Columns are in the order of inputs.
+    """A solved matrix, transposed, and its error, which the arguments of `swept` begin.
 
-    Attributes:
-        values: ``[in, rows]`` float32, the decoded matrix, which changes.
-        asked: ``[in, rows]`` float32, ``H @ dW.T``, which changes with it.
-        codes: ``[stored columns, rows]`` uint8, which change.
-        places: ``[in]`` int64, the stored column of each input.
-        scales, zeros: those of groups, as `_values_at` takes them.
-        signed: whether some scales are negative.
-        groups: ``[stored columns]`` or ``[rows]`` int64, the group of each, see there.
-        grid: the grid of the matrix.
-        kept: ``[in, rows]`` bool, where outliers are; ``None`` if there are none.
-        far: the step of their grids.
-        hessian, unit, damp: the Hessian is ``hessian / unit`` with ``damp`` ``[in]`` added.
-        coupling: as `quantine.statistics.output_covariance.OutputCovariance` gives it.
-        runs: ``[runs, run, run]`` float32, ``L`` of each run of rows; ``None`` without coupling.
-        strengths: ``[runs, run]`` float32, its ``D``; ``None`` without coupling.
+    Columns are in the order of inputs, ``[in, rows]``; those of codes as they are stored.
     """
 
-    values: Tensor
-    asked: Tensor
-    codes: Tensor
-    places: Tensor
-    scales: Tensor
-    zeros: Tensor
-    signed: bool
-    groups: Tensor
-    grid: Grid
-    kept: Tensor | None
-    far: float
-    hessian: Tensor
-    unit: float
-    damp: Tensor
-    coupling: Tensor | None
-    runs: Tensor | None
-    strengths: Tensor | None
-
-    @classmethod
-    def begin(
-        cls, found: QTensor, weight: Tensor, hessian: Tensor, factor: InverseFactor
-    ) -> _Sweep:
-        """The state before the first sweep, with the arguments of `swept`."""
-        grid, coupling = found.grid, factor.coupling
-        out_features, inputs = weight.shape
-        values = found.dequantize().T.contiguous()
-        diagonal = hessian.diagonal()
-        damp = torch.where(diagonal == 0, 1.0 + factor.damp, factor.damp)
-        unit = diagonal.mean().item() or 1.0
-        errors = values - weight.T
-        asked = (errors * damp.unsqueeze(1)).addmm_(hessian, errors, alpha=1 / unit)
-        del errors
-        scales = grid.scales()
-        places = torch.arange(inputs, device=weight.device)
-        if found.in_perm is not None:
-            places = inverse(found.in_perm)
-        length = inputs if grid.axis == "in" else out_features
+    def __init__(
+        self, found: QTensor, weight: Tensor, hessian: Tensor, factor: InverseFactor
+    ) -> None:
+        self.codes = found.codes.T.contiguous()
+        self._grid = grid = found.grid
+        self._scales, self._zeros = grid.scales(), grid.zeros()
+        self._signed = bool((self._scales < 0).any())
+        length = weight.shape[1 if grid.axis == "in" else 0]
         lengths = torch.tensor(grid.lengths(length), dtype=torch.int64, device=weight.device)
-        numbers = torch.arange(len(lengths), device=weight.device)
-        kept = None
+        # The group of each stored column, or of each row where groups run along outputs.
+        self._groups = torch.arange(len(lengths), device=weight.device).repeat_interleave(lengths)
+        self._places = torch.arange(weight.shape[1], device=weight.device)  # of inputs, as stored
+        if found.in_perm is not None:
+            self._places = inverse(found.in_perm)
+        self._values = found.dequantize().T.contiguous()
+        largest = max(
+            float(bound.abs()) for one in (self._values, weight) for bound in one.aminmax()
+        )
+        self._far = FAR * (largest or 1.0)
+        self._kept = None  # where outliers are
         if found.outliers is not None:
             marks = torch.zeros_like(found.codes, dtype=torch.bool)
             marks[found.outliers.row_indices(), found.outliers.columns] = True
-            kept = marks.T[places]
-            del marks
-        largest = max(float(bound.abs()) for one in (values, weight) for bound in one.aminmax())
-        return cls(
-            values,
-            asked,
-            found.codes.T.contiguous(),
-            places,
-            scales,
-            grid.zeros(),
-            bool((scales < 0).any()),
-            numbers.repeat_interleave(lengths),
-            grid,
-            kept,
-            FAR * (largest or 1.0),
-            hessian,
-            unit,
-            damp,
-            coupling,
-            *((None, None) if coupling is None else _in_runs(coupling)),
-        )
+            self._kept = marks.T[self._places]
+        diagonal = hessian.diagonal()
+        self._hessian, self._unit = hessian, diagonal.mean().item() or 1.0
+        self._damp = torch.where(diagonal == 0, 1.0 + factor.damp, factor.damp)
+        errors = self._values - weight.T
+        self._asked = errors * self._damp.unsqueeze(1)  # the damped H @ dW.T
+        self._asked.addmm_(hessian, errors, alpha=1 / self._unit)
+        self._coupling = factor.coupling
+        self._runs = None if factor.coupling is None else _in_runs(factor.coupling)
 
     def round_again(self, columns: Tensor) -> None:
         """Round some columns again, `TOGETHER` at a time, and let all others know.
@@ -168,16 +121,16 @@ class _Sweep:
         Args:
             columns: their inputs, int64.
         """
-        rows = self.hessian[columns] / self.unit
-        rows[torch.arange(len(columns), device=rows.device), columns] += self.damp[columns]
+        rows = self._hessian[columns] / self._unit
+        rows[torch.arange(len(columns), device=rows.device), columns] += self._damp[columns]
         among = rows[:, columns]
-        asked, before = self.asked[columns], self.values[columns]
+        asked, before = self._asked[columns], self._values[columns]
         for start in range(0, len(columns), TOGETHER):
             part = slice(start, start + TOGETHER)
             change = self._changed(columns[part], among[part, part], asked[part])
             if change is not None:
                 asked.addmm_(among[:, part], change)
-        self.asked.addmm_(rows.T, self.values[columns] - before)
+        self._asked.addmm_(rows.T, self._values[columns] - before)
 
     def _changed(self, columns: Tensor, hessian: Tensor, asked: Tensor) -> Tensor | None:
         """Round a few columns again.
@@ -192,34 +145,34 @@ class _Sweep:
         """
         upper, failures = hessian.clone(), list[Tensor]()
         invert_upper(upper, failures)
-        if any(map(bool, failures)):
+        if any(map(bool, failures)):  # by what float32 rounds off: damped, it is definite
             return None
-        before = self.values[columns]
+        before = self._values[columns]
         scale, zero, negative = self._values_at(columns)
         block = Columns.of(
             (before - upper.T @ (upper @ asked)).T,
             upper,
             torch.arange(len(columns), device=columns.device),
-            self.grid.bits,
+            self._grid.bits,
             (scale, zero),
             torch.arange(len(columns), device=columns.device),
             math.inf,
-            coupling=self.coupling,
+            coupling=self._coupling,
         )
         round_block(block, 0, len(columns))
         change = decode(block.codes, positive(scale), zero).sub_(before)
-        if self.kept is not None:
-            change.masked_fill_(self.kept[columns], 0.0)
+        if self._kept is not None:
+            change.masked_fill_(self._kept[columns], 0.0)
         better = self._is_better(change, asked, hessian)
         change.masked_fill_(~better, 0.0)  # also what is no number
-        codes, stored = block.codes, self.places[columns]
+        codes, stored = block.codes, self._places[columns]
         if negative is not None:
-            codes = torch.where(negative, 2**self.grid.bits - 1 - codes, codes)
+            codes = torch.where(negative, 2**self._grid.bits - 1 - codes, codes)
         takes = better.expand_as(codes)
-        if self.kept is not None:
-            takes = takes & ~self.kept[columns]
+        if self._kept is not None:
+            takes = takes & ~self._kept[columns]
         self.codes[stored] = torch.where(takes, codes, self.codes[stored])
-        self.values[columns] = before + change
+        self._values[columns] = before + change
         return change
 
     def _values_at(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -229,32 +182,33 @@ class _Sweep:
             Both, and where scales are negative, so that codes are counted from the last; ``None``
             is nowhere.
         """
-        stored = self.places[columns]
-        if self.grid.axis == "in":
-            chosen = self.groups[stored]
-            scale, zero = (one[:, chosen].T.contiguous() for one in (self.scales, self.zeros))
+        stored = self._places[columns]
+        if self._grid.axis == "in":
+            chosen = self._groups[stored]
+            scale, zero = (one[:, chosen].T.contiguous() for one in (self._scales, self._zeros))
         else:
-            scale, zero = (one[stored][:, self.groups] for one in (self.scales, self.zeros))
-        negative = scale < 0 if self.signed else None
+            scale, zero = (one[stored][:, self._groups] for one in (self._scales, self._zeros))
+        negative = scale < 0 if self._signed else None
         if negative is not None:
             scale = scale.abs()
-            zero = torch.where(negative, 2**self.grid.bits - 1 - zero, zero)
-        if self.kept is not None:
-            kept = self.kept[columns]
-            zero = torch.where(kept, -self.values[columns] / self.far, zero)
-            scale = scale.masked_fill(kept, self.far)
+            zero = torch.where(negative, 2**self._grid.bits - 1 - zero, zero)
+        if self._kept is not None:
+            kept = self._kept[columns]
+            zero = torch.where(kept, -self._values[columns] / self._far, zero)
+            scale = scale.masked_fill(kept, self._far)
         return scale, zero, negative
 
     def _is_better(self, change: Tensor, asked: Tensor, hessian: Tensor) -> Tensor:
         """Which rows ``[rows]``, bool, have a smaller error after ``change``."""
         against = (2 * asked).addmm_(hessian, change)
-        if self.runs is None or self.strengths is None:
+        if self._runs is None:
             return (change * against).sum(0) < 0
-        count, run = self.runs.shape[:2]
+        lower, strengths = self._runs
+        count, run = strengths.shape
         rows = change.shape[1]
         both = torch.nn.functional.pad(torch.cat([change, against]), (0, count * run - rows))
-        changes, others = (both.unflatten(1, (count, run)).transpose(0, 1) @ self.runs).chunk(2, 1)
-        gained: Tensor = (changes * others).sum(1).mul_(self.strengths).sum(1)
+        changes, others = (both.unflatten(1, (count, run)).transpose(0, 1) @ lower).chunk(2, 1)
+        gained: Tensor = (changes * others).sum(1).mul_(strengths).sum(1)
         return (gained < 0).repeat_interleave(run)[:rows]
 
 

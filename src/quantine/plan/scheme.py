@@ -76,13 +76,13 @@ class Scheme:
 
         Without `SWEEPS` where there are none, so that runs of plans from before it go on.
         """
-        solver = dataclasses.asdict(self.solver)  # type: ignore[call-overload]
+        solver = {name: _plain(item) for name, item in vars(self.solver).items()}
         if not solver.get(SWEEPS):
             solver.pop(SWEEPS, None)
         return {
             "method": self.method,
             **self.spec.as_dict(),
-            **{name: _plain(item) for name, item in solver.items()},
+            **solver,
             "format": self.format,
             **({AVERAGE: self.average_bits} if self.average_bits else {}),
         }

@@ -129,7 +129,7 @@ def tuning_seconds(job: Job) -> float | None:
     return whole + _block_seconds(job, product, visit) + _calls(job) * _seconds_of_call(job)
 
 
-def _calls(job: Job) -> float:
+def _calls(job: Job) -> int:
     """Number of calls of PyTorch while the model is tuned, which small models mostly wait for."""
     tuning, text = job.plan.tune, job.tuning_text
     assert tuning is not None
