@@ -9,8 +9,7 @@ to them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -24,12 +23,12 @@ from quantine.errors import CalibrationError
 from quantine.families.family import Family
 from quantine.families.layers import Layer
 from quantine.kernels.gram import add_gram
-from quantine.statistics.error_fit import ErrorFit, is_loud
+from quantine.statistics.error_fit import RIDGES, ErrorFit, is_loud, trust
 
 FLOATS: Final = "float"
 """Name of the directory, in that of hidden states, with those of the float model."""
 JUDGED: Final = 8
-"""One of so many batches, and at least one, judges a change made of all others."""
+"""One of so many batches, and at least one, judges changes made of all others."""
 
 
 def may_write(family: Family, layer: Layer, width: int) -> bool:
@@ -117,58 +116,68 @@ class Compensation:
         """
         if not self._learns:
             return None
-        fit = ErrorFit(layer.out_features, layer.in_features, add_gram, weight.device)
-
-        def learn(x: Tensor, errors: Tensor, loud: Tensor) -> None:
-            fit.update(as_multiplied(x, sequential.setup), errors, loud)
-
-        if not math.isfinite(self._run(sequential, layer, self._learns, learn)):
+        learned, judging = (
+            ErrorFit(layer.out_features, layer.in_features, add_gram, weight.device)
+            for _ in range(2)
+        )
+        if self._fit(sequential, layer, self._learns, learned) is None:
             return None
-        tried = fit.change()
-        if tried is None:
+        counts = self._fit(sequential, layer, self._judges, judging)
+        change = _best(learned, judging)
+        if counts is None or change is None:
             return None
-        before = self._run(sequential, layer, self._judges, learn)
-        layer.write(sequential.setup.model, weight + tried)
-        after = self._run(sequential, layer, self._judges)
+        layer.write(sequential.setup.model, weight + change)
+        after = self._squared(sequential, layer, counts)
         layer.write(sequential.setup.model, weight)
-        change = fit.change()  # of all batches
-        if change is None or not after < before:
-            return None
-        return weight + change, 1 - after / before
+        return (weight + change, 1 - after / judging.squared) if after < judging.squared else None
 
-    def _run(
-        self,
-        sequential: Sequential,
-        layer: Layer,
-        batches: Sequence[int],
-        see: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
-    ) -> float:
-        """The squared error of the block's outputs for some batches, that of loud tokens apart.
-
-        Args:
-            sequential: see `changed`.
-            layer: see `changed`.
-            batches: their numbers.
-            see: is given inputs of the matrix, errors of outputs, and which tokens are loud.
+    def _fit(
+        self, sequential: Sequential, layer: Layer, batches: Sequence[int], fit: ErrorFit
+    ) -> list[Tensor] | None:
+        """Add the errors of the block's outputs for some batches to ``fit``.
 
         Returns:
-            The sum; infinite if the matrix does not run once for each token.
+            How much the tokens of each batch count; ``None`` if the matrix does not run once for
+            each token.
         """
-        assert layer.block is not None
         inputs: list[Tensor] = []
         handle = layer.observe(sequential.setup.model, inputs.append)
-        total = 0.0
+        kept = []
         try:
             for batch in batches:
                 inputs.clear()
-                output = sequential.run(layer.block, sequential.hidden[batch])
-                wanted = self._floats.hidden[batch]
-                errors, loud = (output - wanted).flatten(0, -2), is_loud(wanted).flatten()
-                rows = inputs[0].flatten(0, -2) if len(inputs) == 1 else errors[:0]
-                if len(rows) != len(errors):
-                    return math.inf
-                see(rows, errors, loud)
-                total += float(errors[~loud].square().sum())
+                errors, loud = self._errors(sequential, layer, batch)
+                counts = trust(errors, loud)
+                kept.append(counts)
+                if len(inputs) != 1 or inputs[0].shape[:-1].numel() != counts.numel():
+                    return None
+                x = as_multiplied(inputs[0].flatten(0, -2), sequential.setup)
+                fit.update(x, errors.flatten(0, -2), counts.flatten(), loud.flatten())
         finally:
             handle.remove()
+        return kept
+
+    def _squared(self, sequential: Sequential, layer: Layer, counts: Sequence[Tensor]) -> float:
+        """The squared error of the block's outputs for the batches that judge, as tokens count."""
+        total = 0.0
+        for batch, count in zip(self._judges, counts, strict=True):
+            errors, _ = self._errors(sequential, layer, batch)
+            total += float((count * errors.square().sum(-1)).sum())
         return total
+
+    def _errors(self, sequential: Sequential, layer: Layer, batch: int) -> tuple[Tensor, Tensor]:
+        """Errors of the block's outputs for a batch, and which tokens are loud."""
+        assert layer.block is not None
+        wanted = self._floats.hidden[batch]
+        output = sequential.run(layer.block, sequential.hidden[batch])
+        return output - wanted, is_loud(wanted)
+
+
+def _best(learned: ErrorFit, judging: ErrorFit) -> Tensor | None:
+    """The change made of ``learned`` that takes most off ``judging``; ``None`` if none does."""
+    best, most = None, 0.0
+    for ridge in RIDGES:
+        change = learned.change(ridge)
+        if change is not None and (less := judging.taken_off(change)) > most:
+            best, most = change, less
+    return best
