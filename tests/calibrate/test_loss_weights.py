@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.loss_weights import POWER, loss_weights
 from quantine.core.stage_times import StageTimes
 from quantine.kernels.gram import add_gram
+from quantine.run.block import SolvedBlock
 from quantine.run.layer import Solved, solve_choice
 from quantine.run.prepare import prepare
+from quantine.run.quantize import carry_out
 from quantine.statistics.hessian import Hessian
-from quantine.statistics.output_covariance import OutputCovariance
+from quantine.statistics.output_covariance import OutputCovariance, reordered
 from quantine.survey.specimen import specimen_config, write_specimen
 from samples import random_weight
 from stopped_runs import stopped_at
@@ -124,14 +126,41 @@ def test_a_run_that_is_continued_has_the_same_bytes(
     assert plain.read_bytes() != made[0]
 
 
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "neox_parallel", "phi3"])
+def test_outputs_make_up_for_each_other_in_the_order_that_activations_give_them(
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
+) -> None:
+    job = prepare(tiny(name), Plan.scheme("W4A8", loss_weights=True), short)
+    checkpoint = job.checkpoint()
+    moved = []
+
+    def compare(block: SolvedBlock) -> Sequence[Solved]:
+        (stored,) = (tmp_path / "out").rglob(f"couplings-{block.index:05}.safetensors")
+        before = load_file(stored)
+        assert set(before) == set(block.hessians)
+        for one in block.solved:
+            # Rows are known by their numbers, whatever the order of their columns.
+            floats = job.float_weight(checkpoint, one.layer).sort(1).values
+            rows = block.weights[one.layer.name].sort(1).values
+            order = (rows.unsqueeze(1) == floats).all(2).float().argmax(1)
+            assert torch.equal(floats[order], rows)
+            moved.append(one.layer.name if (order.diff() != 1).any() else "")
+            coupling = block.hessians[one.layer.name].coupling
+            assert coupling is not None
+            wanted = reordered(before[one.layer.name].float(), order)
+            torch.testing.assert_close(coupling, wanted, rtol=1e-4, atol=1e-5)
+        return block.solved
+
+    carry_out(job, tmp_path / "out", adjust=compare)
+    assert any(moved)
+
+
 def test_plans_keep_them_and_others_do_not_name_them() -> None:
     assert Plan.from_dict(weighted().as_dict()) == weighted()
     assert "loss_weights" not in Plan.preset("gptq").as_dict()
 
 
 def test_what_cannot_be_weighted_is_refused(tiny: Tiny, prose: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="activations do not go with `loss_weights`"):
-        Plan.from_dict({**Plan.scheme("W4A8").as_dict(), "loss_weights": True})
     rounded = weighted(rules=[{"match": "@blocks", "method": "rtn", "bits": 4, "group_size": 16}])
     with pytest.raises(PlanError, match="loss_weights would change nothing"):
         quantine.quantize(tiny("llama"), tmp_path / "out", rounded, Calibration(str(prose), 4, 64))

@@ -40,6 +40,13 @@ def plan_of(scheme: str, **parameters: Any) -> Plan:
     return replace(plan, activations=replace(plan.activations, clusters=CLUSTERS))
 
 
+def budget_with(scheme: str) -> Plan:
+    """The activations of ``scheme``, and weights whose bits a budget decides."""
+    activations = plan_of(scheme).activations
+    plan = Plan.budget(4.5, ("in", "out"))
+    return replace(plan, arithmetic="exact", activations=activations, loss_weights=True)
+
+
 @torch.no_grad()
 def logits_of(model: Any) -> Tensor:
     logits: Tensor = model(input_ids=TOKENS).logits
@@ -105,17 +112,21 @@ def test_schemes_survive_the_file(
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-@pytest.mark.parametrize("scheme", ["W4A8", "W8A8-token"])
+@pytest.mark.parametrize("plan", [plan_of("W4A8"), plan_of("W8A8-token"), budget_with("W4A8")])
 def test_integers_predict_what_the_simulation_does(
-    name: str, scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path
+    name: str, plan: Plan, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    quantize(tiny(name), out, plan_of(scheme), short)
+    quantize(tiny(name), out, plan, short)
     model, _ = quantine.load(out)
     matrices = [m for m in model.modules() if isinstance(m, QuantLinear) and m.inputs is not None]
     assert matrices
     integers = levels() not in ([], [SCALAR])
-    assert all((m.input_grid() is not None) == integers for m in matrices)
+    in_integers = [m.input_grid() is not None for m in matrices]
+    if plan.bits_per_weight is None:
+        assert all(one == integers for one in in_integers)
+    else:  # groups of weights may run along outputs, or span clusters of inputs
+        assert integers or not any(in_integers)
     found = logits_of(model)
     # Products that a gradient is wanted of are simulated.
     inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
@@ -165,10 +176,22 @@ def test_other_methods_keep_their_own_groups(
     assert distance(quantine.load(out)[0], float_model(tiny("llama"))) < 0.3
 
 
-def test_an_interrupted_run_ends_with_the_same_bytes(
-    tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_budget_decides_the_bits_of_weights_beside_a_scheme(
+    tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
-    plan = plan_of("W4A4")
+    plan = Plan.budget(4.5, ("in", "out")).with_activations("W4A8")
+    assert plan.activations == Plan.scheme("W4A8").activations
+    totals = quantize(tiny("llama"), tmp_path / "out", plan, short).report["totals"]
+    assert 4 < totals["bits_per_weight"] <= 4.5
+    model, _ = quantine.load(tmp_path / "out")
+    assert any(isinstance(m, StaticGrid) for m in model.modules())
+    assert distance(model, float_model(tiny("llama"))) < 0.3
+
+
+@pytest.mark.parametrize("plan", [plan_of("W4A4"), budget_with("W4A4")])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    plan: Plan, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quantize(tiny("llama"), tmp_path / "whole", plan, short)
     commit = RunStore.commit
 
@@ -326,17 +349,19 @@ def test_model_in_bfloat16_keeps_its_grids(tiny: Tiny, short: Calibration, tmp_p
     assert bool(torch.isfinite(logits_of(model).float()).all())
 
 
-@pytest.mark.parametrize("scheme", ["W4A4", "W16A8-faithful"])
+@pytest.mark.parametrize("asked", ["W4A4", "W16A8-faithful", "W4A4 --bits-per-weight 5"])
 def test_the_command_line_takes_schemes(
-    scheme: str, tiny: Tiny, short: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    asked: str, tiny: Tiny, short: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--scheme", scheme, "--calibration", short.source, "--samples", "4", "--seqlen", "32"]
+    scheme, *more = asked.split()
+    text = ["--calibration", short.source, "--samples", "4", "--seqlen", "32"]
+    flags = ["--scheme", scheme, *more, *text]
     out = str(tmp_path / "out")
-    assert main(["plan", str(tiny("opt")), *asked]) == 0
-    assert main(["quantize", str(tiny("opt")), out, *asked, "--quiet"]) == 0
+    assert main(["plan", str(tiny("opt")), *flags]) == 0
+    assert main(["quantize", str(tiny("opt")), out, *flags, "--quiet"]) == 0
     assert main(["inspect", out]) == 0
     assert main(["eval", out, "--text", short.source, "--window", "32", "--limit", "1"]) == 0
-    assert ("clusters" in capsys.readouterr().out) == (scheme == "W4A4")
+    assert ("clusters" in capsys.readouterr().out) == (asked == "W4A4")
 
 
 def test_a_scheme_decides_the_bits_of_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,7 @@ def test_schemes_choose_how_weights_are_rounded() -> None:
     ("value", "message"),
     [
         ({"scheme": "W4A4", "activations": {"key": 4}}, "give either"),
-        ({"scheme": "W4A4", "float_inputs": True}, "go neither"),
+        ({"scheme": "W4A4", "float_inputs": True}, "do not go with `float_inputs`"),
         (
             {"rules": [{"match": "@blocks", "method": "spqr", "group_size": 0}]},
             "group_size 0",

@@ -12,7 +12,7 @@ from quantine.core.spec import QuantSpec
 from quantine.kernels.gram import add_gram
 from quantine.methods.gptq import GPTQ
 from quantine.statistics.hessian import Hessian
-from quantine.statistics.output_covariance import DAMP, RUN, OutputCovariance
+from quantine.statistics.output_covariance import DAMP, RUN, OutputCovariance, reordered
 from samples import generator, random_weight
 
 
@@ -75,6 +75,49 @@ def test_outputs_on_which_nothing_depends_ask_nothing() -> None:
     coupling = seen.coupling()
     assert not bool(coupling.tril(-1).any())
     assert torch.allclose(coupling.diagonal(), torch.full((7,), DAMP))
+
+
+def moved(found: Tensor, order: Tensor) -> Tensor:
+    """The coupling of outputs whose gradients were ``found`` after they got another order."""
+    seen = OutputCovariance()
+    seen.update(found[:, order])
+    return seen.coupling()
+
+
+@pytest.mark.parametrize("outputs", [1, 6, 100])
+def test_outputs_in_another_order_ask_what_they_asked(outputs: int) -> None:
+    found = gradients(300, outputs)
+    order = torch.randperm(outputs, generator=generator(5))
+    wanted = moved(found, order)
+    torch.testing.assert_close(
+        reordered(moved(found, torch.arange(outputs)), order), wanted, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_outputs_that_come_into_one_run_only_then_ask_nothing() -> None:
+    outputs = 2 * RUN + 1
+    found = gradients(40, outputs)
+    whole = torch.arange(outputs)
+    before = moved(found, whole)
+    run = before.shape[1]
+    torch.testing.assert_close(reordered(before, whole), before, rtol=1e-3, atol=1e-4)
+    # Inside of their runs, the last of which is shorter.
+    inside = torch.cat(
+        [part[torch.randperm(len(part), generator=generator(5))] for part in whole.split(run)]
+    )
+    torch.testing.assert_close(
+        reordered(before, inside), moved(found, inside), rtol=1e-3, atol=1e-4
+    )
+    across = torch.randperm(outputs, generator=generator(6))
+    after = reordered(before, across)
+    of = across // run
+    for first in range(0, outputs, run):
+        part, old = after[first : first + run], of[first : first + run]
+        apart = old.unsqueeze(1) != old
+        lower, costs = part[:, : len(part)].double(), part.diagonal().double()
+        unit = lower.tril(-1) + torch.eye(len(part), dtype=torch.float64)
+        assert not bool(((unit * costs) @ unit.T)[apart].abs().gt(1e-5).any())
+        assert not bool(part[:, len(part) :].any())
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

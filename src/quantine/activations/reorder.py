@@ -59,20 +59,22 @@ def permute_outputs(module: nn.Module, order: Tensor, rows: Rows = "parts", head
         rows: which outputs are meant if there are more than channels, see `Link.rows`.
         heads: number of heads that the outputs consist of, for ``"interleaved"``.
     """
-    axis = 1 if is_transposed(module) else 0
-    weight = module.get_parameter("weight")
-    whole = _order_of_rows(weight.shape[axis], order, rows, heads)
+    weight, axis = module.get_parameter("weight"), _axis_of_outputs(module)
+    whole = order_of_outputs(module, order, rows, heads)
     _replace(module, weight, whole, axis)
     bias = getattr(module, "bias", None)
     if bias is not None:
         module.bias = nn.Parameter(bias.detach()[whole], requires_grad=False)
 
 
-def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
-    """The order of all ``count`` outputs of a matrix, those that stay in place included.
+def order_of_outputs(
+    module: nn.Module, order: Tensor, rows: Rows = "parts", heads: int = 1
+) -> Tensor:
+    """The order of all outputs of a matrix, ``[out]`` int64, those that stay in place included.
 
-    The other arguments are those of `permute_outputs`.
+    The arguments are those of `permute_outputs`.
     """
+    count = module.get_parameter("weight").shape[_axis_of_outputs(module)]
     channels = len(order)
     whole = torch.arange(count, device=order.device)
     if rows == "parts":
@@ -83,6 +85,10 @@ def _order_of_rows(count: int, order: Tensor, rows: Rows, heads: int) -> Tensor:
     places = whole.view(heads, -1)[:, -channels // heads :].flatten()
     whole[places] = places[order]
     return whole
+
+
+def _axis_of_outputs(module: nn.Module) -> int:
+    return 1 if is_transposed(module) else 0
 
 
 def permute_inputs(module: nn.Module, order: Tensor, heads: int) -> None:

@@ -100,7 +100,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="weights and activations: W4A16, W4A8, W4A4, W4A4KV (keys and values only), any other "
         "WxAy[KV]; with -strict norm outputs have y bits, too (else 8 at least), -faithful is RPTQ "
-        "as published, -tensor and -token are for comparison",
+        "as published, -tensor and -token are for comparison; with --bits-per-weight that says "
+        "what weights have",
     )
     parser.add_argument(
         "--bits-per-weight",
@@ -319,6 +320,8 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.bits_per_weight is not None:
         axes = GROUP_AXES if arguments.both_axes else GROUP_AXES[:1]
         plan = Plan.budget(arguments.bits_per_weight, axes)
+        if arguments.scheme is not None:
+            plan = plan.with_activations(arguments.scheme)
     elif arguments.scheme is not None:
         plan = Plan.scheme(arguments.scheme, **flags)
     else:
@@ -367,6 +370,8 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
     flags = given("method", "bits", "group_size")
     whole = [*given("plan", "bits_per_weight", "preset", "scheme")]
+    if whole == ["bits_per_weight", "scheme"]:  # bits of weights, and of activations
+        whole.pop()
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:

@@ -122,12 +122,9 @@ class Plan:
                 f"plan {self.name!r}: bits_per_weight must be above 0 and at most {FLOAT16}, not "
                 f"{self.bits_per_weight}"
             )
-        if self.activations is not None and (searched or self.float_inputs):
-            others = "`bits_per_weight` nor with `float_inputs`"
-            raise PlanError(f"plan {self.name!r}: activations go neither with {others}")
-        if self.activations is not None and self.loss_weights:
+        if self.activations is not None and self.float_inputs:
             raise PlanError(
-                f"plan {self.name!r}: activations do not go with `loss_weights`: leave one out"
+                f"plan {self.name!r}: activations do not go with `float_inputs`: leave one out"
             )
         if self.float_inputs and self.compensate:
             raise PlanError(
@@ -223,6 +220,19 @@ class Plan:
             )
         found = cls.budget(BEST[name], GROUP_AXES)
         return dataclasses.replace(found, name=name, tune=SETTINGS[BEST_TUNING])
+
+    def with_activations(self, scheme: str) -> Plan:
+        """The same plan for weights, with activations as a scheme such as ``W4A8`` has them.
+
+        What the name says of weights does not count.
+
+        Raises:
+            PlanError: there is no such scheme, or activations do not go with this plan.
+        """
+        found = parse_shorthand(scheme)
+        return dataclasses.replace(
+            self, name=f"{self.name}-{scheme}", activations=found.activations
+        )
 
     def with_head(self, bits: int) -> Plan:
         """The same plan, but with the token table and the output head rounded to ``bits`` bits.

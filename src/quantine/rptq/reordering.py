@@ -15,7 +15,7 @@ from quantine.activations.install import (
     read_links,
     rounding_points,
 )
-from quantine.activations.reorder import reorder
+from quantine.activations.reorder import order_of_outputs, reorder
 from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
 from quantine.core.fit_range import (
     fit_activations,
@@ -60,6 +60,21 @@ class Reordering:
             for link in read_links(self.family):
                 heads = self.heads.keys if link.per_head else 1
                 reorder(block, link, self._clusters[link.kind].order, heads)
+
+    def orders_of_outputs(self, block: nn.Module) -> dict[str, Tensor]:
+        """Where `apply` puts the outputs of matrices, by path in ``block``; others' stay.
+
+        ``[out]`` int64: place ``j`` gets output ``order[j]``.
+        """
+        found: dict[str, Tensor] = {}
+        moved = [link for link in read_links(self.family) if link.fold == "weights"]
+        for link in moved if self._spec.reorders else ():
+            heads = self.heads.keys if link.per_head else 1
+            order = self._clusters[link.kind].order
+            for path in link.producers:
+                whole = order_of_outputs(block.get_submodule(path), order, link.rows, heads)
+                found[path] = found[path][whole] if path in found else whole
+        return found
 
     def clusters_at(self, point: RoundingPoint) -> Clusters:
         """The clusters of the channels at ``point``, in the order they have after `apply`."""

@@ -16,6 +16,7 @@ from quantine.budget.allocation import Allocation
 from quantine.calibrate.compensation import Compensation
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.submodules import SubmoduleOutputs, judged_module
+from quantine.core.device import CPU
 from quantine.core.process_memory import KEPT_FREE, return_freed_memory
 from quantine.core.qtensor import QTensor
 from quantine.families.heads import Heads
@@ -38,6 +39,7 @@ from quantine.run.store import Reports
 from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.losses import RelativeLoss
+from quantine.statistics.output_covariance import reordered
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ class BlockRun:
         heads = Heads.of(job.config, job.family)
         with job.times.stage("reordering"):
             reordering = reorder_block(sequential, self.index, block, family, heads, spec)
+            self.couplings = self._couplings_after(reordering.orders_of_outputs(block))
         decisions = []
         for decision in job.block_schemes(self.index):
             layer = decision.layer
@@ -175,6 +178,15 @@ class BlockRun:
         self._maps.update({f"{path}.{kind}": m.cpu() for kind, m in reordering.maps().items()})
         packed = [decision.layer.name for decision in decisions]
         return decisions, float_tensors(block, path, self.checkpoint, packed)
+
+    def _couplings_after(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`couplings` after outputs of matrices were reordered, ``orders`` by path in the block."""
+        path = f"{self.job.family.blocks}.{self.index}"
+        found = {}
+        for name, coupling in self.couplings.items():
+            order = orders.get(name.removeprefix(f"{path}."))
+            found[name] = coupling if order is None else reordered(coupling, order.to(CPU))
+        return found
 
     def _solved(self, decisions: Sequence[Decision]) -> Iterator[Solved]:
         """Solve the matrices group after group; the block computes with each result thereafter.

@@ -58,6 +58,9 @@ GRADIENT_WIDEST: Final = 6
 COUPLED_COPIES: Final = 4
 """Bytes held for each of `coupling_bytes` while they are found: moments, results, those in float16,
 and the factor of a matrix."""
+REORDERED_COPIES: Final = 6
+"""Number of tensors as large as what the outputs of a matrix ask of each other that exist at once
+while it is put into another order."""
 LOGIT_COPIES: Final = 6
 """Number of tensors as large as the logits that exist at once while gradients are taken."""
 CANDIDATE_TENSORS: Final = 6
@@ -166,6 +169,7 @@ def _in_block(job: Job, residence: Residence) -> int:
         square + _forward(job, inside, residence),
         _summing(job, square + kept) - kept,
         _comparing(job, inside, residence),
+        _reordering(job),
         _compensating(job, inside, square, residence),
     ]
     return FLOAT * block_weights(job) + block_coupling_bytes(job) + kept + max(steps)
@@ -222,6 +226,14 @@ def _sweeping(job: Job, decision: Decision) -> int:
     return 2 * FLOAT * outputs * run_of(outputs) if job.plan.loss_weights and sweeps else 0
 
 
+def _reordering(job: Job) -> int:
+    """Bytes held while what outputs ask of each other is put into the order of activations."""
+    if job.plan.activations is None or not job.plan.loss_weights:
+        return 0
+    outputs = [layer.out_features for layer in _largest_block(job)]
+    return REORDERED_COPIES * FLOAT * max(count * run_of(count) for count in outputs)
+
+
 def _candidates(decision: Decision) -> int:
     """Numbers in the candidate ranges of a matrix whose grids are all fitted at once."""
     scheme, layer = decision.scheme, decision.layer
@@ -253,13 +265,14 @@ def _comparing(job: Job, inside: list[Layer], residence: Residence) -> int:
 def _compensating(job: Job, inside: list[Layer], square: int, residence: Residence) -> int:
     """Bytes held while a matrix makes up for errors before it; 0 where none does.
 
-    They are its Hessian, moments of its inputs, the same damped, their factor and a copy of it, the
-    errors' with them, the change, and a batch that runs through the block.
+    They are its Hessian, moments of its inputs on text to learn of and to judge by, the same
+    damped, their factor and a copy of it, the errors' with them, two changes and what judging one
+    takes, and a batch that runs through the block.
     """
     if not job.plan.compensate:
         return 0
     writers = [layer for layer in inside if may_write(job.family, layer, width(job))]
-    sums = [4 * layer.in_features**2 + 4 * layer.weights for layer in writers]
+    sums = [5 * layer.in_features**2 + 6 * layer.weights for layer in writers]
     return square + FLOAT * max(sums, default=0) + _forward(job, inside, residence)
 
 

@@ -66,11 +66,45 @@ class OutputCovariance:
         level = float(diagonal.sum() / self.outputs)
         damped = self.sums / (level or 1.0)
         damped.diagonal(0, 1, 2).add_(DAMP)
-        lower = torch.linalg.cholesky(damped)
-        roots = lower.diagonal(0, 1, 2)
-        unit: Tensor = (lower / roots.unsqueeze(1)).tril_(-1)
-        unit.diagonal(0, 1, 2).copy_(roots.square())
-        return unit.flatten(0, 1)[: self.outputs].contiguous()
+        return _unit_factor(damped)[: self.outputs].contiguous()
+
+
+def reordered(coupling: Tensor, order: Tensor) -> Tensor:
+    """What errors of outputs ask of each other after the outputs were put into another order.
+
+    Outputs that share a run only afterwards do not make up for each other: how they act together is
+    not known.
+
+    Args:
+        coupling: as `OutputCovariance.coupling` gives it, ``[out, run]``, on any device.
+        order: ``[out]`` int64: place ``j`` gets output ``order[j]``.
+
+    Returns:
+        The same of the outputs in that order, ``[out, run]`` float32.
+    """
+    outputs, run = coupling.shape
+    missing = -outputs % run
+    runs = torch.nn.functional.pad(coupling.float(), (0, 0, 0, missing)).unflatten(0, (-1, run))
+    costs = runs.diagonal(0, 1, 2).clone()
+    costs.flatten()[outputs:] = 1.0
+    lower = runs.tril(-1)
+    lower.diagonal(0, 1, 2).fill_(1.0)
+    moments = (lower * costs.unsqueeze(1)) @ lower.mT
+    places = torch.nn.functional.pad(order, (0, missing))
+    places[outputs:] = torch.arange(outputs, outputs + missing, device=order.device)
+    of, inside = places.view(-1, run) // run, places.view(-1, run) % run
+    moved = moments[of.unsqueeze(2), inside.unsqueeze(2), inside.unsqueeze(1)]
+    moved.mul_(of.unsqueeze(2) == of.unsqueeze(1))
+    return _unit_factor(moved)[:outputs].contiguous()
+
+
+def _unit_factor(moments: Tensor) -> Tensor:
+    """``L`` of ``moments`` ``[runs, run, run]`` below the diagonal and ``D`` on it, runs joined."""
+    lower = torch.linalg.cholesky(moments)
+    roots = lower.diagonal(0, 1, 2)
+    unit: Tensor = (lower / roots.unsqueeze(1)).tril_(-1)
+    unit.diagonal(0, 1, 2).copy_(roots.square())
+    return unit.flatten(0, 1)
 
 
 def run_of(outputs: int) -> int:
