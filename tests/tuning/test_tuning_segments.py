@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quantine.calibrate.segments import HELD_OUT, Calibration
+from quantine.calibrate.segments import HELD_OUT, Calibration, calibration_segments
 from quantine.core.tuning_spec import Tuning
 from quantine.errors import CalibrationError
 from quantine.tuning.blocks import HELD_OUT as BLOCK_JUDGES
@@ -53,6 +53,16 @@ def test_blocks_and_the_whole_have_segments_of_their_own(calibration: Calibratio
     assert not set(text.blocks.flatten().tolist()) & set(text.whole.flatten().tolist())
     text = tuning_text(calibration, replace(tuning, block_steps=0), Words(), 800, None)
     assert not block_segments(text).numel()
+
+
+def test_the_whole_is_not_tuned_on_what_it_was_solved_by(calibration: Calibration) -> None:
+    tuning = Tuning(steps=2, segments=5, block_steps=0)
+    solved = calibration_segments(
+        replace(calibration, samples=10), Words(), 800, None, holds_out=True
+    )
+    tuned = tuning_text(calibration, tuning, Words(), 800, None).whole
+    assert tuned.shape == solved.shape
+    assert not set(solved[:, 0].tolist()) & set(tuned[:, 0].tolist())
 
 
 def test_too_little_text_is_refused(calibration: Calibration) -> None:
