@@ -29,7 +29,11 @@ from quantine.statistics.gradients import SquaredGradients
 from quantine.statistics.hessian import Hessian
 
 PROBE_TOKENS: Final = 4096
-"""Number of calibration tokens that is enough to rank choices."""
+"""Number of calibration tokens, at least, by which choices are ranked."""
+PROBE_SHARE: Final = 4
+"""One of so many segments is probed where that is more and tokens count by the loss, which took
+gradients of all of them. A prediction on few tokens flatters the matrices with most inputs, whose
+errors it thinks they could make up for."""
 
 Options = list[tuple[int, float]]
 """Size in bytes and loss of each choice of one layer. The loss is the expected Kullback-Leibler
@@ -87,14 +91,16 @@ class _Prediction:
         return self.nbytes, sampled / 2 * len(squared_gradients) / len(self.rows)
 
 
-def probe_segments(samples: int, seqlen: int) -> int:
-    """The number of segments that are probed: about `PROBE_TOKENS` tokens, at least one segment.
+def probe_segments(samples: int, seqlen: int, weighted: bool) -> int:
+    """The number of segments that are probed: at least one, see `PROBE_TOKENS`, `PROBE_SHARE`.
 
     Args:
         samples: number of calibration segments.
         seqlen: tokens per segment.
+        weighted: whether tokens count by the loss.
     """
-    return min(samples, max(1, PROBE_TOKENS // max(1, seqlen)))
+    share = samples // PROBE_SHARE if weighted else 0
+    return min(samples, max(1, PROBE_TOKENS // max(1, seqlen), share))
 
 
 def probe(
@@ -125,7 +131,8 @@ def probe(
     Raises:
         SolverError: a layer cannot be solved with a choice; the message names it.
     """
-    count = probe_segments(*setup.segments.shape)
+    samples, seqlen = setup.segments.shape
+    count = probe_segments(samples, seqlen, bool(setup.token_weights))
     own = replace(setup, segments=setup.segments[:count], spill=scratch / "states", replaced={})
     predicted: dict[str, list[_Prediction]] = {}
 

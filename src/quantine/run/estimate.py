@@ -174,7 +174,8 @@ def _scratch_bytes(job: Job) -> int:
     if job.plan.loss_weights:  # gone when a budget's begin
         return scratch + (blocks + 1) * state_bytes(job)
     if job.plan.bits_per_weight is not None:
-        scratch += blocks * probe_segments(samples, length) * length * width(job) * FLOAT
+        probed = probe_segments(samples, length, weighted=False)
+        scratch += blocks * probed * length * width(job) * FLOAT
     return scratch
 
 
