@@ -244,18 +244,18 @@ float model's, 20, 10, 9, 8, 8 and 8% follow from the inputs of the last matrix 
 5, 5, 4, 4% (the first five) from those of the output of attention, on segments that the regression
 has not seen, of the same sources (47 thousand tokens, the matrix itself in float), while nothing
 had been made up for in the blocks before. Changes are 5 to 14% of the weights. As every block takes
-its share off, the squared error at the end of block 9 is below 0.43 instead of 0.69. Letting queries, keys, values, gate and up make up for the errors of their inputs,
-too, as GPTAQ does, took another 4% off the squared error at block 6, for twice the time, and is
-left out.
+its share off, the squared error at the end of block 9 is below 0.43 instead of 0.69. Letting
+queries, keys, values, gate and up make up for the errors of their inputs, too, as GPTAQ does, took
+another 4% off the squared error at block 6, for twice the time, and is left out.
 
-On opt-mini, `gptq` at 3 bits in groups of 64 (16 segments of 256 tokens) leaves 0.00190
-without and 0.00152 with it on WikiText-2 (64 windows of 256), of 64 segments 0.00168 and 0.00105.
-With the channel ranges of large models (opt-mini-outlier-all, 64 segments of 256, 48 windows): W4A4
-0.00191 and 0.00169, with `--loss-weights` 0.00174 and 0.00163, and with a budget of as many bits
-and `--compensate` 0.00161; W3A3KV 0.00284 and 0.00201. There most changes but those of the first
-block's MLP took nothing off, and matrices stayed as they were. The demo model with W4A4KV (128 segments of two texts) is left with
-{scheme} and perplexity {scheme_perplexity} on WikiText-2; 16 segments of one text, without it, had
-0.0839 and 22.47.
+On opt-mini, `gptq` at 3 bits in groups of 64 (16 segments of 256 tokens) leaves 0.00190 without and
+0.00152 with it on WikiText-2 (64 windows of 256), of 64 segments 0.00168 and 0.00105. With the
+channel ranges of large models (opt-mini-outlier-all, 64 segments of 256, 48 windows): W4A4 0.00191
+and 0.00169, with `--loss-weights` 0.00174 and 0.00163, and with a budget of as many bits and
+`--compensate` 0.00161; W3A3KV 0.00284 and 0.00201. There most changes but those of the first
+block's MLP took nothing off, and matrices stayed as they were. The demo model with W4A4KV (128
+segments of two texts) is left with {scheme} and perplexity {scheme_perplexity} on WikiText-2; 16
+segments of one text, without it, had 0.0839 and 22.47.
 """
 
 
