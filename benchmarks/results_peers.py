@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 WIKITEXT2, C4 = "wikitext2_test.txt", "c4_en_validation_500.jsonl"
 AUTOROUND = "AutoRound 0.16.1, 200 iterations (a)"
-LLAMA_CPP, GPTQ, UNTUNED, BEST_OF = "llama.cpp, with importances", "GPTQ", "budget", "best"
+LLAMA_CPP, GPTQ, UNTUNED, NEAREST = "llama.cpp, with importances", "GPTQ", "budget", "nearest"
 PEERS = """
 ### What others reach
 
 Everything below is judged by one evaluation on the same windows, and bits are those of the matrices
-in blocks, from the files. llama.cpp's quantizer gets the importances of 128 segments of the text
-that the best rows are of; rows of 576 inputs do not suit its types with a K, for which others
-stand in there. GPTQ is quantine's own, of 32 segments, as the untuned budgets are.
+in blocks, from the files. "Nearest" is of each size the row of the [table of
+tuning](#tuning-towards-the-float-model) with the least divergence on WikiText-2, of 128 or 256
+segments. llama.cpp's quantizer gets the importances of 128 segments of the same text; rows of 576
+inputs do not suit its types with a K, for which others stand in there. GPTQ is quantine's own, of
+32 segments, as the untuned budgets are.
 
 ```sh
 QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/peers.py demo mixed.txt \\
@@ -105,7 +107,7 @@ def points() -> list[Point]:
         for row in budgets
         if "both_axes" in row["name"]
     ]
-    found += [Point.of(BEST_OF, read(file), bits) for bits, file in BEST.items()]
+    found += [Point.of(NEAREST, read(file), bits) for bits, file in BEST.items()]
     return sorted(found, key=lambda point: point.bits)
 
 
@@ -127,7 +129,7 @@ def peers() -> str:
                 "" if perplexity is None else f"{perplexity:.2f}",
                 "" if kl is None else f"{kl:.4f}",
             ]
-        by = f"**quantine, {point.by}**" if point.by in (UNTUNED, BEST_OF) else point.by
+        by = f"**quantine, {point.by}**" if point.by in (UNTUNED, NEAREST) else point.by
         lines.append(line([by, point.name, f"{point.bits:.3f}", *cells]))
     return "\n".join(lines) + "\n"
 
@@ -143,7 +145,7 @@ def draw(file: Path) -> None:
 
     figure = Figure(figsize=(7.0, 4.2), layout="constrained")
     axes = figure.subplots()
-    _draw_series(axes, BEST_OF, "quantine, best", "#1b3a6b", "-o")
+    _draw_series(axes, NEAREST, "quantine, nearest", "#1b3a6b", "-o")
     _draw_series(axes, UNTUNED, "quantine, budget", "#5b86c4", "-o")
     _draw_series(axes, GPTQ, "GPTQ, groups of 64", "#8c8c8c", "s")
     _draw_series(axes, LLAMA_CPP, LLAMA_CPP, "#b5651d", "^")

@@ -32,6 +32,7 @@ TUNED = (
     ("3.3,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.3-half-rate"),
     ("3.3,both_axes=true", "`--compensate`, all by the loss, second step", "compensate-demo-3.3"),
     ("3.3,both_axes=true", "untuned, the same, 256 segments, sweeps", "compensate-demo-3.3-more"),
+    ("3.3,both_axes=true", "the same, second step of `quick`", "compensate-demo-3.3-whole"),
     ("3.65,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.65-coupled"),
     ("3.65,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.65-half-rate"),
     ("4.25,both_axes=true", "quick, two texts, tokens by the loss", "tuning-demo-4.25-mixed"),
@@ -39,12 +40,16 @@ TUNED = (
     ("4.25,both_axes=true", "quick, the same, half the rate", "tuning-demo-4.25-half-rate"),
     ("4.25,both_axes=true", "untuned, `--compensate`, all by the loss", "compensate-demo-4.25"),
     ("4.25,both_axes=true", "untuned, the same, 256 segments", "compensate-demo-4.25-more"),
-    ("4.25,both_axes=true", "untuned, the same, robust, sweeps", "compensate-demo-4.25-swept"),
+    (
+        "4.25,both_axes=true",
+        "untuned, the same, tokens by errors, sweeps",
+        "compensate-demo-4.25-swept",
+    ),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
 BEST = {
     "3": "tuning-demo-3.0-half-rate",
-    "3.3": "compensate-demo-3.3-more",
+    "3.3": "compensate-demo-3.3-whole",
     "3.65": "tuning-demo-3.65-half-rate",
     "4.25": "compensate-demo-4.25-swept",
 }
@@ -222,8 +227,9 @@ magnitude, and every block adds to what those before it took for a pattern: at 4
 was left with 0.020 on the 256 segments that it had been solved by and 0.029 on others of the same
 text. So a token counts the less, the larger its error (`1 / (1 + s / m)`, with `m` the median of
 its segment), and each matrix gets the best of five ridges by an eighth of the batches, which no
-matrix is changed by. Share of the squared error of block 6's outputs that its last matrix takes off
-on 64 other segments, with the best ridge of 0.1, 0.3, 1 and 3 in brackets:
+matrix is changed by. (Rows of 3.3 bits are from before that.) Share of the squared
+error of block 6's outputs that its last matrix takes off on 64 other segments, with the best ridge
+of 0.1, 0.3, 1 and 3 in brackets:
 
 | segments | all tokens alike | alike, ridge 0.3 for all | by their errors |
 |---|---|---|---|

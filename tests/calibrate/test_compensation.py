@@ -16,16 +16,18 @@ from torch import Tensor
 import quantine
 from quantine import Calibration, CalibrationError, Plan, PlanError
 from quantine.calibrate.block_loader import BlockLoader
-from quantine.calibrate.compensation import Compensation, may_write
+from quantine.calibrate.compensation import Compensation, may_write, predicted_best
 from quantine.calibrate.segments import calibration_segments
 from quantine.calibrate.sequential import Sequential
 from quantine.core.tuning_spec import Tuning
 from quantine.families import family_of
 from quantine.families.layers import Layer, find_layers
+from quantine.kernels.gram import add_gram
 from quantine.run.estimate import estimate
 from quantine.run.job import Job
 from quantine.run.prepare import prepare
 from quantine.run.progress import Silent
+from quantine.statistics.error_fit import RIDGES, ErrorFit
 from quantine.survey.specimen import specimen_config, write_specimen
 from stopped_runs import stopped_at
 from tiny_models import WIDTH, with_weights
@@ -130,6 +132,68 @@ def test_what_does_not_write_or_takes_nothing_off_stays(tiny: Tiny, prose: Path)
     for batch, output in enumerate(beside.sequential.outputs(1)):
         floats[batch] = output + torch.randn(output.shape, generator=generator)
     assert beside.changed("fc2") is None
+
+
+def test_tokens_that_went_far_astray_do_not_decide(tiny: Tiny, prose: Path) -> None:
+    changes = []
+    for astray in (0.0, 3.0):
+        beside = Beside(tiny("llama"), Calibration(str(prose), 96, 64))
+        floats, generator = beside.compensation._floats.hidden, torch.Generator().manual_seed(0)
+        for batch in range(len(floats)):
+            noise = torch.randn(floats[batch].shape, generator=generator)
+            noise[:, torch.arange(noise.shape[1]) % 16 != 5] = 0
+            scale = (beside.sequential.hidden[batch] - floats[batch]).square().mean().sqrt()
+            floats[batch] = floats[batch] + astray * scale * noise
+        found = beside.changed("down_proj")
+        assert found is not None
+        changes.append(found[1] - found[0])
+    plain, with_noise = changes
+    assert (with_noise - plain).norm() < 0.15 * plain.norm()
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_ridge_is_that_which_takes_most_off_what_judges() -> None:
+    x, wanted = normal(64, 24, seed=0), normal(8, 24, seed=1)
+
+    def fit(errors: Tensor, inputs: Tensor) -> ErrorFit:
+        found = ErrorFit(8, 24, add_gram, torch.device("cpu"))
+        quiet = torch.zeros(len(inputs), dtype=torch.bool)
+        found.update(inputs, errors, torch.ones(len(inputs)), quiet)
+        return found
+
+    others = normal(400, 24, seed=2)
+    chosen = []
+    for noise in (0.1, 6.0):
+        learned = fit(x @ wanted.T + noise * normal(64, 8, seed=3), x)
+        judging = fit(others @ wanted.T, others)
+        taken = []
+        for ridge in RIDGES:
+            change = learned.change(ridge)
+            assert change is not None
+            taken.append(judging.taken_off(change))
+        best = predicted_best(learned, judging)
+        assert best == taken.index(max(taken))
+        chosen.append(best)
+    assert chosen[0] == 0 < chosen[1]
+    # Errors that are the opposite of what was learned.
+    assert predicted_best(learned, fit(-others @ wanted.T, others)) is None
+
+
+def test_what_takes_nothing_off_when_the_block_runs_is_not_taken(
+    prose: Path, tmp_path: Path
+) -> None:
+    # Norms after attention turn what is predicted into its opposite.
+    write_specimen(specimen_config("gemma2"), tmp_path / "model")
+    calibration = Calibration(str(prose), 64, 64)
+    plan = Plan.from_dict({"rules": [{**RULES[0], "bits": 3, "group_size": 8}], "compensate": True})
+    report = quantine.quantize(tmp_path / "model", tmp_path / "out", plan, calibration).report
+    shares = {one["name"]: one["made_up"] for one in report["layers"] if "made_up" in one}
+    assert 0.0 in shares.values()
+    assert all(0 <= share < 1 for share in shares.values())
+    assert sum(share > 0.05 for share in shares.values()) >= 2
 
 
 @pytest.mark.parametrize("budget", [False, True])

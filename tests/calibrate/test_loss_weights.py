@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,22 @@ def test_outputs_make_up_for_each_other_in_the_order_that_activations_give_them(
 
     carry_out(job, tmp_path / "out", adjust=compare)
     assert any(moved)
+
+
+@pytest.mark.parametrize("weighs", [False, True])
+def test_budgets_rank_choices_by_more_text_where_all_has_gradients(
+    weighs: bool, tiny: Tiny, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[int, int, bool]] = []
+
+    def told(samples: int, seqlen: int, weighted: bool) -> int:
+        said.append((samples, seqlen, weighted))
+        return 1
+
+    monkeypatch.setattr("quantine.budget.probe.probe_segments", told)
+    plan = replace(Plan.budget(3.6), loss_weights=weighs)
+    quantine.quantize(tiny("llama"), tmp_path / "out", plan, Calibration(str(prose), 8, 32))
+    assert said == [(8, 32, weighs)]
 
 
 def test_plans_keep_them_and_others_do_not_name_them() -> None:

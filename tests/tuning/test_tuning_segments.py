@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from quantine.calibrate.segments import HELD_OUT, Calibration, calibration_segments
+from quantine.calibrate.segments import HELD_OUT, MOST_SEED, Calibration, calibration_segments
 from quantine.core.tuning_spec import Tuning
 from quantine.errors import CalibrationError
 from quantine.tuning.blocks import HELD_OUT as BLOCK_JUDGES
@@ -63,6 +63,10 @@ def test_the_whole_is_not_tuned_on_what_it_was_solved_by(calibration: Calibratio
     tuned = tuning_text(calibration, tuning, Words(), 800, None).whole
     assert tuned.shape == solved.shape
     assert not set(solved[:, 0].tolist()) & set(tuned[:, 0].tolist())
+    last = replace(calibration, seed=MOST_SEED)
+    first = replace(calibration, seed=0, samples=10)
+    tuned = tuning_text(last, tuning, Words(), 800, None).whole
+    assert tuned.equal(calibration_segments(first, Words(), 800, None, holds_out=True))
 
 
 def test_too_little_text_is_refused(calibration: Calibration) -> None:

@@ -31,9 +31,9 @@ from quantine.statistics.hessian import Hessian
 PROBE_TOKENS: Final = 4096
 """Number of calibration tokens, at least, by which choices are ranked."""
 PROBE_SHARE: Final = 4
-"""One of so many segments is probed where that is more and tokens count by the loss, which took
-gradients of all of them. A prediction on few tokens flatters the matrices with most inputs, whose
-errors it thinks they could make up for."""
+"""One of so many segments is probed where that is more and tokens count by the loss: gradients of
+all of them were taken then, which takes longer. A prediction on few tokens flatters the matrices
+with most inputs, whose errors it thinks they could make up for."""
 
 Options = list[tuple[int, float]]
 """Size in bytes and loss of each choice of one layer. The loss is the expected Kullback-Leibler

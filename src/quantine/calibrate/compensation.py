@@ -9,6 +9,7 @@ to them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
@@ -111,8 +112,8 @@ class Compensation:
             weight: that weight, ``[out, in]`` float32.
 
         Returns:
-            The changed weight, and the share of the squared error that it takes off on text that
-            judges; ``None`` if that does not become smaller.
+            The changed weight, and the share of the squared error, as tokens count, that it takes
+            off on text that judges; ``None`` if that does not become smaller.
         """
         if not self._learns:
             return None
@@ -123,13 +124,22 @@ class Compensation:
         if self._fit(sequential, layer, self._learns, learned) is None:
             return None
         counts = self._fit(sequential, layer, self._judges, judging)
-        change = _best(learned, judging)
-        if counts is None or change is None:
+        first = predicted_best(learned, judging)
+        if counts is None or first is None:
             return None
-        layer.write(sequential.setup.model, weight + change)
-        after = self._squared(sequential, layer, counts)
-        layer.write(sequential.setup.model, weight)
-        return (weight + change, 1 - after / judging.squared) if after < judging.squared else None
+        best, least = None, math.inf
+        # Where norms follow, less than what is predicted comes of it, and a larger ridge is best.
+        for ridge in RIDGES[first:]:
+            change = learned.change(ridge)
+            if change is None:
+                break
+            squared = self._squared(sequential, layer, weight, change, counts)
+            if not squared < least:
+                break
+            best, least = change, squared
+        if best is None or not least < judging.squared:
+            return None
+        return weight + best, 1 - least / judging.squared
 
     def _fit(
         self, sequential: Sequential, layer: Layer, batches: Sequence[int], fit: ErrorFit
@@ -157,12 +167,29 @@ class Compensation:
             handle.remove()
         return kept
 
-    def _squared(self, sequential: Sequential, layer: Layer, counts: Sequence[Tensor]) -> float:
-        """The squared error of the block's outputs for the batches that judge, as tokens count."""
+    def _squared(
+        self,
+        sequential: Sequential,
+        layer: Layer,
+        weight: Tensor,
+        change: Tensor,
+        counts: Sequence[Tensor],
+    ) -> float:
+        """The squared error of the block's outputs with ``weight + change`` on text that judges.
+
+        Args:
+            sequential: see `changed`.
+            layer: the matrix.
+            weight: what the model computes with before and afterwards.
+            change: what is added to it.
+            counts: how much the tokens of each batch that judges count.
+        """
+        layer.write(sequential.setup.model, weight + change)
         total = 0.0
         for batch, count in zip(self._judges, counts, strict=True):
             errors, _ = self._errors(sequential, layer, batch)
             total += float((count * errors.square().sum(-1)).sum())
+        layer.write(sequential.setup.model, weight)
         return total
 
     def _errors(self, sequential: Sequential, layer: Layer, batch: int) -> tuple[Tensor, Tensor]:
@@ -173,11 +200,14 @@ class Compensation:
         return output - wanted, is_loud(wanted)
 
 
-def _best(learned: ErrorFit, judging: ErrorFit) -> Tensor | None:
-    """The change made of ``learned`` that takes most off ``judging``; ``None`` if none does."""
+def predicted_best(learned: ErrorFit, judging: ErrorFit) -> int | None:
+    """The number of the ridge whose change, made of ``learned``, takes most off ``judging``.
+
+    ``None`` if none takes anything off. Blocks are taken to add what the matrix puts out.
+    """
     best, most = None, 0.0
-    for ridge in RIDGES:
+    for number, ridge in enumerate(RIDGES):
         change = learned.change(ridge)
         if change is not None and (less := judging.taken_off(change)) > most:
-            best, most = change, less
+            best, most = number, less
     return best

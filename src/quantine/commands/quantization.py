@@ -370,8 +370,8 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
 
     flags = given("method", "bits", "group_size")
     whole = [*given("plan", "bits_per_weight", "preset", "scheme")]
-    if whole == ["bits_per_weight", "scheme"]:  # bits of weights, and of activations
-        whole.pop()
+    if whole[:1] == ["bits_per_weight"] and "scheme" in whole:  # which says those of activations
+        whole.remove("scheme")
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:

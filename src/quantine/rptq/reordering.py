@@ -72,8 +72,7 @@ class Reordering:
             heads = self.heads.keys if link.per_head else 1
             order = self._clusters[link.kind].order
             for path in link.producers:
-                whole = order_of_outputs(block.get_submodule(path), order, link.rows, heads)
-                found[path] = found[path][whole] if path in found else whole
+                found[path] = order_of_outputs(block.get_submodule(path), order, link.rows, heads)
         return found
 
     def clusters_at(self, point: RoundingPoint) -> Clusters:

@@ -58,7 +58,7 @@ GRADIENT_WIDEST: Final = 6
 COUPLED_COPIES: Final = 4
 """Bytes held for each of `coupling_bytes` while they are found: moments, results, those in float16,
 and the factor of a matrix."""
-REORDERED_COPIES: Final = 6
+REORDERED_COPIES: Final = 8
 """Number of tensors as large as what the outputs of a matrix ask of each other that exist at once
 while it is put into another order."""
 LOGIT_COPIES: Final = 6
@@ -231,7 +231,8 @@ def _reordering(job: Job) -> int:
     if job.plan.activations is None or not job.plan.loss_weights:
         return 0
     outputs = [layer.out_features for layer in _largest_block(job)]
-    return REORDERED_COPIES * FLOAT * max(count * run_of(count) for count in outputs)
+    largest = max(count * run_of(count) for count in outputs)
+    return block_coupling_bytes(job) + REORDERED_COPIES * FLOAT * largest
 
 
 def _candidates(decision: Decision) -> int:

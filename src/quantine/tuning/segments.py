@@ -90,7 +90,7 @@ def tuning_text(
     cut_blocks = cut * for_blocks // (for_blocks + for_whole)
     stretches = whole.tokens[:cut_blocks], whole.tokens[cut_blocks:cut], whole.tokens[cut:]
     counts = for_blocks, for_whole, JUDGES
-    # Not those that codes were solved by, on which the model is much nearer than on other text.
+    # Other draws than those that codes were solved by, on which the model is much nearer.
     seed = (calibration.seed + 1) % (MOST_SEED + 1)
     drawn = []
     for part, tokens, count in zip(PARTS, stretches, counts, strict=True):
