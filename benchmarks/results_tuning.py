@@ -45,6 +45,7 @@ TUNED = (
         "untuned, the same, tokens by errors, sweeps",
         "compensate-demo-4.25-swept",
     ),
+    ("4.7,both_axes=true", "untuned, as the last", "compensate-demo-4.7-swept"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
 BEST = {
@@ -52,6 +53,7 @@ BEST = {
     "3.3": "compensate-demo-3.3-whole",
     "3.65": "tuning-demo-3.65-half-rate",
     "4.25": "compensate-demo-4.25-swept",
+    "4.7": "compensate-demo-4.7-swept",
 }
 """Scores of the models that are nearest to the float model on WikiText-2, by their bits."""
 TUNED_FROM = "budgets-demo"
