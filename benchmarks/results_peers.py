@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from results_tables import head, line, read
-from results_tuning import BEST, TUNED_FROM
+from results_tuning import NEAREST_BY_BITS, TUNED_FROM
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ PEERS_AFTER = """
 128 segments of 512 tokens, dequantized by its own library on an H200 GPU. GPTQ of llm-compressor
 and more types of llama.cpp, on other text, have tables below.
 """
-TRELLIS = """
+UNEVEN = """
 Levels at uneven distances, one table for all groups of a matrix, would take little off: with the
 best table and the best range of each group out of 144, the squared error of rounding to nearest is
 2 to 3% less at 2 bits, 3 to 6% at 3 and 3 to 7% at 4 than with even steps, in groups of 16 and 32
@@ -52,7 +52,8 @@ of three matrices each of blocks 3 and 15 of the demo model (Qwen2.5-Coder-0.5B:
 3 to 8%; independent normal weights: 2, 7 to 8, 5 to 8%). Extremes of so small groups are levels
 anyway. Every kernel and format would need such tables, and no other engine reads them, so quantine
 has none.
-
+"""
+TRELLIS = """
 What a scalar grid does not reach are trellis codes after rotations, as in EXL3 (QTIP with LDLQ),
 which quantine does not have. Published perplexities of Llama-3.2-1B-Instruct on WikiText-2, which
 were read off a plot of the project and are good to 0.01 (float 14.22; other texts and contexts than
@@ -107,7 +108,7 @@ def points() -> list[Point]:
         for row in budgets
         if "both_axes" in row["name"]
     ]
-    found += [Point.of(NEAREST, read(file), bits) for bits, file in BEST.items()]
+    found += [Point.of(NEAREST, read(file), bits) for bits, file in NEAREST_BY_BITS.items()]
     return sorted(found, key=lambda point: point.bits)
 
 
@@ -136,7 +137,7 @@ def peers() -> str:
 
 def sections() -> list[str]:
     """All of it, in order."""
-    return [PEERS, peers(), PEERS_AFTER, TRELLIS]
+    return [PEERS, peers(), PEERS_AFTER, UNEVEN, TRELLIS]
 
 
 def draw(file: Path) -> None:

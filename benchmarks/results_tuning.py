@@ -48,7 +48,7 @@ TUNED = (
     ("4.7,both_axes=true", "untuned, as the last", "compensate-demo-4.7-swept"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
-BEST = {
+NEAREST_BY_BITS = {
     "3": "tuning-demo-3.0-half-rate",
     "3.3": "compensate-demo-3.3-whole",
     "3.65": "tuning-demo-3.65-half-rate",

@@ -125,8 +125,7 @@ def test_integers_predict_what_the_simulation_does(
     matrices = [m for m in model.modules() if isinstance(m, QuantLinear) and m.inputs is not None]
     assert matrices
     integers = levels() not in ([], [SCALAR])
-    in_integers = [m.input_grid() is not None for m in matrices]
-    assert all(one == integers for one in in_integers)
+    assert all((m.input_grid() is not None) == integers for m in matrices)
     found = logits_of(model)
     # Products that a gradient is wanted of are simulated.
     inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()

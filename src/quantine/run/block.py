@@ -112,7 +112,8 @@ class BlockRun:
         progress: is told about each solved layer.
         adjust: changes the solved matrices together; ``None`` leaves them as they are.
         couplings: how the outputs of matrices make up for each other, by layer name, see
-            `quantine.statistics.output_covariance.OutputCovariance`; others' do not.
+            `quantine.statistics.output_covariance.OutputCovariance`; others' do not. Outputs are in
+            the model's own order, and in that of activations once these have reordered channels.
         compensation: changes the matrices that write to hidden states before they are solved;
             ``None`` leaves them as they are.
     """

@@ -8,12 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantine.calibrate.segments import (
-    MOST_SEED,
-    Calibration,
-    draw_segments,
-    held_out_from,
-)
+from quantine.calibrate.segments import MOST_SEED, Calibration, draw_segments, held_out_from
 from quantine.calibrate.text import read_text
 from quantine.calibrate.token_stream import TokenStream, token_stream
 from quantine.core.tuning_spec import Tuning
