@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from quantine.calibrate.bos import SEGMENTS_BEGUN
+from quantine.core.activation_spec import SITES, UNQUANTIZED
 from quantine.core.device import is_here
 from quantine.errors import cut
 from quantine.report.byte_text import megabytes
@@ -88,6 +89,7 @@ def plan_lines(job: Job, size: Estimate) -> list[str]:
         f"quantized: {size.weights:,} weights at {size.bits_per_weight:.3f} bits "
         f"= {megabytes(size.packed)}",
         *_outlier_lines(job),
+        *_activation_lines(job),
         *_left_lines(job),
         f"norms, biases and what stays in 16 bit: {megabytes(size.kept)}",
         f"output: {megabytes(size.output)}; on disk while running: at most "
@@ -163,6 +165,22 @@ def _outlier_lines(job: Job) -> list[str]:
     if not any(not decision.choices for decision in open_ended):
         return []
     return ["outliers come on top: 3 to 4 bytes each, as many as the threshold lets through"]
+
+
+def _activation_lines(job: Job) -> list[str]:
+    """A line on the bits of activations and on what shares a grid; none if none are rounded."""
+    spec = job.plan.activations
+    if spec is None:
+        return []
+    sites: dict[int, list[str]] = {}
+    for site in SITES:
+        sites.setdefault(getattr(spec, site), []).append(site)
+    rounded = [
+        f"{', '.join(names)} to {bits} bits" for bits, names in sites.items() if bits < UNQUANTIZED
+    ]
+    if not rounded:
+        return []
+    return [f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}"]
 
 
 def _left_lines(job: Job) -> list[str]:
