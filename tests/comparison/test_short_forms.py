@@ -50,7 +50,7 @@ BAD = {
     "file": ("missing.yaml", "cannot be read"),
     "budget": ("-1", "above 0"),
     "budget's parameter": ("3.5:bits=3", "takes both_axes=true and head_bits=8"),
-    "tuning": ("3.5:tune=fast", "tune must be one of quick, long"),
+    "tuning": ("3.5:tune=fast", "tune must be one of quick, long, whole"),
     "budget's value": ("3.5:both_axes=1", "takes both_axes=true and head_bits=8"),
 }
 

@@ -256,8 +256,9 @@ class TestRefusals:
         for name, bits in BEST.items():
             best = Plan.preset(name)
             assert best.tune is not None
+            assert best.tune.block_steps == 0  # blocks that were compensated gain nothing
             assert replace(best, tune=None, name="") == replace(
-                Plan.budget(bits, ("in", "out")), name=""
+                Plan.budget(bits, ("in", "out")), name="", loss_weights=True, compensate=True
             )
             with pytest.raises(PlanError, match=r"leave out bits, or give --bits-per-weight"):
                 Plan.preset(name, bits=3)

@@ -51,8 +51,10 @@ class Tuning:
 SETTINGS: Final = {
     "quick": Tuning(),
     "long": Tuning(segments=8),
+    "whole": Tuning(block_steps=0, steps=64),
 }
-"""Named settings: minutes, and twice as many of them, for a small model on two cores."""
+"""Named settings: minutes, and twice as many of them, for a small model on two cores; and the whole
+alone, for models whose matrices made up for errors before them while they were solved."""
 
 
 def tuning_from(value: Any, where: str) -> Tuning | None:

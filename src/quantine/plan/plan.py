@@ -219,7 +219,9 @@ class Plan:
                 f"{', '.join(parameters)}, or give --bits-per-weight"
             )
         found = cls.budget(BEST[name], GROUP_AXES)
-        return dataclasses.replace(found, name=name, tune=SETTINGS[BEST_TUNING])
+        return dataclasses.replace(
+            found, name=name, loss_weights=True, compensate=True, tune=SETTINGS[BEST_TUNING]
+        )
 
     def with_activations(self, scheme: str) -> Plan:
         """The same plan for weights, with activations as a scheme such as ``W4A8`` has them.

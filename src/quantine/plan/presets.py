@@ -34,9 +34,9 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 fields of the plan that differ from their defaults."""
 
 BEST: Final = {"best-3bit": 3.3, "best-4bit": 4.25}
-"""Presets that spend a budget of so many bits per weight, groups along either axis, and are tuned
-by `BEST_TUNING`."""
-BEST_TUNING: Final = "quick"
+"""Presets that spend a budget of so many bits per weight, groups along either axis, weigh errors by
+the loss, let matrices make up for errors before them, and are tuned by `BEST_TUNING`."""
+BEST_TUNING: Final = "whole"
 """Name in `quantine.core.tuning_spec.SETTINGS`."""
 
 _BOTH: Final = ("in", "out")

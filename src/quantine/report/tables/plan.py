@@ -180,7 +180,9 @@ def _activation_lines(job: Job) -> list[str]:
     ]
     if not rounded:
         return []
-    return [f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}"]
+    return [
+        f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}"
+    ]
 
 
 def _left_lines(job: Job) -> list[str]:
