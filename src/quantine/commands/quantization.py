@@ -93,7 +93,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="spqr-2bit, spqr-3bit, spqr-4bit, spqr-faithful (the published algorithm); "
         "rtn-ada-3bit, gptq-ada-3bit, spqr-ada-3bit, or -4bit: each layer chooses a group axis; "
-        "best-3bit, best-4bit: budgets of 3.3 and 4.25 bits, tuned",
+        "best-3bit, best-4bit: budgets of 3.3 and 4.25 bits, compensated and tuned, in several "
+        "times the minutes",
     )
     parser.add_argument(
         "--scheme",
