@@ -114,9 +114,10 @@ BUDGETED = """
 #### Budgets, errors by the loss, and compensation
 
 Most of what is lost with 8 bit activations is the weights' part, and half of it with 4 bit keys and
-values. Weights may be chosen by a budget of as many bits as GPTQ's clusters take, count errors by the loss, and make up
-for errors before them, also for those of activations. The price is speed: groups of such weights
-span clusters, so matrices multiply floats and not integers. WikiText-2, 24 windows of 1024:
+values. Weights may be chosen by a budget of as many bits as GPTQ's clusters take, count errors by
+the loss, and make up for errors before them, also for those of activations. The price is speed:
+groups of such weights span clusters, so matrices multiply floats and not integers. WikiText-2, 24
+windows of 1024:
 
 ```sh
 quantine quantize demo out --scheme W4A8 --bits-per-weight 4.95 --both-axes \\
