@@ -26,7 +26,7 @@ PEERS = """
 
 Everything below is judged by one evaluation on the same windows, and bits are those of the matrices
 in blocks, from the files. "Nearest" is of each size the row of the [table of
-tuning](#tuning-towards-the-float-model) with the least divergence on WikiText-2, of 128 or 256
+tuning](#tuning-towards-the-float-model) with the least divergence on WikiText-2, of 128 to 512
 segments. llama.cpp's quantizer gets the importances of 128 segments of the same text; rows of 576
 inputs do not suit its types with a K, for which others stand in there. GPTQ is quantine's own, of
 32 segments, as the untuned budgets are.
