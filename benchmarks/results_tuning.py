@@ -125,9 +125,9 @@ quantine quantize demo out --bits-per-weight 3.0 --both-axes --calibration mixed
     --samples 512 --loss-weights --compensate --tune whole --bfloat16
 ```
 
-The preset `best-3bit` is all of that at 3.3 bits. Its row is of 128 segments of WikiText-2 alone, as
-that of `quick`, which is not compensated, is of 32; it took 53 minutes of processor time of one
-thread, of them 22 to tune.
+The preset `best-3bit` is all of that at 3.3 bits. Its row is of 128 segments of WikiText-2 alone
+(that of `quick`, which is not compensated, of 32), with `--bfloat16`; it took 53 minutes of
+processor time of one thread, of them 22 to tune.
 
 At first, only blocks 0 to 3 of 30 were tuned in a trial, out of 34 thousand tokens of which half
 were WikiText-2 and half the training part of C4. On 10 segments each of held-out WikiText-2 and C4
