@@ -126,7 +126,10 @@ quantine eval out --reference demo --text wikitext2_test.txt --window 1024 --lim
 ```
 
 """
-BUDGETED_ROWS = (("W4A8", "256", "compensate-demo-W4A8-4.95"),)
+BUDGETED_ROWS = (
+    ("W4A8", "256", "compensate-demo-W4A8-4.95"),
+    ("W4A4KV", "128", "compensate-demo-W4A4KV-4.95"),
+)
 """Scheme, segments of two texts, and scores by `quantine eval`."""
 MEMORY = """
 ### Memory
