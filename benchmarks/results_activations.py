@@ -117,7 +117,8 @@ Most of what is lost with 8 bit activations is the weights' part, and half of it
 values. Weights may be chosen by a budget of as many bits as GPTQ's clusters take, count errors by
 the loss, and make up for errors before them, also for those of activations. The price is speed:
 groups of such weights span clusters, so matrices multiply floats and not integers. WikiText-2, 24
-windows of 1024:
+windows of 1024; segments are of 512 tokens of two texts, where the table above has 16 of 1024, of
+WikiText-2 alone:
 
 ```sh
 quantine quantize demo out --scheme W4A8 --bits-per-weight 4.95 --both-axes \\

@@ -23,7 +23,11 @@ quantine eval out --reference demo --text wikitext2_test.txt,c4_en_validation_50
 """
 TUNED = (
     ("3.0,both_axes=true", "quick, all by the loss, half the rate", "tuning-demo-3.0-half-rate"),
-    ("3.0,both_axes=true", "`--compensate`, 512 segments, `whole`", "compensate-demo-3.0-whole"),
+    (
+        "3.0,both_axes=true",
+        "whole, `--compensate`, all by the loss, 512 segments",
+        "compensate-demo-3.0-whole",
+    ),
     ("3.3,both_axes=true", "32 steps of the whole", "tuning-demo-3.3-whole"),
     ("3.3,both_axes=true", "34 thousand tokens", "tuning-demo-3.3-less-text"),
     ("3.3,both_axes=true", "quick", "tuning-demo-3.3-quick"),
