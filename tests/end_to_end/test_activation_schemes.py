@@ -82,7 +82,7 @@ def test_eight_bit_activations_are_near_the_float_model(
     assert all(m.softmax == 8 for m in model.modules() if isinstance(m, AttentionSites))
 
 
-SURVIVING = ("W16A8", "W4A3KV", "W4A4-token", "W4A4-tensor", "W4A4-faithful")
+SURVIVING = ("W16A8", "W4A3KV", "W4A4-rotated", "W4A4-token", "W4A4-tensor", "W4A4-faithful")
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,11 @@ def test_suffixes_choose_grids() -> None:
     assert parse_shorthand("W4A4-faithful").activations.clusters == (32, 4, 4, 32, 32)
     assert parse_shorthand("W4A4").activations.relative
     assert not parse_shorthand("W4A4-faithful").activations.relative
+    assert parse_shorthand("W4A4").activations.rotated == ()
+    assert parse_shorthand("W4A4-rotated").activations.rotated == ("attention", "hidden")
+    strict = parse_shorthand("W4A4-strict-rotated").activations
+    assert strict.rotated == ("norm", "attention", "hidden")
+    assert [strict.clusters_of(kind) for kind in ("R1", "R2", "R3", "R5")] == [1, 256, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,12 @@ def test_suffixes_choose_grids() -> None:
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="scheme must be like W4A8"):
+        parse_shorthand(name)
+
+
+@pytest.mark.parametrize("name", ["W4A8-rotated", "W4A4KV-rotated", "W4A16-rotated"])
+def test_there_has_to_be_something_to_rotate(name: str) -> None:
+    with pytest.raises(PlanError, match="nothing to rotate: leave out -rotated"):
         parse_shorthand(name)
 
 

@@ -228,7 +228,12 @@ def test_other_values_are_refused(value: object) -> None:
 
 @pytest.mark.parametrize(
     ("family", "scheme"),
-    [("llama", "W3A3KV"), ("opt", "W4A8"), ("llama", "W4A8-token")],
+    [
+        ("llama", "W3A3KV"),
+        ("llama", "W4A4-strict-rotated"),
+        ("opt", "W4A8"),
+        ("llama", "W4A8-token"),
+    ],
 )
 def test_models_that_round_activations_are_tuned_as_they_compute(
     family: str, scheme: str, tmp_path: Path, calibration: Calibration
@@ -242,6 +247,25 @@ def test_models_that_round_activations_are_tuned_as_they_compute(
     assert text is not None
     found = divergence_of(tmp_path / "out", model, text.judges)
     assert found == pytest.approx(outcome["divergence"], rel=1e-2)
+
+
+def test_grids_of_activations_are_tuned_too(
+    model: Path, tmp_path: Path, calibration: Calibration
+) -> None:
+    plan = Plan.scheme("W4A4")
+    quantine.quantize(model, tmp_path / "plain", plan, calibration)
+    tuned = replace(plan, tune=replace(TUNING, block_steps=0))
+    quantine.quantize(model, tmp_path / "tuned", tuned, calibration)
+    before, after = stored_tensors(tmp_path / "plain"), stored_tensors(tmp_path / "tuned")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = "model.layers.0.self_attn"
+    for leaf in ("sites.key.scale", "sites.key.zero", "sites.value.scale", "q_proj.inputs.scale"):
+        assert f"{inside}.{leaf}" in changed
+    assert not [name for name in changed if name.endswith(("labels", "feedback", "inputs.zero"))]
+    # What matrices read together is rounded once.
+    for leaf in ("scale", "zero", "reach"):
+        grids = [after.get(f"{inside}.{part}_proj.inputs.{leaf}") for part in "qkv"]
+        assert all(grid is grids[0] or torch.equal(grid, grids[0]) for grid in grids)
 
 
 def test_a_plan_without_matrices_to_tune_is_refused(model: Path, calibration: Calibration) -> None:

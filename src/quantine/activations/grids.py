@@ -43,7 +43,7 @@ class StaticGrid(FixedDtypes):
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
-    fixed_names = (*tensor_names, FEEDBACK, REACH)
+    fixed_names: tuple[str, ...] = (*tensor_names, FEEDBACK, REACH)
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class StaticGrid(FixedDtypes):
         super().__init__()
         self.bits = bits
         tensors = (scale, zero, labels, feedback, reach)
-        for name, tensor in zip(self.fixed_names, tensors, strict=True):
+        for name, tensor in zip(StaticGrid.fixed_names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
     def refit(
@@ -81,20 +81,32 @@ class StaticGrid(FixedDtypes):
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
+        return self.from_grid(self.rounded(self.to_grid(x))).to(x.dtype)
+
+    def to_grid(self, x: Tensor) -> Tensor:
+        """What is rounded when ``x`` ``[..., channels]`` comes in: ``x`` itself."""
+        return x
+
+    def from_grid(self, x: Tensor) -> Tensor:
+        """What comes out when ``x`` ``[..., channels]`` was rounded: ``x`` itself."""
+        return x
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """Round what `to_grid` gave, ``[..., channels]``, as float32."""
         scale, zero = self.of_channels()
         feedback = self.fed()
         if feedback is not None:
             shape = feedback.shape[:2]  # heads and their channels
             states = x.detach().reshape(1, -1, *shape).transpose(1, 2)
-            rounded: Tensor = round_states(
+            found: Tensor = round_states(
                 states, self.bits, scale.view(shape), zero.view(shape), feedback
             )
-            return rounded.transpose(1, 2).reshape(x.shape).to(x.dtype)
+            return found.transpose(1, 2).reshape(x.shape)
         values, reach = x.float(), self.reached()
         if reach is None:
-            return self._rounded(values, scale, zero).to(x.dtype)
+            return self._rounded(values, scale, zero)
         factor = factors(values, *steepness(scale, zero, self.bits, reach))
-        return self._rounded(values / factor, scale, zero).mul_(factor).to(x.dtype)
+        return self._rounded(values / factor, scale, zero).mul_(factor)
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return decode(encode(x, scale, zero, self.bits), scale, zero)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
+from quantine.activations.rotated import CENTRE, RotatedGrid, RotatedInputs, rotate_weight
 from quantine.activations.stored import check_tensor
-from quantine.core.activation_spec import SITES, UNQUANTIZED, ActivationSpec
+from quantine.core.activation_spec import CONSUMED, SITES, UNQUANTIZED, ActivationSpec
 from quantine.errors import FormatError
 from quantine.families.family import Family, Link
 from quantine.families.layers import INPUTS_NAME, is_transposed
 
-CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
-"""For each reorder of RPTQ the site, a field of `ActivationSpec`, that its consumers read."""
 ATTENDED: Final = {"query": "R2", "key": "R2", "value": "R3"}
 """The sites inside of attention, and for each the reorder whose clusters its channels have."""
 
@@ -116,7 +115,7 @@ def add_grids(
     block: nn.Module,
     family: Family,
     spec: ActivationSpec,
-    made: Callable[[RoundingPoint, int], nn.Module],
+    made: Callable[[RoundingPoint, int], StaticGrid],
 ) -> None:
     """Install the modules that round the activations of ``block``.
 
@@ -131,6 +130,16 @@ def add_grids(
             continue
         token = spec.granularity == "token"
         _put(block, point, TokenGrid(bits) if token else made(point, bits))
+
+
+def rotate_inputs(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
+    """Let matrices of a float block rotate their inputs, as ``spec`` says; it computes the same."""
+    for point in rounding_points(family):
+        if spec.rotates(point.site):
+            module = block.get_submodule(point.path)
+            rotate_weight(module)
+            channels = module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
+            _put(block, point, RotatedInputs(channels))
 
 
 def rebuild_block(
@@ -173,7 +182,10 @@ def rebuild_block(
     def grid(point: RoundingPoint, bits: int) -> StaticGrid:
         scale, zero, labels = (needed(f"{point.grid}.{name}") for name in StaticGrid.tensor_names)
         more = (tensor_of(f"{path}.{point.grid}.{name}") for name in (FEEDBACK, REACH))
-        return StaticGrid(bits, scale, zero, labels, *more)
+        found = StaticGrid(bits, scale, zero, labels, *more)
+        if not spec.rotates(point.site):
+            return found
+        return RotatedGrid(found, needed(f"{point.grid}.{CENTRE}"))
 
     add_sites(block, family, spec)
     add_norms(block, family, spec, order)
@@ -185,6 +197,8 @@ def _put(block: nn.Module, point: RoundingPoint, grid: nn.Module) -> None:
     parent, module = block.get_submodule(path), block.get_submodule(point.path)
     if point.site in ATTENDED:
         setattr(parent, leaf, grid)
+    elif isinstance(module, GriddedLinear | GriddedConv1D):
+        module.inputs = grid
     elif isinstance(module, nn.Linear):
         setattr(parent, leaf, GriddedLinear(module, grid))
     elif is_transposed(module):

@@ -30,7 +30,7 @@ from quantine.core.device import CPU
 from quantine.core.finite import is_finite
 from quantine.errors import CalibrationError
 from quantine.families.base import base_of
-from quantine.families.layers import Layer, block_list
+from quantine.families.layers import Layer, block_list, multiplied_input
 from quantine.families.stand_in import standing_in
 from quantine.kernels.gram import add_gram
 from quantine.statistics.channel_ranges import ChannelRanges
@@ -220,6 +220,8 @@ class Sequential:
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
         """Ranges of the channels that enter some modules of a block, over all calibration tokens.
 
+        Where a matrix rotates its inputs, they are those of the rotated ones.
+
         Args:
             index: number of the block.
             paths: paths of the modules inside the block.
@@ -233,9 +235,10 @@ class Sequential:
         found: dict[str, ChannelRanges] = {}
 
         def recorder(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-                seen = found.setdefault(path, ChannelRanges(args[0].shape[-1], args[0].device))
-                seen.update(args[0], samples)
+            def record(module: nn.Module, args: tuple[Any, ...]) -> None:
+                x = multiplied_input(module, args[0])
+                seen = found.setdefault(path, ChannelRanges(x.shape[-1], x.device))
+                seen.update(x, samples)
 
             return record
 

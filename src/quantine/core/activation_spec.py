@@ -32,6 +32,10 @@ SITES: Final = ("norm", "query", "key", "value", "attention", "hidden", "softmax
 `ActivationSpec`."""
 REORDERS: Final = ("R1", "R2", "R3", "R4", "R5")
 """Names of the five channel reorders of RPTQ, in the order of `ActivationSpec.clusters`."""
+CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}
+"""For each reorder the site that matrices read, if any."""
+INPUT_SITES: Final = ("norm", "attention", "hidden")
+"""The sites that matrices read."""
 FINE_BITS: Final = 8
 """Number of bits from which on a range is not searched for: steps are then so small that the search
 finds nothing better, and ranges get a margin instead."""
@@ -72,6 +76,9 @@ class ActivationSpec:
             uses the clusters of R3.
         token_factors: whether inputs of matrices may be divided by a factor per token before they
             are rounded, see `quantine.kernels.integer.token_factors`.
+        rotated: those of `INPUT_SITES` whose channels are rotated while the model runs, before they
+            are rounded, see `quantine.activations.rotated`. There is nothing to cluster then, and
+            their reorders have one cluster (R3 for each head).
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -90,6 +97,7 @@ class ActivationSpec:
     clusters: tuple[int, ...] = DEFAULT_CLUSTERS
     value_clusters: int | None = PER_CHANNEL
     token_factors: bool = True
+    rotated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -113,6 +121,17 @@ class ActivationSpec:
                 f"activations: clusters must be {len(REORDERS)} positive numbers, for "
                 f"{', '.join(REORDERS)}, not {shown(self.clusters)}"
             )
+        for site in self.rotated:
+            if site not in INPUT_SITES:
+                raise PlanError(
+                    f"activations: rotated must list some of {', '.join(INPUT_SITES)}, not "
+                    f"{shown(site)}"
+                )
+            if getattr(self, site) == UNQUANTIZED or self.granularity != "cluster":
+                raise PlanError(
+                    f"activations: {site} cannot be rotated, as it is not rounded or not in "
+                    f"clusters: give {site} fewer bits and granularity cluster, or do not rotate it"
+                )
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
@@ -134,11 +153,17 @@ class ActivationSpec:
 
     def clusters_of(self, kind: str) -> int:
         """Number of clusters of reorder ``kind`` in `REORDERS`; 1 where nothing is reordered."""
-        return self.clusters[REORDERS.index(kind)] if self.reorders else 1
+        plain = not self.reorders or self.rotates(CONSUMED.get(kind, ""))
+        return 1 if plain else self.clusters[REORDERS.index(kind)]
+
+    def rotates(self, site: str) -> bool:
+        """Whether the channels of ``site`` are rotated before they are rounded."""
+        return site in self.rotated
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; `activations_from` turns them back."""
-        return {**dataclasses.asdict(self), "clusters": list(self.clusters)}
+        lists = {"clusters": list(self.clusters), "rotated": list(self.rotated)}
+        return {**dataclasses.asdict(self), **lists}
 
 
 def activations_from(value: Any, where: str) -> ActivationSpec:
@@ -157,10 +182,10 @@ def activations_from(value: Any, where: str) -> ActivationSpec:
             f"{where}: activations must be a mapping with keys among {', '.join(names)}"
         )
     fields = dict(value)
-    if "clusters" in fields:
-        if not isinstance(fields["clusters"], list | tuple):
-            raise PlanError(f"{where}: clusters must be a list, not {shown(fields['clusters'])}")
-        fields["clusters"] = tuple(fields["clusters"])
+    for name in fields.keys() & {"clusters", "rotated"}:
+        if not isinstance(fields[name], list | tuple):
+            raise PlanError(f"{where}: {name} must be a list, not {shown(fields[name])}")
+        fields[name] = tuple(fields[name])
     try:
         return ActivationSpec(**fields)
     except PlanError as error:

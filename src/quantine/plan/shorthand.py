@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from quantine.core.activation_spec import (
     DEFAULT_CLUSTERS,
+    FINE_BITS,
+    INPUT_SITES,
     PER_CHANNEL,
     UNQUANTIZED,
     ActivationSpec,
@@ -43,7 +45,7 @@ class Shorthand:
     faithful: bool
 
 
-VARIANTS: Final = ("faithful", "strict", "tensor", "token")
+VARIANTS: Final = ("faithful", "rotated", "strict", "tensor", "token")
 """Suffixes of such names, explained in `parse_shorthand`."""
 
 
@@ -53,7 +55,8 @@ def parse_shorthand(name: str) -> Shorthand:
     Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
     the defaults: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds
     clusters and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and
-    ``-token`` use one grid per tensor or per token.
+    ``-token`` use one grid per tensor or per token; ``-rotated`` rotates the inputs of matrices
+    that have fewer than 8 bits.
 
     Raises:
         PlanError: the name does not have this form, or bits are out of range.
@@ -90,4 +93,12 @@ def parse_shorthand(name: str) -> Shorthand:
         value_clusters=None if "faithful" in suffixes else PER_CHANNEL,
         token_factors="faithful" not in suffixes,
     )
+    if "rotated" in suffixes:
+        coarse = tuple(site for site in INPUT_SITES if getattr(spec, site) < FINE_BITS)
+        if not coarse:
+            raise PlanError(
+                f"scheme {name}: no inputs of matrices have fewer than {FINE_BITS} bits, so there "
+                "is nothing to rotate: leave out -rotated"
+            )
+        spec = replace(spec, rotated=coarse)
     return Shorthand(weight_bits, spec, "faithful" in suffixes)

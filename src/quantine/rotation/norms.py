@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quantine.core.device import CPU
+from quantine.core.rotation import Rotation
 from quantine.core.transform_spec import ROTATE
 from quantine.errors import FamilyError
-from quantine.rotation.rotation import Rotation
 
 TOLERANCE: Final = 1e-4
 """Largest difference of two norms' outputs, whose numbers are about 1, that are the same."""

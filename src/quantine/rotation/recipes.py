@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantine.core.rotation import Rotation
 from quantine.errors import CheckpointError
-from quantine.rotation.rotation import Rotation
 
 Read = Callable[[str], Tensor]
 """Gives a tensor of the original by its name, in the dtype in which it is stored."""

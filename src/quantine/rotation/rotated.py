@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from quantine.core.rotation import Rotation
 from quantine.core.transform_spec import ROTATE
 from quantine.errors import FamilyError
 from quantine.families.expert_layout import DOWN
@@ -15,7 +16,6 @@ from quantine.families.heads import Heads
 from quantine.families.layers import is_transposed, matrix_shape
 from quantine.rotation.norms import NormKind, norm_kind
 from quantine.rotation.recipes import Bias, Constant, Gain, Matrix, Recipe, Shift, Turn
-from quantine.rotation.rotation import Rotation
 from quantine.rotation.wiring import BlockWiring, Wiring
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from quantine.activations.install import (
     add_sites,
     read_links,
     rebuild_block,
+    rotate_inputs,
     rounding_points,
 )
 from quantine.activations.reorder import reorder
@@ -50,6 +51,7 @@ def reorder_block(
         The block's clusters and calibration ranges.
     """
     add_sites(block, family, spec)
+    rotate_inputs(block, family, spec)
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
     reordering = Reordering(family, heads, spec, found, held_out)
@@ -97,15 +99,23 @@ def restore_block(
 
 
 def reorder_as_before(
-    block: nn.Module, path: str, family: Family, heads: Heads, maps: Mapping[str, Tensor]
+    block: nn.Module,
+    path: str,
+    family: Family,
+    heads: Heads,
+    spec: ActivationSpec,
+    maps: Mapping[str, Tensor],
 ) -> None:
-    """Reorder the channels of a float block as `reorder_block` did; it computes the same.
+    """Reorder or rotate the channels of a float block as `reorder_block` did.
+
+    It computes the same.
 
     Args:
         block: a block with the model's own modules and its float weights, changed in place.
         path: path of ``block`` in its model.
         family: the model's architecture, as the block has it.
         heads: the model's numbers of heads.
+        spec: which channels were rotated.
         maps: what `Reordering.maps` gave, by full name.
 
     Raises:
@@ -117,6 +127,7 @@ def reorder_as_before(
             raise FormatError(f"there is no map of the clusters {name}: quantize again")
         labels = maps[name][:, -1].to(next(block.parameters()).device).long()
         reorder(block, link, Clusters(labels).order, heads.keys if link.per_head else 1)
+    rotate_inputs(block, family, spec)
 
 
 def float_tensors(

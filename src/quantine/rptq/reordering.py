@@ -16,6 +16,7 @@ from quantine.activations.install import (
     rounding_points,
 )
 from quantine.activations.reorder import order_of_outputs, reorder
+from quantine.activations.rotated import RotatedGrid
 from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
 from quantine.core.fit_range import (
     fit_activations,
@@ -79,6 +80,8 @@ class Reordering:
         """The clusters of the channels at ``point``, in the order they have after `apply`."""
         if point.site == "value" and self._values is not None:
             return self._values
+        if self._spec.rotates(point.site):  # heads are mixed
+            return Clusters(torch.zeros_like(self.ranges_at(point).lows[0], dtype=torch.int64))
         link = link_of(self.family, point.kind)
         own = self._clusters[point.kind]
         ordered = own if link.fold == "attention" or not self._spec.reorders else own.ordered()
@@ -110,6 +113,12 @@ class Reordering:
 
     def grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
         """The static grid that ``point`` has before any search."""
+        grid = self._plain_grid(point, bits)
+        if not self._spec.rotates(point.site):
+            return grid
+        return RotatedGrid(grid, self._ranges[point.path].rows.mean(0))
+
+    def _plain_grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
         labels = self.clusters_at(point).labels
         seen = self.ranges_at(point)
         if self._spec.range == "running":
@@ -132,8 +141,13 @@ class Reordering:
         return self._spec.token_factors and self._spec.reorders and point.site not in ATTENDED
 
     def ranges_at(self, point: RoundingPoint) -> ChannelRanges:
-        """Calibration ranges at ``point``, channels in the order they have after `apply`."""
+        """Calibration ranges at ``point``, channels in the order they have after `apply`.
+
+        Of rotated channels they are those of what is left of them without their means.
+        """
         found = self._ranges[point.path]
+        if self._spec.rotates(point.site):
+            return found.less(found.rows.mean(0))
         link = link_of(self.family, point.kind)
         if link.fold == "attention" or not self._spec.reorders:
             return found

@@ -23,6 +23,8 @@ SAVED_WIDEST: Final = 4
 """Number of those as wide as the block's widest matrix."""
 SAVED_SCORES: Final = 6
 """Number of those as large as the scores of attention, where activations are rounded."""
+SAVED_INPUTS: Final = 2
+"""Number of those as wide as the inputs of a matrix, for every matrix, where these are rounded."""
 LOGIT_TENSORS: Final = 3
 """Number of tensors as large as the logits that exist at once: two models', and their gradient."""
 DECODED_COPIES: Final = 6
@@ -175,7 +177,9 @@ def _kept(job: Job) -> int:
     inside = [d.layer for d in job.decisions if d.layer.role == "block"]
     widest = max(max(layer.in_features, layer.out_features) for layer in inside)
     blocks = len(block_list(job.model, job.family))
-    return blocks * (SAVED_TENSORS * width(job) + SAVED_WIDEST * widest)
+    inputs = sum(layer.in_features for layer in inside)
+    rounded = 0 if job.plan.activations is None else SAVED_INPUTS * inputs
+    return blocks * (SAVED_TENSORS * width(job) + SAVED_WIDEST * widest) + rounded
 
 
 def _vocabulary(job: Job) -> int:

@@ -93,6 +93,14 @@ class ChannelRanges:
         result.rows, result.tokens = self.rows[:, order], self.tokens
         return result
 
+    def less(self, centre: Tensor) -> ChannelRanges:
+        """The statistics of what channels differ from ``centre`` ``[channels]`` float32 by."""
+        result = ChannelRanges(len(centre), self.lows.device)
+        result.lows, result.highs = self.lows - centre, self.highs - centre
+        result.firsts, result.rows = self.firsts - centre, self.rows - centre
+        result.tokens = self.tokens
+        return result
+
     def of_clusters(self, labels: Tensor, over: Over = "all") -> tuple[Tensor, Tensor]:
         """Lower and upper end of the range of each cluster of channels.
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+import torch
 from torch import Tensor, nn
 
-from quantine.activations.install import rebuild_block, rounding_points
+from quantine.activations.grids import StaticGrid
+from quantine.activations.install import RoundingPoint, rebuild_block, rounding_points
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
+from quantine.core.ambient import without_autocast
 from quantine.core.straight_through import straight_through
 from quantine.families.family import Family
 from quantine.families.layers import block_list
+from quantine.kernels.integer.token_factors import factors, steepness
+from quantine.tuning.numbers import Numbers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+FRACTIONAL: Final = ("key", "value")
+"""The sites whose zero points need not be whole numbers, and so may be tuned."""
+NEAREST: Final = 0.5 + 1e-3
+"""Steps by which a value within its grid is rounded at most, but for the rounding of floats."""
 
 
 class StraightGrid(nn.Module):
@@ -33,6 +43,106 @@ class StraightGrid(nn.Module):
         return straight_through(x, self.grid(x.detach()))
 
 
+class TunedGrid(nn.Module):
+    """Rounds activations to a static grid, and gives its scales and zero points gradients.
+
+    A scale has the gradient of LSQ (arXiv 1902.08153): with a larger step a code stands for more,
+    but a value asks for a lower code, so what is left is how far the value was rounded. A value
+    beyond the ends of its grid has no gradient; the end that it was clipped to has.
+
+    Args:
+        grid: the grid at the beginning.
+        fractional: whether zero points may be fractions; others stay.
+    """
+
+    def __init__(self, grid: StaticGrid, fractional: bool) -> None:
+        super().__init__()
+        self._grid, feedback = grid, grid.fed()
+        self._passed = None if feedback is None else feedback.float()
+        self._alone = None if feedback is None else _inverse(feedback)
+        tuned = {"scale": grid.scale, "reach": grid.reached()}
+        tuned |= {"zero": grid.zero} if fractional else {}
+        for name, value in tuned.items():
+            held = None if value is None else nn.Parameter(value, requires_grad=False)
+            self.register_parameter(name, held)
+
+    @staticmethod
+    def numbers(leaf: str, start: Tensor) -> Numbers:
+        """The numbers of the parameter ``leaf``, which begin as ``start``."""
+        return Numbers.offsets(start) if leaf == "zero" else Numbers.factors(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
+        grid, labels = self._grid, self._grid.get_buffer("labels")
+        scale, reach = self.get_parameter("scale"), self._parameters["reach"]
+        zero = self._parameters.get("zero", grid.zero)
+        assert isinstance(zero, Tensor)
+        feedback = grid.fed()
+        grid.refit(
+            scale.detach(), zero.detach(), feedback, None if reach is None else reach.detach()
+        )
+        values = grid.to_grid(x).float()
+        rounded = grid.rounded(values.detach())
+        step, zeros = scale.index_select(0, labels), zero.index_select(0, labels)
+        if reach is not None:
+            step = step * _token_factors(values.detach(), step, zeros, grid.bits, reach)
+        with torch.no_grad():
+            off = _by_heads(rounded - values, self._alone)
+            inside = off.abs() <= NEAREST * step
+            per_step = torch.where(inside, off, rounded) / step
+            per_zero = torch.where(inside, 0.0, -step)
+        # These are 0, and have the gradients of the code's value.
+        moved = per_step * (step - step.detach()) + per_zero * (zeros - zeros.detach())
+        if self._passed is not None:  # what a channel errs less by is not passed on to later ones
+            moved = moved + torch.where(inside, _by_heads(moved, self._passed), 0.0)
+        exact = torch.where(inside, values, values.detach()) + moved
+        return grid.from_grid(straight_through(exact, rounded)).to(x.dtype)
+
+
+def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> Tensor:
+    """The factors of tokens, with gradients for what they follow from.
+
+    That is ``reach``, and the scale of the channel that asks for the largest factor.
+
+    Args:
+        x: ``[..., channels]`` float32.
+        scale, zero: ``[channels]`` float32.
+        bits: number of bits of one code.
+        reach: ``[1]`` float32.
+
+    Returns:
+        ``[..., 1]`` float32, see `quantine.kernels.integer.token_factors.factors`.
+    """
+    with torch.no_grad():
+        above, below = steepness(scale, zero, bits, reach)
+        asked, asking = torch.maximum(x * above, x * below).max(-1, keepdim=True)
+        found = factors(x, above, below)
+    relative = (reach / reach.detach()) * (scale.detach() / scale)[asking]
+    return torch.where(found == asked, found * relative, found)
+
+
+def _inverse(feedback: Tensor) -> Tensor:
+    """What takes feedback off again, ``[heads, dim, dim]`` float32.
+
+    A channel gives its error times its row of ``feedback`` on to later channels. So changes of
+    channels, times this matrix, are what rounding alone changed in each.
+    """
+    unit = torch.eye(feedback.shape[1], dtype=torch.float64, device=feedback.device)
+    passed = feedback.double() + unit
+    found: Tensor = torch.linalg.solve_triangular(passed, unit.expand_as(passed), upper=True)
+    return found.float()
+
+
+def _by_heads(x: Tensor, matrices: Tensor | None) -> Tensor:
+    """``x`` ``[..., heads * dim]``, each head times its matrix of ``[heads, dim, dim]``, if any."""
+    if matrices is None:
+        return x
+    heads = x.flatten(0, -2).unflatten(-1, matrices.shape[:2]).transpose(0, 1)
+    with without_autocast(x.device):
+        found: Tensor = heads @ matrices
+    return found.transpose(0, 1).reshape(x.shape)
+
+
 def round_activations(
     model: PreTrainedModel,
     family: Family,
@@ -41,7 +151,8 @@ def round_activations(
 ) -> None:
     """Let the blocks of ``model`` round activations as a run has decided, for tuning.
 
-    Their norms write reordered channels, so their matrices have to be those of the run.
+    Their norms write reordered channels, so their matrices have to be those of the run. Static
+    grids are parameters then. Points that read the same activation have one grid.
 
     Args:
         model: computes attention with `quantine.activations.attention`, where its family
@@ -53,8 +164,17 @@ def round_activations(
     for index, block in enumerate(block_list(model, family)):
         own = family.in_block(index)
         rebuild_block(block, f"{family.blocks}.{index}", own, spec, tensor_of)
+        shared: dict[tuple[str, str], nn.Module] = {}
         for point in rounding_points(own):
             if getattr(spec, point.site) != UNQUANTIZED:
                 path, _, leaf = point.grid.rpartition(".")
                 parent = block.get_submodule(path)
-                setattr(parent, leaf, StraightGrid(getattr(parent, leaf)))
+                grid = getattr(parent, leaf)
+                found = shared.setdefault((point.site, point.kind), _with_gradients(grid, point))
+                setattr(parent, leaf, found)
+
+
+def _with_gradients(grid: nn.Module, point: RoundingPoint) -> nn.Module:
+    if isinstance(grid, StaticGrid):
+        return TunedGrid(grid, point.site in FRACTIONAL)
+    return StraightGrid(grid)

@@ -17,6 +17,7 @@ from quantine.tuning.divergence import divergence
 from quantine.tuning.matrix import TunedMatrix
 from quantine.tuning.numbers import Numbers
 from quantine.tuning.part import Part
+from quantine.tuning.rounding import TunedGrid
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -90,7 +91,7 @@ class Student:
         self.teacher = teacher
         self.model = model
         vectors = {
-            name: Numbers.vector(value)
+            name: _numbers(model, name, value)
             for name, value in floats.items()
             if value.ndim == 1 and value.is_floating_point()
         }
@@ -168,6 +169,14 @@ class Student:
         with torch.autocast(segments.device.type, self.dtype, enabled=rounds):
             logits: Tensor = model(input_ids=segments, use_cache=False).logits
         return logits.flatten(0, 1)
+
+
+def _numbers(model: PreTrainedModel, name: str, value: Tensor) -> Numbers:
+    """The numbers of the vector ``name`` of ``model``, which begin as ``value``."""
+    path, _, leaf = name.rpartition(".")
+    if isinstance(model.get_submodule(path), TunedGrid):
+        return TunedGrid.numbers(leaf, value)
+    return Numbers.vector(value)
 
 
 def sharing(model: PreTrainedModel) -> PreTrainedModel:

@@ -258,6 +258,11 @@ def _check_sites(spec: ActivationSpec) -> None:
             f"served, nor a packed cache: set {', '.join(f'{site}: 16' for site in rounded)} in "
             f"activations; {', '.join(SERVED_SITES)} are served"
         )
+    if spec.rotated:
+        raise PlanError(
+            f"activations of {', '.join(spec.rotated)} are rotated before they are rounded, which "
+            "is not served by vLLM yet: quantize without rotated"
+        )
 
 
 def missing_claims(stored: Stored, claimed: set[str], model: str) -> None:

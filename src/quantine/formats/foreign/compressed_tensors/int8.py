@@ -8,7 +8,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from quantine.core.activation_spec import SITES, SITES_WITH_FACTORS, UNQUANTIZED, ActivationSpec
+from quantine.core.activation_spec import (
+    INPUT_SITES,
+    SITES,
+    SITES_WITH_FACTORS,
+    UNQUANTIZED,
+    ActivationSpec,
+)
 from quantine.core.spec import WHOLE_ROW, QuantSpec
 from quantine.errors import FormatError
 from quantine.formats.foreign.plain import Plain
@@ -27,8 +33,6 @@ OVERFLOW: Final = (
     "serve it on a GPU or a processor with VNNI"
 )
 """What users of such files have to know."""
-INPUT_SITES: Final = ("norm", "attention", "hidden")
-"""Fields of `ActivationSpec` for the inputs of matrices."""
 
 
 def activations_refusal(activations: ActivationSpec) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from quantine.rotation.rotation import Rotation
+from quantine.core.rotation import Rotation
 
 WIDTHS = (1, 2, 7, 64, 96, 576, 896, 1536)
 
@@ -44,5 +46,31 @@ def test_the_seed_decides() -> None:
 def test_many_rows_are_turned_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(7, 96, generator=torch.Generator().manual_seed(0))
     whole = Rotation(96, 0, keeps_ones=True).turned(x)
-    monkeypatch.setattr("quantine.rotation.rotation.AT_ONCE", 200)
+    monkeypatch.setattr("quantine.core.rotation.AT_ONCE", 200)
     assert torch.allclose(Rotation(96, 0, keeps_ones=True).turned(x), whole, atol=1e-6)
+
+
+def stated_sign(channel: int) -> int:
+    """The sign of a channel as docs/format.md says it."""
+    mixed = channel + 1
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        mixed = (mixed ^ (mixed >> shift)) * factor % 2**32
+    return -1 if (mixed ^ (mixed >> 16)) % 2 else 1
+
+
+@pytest.mark.parametrize("width", [1, 12, 96, 576])
+def test_rotations_that_files_rely_on_are_those_of_the_format(width: int) -> None:
+    odd = width
+    while odd % 2 == 0:
+        odd //= 2
+    hadamard = torch.ones(1, 1)
+    while len(hadamard) < width // odd:
+        hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), hadamard)
+    places = torch.arange(odd)
+    angles = 2 * math.pi * torch.outer(places, places) / odd
+    hartley = (angles.cos() + angles.sin()) / math.sqrt(odd)
+    signs = torch.tensor([stated_sign(channel) for channel in range(width)]).float()
+    expected = signs.unsqueeze(1) * torch.kron(hadamard / math.sqrt(len(hadamard)), hartley)
+    found = Rotation(width, seed=None).turned(torch.eye(width))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert abs(float(signs.mean())) <= 3 / math.sqrt(width)

@@ -14,6 +14,8 @@ from quantine.core.device import CPU
 
 LARGEST_FACTOR: Final = 64
 """Largest power of two that is multiplied as one matrix; larger ones are products of several."""
+MIXING: Final = ((16, 0x7FEB352D), (15, 0x846CA68B))
+"""Shifts and factors that mix the bits of a place; constants of a hash by C. Wellons."""
 AT_ONCE: Final = 2**24
 """Numbers that are rotated at once, and so are in memory several times."""
 
@@ -28,13 +30,13 @@ class Rotation:
 
     Attributes:
         width: number of channels, at least 1.
-        seed: of the signs.
+        seed: of the signs; ``None`` for signs that files rely on, see `settled_signs`.
         keeps_ones: whether the vector of ones is rotated into itself, so that means over channels
             stay what they are. A reflection (Householder) behind the product sees to it.
     """
 
     width: int
-    seed: int
+    seed: int | None
     keeps_ones: bool = False
 
     def turned(self, x: Tensor) -> Tensor:
@@ -66,6 +68,8 @@ class Rotation:
 
     @cached_property
     def _signs(self) -> Tensor:
+        if self.seed is None:
+            return settled_signs(self.width)
         generator = torch.Generator("cpu").manual_seed(self.seed)
         bits = torch.randint(2, (self.width,), generator=generator, dtype=torch.int64, device=CPU)
         return (2 * bits - 1).float()
@@ -92,6 +96,17 @@ class Rotation:
         difference = self._spread(ones)[0].double() - 1
         length = float(difference.norm())
         return None if length < 1e-6 else (difference / length).float()
+
+
+def settled_signs(width: int) -> Tensor:
+    """Signs that look random, float32 ``[width]``, and are the same wherever they are computed.
+
+    A place is mixed by shifts and products modulo 2**32; where the last bit is 1, the sign is -1.
+    """
+    mixed = torch.arange(1, width + 1, dtype=torch.int64, device=CPU)
+    for shift, factor in MIXING:
+        mixed = (mixed ^ (mixed >> shift)) * factor & 0xFFFFFFFF
+    return 1.0 - 2.0 * (mixed ^ (mixed >> 16)).bitwise_and(1).float()
 
 
 def _hadamard(size: int) -> Tensor:

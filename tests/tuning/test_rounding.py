@@ -1,0 +1,101 @@
+"""Grids of activations that gradients reach: what they round to, and what the gradients are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantine.activations.grids import StaticGrid
+from quantine.core.fit_range import fit_activations, fit_activations_around_zero
+from quantine.kernels.integer.token_factors import LARGEST, steepness
+from quantine.rptq.feedback import feedback_of
+from quantine.tuning.rounding import NEAREST, TunedGrid
+
+HEADS, DIM, TOKENS = 2, 8, 24
+CHANNELS = HEADS * DIM
+
+
+def values_of(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    loud = torch.rand(CHANNELS, generator=generator) * 3
+    return torch.randn(2, TOKENS, CHANNELS, generator=generator) * loud.exp()
+
+
+def grid_of(x: Tensor, bits: int, kind: str, share: float) -> StaticGrid:
+    """A grid of two channels a cluster, or of one in heads, that covers ``share`` of the range."""
+    fed = kind == "feedback"
+    labels = torch.arange(CHANNELS, dtype=torch.int32) // (1 if fed else 2)
+    low, high = (x.flatten(0, 1).amin(0) * share, x.flatten(0, 1).amax(0) * share)
+    if not fed:
+        low, high = low.view(-1, 2).amin(1), high.view(-1, 2).amax(1)
+    fit = fit_activations_around_zero if kind == "factors" else fit_activations
+    scale, zero = fit(low, high, bits)
+    feedback = None
+    if fed:
+        met = torch.randn(HEADS, 64, DIM, generator=torch.Generator().manual_seed(1))
+        met = met @ torch.linspace(-1, 2, DIM * DIM).view(DIM, DIM)
+        feedback = feedback_of(met.transpose(1, 2) @ met)
+        zero = zero + 0.25
+    reach = torch.tensor([0.85]) if kind == "factors" else None
+    return StaticGrid(bits, scale, zero, labels, feedback, reach)
+
+
+def held(grid: StaticGrid, leaves: dict[str, Tensor], x: Tensor) -> Tensor:
+    """What ``grid`` makes of ``x`` where every value stays off by as many steps as it is.
+
+    Values beyond the ends of the grid are at these. Written out channel by channel, so that plain
+    differentiation gives the gradients.
+    """
+    labels, feedback = grid.get_buffer("labels").long(), grid.fed()
+    scale, zero = leaves["scale"][labels], leaves.get("zero", grid.zero)[labels]
+    step = scale.expand(x.shape)
+    if "reach" in leaves:
+        above, below = steepness(scale, zero, grid.bits, leaves["reach"])
+        asked = torch.maximum(x.detach() * above, x.detach() * below).amax(-1, keepdim=True)
+        step = scale * asked.clamp(max=LARGEST)
+    top, rest, found = 2**grid.bits - 1, list(x.unbind(-1)), []
+    for channel in range(CHANNELS):
+        own, size, middle = rest[channel], step[..., channel], zero[channel]
+        wanted = (own / size + middle).detach()
+        code = wanted.round().clamp(0, top)
+        inside = own + (code - wanted) * size
+        found.append(torch.where((code - wanted).abs() > NEAREST, (code - middle) * size, inside))
+        if feedback is not None:
+            head, place = divmod(channel, DIM)
+            for later in range(place + 1, DIM):
+                passed = float(feedback[head, place, later])
+                rest[head * DIM + later] = rest[head * DIM + later] + passed * (found[-1] - own)
+    return torch.stack(found, -1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "feedback", "factors"])
+@given(seed=st.integers(0, 2**31 - 1), bits=st.integers(2, 8), share=st.floats(0.3, 1.2))
+def test_it_rounds_as_the_grid_does(kind: str, seed: int, bits: int, share: float) -> None:
+    x = values_of(seed)
+    grid = grid_of(x, bits, kind, share)
+    expected = grid(x)
+    assert torch.equal(TunedGrid(grid, kind == "feedback")(x), expected)
+
+
+@pytest.mark.parametrize("kind", ["plain", "feedback", "factors"])
+@given(seed=st.integers(0, 2**31 - 1), bits=st.integers(2, 8), share=st.floats(0.3, 1.2))
+def test_gradients_are_those_of_values_that_stay_as_far_off(
+    kind: str, seed: int, bits: int, share: float
+) -> None:
+    x = values_of(seed)
+    if kind == "feedback":  # what a clipped value passes on to others is not in the gradients
+        bits, share = max(bits, 6), 4.0
+    grid = grid_of(x, bits, kind, share)
+    tuned = TunedGrid(grid, kind != "factors")
+    leaves = {name: leaf.requires_grad_() for name, leaf in tuned.named_parameters()}
+    assert set(leaves) == {"scale", "reach" if kind == "factors" else "zero"}
+    x = x.requires_grad_()
+    wanted, towards = held(grid, leaves, x), torch.randn_like(x)
+    expected = torch.autograd.grad(wanted, [x, *leaves.values()], towards)
+    found = torch.autograd.grad(tuned(x), [x, *leaves.values()], towards)
+    for one, other in zip(found, expected, strict=True):
+        near = 2e-3 * float(one.abs().max())
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=near + 1e-6)
