@@ -23,6 +23,13 @@ KV = "rounded while the model runs: key, value to 4 bits, a grid for each cluste
         (Plan.scheme("W4A4KV"), [KV]),
         (Plan.budget(4.5).with_activations("W4A4KV"), [KV]),
         (
+            Plan.from_dict({"rules": [], "activations": {"hidden": 4, "rotated": ["hidden"]}}),
+            [
+                "rounded while the model runs: hidden to 4 bits, a grid for each cluster",
+                "rotated before they are: hidden",
+            ],
+        ),
+        (
             Plan.scheme("W4A4-token"),
             [
                 "rounded while the model runs: norm, softmax to 8 bits; query, key, value, "
@@ -36,4 +43,4 @@ def test_rounded_activations_are_told(
 ) -> None:
     job = prepare(tiny("llama"), plan, short)
     lines = plan_lines(job, estimate(job))
-    assert [line for line in lines if line.startswith("rounded while")] == said
+    assert [line for line in lines if line.startswith(("rounded while", "rotated"))] == said

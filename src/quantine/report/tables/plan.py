@@ -180,8 +180,10 @@ def _activation_lines(job: Job) -> list[str]:
     ]
     if not rounded:
         return []
+    rotated = [f"rotated before they are: {', '.join(spec.rotated)}"] if spec.rotated else []
     return [
-        f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}"
+        f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}",
+        *rotated,
     ]
 
 
