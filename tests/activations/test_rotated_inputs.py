@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import quantine
 from quantine import Calibration, Plan
 from quantine.activations.grids import StaticGrid
-from quantine.activations.install import rotate_inputs
+from quantine.activations.install import RoundingPoint, rotate_inputs, rounding_points
 from quantine.activations.rotated import RotatedGrid, RotatedInputs
 from quantine.core.activation_spec import INPUT_SITES, ActivationSpec, activations_from
 from quantine.core.fit_range import fit_activations_around_zero
@@ -23,6 +23,8 @@ from quantine.engines.vllm.stored import Stored
 from quantine.errors import PlanError
 from quantine.families import described_family
 from quantine.families.layers import block_list
+from quantine.rptq.choose_grids import matrix_of
+from quantine.rptq.smoothing import smoothing_of
 from quantine.runtime.modules import QuantLinear
 from tiny_models import build, logits_of, random_model, some_tokens, tiny_config
 
@@ -30,40 +32,54 @@ CHANNELS: Final = 96
 BITS: Final = dict.fromkeys(INPUT_SITES, 4)
 
 
-def grid_for(x: Tensor, rotated: bool) -> StaticGrid:
+def one_grid(seen: Tensor) -> StaticGrid:
     """One grid of 4 bits for all channels, with factors of tokens."""
-    turned = Rotation(CHANNELS, None).turned(x)
-    centre = turned.mean(0)
-    seen = turned - centre if rotated else x
     scale, zero = fit_activations_around_zero(seen.min().view(1), seen.max().view(1), 4)
     labels = torch.zeros(CHANNELS, dtype=torch.int32)
-    plain = StaticGrid(4, scale, zero, labels, reach=torch.tensor([0.85]))
-    return RotatedGrid(plain, centre) if rotated else plain
+    return StaticGrid(4, scale, zero, labels, reach=torch.tensor([0.85]))
 
 
 def test_one_grid_suits_loud_and_quiet_channels_behind_a_rotation() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, CHANNELS, generator=generator)
-    x[:, 7] *= 40
-    x[:, 5] += 100
     weight = torch.randn(32, CHANNELS, generator=generator)
+    x[:, 5] += 100  # a loud channel that is always alike, and one that a weight expects
+    x[:, 7] *= 40
     weight[:, 7] /= 40
-    wanted = x @ weight.T
-    plain = grid_for(x, rotated=False)(x) @ weight.T
-    rotated = grid_for(x, rotated=True)(x) @ Rotation(CHANNELS, None).turned(weight).T
-    errors = [float((found - wanted).square().mean()) for found in (plain, rotated)]
-    assert errors[1] < errors[0] / 2
+    rotation = Rotation(CHANNELS, None)
+
+    def rotated_error(smoothing: Tensor) -> float:
+        turned = rotation.turned(x / smoothing)
+        grid = RotatedGrid(one_grid(turned - turned.mean(0)), smoothing, turned.mean(0))
+        return error(grid(x) @ rotation.turned(weight * smoothing).T)
+
+    def error(found: Tensor) -> float:
+        return float((found - x @ weight.T).square().mean())
+
+    plain = error(one_grid(x)(x) @ weight.T)
+    rotated = rotated_error(torch.ones(CHANNELS))
+    smooth = rotated_error(smoothing_of(x, [weight]))
+    assert smooth < rotated / 4 < plain / 8
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen2"])
 def test_a_block_that_rotates_its_inputs_computes_the_same(name: str) -> None:
     model = random_model(tiny_config(name))
     family, tokens = described_family(model.config.model_type), some_tokens(16, 2)
+    widths = {
+        point.kind: matrix_of(block_list(model, family)[0].get_submodule(point.path)).shape[1]
+        for point in rounding_points(family)
+        if point.site in INPUT_SITES
+    }
+    smoothings = {kind: torch.rand(width) + 0.5 for kind, width in widths.items()}
+
+    def smoothing(point: RoundingPoint) -> Tensor | None:
+        return smoothings[point.kind] if point.site in INPUT_SITES else None
+
     with torch.no_grad():
         expected = logits_of(model, tokens)
         for index, block in enumerate(block_list(model, family)):
-            spec = ActivationSpec(**BITS, rotated=INPUT_SITES)
-            rotate_inputs(block, family.in_block(index), spec)
+            rotate_inputs(block, family.in_block(index), smoothing)
         found = logits_of(model, tokens)
     assert any(isinstance(module, RotatedInputs) for module in model.modules())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

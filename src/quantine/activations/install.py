@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
-from quantine.activations.rotated import CENTRE, RotatedGrid, RotatedInputs, rotate_weight
+from quantine.activations.rotated import (
+    CENTRE,
+    SMOOTHING,
+    RotatedGrid,
+    RotatedInputs,
+    rotate_weight,
+)
 from quantine.activations.stored import check_tensor
 from quantine.core.activation_spec import CONSUMED, SITES, UNQUANTIZED, ActivationSpec
 from quantine.errors import FormatError
@@ -132,14 +138,22 @@ def add_grids(
         _put(block, point, TokenGrid(bits) if token else made(point, bits))
 
 
-def rotate_inputs(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
-    """Let matrices of a float block rotate their inputs, as ``spec`` says; it computes the same."""
+def rotate_inputs(
+    block: nn.Module, family: Family, smoothing_of: Callable[[RoundingPoint], Tensor | None]
+) -> None:
+    """Let matrices of a float block rotate their inputs; it computes the same.
+
+    Args:
+        block: changed in place.
+        family: the model's architecture.
+        smoothing_of: gives what the inputs of a point are divided by before, see `RotatedInputs`;
+            ``None`` where they are not rotated.
+    """
     for point in rounding_points(family):
-        if spec.rotates(point.site):
-            module = block.get_submodule(point.path)
-            rotate_weight(module)
-            channels = module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
-            _put(block, point, RotatedInputs(channels))
+        smoothing = smoothing_of(point)
+        if smoothing is not None:
+            rotate_weight(block.get_submodule(point.path), smoothing)
+            _put(block, point, RotatedInputs(smoothing))
 
 
 def rebuild_block(
@@ -185,7 +199,7 @@ def rebuild_block(
         found = StaticGrid(bits, scale, zero, labels, *more)
         if not spec.rotates(point.site):
             return found
-        return RotatedGrid(found, needed(f"{point.grid}.{CENTRE}"))
+        return RotatedGrid(found, *(needed(f"{point.grid}.{name}") for name in (SMOOTHING, CENTRE)))
 
     add_sites(block, family, spec)
     add_norms(block, family, spec, order)

@@ -1,8 +1,9 @@
 """Inputs of matrices that are rotated while the model runs, before they are rounded.
 
 A rotation spreads what single channels are loud by over all of them, so that one grid suits all
-(QuaRot, arXiv 2404.00456). The matrix behind holds its weight in the rotated basis, so that it puts
-out what it did.
+(QuaRot, arXiv 2404.00456). Before, channels that are loud all the time are divided by a number of
+their own (SmoothQuant, arXiv 2211.10438). The matrix behind holds a weight that undoes both, so
+that it puts out what it did.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import StaticGrid
+from quantine.activations.grids import SMALLEST, StaticGrid
 from quantine.activations.stored import check_tensor, check_within
 from quantine.core.rotation import Rotation
 from quantine.families.layers import is_transposed
 
 CENTRE: Final = "centre"
 """Name of the tensor of a `RotatedGrid` that holds the centres of rotated channels."""
+SMOOTHING: Final = "smoothing"
+"""Name of the one that holds what channels are divided by before they are rotated."""
 
 
 class RotatedInputs(nn.Module):
-    """Rotates inputs, and rounds nothing.
+    """Divides inputs and rotates them, and rounds nothing.
 
     Args:
-        channels: number of channels.
+        smoothing: ``[channels]`` float32, positive: what channels are divided by.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, smoothing: Tensor) -> None:
         super().__init__()
-        self._rotation = Rotation(channels, seed=None)
+        self.register_buffer(SMOOTHING, smoothing, persistent=False)
+        self._rotation = Rotation(len(smoothing), seed=None)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` ``[..., channels]``; the result has its shape and dtype."""
-        return self._rotation.turned(x).to(x.dtype)
+        return self._rotation.turned(x.float() / self.get_buffer(SMOOTHING)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: the number of channels."""
@@ -46,20 +50,23 @@ class RotatedGrid(StaticGrid):
 
     Args:
         grid: the grid of these differences, whose tensors it takes.
+        smoothing: as in `RotatedInputs`.
         centre: ``[channels]`` float32, of the rotated channels.
     """
 
-    fixed_names = (*StaticGrid.fixed_names, CENTRE)
+    fixed_names = (*StaticGrid.fixed_names, SMOOTHING, CENTRE)
 
-    def __init__(self, grid: StaticGrid, centre: Tensor) -> None:
+    def __init__(self, grid: StaticGrid, smoothing: Tensor, centre: Tensor) -> None:
         labels = grid.get_buffer("labels")
         super().__init__(grid.bits, grid.scale, grid.zero, labels, grid.fed(), grid.reached())
+        self.register_buffer(SMOOTHING, smoothing)
         self.register_buffer(CENTRE, centre)
         self._rotation = Rotation(len(labels), seed=None)
 
     def to_grid(self, x: Tensor) -> Tensor:
-        """The rotated ``x`` ``[..., channels]`` less `centre`, float32."""
-        return self._rotation.turned(x) - self.get_buffer(CENTRE)
+        """``x`` ``[..., channels]``, divided and rotated, less its centre, float32."""
+        rotated = self._rotation.turned(x.float() / self.get_buffer(SMOOTHING))
+        return rotated - self.get_buffer(CENTRE)
 
     def from_grid(self, x: Tensor) -> Tensor:
         """The rotated channels that ``x`` ``[..., channels]`` is the differences of."""
@@ -68,10 +75,11 @@ class RotatedGrid(StaticGrid):
     def check(self, name: str, channels: int, heads: int | None = None) -> None:
         """See `StaticGrid.check`."""
         super().check(name, channels, heads)
-        centre = self.get_buffer(CENTRE)
-        check_tensor(f"{name}.{CENTRE}", centre, torch.float32, (channels,))
         most = torch.finfo(torch.float32).max
-        check_within(f"{name}.{CENTRE}", centre, -most, most)
+        for tensor, least in ((SMOOTHING, SMALLEST), (CENTRE, -most)):
+            found = self.get_buffer(tensor)
+            check_tensor(f"{name}.{tensor}", found, torch.float32, (channels,))
+            check_within(f"{name}.{tensor}", found, least, most)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: that of `StaticGrid`, and that channels are rotated."""
@@ -79,14 +87,16 @@ class RotatedGrid(StaticGrid):
 
 
 @torch.no_grad()
-def rotate_weight(module: nn.Module) -> None:
+def rotate_weight(module: nn.Module, smoothing: Tensor) -> None:
     """Give a matrix the weight that multiplies rotated inputs, in place.
 
     Args:
         module: a ``Linear``, or GPT-2's ``Conv1D``, which stores its weight transposed.
+        smoothing: as in `RotatedInputs`.
     """
     weight = module.get_parameter("weight").detach()
     plain = weight.T if is_transposed(module) else weight
-    turned = Rotation(plain.shape[1], seed=None).turned(plain).to(weight.dtype)
+    scaled = plain.float() * smoothing
+    turned = Rotation(len(smoothing), seed=None).turned(scaled).to(weight.dtype)
     stored = turned.T.contiguous() if is_transposed(module) else turned
     module.weight = nn.Parameter(stored, requires_grad=False)

@@ -15,6 +15,7 @@ from quantine.activations.install import (
     rounding_points,
 )
 from quantine.activations.reorder import reorder
+from quantine.activations.rotated import SMOOTHING
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
@@ -22,9 +23,15 @@ from quantine.errors import FormatError
 from quantine.families.family import Family
 from quantine.families.heads import Heads
 from quantine.formats.floats import as_stored
-from quantine.rptq.choose_grids import choose_grids, ranking_batches, ranking_samples
+from quantine.rptq.choose_grids import (
+    choose_grids,
+    matrix_of,
+    ranking_batches,
+    ranking_samples,
+)
 from quantine.rptq.clusters import Clusters
 from quantine.rptq.reordering import Reordering
+from quantine.rptq.smoothing import smoothing_of
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import tensor_digest
 
@@ -51,10 +58,11 @@ def reorder_block(
         The block's clusters and calibration ranges.
     """
     add_sites(block, family, spec)
-    rotate_inputs(block, family, spec)
+    smoothings = _smoothings(sequential, index, block, family, spec)
+    rotate_inputs(block, family, lambda point: smoothings.get(point.path))
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
-    reordering = Reordering(family, heads, spec, found, held_out)
+    reordering = Reordering(family, heads, spec, found, held_out, smoothings)
     ranks = sequential.setup.ranks
     ranks.agree(
         lambda: {
@@ -69,6 +77,22 @@ def reorder_block(
     if spec.searches:
         choose_grids(sequential, index, block, reordering, before)
     return reordering
+
+
+def _smoothings(
+    sequential: Sequential, index: int, block: nn.Module, family: Family, spec: ActivationSpec
+) -> dict[str, Tensor]:
+    """What inputs are divided by before they are rotated, by `RoundingPoint.path`."""
+    points = [point for point in rounding_points(family) if spec.rotates(point.site)]
+    if not points:
+        return {}
+    seen = sequential.ranges(index, [point.path for point in points])
+    readers: dict[str, list[Tensor]] = {}
+    for point in points:
+        readers.setdefault(point.kind, []).append(matrix_of(block.get_submodule(point.path)))
+    return {
+        point.path: smoothing_of(seen[point.path].rows, readers[point.kind]) for point in points
+    }
 
 
 def restore_block(
@@ -103,8 +127,8 @@ def reorder_as_before(
     path: str,
     family: Family,
     heads: Heads,
-    spec: ActivationSpec,
     maps: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Reorder or rotate the channels of a float block as `reorder_block` did.
 
@@ -115,8 +139,8 @@ def reorder_as_before(
         path: path of ``block`` in its model.
         family: the model's architecture, as the block has it.
         heads: the model's numbers of heads.
-        spec: which channels were rotated.
         maps: what `Reordering.maps` gave, by full name.
+        tensors: what `float_tensors` gave, by full name.
 
     Raises:
         FormatError: a map is missing; the message names it.
@@ -127,7 +151,7 @@ def reorder_as_before(
             raise FormatError(f"there is no map of the clusters {name}: quantize again")
         labels = maps[name][:, -1].to(next(block.parameters()).device).long()
         reorder(block, link, Clusters(labels).order, heads.keys if link.per_head else 1)
-    rotate_inputs(block, family, spec)
+    rotate_inputs(block, family, lambda point: tensors.get(f"{path}.{point.grid}.{SMOOTHING}"))
 
 
 def float_tensors(

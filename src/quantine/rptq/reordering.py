@@ -45,12 +45,21 @@ class Reordering:
         held_out: number of calibration samples, from the first, that clusters are made without: a
             search compares grids on them, so that values beyond the fitted ranges count as they
             would in new text.
+        smoothings: what inputs are divided by before they are rotated, by `RoundingPoint.path`;
+            ``ranges`` are those of rotated ones.
     """
 
     def __init__(
-        self, family: Family, heads: Heads, spec: ActivationSpec, ranges: Ranges, held_out: int = 0
+        self,
+        family: Family,
+        heads: Heads,
+        spec: ActivationSpec,
+        ranges: Ranges,
+        held_out: int = 0,
+        smoothings: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.family, self.heads, self.held_out = family, heads, held_out
+        self._smoothings = smoothings or {}
         self._spec, self._ranges = spec, ranges
         self._clusters = {link.kind: self._clustered(link) for link in read_links(family)}
         self._values = self._clustered_values()
@@ -116,7 +125,8 @@ class Reordering:
         grid = self._plain_grid(point, bits)
         if not self._spec.rotates(point.site):
             return grid
-        return RotatedGrid(grid, self._ranges[point.path].rows.mean(0))
+        centre = self._ranges[point.path].rows.mean(0)
+        return RotatedGrid(grid, self._smoothings[point.path], centre)
 
     def _plain_grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
         labels = self.clusters_at(point).labels
