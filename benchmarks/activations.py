@@ -2,10 +2,11 @@
 
     python benchmarks/activations.py MODEL TEXT --bits 4 --blocks 0 3
     python benchmarks/activations.py MODEL TEXT --clusters 1 2 4 8 16 32 64 --plot clusters.png
+    python benchmarks/activations.py MODEL TEXT --rotated --blocks 5 15 25
 
-The second compares numbers of clusters, all with grids from smallest to largest value. Weights are
-floats. Each number is the mean over blocks and tokens of the squared change of a block's output
-relative to the token's square.
+The second compares numbers of clusters, all with grids from smallest to largest value, the third
+inputs of matrices in clusters and rotated. Weights are floats. Each number is the mean over blocks
+and tokens of the squared change of a block's output relative to the token's square.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 
 from quantine import Calibration, Plan
+from quantine.calibrate.block_loader import BlockLoader
 from quantine.calibrate.sequential import Sequential
-from quantine.core.activation_spec import REORDERS, SITES, UNQUANTIZED, ActivationSpec
+from quantine.core.activation_spec import INPUT_SITES, REORDERS, SITES, UNQUANTIZED, ActivationSpec
 from quantine.families.layers import block_list
 from quantine.plan.shorthand import PUBLISHED_CLUSTERS
 from quantine.rptq.blocks import reorder_block
@@ -41,6 +43,7 @@ VARIANTS = {
     "one static grid": {"granularity": "tensor", "range": "minmax"},
     "a grid for each token": {"granularity": "token"},
 }
+BESIDE_ROTATED = {"clusters, searched": {}, "rotated, searched": {"rotated": INPUT_SITES}}
 MEASURED = tuple(site for site in SITES if site != "softmax")
 
 
@@ -63,18 +66,19 @@ def changes(
     sequential: Sequential,
     index: int,
     bits: int,
+    sites: tuple[str, ...],
     variants: dict[str, dict[str, Any]],
 ) -> dict[str, list[float]]:
     """The change of block ``index`` for each site, by variant."""
     blocks, heads = block_list(job.model, job.family), Heads.of(job.config, job.family)
-    block = sequential.load(index)
+    block = blocks[index]
     expected = sequential.outputs(index, ranking_batches(sequential))
     found: dict[str, list[float]] = {}
     for name, fields in variants.items():
-        spec = replace(ActivationSpec(), **fields)
-        for site in MEASURED:
+        for site in sites:
             blocks[index] = copy.deepcopy(block)
-            one = replace(spec, **{site: bits})
+            rotated = {"rotated": (site,)} if "rotated" in fields else {}
+            one = replace(ActivationSpec(), **{site: bits}, **{**fields, **rotated})
             reorder_block(sequential, index, blocks[index], job.family, heads, one)
             outputs = sequential.outputs(index, ranking_batches(sequential))
             change = token_loss(expected, outputs).value
@@ -110,30 +114,34 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--clusters", type=int, nargs="+", help="numbers of clusters to compare")
+    parser.add_argument("--rotated", action="store_true", help="compare with rotated inputs")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --clusters compares")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers, too")
     asked = parser.parse_args()
     if asked.plot is not None and asked.clusters is None:
         parser.error("--plot draws what --clusters compares")
-    variants = variants_of(asked.clusters)
+    variants = BESIDE_ROTATED if asked.rotated else variants_of(asked.clusters)
+    sites = INPUT_SITES if asked.rotated else MEASURED
     calibration = Calibration(asked.text, asked.samples, asked.seqlen)
     plan = Plan.scheme(f"W{UNQUANTIZED}A8")
     job = prepare(asked.model, plan, calibration)
     assert job.segments is not None
-    sequential = Sequential(job.calibration_setup(job.checkpoint()))
-    totals = {name: torch.zeros(len(MEASURED)) for name in variants}
-    for index in range(max(asked.blocks) + 1):
-        if index in asked.blocks:
-            for name, found in changes(job, sequential, index, asked.bits, variants).items():
-                totals[name] += torch.tensor(found) / len(asked.blocks)
-        else:
-            sequential.load(index)
-        sequential.advance(index)
-        sequential.release(index)
-    found = {"sites": MEASURED, "changes": {name: row.tolist() for name, row in totals.items()}}
+    checkpoint = job.checkpoint()
+    sequential = Sequential(job.calibration_setup(checkpoint))
+    totals = {name: torch.zeros(len(sites)) for name in variants}
+    with BlockLoader(job.model, job.family, checkpoint, job.device) as loader:
+        for index in range(max(asked.blocks) + 1):
+            loader.load(index)
+            if index in asked.blocks:
+                changed = changes(job, sequential, index, asked.bits, sites, variants)
+                for name, found in changed.items():
+                    totals[name] += torch.tensor(found) / len(asked.blocks)
+            sequential.advance(index)
+            loader.release(index)
+    found = {"sites": sites, "changes": {name: row.tolist() for name, row in totals.items()}}
     for name, changed in found["changes"].items():
-        sites = zip(MEASURED, changed, strict=True)
-        print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in sites))
+        cells = zip(sites, changed, strict=True)
+        print(f"{name:24}", *(f"{site} {value:.2e}" for site, value in cells))
     if asked.json is not None:
         asked.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if asked.plot is not None:

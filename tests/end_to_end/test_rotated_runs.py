@@ -12,7 +12,6 @@ import torch
 
 import quantine
 from quantine import Calibration, Plan, PlanError
-from quantine.cli import main
 from quantine.comparison.short_forms import plan_of
 from quantine.core.transform_spec import Rotate
 from quantine.formats.directory import RUN_DIRECTORY
@@ -28,14 +27,12 @@ def rotated(**fields: Any) -> Plan:
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "opt", "phi3"])
-@pytest.mark.parametrize("hidden", [True, False])
 def test_what_is_stored_computes_what_the_float_model_does(
-    name: str, hidden: bool, tiny: Tiny, short: Calibration, tmp_path: Path
+    name: str, tiny: Tiny, short: Calibration, tmp_path: Path
 ) -> None:
-    transforms = ["rotate" if hidden else {"rotate": {"hidden": False}}]
-    plan = rotated(arithmetic="exact", transforms=transforms)
+    plan = rotated(arithmetic="exact")
     result = quantine.quantize(tiny(name), tmp_path / "out", plan, short)
-    assert result.report["plan"]["transforms"] == [{"rotate": {"seed": 0, "hidden": hidden}}]
+    assert result.report["plan"]["transforms"] == [{"rotate": {"seed": 0}}]
     assert Plan.from_dict(result.report["plan"]) == plan
     model, _ = quantine.load(result.path)
     wanted = logits_of(with_weights(tiny(name), {}))
@@ -104,23 +101,9 @@ def test_other_transforms_are_refused(wrong: object) -> None:
         rotated(transforms=wrong)
 
 
-def test_fields_are_checked() -> None:
+def test_seeds_are_checked() -> None:
     with pytest.raises(PlanError, match="seed must be 0 to"):
         rotated(transforms=[{"rotate": {"seed": -1}}])
-    with pytest.raises(PlanError, match="hidden must be true or false"):
-        rotated(transforms=[{"rotate": {"hidden": 1}}])
-
-
-@pytest.mark.parametrize(("flag", "hidden"), [("--rotate", True), ("--rotate-values", False)])
-def test_the_command_line_rotates(
-    flag: str, hidden: bool, tiny: Tiny, prose: Path, tmp_path: Path
-) -> None:
-    text = ["--calibration", str(prose), "--samples", "2", "--seqlen", "32"]
-    out = tmp_path / "out"
-    assert main(["quantize", str(tiny("llama_tied")), str(out), "--bits", "4", flag, *text]) == 0
-    report = json.loads((out / "quantine_report.json").read_text())
-    assert report["plan"]["transforms"] == [{"rotate": {"seed": 0, "hidden": hidden}}]
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is not hidden
 
 
 def test_short_forms_rotate() -> None:

@@ -62,25 +62,6 @@ def test_a_rotated_model_computes_the_same_with_other_weights(name: str, tiny: T
         layer.write(model, before)
 
 
-@pytest.mark.parametrize("name", [name for name in ROTATABLE if name != "falcon_old"])
-def test_values_can_be_rotated_alone(name: str, tiny: Tiny) -> None:
-    job = job_of(tiny(name), replace(PLAN, transforms=(Rotate(hidden=False),)))
-    model, plain = model_of(job), with_weights(tiny(name), {})
-    assert torch.allclose(logits_of(model), logits_of(plain), atol=1e-4)
-    assert not job.table_copied
-    moved = {
-        decision.layer.name.rpartition(".")[2]
-        for decision in job.decisions
-        if not torch.equal(decision.layer.read(model), decision.layer.read(plain))
-    }
-    assert len(moved) == 2  # what makes values, and what reads them
-
-
-def test_values_that_stay_are_refused(tiny: Tiny) -> None:
-    with pytest.raises(FamilyError, match="values of no block can be rotated here"):
-        job_of(tiny("falcon_old"), replace(PLAN, transforms=(Rotate(hidden=False),)))
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_understood_is_refused_by_name(name: str, tiny: Tiny) -> None:
     with pytest.raises(FamilyError, match=REFUSED[name]) as caught:

@@ -149,12 +149,6 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="before, rotate hidden states and values by folding the rotation into the weights: "
         "the same model with fewer outliers; a shared token table and head become two",
     )
-    parser.add_argument(
-        "--rotate-values",
-        action="store_true",
-        help="likewise, but the values of each attention head alone: for keys and values of 4 or 3 "
-        "bits",
-    )
     parser.add_argument("--plan", type=Path, metavar="FILE", help="rules in YAML or JSON instead")
     parser.add_argument(
         "--target",
@@ -319,7 +313,7 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     if arguments.target is not None and _decides(arguments):
         from quantine.run.target_plan import target_plan
 
-        transforms = _transforms(arguments)
+        transforms = (Rotate(),) if arguments.rotate else ()
         plan = target_plan(arguments.model, arguments.target, transforms, **flags)
         return _completed(plan, arguments), calibration
     if arguments.plan is not None:
@@ -338,15 +332,10 @@ def _request(arguments: argparse.Namespace) -> tuple[Plan, Calibration]:
     return _completed(plan, arguments), calibration
 
 
-def _transforms(arguments: argparse.Namespace) -> tuple[Rotate, ...]:
-    """The rotation that is asked for, if any: that of hidden states is one of values, too."""
-    asked = arguments.rotate or arguments.rotate_values
-    return (Rotate(hidden=arguments.rotate),) if asked else ()
-
-
 def _completed(plan: Plan, arguments: argparse.Namespace) -> Plan:
-    """``plan``, with a rotation, tuning and what else is asked for beside it."""
-    plan = dataclasses.replace(plan, transforms=_transforms(arguments))
+    """``plan``, with a rotation and with tuning if these are asked for."""
+    if arguments.rotate:
+        plan = dataclasses.replace(plan, transforms=(Rotate(),))
     if arguments.loss_weights:
         plan = dataclasses.replace(plan, loss_weights=True)
     if arguments.compensate:
@@ -387,7 +376,7 @@ def _scheme_flags(arguments: argparse.Namespace) -> dict[str, Any]:
     decided = {"preset": {"method"}, "scheme": {"bits"}}.get(whole[0], set(flags)) if whole else ()
     refused = [*whole[1:], *(key for key in flags if key in decided)]
     if whole[:1] == ["plan"]:
-        asked = [key for key in ("rotate", "rotate_values") if getattr(arguments, key)]
+        asked = ["rotate"] if arguments.rotate else []
         refused += [*given("head_bits", "tune", "loss_weights", "compensate"), *asked]
     if whole and refused:
         listed = " and ".join(_flag(key) for key in refused)

@@ -1,4 +1,4 @@
-"""`Rotate`, which asks for a model that is rotated before it is quantized."""
+"""`Rotate`, which asks for a model whose hidden states are rotated before it is quantized."""
 
 from __future__ import annotations
 
@@ -20,21 +20,17 @@ class Rotate:
 
     Attributes:
         seed: of the random signs of the rotation.
-        hidden: whether hidden states are rotated; if not, only values are.
 
     Raises:
-        PlanError: a field has a value that is not allowed.
+        PlanError: the seed is not allowed.
     """
 
     seed: int = 0
-    hidden: bool = True
 
     def __post_init__(self) -> None:
         seed = self.seed
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MOST_SEED:
             raise PlanError(f"{ROTATE}: seed must be 0 to {MOST_SEED}, not {shown(seed)}")
-        if not isinstance(self.hidden, bool):
-            raise PlanError(f"{ROTATE}: hidden must be true or false, not {shown(self.hidden)}")
 
     def as_plain(self) -> dict[str, Any]:
         """The transform as a plain value that JSON can hold; `transforms_from` turns it back."""
@@ -45,8 +41,8 @@ def transforms_from(value: Any, where: str) -> tuple[Rotate, ...]:
     """Read ``transforms`` of a plan.
 
     Args:
-        value: a list with at most one entry, ``"rotate"`` or a mapping such as ``{"rotate":
-            {"hidden": False}}``; ``None`` stands for an empty one.
+        value: a list with at most one entry, ``"rotate"`` or ``{"rotate": {"seed": 0}}``; ``None``
+            stands for an empty one.
         where: the place of ``value``, named in errors.
 
     Raises:
@@ -54,15 +50,13 @@ def transforms_from(value: Any, where: str) -> tuple[Rotate, ...]:
     """
     if value is None:
         return ()
-    wrong = PlanError(
-        f"{where}: transforms must be [{ROTATE}], or [{{{ROTATE}: {{seed: 0, hidden: true}}}}]"
-    )
+    wrong = PlanError(f"{where}: transforms must be [{ROTATE}], or [{{{ROTATE}: {{seed: 0}}}}]")
     if not isinstance(value, list) or len(value) > 1:
         raise wrong
     found = []
     for one in value:
         fields = {} if one == ROTATE else one.get(ROTATE) if isinstance(one, dict) else None
-        if not isinstance(fields, dict) or set(fields) - {"seed", "hidden"}:
+        if not isinstance(fields, dict) or set(fields) - {"seed"}:
             raise wrong
         if isinstance(one, dict) and len(one) > 1:
             raise wrong

@@ -34,13 +34,12 @@ def prove(studied: Study, wiring: Wiring, made: Rotated) -> None:
     Args:
         studied: the model, which is not changed.
         wiring: says what was rotated, and what was not.
-        made: the recipes of its tensors, hidden states among what is turned.
+        made: the recipes of its tensors.
 
     Raises:
         FamilyError: it computes something else, or the same with one matrix left out.
     """
     family, tokens = wiring.family, studied.tokens[0]
-    assert made.hidden is not None
     for index, call in enumerate(block_calls(studied.model, family, tokens)):
         prefix = f"{family.blocks}.{index}."
         expected, entering = made.hidden.of(call.output()), made.hidden.of(call.hidden)

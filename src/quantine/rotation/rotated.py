@@ -30,13 +30,13 @@ class Rotated:
         recipes: how, by name; a tensor without one stays.
         copies: names of tensors that the files may lack, because they are another in the original,
             and that other's name: a head of its own where the original has that of the table.
-        hidden: how hidden states are turned; ``None`` where they are not.
+        hidden: how hidden states are turned.
         values_stay: paths of the blocks whose values are not turned.
     """
 
     recipes: Mapping[str, Recipe]
     copies: Mapping[str, str]
-    hidden: Turn | None
+    hidden: Turn
     values_stay: tuple[str, ...]
 
 
@@ -60,21 +60,7 @@ def rotated(model: PreTrainedModel, wiring: Wiring, seed: int) -> Rotated:
     kinds = {path: norm_kind(model.get_submodule(path), path, width) for path in wiring.norms()}
     keeps_ones = any(kind.takes_mean_off for kind in kinds.values())
     hidden = Turn(Rotation(width, seed, keeps_ones))
-    return _AllMaker(model, wiring, seed, kinds, hidden).rotated()
-
-
-def with_rotated_values(model: PreTrainedModel, wiring: Wiring, seed: int) -> Rotated:
-    """Find out how the values of a model are rotated, while hidden states stay.
-
-    The arguments are those of `rotated`, but that table and head may be one parameter.
-
-    Raises:
-        FamilyError: there are no values that could be rotated.
-    """
-    made = _ValueMaker(model, wiring, seed).rotated()
-    if not made.recipes:
-        raise FamilyError("values of no block can be rotated here: leave out that rotation")
-    return made
+    return _Maker(model, wiring, kinds, hidden, seed).rotated()
 
 
 def check_known(model: PreTrainedModel, wiring: Wiring, recipes: Iterable[str]) -> None:
@@ -97,83 +83,22 @@ def check_known(model: PreTrainedModel, wiring: Wiring, recipes: Iterable[str]) 
         )
 
 
-class _ValueMaker:
-    """Makes the recipes of a model whose values are rotated, see `with_rotated_values`."""
-
-    def __init__(self, model: PreTrainedModel, wiring: Wiring, seed: int) -> None:
-        self._model, self._wiring, self._seed = model, wiring, seed
-        self._heads = Heads.of(model.config, wiring.family)
-        self._names = {name for name, _ in model.named_parameters()}
-        self._recipes: dict[str, Recipe] = {}
-
-    def rotated(self) -> Rotated:
-        """The recipes of all tensors that do not stay."""
-        blocks = self._wiring.family.blocks
-        for index, block in enumerate(self._wiring.blocks):
-            inputs, outputs = self._value_turns(f"{blocks}.{index}.", block)
-            for path in dict.fromkeys([*inputs, *outputs]):
-                self._matrix(path, inputs=inputs.get(path), outputs=outputs.get(path))
-        return Rotated(self._recipes, {}, None, self._values_stay())
-
-    def _values_stay(self) -> tuple[str, ...]:
-        """Paths of the blocks whose values are not turned."""
-        blocks = self._wiring.blocks
-        stay = [index for index, block in enumerate(blocks) if block.values is None]
-        return tuple(f"{self._wiring.family.blocks}.{index}" for index in stay)
-
-    def _value_turns(
-        self, prefix: str, block: BlockWiring
-    ) -> tuple[dict[str, Turn], dict[str, Turn]]:
-        """How inputs and outputs of matrices of a block are turned for its values, by path."""
-        if block.values is None:
-            return {}, {}
-        values = self._of_values(prefix, block.values)
-        inputs = {f"{prefix}{path}": Turn(values) for path in block.values.consumers}
-        rows = self._value_rows(block.values, values)
-        return inputs, {f"{prefix}{path}": rows for path in block.values.producers}
-
-    def _of_values(self, prefix: str, link: Link) -> Rotation:
-        """The rotation of the values of each head."""
-        path = f"{prefix}{link.consumers[0]}"
-        _, channels = matrix_shape(self._model.get_submodule(path), path)
-        return Rotation(channels // self._heads.queries, self._seed)
-
-    def _value_rows(self, link: Link, values: Rotation) -> Turn:
-        """How the outputs of the matrix that makes values are turned."""
-        if link.rows == "interleaved":
-            return Turn(values, parts=self._heads.keys, last=values.width)
-        return Turn(values, last=self._heads.keys * values.width if link.rows == "last" else 0)
-
-    def _matrix(
-        self,
-        path: str,
-        gain: Gain | None = None,
-        inputs: Turn | None = None,
-        outputs: Turn | None = None,
-        shift: str = "",
-    ) -> None:
-        """The recipes of the matrix at ``path`` and of its bias."""
-        name, bias = f"{path}.weight", f"{path}.bias"
-        transposed = is_transposed(self._model.get_submodule(path))
-        matrix = Matrix(name, transposed, gain, inputs, outputs)
-        self._recipes[name] = matrix
-        if bias in self._names:
-            self._recipes[bias] = Bias(bias, matrix, shift)
-
-
-class _AllMaker(_ValueMaker):
-    """Makes the recipes of a model whose hidden states are rotated, too, see `rotated`."""
+class _Maker:
+    """Makes the recipes of a model, see `rotated`."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         wiring: Wiring,
-        seed: int,
         kinds: Mapping[str, NormKind],
         hidden: Turn,
+        seed: int,
     ) -> None:
-        super().__init__(model, wiring, seed)
-        self._kinds, self._hidden = kinds, hidden
+        self._model, self._wiring, self._kinds = model, wiring, kinds
+        self._heads = Heads.of(model.config, wiring.family)
+        self._hidden, self._seed = hidden, seed
+        self._names = {name for name, _ in model.named_parameters()}
+        self._recipes: dict[str, Recipe] = {}
 
     def rotated(self) -> Rotated:
         """The recipes of all tensors that do not stay."""
@@ -183,13 +108,24 @@ class _AllMaker(_ValueMaker):
         for table in self._wiring.tables:
             self._matrix(table, inputs=self._hidden)
         self._behind_norm(self._wiring.final_norm, [family.head], {})
-        copies = {f"{family.head}.weight": f"{family.embedding}.weight"}
-        return Rotated(self._recipes, copies, self._hidden, self._values_stay())
+        head, table = f"{family.head}.weight", f"{family.embedding}.weight"
+        stay = [n for n, block in enumerate(self._wiring.blocks) if block.values is None]
+        return Rotated(
+            self._recipes,
+            {head: table},
+            self._hidden,
+            tuple(f"{family.blocks}.{index}" for index in stay),
+        )
 
     def _block(self, prefix: str, block: BlockWiring) -> None:
         """The recipes of one block, whose names begin with ``prefix``."""
-        inputs, rows = self._value_turns(prefix, block)
-        outputs = {f"{prefix}{path}": self._hidden for path in block.writers} | rows
+        inputs: dict[str, Turn] = {}
+        outputs = {f"{prefix}{path}": self._hidden for path in block.writers}
+        if block.values is not None:
+            values = self._of_values(prefix, block.values)
+            inputs = {f"{prefix}{path}": Turn(values) for path in block.values.consumers}
+            rows = self._value_rows(block.values, values)
+            outputs |= {f"{prefix}{path}": rows for path in block.values.producers}
         behind_norms = set()
         for norm, paths in block.readers:
             readers = []
@@ -213,6 +149,18 @@ class _AllMaker(_ValueMaker):
         written = [name for name in names if name.endswith(f".{DOWN}")]
         return [name for name in names if name not in written], written
 
+    def _of_values(self, prefix: str, link: Link) -> Rotation:
+        """The rotation of the values of each head."""
+        path = f"{prefix}{link.consumers[0]}"
+        _, channels = matrix_shape(self._model.get_submodule(path), path)
+        return Rotation(channels // self._heads.queries, self._seed)
+
+    def _value_rows(self, link: Link, values: Rotation) -> Turn:
+        """How the outputs of the matrix that makes values are turned."""
+        if link.rows == "interleaved":
+            return Turn(values, parts=self._heads.keys, last=values.width)
+        return Turn(values, last=self._heads.keys * values.width if link.rows == "last" else 0)
+
     def _behind_norm(self, norm: str, readers: list[str], outputs: Mapping[str, Turn]) -> None:
         """The recipes of a norm and of the matrices that read what it puts out.
 
@@ -234,3 +182,19 @@ class _AllMaker(_ValueMaker):
         if shift:
             stays = Shift(shift, gain, self._hidden)
             self._recipes[shift] = Constant(shift, 0) if biased else stays
+
+    def _matrix(
+        self,
+        path: str,
+        gain: Gain | None = None,
+        inputs: Turn | None = None,
+        outputs: Turn | None = None,
+        shift: str = "",
+    ) -> None:
+        """The recipes of the matrix at ``path`` and of its bias."""
+        name, bias = f"{path}.weight", f"{path}.bias"
+        transposed = is_transposed(self._model.get_submodule(path))
+        matrix = Matrix(name, transposed, gain, inputs, outputs)
+        self._recipes[name] = matrix
+        if bias in self._names:
+            self._recipes[bias] = Bias(bias, matrix, shift)

@@ -103,12 +103,11 @@ def prepare(
         config.tie_word_embeddings = False  # some architectures never tie, whatever it says
     turned, copied = None, False
     if plan.transforms:
-        if plan.transforms[0].hidden:
-            # The norm before the head changes it, but not the table.
-            copied = bool(config.tie_word_embeddings)
-            config.tie_word_embeddings = False
-            bare = _skeleton(source, config, rounds)
-        turned = rotate(bare, family, config, plan.transforms[0])
+        # The norm before the head changes it, but not the table.
+        copied = bool(config.tie_word_embeddings)
+        config.tie_word_embeddings = False
+        bare = _skeleton(source, config, rounds)
+        turned = rotate(bare, family, config, plan.transforms[0].seed)
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
