@@ -37,6 +37,13 @@ def test_one_channel_is_spread_over_all(width: int, keeps_ones: bool) -> None:
     assert float(matrix.abs().max()) < (5 if keeps_ones else 2.2) / width**0.5
 
 
+def test_autocast_changes_nothing() -> None:
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = Rotation(96, None).turned(x)
+    assert torch.equal(found, Rotation(96, None).turned(x))
+
+
 def test_the_seed_decides() -> None:
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(Rotation(96, 4).turned(x), Rotation(96, 4).turned(x))

@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quantine.core.ambient import without_autocast
 from quantine.core.device import CPU
 
 LARGEST_FACTOR: Final = 64
@@ -44,19 +45,31 @@ class Rotation:
         rows = x.reshape(-1, self.width)
         made = torch.empty(rows.shape, dtype=torch.float32, device=x.device)
         step = max(1, AT_ONCE // self.width)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            made[part] = self._reflected(self._spread(rows[part].float()))
+        with without_autocast(x.device):
+            for start in range(0, len(rows), step):
+                part = slice(start, start + step)
+                made[part] = self._reflected(self._spread(rows[part].float()))
         return made.view(x.shape)
 
     def _spread(self, rows: Tensor) -> Tensor:
         """The product of ``rows`` ``[n, width]`` float32 and all of Q but the reflection."""
-        spread = rows * self._signs.to(rows.device)
-        for matrix in self._factors:
+        signs, *factors = self._on(rows.device)
+        spread = rows * signs
+        for matrix in factors:
             # The axis that is multiplied goes last; after all of them, axes are in order again.
             axes = spread.view(len(rows), len(matrix), -1).transpose(1, 2)
-            spread = (axes @ matrix.to(rows.device)).reshape(len(rows), -1)
+            spread = (axes @ matrix).reshape(len(rows), -1)
         return spread
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The signs and the factors on ``device``, which are brought there once."""
+        if device not in self._placed:
+            self._placed[device] = tuple(t.to(device) for t in (self._signs, *self._factors))
+        return self._placed[device]
+
+    @cached_property
+    def _placed(self) -> dict[torch.device, tuple[Tensor, ...]]:
+        return {}
 
     def _reflected(self, rows: Tensor) -> Tensor:
         """``rows`` behind the reflection that takes the rotated ones back to ones."""
