@@ -151,8 +151,9 @@ in, left 0.1683 (± 0.0045): it is not kept.
 Behind the MLP's activation a few channels of each token are loud, and no order of channels tells
 them apart: rounded to 4 bits there alone, the demo model lost 0.29. With [rotated
 inputs](activations.md#rotated-inputs) W4A4 leaves a third of what it left with clusters, and half
-where norm outputs have 4 bits, too; the weights of a budget are part of it. One site at a time in 4 bits, as in the first table of this section (means of blocks 5, 15 and 25 of the demo
-model, and of 1 and 4 of opt-mini-outlier-all):
+where norm outputs have 4 bits, too; the weights of a budget are part of it. One site at a time in
+4 bits, as in the first table of this section (means of blocks 5, 15 and 25 of the demo model, and
+of 1 and 4 of opt-mini-outlier-all):
 
 ```sh
 python benchmarks/activations.py MODEL wikitext2_valid.txt --rotated --blocks 5 15 25 \\
