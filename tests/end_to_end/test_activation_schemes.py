@@ -188,7 +188,9 @@ def test_a_budget_decides_the_bits_of_weights_beside_a_scheme(
     assert distance(model, float_model(tiny("llama"))) < 0.3
 
 
-@pytest.mark.parametrize("plan", [plan_of("W4A4"), budget_with("W4A4")])
+@pytest.mark.parametrize(
+    "plan", [plan_of("W4A4"), budget_with("W4A4"), plan_of("W4A4-strict-rotated")]
+)
 def test_an_interrupted_run_ends_with_the_same_bytes(
     plan: Plan, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
