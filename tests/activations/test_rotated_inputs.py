@@ -85,7 +85,7 @@ def test_a_block_that_rotates_its_inputs_computes_the_same(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("scheme", ["W16A8", "W4A4"])
+@pytest.mark.parametrize("scheme", ["W16A8", "W8A8", "W4A4", "W4A4-faithful"])
 def test_a_model_keeps_its_rotations_on_disk(scheme: str, tmp_path: Path, prose: Path) -> None:
     source = build(tiny_config("llama"), tmp_path / "model")
     plan = Plan.scheme(scheme)

@@ -34,7 +34,7 @@ class RotatedInputs(nn.Module):
     def __init__(self, smoothing: Tensor) -> None:
         super().__init__()
         self.register_buffer(SMOOTHING, smoothing, persistent=False)
-        self._rotation = Rotation(len(smoothing), seed=None)
+        self._rotation = _rotation_for(smoothing)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` ``[..., channels]``; the result has its shape and dtype."""
@@ -61,7 +61,7 @@ class RotatedGrid(StaticGrid):
         super().__init__(grid.bits, grid.scale, grid.zero, labels, grid.fed(), grid.reached())
         self.register_buffer(SMOOTHING, smoothing)
         self.register_buffer(CENTRE, centre)
-        self._rotation = Rotation(len(labels), seed=None)
+        self._rotation = _rotation_for(smoothing)
 
     def to_grid(self, x: Tensor) -> Tensor:
         """``x`` ``[..., channels]``, divided and rotated, less its centre, float32."""
@@ -84,6 +84,17 @@ class RotatedGrid(StaticGrid):
     def extra_repr(self) -> str:
         """One line for ``print(model)``: that of `StaticGrid`, and that channels are rotated."""
         return f"{super().extra_repr()}, rotated"
+
+
+def _rotation_for(smoothing: Tensor) -> Rotation:
+    """The rotation of inputs, whose matrices are ready where those of ``smoothing`` are computed.
+
+    Forward passes that are stopped and gone on with have to make the same calls each time.
+    """
+    rotation = Rotation(len(smoothing), seed=None)
+    if not smoothing.is_meta:
+        rotation.on(smoothing.device)
+    return rotation
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ class Rotation:
 
     def _spread(self, rows: Tensor) -> Tensor:
         """The product of ``rows`` ``[n, width]`` float32 and all of Q but the reflection."""
-        signs, *factors = self._on(rows.device)
+        signs, *factors = self.on(rows.device)
         spread = rows * signs
         for matrix in factors:
             # The axis that is multiplied goes last; after all of them, axes are in order again.
@@ -61,10 +61,14 @@ class Rotation:
             spread = (axes @ matrix).reshape(len(rows), -1)
         return spread
 
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """The signs and the factors on ``device``, which are brought there once."""
+    def on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """The signs and the factors on ``device``, which are made and brought there once.
+
+        Who needs `turned` to make the same calls each time calls this before.
+        """
         if device not in self._placed:
-            self._placed[device] = tuple(t.to(device) for t in (self._signs, *self._factors))
+            with torch.inference_mode(mode=False):  # they may be used where gradients are wanted
+                self._placed[device] = tuple(t.to(device) for t in (self._signs, *self._factors))
         return self._placed[device]
 
     @cached_property
