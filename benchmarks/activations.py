@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,11 @@ VARIANTS = {
     "one static grid": {"granularity": "tensor", "range": "minmax"},
     "a grid for each token": {"granularity": "token"},
 }
-BESIDE_ROTATED = {"clusters, searched": {}, "rotated, searched": {"rotated": INPUT_SITES}}
+BESIDE_ROTATED: dict[str, dict[str, Any]] = {
+    "clusters, searched": {},
+    "rotated, searched": {"rotated": INPUT_SITES},
+}
+"""What is rounded is rotated, of the sites that are listed."""
 MEASURED = tuple(site for site in SITES if site != "softmax")
 
 
@@ -77,8 +80,8 @@ def changes(
     for name, fields in variants.items():
         for site in sites:
             blocks[index] = copy.deepcopy(block)
-            rotated = {"rotated": (site,)} if "rotated" in fields else {}
-            one = replace(ActivationSpec(), **{site: bits}, **{**fields, **rotated})
+            rotated = tuple(one for one in fields.get("rotated", ()) if one == site)
+            one = ActivationSpec(**{site: bits, **fields, "rotated": rotated})
             reorder_block(sequential, index, blocks[index], job.family, heads, one)
             outputs = sequential.outputs(index, ranking_batches(sequential))
             change = token_loss(expected, outputs).value

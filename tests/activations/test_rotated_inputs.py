@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -15,16 +16,16 @@ import quantine
 from quantine import Calibration, Plan
 from quantine.activations.grids import StaticGrid
 from quantine.activations.install import RoundingPoint, rotate_inputs, rounding_points
-from quantine.activations.rotated import RotatedGrid, RotatedInputs
+from quantine.activations.rotated_inputs import RotatedGrid, RotatedInputs
 from quantine.core.activation_spec import INPUT_SITES, ActivationSpec, activations_from
 from quantine.core.fit_range import fit_activations_around_zero
 from quantine.core.rotation import Rotation
 from quantine.engines.vllm.stored import Stored
-from quantine.errors import PlanError
+from quantine.errors import FormatError, PlanError
 from quantine.families import described_family
 from quantine.families.layers import block_list
 from quantine.rptq.choose_grids import matrix_of
-from quantine.rptq.smoothing import smoothing_of
+from quantine.rptq.smoothing import least_noise
 from quantine.runtime.modules import QuantLinear
 from tiny_models import build, logits_of, random_model, some_tokens, tiny_config
 
@@ -58,7 +59,7 @@ def test_one_grid_suits_loud_and_quiet_channels_behind_a_rotation() -> None:
 
     plain = error(one_grid(x)(x) @ weight.T)
     rotated = rotated_error(torch.ones(CHANNELS))
-    smooth = rotated_error(smoothing_of(x, [weight]))
+    smooth = rotated_error(least_noise(x, [weight]))
     assert smooth < rotated / 4 < plain / 8
 
 
@@ -107,17 +108,45 @@ def test_a_model_keeps_its_rotations_on_disk(scheme: str, tmp_path: Path, prose:
         assert 0 < float((floats.exp() * (floats - found)).sum(-1).mean()) < 0.05
 
 
+@pytest.mark.parametrize("loud", [1e-20, 1.0, 1e20])
+def test_divisors_of_any_input_are_within_what_files_may_hold(loud: float) -> None:
+    x = torch.randn(64, CHANNELS) * torch.linspace(-9, 9, CHANNELS).exp() * loud
+    x[:, 3] = 0
+    weight = torch.randn(32, CHANNELS)
+    weight[:, 4] = 0
+    found = least_noise(x, [weight])
+    centre = torch.zeros(CHANNELS)
+    RotatedGrid(one_grid(torch.randn(64, CHANNELS)), found, centre).check("name", CHANNELS)
+    assert found.max() > 2 * found.min()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("smoothing", 1e-44), ("smoothing", 0), ("smoothing", math.nan), ("centre", math.inf)],
+)
+def test_damaged_tensors_are_refused_by_name(name: str, value: float) -> None:
+    tensors = {"smoothing": torch.ones(CHANNELS), "centre": torch.zeros(CHANNELS)}
+    tensors[name][5] = value
+    grid = RotatedGrid(one_grid(torch.randn(64, CHANNELS)), **tensors)
+    with pytest.raises(FormatError, match=rf"down_proj\.inputs\.{name} .* damaged"):
+        grid.check("down_proj.inputs", CHANNELS)
+
+
 def test_what_cannot_be_rotated_is_refused() -> None:
     with pytest.raises(PlanError, match="rotated must list some of norm, attention, hidden"):
         ActivationSpec(**BITS, rotated=("key",))
     with pytest.raises(PlanError, match="hidden cannot be rotated"):
         ActivationSpec(norm=4, rotated=("hidden",))
-    with pytest.raises(PlanError, match="norm cannot be rotated"):
+    for wrong in (None, 5, "norm", ["norm"], ("norm", "norm"), (["norm"],)):
+        with pytest.raises(PlanError, match="rotated must list some of"):
+            ActivationSpec(**BITS, rotated=wrong)
+    with pytest.raises(PlanError, match="granularity tensor does not go with rotated"):
         ActivationSpec(**BITS, granularity="tensor", rotated=("norm",))
     with pytest.raises(PlanError, match="here: rotated must be a list"):
         activations_from({**BITS, "rotated": "norm"}, "here")
     spec = ActivationSpec(**BITS, rotated=("attention", "hidden"))
     assert activations_from(spec.as_dict(), "here") == spec
+    assert "rotated" not in ActivationSpec(**BITS).as_dict()
 
 
 def test_vllm_does_not_serve_it() -> None:

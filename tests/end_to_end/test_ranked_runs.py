@@ -107,6 +107,7 @@ def runs(root: Path, tiny: Callable[[str], Path], text_file: Path) -> Runs:
     (root / "tuned.yaml").write_text(yaml.safe_dump(tuned))
     several: dict[str, tuple[Path, list[str]]] = {
         "activations": (tiny("opt"), ["--scheme", "W4A4KV", "--group-size", "32"]),
+        "rotated": (tiny("llama"), ["--scheme", "W4A4-strict-rotated", "--group-size", "32"]),
         "tuning": (model, ["--plan", str(root / "tuned.yaml")]),
         "budget": (tiny("llama"), ["--bits-per-weight", "3.5"]),
         "experts": (
@@ -154,7 +155,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(runs: Runs, root: Path) -> Non
     assert report["calibration"]["shards"] == int(report["identity"]["shards"]) == SHARDS
 
 
-@pytest.mark.parametrize("name", ["activations", "tuning", "budget", "experts"])
+@pytest.mark.parametrize("name", ["activations", "rotated", "tuning", "budget", "experts"])
 def test_what_one_rank_decides_does_not_depend_on_the_others(
     name: str, runs: Runs, root: Path
 ) -> None:

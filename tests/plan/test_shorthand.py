@@ -66,6 +66,12 @@ def test_there_has_to_be_something_to_rotate(name: str) -> None:
         parse_shorthand(name)
 
 
+@pytest.mark.parametrize("name", ["W4A4-rotated-token", "W4A4-tensor-rotated"])
+def test_rotated_inputs_have_grids_of_clusters(name: str) -> None:
+    with pytest.raises(PlanError, match=f"scheme {name}: rotated inputs have grids of clusters"):
+        parse_shorthand(name)
+
+
 @pytest.mark.parametrize("name", ["W1A4", "W9A8", "W4A1", "W4A12"])
 def test_bits_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="2 to 8"):

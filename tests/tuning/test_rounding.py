@@ -80,6 +80,14 @@ def test_it_rounds_as_the_grid_does(kind: str, seed: int, bits: int, share: floa
     assert torch.equal(TunedGrid(grid, kind == "feedback")(x), expected)
 
 
+def test_one_scale_beside_factors_of_tokens_is_not_tuned() -> None:
+    grid = grid_of(values_of(0), 4, "factors", 1.0)
+    labels = torch.zeros(CHANNELS, dtype=torch.int32)
+    one = StaticGrid(4, grid.scale[:1], grid.zero[:1], labels, None, grid.reached())
+    assert [name for name, _ in TunedGrid(one, False).named_parameters()] == ["reach"]
+    assert torch.equal(TunedGrid(one, False)(values_of(1)), one(values_of(1)))
+
+
 @pytest.mark.parametrize("kind", ["plain", "feedback", "factors"])
 @given(seed=st.integers(0, 2**31 - 1), bits=st.integers(2, 8), share=st.floats(0.3, 1.2))
 def test_gradients_are_those_of_values_that_stay_as_far_off(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
-from quantine.activations.rotated import (
+from quantine.activations.rotated_inputs import (
     CENTRE,
     SMOOTHING,
     RotatedGrid,
@@ -139,18 +139,18 @@ def add_grids(
 
 
 def rotate_inputs(
-    block: nn.Module, family: Family, smoothing_of: Callable[[RoundingPoint], Tensor | None]
+    block: nn.Module, family: Family, smoothing_at: Callable[[RoundingPoint], Tensor | None]
 ) -> None:
     """Let matrices of a float block rotate their inputs; it computes the same.
 
     Args:
         block: changed in place.
         family: the model's architecture.
-        smoothing_of: gives what the inputs of a point are divided by before, see `RotatedInputs`;
+        smoothing_at: gives what the inputs of a point are divided by before, see `RotatedInputs`;
             ``None`` where they are not rotated.
     """
     for point in rounding_points(family):
-        smoothing = smoothing_of(point)
+        smoothing = smoothing_at(point)
         if smoothing is not None:
             rotate_weight(block.get_submodule(point.path), smoothing)
             _put(block, point, RotatedInputs(smoothing))

@@ -218,16 +218,14 @@ class Sequential:
 
     @torch.no_grad()
     def ranges(self, index: int, paths: Sequence[str]) -> dict[str, ChannelRanges]:
-        """Ranges of the channels that enter some modules of a block, over all calibration tokens.
-
-        Where a matrix rotates its inputs, they are those of the rotated ones.
+        """Ranges of the channels, rotated if inputs are, that enter modules of a block.
 
         Args:
             index: number of the block.
             paths: paths of the modules inside the block.
 
         Returns:
-            The ranges by path.
+            The ranges by path, over all calibration tokens.
 
         Raises:
             CalibrationError: a module never ran.

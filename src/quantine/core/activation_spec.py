@@ -77,8 +77,9 @@ class ActivationSpec:
         token_factors: whether inputs of matrices may be divided by a factor per token before they
             are rounded, see `quantine.kernels.integer.token_factors`.
         rotated: those of `INPUT_SITES` whose channels are rotated while the model runs, before they
-            are rounded, see `quantine.activations.rotated`. There is nothing to cluster then, and
-            their reorders have one cluster (R3 for each head).
+            are rounded, see `quantine.activations.rotated_inputs`. There is nothing to cluster
+            then, and their reorders have one cluster (R3 for each head, which values then share
+            unless `value_clusters` says otherwise).
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -121,23 +122,33 @@ class ActivationSpec:
                 f"activations: clusters must be {len(REORDERS)} positive numbers, for "
                 f"{', '.join(REORDERS)}, not {shown(self.clusters)}"
             )
-        for site in self.rotated:
-            if site not in INPUT_SITES:
-                raise PlanError(
-                    f"activations: rotated must list some of {', '.join(INPUT_SITES)}, not "
-                    f"{shown(site)}"
-                )
-            if getattr(self, site) == UNQUANTIZED or self.granularity != "cluster":
-                raise PlanError(
-                    f"activations: {site} cannot be rotated, as it is not rounded or not in "
-                    f"clusters: give {site} fewer bits and granularity cluster, or do not rotate it"
-                )
+        self._check_rotated()
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
                 "activations: value_clusters must be a positive number, or null, not "
                 f"{shown(count)}"
             )
+
+    def _check_rotated(self) -> None:
+        sites = self.rotated
+        known = isinstance(sites, tuple) and all(site in INPUT_SITES for site in sites)
+        if not known or len(set(sites)) < len(sites):
+            raise PlanError(
+                f"activations: rotated must list some of {', '.join(INPUT_SITES)}, each once, not "
+                f"{shown(sites)}"
+            )
+        if sites and not self.reorders:
+            raise PlanError(
+                f"activations: granularity {self.granularity} does not go with rotated: leave out "
+                "one of them"
+            )
+        for site in sites:
+            if getattr(self, site) == UNQUANTIZED:
+                raise PlanError(
+                    f"activations: {site} cannot be rotated, as it is not rounded: give it fewer "
+                    "bits, or do not rotate it"
+                )
 
     @property
     def reorders(self) -> bool:
@@ -161,9 +172,13 @@ class ActivationSpec:
         return site in self.rotated
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON can hold; `activations_from` turns them back."""
-        lists = {"clusters": list(self.clusters), "rotated": list(self.rotated)}
-        return {**dataclasses.asdict(self), **lists}
+        """The fields as plain values that JSON can hold; `activations_from` turns them back.
+
+        What versions before rotations do not know is left out where nothing is rotated.
+        """
+        found = {**dataclasses.asdict(self), "clusters": list(self.clusters)}
+        rotated = found.pop("rotated")
+        return {**found, "rotated": list(rotated)} if rotated else found
 
 
 def activations_from(value: Any, where: str) -> ActivationSpec:

@@ -68,6 +68,11 @@ def parse_shorthand(name: str) -> Shorthand:
             f"scheme must be like W4A8, W4A4 or W4A4KV, perhaps with -{', -'.join(VARIANTS)}, not "
             f"{shown(name)}"
         )
+    if "rotated" in suffixes and {"tensor", "token"} & set(suffixes):
+        raise PlanError(
+            f"scheme {name}: rotated inputs have grids of clusters: leave out -rotated, or -tensor "
+            "and -token"
+        )
     weight_bits, bits, only_kv = int(match[1]), int(match[2]), bool(match[3])
     if not (MIN_BITS <= weight_bits <= MAX_BITS or weight_bits == UNQUANTIZED):
         raise PlanError(f"scheme {name}: weights have {MIN_BITS} to {MAX_BITS} bits, or 16")

@@ -15,7 +15,7 @@ from quantine.activations.install import (
     rounding_points,
 )
 from quantine.activations.reorder import reorder
-from quantine.activations.rotated import SMOOTHING
+from quantine.activations.rotated_inputs import SMOOTHING
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
 from quantine.core.activation_spec import ActivationSpec
@@ -31,7 +31,7 @@ from quantine.rptq.choose_grids import (
 )
 from quantine.rptq.clusters import Clusters
 from quantine.rptq.reordering import Reordering
-from quantine.rptq.smoothing import smoothing_of
+from quantine.rptq.smoothing import least_noise
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import tensor_digest
 
@@ -90,9 +90,7 @@ def _smoothings(
     readers: dict[str, list[Tensor]] = {}
     for point in points:
         readers.setdefault(point.kind, []).append(matrix_of(block.get_submodule(point.path)))
-    return {
-        point.path: smoothing_of(seen[point.path].rows, readers[point.kind]) for point in points
-    }
+    return {point.path: least_noise(seen[point.path].rows, readers[point.kind]) for point in points}
 
 
 def restore_block(

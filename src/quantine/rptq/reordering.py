@@ -16,7 +16,7 @@ from quantine.activations.install import (
     rounding_points,
 )
 from quantine.activations.reorder import order_of_outputs, reorder
-from quantine.activations.rotated import RotatedGrid
+from quantine.activations.rotated_inputs import RotatedGrid
 from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
 from quantine.core.fit_range import (
     fit_activations,
@@ -46,7 +46,7 @@ class Reordering:
             search compares grids on them, so that values beyond the fitted ranges count as they
             would in new text.
         smoothings: what inputs are divided by before they are rotated, by `RoundingPoint.path`;
-            ``ranges`` are those of rotated ones.
+            ``ranges`` are those of rotated ones. These are centred by the mean over all samples.
     """
 
     def __init__(
@@ -60,7 +60,12 @@ class Reordering:
     ) -> None:
         self.family, self.heads, self.held_out = family, heads, held_out
         self._smoothings = smoothings or {}
-        self._spec, self._ranges = spec, ranges
+        self._spec = spec
+        self._centres = {path: ranges[path].rows.mean(0) for path in self._smoothings}
+        self._ranges = {
+            path: seen.less(self._centres[path]) if path in self._centres else seen
+            for path, seen in ranges.items()
+        }
         self._clusters = {link.kind: self._clustered(link) for link in read_links(family)}
         self._values = self._clustered_values()
 
@@ -112,7 +117,8 @@ class Reordering:
         Returns:
             By reorder ``[channels, features + 1]`` float32, channels in the model's own order: the
             largest and the smallest value of each channel in the samples that are not held out (for
-            R2 first of queries, then of keys), and its cluster. Empty without reordering.
+            R2 first of queries, then of keys), and its cluster. Empty without reordering. Of
+            channels that are rotated, they are those of the rotated ones.
         """
         links = read_links(self.family) if self._spec.reorders else ()
         return {
@@ -125,8 +131,7 @@ class Reordering:
         grid = self._plain_grid(point, bits)
         if not self._spec.rotates(point.site):
             return grid
-        centre = self._ranges[point.path].rows.mean(0)
-        return RotatedGrid(grid, self._smoothings[point.path], centre)
+        return RotatedGrid(grid, self._smoothings[point.path], self._centres[point.path])
 
     def _plain_grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
         labels = self.clusters_at(point).labels
@@ -153,11 +158,9 @@ class Reordering:
     def ranges_at(self, point: RoundingPoint) -> ChannelRanges:
         """Calibration ranges at ``point``, channels in the order they have after `apply`.
 
-        Of rotated channels they are those of what is left of them without their means.
+        Of rotated channels they are those of what differs from the mean of a channel.
         """
         found = self._ranges[point.path]
-        if self._spec.rotates(point.site):
-            return found.less(found.rows.mean(0))
         link = link_of(self.family, point.kind)
         if link.fold == "attention" or not self._spec.reorders:
             return found

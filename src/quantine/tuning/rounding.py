@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import StaticGrid
+from quantine.activations.grids import REACH, StaticGrid
 from quantine.activations.install import RoundingPoint, rebuild_block, rounding_points
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
 from quantine.core.ambient import without_autocast
@@ -60,11 +60,14 @@ class TunedGrid(nn.Module):
         self._grid, feedback = grid, grid.fed()
         self._passed = None if feedback is None else feedback.float()
         self._alone = None if feedback is None else _inverse(feedback)
-        tuned = {"scale": grid.scale, "reach": grid.reached()}
-        tuned |= {"zero": grid.zero} if fractional else {}
+        tuned, reach = {"scale": grid.scale}, grid.reached()
+        if reach is not None:
+            # One scale is nothing beside factors of tokens, which take off what it changes.
+            tuned = {**(tuned if len(grid.scale) > 1 else {}), REACH: reach}
+        if fractional:
+            tuned["zero"] = grid.zero
         for name, value in tuned.items():
-            held = None if value is None else nn.Parameter(value, requires_grad=False)
-            self.register_parameter(name, held)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     @staticmethod
     def numbers(leaf: str, start: Tensor) -> Numbers:
@@ -74,10 +77,8 @@ class TunedGrid(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
         grid, labels = self._grid, self._grid.get_buffer("labels")
-        scale, reach = self.get_parameter("scale"), self._parameters["reach"]
-        zero = self._parameters.get("zero", grid.zero)
-        assert isinstance(zero, Tensor)
-        feedback = grid.fed()
+        scale, zero = self._now("scale"), self._now("zero")
+        reach, feedback = self._parameters.get(REACH), grid.fed()
         grid.refit(
             scale.detach(), zero.detach(), feedback, None if reach is None else reach.detach()
         )
@@ -97,6 +98,11 @@ class TunedGrid(nn.Module):
             moved = moved + torch.where(inside, _by_heads(moved, self._passed), 0.0)
         exact = torch.where(inside, values, values.detach()) + moved
         return grid.from_grid(straight_through(exact, rounded)).to(x.dtype)
+
+    def _now(self, name: str) -> Tensor:
+        """The parameter ``name``, or the tensor of the grid where it is not tuned."""
+        tuned = self._parameters.get(name)
+        return self._grid.get_buffer(name) if tuned is None else tuned
 
 
 def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> Tensor:
@@ -169,9 +175,10 @@ def round_activations(
             if getattr(spec, point.site) != UNQUANTIZED:
                 path, _, leaf = point.grid.rpartition(".")
                 parent = block.get_submodule(path)
-                grid = getattr(parent, leaf)
-                found = shared.setdefault((point.site, point.kind), _with_gradients(grid, point))
-                setattr(parent, leaf, found)
+                key = point.site, point.kind
+                if key not in shared:
+                    shared[key] = _with_gradients(getattr(parent, leaf), point)
+                setattr(parent, leaf, shared[key])
 
 
 def _with_gradients(grid: nn.Module, point: RoundingPoint) -> nn.Module:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from quantine.core.activation_spec import (
+    CONSUMED,
     REORDERS,
     SITES,
     UNQUANTIZED,
@@ -208,9 +209,7 @@ class Stored:
             return UNQUANTIZED
         for link in self.family.links:
             if any(name.endswith(f".{path}") for path in link.consumers):
-                site = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"}.get(
-                    link.kind
-                )
+                site = CONSUMED.get(link.kind)
                 if site is not None:
                     return int(getattr(self.activations, site))
         return UNQUANTIZED

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import SMALLEST, StaticGrid
+from quantine.activations.grids import StaticGrid
 from quantine.activations.stored import check_tensor, check_within
 from quantine.core.rotation import Rotation
 from quantine.families.layers import is_transposed
@@ -22,6 +22,9 @@ CENTRE: Final = "centre"
 """Name of the tensor of a `RotatedGrid` that holds the centres of rotated channels."""
 SMOOTHING: Final = "smoothing"
 """Name of the one that holds what channels are divided by before they are rotated."""
+MOST_SMOOTHING: Final = 2.0**20
+"""Largest of these divisors, and the inverse of the smallest: `quantine.rptq.smoothing` makes none
+beyond, so that they neither overflow nor take a channel away."""
 
 
 class RotatedInputs(nn.Module):
@@ -38,7 +41,7 @@ class RotatedInputs(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` ``[..., channels]``; the result has its shape and dtype."""
-        return self._rotation.turned(x.float() / self.get_buffer(SMOOTHING)).to(x.dtype)
+        return _rotated(x, self.get_buffer(SMOOTHING), self._rotation).to(x.dtype)
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: the number of channels."""
@@ -65,7 +68,7 @@ class RotatedGrid(StaticGrid):
 
     def to_grid(self, x: Tensor) -> Tensor:
         """``x`` ``[..., channels]``, divided and rotated, less its centre, float32."""
-        rotated = self._rotation.turned(x.float() / self.get_buffer(SMOOTHING))
+        rotated = _rotated(x, self.get_buffer(SMOOTHING), self._rotation)
         return rotated - self.get_buffer(CENTRE)
 
     def from_grid(self, x: Tensor) -> Tensor:
@@ -75,8 +78,11 @@ class RotatedGrid(StaticGrid):
     def check(self, name: str, channels: int, heads: int | None = None) -> None:
         """See `StaticGrid.check`."""
         super().check(name, channels, heads)
-        most = torch.finfo(torch.float32).max
-        for tensor, least in ((SMOOTHING, SMALLEST), (CENTRE, -most)):
+        largest = torch.finfo(torch.float32).max
+        for tensor, least, most in (
+            (SMOOTHING, 1 / MOST_SMOOTHING, MOST_SMOOTHING),
+            (CENTRE, -largest, largest),
+        ):
             found = self.get_buffer(tensor)
             check_tensor(f"{name}.{tensor}", found, torch.float32, (channels,))
             check_within(f"{name}.{tensor}", found, least, most)
@@ -84,6 +90,10 @@ class RotatedGrid(StaticGrid):
     def extra_repr(self) -> str:
         """One line for ``print(model)``: that of `StaticGrid`, and that channels are rotated."""
         return f"{super().extra_repr()}, rotated"
+
+
+def _rotated(x: Tensor, smoothing: Tensor, rotation: Rotation) -> Tensor:
+    return rotation.turned(x.float() / smoothing)
 
 
 def _rotation_for(smoothing: Tensor) -> Rotation:
