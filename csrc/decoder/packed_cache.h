@@ -20,7 +20,7 @@ struct StateChannels {
   std::vector<float> feedback;     // [heads, dim, dim], or empty
 
   StateGrid grid() const {
-    return {bits, scale.data(), zero.data(), feedback.empty() ? nullptr : feedback.data()};
+    return {bits, scale.data(), zero.data(), feedback.empty() ? nullptr : feedback.data(), nullptr};
   }
 };
 

@@ -37,7 +37,7 @@ quantine::PackedStates states(const Codes4& codes, int bits, const Channels& sca
 void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
                  Channels zero, std::optional<ConstHalves3> feedback, int bits,
                  nb::ndarray<std::uint8_t, nb::ndim<4>, nb::device::cpu> packed,
-                 quantine::Pool& pool) {
+                 std::optional<Channels> tops, quantine::Pool& pool) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
   const std::size_t heads = states.shape(1), dim = states.shape(3);
   for (std::size_t axis = 0; axis < 4; ++axis)
@@ -52,6 +52,12 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
   if (feedback && (feedback->shape(0) != heads || feedback->shape(1) != dim ||
                    feedback->shape(2) != dim))
     throw nb::value_error("feedback must be [heads, dim, dim]");
+  if (tops) {
+    if (!has_shape(*tops, heads, dim)) throw nb::value_error("tops must be [heads, dim]");
+    for (std::size_t index = 0; index < heads * dim; ++index)
+      if (!(tops->data()[index] >= 0 && tops->data()[index] < static_cast<float>(1 << bits)))
+        throw nb::value_error("tops must be codes of `bits` bits");
+  }
   const auto stride = [](const auto& array, std::size_t axis) {
     return static_cast<std::size_t>(array.stride(axis));
   };
@@ -64,8 +70,10 @@ void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, 
     quantine::widen(reinterpret_cast<const std::uint16_t*>(feedback->data()), widened.size(),
                     widened.data());
   const float* rows = feedback ? widened.data() : nullptr;
-  quantine::pack_states(floats, {bits, scale.data(), zero.data(), rows}, packed.data(),
-                        stride(packed, 0), stride(packed, 1), stride(packed, 2), pool);
+  const quantine::StateGrid grid{bits, scale.data(), zero.data(), rows,
+                                 tops ? tops->data() : nullptr};
+  quantine::pack_states(floats, grid, packed.data(), stride(packed, 0), stride(packed, 1),
+                        stride(packed, 2), pool);
 }
 
 // A mask whose first three axes are those of the call, or 1.
@@ -123,7 +131,8 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
 
 void bind_kv_attention(nb::module_& m) {
   m.def("pack_states", &pack_states, nb::arg("states"), nb::arg("scale"), nb::arg("zero"),
-        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"), nb::arg("pool"));
+        nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"),
+        nb::arg("tops").none(), nb::arg("pool"));
   m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
         nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
         nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),

@@ -31,6 +31,7 @@ struct StateGrid {
   int bits;                   // 2 to 8
   const float *scale, *zero;  // [heads, dim]
   const float* feedback;      // [heads, dim, dim], or null
+  const float* tops;          // [heads, dim], largest codes where channels differ; or null
 };
 
 // Floats [n] from finite float16, as which feedback is stored.

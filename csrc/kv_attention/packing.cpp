@@ -15,19 +15,19 @@ constexpr std::size_t kRunTokens = 64;  // of a head that a thread rounds at onc
 
 // The nearest codes: x / scale + zero, which rounds twice, as quantine.core.grid.encode does.
 QUANTINE_CLONES
-void encode(const float* x, const float* scale, const float* zero, std::size_t n, float top,
+void encode(const float* x, const float* scale, const float* zero, std::size_t n, const float* top,
             std::uint8_t* codes) {
   for (std::size_t d = 0; d < n; ++d)
     codes[d] = static_cast<std::uint8_t>(
-        static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top)));
+        static_cast<std::int32_t>(nearest_code(x[d] / scale[d] + zero[d], top[d])));
 }
 
 // The same one channel after another; `rest` are the values, of which errors are taken off.
 QUANTINE_CLONES
 void encode_fed(float* rest, const float* scale, const float* zero, const float* feedback,
-                std::size_t n, float top, std::uint8_t* codes) {
+                std::size_t n, const float* top, std::uint8_t* codes) {
   for (std::size_t d = 0; d < n; ++d) {
-    const float code = nearest_code(rest[d] / scale[d] + zero[d], top);
+    const float code = nearest_code(rest[d] / scale[d] + zero[d], top[d]);
     const float error = rest[d] - (code - zero[d]) * scale[d];
     codes[d] = static_cast<std::uint8_t>(static_cast<std::int32_t>(code));
     const float* row = feedback + d * n;
@@ -45,12 +45,14 @@ void decode(const std::uint8_t* codes, const float* scale, const float* zero, st
 template <typename Take>
 void encode_each(const FloatStates& states, const StateGrid& grid, Pool& pool, const Take& take) {
   const std::size_t dim = states.dim, runs = (states.tokens + kRunTokens - 1) / kRunTokens;
-  const auto top = static_cast<float>((1 << grid.bits) - 1);
+  const std::vector<float> alike(grid.tops == nullptr ? dim : 0,
+                                 static_cast<float>((1 << grid.bits) - 1));
   const bool fed = grid.feedback != nullptr;
   const auto encode_run = [&](std::size_t index) {
     const std::size_t head = index % states.heads, first = index / states.heads * kRunTokens;
     const std::size_t end = std::min(states.tokens, first + kRunTokens);
     const float *scale = grid.scale + head * dim, *zero = grid.zero + head * dim;
+    const float* tops = grid.tops == nullptr ? alike.data() : grid.tops + head * dim;
     std::vector<std::uint8_t> codes(dim);
     std::vector<float> rest(dim);
     for (std::size_t batch = 0; batch < states.batch; ++batch)
@@ -59,10 +61,10 @@ void encode_each(const FloatStates& states, const StateGrid& grid, Pool& pool, c
                          token * states.token_stride;
         if (fed) {
           std::copy(x, x + dim, rest.begin());
-          encode_fed(rest.data(), scale, zero, grid.feedback + head * dim * dim, dim, top,
-                     codes.data());
+          encode_fed(rest.data(), scale, zero, grid.feedback + head * dim * dim, dim,
+                     tops, codes.data());
         } else {
-          encode(x, scale, zero, dim, top, codes.data());
+          encode(x, scale, zero, dim, tops, codes.data());
         }
         take(batch, head, token, codes.data());
       }

@@ -82,7 +82,15 @@ def test_eight_bit_activations_are_near_the_float_model(
     assert all(m.softmax == 8 for m in model.modules() if isinstance(m, AttentionSites))
 
 
-SURVIVING = ("W16A8", "W4A3KV", "W4A4-rotated", "W4A4-token", "W4A4-tensor", "W4A4-faithful")
+SURVIVING = (
+    "W16A8",
+    "W4A3KV",
+    "W4A3KV-rotated-mixed",
+    "W4A4-rotated",
+    "W4A4-token",
+    "W4A4-tensor",
+    "W4A4-faithful",
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +197,13 @@ def test_a_budget_decides_the_bits_of_weights_beside_a_scheme(
 
 
 @pytest.mark.parametrize(
-    "plan", [plan_of("W4A4"), budget_with("W4A4"), plan_of("W4A4-strict-rotated")]
+    "plan",
+    [
+        plan_of("W4A4"),
+        budget_with("W4A4"),
+        plan_of("W4A4-strict-rotated"),
+        plan_of("W4A3KV-rotated-mixed"),
+    ],
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
     plan: Plan, tiny: Tiny, short: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,7 +53,7 @@ def test_codes_are_those_of_one_channel_after_another(bits: int, seed: int) -> N
     ends = torch.full((heads, dim), -4.0), torch.linspace(3, 6, heads * dim).view(heads, dim)
     scale, zero = fit_activations(*ends, bits)
     feedback = feedback_of(moments_of(met(heads, dim, seed))).float()
-    codes = encode_fed(x, scale, zero, feedback, bits)
+    codes = encode_fed(x, scale, zero, feedback, torch.full_like(scale, 2**bits - 1))
     for token in range(7):
         for head in range(heads):
             rest = x[token, head].clone()

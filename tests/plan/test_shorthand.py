@@ -46,9 +46,9 @@ def test_suffixes_choose_grids() -> None:
     assert parse_shorthand("W4A4").activations.relative
     assert not parse_shorthand("W4A4-faithful").activations.relative
     assert parse_shorthand("W4A4").activations.rotated == ()
-    assert parse_shorthand("W4A4-rotated").activations.rotated == ("attention", "hidden")
+    assert parse_shorthand("W4A4-rotated").activations.rotated == ("attention", "hidden", "value")
     strict = parse_shorthand("W4A4-strict-rotated").activations
-    assert strict.rotated == ("norm", "attention", "hidden")
+    assert strict.rotated == ("norm", "attention", "hidden", "value")
     assert [strict.clusters_of(kind) for kind in ("R1", "R2", "R3", "R5")] == [1, 256, 1, 1]
 
 
@@ -60,7 +60,7 @@ def test_other_names_are_refused(name: str) -> None:
         parse_shorthand(name)
 
 
-@pytest.mark.parametrize("name", ["W4A8-rotated", "W4A4KV-rotated", "W4A16-rotated"])
+@pytest.mark.parametrize("name", ["W4A8-rotated", "W4A8KV-rotated", "W4A16-rotated"])
 def test_there_has_to_be_something_to_rotate(name: str) -> None:
     with pytest.raises(PlanError, match="nothing to rotate: leave out -rotated"):
         parse_shorthand(name)

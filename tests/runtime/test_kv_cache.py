@@ -12,19 +12,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 import quantine
 from quantine import Calibration, Plan, quantize
 from quantine.activations.grids import StaticGrid
+from quantine.activations.modules import AttentionSites
 from quantine.eval.memory import cache_bytes
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import BLOCK, PackedLayer, StaticPackedLayer, packed_cache
-from tiny_models import byte_tokenizer
+from tiny_models import build, byte_tokenizer, tiny_config
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
 
@@ -153,6 +154,22 @@ def test_a_token_needs_no_new_memory_until_a_block_is_full() -> None:
     assert layer.get_seq_length() == 0
 
 
+UNEVEN = "W16A3KV-rotated-mixed"
+"""Keys with channels of different bits, and values with factors of tokens."""
+
+
+def loud_keys(directory: Path) -> Path:
+    """A Llama in which some channels of keys are much louder than others."""
+    build(tiny_config("llama"), directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for block in model.model.layers:
+        weight = block.self_attn.k_proj.weight
+        with torch.no_grad():
+            weight *= torch.logspace(-2, 0.5, 8).repeat(len(weight) // 8).unsqueeze(1)
+    model.save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="module")
 def rounding(
     tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
@@ -162,7 +179,8 @@ def rounding(
     def loaded(name: str, scheme: str) -> Any:
         out = root / f"{name}-{scheme}"
         if not out.exists():
-            quantize(tiny(name), out, Plan.scheme(scheme, arithmetic="exact"), short)
+            model = loud_keys(root / "loud") if scheme == UNEVEN else tiny(name)
+            quantize(model, out, Plan.scheme(scheme, arithmetic="exact"), short)
         return quantine.load(out)[0]
 
     return loaded
@@ -172,12 +190,15 @@ def tokens_of(*texts: str) -> Tensor:
     return torch.tensor([byte_tokenizer()(text).input_ids for text in texts])
 
 
-@pytest.mark.parametrize(("name", "bits"), [("llama", 4), ("opt", 3), ("gemma2", 8)])
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [("llama", "W16A4KV"), ("opt", "W16A3KV"), ("gemma2", "W16A8KV"), ("llama", UNEVEN)],
+)
 @torch.no_grad()
 def test_token_by_token_it_is_the_whole_text(
-    name: str, bits: int, rounding: Callable[[str, str], Any]
+    name: str, scheme: str, rounding: Callable[[str, str], Any]
 ) -> None:
-    model = rounding(name, f"W16A{bits}KV")
+    model = rounding(name, scheme)
     tokens = tokens_of(TEXT, TEXT[::-1])
     whole = model(input_ids=tokens).logits
     cache = packed_cache(model)
@@ -190,16 +211,22 @@ def test_token_by_token_it_is_the_whole_text(
     assert cache.get_seq_length() == tokens.shape[1]
     stored = sum(layer.nbytes for layer in cache.layers)
     held = len(tokens) * -(-tokens.shape[1] // BLOCK) * BLOCK
-    assert stored == cache_bytes(model.config, held) * bits / 16
+    bits, heads = int(scheme[4]), model.config.num_key_value_heads if name != "opt" else 0
+    sites = [m for m in model.modules() if isinstance(m, AttentionSites)]
+    factors = sum(site.value.head_reached() is not None for site in sites)
+    expected = cache_bytes(model.config, held) * bits / 16 + factors * held * heads * 2
+    assert stored == expected
+    assert scheme != UNEVEN or (factors and any(site.key.uneven() is not None for site in sites))
 
 
+@pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
 )
 def test_generation_is_that_of_rounded_floats(
-    options: dict[str, int], rounding: Callable[[str, str], Any]
+    scheme: str, options: dict[str, int], rounding: Callable[[str, str], Any]
 ) -> None:
-    model = rounding("llama", "W16A4KV")
+    model = rounding("llama", scheme)
     tokens = tokens_of(TEXT[:12], TEXT[3:15])
     asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, **options}
     mask = torch.ones_like(tokens)
@@ -210,6 +237,7 @@ def test_generation_is_that_of_rounded_floats(
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+@pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN])
 @pytest.mark.parametrize(
     "options",
     [
@@ -220,9 +248,12 @@ def test_generation_is_that_of_rounded_floats(
     ],
 )
 def test_a_static_cache_that_is_asked_for_is_packed(
-    options: dict[str, int], rounding: Callable[[str, str], Any], monkeypatch: pytest.MonkeyPatch
+    scheme: str,
+    options: dict[str, int],
+    rounding: Callable[[str, str], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = rounding("llama", "W16A4KV")
+    model = rounding("llama", scheme)
     tokens = tokens_of(TEXT[:12], TEXT[3:15])
     asked = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
     expected = model.generate(tokens, **asked, **options)
@@ -299,9 +330,12 @@ def test_models_that_keep_floats_have_no_packed_cache(
     assert packed_cache(rounding("llama", "W4A16")) is None
 
 
+@pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN])
 @torch.no_grad()
-def test_attention_of_transformers_meets_floats(rounding: Callable[[str, str], Any]) -> None:
-    model = rounding("llama", "W16A4KV")
+def test_attention_of_transformers_meets_floats(
+    scheme: str, rounding: Callable[[str, str], Any]
+) -> None:
+    model = rounding("llama", scheme)
     tokens = tokens_of(TEXT, TEXT[::-1])
     own = model.config._attn_implementation
     found = {}

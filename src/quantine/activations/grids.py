@@ -13,12 +13,17 @@ from quantine.core.fixed_dtypes import FixedDtypes
 from quantine.core.grid import decode, encode
 from quantine.errors import FormatError
 from quantine.kernels.integer.token_factors import factors, steepness
-from quantine.kernels.kv_attention.packing import round_states
+from quantine.kernels.kv_attention.digits import DIGIT
+from quantine.kernels.kv_attention.state_grid import LARGEST_WIDTH, StateGrid
 
 FEEDBACK: Final = "feedback"
 """Name of the optional tensor of a `StaticGrid` for error feedback among channels."""
 REACH: Final = "reach"
 """Name of the optional tensor of a `StaticGrid` that sets the factors of tokens."""
+HEAD_REACH: Final = "head_reach"
+"""Name of the one that sets the factors of tokens in each head."""
+WIDTHS: Final = "widths"
+"""Name of the optional tensor of a `StaticGrid` that holds numbers of bits of clusters."""
 SMALLEST: Final = 2.0**-149
 """Smallest positive number in float32."""
 LABELS: Final = torch.int32
@@ -40,10 +45,16 @@ class StaticGrid(FixedDtypes):
         reach: ``[1]`` float32: each token is divided by a factor of its own before it is rounded,
             and the result multiplied by it, see `quantine.kernels.integer.token_factors`. Zero
             points then lie in the code range, and there is no feedback. ``None`` for no factors.
+        head_reach: ``[heads]`` float32, for values: the same with a factor for each token in each
+            head, see `quantine.kernels.kv_attention.state_codes.head_factors`.
+        widths: ``[clusters]`` uint8, for keys: bits of the codes of each cluster, which are even
+            numbers from 0 to 8; those of a head have ``bits`` for each channel together at most.
+            ``None`` where all have ``bits``.
     """
 
     tensor_names: Final = ("scale", "zero", "labels")
-    fixed_names: tuple[str, ...] = (*tensor_names, FEEDBACK, REACH)
+    optional_names: Final = (FEEDBACK, REACH, HEAD_REACH, WIDTHS)
+    fixed_names: tuple[str, ...] = (*tensor_names, *optional_names)
 
     def __init__(
         self,
@@ -53,10 +64,12 @@ class StaticGrid(FixedDtypes):
         labels: Tensor,
         feedback: Tensor | None = None,
         reach: Tensor | None = None,
+        head_reach: Tensor | None = None,
+        widths: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.bits = bits
-        tensors = (scale, zero, labels, feedback, reach)
+        tensors = (scale, zero, labels, feedback, reach, head_reach, widths)
         for name, tensor in zip(StaticGrid.fixed_names, tensors, strict=True):
             self.register_buffer(name, tensor)
 
@@ -66,10 +79,14 @@ class StaticGrid(FixedDtypes):
         zero: Tensor,
         feedback: Tensor | None = None,
         reach: Tensor | None = None,
+        head_reach: Tensor | None = None,
+        widths: Tensor | None = None,
     ) -> None:
         """Replace all tensors but the clusters; arguments are those of `StaticGrid`."""
         self.scale, self.zero = scale.clone(), zero.clone()
-        self.feedback, self.reach = feedback, reach
+        self.feedback, self.widths = feedback, widths
+        self.reach = None if reach is None else reach.clone()
+        self.head_reach = None if head_reach is None else head_reach.clone()
 
     def fed(self) -> Tensor | None:
         """The tensor ``feedback`` ``[heads, dim, dim]`` float16, or ``None``."""
@@ -78,6 +95,22 @@ class StaticGrid(FixedDtypes):
     def reached(self) -> Tensor | None:
         """The tensor ``reach`` ``[1]`` float32, or ``None`` where tokens have no factors."""
         return self._buffers[REACH]
+
+    def head_reached(self) -> Tensor | None:
+        """The tensor ``head_reach`` ``[heads]``, or ``None`` where tokens of heads have none."""
+        return self._buffers[HEAD_REACH]
+
+    def uneven(self) -> Tensor | None:
+        """The tensor ``widths`` ``[clusters]`` uint8, or ``None`` where all have ``bits``."""
+        return self._buffers[WIDTHS]
+
+    def by_head(self, dim: int) -> StateGrid:
+        """The same grid of queries, keys or values, for heads of ``dim`` channels each."""
+        scale, zero = (values.view(-1, dim) for values in self.of_channels())
+        widths = self.uneven()
+        if widths is not None:
+            widths = widths.index_select(0, self.get_buffer("labels")).view(-1, dim)
+        return StateGrid(self.bits, scale, zero, self.fed(), widths, self.head_reached())
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
@@ -93,20 +126,23 @@ class StaticGrid(FixedDtypes):
 
     def rounded(self, x: Tensor) -> Tensor:
         """Round what `to_grid` gave, ``[..., channels]``, as float32."""
+        heads = self._heads()
+        if heads is not None:
+            states = x.detach().reshape(-1, heads, x.shape[-1] // heads)
+            return self.by_head(states.shape[2]).rounded(states).view(x.shape)
         scale, zero = self.of_channels()
-        feedback = self.fed()
-        if feedback is not None:
-            shape = feedback.shape[:2]  # heads and their channels
-            states = x.detach().reshape(1, -1, *shape).transpose(1, 2)
-            found: Tensor = round_states(
-                states, self.bits, scale.view(shape), zero.view(shape), feedback
-            )
-            return found.transpose(1, 2).reshape(x.shape)
         values, reach = x.float(), self.reached()
         if reach is None:
             return self._rounded(values, scale, zero)
         factor = factors(values, *steepness(scale, zero, self.bits, reach))
         return self._rounded(values / factor, scale, zero).mul_(factor)
+
+    def _heads(self) -> int | None:
+        """How many heads channels are rounded in; ``None`` where each is rounded by itself."""
+        for by_head in (self.fed(), self.head_reached()):
+            if by_head is not None:
+                return len(by_head)
+        return 1 if self.uneven() is not None else None
 
     def _rounded(self, x: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return decode(encode(x, scale, zero, self.bits), scale, zero)
@@ -131,24 +167,58 @@ class StaticGrid(FixedDtypes):
         check_tensor(f"{name}.zero", zero, torch.float32, clusters)
         check_tensor(f"{name}.labels", labels, LABELS, (channels,))
         check_within(f"{name}.labels", labels, 0, clusters[0] - 1)
-        feedback, reach = self.fed(), self.reached()
+        self._check_optional(name, channels, heads)
+
+    def _check_optional(self, name: str, channels: int, heads: int | None) -> None:
+        feedback, widths = self.fed(), self.uneven()
         if feedback is not None:
             if heads is None:
                 raise FormatError(f"{name}.feedback is there, but only attention has feedback")
             dim = channels // heads
             check_tensor(f"{name}.{FEEDBACK}", feedback, torch.float16, (heads, dim, dim))
-        if reach is not None:
-            if heads is not None:
-                raise FormatError(f"{name}.reach is there, but only inputs of matrices have it")
-            check_tensor(f"{name}.{REACH}", reach, torch.float32, (1,))
-            check_within(f"{name}.{REACH}", reach, SMALLEST, torch.finfo(torch.float32).max)
+        for leaf, reach, count in (
+            (REACH, self.reached(), 1 if heads is None else None),
+            (HEAD_REACH, self.head_reached(), heads),
+        ):
+            if reach is None:
+                continue
+            if count is None:
+                only = "inputs of matrices have" if leaf == REACH else "values have"
+                raise FormatError(f"{name}.{leaf} is there, but only {only} it")
+            if feedback is not None or widths is not None:
+                raise FormatError(
+                    f"{name}.{leaf} is there, but grids with {FEEDBACK} or {WIDTHS} have none"
+                )
+            check_tensor(f"{name}.{leaf}", reach, torch.float32, (count,))
+            check_within(f"{name}.{leaf}", reach, SMALLEST, torch.finfo(torch.float32).max)
+            zero = self.get_buffer("zero")
             check_within(f"{name}.zero", zero, 0, 2**self.bits - 1)
+        if widths is not None:
+            self._check_widths(f"{name}.{WIDTHS}", widths, channels, heads)
+
+    def _check_widths(self, name: str, widths: Tensor, channels: int, heads: int | None) -> None:
+        if heads is None:
+            raise FormatError(f"{name} is there, but only keys have channels of different bits")
+        check_tensor(name, widths, torch.uint8, (self.get_buffer("scale").numel(),))
+        check_within(name, widths, 0, LARGEST_WIDTH)
+        if bool((widths % DIGIT).any()):
+            raise FormatError(f"{name} holds odd numbers of bits: it is damaged")
+        dim = channels // heads
+        of_heads = widths.index_select(0, self.get_buffer("labels")).view(heads, dim).sum(1)
+        if int(of_heads.max()) > self.bits * dim // DIGIT * DIGIT:
+            raise FormatError(
+                f"{name} gives the channels of a head {int(of_heads.max())} bits, but there are "
+                f"{self.bits * dim}: it is damaged"
+            )
 
     def extra_repr(self) -> str:
         """One line for ``print(model)``: bits, channels, clusters, and factors of tokens if any."""
         scale, labels = self.get_buffer("scale"), self.get_buffer("labels")
         shown = f"{self.bits} bit, {len(labels)} channels in {len(scale)} clusters"
-        return shown if self.reached() is None else f"{shown}, a factor for each token"
+        if self.uneven() is not None:
+            shown = f"{shown} of different bits"
+        plain = self.reached() is None and self.head_reached() is None
+        return shown if plain else f"{shown}, a factor for each token"
 
     def of_channels(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point of each channel, ``[channels]`` float32 each."""

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import FEEDBACK, REACH, StaticGrid, TokenGrid
+from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
 from quantine.activations.rotated_inputs import (
@@ -86,6 +86,13 @@ def read_links(family: Family) -> list[Link]:
 def link_of(family: Family, kind: str) -> Link:
     """The reorder ``kind``, ``"R1"`` to ``"R5"``, of ``family``."""
     return next(link for link in family.links if link.kind == kind)
+
+
+def value_link(family: Family) -> Link | None:
+    """The reorder R3, along which values are rotated, of a block; ``None`` where they stay."""
+    if all(point.site != "value" for point in rounding_points(family)):
+        return None
+    return link_of(family, ATTENDED["value"])
 
 
 def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
@@ -195,9 +202,9 @@ def rebuild_block(
 
     def grid(point: RoundingPoint, bits: int) -> StaticGrid:
         scale, zero, labels = (needed(f"{point.grid}.{name}") for name in StaticGrid.tensor_names)
-        more = (tensor_of(f"{path}.{point.grid}.{name}") for name in (FEEDBACK, REACH))
+        more = (tensor_of(f"{path}.{point.grid}.{name}") for name in StaticGrid.optional_names)
         found = StaticGrid(bits, scale, zero, labels, *more)
-        if not spec.rotates(point.site):
+        if point.site in ATTENDED or not spec.rotates(point.site):
             return found
         return RotatedGrid(found, *(needed(f"{point.grid}.{name}") for name in (SMOOTHING, CENTRE)))
 

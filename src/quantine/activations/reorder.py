@@ -74,17 +74,29 @@ def order_of_outputs(
 
     The arguments are those of `permute_outputs`.
     """
+    places = places_of_channels(module, len(order), rows, heads)
     count = module.get_parameter("weight").shape[_axis_of_outputs(module)]
-    channels = len(order)
     whole = torch.arange(count, device=order.device)
-    if rows == "parts":
-        return (order + whole[::channels].unsqueeze(1)).flatten()
-    if rows == "last":
-        whole[-channels:] = order + count - channels
-        return whole
-    places = whole.view(heads, -1)[:, -channels // heads :].flatten()
-    whole[places] = places[order]
+    for part in places.to(order.device):
+        whole[part] = part[order]
     return whole
+
+
+def places_of_channels(module: nn.Module, channels: int, rows: Rows, heads: int) -> Tensor:
+    """Which outputs of a matrix write ``channels`` channels, ``[parts, channels]`` int64.
+
+    Args:
+        module, rows, heads: as for `permute_outputs`.
+        channels: number of channels; they are written once, or with ``"parts"`` perhaps several
+            times.
+    """
+    weight = module.get_parameter("weight")
+    every = torch.arange(weight.shape[_axis_of_outputs(module)], device=weight.device)
+    if rows == "parts":
+        return every.view(-1, channels)
+    if rows == "last":
+        return every[-channels:].unsqueeze(0)
+    return every.view(heads, -1)[:, -channels // heads :].reshape(1, -1)
 
 
 def _axis_of_outputs(module: nn.Module) -> int:

@@ -36,6 +36,8 @@ CONSUMED: Final = {"R1": "norm", "R3": "attention", "R4": "norm", "R5": "hidden"
 """For each reorder the site that matrices read, if any."""
 INPUT_SITES: Final = ("norm", "attention", "hidden")
 """The sites that matrices read."""
+ROTATABLE: Final = (*INPUT_SITES, "value")
+"""The sites whose channels may be rotated before they are rounded."""
 FINE_BITS: Final = 8
 """Number of bits from which on a range is not searched for: steps are then so small that the search
 finds nothing better, and ranges get a margin instead."""
@@ -76,10 +78,14 @@ class ActivationSpec:
             uses the clusters of R3.
         token_factors: whether inputs of matrices may be divided by a factor per token before they
             are rounded, see `quantine.kernels.integer.token_factors`.
-        rotated: those of `INPUT_SITES` whose channels are rotated while the model runs, before they
-            are rounded, see `quantine.activations.rotated_inputs`. There is nothing to cluster
-            then, and their reorders have one cluster (R3 for each head, which values then share
-            unless `value_clusters` says otherwise).
+        rotated: those of `ROTATABLE` whose channels are rotated before they are rounded. Inputs of
+            matrices are rotated while the model runs, see `quantine.activations.rotated_inputs`.
+            There is nothing to cluster then, and their reorders have one cluster (R3 for each head,
+            which values then share unless `value_clusters` says otherwise). Values are rotated by
+            their weights, see `quantine.activations.rotated_values`, and each token of a head may
+            have a factor, as `token_factors` says.
+        mixed_keys: whether channels of keys may have different numbers of bits, with `key` as the
+            mean of a head, see `quantine.rptq.widths`. Each channel needs a grid of its own then.
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -99,6 +105,7 @@ class ActivationSpec:
     value_clusters: int | None = PER_CHANNEL
     token_factors: bool = True
     rotated: tuple[str, ...] = ()
+    mixed_keys: bool = False
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -108,7 +115,7 @@ class ActivationSpec:
                     f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
                     f"for none, not {shown(bits)}"
                 )
-        for name in ("relative", "token_factors"):
+        for name in ("relative", "token_factors", "mixed_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(
                     f"activations: {name} must be true or false, not {shown(getattr(self, name))}"
@@ -123,6 +130,7 @@ class ActivationSpec:
                 f"{', '.join(REORDERS)}, not {shown(self.clusters)}"
             )
         self._check_rotated()
+        self._check_mixed_keys()
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
@@ -132,10 +140,10 @@ class ActivationSpec:
 
     def _check_rotated(self) -> None:
         sites = self.rotated
-        known = isinstance(sites, tuple) and all(site in INPUT_SITES for site in sites)
+        known = isinstance(sites, tuple) and all(site in ROTATABLE for site in sites)
         if not known or len(set(sites)) < len(sites):
             raise PlanError(
-                f"activations: rotated must list some of {', '.join(INPUT_SITES)}, each once, not "
+                f"activations: rotated must list some of {', '.join(ROTATABLE)}, each once, not "
                 f"{shown(sites)}"
             )
         if sites and not self.reorders:
@@ -149,6 +157,20 @@ class ActivationSpec:
                     f"activations: {site} cannot be rotated, as it is not rounded: give it fewer "
                     "bits, or do not rotate it"
                 )
+
+    def _check_mixed_keys(self) -> None:
+        if not self.mixed_keys:
+            return
+        if self.key >= FINE_BITS:
+            raise PlanError(
+                f"activations: mixed_keys needs keys of fewer than {FINE_BITS} bits, not "
+                f"{self.key}: give key fewer, or leave it out"
+            )
+        if not self.reorders or self.range != "search":
+            raise PlanError(
+                "activations: mixed_keys goes with granularity cluster and range search, not with "
+                f"{self.granularity} and {self.range}: leave it out"
+            )
 
     @property
     def reorders(self) -> bool:
@@ -174,11 +196,11 @@ class ActivationSpec:
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON can hold; `activations_from` turns them back.
 
-        What versions before rotations do not know is left out where nothing is rotated.
+        What earlier versions do not know is left out where it says nothing.
         """
         found = {**dataclasses.asdict(self), "clusters": list(self.clusters)}
-        rotated = found.pop("rotated")
-        return {**found, "rotated": list(rotated)} if rotated else found
+        later = {"rotated": list(found.pop("rotated")), "mixed_keys": found.pop("mixed_keys")}
+        return {**found, **{name: value for name, value in later.items() if value}}
 
 
 def activations_from(value: Any, where: str) -> ActivationSpec:

@@ -180,6 +180,19 @@ def encode(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return torch.div(x, scale).add_(zero).round_().clamp_(0, 2**bits - 1)
 
 
+def encode_up_to(x: Tensor, scale: Tensor, zero: Tensor, tops: Tensor) -> Tensor:
+    """`encode` where values have different numbers of bits.
+
+    Args:
+        x, scale, zero: as of `encode`.
+        tops: the largest code of each value, in the dtype of ``x``; broadcasts with it.
+
+    Returns:
+        Integers from 0 to ``tops``, in the dtype of ``x``.
+    """
+    return torch.div(x, scale).add_(zero).round_().clamp_(min=0).minimum(tops)
+
+
 def decode(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """The values of ``codes``: ``scale * (codes - zero)`` in float32; shapes broadcast."""
     return (codes.float() - zero).mul_(scale)

@@ -9,8 +9,8 @@ from typing import Final
 from quantine.core.activation_spec import (
     DEFAULT_CLUSTERS,
     FINE_BITS,
-    INPUT_SITES,
     PER_CHANNEL,
+    ROTATABLE,
     UNQUANTIZED,
     ActivationSpec,
     Granularity,
@@ -45,7 +45,7 @@ class Shorthand:
     faithful: bool
 
 
-VARIANTS: Final = ("faithful", "rotated", "strict", "tensor", "token")
+VARIANTS: Final = ("faithful", "mixed", "rotated", "strict", "tensor", "token")
 """Suffixes of such names, explained in `parse_shorthand`."""
 
 
@@ -55,8 +55,9 @@ def parse_shorthand(name: str) -> Shorthand:
     Norm outputs and softmax keep at least 8 bits, as in the paper's experiments. Suffixes change
     the defaults: ``-strict`` rounds norm outputs to the scheme's bits, too; ``-faithful`` finds
     clusters and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and
-    ``-token`` use one grid per tensor or per token; ``-rotated`` rotates the inputs of matrices
-    that have fewer than 8 bits.
+    ``-token`` use one grid per tensor or per token; ``-rotated`` rotates values and the inputs
+    of matrices that have fewer than 8 bits; ``-mixed`` gives channels of keys different numbers of
+    bits.
 
     Raises:
         PlanError: the name does not have this form, or bits are out of range.
@@ -99,11 +100,16 @@ def parse_shorthand(name: str) -> Shorthand:
         token_factors="faithful" not in suffixes,
     )
     if "rotated" in suffixes:
-        coarse = tuple(site for site in INPUT_SITES if getattr(spec, site) < FINE_BITS)
+        coarse = tuple(site for site in ROTATABLE if getattr(spec, site) < FINE_BITS)
         if not coarse:
             raise PlanError(
-                f"scheme {name}: no inputs of matrices have fewer than {FINE_BITS} bits, so there "
-                "is nothing to rotate: leave out -rotated"
+                f"scheme {name}: neither values nor inputs of matrices have fewer than {FINE_BITS} "
+                "bits, so there is nothing to rotate: leave out -rotated"
             )
         spec = replace(spec, rotated=coarse)
+    if "mixed" in suffixes:
+        try:
+            spec = replace(spec, mixed_keys=True)
+        except PlanError as error:
+            raise PlanError(f"scheme {name}: {error}") from error
     return Shorthand(weight_bits, spec, "faithful" in suffixes)

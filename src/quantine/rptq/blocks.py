@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from torch import Tensor, nn
 
@@ -13,13 +14,15 @@ from quantine.activations.install import (
     rebuild_block,
     rotate_inputs,
     rounding_points,
+    value_link,
 )
 from quantine.activations.reorder import reorder
 from quantine.activations.rotated_inputs import SMOOTHING
+from quantine.activations.rotated_values import rotate_values
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
-from quantine.core.activation_spec import ActivationSpec
-from quantine.errors import FormatError
+from quantine.core.activation_spec import INPUT_SITES, ActivationSpec
+from quantine.errors import FamilyError, FormatError
 from quantine.families.family import Family
 from quantine.families.heads import Heads
 from quantine.formats.floats import as_stored
@@ -34,6 +37,11 @@ from quantine.rptq.reordering import Reordering
 from quantine.rptq.smoothing import least_noise
 from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import tensor_digest
+from quantine.statistics.losses import token_loss
+
+SAME: Final = 1e-2
+"""Relative squared change of outputs below which a block computes the same: weights of 16 bits are
+rounded once more when they are rotated."""
 
 
 def reorder_block(
@@ -58,6 +66,8 @@ def reorder_block(
         The block's clusters and calibration ranges.
     """
     add_sites(block, family, spec)
+    if spec.rotates("value"):
+        _rotate_values(sequential, index, block, family, heads)
     smoothings = _smoothings(sequential, index, block, family, spec)
     rotate_inputs(block, family, lambda point: smoothings.get(point.path))
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])
@@ -79,11 +89,39 @@ def reorder_block(
     return reordering
 
 
+def _rotate_values(
+    sequential: Sequential, index: int, block: nn.Module, family: Family, heads: Heads
+) -> None:
+    """Rotate the values of a block, after which it has to compute the same.
+
+    A reorder that changes nothing says that heads are read as they are, but not that nothing bends
+    single channels.
+
+    Raises:
+        FamilyError: it does not.
+    """
+    link = value_link(family)
+    if link is None:
+        return
+    before = sequential.outputs(index, 1)
+    rotate_values(block, link, heads)
+    change = token_loss(before, sequential.outputs(index, 1)).value
+    if not change < SAME:
+        raise FamilyError(
+            f"{family.blocks}.{index} computes something else where values are rotated within "
+            f"heads (relative squared change {change:.2g}): leave value out of rotated"
+        )
+
+
 def _smoothings(
     sequential: Sequential, index: int, block: nn.Module, family: Family, spec: ActivationSpec
 ) -> dict[str, Tensor]:
     """What inputs are divided by before they are rotated, by `RoundingPoint.path`."""
-    points = [point for point in rounding_points(family) if spec.rotates(point.site)]
+    points = [
+        point
+        for point in rounding_points(family)
+        if point.site in INPUT_SITES and spec.rotates(point.site)
+    ]
     if not points:
         return {}
     seen = sequential.ranges(index, [point.path for point in points])
@@ -127,6 +165,7 @@ def reorder_as_before(
     heads: Heads,
     maps: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
+    rotates_values: bool,
 ) -> None:
     """Reorder or rotate the channels of a float block as `reorder_block` did.
 
@@ -139,10 +178,14 @@ def reorder_as_before(
         heads: the model's numbers of heads.
         maps: what `Reordering.maps` gave, by full name.
         tensors: what `float_tensors` gave, by full name.
+        rotates_values: whether values were rotated.
 
     Raises:
         FormatError: a map is missing; the message names it.
     """
+    values = value_link(family)
+    if rotates_values and values is not None:
+        rotate_values(block, values, heads)
     for link in read_links(family):
         name = f"{path}.{link.kind}"
         if name not in maps:

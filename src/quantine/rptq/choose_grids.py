@@ -24,6 +24,7 @@ from quantine.families.layers import is_transposed
 from quantine.rptq.feedback import feedback_of
 from quantine.rptq.ranges import cheapest_ranges, through
 from quantine.rptq.reordering import Reordering
+from quantine.rptq.widths import mixed_grid
 from quantine.statistics.channel_ranges import ChannelRanges, Over
 from quantine.statistics.losses import token_loss
 
@@ -36,6 +37,8 @@ REACHES: Final = (1.0, 0.85, 0.7)
 `quantine.kernels.integer.token_factors.steepness`."""
 WITH_FACTORS: Final[tuple[Over, ...]] = ("all", "mean")
 """Candidate ranges of clusters where tokens have factors: only their proportions matter there."""
+LEAST_END: Final = 1e-30
+"""Least end of a grid, so that scales are positive where nothing but zeros was seen."""
 BETWEEN: Final = ("query", "key")
 """The sites that are multiplied with each other."""
 
@@ -47,13 +50,16 @@ class CandidateGrid:
     Attributes:
         scale, zero: ``[clusters]`` float32.
         feedback: ``[heads, dim, dim]`` float16; ``None`` rounds to nearest.
-        reach: sets the factors of tokens; ``None`` for no factors.
+        reach, head_reach: set the factors of tokens; ``None`` for no factors.
+        widths: ``[clusters]`` uint8, bits of clusters where they differ.
     """
 
     scale: Tensor
     zero: Tensor
     feedback: Tensor | None = None
-    reach: float | None = None
+    reach: Tensor | None = None
+    head_reach: Tensor | None = None
+    widths: Tensor | None = None
 
 
 def ranking_batches(sequential: Sequential) -> int:
@@ -129,8 +135,14 @@ def _best(
 def _refit(grids: Sequence[nn.Module], fitted: CandidateGrid) -> None:
     for grid in grids:
         assert isinstance(grid, StaticGrid)
-        reach = None if fitted.reach is None else fitted.scale.new_tensor([fitted.reach])
-        grid.refit(fitted.scale, fitted.zero, fitted.feedback, reach)
+        grid.refit(
+            fitted.scale,
+            fitted.zero,
+            fitted.feedback,
+            fitted.reach,
+            fitted.head_reach,
+            fitted.widths,
+        )
 
 
 def _rounded(family: Family, block: nn.Module) -> list[list[RoundingPoint]]:
@@ -173,13 +185,7 @@ class Candidates:
         running = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         found = [CandidateGrid(*whole), CandidateGrid(*running), CandidateGrid(*searched)]
         if self._reordering.has_factors(point):
-            found += [
-                CandidateGrid(
-                    *fit_activations_around_zero(*seen.of_clusters(labels, over), bits), reach=reach
-                )
-                for over in WITH_FACTORS
-                for reach in REACHES
-            ]
+            found += self._with_factors(point, seen, labels, bits)
         if point.site not in ATTENDED or not (point.site in BETWEEN or self._readers(point)):
             return found
         feedback = feedback_of(self._moments(point, final))
@@ -190,7 +196,49 @@ class Candidates:
             # what it is: what rounding makes of them is an error of all tokens.
             means.append(through(seen.firsts.mean(0), scale, zero, labels))
         fed = [whole, searched, *((scale, zero) for zero in means)]
-        return [*found, *(CandidateGrid(*grid, feedback) for grid in fed)]
+        found += [CandidateGrid(*grid, feedback) for grid in fed]
+        if point.site == "key" and self._reordering.has_mixed_keys:
+            found += self._mixed(point, seen, labels, bits, final)
+        return found
+
+    def _with_factors(
+        self, point: RoundingPoint, seen: ChannelRanges, labels: Tensor, bits: int
+    ) -> list[CandidateGrid]:
+        """Candidates with factors of tokens, or for values of tokens in each head."""
+        grids = [
+            fit_activations_around_zero(*seen.of_clusters(labels, over), bits)
+            for over in WITH_FACTORS
+        ]
+        if point.site in ATTENDED:
+            low, high = seen.of_clusters(labels, "mean")
+            middle = torch.full_like(low, (2**bits - 1) / 2)
+            # Rotated channels are as often above zero as below: steps lie on both sides alike.
+            grids.append((torch.maximum(high, -low).clamp(min=LEAST_END) / middle, middle))
+        found = []
+        for grid in grids:
+            for reach in REACHES:
+                if point.site in ATTENDED:
+                    of_heads = grid[0].new_full((self._heads.keys,), reach)
+                    found.append(CandidateGrid(*grid, head_reach=of_heads))
+                else:
+                    found.append(CandidateGrid(*grid, reach=grid[0].new_tensor([reach])))
+        return found
+
+    def _mixed(
+        self, point: RoundingPoint, seen: ChannelRanges, labels: Tensor, bits: int, final: bool
+    ) -> list[CandidateGrid]:
+        """Candidates whose channels have different numbers of bits."""
+        importance, heads = self._importance(point, final), self._heads.keys
+        scale, zero, widths = mixed_grid(seen, importance, labels, bits, heads)
+        shifted = through(seen.firsts.mean(0), scale, zero, labels)
+        shifted = torch.where(widths > 0, shifted, zero)
+        feedback = feedback_of(self._moments(point, final))
+        return [
+            CandidateGrid(scale, zero, widths=widths),
+            CandidateGrid(scale, shifted, widths=widths),
+            CandidateGrid(scale, zero, feedback, widths=widths),
+            CandidateGrid(scale, shifted, feedback, widths=widths),
+        ]
 
     def _shown(self, point: RoundingPoint, final: bool) -> ChannelRanges:
         seen = self._reordering.ranges_at(point)

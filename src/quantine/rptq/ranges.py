@@ -74,6 +74,14 @@ def cheapest_ranges(
     Returns:
         Scale and zero point, ``[clusters]`` float32 each.
     """
+    scale, zero, _ = cheapest_ranges_and_costs(seen, importance, labels, bits)
+    return scale, zero
+
+
+def cheapest_ranges_and_costs(
+    seen: ChannelRanges, importance: Tensor, labels: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cheapest_ranges`, and the expected error of each cluster, ``[clusters]`` float32."""
     low, high = seen.of_clusters(labels)
     centre = torch.zeros_like(low).clamp(low, high)
     below, above = seen.surprises()
@@ -105,4 +113,4 @@ def cheapest_ranges(
             better = found < least
             least = torch.where(better, found, least)
             shares = torch.where(better, tried, shares)
-    return fit_activations(*ends(shares), bits)
+    return *fit_activations(*ends(shares), bits), least

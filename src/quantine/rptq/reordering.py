@@ -14,9 +14,11 @@ from quantine.activations.install import (
     link_of,
     read_links,
     rounding_points,
+    value_link,
 )
 from quantine.activations.reorder import order_of_outputs, reorder
 from quantine.activations.rotated_inputs import RotatedGrid
+from quantine.activations.rotated_values import turns_of_outputs
 from quantine.core.activation_spec import FINE_BITS, SITES_WITH_FACTORS, ActivationSpec
 from quantine.core.fit_range import (
     fit_activations,
@@ -90,11 +92,19 @@ class Reordering:
                 found[path] = order_of_outputs(block.get_submodule(path), order, link.rows, heads)
         return found
 
+    def turns_of_outputs(self, block: nn.Module) -> dict[str, Tensor]:
+        """How outputs of matrices were turned before `apply`, by path in ``block``.
+
+        See `quantine.activations.rotated_values.turns_of_outputs`.
+        """
+        link = value_link(self.family) if self._spec.rotates("value") else None
+        return {} if link is None else turns_of_outputs(block, link, self.heads)
+
     def clusters_at(self, point: RoundingPoint) -> Clusters:
         """The clusters of the channels at ``point``, in the order they have after `apply`."""
         if point.site == "value" and self._values is not None:
             return self._values
-        if self._spec.rotates(point.site):  # heads are mixed
+        if point.path in self._smoothings:  # heads are mixed
             return Clusters(torch.zeros_like(self.ranges_at(point).lows[0], dtype=torch.int64))
         link = link_of(self.family, point.kind)
         own = self._clusters[point.kind]
@@ -129,7 +139,7 @@ class Reordering:
     def grid(self, point: RoundingPoint, bits: int) -> StaticGrid:
         """The static grid that ``point`` has before any search."""
         grid = self._plain_grid(point, bits)
-        if not self._spec.rotates(point.site):
+        if point.path not in self._smoothings:
             return grid
         return RotatedGrid(grid, self._smoothings[point.path], self._centres[point.path])
 
@@ -150,10 +160,16 @@ class Reordering:
     def has_factors(self, point: RoundingPoint) -> bool:
         """Whether tokens may have factors at ``point``.
 
-        That takes an activation which only matrices read, and reordered channels. See
-        `quantine.kernels.integer.token_factors`.
+        That takes an activation which only matrices read, or rotated values, and reordered
+        channels. See `quantine.kernels.integer.token_factors`.
         """
-        return self._spec.token_factors and self._spec.reorders and point.site not in ATTENDED
+        suits = point.site not in ATTENDED or self._spec.rotates(point.site)
+        return self._spec.token_factors and self._spec.reorders and suits
+
+    @property
+    def has_mixed_keys(self) -> bool:
+        """Whether channels of keys may have different numbers of bits."""
+        return self._spec.mixed_keys
 
     def ranges_at(self, point: RoundingPoint) -> ChannelRanges:
         """Calibration ranges at ``point``, channels in the order they have after `apply`.

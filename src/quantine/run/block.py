@@ -39,7 +39,7 @@ from quantine.run.store import Reports
 from quantine.source.checkpoint import Checkpoint
 from quantine.statistics.hessian import Hessian
 from quantine.statistics.losses import RelativeLoss
-from quantine.statistics.output_covariance import reordered
+from quantine.statistics.output_covariance import reordered, turned
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,9 @@ class BlockRun:
         heads = Heads.of(job.config, job.family)
         with job.times.stage("reordering"):
             reordering = reorder_block(sequential, self.index, block, family, heads, spec)
-            self.couplings = self._couplings_after(reordering.orders_of_outputs(block))
+            self.couplings = self._couplings_after(
+                reordering.turns_of_outputs(block), reordering.orders_of_outputs(block)
+            )
         decisions = []
         for decision in job.block_schemes(self.index):
             layer = decision.layer
@@ -180,13 +182,19 @@ class BlockRun:
         packed = [decision.layer.name for decision in decisions]
         return decisions, float_tensors(block, path, self.checkpoint, packed)
 
-    def _couplings_after(self, orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`couplings` after outputs of matrices were reordered, ``orders`` by path in the block."""
+    def _couplings_after(
+        self, turns: Mapping[str, Tensor], orders: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`couplings` after outputs were turned and then reordered, each by path in the block."""
         path = f"{self.job.family.blocks}.{self.index}"
         found = {}
         for name, coupling in self.couplings.items():
-            order = orders.get(name.removeprefix(f"{path}."))
-            found[name] = coupling if order is None else reordered(coupling, order.to(CPU))
+            inside = name.removeprefix(f"{path}.")
+            if inside in turns:
+                coupling = turned(coupling, turns[inside].to(CPU))
+            if inside in orders:
+                coupling = reordered(coupling, orders[inside].to(CPU))
+            found[name] = coupling
         return found
 
     def _solved(self, decisions: Sequence[Decision]) -> Iterator[Solved]:

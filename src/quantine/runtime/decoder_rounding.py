@@ -107,6 +107,8 @@ class Roundings:
             not is_plain_grid(site)
             or not isinstance(site, StaticGrid)
             or site.reached() is not None
+            or site.head_reached() is not None
+            or site.uneven() is not None
         ):
             _unknown(what, site)
         scale, zero = (values.view(-1, dim) for values in site.of_channels())

@@ -8,7 +8,7 @@ decoded floats, of one layer at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,7 @@ from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
 from quantine.families import described_family
 from quantine.families.layers import block_list
-from quantine.kernels import backend
-from quantine.kernels.bits.reference import packed_bytes
-from quantine.kernels.kv_attention.packed_states import PackedStates, RecordedStates
-from quantine.kernels.kv_attention.packing import pack_states
+from quantine.kernels.kv_attention.state_grid import StateGrid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,40 +30,6 @@ ASSERTING: Final = ("cpu", "cuda")
 """Devices where PyTorch asserts without the host. On others `pack_states` reads and raises."""
 BLOCK: Final = 64
 """Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
-
-
-class HeadGrid(NamedTuple):
-    """The grid of the keys or the values of a block, head by head.
-
-    Attributes:
-        bits, scale, zero: as of `PackedStates`.
-        feedback: as for `pack_states`.
-    """
-
-    bits: int
-    scale: Tensor
-    zero: Tensor
-    feedback: Tensor | None
-
-    @classmethod
-    def of(cls, grid: StaticGrid, dim: int) -> HeadGrid:
-        """What ``grid`` says of its channels, ``dim`` in each head."""
-        scale, zero = grid.of_channels()
-        return cls(grid.bits, scale.view(-1, dim), zero.view(-1, dim), grid.fed())
-
-    @property
-    def row(self) -> int:
-        """Bytes of a token of a head."""
-        return packed_bytes(self.scale.shape[1], self.bits)
-
-    def pack(self, states: Tensor, packed: Tensor, start: Tensor | None = None) -> None:
-        """Round ``states`` into ``packed``: see `pack_states`."""
-        pack_states(states, self.bits, self.scale, self.zero, packed, self.feedback, start)
-
-    def states(self, packed: Tensor, dtype: torch.dtype) -> PackedStates | RecordedStates:
-        """What ``packed`` stands for; while PyTorch compiles, in a form that it can compile."""
-        kind = RecordedStates if backend.is_compiled() else PackedStates
-        return kind(packed, self.bits, self.scale, self.zero, dtype)
 
 
 class PackedLayer(DynamicLayer):
@@ -84,7 +47,7 @@ class PackedLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self._grids = key_grid, value_grid
         self._rooms: list[Tensor] = []
-        self._by_head: list[HeadGrid] = []
+        self._by_head: list[StateGrid] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set up empty codes; called by the first `update`.
@@ -95,7 +58,7 @@ class PackedLayer(DynamicLayer):
         """
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
-        self._by_head = [HeadGrid.of(grid, dim) for grid in self._grids]
+        self._by_head = [grid.by_head(dim) for grid in self._grids]
         self._rooms = [
             torch.empty(batch, heads, 0, grid.row, dtype=torch.uint8, device=self.device)
             for grid in self._by_head
@@ -173,7 +136,7 @@ class StaticPackedLayer(StaticLayer):
         super().__init__(max_cache_len=room)
         self._grids = key_grid, value_grid
         self._counts = counts
-        self._by_head: list[HeadGrid] = []
+        self._by_head: list[StateGrid] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate the codes; called by the first `update`.
@@ -185,7 +148,7 @@ class StaticPackedLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, dim = key_states.shape
         self.k_head_dim = self.v_head_dim = dim
-        self._by_head = [HeadGrid.of(grid, dim) for grid in self._grids]
+        self._by_head = [grid.by_head(dim) for grid in self._grids]
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
         rooms = [
             torch.zeros(*shape, grid.row, dtype=torch.uint8, device=self.device)

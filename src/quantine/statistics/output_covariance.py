@@ -84,18 +84,51 @@ def reordered(coupling: Tensor, order: Tensor) -> Tensor:
     """
     outputs, run = coupling.shape
     missing = -outputs % run
-    runs = torch.nn.functional.pad(coupling.float(), (0, 0, 0, missing)).unflatten(0, (-1, run))
-    costs = runs.diagonal(0, 1, 2).clone()
-    costs.flatten()[outputs:] = 1.0
-    lower = runs.tril(-1)
-    lower.diagonal(0, 1, 2).fill_(1.0)
-    moments = (lower * costs.unsqueeze(1)) @ lower.mT
+    moments = _moments(coupling)
     places = torch.nn.functional.pad(order, (0, missing))
     places[outputs:] = torch.arange(outputs, outputs + missing, device=order.device)
     of, inside = places.view(-1, run) // run, places.view(-1, run) % run
     moved = moments[of.unsqueeze(2), inside.unsqueeze(2), inside.unsqueeze(1)]
     moved.mul_(of.unsqueeze(2) == of.unsqueeze(1))
     return _unit_factor(moved)[:outputs].contiguous()
+
+
+def turned(coupling: Tensor, turn: Tensor) -> Tensor:
+    """What errors of outputs ask of each other after the outputs were turned.
+
+    Outputs that share a run only afterwards do not make up for each other, as with `reordered`.
+
+    Args:
+        coupling: as there, on the CPU.
+        turn: ``[out, out]`` float32: an orthogonal matrix that outputs are multiplied with from the
+            right.
+
+    Returns:
+        The same of the turned outputs, ``[out, run]`` float32.
+    """
+    outputs, run = coupling.shape
+    moments, missing = _moments(coupling), -outputs % run
+    padded = torch.nn.functional.pad(turn, (0, missing, 0, missing))
+    padded.diagonal()[outputs:] = 1.0
+    parts = padded.unflatten(0, (-1, run)).unflatten(2, (-1, run)).movedim(2, 1)  # from run, to run
+    moved = torch.stack([(part.mT @ moments @ part).sum(0) for part in parts.unbind(1)])
+    return _unit_factor(moved)[:outputs].contiguous()
+
+
+def _moments(coupling: Tensor) -> Tensor:
+    """The damped second moments that `OutputCovariance.coupling` came from.
+
+    ``[runs, run, run]`` float32; outputs that the last run lacks have 1 on the diagonal.
+    """
+    outputs, run = coupling.shape
+    missing = -outputs % run
+    runs = torch.nn.functional.pad(coupling.float(), (0, 0, 0, missing)).unflatten(0, (-1, run))
+    costs = runs.diagonal(0, 1, 2).clone()
+    costs.flatten()[outputs:] = 1.0
+    lower = runs.tril(-1)
+    lower.diagonal(0, 1, 2).fill_(1.0)
+    found: Tensor = (lower * costs.unsqueeze(1)) @ lower.mT
+    return found
 
 
 def _unit_factor(moments: Tensor) -> Tensor:

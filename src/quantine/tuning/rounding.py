@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from quantine.activations.grids import REACH, StaticGrid
+from quantine.activations.grids import HEAD_REACH, REACH, StaticGrid
 from quantine.activations.install import RoundingPoint, rebuild_block, rounding_points
 from quantine.core.activation_spec import UNQUANTIZED, ActivationSpec
 from quantine.core.ambient import without_autocast
@@ -52,7 +52,8 @@ class TunedGrid(nn.Module):
 
     Args:
         grid: the grid at the beginning.
-        fractional: whether zero points may be fractions; others stay.
+        fractional: whether zero points may be fractions; others stay, as those do whose tokens have
+            factors, which have to lie in the code range.
     """
 
     def __init__(self, grid: StaticGrid, fractional: bool) -> None:
@@ -60,11 +61,13 @@ class TunedGrid(nn.Module):
         self._grid, feedback = grid, grid.fed()
         self._passed = None if feedback is None else feedback.float()
         self._alone = None if feedback is None else _inverse(feedback)
-        tuned, reach = {"scale": grid.scale}, grid.reached()
-        if reach is not None:
-            # One scale is nothing beside factors of tokens, which take off what it changes.
-            tuned = {**(tuned if len(grid.scale) > 1 else {}), REACH: reach}
-        if fractional:
+        tuned, reach = {"scale": grid.scale}, None
+        for leaf, found in ((REACH, grid.reached()), (HEAD_REACH, grid.head_reached())):
+            if found is not None:
+                # One scale is nothing beside factors of tokens, which take off what it changes.
+                reach = found
+                tuned = {**(tuned if len(grid.scale) > 1 else {}), leaf: found}
+        if fractional and reach is None:
             tuned["zero"] = grid.zero
         for name, value in tuned.items():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -78,10 +81,16 @@ class TunedGrid(nn.Module):
         """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""
         grid, labels = self._grid, self._grid.get_buffer("labels")
         scale, zero = self._now("scale"), self._now("zero")
-        reach, feedback = self._parameters.get(REACH), grid.fed()
+        reach, head_reach = self._parameters.get(REACH), self._parameters.get(HEAD_REACH)
         grid.refit(
-            scale.detach(), zero.detach(), feedback, None if reach is None else reach.detach()
+            scale.detach(),
+            zero.detach(),
+            grid.fed(),
+            None if reach is None else reach.detach(),
+            None if head_reach is None else head_reach.detach(),
+            grid.uneven(),
         )
+        reach = head_reach if reach is None else reach
         values = grid.to_grid(x).float()
         rounded = grid.rounded(values.detach())
         step, zeros = scale.index_select(0, labels), zero.index_select(0, labels)
@@ -114,17 +123,21 @@ def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Ten
         x: ``[..., channels]`` float32.
         scale, zero: ``[channels]`` float32.
         bits: number of bits of one code.
-        reach: ``[1]`` float32.
+        reach: ``[heads]`` float32; ``[1]`` where heads have no factors of their own.
 
     Returns:
-        ``[..., 1]`` float32, see `quantine.kernels.integer.token_factors.factors`.
+        ``[..., channels]`` float32, see `quantine.kernels.integer.token_factors.factors`.
     """
+    heads = len(reach)
+    values, scale, zero = (part.unflatten(-1, (heads, -1)) for part in (x, scale, zero))
+    reach = reach.unsqueeze(-1)
     with torch.no_grad():
         above, below = steepness(scale, zero, bits, reach)
-        asked, asking = torch.maximum(x * above, x * below).max(-1, keepdim=True)
-        found = factors(x, above, below)
-    relative = (reach / reach.detach()) * (scale.detach() / scale)[asking]
-    return torch.where(found == asked, found * relative, found)
+        asked, asking = torch.maximum(values * above, values * below).max(-1, keepdim=True)
+        found = factors(values, above, below)
+    ends = (scale.detach() / scale).expand(values.shape).gather(-1, asking)
+    followed = torch.where(found == asked, found * (reach / reach.detach()) * ends, found)
+    return followed.expand(values.shape).flatten(-2)
 
 
 def _inverse(feedback: Tensor) -> Tensor:

@@ -58,12 +58,14 @@ def attend(
     if isinstance(key, RecordedStates) or isinstance(value, RecordedStates):
         assert isinstance(key, RecordedStates)
         assert isinstance(value, RecordedStates)
-        if not reference:
+        if not reference and key.rows.is_plain and value.rows.is_plain:
             return _operated(query, key, value, mask, scoring, keep)
         key, value = key.decoded(), value.decoded()
     if reference or _learning(key, value):
         return attend_reference(query, key, value, mask, scoring, dropout)
-    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+    if _is_plain(key) and _is_plain(value):
+        assert isinstance(key, PackedStates)
+        assert isinstance(value, PackedStates)
         kind = _kind(query, key, value, mask)
         if kind == "triton":
             return _operated(query, key, value, mask, scoring, keep)
@@ -72,6 +74,11 @@ def attend(
     if query.device.type == "cpu" and not backend.is_recorded() and _in_tiles(query, key):
         return attend_in_tiles(query, key, value, mask, scoring, keep)
     return attend_reference(query, key, value, mask, scoring)
+
+
+def _is_plain(states: Tensor) -> bool:
+    """Whether ``states`` are packed codes as kernels multiply them."""
+    return isinstance(states, PackedStates) and states.rows.is_plain
 
 
 def _kind(

@@ -52,7 +52,28 @@ def pack_states(
     feedback: Tensor | None,
 ) -> None:
     """See `quantine.kernels.kv_attention.packing.pack_states`."""
+    _pack(states, scale, zero, feedback, bits, packed, None)
+
+
+def state_codes(
+    states: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor | None, tops: Tensor
+) -> Tensor:
+    """See `quantine.kernels.kv_attention.state_codes.state_codes_reference`."""
+    codes = torch.empty(states.shape, dtype=torch.uint8)
+    _pack(states, scale, zero, feedback, 8, codes, tops)
+    return codes
+
+
+def _pack(
+    states: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    feedback: Tensor | None,
+    bits: int,
+    packed: Tensor,
+    tops: Tensor | None,
+) -> None:
     floats = states.detach().float()
     floats = floats if floats.stride(3) == 1 else floats.contiguous()
     halves = None if feedback is None else feedback.contiguous().view(torch.int16)
-    backend.extension().pack_states(floats, scale, zero, halves, bits, packed, pool())
+    backend.extension().pack_states(floats, scale, zero, halves, bits, packed, tops, pool())

@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantine.core.grid import decode, encode
+from quantine.core.grid import decode, encode_up_to
 
 
-def encode_fed(x: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor, bits: int) -> Tensor:
+def encode_fed(x: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor, tops: Tensor) -> Tensor:
     """Codes of queries, keys or values, rounded with error feedback.
 
     Args:
@@ -22,15 +22,15 @@ def encode_fed(x: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor, bits: i
         scale, zero: ``[heads, dim]`` float32.
         feedback: ``[heads, dim, dim]`` float32: in row ``i`` what an error of channel ``i``
             subtracts from each later one, see `quantine.rptq.feedback.feedback_of`.
-        bits: number of bits of one code, 2 to 8.
+        tops: ``[heads, dim]`` float32, the largest code of each channel.
 
     Returns:
-        Whole numbers from 0 to ``2**bits - 1``, float32 in the shape of ``x``.
+        Whole numbers from 0 to ``tops``, float32 in the shape of ``x``.
     """
     rest, codes = x.clone(), torch.empty_like(x)
     for channel in range(x.shape[-1]):
         own = scale[:, channel], zero[:, channel]
-        codes[..., channel] = encode(rest[..., channel], *own, bits)
+        codes[..., channel] = encode_up_to(rest[..., channel], *own, tops[:, channel])
         error = rest[..., channel] - decode(codes[..., channel], *own)
         after = slice(channel + 1, None)
         rest[..., after] -= error.unsqueeze(-1) * feedback[:, channel, after]

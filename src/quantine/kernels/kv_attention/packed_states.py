@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,32 @@ from torch.utils._pytree import tree_map_only
 
 from quantine.core.grid import decode
 from quantine.kernels.bits import unpack
+from quantine.kernels.bits.reference import packed_bytes
+from quantine.kernels.kv_attention.digits import DIGIT, Digits
+
+FACTOR_BYTES: Final = 2
+"""Bytes of the factor of a token, a float16, behind its codes."""
+
+
+class RowLayout(NamedTuple):
+    """What the rows of packed keys or values are, besides codes of the same number of bits.
+
+    Attributes:
+        digits: where the codes of channels are that have different numbers of bits; else ``None``.
+        factors: whether a factor of the token follows, by which what codes stand for is multiplied.
+    """
+
+    digits: Digits | None = None
+    factors: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are nothing else, so that kernels multiply them."""
+        return self.digits is None and not self.factors
+
+
+PLAIN: Final = RowLayout()
+"""Codes of the same number of bits and nothing else."""
 
 
 class PackedStates(Tensor):
@@ -26,16 +52,24 @@ class PackedStates(Tensor):
         bits: number of bits of one code, 2 to 8.
         scale, zero: ``[heads, dim]`` float32: a code ``c`` stands for ``scale * (c - zero)``.
         dtype: float dtype that the tensor shows and decodes to.
+        rows: what rows are, besides codes.
     """
 
     packed: Tensor
     bits: int
     scale: Tensor
     zero: Tensor
+    rows: RowLayout
 
     @staticmethod
     def __new__(
-        cls, packed: Tensor, bits: int, scale: Tensor, zero: Tensor, dtype: torch.dtype
+        cls,
+        packed: Tensor,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        dtype: torch.dtype,
+        rows: RowLayout = PLAIN,
     ) -> PackedStates:
         """A tensor ``[batch, heads, tokens, dim]`` without memory; `__init__` adds the codes."""
         shape = (*packed.shape[:3], scale.shape[1])
@@ -45,9 +79,16 @@ class PackedStates(Tensor):
         return made
 
     def __init__(
-        self, packed: Tensor, bits: int, scale: Tensor, zero: Tensor, dtype: torch.dtype
+        self,
+        packed: Tensor,
+        bits: int,
+        scale: Tensor,
+        zero: Tensor,
+        dtype: torch.dtype,
+        rows: RowLayout = PLAIN,
     ) -> None:
         self.packed, self.bits, self.scale, self.zero = packed, bits, scale, zero
+        self.rows = rows
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tensors inside: packed codes, scales, zero points."""
@@ -85,6 +126,7 @@ class RecordedStates:
     scale: Tensor
     zero: Tensor
     dtype: torch.dtype
+    rows: RowLayout = PLAIN
 
     @property
     def shape(self) -> torch.Size:
@@ -97,8 +139,19 @@ class RecordedStates:
 
 
 def _decoded(states: PackedStates | RecordedStates) -> Tensor:
-    batch, heads, tokens, dim = states.shape
-    rows = states.packed.reshape(batch * heads * tokens, states.packed.shape[3])
-    codes = unpack(rows, states.bits, dim).view(batch, heads, tokens, dim)
+    dim, (digits, factors) = states.shape[3], states.rows
+    if digits is None:
+        codes = _codes(states.packed, states.bits, dim)
+    else:
+        codes = digits.joined(_codes(states.packed, DIGIT, digits.place.shape[1]), dim)
     floats = decode(codes, states.scale.unsqueeze(1), states.zero.unsqueeze(1))
+    if factors:
+        floats *= states.packed[..., -FACTOR_BYTES:].contiguous().view(torch.float16)
     return floats.to(states.dtype)
+
+
+def _codes(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The first ``count`` codes of each row, ``[batch, heads, tokens, count]`` uint8."""
+    rows = packed[..., : packed_bytes(count, bits)]
+    codes: Tensor = unpack(rows.reshape(-1, rows.shape[3]), bits, count)
+    return codes.view(*packed.shape[:3], count)

@@ -67,14 +67,19 @@ def _chosen(
         programs.pack_states(states, bits, scale, zero, packed, feedback, start)
         return
     if start is not None:
-        packed = _part(packed, int(start), states.shape[2])
+        packed = part_of(packed, int(start), states.shape[2])
     if kind == "native":
         cpu.pack_states(states, bits, scale, zero, packed, feedback)
     else:
         packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
 
 
-def _part(packed: Tensor, start: int, tokens: int) -> Tensor:
+def part_of(packed: Tensor, start: int, tokens: int) -> Tensor:
+    """So many tokens of ``packed`` ``[batch, heads, room, bytes]`` from place ``start`` on.
+
+    Raises:
+        ValueError: there is no room for them.
+    """
     room = packed.shape[2]
     if not 0 <= start <= room - tokens:
         raise ValueError(f"{tokens} tokens after {start}, in a cache with room for {room}")
@@ -111,7 +116,8 @@ def pack_states_reference(
     else:
         tokens_first = floats.transpose(1, 2)
         with without_autocast(states.device):
-            codes = encode_fed(tokens_first, scale, zero, feedback.float(), bits).transpose(1, 2)
+            tops = torch.full_like(scale, 2**bits - 1)
+            codes = encode_fed(tokens_first, scale, zero, feedback.float(), tops).transpose(1, 2)
     rows = codes.byte().reshape(-1, states.shape[3])
     return pack_reference(rows, bits).view(*states.shape[:3], packed_bytes(states.shape[3], bits))
 
