@@ -13,6 +13,7 @@ from quantine.run.estimate import estimate
 from quantine.run.prepare import prepare
 
 KV = "rounded while the model runs: key, value to 4 bits, a grid for each cluster"
+STARTS = ("rounded while", "rotated", "channels of keys")
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,14 @@ KV = "rounded while the model runs: key, value to 4 bits, a grid for each cluste
             ],
         ),
         (
+            Plan.scheme("W4A4KV-rotated-mixed"),
+            [
+                KV,
+                "rotated before they are: value",
+                "channels of keys may have different bits, 4 on average",
+            ],
+        ),
+        (
             Plan.scheme("W4A4-token"),
             [
                 "rounded while the model runs: norm, softmax to 8 bits; query, key, value, "
@@ -43,4 +52,4 @@ def test_rounded_activations_are_told(
 ) -> None:
     job = prepare(tiny("llama"), plan, short)
     lines = plan_lines(job, estimate(job))
-    assert [line for line in lines if line.startswith(("rounded while", "rotated"))] == said
+    assert [line for line in lines if line.startswith(STARTS)] == said

@@ -12,7 +12,7 @@ from quantine.core.spec import QuantSpec
 from quantine.kernels.gram import add_gram
 from quantine.methods.gptq import GPTQ
 from quantine.statistics.hessian import Hessian
-from quantine.statistics.output_covariance import DAMP, RUN, OutputCovariance, reordered
+from quantine.statistics.output_covariance import DAMP, RUN, OutputCovariance, reordered, turned
 from samples import generator, random_weight
 
 
@@ -118,6 +118,25 @@ def test_outputs_that_come_into_one_run_only_then_ask_nothing() -> None:
         unit = lower.tril(-1) + torch.eye(len(part), dtype=torch.float64)
         assert not bool(((unit * costs) @ unit.T)[apart].abs().gt(1e-5).any())
         assert not bool(part[:, len(part) :].any())
+
+
+@pytest.mark.parametrize("outputs", [96, 2 * RUN + 16])
+def test_turned_outputs_ask_what_their_gradients_say(outputs: int) -> None:
+    found = gradients(40, outputs)
+    before = moved(found, torch.arange(outputs))
+    # Heads of 16 outputs lie inside of runs, and some of the outputs stay.
+    turn = torch.eye(outputs)
+    for start in range(0, outputs - 16, 16):
+        square = torch.randn(16, 16, generator=generator(start))
+        turn[start : start + 16, start : start + 16] = torch.linalg.qr(square)[0]
+    # Turning keeps the mean square of a token, and so what it counts.
+    wanted = moved((found.double() @ turn.double()).float(), torch.arange(outputs))
+    torch.testing.assert_close(turned(before, turn), wanted, rtol=1e-3, atol=2e-4)
+    order = torch.randperm(outputs, generator=generator(9))
+    as_matrix = torch.eye(outputs)[:, order]
+    torch.testing.assert_close(
+        turned(before, as_matrix), reordered(before, order), rtol=1e-3, atol=2e-4
+    )
 
 
 @pytest.mark.parametrize("axis", ["in", "out"])

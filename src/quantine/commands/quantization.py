@@ -101,8 +101,9 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="weights and activations: W4A16, W4A8, W4A4, W4A4KV (keys and values only), any other "
         "WxAy[KV]; with -strict norm outputs have y bits, too (else 8 at least), -rotated rotates "
-        "inputs of less than 8 bits while the model runs, -faithful is RPTQ as published, -tensor "
-        "and -token are for comparison; with --bits-per-weight that says what weights have",
+        "inputs and values of less than 8 bits, -mixed gives keys bits channel by channel, "
+        "-faithful is RPTQ as published, -tensor and -token are for comparison; with "
+        "--bits-per-weight that says what weights have",
     )
     parser.add_argument(
         "--bits-per-weight",

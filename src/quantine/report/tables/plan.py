@@ -181,9 +181,11 @@ def _activation_lines(job: Job) -> list[str]:
     if not rounded:
         return []
     rotated = [f"rotated before they are: {', '.join(spec.rotated)}"] if spec.rotated else []
+    mixed = f"channels of keys may have different bits, {spec.key} on average"
     return [
         f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}",
         *rotated,
+        *([mixed] if spec.mixed_keys else []),
     ]
 
 
