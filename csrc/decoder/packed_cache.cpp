@@ -98,8 +98,8 @@ PackedStates PackedCache::states(const Side& side, std::size_t from) const {
   const auto* codes = static_cast<const std::uint8_t*>(side.codes.get()) + from * side.bytes;
   const std::size_t extent = (heads_.kv_heads * capacity_ - from) * side.bytes + kBehind;
   const StateGrid grid = side.channels.grid();
-  return {codes,      0,          capacity_ * side.bytes, side.bytes, extent,
-          grid.bits,  grid.scale, grid.zero};
+  return {codes,      0,         capacity_ * side.bytes, side.bytes, extent, grid.bits,
+          grid.scale, grid.zero, heads_.dim,             nullptr,    nullptr, false};
 }
 
 }  // namespace quantine

@@ -16,11 +16,16 @@ using ConstHalves3 = nb::ndarray<const std::int16_t, nb::ndim<3>, nb::c_contig, 
 using Codes4 = nb::ndarray<const std::uint8_t, nb::ndim<4>, nb::device::cpu>;
 using Channels = Array<const float>;
 
+using Places = nb::ndarray<const std::int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+constexpr std::size_t kFactorBytes = 2;
+
 quantine::PackedStates states(const Codes4& codes, int bits, const Channels& scale,
-                              const Channels& zero, std::size_t dim) {
+                              const Channels& zero, std::size_t dim, std::size_t count,
+                              bool factors) {
   if (bits < 2 || bits > 8) throw nb::value_error("bits must be 2 to 8");
-  if (codes.shape(3) != quantine::packed_bytes(dim, bits) ||
-      (codes.shape(3) > 1 && codes.stride(3) != 1))
+  const std::size_t row = quantine::packed_bytes(count, bits) + (factors ? kFactorBytes : 0);
+  if (codes.shape(3) != row || (codes.shape(3) > 1 && codes.stride(3) != 1))
     throw nb::value_error("rows of codes must be bit streams of as many codes as queries have");
   for (std::size_t axis = 0; axis < 3; ++axis)
     if (codes.stride(axis) < 0) throw nb::value_error("codes must not run backwards");
@@ -31,7 +36,24 @@ quantine::PackedStates states(const Codes4& codes, int bits, const Channels& sca
   };
   std::size_t extent = codes.shape(3);
   for (std::size_t axis = 0; axis < 3; ++axis) extent += (codes.shape(axis) - 1) * stride(axis);
-  return {codes.data(), stride(0), stride(1), stride(2), extent, bits, scale.data(), zero.data()};
+  return {codes.data(), stride(0),    stride(1), stride(2), extent, bits,
+          scale.data(), zero.data(), count,     nullptr,   nullptr, factors};
+}
+
+// Keys whose codes are cut into digits: of which channel each is, and what it is worth in the code.
+quantine::PackedStates digits(const Codes4& codes, const Channels& scale, const Channels& zero,
+                              std::size_t dim, int bits, const Places& place,
+                              const Channels& weight) {
+  const std::size_t count = place.shape(1);
+  if (place.shape(0) != codes.shape(1) || !has_shape(weight, place.shape(0), count))
+    throw nb::value_error("place and weight must be [kv_heads, digits]");
+  for (std::size_t index = 0; index < place.size(); ++index)
+    if (place.data()[index] < 0 || place.data()[index] >= static_cast<std::int64_t>(dim))
+      throw nb::value_error("digits must be of channels that there are");
+  quantine::PackedStates found = states(codes, bits, scale, zero, dim, count, false);
+  found.place = place.data();
+  found.weight = weight.data();
+  return found;
 }
 
 void pack_states(nb::ndarray<const float, nb::ndim<4>, nb::device::cpu> states, Channels scale,
@@ -92,9 +114,10 @@ quantine::ScoreMask mask_of(const std::optional<ConstFloats4>& mask, std::size_t
 }
 
 void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key_scale,
-                   Channels key_zero, Codes4 values, int value_bits, Channels value_scale,
-                   Channels value_zero, std::optional<ConstFloats4> mask, float scaling,
-                   float softcap, int softmax_bits, bool relative, Floats4 probabilities,
+                   Channels key_zero, std::optional<Places> key_place,
+                   std::optional<Channels> key_weight, Codes4 values, int value_bits,
+                   Channels value_scale, Channels value_zero, bool value_factors,
+                   std::optional<ConstFloats4> mask, float scaling, float softcap, int softmax_bits, bool relative, Floats4 probabilities,
                    Floats4 out, quantine::Pool& pool) {
   const std::size_t batch = queries.shape(0), heads = queries.shape(1), rows = queries.shape(2);
   const std::size_t dim = queries.shape(3), kv_heads = keys.shape(1), context = keys.shape(2);
@@ -110,14 +133,21 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
       out.shape(0) != batch || out.shape(1) != rows || out.shape(2) != heads || out.shape(3) != dim)
     throw nb::value_error("probabilities must be [batch, heads, rows, context], out [batch, rows, "
                           "heads, dim]");
+  if (key_place.has_value() != key_weight.has_value())
+    throw nb::value_error("place and weight go together");
+  const quantine::PackedStates packed_keys =
+      key_place ? digits(keys, key_scale, key_zero, dim, key_bits, *key_place, *key_weight)
+                : states(keys, key_bits, key_scale, key_zero, dim, dim, false);
+  const quantine::PackedStates packed_values =
+      states(values, value_bits, value_scale, value_zero, dim, dim, value_factors);
   const quantine::PackedAttention call{batch,
                                        heads,
                                        kv_heads,
                                        rows,
                                        context,
                                        dim,
-                                       states(keys, key_bits, key_scale, key_zero, dim),
-                                       states(values, value_bits, value_scale, value_zero, dim),
+                                       packed_keys,
+                                       packed_values,
                                        mask_of(mask, batch, heads, rows, context),
                                        scaling,
                                        softcap,
@@ -134,8 +164,10 @@ void bind_kv_attention(nb::module_& m) {
         nb::arg("feedback").none(), nb::arg("bits"), nb::arg("packed"),
         nb::arg("tops").none(), nb::arg("pool"));
   m.def("attend_packed", &attend_packed, nb::arg("queries"), nb::arg("keys"), nb::arg("key_bits"),
-        nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("values"), nb::arg("value_bits"),
-        nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("mask").none(), nb::arg("scaling"),
+        nb::arg("key_scale"), nb::arg("key_zero"), nb::arg("key_place").none(),
+        nb::arg("key_weight").none(), nb::arg("values"), nb::arg("value_bits"),
+        nb::arg("value_scale"), nb::arg("value_zero"), nb::arg("value_factors"),
+        nb::arg("mask").none(), nb::arg("scaling"),
         nb::arg("softcap"), nb::arg("softmax_bits"), nb::arg("relative"), nb::arg("probabilities"),
         nb::arg("out"), nb::arg("pool"));
 }

@@ -86,38 +86,50 @@ class Run {
       : call_(call),
         level_(chosen_level()),
         probabilities_(probabilities),
-        width_((call.dim + kStateLanes - 1) / kStateLanes * kStateLanes),
+        key_width_(padded(call.keys.count)),
+        width_(padded(call.dim)),
         group_(call.heads / call.kv_heads * call.rows),
         spans_((call.context + kSpanTokens - 1) / kSpanTokens),
-        queries_(count() * width_ / kStateLanes),
+        queries_(count() * key_width_ / kStateLanes),
         offsets_(count()),
         totals_(count()),
-        partials_(spans_ * count() * width_) {}
+        partials_(spans_ * count() * width_),
+        factors_(call.values.factors ? call.batch * call.kv_heads * call.context : 0),
+        weighted_(call.values.factors ? count() * call.context : 0) {}
 
   std::size_t count() const { return call_.batch * call_.heads * call_.rows; }
   std::size_t tasks() const { return call_.batch * call_.kv_heads * spans_; }
 
-  // Queries take the scales of keys; what zero points take off is the same for all tokens.
+  // Queries take the scales of keys; what zero points take off is the same for all tokens. For
+  // digits, they take what these are worth, too.
   void prepare(const float* queries) {
+    std::vector<float> channels(call_.dim);
     for (std::size_t index = 0; index < count(); ++index) {
       const std::size_t head = index / group_ % call_.kv_heads;
       const float* x = queries + index * call_.dim;
       const float* scale = call_.keys.scale + head * call_.dim;
       const float* zero = call_.keys.zero + head * call_.dim;
-      float* scaled = query(index);
+      float* scaled = call_.keys.place == nullptr ? query(index) : channels.data();
       for (std::size_t d = 0; d < call_.dim; ++d) scaled[d] = x[d] * call_.scaling * scale[d];
       offsets_[index] = sum_of(call_.dim, [=](std::size_t d) { return scaled[d] * zero[d]; });
+      if (call_.keys.place == nullptr) continue;
+      const std::int64_t* place = call_.keys.place + head * call_.keys.count;
+      const float* weight = call_.keys.weight + head * call_.keys.count;
+      float* of_digits = query(index);
+      for (std::size_t j = 0; j < call_.keys.count; ++j)
+        of_digits[j] = scaled[place[j]] * weight[j];
     }
   }
 
   void score(std::size_t task) {
     std::vector<std::uint8_t> copy;
-    const StateRows rows = rows_of(call_.keys, task, copy);
+    const StateRows rows = rows_of(call_.keys, task, key_width_, copy);
     const std::size_t from = first_query(task);
     for (std::size_t q = from; q < from + group_; q += kStateQueries)
       level_.score(rows, query(q), offsets_.data() + q,
                    std::min(kStateQueries, from + group_ - q),
                    probabilities_ + q * call_.context + first_token(task), call_.context);
+    if (call_.values.factors) read_factors(task);
   }
 
   void normalize_row(std::size_t index) {
@@ -132,14 +144,20 @@ class Run {
       for (std::size_t j = 0; j < n; ++j) scores[j] += mask[j];
     }
     totals_[index] = normalize(scores, n, call_.softmax_bits, call_.relative);
+    if (!call_.values.factors) return;
+    const float* factor = factors_.data() + index / group_ * n;
+    float* weights = weighted_.data() + index * n;
+    for (std::size_t j = 0; j < n; ++j) weights[j] = scores[j] * factor[j];
+    totals_[index] = sum_of(n, [weights](std::size_t j) { return weights[j]; });
   }
 
   void mix(std::size_t task) {
     std::vector<std::uint8_t> copy;
-    const StateRows rows = rows_of(call_.values, task, copy);
+    const StateRows rows = rows_of(call_.values, task, width_, copy);
     const std::size_t from = first_query(task);
+    const float* weights = call_.values.factors ? weighted_.data() : probabilities_;
     for (std::size_t q = from; q < from + group_; q += kStateQueries)
-      level_.mix(rows, probabilities_ + q * call_.context + first_token(task), call_.context,
+      level_.mix(rows, weights + q * call_.context + first_token(task), call_.context,
                  std::min(kStateQueries, from + group_ - q), partial(task % spans_, q));
   }
 
@@ -165,25 +183,47 @@ class Run {
  private:
   std::size_t first_token(std::size_t task) const { return task % spans_ * kSpanTokens; }
   std::size_t first_query(std::size_t task) const { return task / spans_ * group_; }
-  float* query(std::size_t index) { return queries_[index * width_ / kStateLanes].lane; }
+  float* query(std::size_t index) { return queries_[index * key_width_ / kStateLanes].lane; }
   float* partial(std::size_t span, std::size_t query) {
     return partials_.data() + (span * count() + query) * width_;
   }
 
-  // Kernels read whole vectors: a span at the very end of memory is copied first.
-  StateRows rows_of(const PackedStates& states, std::size_t task,
-                    std::vector<std::uint8_t>& copy) const {
-    const std::size_t head = task / spans_, first = first_token(task);
+  static std::size_t padded(std::size_t n) {
+    return (n + kStateLanes - 1) / kStateLanes * kStateLanes;
+  }
+
+  std::size_t at(const PackedStates& states, std::size_t task) const {
+    const std::size_t head = task / spans_;
+    return head / call_.kv_heads * states.batch_stride +
+           head % call_.kv_heads * states.head_stride + first_token(task) * states.token_stride;
+  }
+
+  // The factors of the tokens of a span, which are the last bytes of their rows.
+  void read_factors(std::size_t task) {
+    const PackedStates& values = call_.values;
+    const std::size_t first = first_token(task);
     const std::size_t tokens = std::min(kSpanTokens, call_.context - first);
-    const std::size_t at = head / call_.kv_heads * states.batch_stride +
-                           head % call_.kv_heads * states.head_stride + first * states.token_stride;
+    const std::uint8_t* tail = values.codes + at(values, task) + bytes_of(values);
+    std::vector<std::uint16_t> halves(tokens);
+    for (std::size_t j = 0; j < tokens; ++j)
+      std::memcpy(&halves[j], tail + j * values.token_stride, sizeof(std::uint16_t));
+    widen(halves.data(), tokens, factors_.data() + task / spans_ * call_.context + first);
+  }
+
+  static std::size_t bytes_of(const PackedStates& states) {
+    return (states.count * static_cast<std::size_t>(states.bits) + 7) / 8;
+  }
+
+  // Kernels read whole vectors: a span at the very end of memory is copied first.
+  StateRows rows_of(const PackedStates& states, std::size_t task, std::size_t width,
+                    std::vector<std::uint8_t>& copy) const {
+    const std::size_t tokens = std::min(kSpanTokens, call_.context - first_token(task));
     const auto bits = static_cast<std::size_t>(states.bits);
-    const std::size_t bytes = (call_.dim * bits + 7) / 8;
-    const std::size_t last = (tokens - 1) * states.token_stride;
-    StateRows rows{states.codes + at, states.token_stride, tokens, width_, states.bits};
-    if (at + last + width_ * bits / 8 + kStateOverread > states.extent) {
-      copy.assign(last + width_ * bits / 8 + kStateOverread, 0);
-      std::memcpy(copy.data(), rows.codes, last + bytes);
+    const std::size_t from = at(states, task), last = (tokens - 1) * states.token_stride;
+    StateRows rows{states.codes + from, states.token_stride, tokens, width, states.bits};
+    if (from + last + width * bits / 8 + kStateOverread > states.extent) {
+      copy.assign(last + width * bits / 8 + kStateOverread, 0);
+      std::memcpy(copy.data(), rows.codes, last + bytes_of(states));
       rows.codes = copy.data();
     }
     return rows;
@@ -192,9 +232,12 @@ class Run {
   const PackedAttention& call_;
   const StateLevel& level_;
   float* probabilities_;
-  std::size_t width_, group_, spans_;  // group_: queries that share a head of keys and values
+  std::size_t key_width_, width_;
+  std::size_t group_, spans_;  // group_: queries that share a head of keys and values
   std::vector<Lanes> queries_;
   std::vector<float> offsets_, totals_, partials_;
+  std::vector<float> factors_;   // [batch, kv_heads, context]; empty without
+  std::vector<float> weighted_;  // probabilities times factors
 };
 
 }  // namespace

@@ -10,12 +10,18 @@ namespace quantine {
 
 // Codes [batch, kv_heads, context, bytes]: each row is the bit stream (docs/format.md) of the `dim`
 // codes of one token. A code c of channel d of a head stands for scale[d] * (c - zero[d]).
+// Codes may be cut into `count` digits of `bits` bits: digit j is worth weight[j] in the code of
+// channel place[j]. A factor of the token, a float16, may follow, by which all is multiplied.
 struct PackedStates {
   const std::uint8_t* codes;
   std::size_t batch_stride, head_stride, token_stride;  // bytes
   std::size_t extent;                                   // bytes from `codes` on that may be read
   int bits;                                             // 2 to 8
   const float *scale, *zero;                            // [kv_heads, dim]
+  std::size_t count;                                    // codes or digits of a row
+  const std::int64_t* place;                            // [kv_heads, count], or null: no digits
+  const float* weight;                                  // likewise
+  bool factors;
 };
 
 // Floats [batch, heads, tokens, dim] that become codes; strides in floats.
@@ -52,7 +58,8 @@ struct ScoreMask {
   std::size_t batch_stride, head_stride, row_stride;
 };
 
-// One call. Each of kv_heads serves heads / kv_heads query heads.
+// One call. Each of kv_heads serves heads / kv_heads query heads. Keys have no factors, and values no
+// digits.
 struct PackedAttention {
   std::size_t batch, heads, kv_heads, rows, context, dim;
   PackedStates keys, values;

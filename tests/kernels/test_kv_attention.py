@@ -9,10 +9,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
+from uneven import uneven_widths
 
 from quantine.kernels.bits import pack
-from quantine.kernels.kv_attention import MOST_ROWS, attend
-from quantine.kernels.kv_attention.packed_states import PackedStates
+from quantine.kernels.kv_attention import MOST_ROWS, _kind, attend
+from quantine.kernels.kv_attention.digits import DIGIT, Digits
+from quantine.kernels.kv_attention.packed_states import PackedStates, RowLayout
 from quantine.kernels.kv_attention.reference import attend_reference, round_probabilities
 from quantine.kernels.kv_attention.scoring import Scoring
 
@@ -40,7 +42,30 @@ def exact(query: Tensor, key: PackedStates, value: PackedStates, *args: Any) -> 
     return attend_reference(query.double(), key.double(), value.double(), *args)
 
 
+def uneven(seed: int, bits: int, shape: tuple[int, int, int, int], room: int = 0) -> PackedStates:
+    """The same where channels have different numbers of bits."""
+    _, heads, _, dim = shape
+    grid = states(seed, bits, shape)
+    digits = Digits.of(uneven_widths(heads, dim, bits, seed), bits * dim // DIGIT)
+    codes = states(seed, DIGIT, (*shape[:3], bits * dim // DIGIT), room).packed
+    return PackedStates(codes, bits, grid.scale, grid.zero, torch.float32, RowLayout(digits))
+
+
+def loud(seed: int, bits: int, shape: tuple[int, int, int, int], room: int = 0) -> PackedStates:
+    """The same with factors of tokens."""
+    found = states(seed, bits, shape, room)
+    factors = torch.rand(*shape[:3], 1, generator=torch.Generator().manual_seed(seed)) * 4
+    rows = torch.cat([found.packed, factors.half().view(torch.uint8)], 3)
+    whole = torch.nn.functional.pad(rows, (0, 0, 0, room))[:, :, : shape[2]]
+    layout = RowLayout(factors=True)
+    return PackedStates(whole, bits, found.scale, found.zero, torch.float32, layout)
+
+
+KINDS = {"plain": states, "uneven": uneven, "loud": loud}
+
+
 @given(
+    kinds=st.sampled_from([("plain", "plain"), ("uneven", "loud"), ("plain", "loud")]),
     bits=st.tuples(widths, widths),
     batch=st.integers(1, 3),
     heads=st.tuples(st.integers(1, 3), st.integers(1, 6)),
@@ -52,10 +77,12 @@ def exact(query: Tensor, key: PackedStates, value: PackedStates, *args: Any) -> 
     softcap=st.sampled_from([None, 5.0]),
     seed=st.integers(0, 99),
 )
-@example((4, 3), 1, (3, 3), 1, 257, 64, 0, "no", None, 0)
-@example((8, 8), 2, (1, 6), 5, 600, 128, 1, "heads", 5.0, 1)
+@example(("plain", "plain"), (4, 3), 1, (3, 3), 1, 257, 64, 0, "no", None, 0)
+@example(("plain", "plain"), (8, 8), 2, (1, 6), 5, 600, 128, 1, "heads", 5.0, 1)
+@example(("uneven", "loud"), (3, 3), 2, (3, 3), 2, 600, 64, 0, "heads", 5.0, 1)
 def test_it_is_attention_over_decoded_floats(
     level: str,
+    kinds: tuple[str, str],
     bits: tuple[int, int],
     batch: int,
     heads: tuple[int, int],
@@ -69,8 +96,10 @@ def test_it_is_attention_over_decoded_floats(
 ) -> None:
     kv_heads, group = heads
     shape = (batch, kv_heads, context, dim)
-    key, value = states(seed, bits[0], shape, room), states(seed + 1, bits[1], shape, room)
+    key = KINDS[kinds[0]](seed, bits[0], shape, room)
+    value = KINDS[kinds[1]](seed + 1, bits[1], shape, room)
     query = torch.randn(batch, kv_heads * group, rows, dim) * dim**-0.5
+    assert _kind(query, key, value, None) == "native"
     mask = {
         "no": None,
         "all alike": torch.zeros(1, 1, rows, context),
@@ -87,7 +116,7 @@ def test_it_is_attention_over_decoded_floats(
     error = 3e-6 * (1 + float(largest) + (softcap or 0.0))
     atol = error * float(weights.max())
     assert torch.allclose(probabilities.double(), weights, atol=atol, rtol=0)
-    reach = float(value.decoded().abs().max()) + float((value.scale * value.zero).abs().max())
+    reach = float(value.decoded().abs().max()) + 4 * float((value.scale * value.zero).abs().max())
     assert torch.allclose(out.double(), expected, atol=2 * error * reach, rtol=0)
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from uneven import uneven_widths
 
 from quantine.core.grid import decode
 from quantine.kernels.kv_attention import attend
@@ -18,17 +19,6 @@ from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.kv_attention.state_codes import state_codes, state_codes_reference
 from quantine.kernels.kv_attention.state_grid import StateGrid
 from quantine.rptq.feedback import feedback_of
-
-
-def uneven_widths(heads: int, dim: int, bits: int, seed: int) -> Tensor:
-    """Even numbers of bits, ``bits * dim`` for each head together at most."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = torch.zeros(heads, dim, dtype=torch.uint8)
-    for head in range(heads):
-        for _ in range(bits * dim // DIGIT):
-            channel = int(torch.randint(dim, (1,), generator=generator))
-            widths[head, channel] = min(8, int(widths[head, channel]) + DIGIT)
-    return widths
 
 
 @dataclass(frozen=True)

@@ -63,9 +63,7 @@ def attend(
         key, value = key.decoded(), value.decoded()
     if reference or _learning(key, value):
         return attend_reference(query, key, value, mask, scoring, dropout)
-    if _is_plain(key) and _is_plain(value):
-        assert isinstance(key, PackedStates)
-        assert isinstance(value, PackedStates)
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
         kind = _kind(query, key, value, mask)
         if kind == "triton":
             return _operated(query, key, value, mask, scoring, keep)
@@ -76,11 +74,6 @@ def attend(
     return attend_reference(query, key, value, mask, scoring)
 
 
-def _is_plain(states: Tensor) -> bool:
-    """Whether ``states`` are packed codes as kernels multiply them."""
-    return isinstance(states, PackedStates) and states.rows.is_plain
-
-
 def _kind(
     query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None
 ) -> backend.Backend:
@@ -88,7 +81,11 @@ def _kind(
     if backend.is_recorded():
         return "reference"
     kind = backend.of(query, mask, *key.tensors(), *value.tensors())
-    fits = _few(query, key) if kind == "native" else _some(query, key)
+    if kind == "native":
+        known = not key.rows.factors and value.rows.digits is None
+        fits = known and _few(query, key)
+    else:
+        fits = key.rows.is_plain and value.rows.is_plain and _some(query, key)
     return kind if fits else "reference"
 
 

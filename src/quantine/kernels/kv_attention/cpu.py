@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantine.kernels import backend
+from quantine.kernels.kv_attention.digits import DIGIT
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.kernels.threads import pool
@@ -27,10 +28,12 @@ def attend(
     states = query.detach().float().contiguous()
     probabilities = states.new_empty(batch, heads, tokens, context)
     out = states.new_empty(batch, tokens, heads, dim)
+    digits = key.rows.digits
+    of_digits = (None, None) if digits is None else (digits.place, digits.weight)
     backend.extension().attend_packed(
         states,
-        *(key.packed, key.bits, key.scale, key.zero),
-        *(value.packed, value.bits, value.scale, value.zero),
+        *(key.packed, key.bits if digits is None else DIGIT, key.scale, key.zero, *of_digits),
+        *(value.packed, value.bits, value.scale, value.zero, value.rows.factors),
         mask,
         scoring.scaling,
         0.0 if scoring.softcap is None else scoring.softcap,

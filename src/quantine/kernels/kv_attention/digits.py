@@ -45,6 +45,14 @@ class Digits(NamedTuple):
         shift = (number - (ends - digits).gather(1, place)) * DIGIT
         return cls(place, torch.where(within, shift, 8).byte())
 
+    @property
+    def weight(self) -> Tensor:
+        """What each digit is worth in the code of its channel, ``[heads, digits]`` float32.
+
+        Those that no channel has are worth nothing.
+        """
+        return torch.where(self.shift < 8, torch.exp2(self.shift.float()), 0.0)
+
     def split(self, codes: Tensor) -> Tensor:
         """The digits of ``codes`` ``[batch, heads, tokens, dim]``, uint8 like these."""
         shape = (*codes.shape[:3], self.place.shape[1])

@@ -146,7 +146,9 @@ def _decoded(states: PackedStates | RecordedStates) -> Tensor:
         codes = digits.joined(_codes(states.packed, DIGIT, digits.place.shape[1]), dim)
     floats = decode(codes, states.scale.unsqueeze(1), states.zero.unsqueeze(1))
     if factors:
-        floats *= states.packed[..., -FACTOR_BYTES:].contiguous().view(torch.float16)
+        # A copy, as a view of another dtype has to begin at a multiple of its size.
+        tail = states.packed[..., -FACTOR_BYTES:].clone(memory_format=torch.contiguous_format)
+        floats *= tail.view(torch.float16)
     return floats.to(states.dtype)
 
 
