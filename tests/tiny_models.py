@@ -130,6 +130,21 @@ def build(config: PretrainedConfig, directory: Path, *, bos: bool = True, seed: 
     return directory
 
 
+def loud_states(directory: Path) -> Path:
+    """A Llama in which some channels of keys and some tokens of values are much louder."""
+    build(tiny_config("llama"), directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        keys, values = block.self_attn.k_proj.weight, block.self_attn.v_proj.weight
+        with torch.no_grad():
+            keys *= torch.logspace(-2, 0.5, 8).repeat(len(keys) // 8).unsqueeze(1)
+            along = torch.randn(1, values.shape[1], generator=generator)
+            values += torch.randn(len(values), 1, generator=generator) @ along
+    model.save_pretrained(directory)
+    return directory
+
+
 def random_model(config: PretrainedConfig, seed: int = 0) -> Any:
     """A model whose logits spread over several nats, so that a wrong weight shows.
 

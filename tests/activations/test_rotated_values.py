@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from quantine import Calibration, Plan, quantize
+from quantine import Calibration, Plan, load, quantize
 from quantine.activations.install import rounding_points, value_link
 from quantine.activations.rotated_values import rotate_values, turns_of_outputs
+from quantine.core.activation_spec import ActivationSpec
 from quantine.errors import FamilyError, PlanError
 from quantine.families import described_family
 from quantine.families.heads import Heads
 from quantine.families.layers import block_list
 from quantine.plan.shorthand import parse_shorthand
-from tiny_models import build, random_model, some_tokens, tiny_config
+from tiny_models import (
+    build,
+    loud_states,
+    random_model,
+    some_tokens,
+    stored_tensors,
+    tiny_config,
+)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen3", "phi3", "neox_parallel"])
@@ -68,6 +78,42 @@ def test_values_that_are_bent_one_by_one_are_refused(
     with pytest.raises(FamilyError, match=r"layers\.0 computes something else .* leave value out"):
         quantize(model, tmp_path / "out", Plan.scheme("W4A4KV-rotated"), Calibration(text, 4, 32))
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("loud", ["tokens", "channels"])
+def test_values_are_rotated_where_that_pays(loud: str, short: Calibration, tmp_path: Path) -> None:
+    directory = loud_states(tmp_path / "model")
+    if loud == "channels":
+        directory = build(tiny_config("llama"), tmp_path / "other")
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        for block in model.model.layers:
+            with torch.no_grad():
+                block.self_attn.v_proj.weight[::8] *= 50
+                block.self_attn.o_proj.weight[:, ::8] /= 50
+        model.save_pretrained(directory)
+    quantize(directory, tmp_path / "out", Plan.scheme("W16A4KV-rotated"), short)
+    grids = [name for name in stored_tensors(tmp_path / "out") if name.endswith("head_reach")]
+    assert bool(grids) == (loud == "tokens")
+    plain = distance_of(directory, Plan.scheme("W16A4KV"), short, tmp_path / "plain")
+    assert distance_of(directory, Plan.scheme("W16A4KV-rotated"), short, tmp_path / "r") <= plain
+
+
+def distance_of(directory: Path, plan: Plan, calibration: Calibration, out: Path) -> float:
+    """How far the logits of the quantized model are from those of the float one, squared."""
+    quantize(directory, out, plan, calibration)
+    tokens = some_tokens(48, 2)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(directory)(tokens).logits
+        found = load(out)[0](tokens).logits
+    return float((found - expected).square().mean())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"value": 8}, {"value": 4, "range": "minmax"}, {"value": 4, "token_factors": False}]
+)
+def test_values_without_factors_are_not_rotated(fields: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="value can be rotated with fewer than 8 bits, range sea"):
+        ActivationSpec(rotated=("value",), **fields)
 
 
 def test_names_of_schemes_rotate_values_and_mix_keys() -> None:

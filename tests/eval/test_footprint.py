@@ -26,6 +26,11 @@ def test_opt_66b_saves_more_than_900_gb() -> None:
     assert matrices + tables < found["W4A4"].weights < 1.03 * (matrices + tables)
 
 
+def test_factors_of_values_take_memory() -> None:
+    found = footprints("opt-66b", 64, 8192, ["W4A4KV", "W4A4KV-rotated-mixed"])
+    assert found[1].cache - found[0].cache == 64 * 72 * 64 * 8192 * 2
+
+
 def test_temporary_activations_by_hand() -> None:
     (floats, rounded) = footprints("opt-13b", 2, 10, ["W16A16", "W4A4"])
     # Stream, norm output and hidden channels of the MLP: 1 + 1 + 4 widths of 16 bit.

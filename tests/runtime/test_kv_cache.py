@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 import quantine
@@ -25,7 +25,7 @@ from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import BLOCK, PackedLayer, StaticPackedLayer, packed_cache
-from tiny_models import build, byte_tokenizer, tiny_config
+from tiny_models import byte_tokenizer, loud_states
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
 
@@ -158,18 +158,6 @@ UNEVEN = "W16A3KV-rotated-mixed"
 """Keys with channels of different bits, and values with factors of tokens."""
 
 
-def loud_keys(directory: Path) -> Path:
-    """A Llama in which some channels of keys are much louder than others."""
-    build(tiny_config("llama"), directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    for block in model.model.layers:
-        weight = block.self_attn.k_proj.weight
-        with torch.no_grad():
-            weight *= torch.logspace(-2, 0.5, 8).repeat(len(weight) // 8).unsqueeze(1)
-    model.save_pretrained(directory)
-    return directory
-
-
 @pytest.fixture(scope="module")
 def rounding(
     tiny: Callable[[str], Path], short: Calibration, tmp_path_factory: pytest.TempPathFactory
@@ -179,7 +167,7 @@ def rounding(
     def loaded(name: str, scheme: str) -> Any:
         out = root / f"{name}-{scheme}"
         if not out.exists():
-            model = loud_keys(root / "loud") if scheme == UNEVEN else tiny(name)
+            model = loud_states(root / "loud") if scheme == UNEVEN else tiny(name)
             quantize(model, out, Plan.scheme(scheme, arithmetic="exact"), short)
         return quantine.load(out)[0]
 

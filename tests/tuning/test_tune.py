@@ -26,7 +26,7 @@ from quantine.run.store import RunStore
 from quantine.run.tuning_cost import tuning_bytes
 from quantine.survey.specimen import specimen_config, write_specimen
 from quantine.tuning.part import pace
-from tiny_models import build, logits_of, some_tokens, stored_tensors, tiny_config
+from tiny_models import build, logits_of, loud_states, some_tokens, stored_tensors, tiny_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RULES = Plan.preset("gptq", bits=3, group_size=32).rules
@@ -231,6 +231,7 @@ def test_other_values_are_refused(value: object) -> None:
     [
         ("llama", "W3A3KV"),
         ("llama", "W4A4-strict-rotated"),
+        ("loud", "W3A3KV-rotated-mixed"),
         ("opt", "W4A8"),
         ("llama", "W4A8-token"),
     ],
@@ -238,7 +239,9 @@ def test_other_values_are_refused(value: object) -> None:
 def test_models_that_round_activations_are_tuned_as_they_compute(
     family: str, scheme: str, tmp_path: Path, calibration: Calibration
 ) -> None:
-    model = build(tiny_config(family), tmp_path / "model")
+    loud = family == "loud"
+    model = tmp_path / "model"
+    model = loud_states(model) if loud else build(tiny_config(family), model)
     plan = replace(Plan.scheme(scheme), tune=replace(TUNING, steps=4), arithmetic="exact")
     report = quantine.quantize(model, tmp_path / "out", plan, calibration).report
     outcome = report["tuning"]
@@ -247,6 +250,8 @@ def test_models_that_round_activations_are_tuned_as_they_compute(
     assert text is not None
     found = divergence_of(tmp_path / "out", model, text.judges)
     assert found == pytest.approx(outcome["divergence"], rel=1e-2)
+    leaves = {name.rpartition(".")[2] for name in stored_tensors(tmp_path / "out")}
+    assert not loud or {"head_reach", "widths"} <= leaves
 
 
 def test_grids_of_activations_are_tuned_too(

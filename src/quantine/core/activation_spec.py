@@ -82,8 +82,8 @@ class ActivationSpec:
             matrices are rotated while the model runs, see `quantine.activations.rotated_inputs`.
             There is nothing to cluster then, and their reorders have one cluster (R3 for each head,
             which values then share unless `value_clusters` says otherwise). Values are rotated by
-            their weights, see `quantine.activations.rotated_values`, and each token of a head may
-            have a factor, as `token_factors` says.
+            their weights, see `quantine.activations.rotated_values`, in the blocks where that
+            pays; each token of a head has a factor then.
         mixed_keys: whether channels of keys may have different numbers of bits, with `key` as the
             mean of a head, see `quantine.rptq.widths`. Each channel needs a grid of its own then.
 
@@ -157,6 +157,17 @@ class ActivationSpec:
                     f"activations: {site} cannot be rotated, as it is not rounded: give it fewer "
                     "bits, or do not rotate it"
                 )
+
+        if self.rotates("value") and (self.value >= FINE_BITS or not self._is_searched):
+            raise PlanError(
+                f"activations: value can be rotated with fewer than {FINE_BITS} bits, range search "
+                f"and token_factors, not with {self.value} bits, range {self.range} and "
+                f"token_factors {self.token_factors}: leave it out of rotated"
+            )
+
+    @property
+    def _is_searched(self) -> bool:
+        return self.range == "search" and self.token_factors
 
     def _check_mixed_keys(self) -> None:
         if not self.mixed_keys:

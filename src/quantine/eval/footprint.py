@@ -114,8 +114,10 @@ def opt_config(name: str) -> PretrainedConfig:
 
 
 def _cache(config: PretrainedConfig, tokens: int, scheme: Shorthand) -> int:
-    spec = scheme.activations
-    return cache_bytes(config, tokens) * (spec.key + spec.value) // (2 * UNQUANTIZED)
+    spec, floats = scheme.activations, cache_bytes(config, tokens)
+    codes = floats * (spec.key + spec.value) // (2 * UNQUANTIZED)
+    # A factor of 16 bits for the values of a head, where floats have as many for each channel.
+    return codes + (floats // (2 * head_dim(config)) if spec.rotates("value") else 0)
 
 
 def _feedback_bytes(config: PretrainedConfig, spec: ActivationSpec) -> int:

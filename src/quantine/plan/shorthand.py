@@ -9,6 +9,7 @@ from typing import Final
 from quantine.core.activation_spec import (
     DEFAULT_CLUSTERS,
     FINE_BITS,
+    INPUT_SITES,
     PER_CHANNEL,
     ROTATABLE,
     UNQUANTIZED,
@@ -100,7 +101,8 @@ def parse_shorthand(name: str) -> Shorthand:
         token_factors="faithful" not in suffixes,
     )
     if "rotated" in suffixes:
-        coarse = tuple(site for site in ROTATABLE if getattr(spec, site) < FINE_BITS)
+        able = INPUT_SITES if "faithful" in suffixes else ROTATABLE
+        coarse = tuple(site for site in able if getattr(spec, site) < FINE_BITS)
         if not coarse:
             raise PlanError(
                 f"scheme {name}: neither values nor inputs of matrices have fewer than {FINE_BITS} "

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from typing import Final
 
 from torch import Tensor, nn
 
+from quantine.activations.grids import HEAD_REACH
 from quantine.activations.install import (
+    ATTENDED,
     add_grids,
     add_sites,
+    link_of,
     read_links,
     rebuild_block,
     rotate_inputs,
@@ -25,6 +29,7 @@ from quantine.core.activation_spec import INPUT_SITES, ActivationSpec
 from quantine.errors import FamilyError, FormatError
 from quantine.families.family import Family
 from quantine.families.heads import Heads
+from quantine.families.layers import block_list
 from quantine.formats.floats import as_stored
 from quantine.rptq.choose_grids import (
     choose_grids,
@@ -65,14 +70,30 @@ def reorder_block(
     Returns:
         The block's clusters and calibration ranges.
     """
+    rotates = spec.rotates("value") and _rotation_pays(
+        sequential, index, block, family, heads, spec
+    )
+    return _reordered(sequential, index, block, family, heads, spec, rotates)
+
+
+def _reordered(
+    sequential: Sequential,
+    index: int,
+    block: nn.Module,
+    family: Family,
+    heads: Heads,
+    spec: ActivationSpec,
+    rotates: bool,
+) -> Reordering:
+    """See `reorder_block`; ``rotates`` says whether values are rotated."""
     add_sites(block, family, spec)
-    if spec.rotates("value"):
+    if rotates:
         _rotate_values(sequential, index, block, family, heads)
     smoothings = _smoothings(sequential, index, block, family, spec)
     rotate_inputs(block, family, lambda point: smoothings.get(point.path))
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])
     held_out = ranking_samples(sequential) if spec.searches else 0
-    reordering = Reordering(family, heads, spec, found, held_out, smoothings)
+    reordering = Reordering(family, heads, spec, found, held_out, smoothings, rotates)
     ranks = sequential.setup.ranks
     ranks.agree(
         lambda: {
@@ -89,6 +110,40 @@ def reorder_block(
     return reordering
 
 
+def _rotation_pays(
+    sequential: Sequential,
+    index: int,
+    block: nn.Module,
+    family: Family,
+    heads: Heads,
+    spec: ActivationSpec,
+) -> bool:
+    """Whether the block puts out less of a change with rotated values, if only values are rounded.
+
+    Where a channel is loud all the time, a grid of its own is better than a rotation.
+    """
+    if value_link(family) is None:
+        return False
+    setup, ranking = sequential.setup, ranking_batches(sequential)
+    alone = ActivationSpec(
+        value=spec.value,
+        clusters=spec.clusters,
+        value_clusters=spec.value_clusters,
+        rotated=("value",),
+    )
+    before = sequential.outputs(index, ranking) if setup.ranks.first else []
+    blocks, losses = block_list(setup.model, setup.family), []
+    for rotates in (False, True):
+        blocks[index] = copy.deepcopy(block)
+        try:
+            _reordered(sequential, index, blocks[index], family, heads, alone, rotates)
+            after = sequential.outputs(index, len(before))
+        finally:
+            blocks[index] = block
+        losses.append(token_loss(before, after).value if before else 0.0)
+    return setup.ranks.of_first(lambda: losses[1] < losses[0])
+
+
 def _rotate_values(
     sequential: Sequential, index: int, block: nn.Module, family: Family, heads: Heads
 ) -> None:
@@ -100,9 +155,7 @@ def _rotate_values(
     Raises:
         FamilyError: it does not.
     """
-    link = value_link(family)
-    if link is None:
-        return
+    link = link_of(family, ATTENDED["value"])
     before = sequential.outputs(index, 1)
     rotate_values(block, link, heads)
     change = token_loss(before, sequential.outputs(index, 1)).value
@@ -165,7 +218,6 @@ def reorder_as_before(
     heads: Heads,
     maps: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
-    rotates_values: bool,
 ) -> None:
     """Reorder or rotate the channels of a float block as `reorder_block` did.
 
@@ -178,13 +230,12 @@ def reorder_as_before(
         heads: the model's numbers of heads.
         maps: what `Reordering.maps` gave, by full name.
         tensors: what `float_tensors` gave, by full name.
-        rotates_values: whether values were rotated.
 
     Raises:
         FormatError: a map is missing; the message names it.
     """
     values = value_link(family)
-    if rotates_values and values is not None:
+    if values is not None and _rotated_before(path, family, tensors):
         rotate_values(block, values, heads)
     for link in read_links(family):
         name = f"{path}.{link.kind}"
@@ -193,6 +244,12 @@ def reorder_as_before(
         labels = maps[name][:, -1].to(next(block.parameters()).device).long()
         reorder(block, link, Clusters(labels).order, heads.keys if link.per_head else 1)
     rotate_inputs(block, family, lambda point: tensors.get(f"{path}.{point.grid}.{SMOOTHING}"))
+
+
+def _rotated_before(path: str, family: Family, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the values of a block were rotated: only then tokens of heads have factors."""
+    points = [point for point in rounding_points(family) if point.site == "value"]
+    return any(f"{path}.{point.grid}.{HEAD_REACH}" in tensors for point in points)
 
 
 def float_tensors(

@@ -185,7 +185,10 @@ class Candidates:
         running = fit_activations_as_published(*seen.of_clusters(labels, "running"), bits)
         found = [CandidateGrid(*whole), CandidateGrid(*running), CandidateGrid(*searched)]
         if self._reordering.has_factors(point):
-            found += self._with_factors(point, seen, labels, bits)
+            factors = self._with_factors(point, seen, labels, bits)
+            if point.site in ATTENDED:  # values that were rotated for these
+                return factors
+            found += factors
         if point.site not in ATTENDED or not (point.site in BETWEEN or self._readers(point)):
             return found
         feedback = feedback_of(self._moments(point, final))

@@ -49,6 +49,7 @@ class Reordering:
             would in new text.
         smoothings: what inputs are divided by before they are rotated, by `RoundingPoint.path`;
             ``ranges`` are those of rotated ones. These are centred by the mean over all samples.
+        rotates_values: whether the block's values were rotated.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Reordering:
         ranges: Ranges,
         held_out: int = 0,
         smoothings: Mapping[str, Tensor] | None = None,
+        rotates_values: bool = False,
     ) -> None:
         self.family, self.heads, self.held_out = family, heads, held_out
-        self._smoothings = smoothings or {}
+        self._smoothings, self._rotates_values = smoothings or {}, rotates_values
         self._spec = spec
         self._centres = {path: ranges[path].rows.mean(0) for path in self._smoothings}
         self._ranges = {
@@ -97,7 +99,7 @@ class Reordering:
 
         See `quantine.activations.rotated_values.turns_of_outputs`.
         """
-        link = value_link(self.family) if self._spec.rotates("value") else None
+        link = value_link(self.family) if self._rotates_values else None
         return {} if link is None else turns_of_outputs(block, link, self.heads)
 
     def clusters_at(self, point: RoundingPoint) -> Clusters:
@@ -163,8 +165,9 @@ class Reordering:
         That takes an activation which only matrices read, or rotated values, and reordered
         channels. See `quantine.kernels.integer.token_factors`.
         """
-        suits = point.site not in ATTENDED or self._spec.rotates(point.site)
-        return self._spec.token_factors and self._spec.reorders and suits
+        if point.site in ATTENDED:
+            return point.site == "value" and self._rotates_values
+        return self._spec.token_factors and self._spec.reorders
 
     @property
     def has_mixed_keys(self) -> bool:

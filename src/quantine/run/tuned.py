@@ -128,8 +128,7 @@ def _student(
         heads = Heads.of(job.config, job.family)
         for index, block in enumerate(block_list(teacher, job.family)):
             path, family = f"{job.family.blocks}.{index}", job.family.in_block(index)
-            turned = spec.rotates("value")
-            reorder_as_before(block, path, family, heads, maps, everything, turned)
+            reorder_as_before(block, path, family, heads, maps, everything)
     # A head that is stored beside a quantized table is one parameter with it in the float model.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     floats = {name: everything[name] for name in names if name in everything}
