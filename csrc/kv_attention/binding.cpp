@@ -117,8 +117,9 @@ void attend_packed(ConstFloats4 queries, Codes4 keys, int key_bits, Channels key
                    Channels key_zero, std::optional<Places> key_place,
                    std::optional<Channels> key_weight, Codes4 values, int value_bits,
                    Channels value_scale, Channels value_zero, bool value_factors,
-                   std::optional<ConstFloats4> mask, float scaling, float softcap, int softmax_bits, bool relative, Floats4 probabilities,
-                   Floats4 out, quantine::Pool& pool) {
+                   std::optional<ConstFloats4> mask, float scaling, float softcap,
+                   int softmax_bits, bool relative, Floats4 probabilities, Floats4 out,
+                   quantine::Pool& pool) {
   const std::size_t batch = queries.shape(0), heads = queries.shape(1), rows = queries.shape(2);
   const std::size_t dim = queries.shape(3), kv_heads = keys.shape(1), context = keys.shape(2);
   if (queries.size() == 0 || keys.size() == 0) throw nb::value_error("nothing may be empty");

@@ -58,8 +58,8 @@ struct ScoreMask {
   std::size_t batch_stride, head_stride, row_stride;
 };
 
-// One call. Each of kv_heads serves heads / kv_heads query heads. Keys have no factors, and values no
-// digits.
+// One call. Each of kv_heads serves heads / kv_heads query heads. Keys have no factors, and values
+// no digits.
 struct PackedAttention {
   std::size_t batch, heads, kv_heads, rows, context, dim;
   PackedStates keys, values;

@@ -72,3 +72,11 @@ def test_channels_that_do_not_count_keep_their_mean() -> None:
     assert widths.tolist() == [4, 0, 4, 0]
     constant = decode(torch.zeros(4), scale, zero)
     torch.testing.assert_close(constant[[1, 3]], seen_of(x).rows.mean(0)[[1, 3]])
+
+
+def test_a_loud_first_token_asks_for_bits() -> None:
+    x = torch.randn(8, 64, 4, generator=torch.Generator().manual_seed(0))
+    x[..., 0] *= 0.01
+    x[:, 0, 0] = 50
+    _, _, widths = mixed_grid(seen_of(x), torch.ones(4), torch.arange(4), 3, 1)
+    assert int(widths[0]) > 0

@@ -106,6 +106,8 @@ ROUNDING = [
     ("w4a4", f"{INPUTS}.head_reach", lambda t: torch.ones(2), "head_reach"),
     ("w4a4", f"{SITES}.value.head_reach", lambda t: torch.zeros(2), "head_reach"),
     ("w4a4", f"{SITES}.value.head_reach", lambda t: torch.ones(4), "head_reach"),
+    ("w4a4", f"{SITES}.key.head_reach", lambda t: torch.ones(2), "head_reach"),
+    ("w4a4", f"{SITES}.value.widths", lambda t: torch.full((32,), 4).byte(), "widths"),
     ("w4a4", f"{SITES}.key.widths", lambda t: torch.full((32,), 4), "widths"),
     ("w4a4", f"{SITES}.key.widths", lambda t: torch.full((32,), 3).byte(), "odd numbers of bits"),
     ("w4a4", f"{SITES}.key.widths", lambda t: torch.full((32,), 6).byte(), "96 bits, but .* 64"),

@@ -28,10 +28,11 @@ from quantine.runtime.kv_cache import (
     packed_cache,
     static_cache,
 )
-from tiny_models import some_tokens
+from tiny_models import loud_states, some_tokens
 
 Rounding = Callable[[str], Any]
-SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV")
+UNEVEN = "W16A3KV-rotated-mixed"
+SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV", UNEVEN)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def rounding(
     def loaded(scheme: str) -> Any:
         out = root / scheme
         if not out.exists():
-            quantize(tiny("llama"), out, Plan.scheme(scheme, arithmetic="exact"), short)
+            model = loud_states(root / "loud") if scheme == UNEVEN else tiny("llama")
+            quantize(model, out, Plan.scheme(scheme, arithmetic="exact"), short)
         return quantine.load(out, torch.float32)[0]
 
     return loaded
@@ -65,8 +67,9 @@ def test_a_repeated_step_computes_what_the_modules_do(scheme: str, rounding: Rou
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_what_a_graph_holds_of_a_step_computes_it_again(rounding: Rounding) -> None:
-    model = rounding("W16A3KV")
+@pytest.mark.parametrize("scheme", ["W16A3KV", UNEVEN])
+def test_what_a_graph_holds_of_a_step_computes_it_again(scheme: str, rounding: Rounding) -> None:
+    model = rounding(scheme)
     with no_extension():  # whose products are no operators
         decoder, usual = StaticDecoder(model, 16, recorded), ModuleDecoder(model)
         prompt = some_tokens(9, 1)[0]
@@ -135,8 +138,9 @@ def test_generate_takes_it_where_a_static_cache_is_asked_for(
     assert static.layers[0].keys.dtype == torch.uint8
 
 
-def test_generate_compiles_models_that_round(rounding: Rounding) -> None:
-    model, tokens = rounding("W4A4KV"), some_tokens(9, 1)
+@pytest.mark.parametrize("scheme", ["W4A4KV", UNEVEN])
+def test_generate_compiles_models_that_round(scheme: str, rounding: Rounding) -> None:
+    model, tokens = rounding(scheme), some_tokens(9, 1)
     model.generation_config.eos_token_id = None
     options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
     options["cache_implementation"] = "static"

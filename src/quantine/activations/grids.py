@@ -24,6 +24,12 @@ HEAD_REACH: Final = "head_reach"
 """Name of the one that sets the factors of tokens in each head."""
 WIDTHS: Final = "widths"
 """Name of the optional tensor of a `StaticGrid` that holds numbers of bits of clusters."""
+OPTIONAL_AT: Final = {
+    "query": (FEEDBACK,),
+    "key": (FEEDBACK, WIDTHS),
+    "value": (FEEDBACK, HEAD_REACH),
+}
+"""The optional tensors of grids in attention, by site; those of inputs have `REACH` alone."""
 SMALLEST: Final = 2.0**-149
 """Smallest positive number in float32."""
 LABELS: Final = torch.int32
@@ -170,45 +176,44 @@ class StaticGrid(FixedDtypes):
         self._check_optional(name, channels, heads)
 
     def _check_optional(self, name: str, channels: int, heads: int | None) -> None:
-        feedback, widths = self.fed(), self.uneven()
-        if feedback is not None:
-            if heads is None:
-                raise FormatError(f"{name}.feedback is there, but only attention has feedback")
-            dim = channels // heads
-            check_tensor(f"{name}.{FEEDBACK}", feedback, torch.float16, (heads, dim, dim))
-        for leaf, reach, count in (
-            (REACH, self.reached(), 1 if heads is None else None),
-            (HEAD_REACH, self.head_reached(), heads),
-        ):
-            if reach is None:
-                continue
-            if count is None:
-                only = "inputs of matrices have" if leaf == REACH else "values have"
-                raise FormatError(f"{name}.{leaf} is there, but only {only} it")
-            if feedback is not None or widths is not None:
+        held = {
+            leaf: tensor
+            for leaf in self.optional_names
+            if (tensor := self._buffers[leaf]) is not None
+        }
+        site = name.rpartition(".")[2]
+        allowed = (REACH,) if heads is None else OPTIONAL_AT[site]
+        for leaf in held:
+            if leaf not in allowed:
                 raise FormatError(
-                    f"{name}.{leaf} is there, but grids with {FEEDBACK} or {WIDTHS} have none"
+                    f"{name}.{leaf} is there, but grids of {site} have none: it is damaged"
                 )
-            check_tensor(f"{name}.{leaf}", reach, torch.float32, (count,))
-            check_within(f"{name}.{leaf}", reach, SMALLEST, torch.finfo(torch.float32).max)
-            zero = self.get_buffer("zero")
-            check_within(f"{name}.zero", zero, 0, 2**self.bits - 1)
-        if widths is not None:
-            self._check_widths(f"{name}.{WIDTHS}", widths, channels, heads)
+        if HEAD_REACH in held and FEEDBACK in held:
+            raise FormatError(f"{name} has {HEAD_REACH} and {FEEDBACK}, but one excludes the other")
+        count = heads or 1
+        dim = channels // count
+        if FEEDBACK in held:
+            shape = (count, dim, dim)
+            check_tensor(f"{name}.{FEEDBACK}", held[FEEDBACK], torch.float16, shape)
+        for leaf in held.keys() & {REACH, HEAD_REACH}:
+            check_tensor(f"{name}.{leaf}", held[leaf], torch.float32, (count,))
+            check_within(f"{name}.{leaf}", held[leaf], SMALLEST, torch.finfo(torch.float32).max)
+            check_within(f"{name}.zero", self.get_buffer("zero"), 0, 2**self.bits - 1)
+        if WIDTHS in held:
+            self._check_widths(f"{name}.{WIDTHS}", held[WIDTHS], (count, dim))
 
-    def _check_widths(self, name: str, widths: Tensor, channels: int, heads: int | None) -> None:
-        if heads is None:
-            raise FormatError(f"{name} is there, but only keys have channels of different bits")
+    def _check_widths(self, name: str, widths: Tensor, shape: tuple[int, int]) -> None:
+        """Refuse numbers of bits of clusters; ``shape`` is that of the channels, head by head."""
         check_tensor(name, widths, torch.uint8, (self.get_buffer("scale").numel(),))
         check_within(name, widths, 0, LARGEST_WIDTH)
         if bool((widths % DIGIT).any()):
             raise FormatError(f"{name} holds odd numbers of bits: it is damaged")
-        dim = channels // heads
-        of_heads = widths.index_select(0, self.get_buffer("labels")).view(heads, dim).sum(1)
-        if int(of_heads.max()) > self.bits * dim // DIGIT * DIGIT:
+        of_heads = widths.index_select(0, self.get_buffer("labels")).view(shape).sum(1)
+        most = self.bits * shape[1] // DIGIT * DIGIT
+        if int(of_heads.max()) > most:
             raise FormatError(
                 f"{name} gives the channels of a head {int(of_heads.max())} bits, but there are "
-                f"{self.bits * dim}: it is damaged"
+                f"{most}: it is damaged"
             )
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quantine.activations.reorder import places_of_channels
+from quantine.core.device import CPU
 from quantine.core.rotation import Rotation
 from quantine.families.family import Link
 from quantine.families.heads import Heads
@@ -50,8 +51,8 @@ def rotate_values(block: nn.Module, link: Link, heads: Heads) -> None:
 def turns_of_outputs(block: nn.Module, link: Link, heads: Heads) -> dict[str, Tensor]:
     """How `rotate_values` turns the outputs of matrices, by path in ``block``.
 
-    ``[out, out]`` float32: an orthogonal matrix that outputs are multiplied with from the right;
-    outputs that are no values stay.
+    ``[out, out]`` float32 on the CPU: an orthogonal matrix that outputs are multiplied with from
+    the right; outputs that are no values stay.
     """
     rotation = Rotation(_width(block, link, heads), seed=None)
     found: dict[str, Tensor] = {}
@@ -59,8 +60,8 @@ def turns_of_outputs(block: nn.Module, link: Link, heads: Heads) -> dict[str, Te
         module = block.get_submodule(path)
         weight = module.get_parameter("weight")
         outputs = weight.shape[1 if is_transposed(module) else 0]
-        turn = torch.eye(outputs, dtype=torch.float32, device=weight.device)
-        places = _places(module, link, heads, rotation.width)
+        turn = torch.eye(outputs, dtype=torch.float32, device=CPU)
+        places = _places(module, link, heads, rotation.width).cpu()
         turn[:, places] = _turned(turn[:, places], rotation)
         found[path] = turn
     return found

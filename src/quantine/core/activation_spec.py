@@ -85,7 +85,7 @@ class ActivationSpec:
             their weights, see `quantine.activations.rotated_values`, in the blocks where that
             pays; each token of a head has a factor then.
         mixed_keys: whether channels of keys may have different numbers of bits, with `key` as the
-            mean of a head, see `quantine.rptq.widths`. Each channel needs a grid of its own then.
+            mean of a head, see `quantine.rptq.widths`.
 
     Raises:
         PlanError: a field has a value that is not allowed.

@@ -44,7 +44,7 @@ from quantine.source.checkpoint import Checkpoint
 from quantine.source.read_record import tensor_digest
 from quantine.statistics.losses import token_loss
 
-SAME: Final = 1e-2
+ROUNDED_AGAIN: Final = 1e-2
 """Relative squared change of outputs below which a block computes the same: weights of 16 bits are
 rounded once more when they are rotated."""
 
@@ -159,7 +159,7 @@ def _rotate_values(
     before = sequential.outputs(index, 1)
     rotate_values(block, link, heads)
     change = token_loss(before, sequential.outputs(index, 1)).value
-    if not change < SAME:
+    if not change < ROUNDED_AGAIN:
         raise FamilyError(
             f"{family.blocks}.{index} computes something else where values are rotated within "
             f"heads (relative squared change {change:.2g}): leave value out of rotated"

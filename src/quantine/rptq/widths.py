@@ -89,11 +89,17 @@ def shared_out(costs: Tensor, sizes: Tensor, digits: int) -> Tensor:
 def _constant(
     seen: ChannelRanges, importance: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The grid of one value for each cluster, the mean of what was seen, and its error."""
+    """The grid of one value for each cluster, the mean of what was seen, and its error.
+
+    As for other grids, the smallest and the largest value of each sample count beside sampled
+    tokens: the first token of a text may be louder than all others.
+    """
     sizes = labels.bincount()
     means = torch.zeros_like(sizes, dtype=torch.float32).index_add_(0, labels, seen.rows.mean(0))
     means /= sizes
     off = (seen.rows - means[labels]).square_().mean(0) * seen.tokens
+    for ends in (seen.lows, seen.highs):
+        off += (ends - means[labels]).square_().sum(0)
     costs = torch.zeros_like(means).index_add_(0, labels, off * importance)
     # Code 0 stands for ``-scale * zero``.
     return torch.ones_like(means), -means, costs

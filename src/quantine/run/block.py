@@ -25,6 +25,7 @@ from quantine.formats.floats import as_stored
 from quantine.methods.adadim import Candidate, output_losses
 from quantine.plan.decision import Decision, with_clusters
 from quantine.rptq.blocks import float_tensors, reorder_block
+from quantine.rptq.reordering import Reordering
 from quantine.run.job import Job
 from quantine.run.layer import (
     Solved,
@@ -162,16 +163,14 @@ class BlockRun:
         """
         job, sequential, spec = self.job, self.sequential, self.job.plan.activations
         if spec is None or sequential is None:
-            names = job.block_names(self.index)
-            return job.block_schemes(self.index), kept_tensors(job, self.checkpoint, names)
+            kept = kept_tensors(job, self.checkpoint, job.block_names(self.index))
+            return job.block_schemes(self.index), kept
         path = f"{job.family.blocks}.{self.index}"
         block, family = job.model.get_submodule(path), job.family.in_block(self.index)
         heads = Heads.of(job.config, job.family)
         with job.times.stage("reordering"):
             reordering = reorder_block(sequential, self.index, block, family, heads, spec)
-            self.couplings = self._couplings_after(
-                reordering.turns_of_outputs(block), reordering.orders_of_outputs(block)
-            )
+            self._move_couplings(reordering, block)
         decisions = []
         for decision in job.block_schemes(self.index):
             layer = decision.layer
@@ -182,20 +181,20 @@ class BlockRun:
         packed = [decision.layer.name for decision in decisions]
         return decisions, float_tensors(block, path, self.checkpoint, packed)
 
-    def _couplings_after(
-        self, turns: Mapping[str, Tensor], orders: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """`couplings` after outputs were turned and then reordered, each by path in the block."""
-        path = f"{self.job.family.blocks}.{self.index}"
-        found = {}
+    def _move_couplings(self, reordering: Reordering, block: nn.Module) -> None:
+        """Let `couplings` be those of outputs that were turned and then reordered."""
+        if not self.couplings:
+            return
+        turns, orders = reordering.turns_of_outputs(block), reordering.orders_of_outputs(block)
+        path, found = f"{self.job.family.blocks}.{self.index}", {}
         for name, coupling in self.couplings.items():
             inside = name.removeprefix(f"{path}.")
             if inside in turns:
-                coupling = turned(coupling, turns[inside].to(CPU))
+                coupling = turned(coupling, turns[inside])
             if inside in orders:
                 coupling = reordered(coupling, orders[inside].to(CPU))
             found[name] = coupling
-        return found
+        self.couplings = found
 
     def _solved(self, decisions: Sequence[Decision]) -> Iterator[Solved]:
         """Solve the matrices group after group; the block computes with each result thereafter.

@@ -16,6 +16,7 @@ from quantine.core.straight_through import straight_through
 from quantine.families.family import Family
 from quantine.families.layers import block_list
 from quantine.kernels.integer.token_factors import factors, steepness
+from quantine.kernels.kv_attention.state_codes import SMALLEST, as_held
 from quantine.tuning.numbers import Numbers
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class TunedGrid(nn.Module):
         self._grid, feedback = grid, grid.fed()
         self._passed = None if feedback is None else feedback.float()
         self._alone = None if feedback is None else _inverse(feedback)
+        widths = grid.uneven()
+        # What comes into a channel of 0 bits is beyond its one value.
+        self._constant = None if widths is None else (widths == 0)[grid.get_buffer("labels").long()]
         tuned, reach = {"scale": grid.scale}, None
         for leaf, found in ((REACH, grid.reached()), (HEAD_REACH, grid.head_reached())):
             if found is not None:
@@ -95,10 +99,13 @@ class TunedGrid(nn.Module):
         rounded = grid.rounded(values.detach())
         step, zeros = scale.index_select(0, labels), zero.index_select(0, labels)
         if reach is not None:
-            step = step * _token_factors(values.detach(), step, zeros, grid.bits, reach)
+            held = head_reach is not None
+            step = step * _token_factors(values.detach(), step, zeros, grid.bits, reach, held)
         with torch.no_grad():
             off = _by_heads(rounded - values, self._alone)
             inside = off.abs() <= NEAREST * step
+            if self._constant is not None:
+                inside &= ~self._constant
             per_step = torch.where(inside, off, rounded) / step
             per_zero = torch.where(inside, 0.0, -step)
         # These are 0, and have the gradients of the code's value.
@@ -114,7 +121,9 @@ class TunedGrid(nn.Module):
         return self._grid.get_buffer(name) if tuned is None else tuned
 
 
-def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> Tensor:
+def _token_factors(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Tensor, held: bool
+) -> Tensor:
     """The factors of tokens, with gradients for what they follow from.
 
     That is ``reach``, and the scale of the channel that asks for the largest factor.
@@ -124,6 +133,7 @@ def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Ten
         scale, zero: ``[channels]`` float32.
         bits: number of bits of one code.
         reach: ``[heads]`` float32; ``[1]`` where heads have no factors of their own.
+        held: whether caches hold the factors, see `quantine.kernels.kv_attention.state_codes`.
 
     Returns:
         ``[..., channels]`` float32, see `quantine.kernels.integer.token_factors.factors`.
@@ -134,9 +144,11 @@ def _token_factors(x: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Ten
     with torch.no_grad():
         above, below = steepness(scale, zero, bits, reach)
         asked, asking = torch.maximum(values * above, values * below).max(-1, keepdim=True)
-        found = factors(values, above, below)
+        exact = factors(values, above, below)
+        found = as_held(exact) if held else exact
+        follows = (exact == asked) & (found > SMALLEST) if held else exact == asked
     ends = (scale.detach() / scale).expand(values.shape).gather(-1, asking)
-    followed = torch.where(found == asked, found * (reach / reach.detach()) * ends, found)
+    followed = torch.where(follows, found * (reach / reach.detach()) * ends, found)
     return followed.expand(values.shape).flatten(-2)
 
 

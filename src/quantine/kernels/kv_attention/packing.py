@@ -67,14 +67,14 @@ def _chosen(
         programs.pack_states(states, bits, scale, zero, packed, feedback, start)
         return
     if start is not None:
-        packed = part_of(packed, int(start), states.shape[2])
+        packed = _part(packed, int(start), states.shape[2])
     if kind == "native":
         cpu.pack_states(states, bits, scale, zero, packed, feedback)
     else:
         packed.copy_(pack_states_reference(states, bits, scale, zero, feedback))
 
 
-def part_of(packed: Tensor, start: int, tokens: int) -> Tensor:
+def _part(packed: Tensor, start: int, tokens: int) -> Tensor:
     """So many tokens of ``packed`` ``[batch, heads, room, bytes]`` from place ``start`` on.
 
     Raises:
@@ -99,6 +99,30 @@ def _(
     feedback: Tensor | None,
     start: Tensor | None,
 ) -> None:
+    return None
+
+
+@torch.library.custom_op("quantine::put_rows", mutates_args=("packed",))
+def put_rows(rows: Tensor, packed: Tensor, start: Tensor) -> None:
+    """Write rows of codes into a cache from a place on that the host need not read.
+
+    Args:
+        rows: ``[batch, heads, tokens, bytes]`` uint8.
+        packed: ``[batch, heads, room, bytes]`` uint8, overwritten from place ``start`` on.
+        start: ``[]`` int64 on the device of ``packed``.
+
+    Raises:
+        ValueError: there is no room, on other devices than GPUs of NVIDIA.
+    """
+    if packed.is_cuda:
+        places = start + torch.arange(rows.shape[2], device=packed.device)
+        packed.index_copy_(2, places, rows)
+    else:
+        _part(packed, int(start), rows.shape[2]).copy_(rows)
+
+
+@put_rows.register_fake
+def _(rows: Tensor, packed: Tensor, start: Tensor) -> None:
     return None
 
 

@@ -44,7 +44,7 @@ def state_codes(
 def _(
     states: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor | None, widths: Tensor
 ) -> Tensor:
-    return states.new_empty(states.shape, dtype=torch.uint8)
+    return torch.empty(states.shape, dtype=torch.uint8, device=states.device)
 
 
 def state_codes_reference(
@@ -62,7 +62,7 @@ def state_codes_reference(
     else:
         with without_autocast(states.device):
             codes = encode_fed(tokens_first, scale, zero, feedback.float(), tops)
-    return codes.transpose(1, 2).byte()
+    return codes.transpose(1, 2).byte().contiguous()
 
 
 def head_factors(states: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: Tensor) -> Tensor:
@@ -77,5 +77,9 @@ def head_factors(states: Tensor, scale: Tensor, zero: Tensor, bits: int, reach: 
     Returns:
         ``[..., heads, 1]`` float32, numbers that float16 holds.
     """
-    found = factors(states, *steepness(scale, zero, bits, reach.unsqueeze(1)))
-    return found.clamp_(min=SMALLEST).half().float()
+    return as_held(factors(states, *steepness(scale, zero, bits, reach.unsqueeze(1))))
+
+
+def as_held(factor: Tensor) -> Tensor:
+    """The factors that caches hold for ``factor``: at least `SMALLEST`, and numbers of float16."""
+    return factor.clamp(min=SMALLEST).half().float()

@@ -17,7 +17,7 @@ from quantine.kernels.kv_attention.packed_states import (
     RecordedStates,
     RowLayout,
 )
-from quantine.kernels.kv_attention.packing import pack_states, part_of, round_states
+from quantine.kernels.kv_attention.packing import pack_states, put_rows, round_states
 from quantine.kernels.kv_attention.state_codes import head_factors, state_codes
 
 LARGEST_WIDTH: Final = 8
@@ -48,7 +48,10 @@ class StateGrid(NamedTuple):
     @property
     def row(self) -> int:
         """Bytes of a token of a head."""
-        codes = packed_bytes(self.scale.shape[1], self.bits)
+        dim = self.scale.shape[1]
+        if self.widths is not None:
+            return packed_bytes(self.bits * dim // DIGIT, DIGIT)
+        codes = packed_bytes(dim, self.bits)
         return codes if self.reach is None else codes + FACTOR_BYTES
 
     @property
@@ -67,11 +70,8 @@ class StateGrid(NamedTuple):
         rows = self._rows(states)
         if start is None:
             packed.copy_(rows)
-        elif packed.device.type == "cpu" and not backend.is_compiled():
-            part_of(packed, int(start), states.shape[2]).copy_(rows)
-        else:  # the host does not read where they begin
-            places = start + torch.arange(states.shape[2], device=packed.device)
-            packed.index_copy_(2, places, rows)
+        else:
+            put_rows(rows, packed, start)
 
     def states(self, packed: Tensor, dtype: torch.dtype) -> PackedStates | RecordedStates:
         """What ``packed`` stands for; while PyTorch compiles, in a form that it can compile."""
