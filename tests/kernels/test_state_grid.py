@@ -41,7 +41,7 @@ def case(kind: str, bits: int, heads: int, dim: int, tokens: int, seed: int) -> 
     rows = torch.randn(heads, 50, dim, generator=generator)
     feedback = feedback_of(rows.transpose(1, 2) @ rows) if kind == "fed" else None
     widths = uneven_widths(heads, dim, bits, seed)
-    return Case(StateGrid(bits, scale, zero, feedback, widths), states)
+    return Case(StateGrid.uneven(bits, scale, zero, feedback, widths), states)
 
 
 KINDS = st.sampled_from(["widths", "fed", "factors"])
@@ -82,7 +82,7 @@ def test_a_cache_holds_what_the_grid_rounds_to(
 @given(st.integers(2, 7), st.sampled_from([1, 5, 64]), st.booleans(), st.integers(0, 99))
 def test_codes_are_those_of_the_reference(bits: int, dim: int, fed: bool, seed: int) -> None:
     made = case("fed" if fed else "widths", bits, 2, dim, 9, seed)
-    _, scale, zero, feedback, widths, _ = made.grid
+    _, scale, zero, feedback, widths, *_ = made.grid
     assert widths is not None
     codes = state_codes(made.states, scale, zero, feedback, widths)
     tops = torch.exp2(widths.float()) - 1
@@ -96,7 +96,7 @@ def test_compilers_are_told_what_operators_give(
     fed: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = case("fed" if fed else "widths", 3, 2, 16, 5, 0)
-    _, scale, zero, feedback, widths, _ = made.grid
+    _, scale, zero, feedback, widths, *_ = made.grid
     assert widths is not None
     monkeypatch.setattr(backend, "of", lambda *_: chosen)
     transposed = made.states.transpose(1, 2).contiguous().transpose(1, 2)
@@ -148,7 +148,7 @@ def test_attention_multiplies_what_rows_stand_for(tokens: int) -> None:
 def test_constant_channels_take_no_bits() -> None:
     widths = torch.tensor([[0, 8, 0, 4]], dtype=torch.uint8)
     scale, zero = torch.ones(1, 4), torch.tensor([[-7.0, 0, 2, 0]])
-    grid = StateGrid(3, scale, zero, widths=widths)
+    grid = StateGrid.uneven(3, scale, zero, None, widths)
     rounded = grid.rounded(torch.tensor([[[100.0, 200.0, 100.0, 100.0]]]))
     assert rounded.tolist() == [[[7.0, 200.0, -2.0, 15.0]]]
     assert torch.equal(decode(torch.zeros(4), scale[0], zero[0])[[0, 2]], rounded[0, 0, [0, 2]])

@@ -54,7 +54,7 @@ def test_mixed_grids_cost_no_more_than_even_ones(bits: int, heads: int, seed: in
     assert set(widths.tolist()) <= set(WIDTHS)
     assert bool((by_head <= bits * dim).all())
     shape = (heads, dim)
-    grid = StateGrid(bits, scale.view(shape), zero.view(shape), widths=widths.view(shape))
+    grid = StateGrid.uneven(bits, scale.view(shape), zero.view(shape), None, widths.view(shape))
     off = grid.rounded(x.view(-1, *shape)).view(x.shape) - x
     error = float((off.square().sum((0, 1)) * importance).sum())
     even_scale, even_zero, _ = cheapest_ranges_and_costs(seen, importance, labels, bits // 2 * 2)

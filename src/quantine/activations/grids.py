@@ -114,9 +114,10 @@ class StaticGrid(FixedDtypes):
         """The same grid of queries, keys or values, for heads of ``dim`` channels each."""
         scale, zero = (values.view(-1, dim) for values in self.of_channels())
         widths = self.uneven()
-        if widths is not None:
-            widths = widths.index_select(0, self.get_buffer("labels")).view(-1, dim)
-        return StateGrid(self.bits, scale, zero, self.fed(), widths, self.head_reached())
+        if widths is None:
+            return StateGrid(self.bits, scale, zero, self.fed(), reach=self.head_reached())
+        of_channels = widths.index_select(0, self.get_buffer("labels")).view(-1, dim)
+        return StateGrid.uneven(self.bits, scale, zero, self.fed(), of_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Round ``x`` ``[..., channels]``; the result has its shape and dtype."""

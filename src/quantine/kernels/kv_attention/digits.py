@@ -23,10 +23,13 @@ class Digits(NamedTuple):
         place: ``[heads, digits]`` int64, the channel of each digit.
         shift: ``[heads, digits]`` uint8, the number of bits of the code below it; 8 for digits that
             no channel has, which are 0.
+        weight: ``[heads, digits]`` float32, what the digit is worth in the code: ``2**shift``, or 0
+            where no channel has it.
     """
 
     place: Tensor
     shift: Tensor
+    weight: Tensor
 
     @classmethod
     def of(cls, widths: Tensor, count: int) -> Digits:
@@ -43,15 +46,8 @@ class Digits(NamedTuple):
         within = place < widths.shape[1]
         place = torch.where(within, place, 0)
         shift = (number - (ends - digits).gather(1, place)) * DIGIT
-        return cls(place, torch.where(within, shift, 8).byte())
-
-    @property
-    def weight(self) -> Tensor:
-        """What each digit is worth in the code of its channel, ``[heads, digits]`` float32.
-
-        Those that no channel has are worth nothing.
-        """
-        return torch.where(self.shift < 8, torch.exp2(self.shift.float()), 0.0)
+        weight = torch.where(within, torch.exp2(shift.float()), 0.0)
+        return cls(place, torch.where(within, shift, 8).byte(), weight)
 
     def split(self, codes: Tensor) -> Tensor:
         """The digits of ``codes`` ``[batch, heads, tokens, dim]``, uint8 like these."""

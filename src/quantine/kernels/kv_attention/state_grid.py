@@ -33,6 +33,7 @@ class StateGrid(NamedTuple):
         feedback: as for `quantine.kernels.kv_attention.packing.pack_states`.
         widths: ``[heads, dim]`` uint8, numbers of bits of the channels where they differ, see
             `quantine.kernels.kv_attention.digits`; else ``None``.
+        digits: what `widths` make of a row; else ``None``.
         reach: ``[heads]`` float32 where each token of a head is divided by a factor, see
             `quantine.kernels.kv_attention.state_codes.head_factors`; else ``None``. There is
             neither ``feedback`` nor ``widths`` then.
@@ -43,24 +44,30 @@ class StateGrid(NamedTuple):
     zero: Tensor
     feedback: Tensor | None = None
     widths: Tensor | None = None
+    digits: Digits | None = None
     reach: Tensor | None = None
+
+    @classmethod
+    def uneven(
+        cls, bits: int, scale: Tensor, zero: Tensor, feedback: Tensor | None, widths: Tensor
+    ) -> StateGrid:
+        """A grid of channels with different numbers of bits; arguments are the attributes."""
+        digits = Digits.of(widths, scale.shape[1] * bits // DIGIT)
+        return cls(bits, scale, zero, feedback, widths, digits)
 
     @property
     def row(self) -> int:
         """Bytes of a token of a head."""
         dim = self.scale.shape[1]
-        if self.widths is not None:
-            return packed_bytes(self.bits * dim // DIGIT, DIGIT)
+        if self.digits is not None:
+            return packed_bytes(self.digits.place.shape[1], DIGIT)
         codes = packed_bytes(dim, self.bits)
         return codes if self.reach is None else codes + FACTOR_BYTES
 
     @property
     def rows(self) -> RowLayout:
         """What a row of a token is, besides codes of ``bits`` bits."""
-        digits = None
-        if self.widths is not None:
-            digits = Digits.of(self.widths, self.scale.shape[1] * self.bits // DIGIT)
-        return RowLayout(digits, self.reach is not None)
+        return RowLayout(self.digits, self.reach is not None)
 
     def pack(self, states: Tensor, packed: Tensor, start: Tensor | None = None) -> None:
         """Round ``states`` into ``packed``: see `quantine.kernels.kv_attention.packing`."""
@@ -96,10 +103,10 @@ class StateGrid(NamedTuple):
 
     def _rows(self, states: Tensor) -> Tensor:
         """The bytes of ``states``, ``[batch, heads, tokens, row]`` uint8."""
-        digits = self.rows.digits
-        if digits is not None and self.widths is not None:
+        if self.digits is not None:
+            assert self.widths is not None
             codes = state_codes(states, self.scale, self.zero, self.feedback, self.widths)
-            return _packed(digits.split(codes), DIGIT)
+            return _packed(self.digits.split(codes), DIGIT)
         assert self.reach is not None
         floats = states.detach().float().transpose(1, 2)
         factor = head_factors(floats, self.scale, self.zero, self.bits, self.reach)
