@@ -62,7 +62,7 @@ def state_codes(
     states: Tensor, scale: Tensor, zero: Tensor, feedback: Tensor | None, tops: Tensor
 ) -> Tensor:
     """See `quantine.kernels.kv_attention.state_codes.state_codes_reference`."""
-    codes = torch.empty(states.shape, dtype=torch.uint8)
+    codes = torch.empty(states.shape, dtype=torch.uint8, device=states.device)
     _pack(states, scale, zero, feedback, 8, codes, tops)
     return codes
 
