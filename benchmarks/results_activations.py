@@ -134,6 +134,7 @@ BUDGETED_ROWS = (
     ("W4A4KV, tuned", "128", "compensate-demo-W4A4KV-4.95-tuned"),
     ("W4A4KV-rotated-mixed (c)", "128", "rotated-values-demo-W4A4KV-4.95"),
     ("W4A3KV-rotated-mixed (c)", "128", "rotated-values-demo-W4A3KV-4.95"),
+    ("W3A3KV-rotated-mixed", "128", "rotated-values-demo-W3A3KV-3.90"),
     ("W4A4-rotated (a), (b)", "128", "rotated-inputs-demo-W4A4-4.95"),
     ("W4A4-strict-rotated (b)", "128", "rotated-inputs-demo-W4A4-strict-4.95"),
 )
