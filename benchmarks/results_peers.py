@@ -40,9 +40,10 @@ QUANTINE_LLAMA_CPP_PYTHON=... python benchmarks/peers.py demo mixed.txt \\
 PEERS_AFTER = """
 ![KL divergence on WikiText-2 against bits per weight](kl-per-bit.png)
 
-(a) Tunes roundings by signed gradients (arXiv 2309.05516): 3 bits in groups of 64 with zero points,
-128 segments of 512 tokens, dequantized by its own library on an H200 GPU. GPTQ of llm-compressor
-and more types of llama.cpp, on other text, have tables below.
+(a) Tunes roundings by signed gradients (arXiv 2309.05516): groups of 64 with zero points, 128
+segments of 512 tokens. W3 was dequantized by its own library on an H200 GPU; W4 is of the same two
+texts as the rows of quantine, made on a CPU and imported by `benchmarks/against_autoround.py`. GPTQ
+of llm-compressor and more types of llama.cpp, on other text, have tables below.
 """
 UNEVEN = """
 Levels at uneven distances, one table for all groups of a matrix, would take little off: with the
@@ -98,6 +99,7 @@ class Point:
 def points() -> list[Point]:
     """All that was measured, by size."""
     found = [Point(AUTOROUND, "W3 g64", 3.297, {WIKITEXT2: (24.42, 0.2130), C4: (51.47, 0.3837)})]
+    found.append(Point.of(AUTOROUND, read("autoround-demo-W4"), "W4 g64"))
     found += [Point.of(LLAMA_CPP, row) for row in read("peers-demo")]
     methods = {row["name"]: row for row in read("methods-demo")["rows"]}
     for bits in (3, 4):
