@@ -28,7 +28,7 @@ from quantine.core.activation_spec import FINE_BITS
 from quantine.kernels.kv_attention import attend
 from quantine.kernels.kv_attention.scoring import Scoring
 from quantine.rptq.feedback import feedback_of
-from quantine.runtime.kv_cache import PackedLayer, packed_cache
+from quantine.runtime.kv_cache import Grids, PackedLayer, packed_cache
 
 SMALL: Final = LlamaConfig(
     vocab_size=49152,
@@ -126,7 +126,9 @@ def one_block(asked: argparse.Namespace, config: LlamaConfig) -> dict[str, Any]:
 
     def layer_of(bits: int) -> DynamicLayer:
         put_grids([site], bits, config)
-        made = DynamicLayer() if bits == 16 else PackedLayer(site.key, site.value)
+        made = (
+            DynamicLayer() if bits == 16 else PackedLayer(Grids(site.key, site.value, site.centre))
+        )
         made.update(*kept)
         return made
 

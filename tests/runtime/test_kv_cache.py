@@ -24,7 +24,7 @@ from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
-from quantine.runtime.kv_cache import BLOCK, PackedLayer, StaticPackedLayer, packed_cache
+from quantine.runtime.kv_cache import BLOCK, Grids, PackedLayer, StaticPackedLayer, packed_cache
 from tiny_models import byte_tokenizer, loud_states
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
@@ -73,7 +73,7 @@ def test_packed_states_are_what_the_grid_gives_back(
 
 
 def layer_of(bits: int, heads: int, dim: int) -> PackedLayer:
-    return PackedLayer(grid_of(bits, heads * dim, 0, heads), grid_of(bits, heads * dim, 1))
+    return PackedLayer(Grids(grid_of(bits, heads * dim, 0, heads), grid_of(bits, heads * dim, 1)))
 
 
 @given(
@@ -96,7 +96,7 @@ def test_it_holds_what_a_cache_of_floats_holds(
 ) -> None:
     heads, dim = 2, 5
     grids = grid_of(bits[0], heads * dim, 0), grid_of(bits[1], heads * dim, 1)
-    packed, floats = PackedLayer(*grids), DynamicLayer()
+    packed, floats = PackedLayer(Grids(*grids)), DynamicLayer()
     batch = 2
     for what, n in [("add", 1), *steps, ("add", 1)]:
         if what == "add":

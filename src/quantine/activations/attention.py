@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.centred_keys import check_from_first, positions_of
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.overrides import is_overridden
 from quantine.kernels.kv_attention import attend
@@ -40,6 +41,7 @@ def attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     output_attentions: bool | None = None,
+    position_ids: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute attention for ``module``, rounding where it holds `AttentionSites`.
@@ -57,6 +59,7 @@ def attention(
         dropout: share of probabilities that are dropped, in training mode only.
         softcap: bound of scores, see `quantine.kernels.kv_attention.scoring.Scoring`.
         output_attentions: false says that the caller does not read probabilities.
+        position_ids: ``[batch or 1, tokens]`` int64, needed where keys have a centre.
 
     Returns:
         Outputs ``[batch, tokens, heads, dim]``, and probabilities ``[batch, heads, tokens,
@@ -76,7 +79,9 @@ def attention(
         query = _through(sites.query, query)
         # Packed codes are these sites': rounding them again changes nothing.
         if not isinstance(key, PackedStates | RecordedStates):
-            key = _through(sites.key, key)
+            key = _keys(sites, key, attention_mask, position_ids)
+        elif sites.centre is not None:
+            check_from_first(key.shape[2], attention_mask, position_ids)
         if not isinstance(value, PackedStates | RecordedStates):
             value = _through(sites.value, value)
     return attend(
@@ -88,6 +93,16 @@ def attention(
         dropout if module.training else 0.0,
         keep=output_attentions,
     )
+
+
+def _keys(
+    sites: AttentionSites, key: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """Round keys ``[batch, kv_heads, context, dim]``, less their centre if they have one."""
+    if sites.centre is None:
+        return _through(sites.key, key)
+    centre = sites.centre.of(key, positions_of(key.shape[2], mask, position_ids))
+    return (_through(sites.key, key.float() - centre) + centre).to(key.dtype)
 
 
 def _through(site: nn.Module, x: Tensor) -> Tensor:

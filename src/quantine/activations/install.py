@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quantine.activations.centred_keys import CENTRE_NAME, CentredKeys
 from quantine.activations.grids import StaticGrid, TokenGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites, GriddedConv1D, GriddedLinear
 from quantine.activations.reorder import permute_norm
@@ -106,6 +107,17 @@ def add_sites(block: nn.Module, family: Family, spec: ActivationSpec) -> None:
     sites = AttentionSites()
     sites.softmax, sites.relative = spec.softmax, spec.relative
     setattr(block.get_submodule(family.attention), SITES_NAME, sites)
+
+
+def key_point(family: Family, spec: ActivationSpec) -> RoundingPoint | None:
+    """Where keys of a block are rounded less their centre; ``None`` if ``spec`` or they do not."""
+    points = [point for point in rounding_points(family) if point.site == "key"]
+    return points[0] if points and spec.centred_keys else None
+
+
+def add_centre(block: nn.Module, family: Family, centre: CentredKeys) -> None:
+    """Let the attention of ``block``, which has been through `add_sites`, centre its keys."""
+    setattr(block.get_submodule(family.attention).get_submodule(SITES_NAME), CENTRE_NAME, centre)
 
 
 def add_norms(
@@ -209,6 +221,10 @@ def rebuild_block(
         return RotatedGrid(found, *(needed(f"{point.grid}.{name}") for name in (SMOOTHING, CENTRE)))
 
     add_sites(block, family, spec)
+    if key_point(family, spec) is not None:
+        inside = f"{family.attention}.{SITES_NAME}.{CENTRE_NAME}"
+        tensors = (needed(f"{inside}.{name}") for name in CentredKeys.tensor_names)
+        add_centre(block, family, CentredKeys(*tensors))
     add_norms(block, family, spec, order)
     add_grids(block, family, spec, grid)
 

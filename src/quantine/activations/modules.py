@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quantine.activations.centred_keys import CentredKeys
 from quantine.activations.stored import check_tensor
 from quantine.core.activation_spec import UNQUANTIZED
 from quantine.core.permute import is_order
@@ -95,6 +96,7 @@ class AttentionSites(nn.Module):
     Attributes:
         query, key, value: modules that round ``[batch, tokens, channels]``, the channels of one
             head after another; the identity where nothing is rounded.
+        centre: what keys are less by while they are rounded; ``None`` for nothing.
         softmax: bits of probabilities; 16 leaves them as they are.
         relative: how probabilities are rounded, see
             `quantine.kernels.kv_attention.reference.round_probabilities`.
@@ -105,5 +107,6 @@ class AttentionSites(nn.Module):
         self.query: nn.Module = nn.Identity()
         self.key: nn.Module = nn.Identity()
         self.value: nn.Module = nn.Identity()
+        self.centre: CentredKeys | None = None
         self.softmax = UNQUANTIZED
         self.relative = True

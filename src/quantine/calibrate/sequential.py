@@ -95,6 +95,11 @@ class Sequential:
         """Model, weights and segments, and how they are computed with."""
         return self._setup
 
+    @property
+    def own_shards(self) -> Sequence[Sequence[int]]:
+        """The numbers of the batches of each shard of this rank."""
+        return self._shards
+
     @torch.no_grad()
     def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
         """The Hessians ``x x.T`` of the inputs of several matrices, all from one forward pass.

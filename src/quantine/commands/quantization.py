@@ -102,7 +102,8 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="weights and activations: W4A16, W4A8, W4A4, W4A4KV (keys and values only), any other "
         "WxAy[KV]; with -strict norm outputs have y bits, too (else 8 at least), -rotated rotates "
         "inputs and values of less than 8 bits, -mixed gives keys bits channel by channel, "
-        "-faithful is RPTQ as published, -tensor and -token are for comparison; with "
+        "-centred rounds keys less their mean before rotary embeddings, -faithful is RPTQ as "
+        "published, -tensor and -token are for comparison; with "
         "--bits-per-weight that says what weights have",
     )
     parser.add_argument(

@@ -86,6 +86,8 @@ class ActivationSpec:
             pays; each token of a head has a factor then.
         mixed_keys: whether channels of keys may have different numbers of bits, with `key` as the
             mean of a head, see `quantine.rptq.widths`.
+        centred_keys: whether keys are rounded less a centre that turns with the position of the
+            token, as rotary embeddings do, see `quantine.kernels.kv_attention.key_centre`.
 
     Raises:
         PlanError: a field has a value that is not allowed.
@@ -106,6 +108,7 @@ class ActivationSpec:
     token_factors: bool = True
     rotated: tuple[str, ...] = ()
     mixed_keys: bool = False
+    centred_keys: bool = False
 
     def __post_init__(self) -> None:
         for site in SITES:
@@ -115,7 +118,7 @@ class ActivationSpec:
                     f"activations: {site} must be {MIN_BITS} to {MAX_BITS} bits, or {UNQUANTIZED} "
                     f"for none, not {shown(bits)}"
                 )
-        for name in ("relative", "token_factors", "mixed_keys"):
+        for name in ("relative", "token_factors", "mixed_keys", "centred_keys"):
             if not isinstance(getattr(self, name), bool):
                 raise PlanError(
                     f"activations: {name} must be true or false, not {shown(getattr(self, name))}"
@@ -131,6 +134,11 @@ class ActivationSpec:
             )
         self._check_rotated()
         self._check_mixed_keys()
+        if self.centred_keys and (self.key == UNQUANTIZED or not self.reorders):
+            raise PlanError(
+                "activations: centred_keys needs keys that are rounded, with granularity cluster, "
+                f"not {self.key} bits and {self.granularity}: leave it out"
+            )
         count = self.value_clusters
         if count is not None and not (_is_whole(count) and count > 0):
             raise PlanError(
@@ -210,7 +218,8 @@ class ActivationSpec:
         What earlier versions do not know is left out where it says nothing.
         """
         found = {**dataclasses.asdict(self), "clusters": list(self.clusters)}
-        later = {"rotated": list(found.pop("rotated")), "mixed_keys": found.pop("mixed_keys")}
+        later = {name: found.pop(name) for name in ("rotated", "mixed_keys", "centred_keys")}
+        later["rotated"] = list(later["rotated"])
         return {**found, **{name: value for name, value in later.items() if value}}
 
 

@@ -46,7 +46,7 @@ class Shorthand:
     faithful: bool
 
 
-VARIANTS: Final = ("faithful", "mixed", "rotated", "strict", "tensor", "token")
+VARIANTS: Final = ("centred", "faithful", "mixed", "rotated", "strict", "tensor", "token")
 """Suffixes of such names, explained in `parse_shorthand`."""
 
 
@@ -58,7 +58,7 @@ def parse_shorthand(name: str) -> Shorthand:
     clusters and grids, and rounds probabilities, as in RPTQ's published code; ``-tensor`` and
     ``-token`` use one grid per tensor or per token; ``-rotated`` rotates values and the inputs
     of matrices that have fewer than 8 bits; ``-mixed`` gives channels of keys different numbers of
-    bits.
+    bits; ``-centred`` rounds keys less a centre that turns as rotary embeddings do.
 
     Raises:
         PlanError: the name does not have this form, or bits are out of range.
@@ -109,9 +109,11 @@ def parse_shorthand(name: str) -> Shorthand:
                 "bits, so there is nothing to rotate: leave out -rotated"
             )
         spec = replace(spec, rotated=coarse)
-    if "mixed" in suffixes:
-        try:
+    try:
+        if "mixed" in suffixes:
             spec = replace(spec, mixed_keys=True)
-        except PlanError as error:
-            raise PlanError(f"scheme {name}: {error}") from error
+        if "centred" in suffixes:
+            spec = replace(spec, centred_keys=True)
+    except PlanError as error:
+        raise PlanError(f"scheme {name}: {error}") from error
     return Shorthand(weight_bits, spec, "faithful" in suffixes)

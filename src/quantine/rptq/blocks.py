@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from quantine.activations.grids import HEAD_REACH
 from quantine.activations.install import (
     ATTENDED,
+    add_centre,
     add_grids,
     add_sites,
+    key_point,
     link_of,
     read_links,
     rebuild_block,
@@ -25,6 +27,7 @@ from quantine.activations.rotated_inputs import SMOOTHING
 from quantine.activations.rotated_values import rotate_values
 from quantine.calibrate.sequential import Sequential
 from quantine.calibrate.skeleton import set_tensor
+from quantine.calibrate.token_means import means_by_token
 from quantine.core.activation_spec import INPUT_SITES, ActivationSpec
 from quantine.errors import FamilyError, FormatError
 from quantine.families.family import Family
@@ -38,6 +41,7 @@ from quantine.rptq.choose_grids import (
     ranking_samples,
 )
 from quantine.rptq.clusters import Clusters
+from quantine.rptq.key_centres import centre_of_keys
 from quantine.rptq.reordering import Reordering
 from quantine.rptq.smoothing import least_noise
 from quantine.source.checkpoint import Checkpoint
@@ -89,6 +93,10 @@ def _reordered(
     add_sites(block, family, spec)
     if rotates:
         _rotate_values(sequential, index, block, family, heads)
+    keys = key_point(family, spec)
+    if keys is not None:
+        means = means_by_token(sequential, index, block.get_submodule(keys.path))
+        add_centre(block, family, centre_of_keys(means, heads.keys, sequential.setup.model))
     smoothings = _smoothings(sequential, index, block, family, spec)
     rotate_inputs(block, family, lambda point: smoothings.get(point.path))
     found = sequential.ranges(index, [point.path for point in rounding_points(family)])

@@ -79,6 +79,8 @@ class Roundings:
         sites = getattr(attention, SITES_NAME, None)
         if sites is None:
             return None
+        if getattr(sites, "centre", None) is not None:
+            refuse("keys are centred before they are rounded")
         expect(sites, AttentionSites, "what attention rounds", {"query", "key", "value"})
         plain = all(type(site) is nn.Identity for site in (sites.query, sites.key, sites.value))
         if plain and sites.softmax == UNQUANTIZED:

@@ -38,13 +38,15 @@ def with_cache(
         args: its positional arguments: the prompt, if that is one.
         options: its other arguments; they stay as they are.
     """
-    from quantine.runtime.kv_cache import packed_cache, static_cache
+    from quantine.runtime.kv_cache import has_centred_keys, packed_cache, static_cache
 
     call = _Call(model, args, options)
     if model.config._attn_implementation != ATTENTION or call.setting("use_cache") is False:
         return options
     kind = call.setting("cache_implementation")
     if options.get("past_key_values") is not None or kind not in (*UNSPECIFIC, STATIC):
+        return options
+    if call.hides() and has_centred_keys(model):  # positions do not begin with the cache
         return options
     if kind != STATIC:
         cache = packed_cache(model)
@@ -69,6 +71,11 @@ class _Call:
         """A setting; ``None`` if nobody says."""
         said = [self._options.get(name), *(getattr(held, name, None) for held in self._settings)]
         return next((value for value in said if value is not None), None)
+
+    def hides(self) -> bool:
+        """Whether tokens of the prompt are hidden, as padding is."""
+        mask = self._options.get("attention_mask")
+        return isinstance(mask, Tensor) and not bool(mask.bool().all())
 
     def guesses(self) -> bool:
         """Whether tokens are guessed and taken back, which no static cache can do."""

@@ -8,18 +8,20 @@ decoded floats, of one layer at a time.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
+from quantine.activations.centred_keys import CentredKeys
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
 from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
 from quantine.families import described_family
 from quantine.families.layers import block_list
+from quantine.kernels.kv_attention.key_centre import KeyCentre
 from quantine.kernels.kv_attention.state_grid import StateGrid
 
 if TYPE_CHECKING:
@@ -32,6 +34,41 @@ BLOCK: Final = 64
 """Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
 
 
+class Grids(NamedTuple):
+    """How the keys and values of a block are rounded.
+
+    Attributes:
+        key, value: grids over the channels of all heads, one head after another.
+        centre: what keys are less by before; ``None`` for nothing.
+    """
+
+    key: StaticGrid
+    value: StaticGrid
+    centre: CentredKeys | None = None
+
+    def by_head(self, dim: int, centres: list[KeyCentre]) -> list[StateGrid]:
+        """The grids of keys and values for heads of ``dim`` channels.
+
+        Args:
+            centres: those of other blocks of the cache, whose tables are shared; gets this one's.
+        """
+        key, value = self.key.by_head(dim), self.value.by_head(dim)
+        if self.centre is None:
+            return [key, value]
+        centre = self.centre.by_head(dim)
+        for other in centres:
+            centre.share(other)
+        centres.append(centre)
+        return [key._replace(centre=centre), value]
+
+
+def _centred(grid: StateGrid, states: Tensor, positions: Tensor) -> Tensor:
+    """New keys or values at ``positions`` less their centre, if they have one."""
+    if grid.centre is None:
+        return states
+    return states.float() - grid.centre.at(positions).transpose(0, 1)
+
+
 class PackedLayer(DynamicLayer):
     """The keys and values of one block, packed: uint8 ``[batch, heads, tokens, bytes]`` each.
 
@@ -39,13 +76,13 @@ class PackedLayer(DynamicLayer):
     other tensors (reordering or selecting samples), the next update makes a new allocation.
 
     Args:
-        key_grid, value_grid: grids of keys and of values, over the channels of all heads, one head
-            after another.
+        grids: how they are rounded.
+        centres: shared by all layers of a cache, see `Grids.by_head`.
     """
 
-    def __init__(self, key_grid: StaticGrid, value_grid: StaticGrid) -> None:
+    def __init__(self, grids: Grids, centres: list[KeyCentre] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._grids = key_grid, value_grid
+        self._grids, self._centres = grids, [] if centres is None else centres
         self._rooms: list[Tensor] = []
         self._by_head: list[StateGrid] = []
 
@@ -58,7 +95,7 @@ class PackedLayer(DynamicLayer):
         """
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads, _, dim = key_states.shape
-        self._by_head = [grid.by_head(dim) for grid in self._grids]
+        self._by_head = self._grids.by_head(dim, self._centres)
         self._rooms = [
             torch.empty(batch, heads, 0, grid.row, dtype=torch.uint8, device=self.device)
             for grid in self._by_head
@@ -96,7 +133,9 @@ class PackedLayer(DynamicLayer):
             shape = (*used.shape[:2], -(-after // BLOCK) * BLOCK, used.shape[3])
             room = self._rooms[which] = used.new_empty(shape)
             room[:, :, :before] = used
-        self._by_head[which].pack(states, room[:, :, before:after])
+        grid = self._by_head[which]
+        positions = torch.arange(before, after, device=states.device)
+        grid.pack(_centred(grid, states, positions), room[:, :, before:after])
         return room[:, :, :after]
 
     def reset(self) -> None:
@@ -113,8 +152,10 @@ class PackedLayer(DynamicLayer):
 
     @property
     def statistics_nbytes(self) -> int:
-        """Bytes of the scales and zero points of all channels, which do not grow with tokens."""
-        return sum(grid.scale.nbytes + grid.zero.nbytes for grid in self._by_head)
+        """Bytes of scales, zero points and the centre of keys, which do not grow with tokens."""
+        centre = self._by_head[0].centre if self._by_head else None
+        grids = sum(grid.scale.nbytes + grid.zero.nbytes for grid in self._by_head)
+        return grids if centre is None else grids + centre.nbytes
 
 
 class StaticPackedLayer(StaticLayer):
@@ -125,16 +166,20 @@ class StaticPackedLayer(StaticLayer):
     number.
 
     Args:
-        key_grid, value_grid: as for `PackedLayer`.
+        grids, centres: as for `PackedLayer`.
         room: number of tokens that it can hold.
         counts: whether the device checks that new tokens have room; one layer of a cache is enough.
     """
 
     def __init__(
-        self, key_grid: StaticGrid, value_grid: StaticGrid, room: int, counts: bool = True
+        self,
+        grids: Grids,
+        room: int,
+        counts: bool = True,
+        centres: list[KeyCentre] | None = None,
     ) -> None:
         super().__init__(max_cache_len=room)
-        self._grids = key_grid, value_grid
+        self._grids, self._centres = grids, [] if centres is None else centres
         self._counts = counts
         self._by_head: list[StateGrid] = []
 
@@ -148,7 +193,7 @@ class StaticPackedLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads, _, dim = key_states.shape
         self.k_head_dim = self.v_head_dim = dim
-        self._by_head = [grid.by_head(dim) for grid in self._grids]
+        self._by_head = self._grids.by_head(dim, self._centres)
         shape = (self.batch_size, self.num_heads, self.max_cache_len)
         rooms = [
             torch.zeros(*shape, grid.row, dtype=torch.uint8, device=self.device)
@@ -192,6 +237,8 @@ class StaticPackedLayer(StaticLayer):
 
     def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
         grid = self._by_head[which]
+        new = torch.arange(states.shape[2], device=states.device)
+        states = _centred(grid, states, self.cumulative_length + new)
         grid.pack(states, room, self.cumulative_length)
         return grid.states(room, self.dtype)
 
@@ -201,8 +248,8 @@ def packed_cache(model: PreTrainedModel) -> DynamicCache | None:
     grids = _grids_of(model)
     if grids is None:
         return None
-    cache = DynamicCache()
-    cache.layers.extend(PackedLayer(key, value) for key, value in grids)
+    cache, centres = DynamicCache(), list[KeyCentre]()
+    cache.layers.extend(PackedLayer(own, centres) for own in grids)
     return cache
 
 
@@ -214,15 +261,21 @@ def static_cache(model: PreTrainedModel, room: int) -> Cache:
     grids, count = _grids_of(model), model.config.get_text_config().num_hidden_layers
     if grids is None:
         return Cache(layers=[StaticLayer(max_cache_len=room) for _ in range(count)])
+    centres: list[KeyCentre] = []
     return Cache(
         layers=[
-            StaticPackedLayer(key, value, room, counts=number == 0)
-            for number, (key, value) in enumerate(grids)
+            StaticPackedLayer(own, room, counts=number == 0, centres=centres)
+            for number, own in enumerate(grids)
         ]
     )
 
 
-def _grids_of(model: PreTrainedModel) -> list[tuple[StaticGrid, StaticGrid]] | None:
+def has_centred_keys(model: PreTrainedModel) -> bool:
+    """Whether a packed cache of ``model`` holds texts from their first token on only."""
+    return any(grids.centre is not None for grids in _grids_of(model) or ())
+
+
+def _grids_of(model: PreTrainedModel) -> list[Grids] | None:
     """The grids of keys and of values of each block, or ``None`` where not all can be packed.
 
     Every block must be found where its family has it, and must round keys and values with static
@@ -242,7 +295,7 @@ def _grids_of(model: PreTrainedModel) -> list[tuple[StaticGrid, StaticGrid]] | N
     return found
 
 
-def _grids(attention: nn.Module) -> tuple[StaticGrid, StaticGrid] | None:
+def _grids(attention: nn.Module) -> Grids | None:
     sites = getattr(attention, SITES_NAME, None)
     if not isinstance(sites, AttentionSites):
         return None
@@ -252,4 +305,4 @@ def _grids(attention: nn.Module) -> tuple[StaticGrid, StaticGrid] | None:
             return None
     assert isinstance(key, StaticGrid)
     assert isinstance(value, StaticGrid)
-    return key, value
+    return Grids(key, value, sites.centre)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from quantine.activations.centred_keys import CENTRE_NAME
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import AttentionSites, PermutedNorm
 from quantine.core.finite import is_finite
@@ -60,6 +61,8 @@ def _check_sites(name: str, sites: AttentionSites, heads: Heads, width: int) -> 
         grid = getattr(sites, site)
         if isinstance(grid, StaticGrid):
             grid.check(f"{name}.{site}", count * width, count)
+    if sites.centre is not None:
+        sites.centre.check(f"{name}.{CENTRE_NAME}", heads.keys * width)
 
 
 def _check_vectors(name: str, module: nn.Module) -> None:

@@ -64,7 +64,7 @@ def attend(
     if reference or _learning(key, value):
         return attend_reference(query, key, value, mask, scoring, dropout)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
-        kind = _kind(query, key, value, mask)
+        kind = _kind(query, key, value, mask, scoring)
         if kind == "triton":
             return _operated(query, key, value, mask, scoring, keep)
         if kind == "native":
@@ -75,7 +75,11 @@ def attend(
 
 
 def _kind(
-    query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None
+    query: Tensor,
+    key: PackedStates,
+    value: PackedStates,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> backend.Backend:
     """Whose kernels multiply codes; the reference where floats are multiplied."""
     if backend.is_recorded():
@@ -83,6 +87,8 @@ def _kind(
     kind = backend.of(query, mask, *key.tensors(), *value.tensors())
     if kind == "native":
         known = not key.rows.factors and value.rows.digits is None
+        # What queries make of a centre is added as masks are, when scores are bounded already.
+        known = known and (key.rows.centre is None or scoring.softcap is None)
         fits = known and _few(query, key)
     else:
         fits = key.rows.is_plain and value.rows.is_plain and _some(query, key)
@@ -129,7 +135,7 @@ def _attend(
     keys = PackedStates(key, key_bits, key_scale, key_zero, query.dtype)
     values = PackedStates(value, value_bits, value_scale, value_zero, query.dtype)
     scoring = Scoring(scaling, softcap, softmax_bits, relative)
-    if _kind(query, keys, values, mask) == "triton":
+    if _kind(query, keys, values, mask, scoring) == "triton":
         from quantine.kernels.kv_attention.triton import attention as programs
 
         out, kept = programs.attend(query, keys, values, mask, scoring, keep)

@@ -17,7 +17,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """See `quantine.kernels.kv_attention.attend`; has no gradients and no dropout.
 
-    Probabilities are always returned.
+    Probabilities are always returned. Where keys have a centre, scores have no bound.
     """
     batch, heads, tokens, dim = query.shape
     context = key.shape[2]
@@ -26,6 +26,9 @@ def attend(
         mask = mask.view(*[1] * (4 - mask.ndim), *mask.shape)
         mask = mask.expand(-1, -1, -1, context).contiguous()
     states = query.detach().float().contiguous()
+    if key.rows.centre is not None:
+        added = key.rows.centre.products(states, context).mul_(scoring.scaling)
+        mask = added if mask is None else mask + added
     probabilities = states.new_empty(batch, heads, tokens, context)
     out = states.new_empty(batch, tokens, heads, dim)
     digits = key.rows.digits

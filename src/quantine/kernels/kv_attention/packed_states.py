@@ -14,6 +14,7 @@ from quantine.core.grid import decode
 from quantine.kernels.bits import unpack
 from quantine.kernels.bits.reference import packed_bytes
 from quantine.kernels.kv_attention.digits import DIGIT, Digits
+from quantine.kernels.kv_attention.key_centre import KeyCentre
 
 FACTOR_BYTES: Final = 2
 """Bytes of the factor of a token, a float16, behind its codes."""
@@ -25,15 +26,18 @@ class RowLayout(NamedTuple):
     Attributes:
         digits: where the codes of channels are that have different numbers of bits; else ``None``.
         factors: whether a factor of the token follows, by which what codes stand for is multiplied.
+        centre: what is added to what codes stand for, where the first row is of position 0; else
+            ``None``.
     """
 
     digits: Digits | None = None
     factors: bool = False
+    centre: KeyCentre | None = None
 
     @property
     def is_plain(self) -> bool:
         """Whether rows are nothing else, so that kernels multiply them."""
-        return self.digits is None and not self.factors
+        return self.digits is None and not self.factors and self.centre is None
 
 
 PLAIN: Final = RowLayout()
@@ -139,7 +143,7 @@ class RecordedStates:
 
 
 def _decoded(states: PackedStates | RecordedStates) -> Tensor:
-    dim, (digits, factors) = states.shape[3], states.rows
+    dim, (digits, factors, centre) = states.shape[3], states.rows
     if digits is None:
         codes = _codes(states.packed, states.bits, dim)
     else:
@@ -149,6 +153,9 @@ def _decoded(states: PackedStates | RecordedStates) -> Tensor:
         # A copy, as a view of another dtype has to begin at a multiple of its size.
         tail = states.packed[..., -FACTOR_BYTES:].clone(memory_format=torch.contiguous_format)
         floats *= tail.view(torch.float16)
+    if centre is not None:
+        positions = torch.arange(states.shape[2], device=floats.device)
+        floats += centre.at(positions).transpose(0, 1)
     return floats.to(states.dtype)
 
 

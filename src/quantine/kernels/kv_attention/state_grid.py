@@ -11,6 +11,7 @@ from quantine.core.grid import decode, encode
 from quantine.kernels import backend
 from quantine.kernels.bits.reference import pack_reference, packed_bytes
 from quantine.kernels.kv_attention.digits import DIGIT, Digits
+from quantine.kernels.kv_attention.key_centre import KeyCentre
 from quantine.kernels.kv_attention.packed_states import (
     FACTOR_BYTES,
     PackedStates,
@@ -37,6 +38,8 @@ class StateGrid(NamedTuple):
         reach: ``[heads]`` float32 where each token of a head is divided by a factor, see
             `quantine.kernels.kv_attention.state_codes.head_factors`; else ``None``. There is
             neither ``feedback`` nor ``widths`` then.
+        centre: what keys are less by before they are rounded here, and what is added to what codes
+            stand for; else ``None``.
     """
 
     bits: int
@@ -46,6 +49,7 @@ class StateGrid(NamedTuple):
     widths: Tensor | None = None
     digits: Digits | None = None
     reach: Tensor | None = None
+    centre: KeyCentre | None = None
 
     @classmethod
     def uneven(
@@ -67,7 +71,7 @@ class StateGrid(NamedTuple):
     @property
     def rows(self) -> RowLayout:
         """What a row of a token is, besides codes of ``bits`` bits."""
-        return RowLayout(self.digits, self.reach is not None)
+        return RowLayout(self.digits, self.reach is not None, self.centre)
 
     def pack(self, states: Tensor, packed: Tensor, start: Tensor | None = None) -> None:
         """Round ``states`` into ``packed``: see `quantine.kernels.kv_attention.packing`."""

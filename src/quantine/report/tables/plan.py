@@ -186,6 +186,7 @@ def _activation_lines(job: Job) -> list[str]:
         f"rounded while the model runs: {'; '.join(rounded)}, a grid for each {spec.granularity}",
         *rotated,
         *([mixed] if spec.mixed_keys else []),
+        *(["keys less a centre that turns with positions"] if spec.centred_keys else []),
     ]
 
 
