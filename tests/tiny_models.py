@@ -145,6 +145,19 @@ def loud_states(directory: Path) -> Path:
     return directory
 
 
+def biased_keys(directory: Path) -> Path:
+    """A Qwen2 whose keys, before rotary embeddings, are one large vector and little more."""
+    build(tiny_config("qwen2"), directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.model.layers:
+        with torch.no_grad():
+            noise = torch.randn(block.self_attn.k_proj.bias.shape, generator=generator)
+            block.self_attn.k_proj.bias.copy_(noise * 20)
+    model.save_pretrained(directory)
+    return directory
+
+
 def random_model(config: PretrainedConfig, seed: int = 0) -> Any:
     """A model whose logits spread over several nats, so that a wrong weight shows.
 

@@ -86,6 +86,7 @@ SURVIVING = (
     "W16A8",
     "W4A3KV",
     "W4A3KV-rotated-mixed",
+    "W4A3KV-mixed-centred",
     "W4A4-rotated",
     "W4A4-token",
     "W4A4-tensor",
@@ -203,6 +204,7 @@ def test_a_budget_decides_the_bits_of_weights_beside_a_scheme(
         budget_with("W4A4"),
         plan_of("W4A4-strict-rotated"),
         plan_of("W4A3KV-rotated-mixed"),
+        plan_of("W4A3KV-centred"),
     ],
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(
@@ -252,6 +254,7 @@ def test_evaluation_counts_weights_that_stay(
     [
         ("opt_projected", Plan.scheme("W4A8"), 4, FamilyError, "do_layer_norm_before is True"),
         ("bloom", Plan.scheme("W4A4KV"), 4, FamilyError, "bloom models cannot .* at key, value:"),
+        ("opt", Plan.scheme("W4A4KV-centred"), 4, FamilyError, "has no kinds of rotary embeddings"),
         ("llama", Plan.scheme("W16A8"), 0, CalibrationError, "need calibration samples"),
         (
             "llama",

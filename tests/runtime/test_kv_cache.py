@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 import quantine
@@ -25,7 +25,7 @@ from quantine.kernels.kv_attention.packed_states import PackedStates
 from quantine.kernels.kv_attention.packing import pack_states, pack_states_reference
 from quantine.rptq.feedback import feedback_of
 from quantine.runtime.kv_cache import BLOCK, Grids, PackedLayer, StaticPackedLayer, packed_cache
-from tiny_models import byte_tokenizer, loud_states
+from tiny_models import biased_keys, byte_tokenizer, loud_states
 
 TEXT = "Line 33: 22 apples and 10 pears.\nLine 34"
 
@@ -156,6 +156,10 @@ def test_a_token_needs_no_new_memory_until_a_block_is_full() -> None:
 
 UNEVEN = "W16A3KV-rotated-mixed"
 """Keys with channels of different bits, and values with factors of tokens."""
+CENTRED = "W16A4KV-mixed-centred"
+"""Keys that are less a centre, which turns."""
+MADE = {UNEVEN: loud_states, CENTRED: biased_keys}
+"""How the models of these schemes are made."""
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +171,7 @@ def rounding(
     def loaded(name: str, scheme: str) -> Any:
         out = root / f"{name}-{scheme}"
         if not out.exists():
-            model = loud_states(root / "loud") if scheme == UNEVEN else tiny(name)
+            model = MADE[scheme](root / "made" / scheme) if scheme in MADE else tiny(name)
             quantize(model, out, Plan.scheme(scheme, arithmetic="exact"), short)
         return quantine.load(out)[0]
 
@@ -180,7 +184,13 @@ def tokens_of(*texts: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("name", "scheme"),
-    [("llama", "W16A4KV"), ("opt", "W16A3KV"), ("gemma2", "W16A8KV"), ("llama", UNEVEN)],
+    [
+        ("llama", "W16A4KV"),
+        ("opt", "W16A3KV"),
+        ("gemma2", "W16A8KV"),
+        ("llama", UNEVEN),
+        ("qwen2", CENTRED),
+    ],
 )
 @torch.no_grad()
 def test_token_by_token_it_is_the_whole_text(
@@ -207,7 +217,7 @@ def test_token_by_token_it_is_the_whole_text(
     assert scheme != UNEVEN or (factors and any(site.key.uneven() is not None for site in sites))
 
 
-@pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN])
+@pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN, CENTRED])
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}]
 )
@@ -222,6 +232,42 @@ def test_generation_is_that_of_rounded_floats(
     floats = DynamicCache(config=model.config)
     expected = model.generate(tokens, attention_mask=mask, past_key_values=floats, **asked)
     assert torch.equal(packed, expected)
+
+
+@torch.no_grad()
+def test_centred_keys_lose_less(tmp_path: Path, short: Calibration) -> None:
+    source = biased_keys(tmp_path / "model")
+    tokens = tokens_of(TEXT, TEXT[::-1])
+    exact = AutoModelForCausalLM.from_pretrained(source)(input_ids=tokens).logits.log_softmax(-1)
+    lost = []
+    for scheme in ("W16A4KV-mixed", CENTRED):
+        quantize(source, tmp_path / scheme, Plan.scheme(scheme, arithmetic="exact"), short)
+        model, _ = quantine.load(tmp_path / scheme)
+        found = model(input_ids=tokens).logits.log_softmax(-1)
+        lost.append(float((exact.exp() * (exact - found)).sum(-1).mean()))
+    assert lost[1] < lost[0] / 2
+
+
+@torch.no_grad()
+def test_positions_of_centred_keys_begin_behind_padding(
+    rounding: Callable[[str, str], Any],
+) -> None:
+    model = rounding("qwen2", CENTRED)
+    texts = tokens_of(TEXT[:20])[0], tokens_of(TEXT[4:15])[0]
+    room = max(map(len, texts))
+    padded, mask = (
+        torch.stack([torch.cat([row.new_zeros(room - len(row)), row]) for row in rows])
+        for rows in (texts, [torch.ones_like(text) for text in texts])
+    )
+    asked = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(padded, attention_mask=mask, **asked)
+    alone = [
+        model.generate(text[None], attention_mask=torch.ones(1, len(text)), **asked)
+        for text in texts
+    ]
+    assert [row[-6:].tolist() for row in found] == [row[0, -6:].tolist() for row in alone]
+    with pytest.raises(RuntimeError, match="without padding before them"):
+        model.generate(padded, attention_mask=mask, past_key_values=packed_cache(model), **asked)
 
 
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")

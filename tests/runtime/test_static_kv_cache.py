@@ -28,11 +28,13 @@ from quantine.runtime.kv_cache import (
     packed_cache,
     static_cache,
 )
-from tiny_models import loud_states, some_tokens
+from tiny_models import biased_keys, loud_states, some_tokens
 
 Rounding = Callable[[str], Any]
 UNEVEN = "W16A3KV-rotated-mixed"
-SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV", UNEVEN)
+CENTRED = "W16A4KV-mixed-centred"
+SCHEMES = ("W4A8", "W4A4KV", "W3A3KV", "W16A8KV", UNEVEN, CENTRED)
+MADE = {UNEVEN: loud_states, CENTRED: biased_keys}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def rounding(
     def loaded(scheme: str) -> Any:
         out = root / scheme
         if not out.exists():
-            model = loud_states(root / "loud") if scheme == UNEVEN else tiny("llama")
+            model = MADE[scheme](root / "made" / scheme) if scheme in MADE else tiny("llama")
             quantize(model, out, Plan.scheme(scheme, arithmetic="exact"), short)
         return quantine.load(out, torch.float32)[0]
 
@@ -67,7 +69,7 @@ def test_a_repeated_step_computes_what_the_modules_do(scheme: str, rounding: Rou
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("scheme", ["W16A3KV", UNEVEN])
+@pytest.mark.parametrize("scheme", ["W16A3KV", UNEVEN, CENTRED])
 def test_what_a_graph_holds_of_a_step_computes_it_again(scheme: str, rounding: Rounding) -> None:
     model = rounding(scheme)
     with no_extension():  # whose products are no operators

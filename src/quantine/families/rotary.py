@@ -23,8 +23,12 @@ UNSCALED: Final = "original_inv_freq"
 def turns_of(model: PreTrainedModel) -> Tensor:
     """By how many radians rotary embeddings turn each pair of channels from token to token.
 
+    Args:
+        model: where it has no values yet, the result has none either, and only shapes tell whether
+            there are several kinds.
+
     Returns:
-        ``[pairs]`` float32, where the model has them.
+        ``[pairs]`` float32.
 
     Raises:
         FamilyError: there are no rotary embeddings, several different ones, or some whose angles
@@ -37,11 +41,17 @@ def turns_of(model: PreTrainedModel) -> Tensor:
         kind = getattr(model.get_submodule(name.rpartition(".")[0]), "rope_type", "default")
         if not isinstance(kind, str) or kind not in STATIC:
             raise _refused(f"has rotary embeddings of type {kind}")
-        if not any(buffer.shape == one.shape and torch.equal(buffer, one) for one in found):
+        if not any(_alike(buffer, one) for one in found):
             found.append(buffer)
     if len(found) != 1:
         raise _refused(f"has {len(found) or 'no'} kinds of rotary embeddings")
     return found[0].detach().float()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return one.is_meta or other.is_meta or torch.equal(one, other)
 
 
 def _refused(why: str) -> FamilyError:

@@ -21,6 +21,7 @@ from quantine.errors import CheckpointError, OutputError, PlanError
 from quantine.families import family_of
 from quantine.families.family import Family
 from quantine.families.layers import are_tied, find_layers
+from quantine.families.rotary import turns_of
 from quantine.formats.directory import is_finished
 from quantine.formats.imported import is_foreign, source_files
 from quantine.plan.decision import Decision, with_clusters
@@ -108,6 +109,8 @@ def prepare(
         config.tie_word_embeddings = False
         bare = _skeleton(source, config, rounds)
         turned = rotate(bare, family, config, plan.transforms[0].seed)
+    if plan.activations is not None and plan.activations.centred_keys:
+        turns_of(bare)  # refuses what has none
     layers = find_layers(bare, family)
     decisions, unties = _settle_tie(plan.resolve(layers), bool(config.tie_word_embeddings))
     decisions = [_with_expected_clusters(d, plan.activations, family) for d in decisions]
