@@ -43,7 +43,8 @@ def centre_of_keys(means: Tensor, heads: int, model: PreTrainedModel) -> Centred
     found = [_waves(later, turns, beside) for beside in (False, True)]
     strength = [float(wave.square().sum()) for wave, _ in found]
     wave, of_channels = found[strength.index(max(strength))]
-    return CentredKeys(means[0].clone(), *wave.flatten(1).clone(), of_channels.repeat(heads))
+    cos, sin = (part.flatten().clone() for part in wave)
+    return CentredKeys(means[0].clone(), cos, sin, of_channels.repeat(heads))
 
 
 def _waves(keys: Tensor, turns: Tensor, beside: bool) -> tuple[Tensor, Tensor]:
