@@ -37,6 +37,8 @@ def page() -> str:
         parts.append(comparisons.section(table))
         if table.name == AXES_BEFORE:
             parts += [comparisons.AXES, comparisons.axes(), comparisons.AXES_AFTER]
+        if table.name == comparisons.QWEN:
+            parts += [comparisons.BY_LOSS, comparisons.by_loss(), comparisons.BY_LOSS_AFTER]
         if table.name == tuning.TUNED_FROM:
             parts += [*tuning.sections(), *peers.sections()]
     return "".join(

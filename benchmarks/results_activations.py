@@ -137,6 +137,7 @@ BUDGETED_ROWS = (
     ("W3A3KV-rotated-mixed", "128", "rotated-values-demo-W3A3KV-3.90"),
     ("W4A4-rotated (a), (b)", "128", "rotated-inputs-demo-W4A4-4.95"),
     ("W4A4-strict-rotated (b)", "128", "rotated-inputs-demo-W4A4-strict-4.95"),
+    ("W4A4-strict-rotated-mixed", "128", "rotated-values-demo-W4A4-strict-4.95"),
 )
 """Scheme, segments of two texts, and scores by `quantine eval`."""
 BUDGETED_AFTER = """

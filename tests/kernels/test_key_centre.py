@@ -56,8 +56,8 @@ def test_it_turns_by_the_angle_of_each_token() -> None:
 
 def test_blocks_that_turn_alike_share_a_table() -> None:
     one, same, other = centre_of(2, 8, 0), centre_of(2, 8, 1), centre_of(2, 6, 0)
-    same.share(one)
-    other.share(one)
+    assert same.share(one)
+    assert not other.share(one)
     assert same.waves() is one.waves()
     assert other.waves() is not one.waves()
 

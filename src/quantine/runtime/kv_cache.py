@@ -50,22 +50,23 @@ class Grids(NamedTuple):
         """The grids of keys and values for heads of ``dim`` channels.
 
         Args:
-            centres: those of other blocks of the cache, whose tables are shared; gets this one's.
+            centres: those of other blocks of the cache, whose tables are shared; gets this one's
+                if it has a table of its own.
         """
         key, value = self.key.by_head(dim), self.value.by_head(dim)
         if self.centre is None:
             return [key, value]
         centre = self.centre.by_head(dim)
-        for other in centres:
-            centre.share(other)
-        centres.append(centre)
+        if not any(centre.share(other) for other in centres):
+            centres.append(centre)
         return [key._replace(centre=centre), value]
 
 
-def _centred(grid: StateGrid, states: Tensor, positions: Tensor) -> Tensor:
-    """New keys or values at ``positions`` less their centre, if they have one."""
+def _centred(grid: StateGrid, states: Tensor, start: int | Tensor) -> Tensor:
+    """New keys or values, of positions from ``start`` on, less their centre if they have one."""
     if grid.centre is None:
         return states
+    positions = torch.arange(states.shape[2], device=states.device) + start
     return states.float() - grid.centre.at(positions).transpose(0, 1)
 
 
@@ -134,8 +135,7 @@ class PackedLayer(DynamicLayer):
             room = self._rooms[which] = used.new_empty(shape)
             room[:, :, :before] = used
         grid = self._by_head[which]
-        positions = torch.arange(before, after, device=states.device)
-        grid.pack(_centred(grid, states, positions), room[:, :, before:after])
+        grid.pack(_centred(grid, states, before), room[:, :, before:after])
         return room[:, :, :after]
 
     def reset(self) -> None:
@@ -237,8 +237,7 @@ class StaticPackedLayer(StaticLayer):
 
     def _added(self, which: int, room: Tensor, states: Tensor) -> Any:
         grid = self._by_head[which]
-        new = torch.arange(states.shape[2], device=states.device)
-        states = _centred(grid, states, self.cumulative_length + new)
+        states = _centred(grid, states, self.cumulative_length)
         grid.pack(states, room, self.cumulative_length)
         return grid.states(room, self.dtype)
 

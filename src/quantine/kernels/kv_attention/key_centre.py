@@ -61,10 +61,15 @@ class KeyCentre:
         """Bytes of what the centre is stored as."""
         return self.first.nbytes + self.wave.nbytes + self.turns.nbytes
 
-    def share(self, other: KeyCentre) -> None:
-        """Use the table of ``other``, if it turns alike, so that blocks do not have one each."""
-        if torch.equal(self.turns, other.turns):
+    def share(self, other: KeyCentre) -> bool:
+        """Use the table of ``other``, so that blocks do not have one each; whether both turn alike.
+
+        A centre that turns otherwise keeps its own.
+        """
+        alike = torch.equal(self.turns, other.turns)
+        if alike:
             self._waves = other.waves()
+        return alike
 
     def waves(self) -> Waves:
         """The cosines and sines of all angles that some channel turns by."""
