@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantine.errors import FamilyError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 STATIC: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
 """Types of rotary embeddings whose angles do not depend on the length of the text."""
@@ -20,7 +17,7 @@ UNSCALED: Final = "original_inv_freq"
 """What those end with that such a module keeps beside them."""
 
 
-def turns_of(model: PreTrainedModel) -> Tensor:
+def turns_of(model: nn.Module) -> Tensor:
     """By how many radians rotary embeddings turn each pair of channels from token to token.
 
     Args:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantine.activations.centred_keys import CentredKeys
 from quantine.errors import FamilyError
 from quantine.families.rotary import turns_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def centre_of_keys(means: Tensor, heads: int, model: PreTrainedModel) -> CentredKeys:
+def centre_of_keys(means: Tensor, heads: int, model: nn.Module) -> CentredKeys:
     """What the keys of a block are centred by.
 
     Each pair of channels is turned back by the angle of its token, and then the mean over tokens is

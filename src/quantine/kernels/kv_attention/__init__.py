@@ -64,10 +64,12 @@ def attend(
     if reference or _learning(key, value):
         return attend_reference(query, key, value, mask, scoring, dropout)
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
-        kind = _kind(query, key, value, mask, scoring)
+        kind = _kind(query, key, value, mask)
         if kind == "triton":
             return _operated(query, key, value, mask, scoring, keep)
-        if kind == "native":
+        # What queries make of a centre is added as masks are, after scores are bounded.
+        added = key.rows.centre is None or scoring.softcap is None
+        if kind == "native" and added:
             return cpu.attend(query, key, value, mask, scoring)
     if query.device.type == "cpu" and not backend.is_recorded() and _in_tiles(query, key):
         return attend_in_tiles(query, key, value, mask, scoring, keep)
@@ -75,11 +77,7 @@ def attend(
 
 
 def _kind(
-    query: Tensor,
-    key: PackedStates,
-    value: PackedStates,
-    mask: Tensor | None,
-    scoring: Scoring,
+    query: Tensor, key: PackedStates, value: PackedStates, mask: Tensor | None
 ) -> backend.Backend:
     """Whose kernels multiply codes; the reference where floats are multiplied."""
     if backend.is_recorded():
@@ -87,8 +85,6 @@ def _kind(
     kind = backend.of(query, mask, *key.tensors(), *value.tensors())
     if kind == "native":
         known = not key.rows.factors and value.rows.digits is None
-        # What queries make of a centre is added as masks are, when scores are bounded already.
-        known = known and (key.rows.centre is None or scoring.softcap is None)
         fits = known and _few(query, key)
     else:
         fits = key.rows.is_plain and value.rows.is_plain and _some(query, key)
@@ -135,7 +131,7 @@ def _attend(
     keys = PackedStates(key, key_bits, key_scale, key_zero, query.dtype)
     values = PackedStates(value, value_bits, value_scale, value_zero, query.dtype)
     scoring = Scoring(scaling, softcap, softmax_bits, relative)
-    if _kind(query, keys, values, mask, scoring) == "triton":
+    if _kind(query, keys, values, mask) == "triton":
         from quantine.kernels.kv_attention.triton import attention as programs
 
         out, kept = programs.attend(query, keys, values, mask, scoring, keep)
