@@ -140,7 +140,7 @@ def test_generate_takes_it_where_a_static_cache_is_asked_for(
     assert static.layers[0].keys.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("scheme", ["W4A4KV", UNEVEN])
+@pytest.mark.parametrize("scheme", ["W4A4KV", UNEVEN, CENTRED])
 def test_generate_compiles_models_that_round(scheme: str, rounding: Rounding) -> None:
     model, tokens = rounding(scheme), some_tokens(9, 1)
     model.generation_config.eos_token_id = None
