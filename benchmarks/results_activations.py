@@ -169,11 +169,11 @@ floats, the first token of a text, too, and simple static grids without feedback
 | factors, rotated, as it is now | | 0.025 |
 | less their mean before rotary embeddings, bits shared out 2 by 2 | 0.037 | |
 
-So keys want bits and values want factors. The last row is of keys whose mean turns with the position
-of a token, of which static grids otherwise have to hold the whole circle. As it was built since, with
-a [centre](activations.md#keys-less-a-centre-that-turns) of its own for the first token, it takes
-`W16A3KV` from 0.1022 to 0.0699 (± 0.0021), perplexity 22.65 (`W16A3KV-rotated-mixed-centred`); the
-rows above are without it. Rotated values without factors
+So keys want bits and values want factors. The last row is of a mean that
+turns with the position of a token, of which static grids otherwise have to hold the whole circle.
+As it was built since, with a [centre](activations.md#keys-less-a-centre-that-turns) of its own for
+the first token, it takes `W16A3KV` from 0.1022 to 0.0699 (± 0.0021), perplexity 22.65
+(`W16A3KV-rotated-mixed-centred`); the rows above are without it. Rotated values without factors
 left 0.1683. On opt-mini-outlier-all, where channels of values are loud all the time, no block
 rotates its values, and scores stay what they are (W4A4KV 0.0006, W16A3KV 0.0012); rotated
 everywhere they would be 0.0015 and 0.0040.
