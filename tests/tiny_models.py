@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,28 +132,36 @@ def build(config: PretrainedConfig, directory: Path, *, bos: bool = True, seed: 
 
 def loud_states(directory: Path) -> Path:
     """A Llama in which some channels of keys and some tokens of values are much louder."""
-    build(tiny_config("llama"), directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    generator = torch.Generator().manual_seed(0)
-    for block in model.model.layers:
-        keys, values = block.self_attn.k_proj.weight, block.self_attn.v_proj.weight
-        with torch.no_grad():
-            keys *= torch.logspace(-2, 0.5, 8).repeat(len(keys) // 8).unsqueeze(1)
-            along = torch.randn(1, values.shape[1], generator=generator)
-            values += torch.randn(len(values), 1, generator=generator) @ along
-    model.save_pretrained(directory)
-    return directory
+
+    def change(attention: Any, generator: torch.Generator) -> None:
+        keys, values = attention.k_proj.weight, attention.v_proj.weight
+        keys *= torch.logspace(-2, 0.5, 8).repeat(len(keys) // 8).unsqueeze(1)
+        along = torch.randn(1, values.shape[1], generator=generator)
+        values += torch.randn(len(values), 1, generator=generator) @ along
+
+    return _with_attention("llama", directory, change)
 
 
 def biased_keys(directory: Path) -> Path:
     """A Qwen2 whose keys, before rotary embeddings, are one large vector and little more."""
-    build(tiny_config("qwen2"), directory)
+
+    def change(attention: Any, generator: torch.Generator) -> None:
+        bias = attention.k_proj.bias
+        bias.copy_(torch.randn(bias.shape, generator=generator) * 20)
+
+    return _with_attention("qwen2", directory, change)
+
+
+@torch.no_grad()
+def _with_attention(
+    name: str, directory: Path, change: Callable[[Any, torch.Generator], None]
+) -> Path:
+    """Save a variant in `FAMILIES` whose attention modules were changed, one after another."""
+    build(tiny_config(name), directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     generator = torch.Generator().manual_seed(0)
     for block in model.model.layers:
-        with torch.no_grad():
-            noise = torch.randn(block.self_attn.k_proj.bias.shape, generator=generator)
-            block.self_attn.k_proj.bias.copy_(noise * 20)
+        change(block.self_attn, generator)
     model.save_pretrained(directory)
     return directory
 

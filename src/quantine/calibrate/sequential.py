@@ -58,6 +58,7 @@ class Sequential:
         lost: what is wrong with the hidden states that the earlier process left; ``None`` if they
             were taken over, or there was no such process.
         batches: number of batches of all ranks.
+        shards: the numbers of the batches of each shard of this rank.
         judged: number of the batches of the first shard: what is decided by outputs of the block is
             decided by these, on the first rank, whose first batches they are.
     """
@@ -72,8 +73,7 @@ class Sequential:
         own = setup.ranks.share(setup.shards)
         batches = [batch.to(setup.device) for shard in own for batch in shards[shard]]
         ends = [0, *accumulate(len(shards[shard]) for shard in own)]
-        # The numbers of the batches of each shard.
-        self._shards = [range(*pair) for pair in pairwise(ends)]
+        self.shards = [range(*pair) for pair in pairwise(ends)]
         starts = [0, *accumulate(batch.numel() for batch in batches)]
         # The numbers of the tokens of each batch.
         self._tokens = [slice(*pair) for pair in pairwise(starts)]
@@ -95,11 +95,6 @@ class Sequential:
         """Model, weights and segments, and how they are computed with."""
         return self._setup
 
-    @property
-    def own_shards(self) -> Sequence[Sequence[int]]:
-        """The numbers of the batches of each shard of this rank."""
-        return self._shards
-
     @torch.no_grad()
     def observe(self, index: int, layers: Sequence[Layer]) -> list[Hessian]:
         """The Hessians ``x x.T`` of the inputs of several matrices, all from one forward pass.
@@ -118,7 +113,7 @@ class Sequential:
             CalibrationError: a matrix was never reached.
         """
         hessians = self._summed(
-            layers, (self._observed(index, layers, batches) for batches in self._shards)
+            layers, (self._observed(index, layers, batches) for batches in self.shards)
         )
         lend_tokens(layers, hessians)
         return hessians
@@ -188,7 +183,7 @@ class Sequential:
         if self._replays is None or layer.experts:
             return self.observe(index, layers)
         return self._summed(
-            layers, ([self._continued(index, layer, batches)] for batches in self._shards)
+            layers, ([self._continued(index, layer, batches)] for batches in self.shards)
         )
 
     def _continued(self, index: int, layer: Layer, batches: Sequence[int]) -> Hessian:

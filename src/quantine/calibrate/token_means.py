@@ -28,29 +28,31 @@ def means_by_token(sequential: Sequential, index: int, module: nn.Module) -> Ten
         CalibrationError: the module never ran.
     """
     setup = sequential.setup
-    found: list[Tensor] = []
+    total: Tensor | None = None
 
     def record(_: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0].detach().double().sum(0))
+        nonlocal total
+        seen = args[0].float().sum(0)
+        total = seen if total is None else total.add_(seen)
 
     def parts() -> Iterator[list[Tensor]]:
-        for batches in sequential.own_shards:
-            found.clear()
-            count = 0
+        nonlocal total
+        for batches in sequential.shards:
+            total, count = None, 0
             for batch in batches:
-                count += len(sequential.hidden[batch])
-                sequential.run(index, sequential.hidden[batch])
-            if not found:
+                hidden = sequential.hidden[batch]
+                count += len(hidden)
+                sequential.run(index, hidden)
+            if total is None:
                 raise CalibrationError(
                     f"a module of block {index} never ran: family {setup.family.name!r} is "
                     "described wrongly"
                 )
-            total = torch.stack(found).sum(0)
             yield [total, total.new_tensor([float(count)])]
 
     handle = module.register_forward_pre_hook(record)
     try:
-        total, count = setup.ranks.total(parts())
+        sums, count = setup.ranks.total(parts())
     finally:
         handle.remove()
-    return (total / count).float()
+    return sums / count

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantine.errors import FamilyError
 
-STATIC: Final = frozenset({"default", "linear", "llama3", "yarn", "proportional"})
+STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
 """Types of rotary embeddings whose angles do not depend on the length of the text."""
 ANGLES: Final = "inv_freq"
 """What the buffers of transformers' modules of rotary embeddings are called, or end with."""
@@ -36,7 +36,7 @@ def turns_of(model: nn.Module) -> Tensor:
         if not name.endswith(ANGLES) or name.endswith(UNSCALED):
             continue
         kind = getattr(model.get_submodule(name.rpartition(".")[0]), "rope_type", "default")
-        if not isinstance(kind, str) or kind not in STATIC:
+        if not isinstance(kind, str) or kind not in STATIC_ROPE:
             raise _refused(f"has rotary embeddings of type {kind}")
         if not any(_alike(buffer, one) for one in found):
             found.append(buffer)

@@ -11,10 +11,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from quantine.families.rotary import STATIC_ROPE
 from quantine.runtime.decoder_checks import Classes, expect, refuse
 
-STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Types of rotary embeddings whose angles do not depend on the length of the text."""
 LONG_ROPE: Final = "longrope"
 """Their type where all angles change once the text is longer than what the model was first trained
 with; up to there they are static."""

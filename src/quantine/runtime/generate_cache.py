@@ -73,9 +73,17 @@ class _Call:
         return next((value for value in said if value is not None), None)
 
     def hides(self) -> bool:
-        """Whether tokens of the prompt are hidden, as padding is."""
-        mask = self._options.get("attention_mask")
-        return isinstance(mask, Tensor) and not bool(mask.bool().all())
+        """Whether tokens of the prompt may be hidden, as padding is.
+
+        Without a mask, transformers takes tokens of the prompt for padding that look like it.
+        """
+        mask, padding = self._options.get("attention_mask"), self.setting("pad_token_id")
+        if isinstance(mask, Tensor):
+            return not bool(mask.bool().all())
+        prompt = self._prompt
+        return (
+            padding is not None and isinstance(prompt, Tensor) and bool((prompt == padding).any())
+        )
 
     def guesses(self) -> bool:
         """Whether tokens are guessed and taken back, which no static cache can do."""
