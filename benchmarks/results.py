@@ -12,6 +12,7 @@ import results_activations as activations
 import results_comparisons as comparisons
 import results_engines as engines
 import results_experts as experts
+import results_grids as grids
 import results_peers as peers
 import results_tuning as tuning
 
@@ -40,7 +41,7 @@ def page() -> str:
         if table.name == comparisons.QWEN:
             parts += [comparisons.BY_LOSS, comparisons.by_loss(), comparisons.BY_LOSS_AFTER]
         if table.name == tuning.TUNED_FROM:
-            parts += [*tuning.sections(), *peers.sections()]
+            parts += [*tuning.sections(), *grids.sections(), *peers.sections()]
     return "".join(
         [*parts, experts.EXPERTS, experts.experts(), *activations.sections(), *engines.sections()]
     )

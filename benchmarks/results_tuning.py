@@ -21,6 +21,7 @@ quantine eval out --reference demo --text wikitext2_test.txt,c4_en_validation_50
 ```
 
 """
+GRIDDED = "untuned, `--compensate`, 256 segments, [other grids](#grids-that-a-budget-chooses-among)"
 TUNED = (
     ("3.0,both_axes=true", "quick, all by the loss, half the rate", "tuning-demo-3.0-half-rate"),
     (
@@ -42,6 +43,7 @@ TUNED = (
     ("3.3,both_axes=true", "`--preset best-3bit`, one text, 128 segments", "best-demo-3bit"),
     ("3.65,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.65-coupled"),
     ("3.65,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.65-half-rate"),
+    ("3.65,both_axes=true", GRIDDED, "grids-demo-3.65"),
     ("4.25,both_axes=true", "quick, two texts, tokens by the loss", "tuning-demo-4.25-mixed"),
     ("4.25,both_axes=true", "quick, all by the loss, 128 segments", "tuning-demo-4.25-coupled"),
     ("4.25,both_axes=true", "quick, the same, half the rate", "tuning-demo-4.25-half-rate"),
@@ -52,14 +54,15 @@ TUNED = (
         "untuned, the same, tokens by errors, sweeps",
         "compensate-demo-4.25-swept",
     ),
-    ("4.7,both_axes=true", "untuned, as the last", "compensate-demo-4.7-swept"),
+    ("4.25,both_axes=true", GRIDDED, "grids-demo-4.25"),
+    ("4.7,both_axes=true", "untuned, `--compensate`, sweeps", "compensate-demo-4.7-swept"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
 NEAREST_BY_BITS = {
     "3": "compensate-demo-3.0-whole",
     "3.3": "compensate-demo-3.3-512",
-    "3.65": "tuning-demo-3.65-half-rate",
-    "4.25": "compensate-demo-4.25-swept",
+    "3.65": "grids-demo-3.65",
+    "4.25": "grids-demo-4.25",
     "4.7": "compensate-demo-4.7-swept",
 }
 """Scores of the models that are nearest to the float model on WikiText-2, by their bits."""

@@ -41,21 +41,27 @@ BEST_TUNING: Final = "whole"
 
 _BOTH: Final = ("in", "out")
 _STEPS: Final = (
-    # bits, group_size, scale_bits, threshold, group axes; from the smallest to the most exact
-    (2, 16, 3, "inf", _BOTH),
-    (2, 16, 3, 0.5, _BOTH),
-    (3, 64, 4, 1.0, _BOTH),
-    (3, 32, 3, 0.5, _BOTH),
-    (3, 16, 3, 0.5, _BOTH),
-    (4, 64, 4, 0.3, _BOTH),
-    (4, 64, 4, 0.1, ("in",)),
-    (4, 16, 3, 0.3, _BOTH),
-    (5, 64, 4, 0.3, _BOTH),
-    (5, 16, 3, 0.3, ("in",)),
-    (6, 64, 4, 0.3, _BOTH),
-    (8, 64, 4, 0.3, ("in",)),
+    # bits, group_size, scale_bits, zero_bits, threshold, group axes; from the smallest to the most
+    # exact
+    (2, 32, 3, 3, "inf", _BOTH),
+    (2, 16, 3, 3, "inf", _BOTH),
+    (2, 16, 3, 3, 1.0, _BOTH),
+    (3, 64, 3, 3, 1.0, _BOTH),
+    (3, 32, 3, 3, 1.0, _BOTH),
+    (3, 16, 3, 4, 1.0, _BOTH),
+    (3, 16, 4, 4, 0.7, _BOTH),
+    (4, 64, 4, 4, 0.5, _BOTH),
+    (4, 32, 3, 4, 0.5, _BOTH),
+    (4, 16, 3, 4, 0.3, _BOTH),
+    (4, 16, 4, 5, 0.2, _BOTH),
+    (5, 64, 5, 5, 0.2, _BOTH),
+    (5, 32, 4, 5, 0.2, _BOTH),
+    (6, 64, 5, 5, 0.3, _BOTH),
+    (8, 64, 4, 0, 0.3, ("in",)),
 )
 """Parameters of the schemes in `CHOICES`, with the group axes for which each is offered."""
+_STAT_GROUP_SIZE: Final = 128
+"""Lines that share a second grid in each: twice as many as elsewhere by default lose about 1%."""
 _SWEEPS: Final = 4
 """Sweeps of each, see `quantine.methods.sweeps`. Twice as many gain a fifth more, in twice the
 time: 6% of the error becomes 7%."""
@@ -65,11 +71,13 @@ CHOICES: Final[tuple[dict[str, Any], ...]] = tuple(
         "bits": bits,
         "group_size": group_size,
         "scale_bits": scale_bits,
+        "zero_bits": zero_bits,
+        "stat_group_size": _STAT_GROUP_SIZE,
         "threshold": threshold,
         "group_axis": axis,
         "sweeps": _SWEEPS,
     }
-    for bits, group_size, scale_bits, threshold, axes in _STEPS
+    for bits, group_size, scale_bits, zero_bits, threshold, axes in _STEPS
     for axis in axes
 )
 """Schemes that a layer may get under a budget of bits, from the smallest to the most exact."""
