@@ -52,6 +52,14 @@ def test_a_mean_is_found_again_at_all_positions(beside: bool, pairs: int) -> Non
     assert float((found - keys)[1:].abs().max()) < 0.1
 
 
+def test_keys_that_do_not_turn_have_a_mean() -> None:
+    mean = torch.randn(2, 16) * 10
+    keys = mean.repeat(64, 1, 1) + torch.randn(64, 2, 16) * 0.1
+    model: Any = Rotary(torch.logspace(0, -3, 8))
+    found = centre_of_keys(keys.flatten(1), 2, model).by_head(16).at(torch.arange(1, 4096))
+    assert float((found - mean).abs().max()) < 0.1
+
+
 def test_models_without_fixed_angles_are_refused() -> None:
     turns = torch.logspace(0, -3, 4)
     several: Any = nn.Sequential(Rotary(turns), Rotary(turns / 2))

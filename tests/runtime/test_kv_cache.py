@@ -272,6 +272,24 @@ def test_positions_of_centred_keys_begin_behind_padding(
         model.generate(padded, attention_mask=mask, past_key_values=packed_cache(model), **asked)
 
 
+@torch.no_grad()
+def test_centred_keys_go_on_behind_padding(rounding: Callable[[str, str], Any]) -> None:
+    model = rounding("qwen2", CENTRED)
+    text, more, room = tokens_of(TEXT[:12]), tokens_of(TEXT[12:15]), 7
+    length = text.shape[1]
+    expected = model(input_ids=torch.cat([text, more], 1)).logits[:, length:]
+    mask = torch.cat([torch.ones_like(text), text.new_zeros(1, room)], 1)
+    padded = torch.cat([text, text.new_zeros(1, room)], 1)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=padded, attention_mask=mask, past_key_values=cache)
+    mask = torch.cat([mask, torch.ones_like(more)], 1)
+    positions = length + torch.arange(more.shape[1])[None]
+    found = model(
+        input_ids=more, attention_mask=mask, position_ids=positions, past_key_values=cache
+    ).logits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 @pytest.mark.parametrize("scheme", ["W16A4KV", UNEVEN])
 @pytest.mark.parametrize(

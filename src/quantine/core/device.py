@@ -15,6 +15,8 @@ CPU: Final = torch.device("cpu")
 """The device that everything is on unless a caller asks for another one."""
 AUTO: Final = "auto"
 """Stands for the fastest device here: a GPU that PyTorch calls ``cuda``, else the CPU."""
+ASSERTING: Final = ("cpu", "cuda")
+"""Devices where PyTorch asserts without the host."""
 
 
 def device_named(name: str | torch.device) -> torch.device:
@@ -103,3 +105,15 @@ def has_float64(device: torch.device) -> bool:
     except (RuntimeError, TypeError):
         return False
     return True
+
+
+def assert_there(fits: Tensor, said: str) -> None:
+    """Assert ``fits``, one boolean, on its device, without waiting for it where PyTorch can.
+
+    Raises:
+        RuntimeError: ``fits`` is false. It says ``said`` wherever it was not raised by a GPU.
+    """
+    if fits.device.type in ASSERTING:
+        torch._assert_async(fits, said)
+    elif not bool(fits):
+        raise RuntimeError(said)

@@ -14,9 +14,9 @@ def centre_of_keys(means: Tensor, heads: int, model: nn.Module) -> CentredKeys:
     """What the keys of a block are centred by.
 
     Each pair of channels is turned back by the angle of its token, and then the mean over tokens is
-    taken. Models pair a channel with the one beside it, or half of what is turned away. The right
-    way is told by the means: turned back the wrong way, most of them cancel. A centre that fits
-    badly would only be of no use, as what is taken off is put back.
+    taken. Models pair a channel with the one beside it, or half of what is turned away, or do not
+    turn the keys of some blocks at all. The right way is told by the means: turned back the wrong
+    way, most of them cancel.
 
     Args:
         means: ``[tokens, channels]`` float32, mean keys after rotary embeddings by position from 0;
@@ -36,7 +36,8 @@ def centre_of_keys(means: Tensor, heads: int, model: nn.Module) -> CentredKeys:
         )
     later = keys[1:] if len(keys) > 1 else keys.new_zeros(1, *keys.shape[1:])
     found = [_waves(later, turns, beside) for beside in (False, True)]
-    strength = [float(wave.square().sum()) for wave, _ in found]
+    found.append(_waves(later, turns[:0], False))
+    strength = [_strength(*one) for one in found]
     wave, of_channels = found[strength.index(max(strength))]
     cos, sin = (part.flatten().clone() for part in wave)
     return CentredKeys(means[0].clone(), cos, sin, of_channels.repeat(heads))
@@ -69,3 +70,8 @@ def _waves(keys: Tensor, turns: Tensor, beside: bool) -> tuple[Tensor, Tensor]:
     of_channels = turns.new_zeros(keys.shape[2])
     of_channels[first] = of_channels[second] = turns
     return wave, of_channels
+
+
+def _strength(wave: Tensor, of_channels: Tensor) -> float:
+    """The square of a centre, on average over positions; arguments as `_waves` gives them."""
+    return float((wave.square().sum(0) * torch.where(of_channels > 0, 0.5, 1.0)).sum())

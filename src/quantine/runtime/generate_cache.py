@@ -80,10 +80,11 @@ class _Call:
         mask, padding = self._options.get("attention_mask"), self.setting("pad_token_id")
         if isinstance(mask, Tensor):
             return not bool(mask.bool().all())
-        prompt = self._prompt
-        return (
-            padding is not None and isinstance(prompt, Tensor) and bool((prompt == padding).any())
-        )
+        ends = self.setting("eos_token_id")
+        ends = ends if isinstance(ends, Sequence) else [ends]
+        if padding is None or padding in ends or not isinstance(self._prompt, Tensor):
+            return False  # then transformers takes none for padding
+        return bool((self._prompt == padding).any())
 
     def guesses(self) -> bool:
         """Whether tokens are guessed and taken back, which no static cache can do."""

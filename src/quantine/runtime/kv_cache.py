@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLa
 from quantine.activations.centred_keys import CentredKeys
 from quantine.activations.grids import StaticGrid
 from quantine.activations.modules import SITES_NAME, AttentionSites
+from quantine.core.device import ASSERTING, assert_there
 from quantine.core.overrides import is_overridden
 from quantine.errors import FamilyError
 from quantine.families import described_family
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ASSERTING: Final = ("cpu", "cuda")
-"""Devices where PyTorch asserts without the host. On others `pack_states` reads and raises."""
 BLOCK: Final = 64
 """Number of tokens by which the allocated memory of a layer grows; less than this is unused."""
 
@@ -230,9 +229,9 @@ class StaticPackedLayer(StaticLayer):
         key = self._added(0, self.keys, key_states)
         value = self._added(1, self.values, value_states)
         self.cumulative_length.add_(key_states.shape[2])
-        if self._counts and self.device.type in ASSERTING:
+        if self._counts and self.device.type in ASSERTING:  # elsewhere `pack_states` raises
             there_is_room = self.cumulative_length <= self.max_cache_len
-            torch._assert_async(there_is_room, f"more tokens than room for {self.max_cache_len}")
+            assert_there(there_is_room, f"more tokens than room for {self.max_cache_len}")
         return key, value
 
     def _added(self, which: int, room: Tensor, states: Tensor) -> Any:

@@ -62,7 +62,7 @@ def _check_sites(name: str, sites: AttentionSites, heads: Heads, width: int) -> 
         if isinstance(grid, StaticGrid):
             grid.check(f"{name}.{site}", count * width, count)
     if sites.centre is not None:
-        sites.centre.check(f"{name}.{CENTRE_NAME}", heads.keys * width)
+        sites.centre.check(f"{name}.{CENTRE_NAME}", heads.keys, width)
 
 
 def _check_vectors(name: str, module: nn.Module) -> None:

@@ -55,6 +55,7 @@ class KeyCentre:
         self.first, self.wave, self.turns = first, wave, turns
         self._waves: Waves | None = None
         self._folds: Tensor | None = None
+        self._places: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +67,8 @@ class KeyCentre:
 
         A centre that turns otherwise keeps its own.
         """
-        alike = torch.equal(self.turns, other.turns)
+        there = self.turns.device == other.turns.device
+        alike = there and torch.equal(self.turns, other.turns)
         if alike:
             self._waves = other.waves()
         return alike
@@ -80,8 +82,13 @@ class KeyCentre:
     def at(self, positions: Tensor) -> Tensor:
         """The centre of keys at ``positions`` ``[...]``, as ``[..., heads, dim]`` float32."""
         with without_autocast(self.turns.device):
-            angles = positions[..., None, None].float() * self.turns
-            centre = self.wave[0] * angles.cos() + self.wave[1] * angles.sin()
+            turns = self.waves().turns
+            if self._places is None:
+                self._places = torch.searchsorted(turns, self.turns)
+            # Many channels turn by the same angles.
+            angles = positions[..., None].float() * turns
+            centre = self.wave[0] * angles.cos()[..., self._places]
+            centre.addcmul_(self.wave[1], angles.sin()[..., self._places])
             return torch.where((positions == 0)[..., None, None], self.first, centre)
 
     def products(self, query: Tensor, context: int) -> Tensor:
@@ -97,7 +104,8 @@ class KeyCentre:
         """
         batch, heads, tokens, dim = query.shape
         with without_autocast(query.device):
-            rows = query.reshape(batch, len(self.first), -1, dim)
+            groups = heads // len(self.first)
+            rows = query.reshape(batch, len(self.first), groups * tokens, dim)
             folded = rows @ self._folded()
             found = folded @ self.waves().until(context).T
             if context:
