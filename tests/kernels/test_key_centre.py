@@ -21,8 +21,8 @@ def centre_of(heads: int, dim: int, seed: int, loud: float = 10.0) -> KeyCentre:
     """Channels turn in pairs, the last one of odd heads not at all."""
     generator = torch.Generator().manual_seed(seed)
     first, cos, sin = (torch.randn(heads, dim, generator=generator) * loud for _ in range(3))
-    turns = torch.zeros(heads, dim)
-    turns[:, : dim // 2 * 2] = torch.logspace(0, -4, max(1, dim // 2))[: dim // 2].repeat(heads, 2)
+    turns = torch.zeros(dim)
+    turns[: dim // 2 * 2] = torch.logspace(0, -4, max(1, dim // 2))[: dim // 2].repeat(2)
     return KeyCentre(first, torch.stack([cos, sin]), turns)
 
 
@@ -45,7 +45,7 @@ def test_it_turns_by_the_angle_of_each_token() -> None:
     centre = KeyCentre(
         torch.tensor([[5.0, 6.0]]),
         torch.tensor([[[1.0, 0.0]], [[0.0, 2.0]]]),
-        torch.tensor([[0.5]]),
+        torch.tensor([0.5]),
     )
     found = centre.at(torch.tensor([[0, 1], [4, 0]]))
     half, two = torch.tensor(0.5), torch.tensor(2.0)

@@ -26,7 +26,7 @@ class CentredKeys(FixedDtypes):
     Args:
         first: ``[channels]`` float32, the centre at position 0; channels of one head after another.
         cos, sin: ``[channels]`` float32 each, the wave of `KeyCentre`.
-        turns: ``[channels]`` float32, radians from one position to the next.
+        turns: ``[channels]`` float32, radians from one position to the next, the same in all heads.
     """
 
     tensor_names: Final = ("first", "cos", "sin", "turns")
@@ -41,7 +41,7 @@ class CentredKeys(FixedDtypes):
         """The same centre, for heads of ``dim`` channels each."""
         tensors = (self.get_buffer(name).view(-1, dim) for name in self.tensor_names)
         first, cos, sin, turns = tensors
-        return KeyCentre(first, torch.stack([cos, sin]), turns)
+        return KeyCentre(first, torch.stack([cos, sin]), turns[0])
 
     def of(self, keys: Tensor, positions: Tensor) -> Tensor:
         """What keys ``[batch, heads, tokens, dim]`` at ``positions`` are less by.

@@ -48,19 +48,18 @@ class KeyCentre:
     Args:
         first: ``[heads, dim]`` float32, the centre at position 0.
         wave: ``[2, heads, dim]`` float32.
-        turns: ``[heads, dim]`` float32, radians from one position to the next.
+        turns: ``[dim]`` float32, radians from one position to the next, the same in all heads.
     """
 
     def __init__(self, first: Tensor, wave: Tensor, turns: Tensor) -> None:
         self.first, self.wave, self.turns = first, wave, turns
         self._waves: Waves | None = None
         self._folds: Tensor | None = None
-        self._places: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of what the centre is stored as."""
-        return self.first.nbytes + self.wave.nbytes + self.turns.nbytes
+        return self.first.nbytes + self.wave.nbytes + len(self.first) * self.turns.nbytes
 
     def share(self, other: KeyCentre) -> bool:
         """Use the table of ``other``, so that blocks do not have one each; whether both turn alike.
@@ -82,13 +81,8 @@ class KeyCentre:
     def at(self, positions: Tensor) -> Tensor:
         """The centre of keys at ``positions`` ``[...]``, as ``[..., heads, dim]`` float32."""
         with without_autocast(self.turns.device):
-            turns = self.waves().turns
-            if self._places is None:
-                self._places = torch.searchsorted(turns, self.turns)
-            # Many channels turn by the same angles.
-            angles = positions[..., None].float() * turns
-            centre = self.wave[0] * angles.cos()[..., self._places]
-            centre.addcmul_(self.wave[1], angles.sin()[..., self._places])
+            angles = positions[..., None, None].float() * self.turns
+            centre = self.wave[0] * angles.cos() + self.wave[1] * angles.sin()
             return torch.where((positions == 0)[..., None, None], self.first, centre)
 
     def products(self, query: Tensor, context: int) -> Tensor:
@@ -116,6 +110,6 @@ class KeyCentre:
         """``[heads, dim, 2 * n]``: what a channel of a query gives to each cosine and sine."""
         if self._folds is None:
             turns = self.waves().turns
-            own = (self.turns.unsqueeze(2) == turns).float()
+            own = (self.turns.unsqueeze(1) == turns).float()
             self._folds = torch.cat([part.unsqueeze(2) * own for part in self.wave], 2)
         return self._folds
