@@ -56,6 +56,7 @@ TUNED = (
     ),
     ("4.25,both_axes=true", GRIDDED, "grids-demo-4.25"),
     ("4.7,both_axes=true", "untuned, `--compensate`, sweeps", "compensate-demo-4.7-swept"),
+    ("4.7,both_axes=true", GRIDDED, "grids-demo-4.7"),
 )
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
 NEAREST_BY_BITS = {
@@ -63,7 +64,7 @@ NEAREST_BY_BITS = {
     "3.3": "compensate-demo-3.3-512",
     "3.65": "grids-demo-3.65",
     "4.25": "grids-demo-4.25",
-    "4.7": "compensate-demo-4.7-swept",
+    "4.7": "grids-demo-4.7",
 }
 """Scores of the models that are nearest to the float model on WikiText-2, by their bits."""
 TUNED_FROM = "budgets-demo"
