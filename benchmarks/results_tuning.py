@@ -41,6 +41,7 @@ TUNED = (
     ("3.3,both_axes=true", "the same, second step of `quick`", "compensate-demo-3.3-whole"),
     ("3.3,both_axes=true", "whole, the same, 512 segments", "compensate-demo-3.3-512"),
     ("3.3,both_axes=true", "`--preset best-3bit`, one text, 128 segments", "best-demo-3bit"),
+    ("3.3,both_axes=true", GRIDDED, "grids-demo-3.3"),
     ("3.65,both_axes=true", "quick, two texts, all by the loss", "tuning-demo-3.65-coupled"),
     ("3.65,both_axes=true", "quick, the same, half the rate", "tuning-demo-3.65-half-rate"),
     ("3.65,both_axes=true", GRIDDED, "grids-demo-3.65"),
@@ -61,7 +62,7 @@ TUNED = (
 """A row of `TUNED_FROM`, how it was tuned, and the scores of the result by `quantine eval`."""
 NEAREST_BY_BITS = {
     "3": "compensate-demo-3.0-whole",
-    "3.3": "compensate-demo-3.3-512",
+    "3.3": "grids-demo-3.3",
     "3.65": "grids-demo-3.65",
     "4.25": "grids-demo-4.25",
     "4.7": "grids-demo-4.7",
