@@ -138,6 +138,7 @@ BY_LOSS_ROWS = (
     ("3.65", "64, compensated", "budget-qwen-3.65"),
     ("3.65", f"64, compensated, {GRIDDED}", "grids-qwen-3.65"),
     ("4.25 (a)", "128", "loss-weights-qwen-4.25"),
+    ("4.25", f"64, compensated, {GRIDDED}", "grids-qwen-4.25"),
     ("4.57, W4A8", "64", "budget-qwen-W4A8-4.57"),
     (
         "4.57, W4A4KV-rotated-mixed-centred",
