@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quantine.comparison.table import markdown
+from results_grids import OTHER_GRIDS
 from results_tables import closeness, head, line, read
 
 
@@ -132,13 +133,12 @@ quantine eval out --reference qwen2.5-coder-0.5b.gguf --text wikitext2_test.txt 
 ```
 
 """
-GRIDDED = "[other grids](#grids-that-a-budget-chooses-among)"
 BY_LOSS_ROWS = (
     ("3.0", "64, compensated", "budget-qwen-3.0"),
     ("3.65", "64, compensated", "budget-qwen-3.65"),
-    ("3.65", f"64, compensated, {GRIDDED}", "grids-qwen-3.65"),
+    ("3.65", f"64, compensated, {OTHER_GRIDS}", "grids-qwen-3.65"),
     ("4.25 (a)", "128", "loss-weights-qwen-4.25"),
-    ("4.25", f"64, compensated, {GRIDDED}", "grids-qwen-4.25"),
+    ("4.25", f"64, compensated, {OTHER_GRIDS}", "grids-qwen-4.25"),
     ("4.57, W4A8", "64", "budget-qwen-W4A8-4.57"),
     (
         "4.57, W4A4KV-rotated-mixed-centred",

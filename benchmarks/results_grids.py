@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from results_tables import head, line, read
 
+OTHER_GRIDS = "[other grids](#grids-that-a-budget-chooses-among)"
+"""What rows of other tables say of grids."""
 GRIDS = """
 ### Grids that a budget chooses among
 

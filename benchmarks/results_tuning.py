@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from results_grids import OTHER_GRIDS
 from results_tables import closeness, head, line, read
 
 TUNING = """
@@ -21,7 +22,7 @@ quantine eval out --reference demo --text wikitext2_test.txt,c4_en_validation_50
 ```
 
 """
-GRIDDED = "untuned, `--compensate`, 256 segments, [other grids](#grids-that-a-budget-chooses-among)"
+GRIDDED = f"untuned, `--compensate`, 256 segments, {OTHER_GRIDS}"
 TUNED = (
     ("3.0,both_axes=true", "quick, all by the loss, half the rate", "tuning-demo-3.0-half-rate"),
     (

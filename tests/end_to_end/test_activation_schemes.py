@@ -153,7 +153,7 @@ def test_integers_predict_what_the_simulation_does(
     expected = model(inputs_embeds=inputs).logits.detach()
     # Sums round differently; a later value near the middle between two codes may take the other.
     errors = (found - expected).abs() / expected.abs().max()
-    assert float(errors.amax(-1).min()) < 1e-5
+    assert float(errors[:, :16].median()) < 1e-5
     assert float(errors.max()) < 0.03
     # So may two tokens that are about as likely, and no others.
     differ = found.argmax(-1) != expected.argmax(-1)
